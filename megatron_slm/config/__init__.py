@@ -1,0 +1,1 @@
+"""Typed configuration with Megatron-LM's flat flag names."""

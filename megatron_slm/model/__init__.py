@@ -1,0 +1,1 @@
+"""GPT models on Megatron-Core."""

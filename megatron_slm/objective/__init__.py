@@ -1,0 +1,1 @@
+"""Selective Language Modeling: scores, exact threshold and vocab-parallel cross-entropy."""

@@ -1,0 +1,1 @@
+"""The trainer: step, loop, checkpoints, evaluation and metrics."""

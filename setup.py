@@ -1,0 +1,33 @@
+"""Packaging of megatron_slm; `pip install -e .[test]` is all that the Makefile needs."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_slm",
+    version="0.1.0",
+    description="Pretraining with Selective Language Modeling on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_slm", "megatron_slm.*"]),
+    package_data={"megatron_slm.config": ["megatron_flags.txt"]},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.16.1",
+        "numpy",
+        "psutil",
+        "pyyaml",
+        "rich",
+        "sentencepiece",
+        "tokenizers",
+        "tiktoken",
+        "nltk",
+        "zstandard",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "gpu": ["transformer-engine[pytorch]"],
+        "wandb": ["wandb"],
+    },
+)
