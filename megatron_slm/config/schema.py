@@ -1,0 +1,268 @@
+"""Every setting of a run: one keyword-only dataclass per topic, one field per flag.
+
+A field's name is its flag (``num_layers`` is ``--num-layers``), its YAML key, and its ``help`` is the flag's help.
+Names, meanings and defaults are Megatron-LM's where Megatron-LM has the flag; the help says so where a default
+differs. Fields of ours begin with ``slm_`` or ``reference_``. This module imports no torch: parsing must be quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def flag(default: Any, help: str, *, choices: tuple[str, ...] = (), spelling: str | None = None) -> Any:
+    """A dataclass field that is a flag; ``spelling`` is Megatron-LM's own where it is not the field's name."""
+    metadata = {"help": help, "choices": choices, "spelling": spelling}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Model"""
+
+    num_layers: int | None = flag(None, "number of transformer layers")
+    hidden_size: int | None = flag(None, "width of the residual stream")
+    ffn_hidden_size: int | None = flag(
+        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded up to 64 with --swiglu"
+    )
+    num_attention_heads: int | None = flag(None, "number of attention heads")
+    group_query_attention: bool = flag(False, "grouped-query attention; needs --num-query-groups")
+    num_query_groups: int | None = flag(None, "number of key/value heads for grouped-query attention")
+    kv_channels: int | None = flag(None, "width of one head; default hidden size / heads")
+    seq_length: int | None = flag(None, "tokens in one training sample")
+    max_position_embeddings: int | None = flag(None, "longest position; default the sequence length")
+    position_embedding_type: str = flag(
+        "learned_absolute", "how positions enter", choices=("learned_absolute", "rope", "none")
+    )
+    rotary_base: int = flag(10000, "base of the rotary frequencies")
+    rotary_percent: float = flag(1.0, "share of a head's width that is rotated")
+    normalization: str = flag("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation")
+    swiglu: bool = flag(False, "gated SiLU in the MLP instead of GELU")
+    disable_bias_linear: bool = flag(False, "no bias in linear layers")
+    add_qkv_bias: bool = flag(False, "bias in the query/key/value projection only")
+    untie_embeddings_and_output_weights: bool = flag(False, "an LM head of its own")
+    qk_layernorm: bool = flag(False, "normalise queries and keys")
+    attention_dropout: float = flag(0.1, "dropout on attention weights")
+    hidden_dropout: float = flag(0.1, "dropout on the residual stream")
+    init_method_std: float = flag(0.02, "standard deviation of the initial weights")
+    make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP")
+    vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's")
+    attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
+    transformer_impl: str | None = flag(
+        None,
+        "layer implementation; default Transformer Engine on a GPU where it is installed, else local",
+        choices=("local", "transformer_engine"),
+    )
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Parallelism"""
+
+    tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)")
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "layers of one virtual stage: turns the interleaved pipeline schedule on"
+    )
+    sequence_parallel: bool = flag(False, "shard activations between tensor-parallel regions; needs TP > 1")
+    use_distributed_optimizer: bool = flag(False, "shard optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass goes on")
+    overlap_param_gather: bool = flag(
+        False, "gather updated parameters while the forward pass goes on; needs the distributed optimizer"
+    )
+    distributed_backend: str | None = flag(
+        None, "communication backend; default nccl on GPUs, gloo on CPUs", choices=("nccl", "gloo")
+    )
+    distributed_timeout_minutes: int = flag(10, "minutes after which a collective that hangs ends the run")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Training"""
+
+    micro_batch_size: int | None = flag(None, "samples in one forward pass of one data-parallel rank")
+    global_batch_size: int | None = flag(
+        None, "samples in one optimizer step over all ranks; default micro-batch size x DP"
+    )
+    train_iters: int | None = flag(None, "optimizer steps of the run")
+    seed: int = flag(1234, "seed of weights, dropout, data order and random selection")
+    bf16: bool = flag(False, "bfloat16 weights and activations with fp32 master weights")
+    recompute_granularity: str | None = flag(
+        None, "recompute activations in the backward pass", choices=("full", "selective")
+    )
+    recompute_method: str | None = flag(
+        None, "which layers --recompute-granularity full recomputes", choices=("uniform", "block")
+    )
+    recompute_num_layers: int | None = flag(None, "layers in one recomputed unit")
+    exit_interval: int | None = flag(None, "save and exit when the step is a multiple of this")
+    exit_duration_in_mins: int | None = flag(None, "save and exit after this many minutes")
+    exit_signal_handler: bool = flag(False, "save and exit at SIGTERM or SIGUSR1")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """Optimizer and schedule"""
+
+    optimizer: str = flag("adam", "optimizer (adam is AdamW: decoupled weight decay)", choices=("adam", "sgd"))
+    lr: float | None = flag(None, "peak learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag(
+        "linear",
+        "shape of the decay",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_decay_iters: int | None = flag(None, "steps of the decay, warm-up included; default --train-iters")
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
+    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of --lr-decay-iters")
+    lr_warmup_init: float = flag(0.0, "learning rate at the first step of the warm-up")
+    lr_wsd_decay_style: str = flag(
+        "exponential",
+        "shape of the decay phase of WSD",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = flag(None, "steps of the decay phase of WSD")
+    weight_decay: float = flag(0.01, "weight decay (not on biases and normalisation)")
+    start_weight_decay: float | None = flag(None, "weight decay at the start, where it changes")
+    end_weight_decay: float | None = flag(None, "weight decay at the end, where it changes")
+    weight_decay_incr_style: str = flag(
+        "constant", "how weight decay changes", choices=("constant", "linear", "cosine")
+    )
+    adam_beta1: float = flag(0.9, "decay of Adam's first moment")
+    adam_beta2: float = flag(0.999, "decay of Adam's second moment")
+    adam_eps: float = flag(1e-8, "epsilon of Adam")
+    sgd_momentum: float = flag(0.9, "momentum of SGD")
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 turns clipping off")
+    accumulate_allreduce_grads_in_fp32: bool = flag(
+        True, "add up and reduce gradients in fp32 (Megatron-LM: off without bf16)"
+    )
+    override_opt_param_scheduler: bool = flag(
+        False,
+        "schedule from the flags, not from the checkpoint",
+        spelling="--override-opt_param-scheduler",
+    )
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False,
+        "schedule from the checkpoint, not from the flags",
+        spelling="--use-checkpoint-opt_param-scheduler",
+    )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Data"""
+
+    data_path: list[str] = flag(list, "corpus prefix, or a blend: weight prefix weight prefix ...")
+    train_data_path: list[str] = flag(list, "like --data-path, for training only")
+    valid_data_path: dict[str, list[str]] = flag(
+        dict, "named validation sets: name=PREFIX ..., each also a blend: name=0.3 P1 0.7 P2"
+    )
+    split: str | None = flag(
+        None, "shares of --data-path for training, validation and test (Megatron-LM: 969,30,1 as default)"
+    )
+    data_cache_path: str | None = flag(None, "folder for the sample indices; default beside the corpus")
+    tokenizer_type: str | None = flag(
+        None,
+        "kind of tokenizer",
+        choices=(
+            "SentencePieceTokenizer",
+            "HuggingFaceTokenizer",
+            "GPT2BPETokenizer",
+            "TikTokenizer",
+            "ByteTokenizer",
+            "NullTokenizer",
+        ),
+    )
+    tokenizer_model: str | None = flag(None, "tokenizer file")
+    vocab_file: str | None = flag(None, "vocabulary file of GPT2BPETokenizer")
+    merge_file: str | None = flag(None, "merge file of GPT2BPETokenizer")
+    reset_position_ids: bool = flag(False, "positions begin anew after each end of document")
+    reset_attention_mask: bool = flag(False, "no attention across the end of a document")
+    eod_mask_loss: bool = flag(False, "no loss on the end-of-document token")
+    num_workers: int = flag(2, "batches that are read ahead; 0 reads when needed")
+    full_validation: bool = flag(False, "evaluate on one whole epoch of every validation set")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints"""
+
+    save: str | None = flag(None, "folder to save checkpoints in")
+    load: str | None = flag(None, "folder to resume from; with --finetune, another run's weights as base")
+    pretrained_checkpoint: str | None = flag(None, "weights to begin from when --load holds no checkpoint")
+    save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved")
+    finetune: bool = flag(False, "take only the weights of --load; begin at step 0")
+    ckpt_step: int | None = flag(None, "step to load instead of the newest")
+    save_optim: bool = flag(True, "save optimizer state")
+    save_rng: bool = flag(True, "save random number states")
+    load_optim: bool = flag(True, "load optimizer state")
+    load_rng: bool = flag(True, "load random number states")
+    exit_on_missing_checkpoint: bool = flag(False, "an error where --load holds no checkpoint")
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """Evaluation and logging"""
+
+    log_interval: int = flag(1, "steps between lines of the log (Megatron-LM: 100)")
+    eval_interval: int | None = flag(None, "steps between evaluations (Megatron-LM: 1000); default: first and last")
+    eval_iters: int = flag(100, "global batches of one evaluation, of each set")
+    tensorboard_dir: str | None = flag(None, "folder for TensorBoard")
+    wandb_project: str | None = flag(None, "Weights & Biases project; turns W&B on")
+    wandb_exp_name: str | None = flag(None, "name of the run in Weights & Biases")
+    wandb_save_dir: str | None = flag(None, "local folder of Weights & Biases")
+    slm_metrics_file: str | None = flag(None, "JSONL file of all metrics; default metrics.jsonl in --save")
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Selective Language Modeling"""
+
+    objective: str = flag("clm", "clm: gradient of all tokens; slm: of selected tokens", choices=("clm", "slm"))
+    slm_selection_ratio: float = flag(0.6, "share k of the valid tokens that are selected, in (0, 1]")
+    slm_score: str = flag(
+        "excess",
+        "what tokens are ranked by: excess, token-loss, reference-loss, reference-entropy (both lowest first), "
+        "random, stochastic-NAME; joined by and/or with own ratios: "
+        "'reference-loss:0.7 and reference-entropy:0.7'",
+    )
+    slm_scope: str = flag(
+        "data-parallel",
+        "set of tokens that is ranked together",
+        choices=("sequence", "micro-batch", "data-parallel"),
+    )
+    slm_selection_ratio_start: float | None = flag(None, "selection ratio of the first step")
+    slm_selection_ratio_warmup_iters: int = flag(
+        0, "steps over which the ratio goes from --slm-selection-ratio-start to --slm-selection-ratio"
+    )
+    slm_mix: float = flag(0.0, "share of the weight that is spread evenly over all valid tokens (plain CLM)")
+    slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection")
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """Reference model"""
+
+    reference_load: str | None = flag(None, "checkpoint of the reference model, made by this trainer")
+    reference_ckpt_step: int | None = flag(None, "step of the reference model; default the newest")
+    reference_precision: str | None = flag(
+        None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16")
+    )
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -1,0 +1,72 @@
+"""The process groups of a run as one explicit value, so that no other room reads Megatron's global state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How ranks are arranged; data parallelism is what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None  # model chunks per pipeline rank, or None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups, places in them, and device."""
+
+    tp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup
+    dp_cp: ProcessGroup  # data- and context-parallel ranks: those that hold other tokens
+    model: ProcessGroup  # tensor- and pipeline-parallel ranks: those that hold the same tokens
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_logging_rank(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of this pipeline's last stage."""
+        return torch.distributed.get_global_rank(self.pp, self.pp_size - 1)
