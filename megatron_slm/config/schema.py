@@ -26,7 +26,7 @@ class ModelConfig:
     num_layers: int | None = flag(None, "number of transformer layers")
     hidden_size: int | None = flag(None, "width of the residual stream")
     ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded up to 64 with --swiglu"
+        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s with --swiglu"
     )
     num_attention_heads: int | None = flag(None, "number of attention heads")
     group_query_attention: bool = flag(False, "grouped-query attention; needs --num-query-groups")

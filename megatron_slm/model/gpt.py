@@ -1,0 +1,154 @@
+"""Builds GPT models (Llama and GPT-2 style) on Megatron-Core whose last stage returns token losses."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_slm.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_slm.model.size import ffn_size, padded_vocab_size
+from megatron_slm.model.specs import choose_implementation, layer_spec
+from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
+from megatron_slm.runtime.groups import Groups
+
+
+class GPT(GPTModel):
+    """Megatron-Core's GPT with this project's vocab-parallel loss in the place of its own.
+
+    With labels, the last stage returns token losses [b, s] in fp32; with ``reports_entropy`` it returns
+    [2, b, s]: token losses and the entropies of the next-token distributions, in nats.
+    """
+
+    reports_entropy = False
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Token losses of vocab-sharded ``logits`` [s, b, V/tp] for ``labels`` [b, s]."""
+        group = self.pg_collection.tp
+        token_loss = vocab_parallel_token_loss(logits, labels.t().contiguous(), group).t().contiguous()
+        if not self.reports_entropy:
+            return token_loss
+        return torch.stack((token_loss, vocab_parallel_entropy(logits, group).t()))
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    groups: Groups,
+    bf16: bool,
+    reports_entropy: bool = False,
+) -> list[torch.nn.Module]:
+    """This rank's model chunks, on its device: one, or one per virtual pipeline stage.
+
+    Args:
+        vocab_size: the tokenizer's size; it is padded to a multiple of --make-vocab-size-divisible-by x TP.
+        bf16: bfloat16 weights, each chunk wrapped in Megatron-Core's Float16Module.
+        reports_entropy: the last stage also reports entropies (for a reference model).
+    """
+    implementation = choose_implementation(model.transformer_impl, groups.device)
+    config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
+    virtual_stages = config.virtual_pipeline_model_parallel_size or 1
+    chunks: list[torch.nn.Module] = []
+    for stage in range(virtual_stages):
+        chunk = GPT(
+            config=config,
+            transformer_layer_spec=layer_spec(model, config, implementation),
+            vocab_size=padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size),
+            max_sequence_length=model.max_position_embeddings or model.seq_length or 0,
+            pre_process=groups.is_first_stage and stage == 0,
+            post_process=groups.is_last_stage and stage == virtual_stages - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
+        )
+        chunk.reports_entropy = reports_entropy
+        chunk.to(groups.device)
+        chunks.append(Float16Module(config, chunk) if bf16 else chunk)
+    return chunks
+
+
+def model_config(chunks: list[torch.nn.Module]) -> TransformerConfig:
+    """Megatron-Core's configuration, which all chunks of a model share."""
+    return get_model_config(chunks[0])
+
+
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    groups: Groups,
+    implementation: str,
+    *,
+    bf16: bool,
+) -> TransformerConfig:
+    """Megatron-Core's configuration of the model. Losses are normalised per token, over the global batch."""
+    assert model.num_layers and model.hidden_size and model.num_attention_heads, "checked by config.checks"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    on_gpu = groups.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=ffn_size(model),
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups if model.group_query_attention else None,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method_std=model.init_method_std,
+        attention_softmax_in_fp32=model.attention_softmax_in_fp32,
+        bf16=bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        masked_softmax_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=on_gpu,
+        apply_rope_fusion=implementation == "transformer_engine",
+        persist_layer_norm=implementation == "transformer_engine",
+        gradient_accumulation_fusion=on_gpu and _has_fused_gradient_accumulation(),
+        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=False,
+        batch_p2p_comm=True,
+    )
+
+
+def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
+    """Model chunks per pipeline rank of the interleaved schedule, or None for the plain one."""
+    if not parallel.num_layers_per_virtual_pipeline_stage or not model.num_layers:
+        return None
+    per_rank = model.num_layers // parallel.pipeline_model_parallel_size
+    return per_rank // parallel.num_layers_per_virtual_pipeline_stage
+
+
+def _has_fused_gradient_accumulation() -> bool:
+    """NVIDIA's apex, built with its C++ extensions, offers the kernel that Megatron-Core calls."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -1,0 +1,131 @@
+"""Which modules a transformer layer is made of: plain torch everywhere, Transformer Engine on GPUs.
+
+The plain layer is Megatron-Core's own, with two parts exchanged: a torch norm that also works under sequence
+parallelism, and attention by torch's ``scaled_dot_product_attention``, which keeps no [s, s] matrix of scores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.runtime.errors import ConfigError
+
+
+class TorchNorm:
+    """LayerNorm or RMSNorm of torch whose parameters tell Megatron-Core that they see a shard of the sequence.
+
+    Megatron-Core sums the gradients of parameters marked ``sequence_parallel`` over the tensor-parallel group.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class TorchAttention(MegatronModule):
+    """Causal attention over the heads of this tensor-parallel rank, by ``scaled_dot_product_attention``."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, heads, d]; key and value [s, b, groups, d], where groups divides heads.
+            attention_mask: [b, 1, s, s] bool, True where attention is forbidden; None for causal attention.
+
+        Returns:
+            [s, b, heads * d]
+        """
+        allowed = None if attention_mask is None else ~attention_mask
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        arguments: dict[str, Any] = {
+            "attn_mask": allowed,
+            "is_causal": allowed is None,
+            "dropout_p": dropout,
+            "scale": self.scale,
+            "enable_gqa": query.size(2) != key.size(2),
+        }
+        if dropout and not self.config.sequence_parallel:
+            with get_cuda_rng_tracker().fork():
+                context = F.scaled_dot_product_attention(q, k, v, **arguments)
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, **arguments)
+        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def choose_implementation(wanted: str | None, device: torch.device) -> str:
+    """The layer implementation: what was asked for, else Transformer Engine on a GPU that has it.
+
+    Raises:
+        ConfigError: Transformer Engine was asked for and is not there.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "transformer_engine" and not (installed and device.type == "cuda"):
+        missing = "it is not installed" if not installed else "there is no GPU"
+        raise ConfigError(
+            f"--transformer-impl transformer_engine: {missing}. Use --transformer-impl local, or leave it out."
+        )
+    return wanted or ("transformer_engine" if installed and device.type == "cuda" else "local")
+
+
+def layer_spec(
+    model: ModelConfig, config: TransformerConfig, implementation: str
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The specification of the transformer layers of one model chunk."""
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+    spec.submodules.input_layernorm = TorchNorm
+    spec.submodules.pre_mlp_layernorm = TorchNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = TorchNorm
+    count = config.num_layers // config.pipeline_model_parallel_size
+    count //= config.virtual_pipeline_model_parallel_size or 1
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=TorchNorm)

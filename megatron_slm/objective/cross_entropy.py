@@ -1,0 +1,93 @@
+"""Cross-entropy and entropy of vocabulary-sharded logits, with work in the backward pass for selected rows only.
+
+The logits of a token lie on the ranks of the tensor-parallel group, each with a part of the vocabulary. The maximum,
+the sum of exponentials and the label's logit are all-reduced; no rank ever sees the whole row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_slm.objective.threshold import all_reduce_sum
+
+
+def vocab_parallel_token_loss(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Token losses -log p(label), natural log.
+
+    The backward pass computes gradients for the rows whose incoming gradient is not zero, which are the selected
+    tokens; all other rows get exact zeros without any arithmetic.
+
+    Args:
+        logits: [..., V / tp], fp32 or bf16, the part of the vocabulary of this rank; left as they are.
+        labels: [...] int64, ids in the whole vocabulary.
+        group: the tensor-parallel ranks, in the order of their shards; None where the vocabulary is whole.
+
+    Returns:
+        [...] fp32, the same on every rank of the group.
+
+    Raises:
+        ValueError: a label is outside the vocabulary.
+    """
+    return _TokenLoss.apply(logits, labels, group)
+
+
+def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Entropy of softmax(logits) in nats: log Z - E[logit]. Forward only; arguments and result as above."""
+    with torch.no_grad():
+        shifted = _shifted_logits(logits, group)
+        weights = shifted.exp()
+        sums = torch.stack((weights.sum(-1), (weights * shifted).sum(-1)))
+        total, weighted = all_reduce_sum(sums, group)
+        return total.log() - weighted / total
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+        shard = logits.size(-1)
+        tp_size, tp_rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        _check_labels(labels, shard * tp_size)
+        here = labels - tp_rank * shard
+        elsewhere = (here < 0) | (here >= shard)
+        here = here.masked_fill(elsewhere, 0)
+
+        shifted = _shifted_logits(logits, group)
+        label_logit = shifted.gather(-1, here[..., None]).squeeze(-1).masked_fill(elsewhere, 0.0)
+        exponentials = shifted.exp_()
+        label_logit, total = all_reduce_sum(torch.stack((label_logit, exponentials.sum(-1))), group)
+        ctx.save_for_backward(exponentials, total, here, elsewhere)
+        ctx.logits_dtype = logits.dtype
+        return total.log() - label_logit
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        exponentials, total, here, elsewhere = ctx.saved_tensors
+        gradient = torch.zeros(exponentials.shape, dtype=ctx.logits_dtype, device=exponentials.device)
+        rows = grad_loss.nonzero(as_tuple=True)
+        weight = grad_loss[rows]
+        selected = exponentials[rows].mul_((weight / total[rows])[:, None])
+        is_label_here = ~elsewhere[rows]
+        selected.scatter_add_(1, here[rows][:, None], (-weight * is_label_here)[:, None])
+        gradient[rows] = selected.to(ctx.logits_dtype)
+        return gradient, None, None
+
+
+def _shifted_logits(logits: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A fp32 copy of the logits minus the maximum of their whole row."""
+    highest = logits.amax(-1).float()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return logits.float() - highest[..., None]
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    if labels.device.type != "cpu" or not labels.numel():
+        return  # on a GPU the check would wait for the device; the gather's own assertion stops the run
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"a label is {low if low < 0 else high}, and the padded vocabulary has {vocab_size} entries")
