@@ -1,0 +1,44 @@
+"""Random numbers that belong to a token, not to a process: the same for any split over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The multipliers of the SplitMix64 generator (Steele, Lea, Flood, OOPSLA 2014), as signed 64-bit integers.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def uniform(index: Tensor, seed: int, stream: int) -> Tensor:
+    """Uniform numbers in (0, 1), a hash of the token's index in the run.
+
+    Args:
+        index: [...] int64, the same for the same token of the same run.
+        seed: of the run.
+        stream: tells apart several numbers for one token.
+
+    Returns:
+        [...] float64
+    """
+    start = _mix(torch.tensor(seed, device=index.device) * _GAMMA + stream)
+    bits = _mix(index * _GAMMA + start)
+    return ((_shift_right(bits, 11)).double() + 0.5) * 2.0**-53
+
+
+def gumbel(index: Tensor, seed: int, stream: int) -> Tensor:
+    """Standard Gumbel noise, [...] float64; adding it to log-weights and taking the top k samples without
+    replacement (Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019)."""
+    return -torch.log(-torch.log(uniform(index, seed, stream)))
+
+
+def _shift_right(x: Tensor, count: int) -> Tensor:
+    """A shift that brings in zeros, which torch's shift of signed integers does not."""
+    return (x >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)

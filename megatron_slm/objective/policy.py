@@ -1,0 +1,123 @@
+"""Selection policies: which score ranks tokens, and how several selections are joined.
+
+The grammar of ``--slm-score``, loosest first; ``and`` binds tighter than ``or``::
+
+    policy := both ("or" both)*        both := term ("and" term)*
+    term   := NAME [":" RATIO] | "(" policy ")"
+
+A NAME is one of :data:`SCORES`, or ``stochastic-NAME`` for Gumbel top-k by that score. A term without a ratio takes
+the run's. Each term is a top-k of its own over the whole scope; ``and`` intersects selections, ``or`` unites them
+(Rho-1, appendix H: the intersection of the two self-reference scores did best).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_slm.runtime.errors import ConfigError
+
+SCORES = ("excess", "token-loss", "reference-loss", "reference-entropy", "random")
+LOWEST_FIRST = ("reference-loss", "reference-entropy")
+STOCHASTIC = "stochastic-"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One top-k: the name of a score, its own ratio (None: the run's), and whether Gumbel noise is added."""
+
+    score: str
+    ratio: float | None = None
+    stochastic: bool = False
+
+    @property
+    def sign(self) -> int:
+        """+1 where the highest scores are selected, -1 where the lowest are."""
+        return -1 if self.score in LOWEST_FIRST else 1
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Two selections joined by "and" or "or"."""
+
+    how: str
+    left: Policy
+    right: Policy
+
+
+Policy = Term | Joined
+
+
+def terms(policy: Policy) -> Iterator[Term]:
+    """The terms of a policy, from left to right."""
+    if isinstance(policy, Term):
+        yield policy
+    else:
+        yield from terms(policy.left)
+        yield from terms(policy.right)
+
+
+def needs_reference_loss(policy: Policy) -> bool:
+    """Whether a reference model's token losses are needed."""
+    return any(term.score in ("excess", "reference-loss") for term in terms(policy))
+
+
+def needs_reference_entropy(policy: Policy) -> bool:
+    """Whether the entropies of a reference model are needed."""
+    return any(term.score == "reference-entropy" for term in terms(policy))
+
+
+def parse_policy(text: str) -> Policy:
+    """Read the expression of ``--slm-score``.
+
+    Raises:
+        ConfigError: unknown score, ratio outside (0, 1], or a misplaced word; the message shows what was expected.
+    """
+    words = re.findall(r"[()]|[^\s()]+", text)
+    policy, rest = _parse_joined(words, "or", text)
+    if rest:
+        raise _error(text, f"{rest[0]!r} is not expected here")
+    return policy
+
+
+def _parse_joined(words: list[str], how: str, text: str) -> tuple[Policy, list[str]]:
+    policy, words = _parse_joined(words, "and", text) if how == "or" else _parse_term(words, text)
+    while words and words[0] == how:
+        right, words = _parse_joined(words[1:], "and", text) if how == "or" else _parse_term(words[1:], text)
+        policy = Joined(how, policy, right)
+    return policy, words
+
+
+def _parse_term(words: list[str], text: str) -> tuple[Policy, list[str]]:
+    if not words:
+        raise _error(text, "a score is missing at the end")
+    if words[0] == "(":
+        policy, rest = _parse_joined(words[1:], "or", text)
+        if not rest or rest[0] != ")":
+            raise _error(text, "a closing parenthesis is missing")
+        return policy, rest[1:]
+    name, colon, ratio_text = words[0].partition(":")
+    stochastic = name.startswith(STOCHASTIC)
+    score = name.removeprefix(STOCHASTIC)
+    if score not in SCORES:
+        raise _error(text, f"{words[0]!r} is not a score")
+    return Term(score, _ratio(ratio_text, text) if colon else None, stochastic), words[1:]
+
+
+def _ratio(ratio_text: str, text: str) -> float:
+    try:
+        ratio = float(ratio_text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio <= 1:
+        raise _error(text, f"the ratio {ratio_text!r} is not a number in (0, 1]")
+    return ratio
+
+
+def _error(text: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"--slm-score {text!r}: {what}. Scores are {', '.join(SCORES)}, each also as {STOCHASTIC}NAME, with an own "
+        "ratio as NAME:0.7, joined by 'and', 'or' and parentheses."
+    )
