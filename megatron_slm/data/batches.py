@@ -1,0 +1,131 @@
+"""Micro-batches of one data-parallel rank, in an order that depends on the run alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_slm.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one data-parallel rank reads."""
+
+    tokens: Tensor  # [b, s] int64
+    labels: Tensor  # [b, s] int64, the next tokens
+    loss_mask: Tensor  # [b, s] bool, True where the label counts
+    position_ids: Tensor  # [b, s] int64
+    sample_index: Tensor  # [b] int64, place of the sample in the run
+    first_sample: int  # place of the first sample of this micro-batch step over all data-parallel ranks
+    attention_mask: Tensor | None = None  # [b, 1, s, s] bool, True where attention is forbidden; None: causal
+
+    def token_index(self) -> Tensor:
+        """Place of each token in the run, [b, s] int64."""
+        length = self.tokens.size(1)
+        return self.sample_index[:, None] * length + torch.arange(length, device=self.tokens.device)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is cut: micro-batch step j takes the samples [j · b · dp, (j + 1) · b · dp) of it, and
+    data-parallel rank r the slice [r · b, (r + 1) · b) of those (Megatron-LM's order)."""
+
+    micro_batch_size: int
+    num_micro_batches: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.num_micro_batches * self.dp_size
+
+
+class BatchStream(Iterator[list[MicroBatch]]):
+    """Each ``next`` is one optimizer step's micro-batches for one data-parallel rank.
+
+    Args:
+        dataset: samples as Megatron-Core's GPT dataset gives them.
+        shape: how a global batch is cut.
+        start_sample: samples that the run has consumed; a resumed run goes on exactly where it was.
+        read_ahead: steps that a background thread prepares; 0 reads when asked.
+        device: where the tensors go.
+
+    Raises:
+        ConfigError: the dataset has fewer samples than are asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        shape: BatchShape,
+        *,
+        device: torch.device,
+        start_sample: int = 0,
+        read_ahead: int = 0,
+    ) -> None:
+        self.dataset, self.shape, self.device = dataset, shape, device
+        self.read_ahead = read_ahead
+        self.next_sample = start_sample
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if read_ahead else None
+        self.ahead: deque[Future[list[MicroBatch]]] = deque()
+
+    def __next__(self) -> list[MicroBatch]:
+        if self.pool is None:
+            return self._on_device(self._step(self._advance()))
+        size = len(self.dataset)  # type: ignore[arg-type]
+        while len(self.ahead) <= self.read_ahead:
+            if self.ahead and self.next_sample + self.shape.global_batch_size > size:
+                break  # nothing left to read ahead
+            self.ahead.append(self.pool.submit(self._step, self._advance()))
+        return self._on_device(self.ahead.popleft().result())
+
+    def close(self) -> None:
+        """End the background thread."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def _advance(self) -> int:
+        first = self.next_sample
+        self.next_sample += self.shape.global_batch_size
+        return first
+
+    def _step(self, first: int) -> list[MicroBatch]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if first + self.shape.global_batch_size > size:
+            raise ConfigError(f"the dataset has {size} samples, and sample {first} and those behind it were asked for.")
+        stride = self.shape.micro_batch_size * self.shape.dp_size
+        return [self._micro_batch(first + step * stride) for step in range(self.shape.num_micro_batches)]
+
+    def _micro_batch(self, first: int) -> MicroBatch:
+        size = self.shape.micro_batch_size
+        start = first + self.shape.dp_rank * size
+        samples: list[dict[str, Any]] = [self.dataset[index] for index in range(start, start + size)]
+        columns = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return MicroBatch(
+            tokens=columns["tokens"],
+            labels=columns["labels"],
+            loss_mask=columns["loss_mask"] > 0,
+            position_ids=columns["position_ids"],
+            sample_index=torch.arange(start, start + size),
+            first_sample=first,
+            attention_mask=columns.get("attention_mask"),
+        )
+
+    def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        return [micro_batch.to(self.device) for micro_batch in micro_batches]

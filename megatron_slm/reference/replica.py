@@ -1,0 +1,112 @@
+"""The reference model as a frozen pipeline replica on the training model's own ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_slm.config.schema import Config
+from megatron_slm.data.batches import MicroBatch
+from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.model.gpt import build_model, virtual_stages
+from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.model.weights import checkpoint_directory, load_weights, read_manifest, saved_config
+from megatron_slm.objective.selective_loss import ReferenceScores
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.process import preserved_random_state
+
+FLAG = "--reference-load"
+
+
+class ReferenceReplica:
+    """A reference model of its own architecture and size, in the layout of the training model.
+
+    It never trains: evaluation mode, no gradients, no gradient buffers, no optimizer state, and it is in no
+    checkpoint of the training model. Building it leaves all random states as they were.
+
+    Args:
+        config: of the run that trains; its reference flags say where the checkpoint is.
+        tokenizer: of the run that trains; the reference model must have been made with the same.
+        with_entropy: also report the entropies of the next-token distributions.
+
+    Raises:
+        ConfigError: no whole checkpoint, another tokenizer, vocabulary or sequence length, or a size that the
+            layout does not divide.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
+        path = config.reference.reference_load
+        assert path is not None, "checked by config.checks"
+        directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
+        _check_tokenizer(read_manifest(directory).tokenizer, tokenizer)
+        own = saved_config(directory)
+        _check_shape(own, config)
+        stages = virtual_stages(config.model, config.parallel)
+        layers = (own.model.num_layers or 0) // (config.parallel.pipeline_model_parallel_size * (stages or 1))
+        precision = config.reference.reference_precision
+        self.with_entropy = with_entropy
+        with preserved_random_state():
+            self.chunks = build_model(
+                replace(own.model, transformer_impl=config.model.transformer_impl),
+                vocab_size=tokenizer.vocab_size,
+                parallel=replace(
+                    config.parallel, num_layers_per_virtual_pipeline_stage=layers if stages else None
+                ),
+                training=replace(config.training, recompute_granularity=None),
+                groups=groups,
+                bf16=config.training.bf16 if precision is None else precision == "bf16",
+                reports_entropy=with_entropy,
+            )
+        load_weights(self.chunks, directory, FLAG)
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
+        """Reference losses (and entropies) of every token: one entry per micro-batch on the last pipeline stage,
+        where the selection happens; nothing on the other stages. Collective over all ranks of the replica."""
+        with torch.no_grad():
+            return run_pipeline(self.chunks, micro_batches, self._scores, forward_only=True)
+
+    def _scores(self, number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, ReferenceScores]:
+        if self.with_entropy:
+            scores = ReferenceScores(loss=output[0], entropy=output[1])
+        else:
+            scores = ReferenceScores(loss=output)
+        return output.sum(), batch.loss_mask.sum(), scores
+
+
+def _check_tokenizer(theirs: dict[str, object], ours: Tokenizer) -> None:
+    pairs = (
+        ("vocabulary size", theirs["vocab_size"], ours.vocab_size),
+        ("tokenizer", f"{theirs['name']} {theirs['fingerprint']}", f"{ours.name} {ours.fingerprint}"),
+    )
+    for what, reference, training in pairs:
+        if reference != training:
+            raise ConfigError(
+                f"{FLAG}: the reference model has another {what} ({reference}) than the training model "
+                f"({training}). Both must be trained with the same tokenizer."
+            )
+
+
+def _check_shape(own: Config, config: Config) -> None:
+    if own.model.seq_length != config.model.seq_length:
+        raise ConfigError(
+            f"{FLAG}: the reference model was trained with --seq-length {own.model.seq_length}, and this run has "
+            f"{config.model.seq_length}. Train both with the same length."
+        )
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size * (virtual_stages(config.model, parallel) or 1)
+    groups = own.model.num_query_groups if own.model.group_query_attention else own.model.num_attention_heads
+    for what, size, divisor, flag in (
+        ("layers", own.model.num_layers, stages, "--pipeline-model-parallel-size x virtual stages"),
+        ("key/value heads", groups, parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
+    ):
+        if (size or 0) % divisor:
+            raise ConfigError(
+                f"{FLAG}: the reference model has {size} {what}, which {flag} = {divisor} does not divide. "
+                "The reference model runs in the layout of the training model."
+            )
