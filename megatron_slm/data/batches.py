@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +64,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
         start_sample: samples that the run has consumed; a resumed run goes on exactly where it was.
         read_ahead: steps that a background thread prepares; 0 reads when asked.
         device: where the tensors go.
+        masks_missing: samples beyond the dataset's end are given with an empty loss mask (evaluation).
 
     Raises:
         ConfigError: the dataset has fewer samples than are asked for.
@@ -78,9 +78,11 @@ class BatchStream(Iterator[list[MicroBatch]]):
         device: torch.device,
         start_sample: int = 0,
         read_ahead: int = 0,
+        masks_missing: bool = False,
     ) -> None:
         self.dataset, self.shape, self.device = dataset, shape, device
-        self.read_ahead = read_ahead
+        self.size: int = len(dataset)  # type: ignore[arg-type]
+        self.read_ahead, self.masks_missing = read_ahead, masks_missing
         self.next_sample = start_sample
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if read_ahead else None
         self.ahead: deque[Future[list[MicroBatch]]] = deque()
@@ -88,9 +90,8 @@ class BatchStream(Iterator[list[MicroBatch]]):
     def __next__(self) -> list[MicroBatch]:
         if self.pool is None:
             return self._on_device(self._step(self._advance()))
-        size = len(self.dataset)  # type: ignore[arg-type]
         while len(self.ahead) <= self.read_ahead:
-            if self.ahead and self.next_sample + self.shape.global_batch_size > size:
+            if self.ahead and self.next_sample + self.shape.global_batch_size > self.size:
                 break  # nothing left to read ahead
             self.ahead.append(self.pool.submit(self._step, self._advance()))
         return self._on_device(self.ahead.popleft().result())
@@ -106,16 +107,15 @@ class BatchStream(Iterator[list[MicroBatch]]):
         return first
 
     def _step(self, first: int) -> list[MicroBatch]:
-        size = len(self.dataset)  # type: ignore[arg-type]
-        if first + self.shape.global_batch_size > size:
-            raise ConfigError(f"the dataset has {size} samples, and sample {first} and those behind it were asked for.")
+        if first + self.shape.global_batch_size > self.size and not self.masks_missing:
+            raise ConfigError(f"the dataset has {self.size} samples, and the batch that begins at {first} is not there.")
         stride = self.shape.micro_batch_size * self.shape.dp_size
         return [self._micro_batch(first + step * stride) for step in range(self.shape.num_micro_batches)]
 
     def _micro_batch(self, first: int) -> MicroBatch:
         size = self.shape.micro_batch_size
         start = first + self.shape.dp_rank * size
-        samples: list[dict[str, Any]] = [self.dataset[index] for index in range(start, start + size)]
+        samples = [self._sample(index) for index in range(start, start + size)]
         columns = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         return MicroBatch(
             tokens=columns["tokens"],
@@ -126,6 +126,12 @@ class BatchStream(Iterator[list[MicroBatch]]):
             first_sample=first,
             attention_mask=columns.get("attention_mask"),
         )
+
+    def _sample(self, index: int) -> dict[str, Tensor]:
+        if index < self.size:
+            return self.dataset[index]
+        filler = self.dataset[0]
+        return {**filler, "loss_mask": torch.zeros_like(filler["loss_mask"])}
 
     def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         return [micro_batch.to(self.device) for micro_batch in micro_batches]

@@ -1,0 +1,225 @@
+"""Saves and resumes a run in Megatron-Core's distributed checkpoint format.
+
+A checkpoint is written under a temporary name and renamed when it is whole; the tracker file is moved last. So a run
+that dies while saving leaves the checkpoint before it as the newest.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_slm.config.recipe import write_config
+from megatron_slm.config.schema import Config
+from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.model import weights
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.groups import Groups
+from megatron_slm.training.optimizer import separate_adam_steps
+
+# The one sharding of the optimizer state that can be read back in any layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass
+class Position:
+    """Where in its run a run is."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What a checkpoint holds besides the position."""
+
+    chunks: Sequence[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    groups: Groups
+    tokenizer: Tokenizer
+
+    def layout(self) -> dict[str, int]:
+        groups = self.groups
+        return {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
+
+
+def save_checkpoint(trainable: Trainable, position: Position, config: Config) -> Path:
+    """Write the checkpoint of ``position`` below --save. Collective over all ranks.
+
+    Raises:
+        ConfigError: the folder cannot be written, for example because the disk is full; what was there stays.
+    """
+    assert config.checkpoint.save is not None
+    root = Path(config.checkpoint.save)
+    final = weights.step_directory(root, position.step)
+    partial = final.with_name(f"{final.name}.partial")
+    logging_rank = trainable.groups.is_logging_rank
+    try:
+        if logging_rank:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(_state(trainable, config, is_loading=False), str(partial))
+        dist.barrier()
+        if logging_rank:
+            write_config(config, partial / weights.CONFIG_FILE)
+            _manifest(trainable, position, partial).write(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _move_tracker(root, position.step)
+    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        raise ConfigError(
+            f"--save {root}: the checkpoint of step {position.step} could not be written: {error}. Is the disk "
+            "full, or the folder read-only? Earlier checkpoints are untouched."
+        ) from error
+    dist.barrier()
+    return final
+
+
+def resume(trainable: Trainable, config: Config) -> tuple[Position, str | None]:
+    """Begin where the flags say: from scratch, from another run's weights, or where this run stopped.
+
+    Returns:
+        the position, and the folder that was read (None from scratch). Collective over all ranks.
+    """
+    own = config.checkpoint
+    resumable = own.load is not None and not own.finetune
+    if resumable and _has_checkpoint(own.load, own.ckpt_step):
+        directory = weights.checkpoint_directory(str(own.load), own.ckpt_step, "--load")
+        return _resume_from(directory, trainable, config), str(directory)
+    if resumable and own.exit_on_missing_checkpoint:
+        raise ConfigError(f"--load {own.load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
+    base, flag = (own.load, "--load") if own.finetune else (own.pretrained_checkpoint, "--pretrained-checkpoint")
+    if base is None:
+        return Position(), None
+    directory = weights.checkpoint_directory(base, own.ckpt_step if own.finetune else None, flag)
+    weights.load_weights(_plain(trainable.chunks), directory, flag)
+    trainable.optimizer.reload_model_params()
+    return Position(), str(directory)
+
+
+def _has_checkpoint(path: str | None, step: int | None) -> bool:
+    return path is not None and (
+        weights.latest_step(Path(path)) is not None
+        or (Path(path) / weights.MANIFEST_FILE).is_file()
+        or (step is not None and weights.step_directory(Path(path), step).is_dir())
+    )
+
+
+def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Position:
+    own = config.checkpoint
+    manifest = weights.read_manifest(directory)
+    _check_same_run(directory, manifest, config, trainable)
+    same_layout = manifest.layout == trainable.layout()
+    state = _state(trainable, config, is_loading=True, with_rng=own.load_rng and same_layout)
+    loaded = weights.load_state(state, directory, "--load")
+    weights.put_weights(_plain(trainable.chunks), loaded)
+    if own.load_optim:
+        trainable.optimizer.load_state_dict(loaded["optimizer"])
+        separate_adam_steps(trainable.optimizer)
+        trainable.scheduler.load_state_dict(loaded["scheduler"])
+    else:
+        trainable.optimizer.reload_model_params()
+    if "rng" in loaded:
+        _set_random_states(loaded["rng"])
+    return Position(manifest.step, manifest.consumed_samples)
+
+
+def _check_same_run(
+    directory: Path, manifest: weights.Manifest, config: Config, trainable: Trainable
+) -> None:
+    theirs, ours = manifest.tokenizer["fingerprint"], trainable.tokenizer.fingerprint
+    if theirs != ours:
+        raise ConfigError(
+            f"--load: {directory} was trained with the tokenizer {manifest.tokenizer['name']} {theirs}, and this "
+            f"run has {trainable.tokenizer.name} {ours}. Use the same tokenizer, or --finetune from a model of yours."
+        )
+    saved = weights.saved_config(directory)
+    if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
+        raise ConfigError(
+            f"--load: {directory} holds no optimizer state (it was saved with --no-save-optim). "
+            "Add --no-load-optim, or --finetune to begin anew from its weights."
+        )
+
+
+def _state(
+    trainable: Trainable, config: Config, *, is_loading: bool, with_rng: bool | None = None
+) -> dict[str, Any]:
+    """Everything that a checkpoint holds, as Megatron-Core's sharded state."""
+    state: dict[str, Any] = weights.model_state(_plain(trainable.chunks))
+    own = config.checkpoint
+    if own.load_optim if is_loading else own.save_optim:
+        optimizer = trainable.optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT
+        )
+        state["optimizer"] = optimizer
+        state["scheduler"] = trainable.scheduler.state_dict()
+    if own.save_rng if with_rng is None else with_rng:
+        groups = trainable.groups
+        state["rng"] = ShardedObject(
+            "rng",
+            _random_states(groups.device),
+            (groups.pp_size, groups.tp_size),
+            (groups.pp_rank, groups.tp_rank),
+            replica_id=groups.dp_cp.rank(),
+        )
+    return state
+
+
+def _plain(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The chunks without their data-parallel wrapper, which has no part in a checkpoint."""
+    return [chunk.module for chunk in chunks]  # type: ignore[misc]
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _manifest(trainable: Trainable, position: Position, directory: Path) -> weights.Manifest:
+    tokenizer = trainable.tokenizer
+    return weights.Manifest(
+        step=position.step,
+        consumed_samples=position.consumed_samples,
+        tokenizer={
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        layout=trainable.layout(),
+        files=weights.file_sizes(directory),
+    )
+
+
+def _move_tracker(root: Path, step: int) -> None:
+    new = root / f"{weights.TRACKER}.partial"
+    new.write_text(f"{step}\n", encoding="utf-8")
+    new.replace(root / weights.TRACKER)

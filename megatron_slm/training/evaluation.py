@@ -1,0 +1,61 @@
+"""Held-out loss of named validation sets: always the same samples, so that evaluations can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_slm.config.schema import Config
+from megatron_slm.data.batches import BatchShape, BatchStream
+from megatron_slm.objective.selective_loss import Selector
+from megatron_slm.training.checkpoint import Trainable
+from megatron_slm.training.metrics import TokenSums
+from megatron_slm.training.step import token_sums
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean loss of all valid tokens of one set, nats."""
+
+    loss: float
+    tokens: int
+
+
+def evaluate(
+    trainable: Trainable, sets: dict[str, torch.utils.data.Dataset], config: Config, shape: BatchShape
+) -> dict[str, Evaluation]:
+    """Evaluate every set on its first samples. Collective over all ranks; known on every rank."""
+    everything = Selector(policy=None, group=trainable.groups.dp_cp)
+    results = {}
+    with evaluation_mode(trainable, config), torch.no_grad():
+        for name, dataset in sets.items():
+            batches = config.logging.eval_iters
+            if config.data.full_validation:
+                batches = -(-len(dataset) // shape.global_batch_size)  # type: ignore[arg-type]
+            stream = BatchStream(dataset, shape, device=trainable.groups.device, masks_missing=True)
+            parts = [
+                part
+                for _ in range(batches)
+                for part in token_sums(trainable.chunks, next(stream), everything, forward_only=True)
+            ]
+            _, _, loss, tokens, _, _ = TokenSums.reduce(parts, trainable.groups).values.tolist()
+            results[name] = Evaluation(loss / max(tokens, 1), int(tokens))
+    return results
+
+
+@contextmanager
+def evaluation_mode(trainable: Trainable, config: Config) -> Iterator[None]:
+    """No dropout; and where parameters are gathered during the forward pass, all of them gathered now."""
+    overlap = config.parallel.overlap_param_gather
+    for chunk in trainable.chunks:
+        if overlap:
+            chunk.disable_forward_pre_hook()  # type: ignore[operator]
+        chunk.eval()
+    yield
+    for chunk in trainable.chunks:
+        chunk.train()
+        if overlap:
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]

@@ -1,0 +1,133 @@
+"""Data-parallel wrapping, the optimizer and the schedule of learning rate and weight decay, all Megatron-Core's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_slm.config.schema import Config
+from megatron_slm.model.gpt import model_config
+
+
+def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
+    """The chunks with gradient buffers that are summed (not averaged) over data-parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.optimizer.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    shared = model_config(list(chunks))
+    return [
+        DistributedDataParallel(shared, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> MegatronOptimizer:
+    """The optimizer of wrapped chunks; also tells the pipeline schedules how to finish gradients."""
+    own, parallel = config.optimizer, config.parallel
+    bf16 = config.training.bf16
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer=own.optimizer,
+            lr=own.lr,
+            min_lr=own.min_lr,
+            weight_decay=own.weight_decay,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            adam_beta1=own.adam_beta1,
+            adam_beta2=own.adam_beta2,
+            adam_eps=own.adam_eps,
+            sgd_momentum=own.sgd_momentum,
+            clip_grad=own.clip_grad,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        list(chunks),
+    )
+    _repair_loading_of_torch_adam(optimizer)
+    schedule = model_config(list(chunks))
+    schedule.finalize_model_grads_func = finalize_model_grads
+    schedule.grad_scale_func = optimizer.scale_loss
+    if parallel.overlap_grad_reduce:
+        schedule.no_sync_func = _single_or_list([chunk.no_sync for chunk in chunks])
+    if parallel.overlap_param_gather:
+        schedule.param_sync_func = _single_or_list([chunk.start_param_sync for chunk in chunks])
+    return optimizer
+
+
+def _single_or_list(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
+    """The schedule, counted in samples as Megatron-LM counts it."""
+    own = config.optimizer
+    batch, iterations = config.training.global_batch_size, config.training.train_iters
+    assert batch and iterations and own.lr is not None, "checked by config.checks"
+    decay = (own.lr_decay_iters or iterations) * batch
+    warmup = own.lr_warmup_iters * batch
+    if own.lr_warmup_fraction is not None:
+        warmup = int(own.lr_warmup_fraction * decay)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=own.lr_warmup_init,
+        max_lr=own.lr,
+        min_lr=own.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=own.lr_decay_style,
+        start_wd=own.weight_decay if own.start_weight_decay is None else own.start_weight_decay,
+        end_wd=own.weight_decay if own.end_weight_decay is None else own.end_weight_decay,
+        wd_incr_steps=iterations * batch,
+        wd_incr_style=own.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=own.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=own.override_opt_param_scheduler,
+        wsd_decay_steps=None if own.lr_wsd_decay_iters is None else own.lr_wsd_decay_iters * batch,
+        lr_wsd_decay_style=own.lr_wsd_decay_style,
+    )
+
+
+def _repair_loading_of_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Let the distributed optimizer load a checkpoint when torch's AdamW is underneath (no apex, no TE).
+
+    Megatron-Core copies every entry of the optimizer's state from the checkpoint, but does not save ``step``, and
+    fails with KeyError. Its present value is passed along; :func:`separate_adam_steps` does the rest.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        copy = getattr(part, "_set_main_param_and_optimizer_states", None)
+        if copy is None:
+            continue
+
+        @wraps(copy)
+        def with_step(
+            model_param: torch.nn.Parameter, tensors: dict[str, Any], part: Any = part, copy: Any = copy
+        ) -> None:
+            group, place = part.model_param_group_index_map[model_param]
+            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+            if "step" in state and "step" not in tensors:
+                tensors = {**tensors, "step": state["step"]}
+            copy(model_param, tensors)
+
+        part._set_main_param_and_optimizer_states = with_step
+
+
+def separate_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own ``step`` after loading; Megatron-Core hands all of them one tensor, which the
+    next update would count up once per parameter."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

@@ -1,0 +1,117 @@
+"""Builds a :class:`Run` from a configuration: groups, datasets, model, optimizer, reference model, sinks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from megatron_slm.config.schema import Config, ObjectiveConfig
+from megatron_slm.data.batches import BatchShape
+from megatron_slm.data.datasets import build_datasets
+from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.model.gpt import build_model, virtual_stages
+from megatron_slm.model.weights import checkpoint_directory, saved_config
+from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.selective_loss import Selector
+from megatron_slm.reference.replica import FLAG, ReferenceReplica
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.training.checkpoint import Trainable, resume
+from megatron_slm.training.loop import Run
+from megatron_slm.training.metrics import Throughput, open_sinks
+from megatron_slm.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+
+
+def parallel_layout(config: Config) -> ParallelLayout:
+    """The layout that the flags ask for."""
+    return ParallelLayout(
+        tensor=config.parallel.tensor_model_parallel_size,
+        pipeline=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline=virtual_stages(config.model, config.parallel),
+    )
+
+
+def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int) -> Selector:
+    """The selection that the flags ask for."""
+    policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
+    return Selector(
+        policy=policy,
+        scope=objective.slm_scope,
+        group=groups.dp_cp,
+        mix=objective.slm_mix if policy is not None else 0.0,
+        seed=seed,
+        temperature=objective.slm_gumbel_temperature,
+    )
+
+
+def batch_shape(config: Config, groups: Groups) -> BatchShape:
+    """How the global batch is cut over micro-batches and data-parallel ranks."""
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    assert micro and batch, "checked by config.checks"
+    return BatchShape(micro, batch // (micro * groups.dp_size), groups.dp_rank, groups.dp_size)
+
+
+def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
+    """Build everything and load what --load, --finetune or --pretrained-checkpoint name. Collective."""
+    shape = batch_shape(config, groups)
+    datasets = build_datasets(
+        config.data,
+        tokenizer=tokenizer,
+        seq_length=config.model.seq_length or 0,
+        train_samples=(config.training.train_iters or 0) * shape.global_batch_size,
+        valid_samples=config.logging.eval_iters * shape.global_batch_size,
+        seed=config.training.seed,
+    )
+    chunks = wrap_data_parallel(
+        build_model(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            parallel=config.parallel,
+            training=config.training,
+            groups=groups,
+            bf16=config.training.bf16,
+        ),
+        config,
+    )
+    for chunk in chunks:
+        chunk.train()
+    optimizer = build_optimizer(chunks, config)
+    trainable = Trainable(chunks, optimizer, build_scheduler(optimizer, config), groups, tokenizer)
+    position, loaded = resume(trainable, config)
+    if loaded is not None:
+        console.print(f"loaded {loaded} (step {position.step})")
+    reference, reference_config = _build_reference(config, tokenizer, groups)
+    return Run(
+        config=config,
+        trainable=trainable,
+        datasets=datasets,
+        shape=shape,
+        selector=build_selector(config.objective, groups, config.training.seed),
+        reference=reference,
+        throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
+        sinks=open_sinks(config, groups, position.step),
+        console=console,
+        position=position,
+    )
+
+
+def _build_reference(
+    config: Config, tokenizer: Tokenizer, groups: Groups
+) -> tuple[ReferenceReplica | None, Config | None]:
+    """The reference model where the score needs one, and the configuration that it was trained with."""
+    if config.objective.objective != "slm":
+        return None, None
+    policy = parse_policy(config.objective.slm_score)
+    with_entropy = needs_reference_entropy(policy)
+    if not (with_entropy or needs_reference_loss(policy)):
+        return None, None
+    path = config.reference.reference_load
+    if path is None:
+        raise ConfigError(
+            f"--slm-score {config.objective.slm_score!r} needs a reference model. Give the checkpoint of one with "
+            f"{FLAG}, or choose the score token-loss or random."
+        )
+    replica = ReferenceReplica(config, tokenizer, groups, with_entropy=with_entropy)
+    directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
+    return replica, replace(saved_config(directory))
