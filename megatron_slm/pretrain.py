@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command) -> None:
     from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.data.tokenizer import build_tokenizer
+    from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.objective.policy import parse_policy
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.process import launched_world_size
@@ -42,9 +42,8 @@ def _run(command: Command) -> None:
     check(config, launched_world_size())
     parse_policy(config.objective.slm_score)
     data = config.data
-    tokenizer = build_tokenizer(
-        data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size
-    )
+    files = TokenizerFiles(data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size)
+    tokenizer = build_tokenizer(data.tokenizer_type, files)
     check_corpora(data, tokenizer)
     console = make_console(int(os.environ.get("RANK", 0)) == 0)
     if command.action == "dry-run":

@@ -1,0 +1,156 @@
+"""Reads and writes configurations as flat YAML: recipes, the configuration saved in a checkpoint, --print-config."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_slm.config import schema
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import ConfigError
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def settings() -> Iterator[tuple[str, Field[Any], Any]]:
+    """(name of the group, field, type) of every setting, in the order of the help."""
+    for group in fields(Config):
+        group_type = getattr(schema, str(group.type))
+        hints = get_type_hints(group_type)
+        for setting in fields(group_type):
+            yield group.name, setting, hints[setting.name]
+
+
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """Every setting by name."""
+    return {setting.name: getattr(getattr(config, group), setting.name) for group, setting, _ in settings()}
+
+
+def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> Config:
+    """A configuration from settings by name; those that are not named keep their defaults.
+
+    Raises:
+        ConfigError: an unknown name, or a value of the wrong type; ``where`` is named in the message.
+    """
+    config = Config()
+    known = {setting.name: (group, kind) for group, setting, kind in settings()}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{where}: unknown setting {key!r}.{nearest(name, list(known))}")
+        group, kind = known[name]
+        setattr(getattr(config, group), name, convert(value, kind, f"{where}: {key}"))
+    return config
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """" Did you mean ...?", or nothing where nothing is near."""
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """``value``, from YAML or a command line, as ``kind``.
+
+    Raises:
+        ConfigError: it cannot be read as such; ``where`` is named in the message.
+    """
+    if get_origin(kind) in (types.UnionType, Union):
+        if value is None:
+            return None
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    if kind == list[str]:
+        return _words(value, where)
+    if kind == dict[str, list[str]]:
+        return _named_sets(value, where)
+    if value is None or isinstance(value, list | dict):
+        raise ConfigError(f"{where} should be {_describe(kind)}, not {value!r}.")
+    if kind is bool:
+        return _bool(value, where)
+    try:
+        if isinstance(value, bool) and kind is not str:
+            raise ValueError
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        return kind(str(value))
+    except ValueError:
+        raise ConfigError(f"{where} should be {_describe(kind)}, not {value!r}.") from None
+
+
+def _describe(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(kind, str(kind))
+
+
+def _bool(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).lower()
+    if word not in TRUE + FALSE:
+        raise ConfigError(f"{where} should be true or false, not {value!r}.")
+    return word in TRUE
+
+
+def _words(value: Any, where: str) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        raise ConfigError(f"{where} should be a prefix or a list of weights and prefixes, not {value!r}.")
+    return [str(word) for word in value] if isinstance(value, list) else str(value).split()
+
+
+def _named_sets(value: Any, where: str) -> dict[str, list[str]]:
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        return {str(name): _words(words, f"{where}.{name}") for name, words in value.items()}
+    sets: dict[str, list[str]] = {}
+    name = "valid"
+    for word in _words(value, where):
+        head, equals, rest = word.partition("=")
+        if equals and "/" not in head:
+            name, word = head, rest
+            if name in sets:
+                raise ConfigError(f"{where}: the set {name!r} is named twice.")
+        if word:
+            sets.setdefault(name, []).append(word)
+    return sets
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, as they stand there.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: the recipe is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a list of 'name: value' lines with the flags' names.")
+    return values
+
+
+def read_config(path: Path) -> Config:
+    """A saved configuration."""
+    return from_flat_dict(read_recipe(path), str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, itself a valid recipe."""
+    return yaml.safe_dump(to_flat_dict(config), sort_keys=False)
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Save the resolved configuration."""
+    path.write_text(dump_config(config), encoding="utf-8")
