@@ -1,3 +1,8 @@
 """Selective Language Modeling on Megatron-Core: pretrain on the tokens that are worth learning."""
 
+import warnings
+
 __version__ = "0.1.0"
+
+# Megatron-Core says so of each of its modules; the trainer's log says once what is used instead.
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")

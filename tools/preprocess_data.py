@@ -13,7 +13,12 @@ from megatron_slm.runtime.errors import ConfigError
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, globs or - : .jsonl or .txt, plain, .gz, .xz or .zst")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, globs or - : .jsonl or .txt, plain, .gz, .xz or .zst",
+    )
     add("--json-keys", nargs="+", default=["text"], help="keys whose values are tokenized")
     add("--output-prefix", required=True, help="path of the corpus; _<key>_document is added")
     add("--tokenizer-type", required=True, choices=list(KINDS))
@@ -26,7 +31,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--keep-newlines", action="store_true", help="keep newlines between sentences when splitting")
     add("--lang", default="english", help="language of the sentence splitter")
     add("--workers", type=int, default=1, help="processes that tokenize")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a line that cannot be read")
+    add(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with a line that cannot be read",
+    )
     return parser.parse_args()
 
 

@@ -47,8 +47,14 @@ def _check_required(config: Config) -> None:
 
 def _check_ranges(config: Config) -> None:
     positive = (
-        (config.model, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
-        (config.model, ("seq_length", "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by")),
+        (
+            config.model,
+            ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+        ),
+        (
+            config.model,
+            ("seq_length", "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
+        ),
         (config.model, ("norm_epsilon", "vocab_size", "rotary_base")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
@@ -59,7 +65,10 @@ def _check_ranges(config: Config) -> None:
         (config.objective, ("slm_gumbel_temperature",)),
     )
     not_negative = (
-        (config.optimizer, ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad")),
+        (
+            config.optimizer,
+            ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad"),
+        ),
         (config.logging, ("eval_iters",)),
         (config.data, ("num_workers",)),
         (config.training, ("seed",)),
@@ -107,7 +116,8 @@ def _check_layout(config: Config, world_size: int) -> None:
     _divides(tensor, tensor_flag, heads, "--num-attention-heads")
     if model.group_query_attention:
         _require(
-            model.num_query_groups is not None, "--group-query-attention needs --num-query-groups, the key/value heads."
+            model.num_query_groups is not None,
+            "--group-query-attention needs --num-query-groups, the key/value heads.",
         )
         groups = model.num_query_groups or 1
         _divides(groups, "--num-query-groups", heads, "--num-attention-heads")
@@ -218,7 +228,8 @@ def _check_data(config: Config) -> None:
     data = config.data
     _require(bool(data.data_path or data.train_data_path), "no corpus to train on: give --data-path.")
     _require(
-        not (data.data_path and data.train_data_path), "--data-path and --train-data-path were both given. Give one."
+        not (data.data_path and data.train_data_path),
+        "--data-path and --train-data-path were both given. Give one.",
     )
 
 

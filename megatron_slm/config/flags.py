@@ -78,13 +78,19 @@ def _build_parser() -> argparse.ArgumentParser:
     }
     for group, setting, kind in settings():
         flag = flag_name(setting.name, setting.metadata["spelling"])
-        options: dict[str, Any] = {"dest": setting.name, "help": _help(setting.metadata["help"], setting.default, kind)}
+        options: dict[str, Any] = {
+            "dest": setting.name,
+            "help": _help(setting.metadata["help"], setting.default, kind),
+        }
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (list[str], dict[str, list[str]]):
             options |= {"nargs": "+", "metavar": "WORD", "type": str}
         else:
-            options |= {"metavar": "|".join(setting.metadata["choices"]) or "VALUE", "type": _reader(flag, kind)}
+            options |= {
+                "metavar": "|".join(setting.metadata["choices"]) or "VALUE",
+                "type": _reader(flag, kind),
+            }
         sections[group].add_argument(flag, **options)
     return parser
 
@@ -122,4 +128,6 @@ def _check_choices(config: Config) -> None:
         choices, value = setting.metadata["choices"], getattr(getattr(config, group), setting.name)
         if choices and value is not None and value not in choices:
             flag = flag_name(setting.name, setting.metadata["spelling"])
-            raise ConfigError(f"{flag} should be one of {', '.join(choices)}, not {value!r}.{nearest(value, list(choices))}")
+            raise ConfigError(
+                f"{flag} should be one of {', '.join(choices)}, not {value!r}.{nearest(value, list(choices))}"
+            )

@@ -50,7 +50,7 @@ def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> C
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """" Did you mean ...?", or nothing where nothing is near."""
+    """ " Did you mean ...?", or nothing where nothing is near."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean {found[0]}?" if found else ""
 

@@ -108,7 +108,9 @@ class BatchStream(Iterator[list[MicroBatch]]):
 
     def _step(self, first: int) -> list[MicroBatch]:
         if first + self.shape.global_batch_size > self.size and not self.masks_missing:
-            raise ConfigError(f"the dataset has {self.size} samples, and the batch that begins at {first} is not there.")
+            raise ConfigError(
+                f"the dataset has {self.size} samples, and the batch that begins at {first} is not there."
+            )
         stride = self.shape.micro_batch_size * self.shape.dp_size
         return [self._micro_batch(first + step * stride) for step in range(self.shape.num_micro_batches)]
 

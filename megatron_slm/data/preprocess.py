@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_slm.data.corpus import bin_path, idx_path, write_record
 from megatron_slm.data.documents import RawDocument, read_documents, total_bytes
 from megatron_slm.data.sentences import sentence_splitter
-from megatron_slm.data.tokenizer import Tokenizer, TokenizerFiles, build_tokenizer
+from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
@@ -198,5 +198,3 @@ def _encoded(job: Job) -> Iterator[tuple[int, dict[str, Encoded] | str]]:
     with ExitStack() as stack:
         pool = stack.enter_context(multiprocessing.Pool(job.workers, _start_worker, (job,)))
         yield from pool.imap(_encode_in_worker, documents, CHUNK)
-
-

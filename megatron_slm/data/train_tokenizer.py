@@ -53,7 +53,7 @@ def train_tokenizer(job: TokenizerJob) -> Path:
             character_coverage=0.99995,
             max_sentence_length=LONGEST_LINE * 4,
             input_sentence_size=job.max_lines,
-            shuffle_input_sentence=False,
+            shuffle_input_sentence=True,
             num_threads=job.threads,
             minloglevel=2,
         )

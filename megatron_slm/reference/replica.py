@@ -53,9 +53,7 @@ class ReferenceReplica:
             self.chunks = build_model(
                 replace(own.model, transformer_impl=config.model.transformer_impl),
                 vocab_size=tokenizer.vocab_size,
-                parallel=replace(
-                    config.parallel, num_layers_per_virtual_pipeline_stage=layers if stages else None
-                ),
+                parallel=replace(config.parallel, num_layers_per_virtual_pipeline_stage=layers if stages else None),
                 training=replace(config.training, recompute_granularity=None),
                 groups=groups,
                 bf16=config.training.bf16 if precision is None else precision == "bf16",

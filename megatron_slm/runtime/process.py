@@ -120,6 +120,4 @@ def _join(backend: str, timeout: timedelta) -> None:
         )
     else:
         meeting_place = Path(tempfile.mkdtemp(prefix="megatron_slm_")) / "rendezvous"
-        dist.init_process_group(
-            backend, init_method=f"file://{meeting_place}", rank=0, world_size=1, timeout=timeout
-        )
+        dist.init_process_group(backend, init_method=f"file://{meeting_place}", rank=0, world_size=1, timeout=timeout)

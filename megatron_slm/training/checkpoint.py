@@ -139,9 +139,7 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
     return Position(manifest.step, manifest.consumed_samples)
 
 
-def _check_same_run(
-    directory: Path, manifest: weights.Manifest, config: Config, trainable: Trainable
-) -> None:
+def _check_same_run(directory: Path, manifest: weights.Manifest, config: Config, trainable: Trainable) -> None:
     theirs, ours = manifest.tokenizer["fingerprint"], trainable.tokenizer.fingerprint
     if theirs != ours:
         raise ConfigError(
@@ -156,9 +154,7 @@ def _check_same_run(
         )
 
 
-def _state(
-    trainable: Trainable, config: Config, *, is_loading: bool, with_rng: bool | None = None
-) -> dict[str, Any]:
+def _state(trainable: Trainable, config: Config, *, is_loading: bool, with_rng: bool | None = None) -> dict[str, Any]:
     """Everything that a checkpoint holds, as Megatron-Core's sharded state."""
     state: dict[str, Any] = weights.model_state(_plain(trainable.chunks))
     own = config.checkpoint

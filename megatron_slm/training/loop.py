@@ -99,9 +99,7 @@ def _one_step(run: Run, stream: BatchStream) -> Step:
     position = run.position
     ratio = selection_ratio(run.config.objective, position.step)
     try:
-        step = train_step(
-            run.trainable, next(stream), run.selector, ratio=ratio, reference=run.reference
-        )
+        step = train_step(run.trainable, next(stream), run.selector, ratio=ratio, reference=run.reference)
     except DivergedError as error:
         rank = run.trainable.groups.rank
         raise DivergedError(f"step {position.step + 1}, rank {rank}: {error}") from error

@@ -193,7 +193,10 @@ class WandbSink:
             raise ConfigError("--wandb-project needs the package wandb: pip install wandb.") from error
         own = config.logging
         self.run = wandb.init(
-            project=own.wandb_project, name=own.wandb_exp_name, dir=own.wandb_save_dir, config=to_flat_dict(config)
+            project=own.wandb_project,
+            name=own.wandb_exp_name,
+            dir=own.wandb_save_dir,
+            config=to_flat_dict(config),
         )
 
     def write(self, record: dict[str, Any]) -> None:
@@ -207,9 +210,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record under the names that TensorBoard and W&B show."""
     prefix = f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
     return {
-        f"{prefix}/{name}": value
-        for name, value in record.items()
-        if isinstance(value, int | float) and name != "step"
+        f"{prefix}/{name}": value for name, value in record.items() if isinstance(value, int | float) and name != "step"
     }
 
 
