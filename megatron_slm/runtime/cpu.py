@@ -76,8 +76,8 @@ def redirect_cuda_to_cpu() -> None:
         "current_device": lambda: CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
-        "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": lambda seed: None,  # torch.manual_seed calls it
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "current_stream": lambda device=None: _NoStream(),
