@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test lint compare clean setup
+
+quickstart: setup
+	$(BIN)/python examples/quickstart/run.py
+
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compare: setup
+	$(BIN)/python examples/quickstart/compare.py
+
+setup: $(READY)
+
+# torch is pinned: this version has the small CPU build where the index offers one, and the CUDA build elsewhere.
+$(READY): setup.py Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch 2.13.0, megatron-core and the rest: about a minute"
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,84 @@
+"""The whole of Selective Language Modeling in minutes on two CPU cores: ``make quickstart``.
+
+Corpora, tokenizer, a base model on raw text, from it the reference model on clean text, from the base again the
+training model on raw text with the tokens that the reference model selects.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import stages
+from rich.console import Console
+from rich.table import Table
+
+from megatron_slm.analysis.curves import Curve, plot_stages
+
+BASE_STEPS, REFERENCE_STEPS, STEPS = 100, 100, 100
+FOLDER = Path("runs/quickstart")
+NAMES = {"base": "base (CLM on raw)", "rm": "reference model (CLM on clean)", "slm": "θ (SLM on raw)"}
+
+
+def main() -> int:
+    try:
+        train_everything(FOLDER)
+    except stages.StageFailed as failure:
+        return failure.code
+    plot = FOLDER / "quickstart.png"
+    plot_stages([(NAMES[name], curves(FOLDER / name), steps(FOLDER / name)) for name in NAMES], plot)
+    show(Console(), plot)
+    return 0
+
+
+def train_everything(folder: Path) -> None:
+    """Data and the three runs of the method, each on two data-parallel processes."""
+    stages.prepare_data(folder)
+    load_base = ["--load", str(folder / "base"), "--finetune"]
+    slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(folder / "rm")]
+    stages.train(folder, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
+    stages.train(folder, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
+    stages.train(folder, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
+
+
+def curves(folder: Path) -> list[Curve]:
+    """Held-out losses of one run, a curve per set."""
+    records = stages.read_metrics(folder, "eval")
+    found = []
+    for held_out in ("clean", "raw"):
+        own = [record for record in records if record["set"] == held_out]
+        tokens = [int(str(record["tokens"])) for record in own]
+        found.append(Curve(folder.name, 0, held_out, tokens, [float(str(record["loss"])) for record in own]))
+    return found
+
+
+def steps(folder: Path) -> list[tuple[int, float, float]]:
+    """(tokens, loss of selected, loss of unselected) of every training step that left tokens out."""
+    return [
+        (int(str(record["tokens"])), float(str(record["loss"])), float(str(record["loss_unselected"])))
+        for record in stages.read_metrics(folder, "train")
+        if record["loss_unselected"] is not None
+    ]
+
+
+def show(console: Console, plot: Path) -> None:
+    """Print the losses before and after every run, where everything lies, and what to try next."""
+    table = Table(title="held-out loss, nats per token")
+    for column in ("run", "clean before", "clean after", "raw before", "raw after", "checkpoint"):
+        table.add_column(column, justify="left" if column in ("run", "checkpoint") else "right")
+    for name, title in NAMES.items():
+        ends = [f"{loss:.3f}" for curve in curves(FOLDER / name) for loss in (curve.losses[0], curve.losses[-1])]
+        table.add_row(title, *ends, str(FOLDER / name))
+    console.print(table)
+    console.print(f"plot     {plot}\ndata     {FOLDER / 'data'}\nmetrics  {FOLDER}/*/metrics.jsonl", highlight=False)
+    console.print("\nnext: compare SLM with plain training and random selection, three seeds each:\n  make compare")
+    console.print("or train θ on other tokens, for example the 40 % with the highest excess loss:")
+    again = stages.training_command(FOLDER, "slm-40", "raw_train", [], 1)[1:]
+    flags = "--train-iters 100 --load runs/quickstart/base --finetune --objective slm --slm-selection-ratio 0.4 "
+    flags += "--reference-load runs/quickstart/rm"
+    shown = " ".join(again).replace(f"{stages.ROOT}/", "")
+    console.print(f"  .venv/bin/python {shown} {flags}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Held-out loss against tokens: the plots of the quickstart and of the comparison of objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out loss (nats per token) of one run on one set."""
+
+    objective: str
+    seed: int
+    held_out: str  # name of the validation set
+    tokens: list[int]
+    losses: list[float]
+
+
+def mean_and_spread(
+    curves: Sequence[Curve], objective: str, held_out: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Tokens, mean and standard deviation over seeds, at the points that all runs were evaluated at."""
+    chosen = [curve for curve in curves if (curve.objective, curve.held_out) == (objective, held_out)]
+    losses = np.array([curve.losses for curve in chosen])
+    spread = losses.std(axis=0, ddof=1) if len(chosen) > 1 else np.zeros(losses.shape[1])
+    return np.array(chosen[0].tokens, dtype=float), losses.mean(axis=0), spread
+
+
+def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
+    """One panel per held-out set, one line per objective with its spread over seeds."""
+    import matplotlib.pyplot as plt
+
+    sets = list(dict.fromkeys(curve.held_out for curve in curves))
+    figure, panels = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 4), squeeze=False, layout="constrained")
+    for panel, held_out in zip(panels[0], sets, strict=True):
+        for colour, objective in zip(COLOURS, dict.fromkeys(c.objective for c in curves), strict=False):
+            tokens, mean, spread = mean_and_spread(curves, objective, held_out)
+            panel.plot(tokens / 1e6, mean, color=colour, label=objective, marker="o", markersize=3)
+            panel.fill_between(tokens / 1e6, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+        _dress(panel, f"{held_out} held-out loss")
+    panels[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_stages(stages: Sequence[tuple[str, Sequence[Curve], Sequence[tuple[int, float, float]]]], path: Path) -> None:
+    """The quickstart's stages one behind the other.
+
+    Args:
+        stages: name, held-out curves, and (tokens, loss of selected, loss of unselected) of the training steps.
+        path: where the PNG goes.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    offset = 0.0
+    for name, curves, _ in stages:
+        for colour, curve in zip(COLOURS, curves, strict=False):
+            tokens = (offset + np.array(curve.tokens)) / 1e6
+            label = f"{curve.held_out} held out" if offset == 0 else None
+            left.plot(tokens, curve.losses, color=colour, marker="o", markersize=3, label=label)
+        left.axvline(offset / 1e6, color="#BBBBBB", linewidth=0.8)
+        left.text(offset / 1e6, 1.01, f" {name}", transform=left.get_xaxis_transform(), fontsize=8)
+        offset += curves[0].tokens[-1] if curves else 0
+    _dress(left, "held-out loss")
+    left.legend(frameon=False)
+    name, _, steps = stages[-1]
+    tokens = np.array([step[0] for step in steps]) / 1e6
+    for place, label, colour in ((1, "selected tokens", COLOURS[1]), (2, "unselected tokens", COLOURS[5])):
+        right.plot(tokens, [step[place] for step in steps], color=colour, label=label, linewidth=1)
+    _dress(right, f"training loss, {name}")
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _dress(panel: Axes, label: str) -> None:
+    panel.set_xlabel("tokens (millions)")
+    panel.set_ylabel(f"{label} (nats per token)")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,62 @@
+"""What a comparison of objectives came to: a table with the spread over seeds, and how much sooner one gets there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_slm.analysis.curves import Curve, mean_and_spread
+
+
+def comparison_table(curves: Sequence[Curve]) -> str:
+    """A Markdown table of the final held-out losses: mean ± standard deviation over seeds."""
+    sets = list(dict.fromkeys(curve.held_out for curve in curves))
+    rows = [
+        "| objective | " + " | ".join(f"{name} held-out loss" for name in sets) + " |",
+        "| --- |" + " ---: |" * len(sets),
+    ]
+    for objective in dict.fromkeys(curve.objective for curve in curves):
+        cells = []
+        for held_out in sets:
+            _, mean, spread = mean_and_spread(curves, objective, held_out)
+            cells.append(f"{mean[-1]:.4f} ± {spread[-1]:.4f}")
+        rows.append(f"| {objective} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: float) -> float:
+    """Tokens after which a loss curve first is at or below ``target``, on straight lines between its points."""
+    for index, loss in enumerate(losses):
+        if loss <= target:
+            if index == 0:
+                return tokens[0]
+            share = (losses[index - 1] - target) / (losses[index - 1] - loss)
+            return tokens[index - 1] + share * (tokens[index] - tokens[index - 1])
+    return math.inf
+
+
+def speedup(curves: Sequence[Curve], faster: str, baseline: str) -> str:
+    """Sentences: when ``faster`` reaches the baseline's final clean loss, and where its raw loss lies above it."""
+    tokens, slow, _ = mean_and_spread(curves, baseline, "clean")
+    _, fast, _ = mean_and_spread(curves, faster, "clean")
+    reached = tokens_to_reach(tokens.tolist(), fast.tolist(), float(slow[-1]))
+    if math.isinf(reached):
+        first = f"{faster} does not reach {baseline}'s final clean loss ({slow[-1]:.4f})."
+    else:
+        first = (
+            f"{faster} reaches {baseline}'s final clean loss ({slow[-1]:.4f}) after {reached:,.0f} of "
+            f"{tokens[-1]:,.0f} tokens ({reached / tokens[-1]:.0%})."
+        )
+    _, raw_fast, _ = mean_and_spread(curves, faster, "raw")
+    _, raw_slow, _ = mean_and_spread(curves, baseline, "raw")
+    gap = raw_fast - raw_slow
+    worst = int(np.argmax(gap))
+    second = (
+        f"Its raw held-out loss ends {gap[-1]:+.4f} nats from {baseline}'s; the gap is largest at "
+        f"{tokens[worst]:,.0f} tokens ({gap[worst]:+.4f})."
+    )
+    rises = [int(tokens[i]) for i in range(1, len(tokens)) if raw_fast[i] > raw_fast[i - 1]]
+    third = f"Its raw loss rises at {', '.join(f'{t:,}' for t in rises)} tokens." if rises else "It never rises."
+    return f"{first} {second} {third}"
