@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -72,22 +73,22 @@ def build_datasets(
     Raises:
         ConfigError: the cache folder cannot be written, or a split is empty.
     """
-    config = {"tokenizer": tokenizer, "seq_length": seq_length, "seed": seed}
+    build = partial(_build, data, tokenizer=tokenizer, seq_length=seq_length, seed=seed)
     valid_size = None if data.full_validation else valid_samples
     valid: dict[str, Dataset] = {}
     if data.train_data_path:
-        train = _build(data, [parse_blend(data.train_data_path), None, None], [train_samples, 0, 0], **config)[0]
+        train = build([parse_blend(data.train_data_path), None, None], [train_samples, 0, 0])[0]
     else:
         want_split = not data.valid_data_path and valid_samples > 0
         sizes = [train_samples, valid_size if want_split else 0, 0]
         split = data.split or (DEFAULT_SPLIT if want_split else "1, 0, 0")
-        train, held_out, _ = _build(data, parse_blend(data.data_path), sizes, split=split, **config)
+        train, held_out, _ = build(parse_blend(data.data_path), sizes, split=split)
         if want_split and held_out is not None:
             valid["valid"] = held_out
     if train is None:
         raise ConfigError("the training split is empty. Check --data-path and --split.")
     for name, words in data.valid_data_path.items():
-        built = _build(data, [None, parse_blend(words), None], [0, valid_size, 0], **config)[1]
+        built = build([None, parse_blend(words), None], [0, valid_size, 0])[1]
         if built is None:
             raise ConfigError(f"--valid-data-path {name}: the corpus gives no sample of {seq_length} tokens.")
         valid[name] = built

@@ -78,7 +78,7 @@ def _open(name: str) -> IO[bytes]:
     if name == STDIN:
         return sys.stdin.buffer
     if name.endswith(".gz"):
-        return gzip.open(name)
+        return io.BufferedReader(gzip.open(name))
     if name.endswith(".xz"):
         return lzma.open(name)
     if name.endswith(".zst"):

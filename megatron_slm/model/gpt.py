@@ -28,14 +28,16 @@ class GPT(GPTModel):
     """
 
     reports_entropy = False
+    true_vocab_size: int  # before padding
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Token losses of vocab-sharded ``logits`` [s, b, V/tp] for ``labels`` [b, s]."""
         group = self.pg_collection.tp
-        token_loss = vocab_parallel_token_loss(logits, labels.t().contiguous(), group).t().contiguous()
+        token_loss = vocab_parallel_token_loss(logits, labels.t().contiguous(), group, self.true_vocab_size)
         if not self.reports_entropy:
-            return token_loss
-        return torch.stack((token_loss, vocab_parallel_entropy(logits, group).t()))
+            return token_loss.t().contiguous()
+        entropy = vocab_parallel_entropy(logits, group, self.true_vocab_size)
+        return torch.stack((token_loss.t(), entropy.t()))
 
 
 def build_model(
@@ -76,6 +78,7 @@ def build_model(
             vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
         )
         chunk.reports_entropy = reports_entropy
+        chunk.true_vocab_size = vocab_size
         chunk.to(groups.device)
         chunks.append(Float16Module(config, chunk) if bf16 else chunk)
     return chunks

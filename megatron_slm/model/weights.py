@@ -125,7 +125,7 @@ def _check_whole(directory: Path, flag: str) -> None:
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Megatron-Core's sharded state of all model chunks; keys are global, so that any layout can read it."""
-    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}  # type: ignore[operator]
 
 
 def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, Any]:

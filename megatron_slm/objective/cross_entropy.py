@@ -15,9 +15,16 @@ from torch.distributed import ProcessGroup
 
 from megatron_slm.objective.threshold import all_reduce_sum
 
+LOWEST_LOGIT = -1000.0  # below the maximum of its row; its exponential is 0 in fp32
 
-def vocab_parallel_token_loss(logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+
+def vocab_parallel_token_loss(
+    logits: Tensor, labels: Tensor, group: ProcessGroup | None, vocab_size: int | None = None
+) -> Tensor:
     """Token losses -log p(label), natural log.
+
+    Entries that pad the vocabulary have no probability, so that the loss does not depend on how much padding the
+    number of tensor-parallel ranks asks for.
 
     The backward pass computes gradients for the rows whose incoming gradient is not zero, which are the selected
     tokens; all other rows get exact zeros without any arithmetic.
@@ -26,6 +33,7 @@ def vocab_parallel_token_loss(logits: Tensor, labels: Tensor, group: ProcessGrou
         logits: [..., V / tp], fp32 or bf16, the part of the vocabulary of this rank; left as they are.
         labels: [...] int64, ids in the whole vocabulary.
         group: the tensor-parallel ranks, in the order of their shards; None where the vocabulary is whole.
+        vocab_size: entries of the vocabulary before padding; None where there is no padding.
 
     Returns:
         [...] fp32, the same on every rank of the group.
@@ -33,14 +41,15 @@ def vocab_parallel_token_loss(logits: Tensor, labels: Tensor, group: ProcessGrou
     Raises:
         ValueError: a label is outside the vocabulary.
     """
-    return _TokenLoss.apply(logits, labels, group)
+    return _TokenLoss.apply(logits, labels, group, vocab_size)
 
 
-def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None) -> Tensor:
+def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None = None) -> Tensor:
     """Entropy of softmax(logits) in nats: log Z - E[logit]. Forward only; arguments and result as above."""
     with torch.no_grad():
-        shifted = _shifted_logits(logits, group)
+        shifted = _shifted_logits(logits, group, vocab_size)
         weights = shifted.exp()
+        shifted.clamp_(min=LOWEST_LOGIT)  # 0 · -inf would be NaN
         sums = torch.stack((weights.sum(-1), (weights * shifted).sum(-1)))
         total, weighted = all_reduce_sum(sums, group)
         return total.log() - weighted / total
@@ -48,15 +57,14 @@ def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None) -> Tensor
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
         shard = logits.size(-1)
-        tp_size, tp_rank = (group.size(), group.rank()) if group is not None else (1, 0)
-        _check_labels(labels, shard * tp_size)
-        here = labels - tp_rank * shard
+        _check_labels(labels, vocab_size or shard * (group.size() if group is not None else 1))
+        shifted = _shifted_logits(logits, group, vocab_size)
+        here = labels - _rank(group) * shard
         elsewhere = (here < 0) | (here >= shard)
         here = here.masked_fill(elsewhere, 0)
 
-        shifted = _shifted_logits(logits, group)
         label_logit = shifted.gather(-1, here[..., None]).squeeze(-1).masked_fill(elsewhere, 0.0)
         exponentials = shifted.exp_()
         label_logit, total = all_reduce_sum(torch.stack((label_logit, exponentials.sum(-1))), group)
@@ -65,7 +73,7 @@ class _TokenLoss(torch.autograd.Function):
         return total.log() - label_logit
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         exponentials, total, here, elsewhere = ctx.saved_tensors
         gradient = torch.zeros(exponentials.shape, dtype=ctx.logits_dtype, device=exponentials.device)
         rows = grad_loss.nonzero(as_tuple=True)
@@ -74,15 +82,27 @@ class _TokenLoss(torch.autograd.Function):
         is_label_here = ~elsewhere[rows]
         selected.scatter_add_(1, here[rows][:, None], (-weight * is_label_here)[:, None])
         gradient[rows] = selected.to(ctx.logits_dtype)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
-def _shifted_logits(logits: Tensor, group: ProcessGroup | None) -> Tensor:
-    """A fp32 copy of the logits minus the maximum of their whole row."""
-    highest = logits.amax(-1).float()
+def _rank(group: ProcessGroup | None) -> int:
+    return group.rank() if group is not None else 0
+
+
+def _shifted_logits(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
+    """A fp32 copy of the logits minus the maximum of their whole row; -inf for entries of the padding."""
+    shard = logits.size(-1)
+    real = shard if vocab_size is None else min(max(vocab_size - _rank(group) * shard, 0), shard)
+    if real:
+        highest = logits[..., :real].amax(-1).float()
+    else:
+        highest = torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
     if group is not None and group.size() > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    return logits.float() - highest[..., None]
+    shifted = logits.float() - highest[..., None]
+    if real < shard:
+        shifted[..., real:] = -torch.inf
+    return shifted
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -90,4 +110,4 @@ def _check_labels(labels: Tensor, vocab_size: int) -> None:
         return  # on a GPU the check would wait for the device; the gather's own assertion stops the run
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"a label is {low if low < 0 else high}, and the padded vocabulary has {vocab_size} entries")
+        raise ValueError(f"a label is {low if low < 0 else high}, and the vocabulary has {vocab_size} entries")

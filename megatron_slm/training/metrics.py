@@ -130,7 +130,7 @@ class Throughput:
         assert batch and length, "checked by config.checks"
         return Throughput(batch * length, flops, groups.world_size, peak)
 
-    def of_step(self, seconds: float) -> dict[str, float | None]:
+    def of_step(self, seconds: float) -> dict[str, Any]:
         """The rates of a step that took ``seconds``."""
         rate = self.tokens_per_step / seconds
         tflops = rate * self.flops_per_token / self.world_size / 1e12

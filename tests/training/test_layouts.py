@@ -1,0 +1,103 @@
+"""The same run on every layout: losses and selected tokens agree with one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import command, launch, make_corpus, records
+
+LAYOUTS = [
+    *[(1, 1, 2), (1, 2, 1), (2, 1, 1)],
+    *[(1, 1, 4), (1, 4, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1)],
+    *[(2, 2, 2), (1, 4, 2), (4, 1, 2)],
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a base model, a reference model and the run of one process that all layouts are held against."""
+    folder = tmp_path_factory.mktemp("layouts")
+    corpus = make_corpus(folder / "corpus", 1)
+    launch(command(corpus, folder / "base", train_iters=2))
+    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3))
+    launch(slm(folder, "one"))
+    return folder
+
+
+def slm(folder: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **flags: Any) -> list[str]:
+    return command(
+        str(folder / "corpus_text_document"),
+        folder / name,
+        dp=dp,
+        load=folder / "base",
+        finetune=True,
+        train_iters=3,
+        objective="slm",
+        reference_load=folder / "rm",
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        use_distributed_optimizer=True,
+        **flags,
+    )
+
+
+def assert_same(folder: Path, name: str) -> None:
+    expected, got = records(folder / "one"), records(folder / name)
+    assert len(got) == len(expected) == 3
+    for one, many in zip(expected, got, strict=True):
+        for figure in ("loss", "loss_all", "loss_unselected", "threshold", "grad_norm"):
+            assert many[figure] == pytest.approx(one[figure], rel=2e-4, abs=2e-5), figure
+        assert many["share_selected"] == one["share_selected"]
+        assert many["selection"] == one["selection"], "another set of tokens was selected"
+    ends = [[record["loss"] for record in records(folder / run, "eval")] for run in ("one", name)]
+    assert ends[1] == pytest.approx(ends[0], rel=2e-4)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), LAYOUTS, ids=str)
+def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int) -> None:
+    name = f"tp{tp}pp{pp}dp{dp}"
+    launch(slm(workspace, name, tp, pp, dp), tp * pp * dp)
+    assert_same(workspace, name)
+
+
+def test_sequence_parallel_agrees(workspace: Path) -> None:
+    launch(slm(workspace, "sp", tp=2, sequence_parallel=True), 2)
+    assert_same(workspace, "sp")
+
+
+def test_interleaved_pipeline_agrees(workspace: Path) -> None:
+    launch(slm(workspace, "interleaved", pp=2, num_layers_per_virtual_pipeline_stage=1), 2)
+    assert_same(workspace, "interleaved")
+
+
+def test_overlapped_communication_agrees(workspace: Path) -> None:
+    launch(slm(workspace, "overlap", dp=2, overlap_grad_reduce=True, overlap_param_gather=True), 2)
+    assert_same(workspace, "overlap")
+
+
+def test_plain_optimizer_agrees(workspace: Path) -> None:
+    launch([*slm(workspace, "plain", dp=2), "--no-use-distributed-optimizer"], 2)
+    assert_same(workspace, "plain")
+
+
+def test_micro_batches_do_not_change_random_selection(workspace: Path) -> None:
+    """Sequence scope and a random score: the same tokens for any cut of the global batch."""
+    for name, dp, size in (("random-1", 1, 8), ("random-2", 2, 2)):
+        flags = slm(workspace, name, dp=dp, slm_scope="sequence")
+        flags += ["--slm-score", "random", "--micro-batch-size", str(size)]
+        launch(flags, dp)
+    one, two = (records(workspace / name) for name in ("random-1", "random-2"))
+    assert [record["selection"] for record in one] == [record["selection"] for record in two]
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+
+
+def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
+    corpus = str(workspace / "corpus_text_document")
+    base = {"load": workspace / "base", "finetune": True, "train_iters": 3}
+    launch(command(corpus, workspace / "clm", **base))
+    launch([*slm(workspace, "k1"), "--slm-selection-ratio", "1.0", "--no-use-distributed-optimizer"])
+    for clm, k1 in zip(records(workspace / "clm"), records(workspace / "k1"), strict=True):
+        for figure in ("loss", "loss_all", "grad_norm", "selection", "share_selected"):
+            assert clm[figure] == k1[figure], figure
