@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -59,7 +60,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                failure, results[rank] = pipe.recv()
+                failure, results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 failure = "the process died without a word"
             assert failure is None, f"rank {rank} failed:\n{failure}"
@@ -86,9 +87,10 @@ def _rank(
     try:
         if initialise:
             dist.init_process_group("gloo")
-        pipe.send((None, function(rank, world_size, *args)))
+        # Plain pickle copies tensors; a pipe of its own would share their memory with a process that is gone.
+        pipe.send_bytes(pickle.dumps((None, function(rank, world_size, *args))))
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
         sys.exit(1)
     finally:
         if dist.is_initialized():

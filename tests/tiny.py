@@ -15,7 +15,13 @@ from megatron_slm.data.preprocess import Job, preprocess
 from megatron_slm.data.tokenizer import TokenizerFiles
 from megatron_slm.pretrain import main
 
-MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "4", "--seq-length", "32", "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--attention-dropout", "0", "--hidden-dropout", "0", "--tokenizer-type", "ByteTokenizer", "--lr", "1e-2", "--num-workers", "0", "--eval-iters", "1", "--untie-embeddings-and-output-weights"]
+MODEL = [
+    *("--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32"),
+    *("--group-query-attention", "--num-query-groups", "4", "--position-embedding-type", "rope"),
+    *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+    *("--attention-dropout", "0", "--hidden-dropout", "0", "--tokenizer-type", "ByteTokenizer", "--lr", "1e-2"),
+    *("--num-workers", "0", "--eval-iters", "1"),
+]
 BATCH = 8  # samples of one micro-batch step over all data-parallel ranks
 GLOBAL_BATCH = 16
 

@@ -168,6 +168,10 @@ def _check_batch(config: Config) -> None:
         not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
         "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce.",
     )
+    _require(
+        not parallel.use_distributed_optimizer or config.optimizer.optimizer != "sgd",
+        "--use-distributed-optimizer cannot save the state of --optimizer sgd. Leave one of them out.",
+    )
     if training.recompute_granularity == "full":
         _require(
             training.recompute_method is not None and training.recompute_num_layers is not None,

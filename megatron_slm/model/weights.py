@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
 
+# What Megatron-Core and torch raise for a checkpoint that cannot be read or written; torch's is no Exception.
+CHECKPOINT_ERRORS = (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError, OSError)
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name for "the newest step"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -136,11 +139,16 @@ def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, A
     """
     try:
         return dist_checkpointing.load(state, str(directory))
-    except (CheckpointingException, RuntimeError, KeyError, ValueError, OSError) as error:
+    except CHECKPOINT_ERRORS as error:
         raise ConfigError(
-            f"{flag}: the checkpoint {directory} does not fit this run: {type(error).__name__}: {error}. "
+            f"{flag}: the checkpoint {directory} does not fit this run: {brief(error)}. "
             "Compare its config.yaml with the model's flags."
         ) from error
+
+
+def brief(error: BaseException) -> str:
+    """The last line of an error, where torch puts what happened on the rank that failed."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def put_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:

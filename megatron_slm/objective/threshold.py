@@ -45,7 +45,7 @@ def largest_key(keys: Tensor, among: Tensor, count: Tensor, group: ProcessGroup 
     Args:
         keys: [r, n] int64 in [0, 2^32); n may differ between ranks, and be 0.
         among: [r, n] bool, the keys that take part.
-        count: [r] int64, at least 1 and at most the number that takes part, the same on every rank.
+        count: [r] int64, at least 1, the same on every rank; the answer means something only where as many take part.
         group: the ranks that share the rankings.
 
     Returns:
@@ -60,7 +60,7 @@ def largest_key(keys: Tensor, among: Tensor, count: Tensor, group: ProcessGroup 
         histogram.scatter_add_(1, digit, (among & higher_digits_agree).long())
         all_reduce_sum(histogram, group)
         at_least = histogram.flip(1).cumsum(1).flip(1)  # keys whose digit is this or larger
-        chosen = (at_least >= left[:, None]).sum(1, keepdim=True) - 1
+        chosen = ((at_least >= left[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)  # 0 where nothing takes part
         left = left - (at_least.gather(1, chosen) - histogram.gather(1, chosen)).squeeze(1)
         prefix = (prefix << bits) | chosen.squeeze(1)
     return prefix, left

@@ -28,7 +28,7 @@ from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.training.optimizer import separate_adam_steps
+from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_steps
 
 # The one sharding of the optimizer state that can be read back in any layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -81,10 +81,10 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _move_tracker(root, position.step)
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except weights.CHECKPOINT_ERRORS as error:
         raise ConfigError(
-            f"--save {root}: the checkpoint of step {position.step} could not be written: {error}. Is the disk "
-            "full, or the folder read-only? Earlier checkpoints are untouched."
+            f"--save {root}: the checkpoint of step {position.step} could not be written: {weights.brief(error)}. "
+            "Is the disk full, or the folder read-only? Earlier checkpoints are untouched."
         ) from error
     dist.barrier()
     return final
@@ -131,12 +131,23 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
     if own.load_optim:
         trainable.optimizer.load_state_dict(loaded["optimizer"])
         separate_adam_steps(trainable.optimizer)
-        trainable.scheduler.load_state_dict(loaded["scheduler"])
+        _load_schedule(trainable.scheduler, loaded["scheduler"], directory)
     else:
         trainable.optimizer.reload_model_params()
     if "rng" in loaded:
         _set_random_states(loaded["rng"])
     return Position(manifest.step, manifest.consumed_samples)
+
+
+def _load_schedule(scheduler: OptimizerParamScheduler, state: dict[str, Any], directory: Path) -> None:
+    try:
+        scheduler.load_state_dict(state)
+    except AssertionError as error:  # Megatron-Core's way to say that the schedules differ
+        raise ConfigError(
+            f"--load: the schedule of {directory} is not that of the flags ({error}). Give the same --lr, --min-lr, "
+            "--lr-decay-*, --lr-warmup-* and --train-iters, or choose one with --override-opt_param-scheduler (the "
+            "flags') or --use-checkpoint-opt_param-scheduler (the checkpoint's)."
+        ) from error
 
 
 def _check_same_run(directory: Path, manifest: weights.Manifest, config: Config, trainable: Trainable) -> None:
@@ -159,6 +170,7 @@ def _state(trainable: Trainable, config: Config, *, is_loading: bool, with_rng: 
     state: dict[str, Any] = weights.model_state(_plain(trainable.chunks))
     own = config.checkpoint
     if own.load_optim if is_loading else own.save_optim:
+        allocate_adam_state(trainable.optimizer)
         optimizer = trainable.optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT
         )

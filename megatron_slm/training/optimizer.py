@@ -14,6 +14,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.config.schema import Config
@@ -100,13 +101,18 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
     )
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that Megatron-Core has chained, or the one that it made."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _repair_loading_of_torch_adam(optimizer: MegatronOptimizer) -> None:
     """Let the distributed optimizer load a checkpoint when torch's AdamW is underneath (no apex, no TE).
 
     Megatron-Core copies every entry of the optimizer's state from the checkpoint, but does not save ``step``, and
     fails with KeyError. Its present value is passed along; :func:`separate_adam_steps` does the rest.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         copy = getattr(part, "_set_main_param_and_optimizer_states", None)
         if copy is None:
             continue
@@ -124,10 +130,24 @@ def _repair_loading_of_torch_adam(optimizer: MegatronOptimizer) -> None:
         part._set_main_param_and_optimizer_states = with_step
 
 
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW its state before the first step; the distributed optimizer cannot describe it otherwise."""
+    for part in _parts(optimizer):
+        if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.Adam):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
 def separate_adam_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter its own ``step`` after loading; Megatron-Core hands all of them one tensor, which the
     next update would count up once per parameter."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

@@ -1,0 +1,39 @@
+"""What --dry-run prints: the size of the model, of the run, and of one step, from the settings alone."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_slm.config.schema import Config
+from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, parameter_count
+
+
+def print_plan(console: Console, config: Config, vocab_size: int, world_size: int) -> None:
+    """Print the plan of a run that has passed all checks."""
+    table = Table(title="plan", show_header=False)
+    for row in plan(config, vocab_size, world_size):
+        table.add_row(*row)
+    console.print(table)
+
+
+def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
+    """(what, how much) of a run."""
+    model, parallel, training = config.model, config.parallel, config.training
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    data = world_size // (tensor * pipeline)
+    padded = padded_vocab_size(model, vocab_size, tensor)
+    batch, length, steps = training.global_batch_size or 0, model.seq_length or 0, training.train_iters or 0
+    flops = 3 * forward_flops_per_token(model, padded) * batch * length
+    own = config.objective
+    objective = "CLM" if own.objective == "clm" else f"SLM, {own.slm_score}, k = {own.slm_selection_ratio:g}"
+    return [
+        ("objective", objective),
+        ("parameters", f"{parameter_count(model, padded):,}"),
+        ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
+        ("layout", f"TP {tensor} x PP {pipeline} x DP {data} = {world_size} processes"),
+        ("global batch", f"{batch:,} samples = {batch * length:,} tokens"),
+        ("micro-batches per step", f"{batch // ((training.micro_batch_size or 1) * data):,}"),
+        ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
+        ("training model's FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in all"),
+    ]

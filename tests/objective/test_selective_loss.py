@@ -1,0 +1,212 @@
+"""Selection, loss and gradient for every score and scope against the plain definition, on one process and several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import definition
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+
+from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
+from megatron_slm.objective.policy import parse_policy
+from megatron_slm.objective.selective_loss import ReferenceScores, SelectiveLoss, Selector, Tokens, selective_loss
+from megatron_slm.runtime.errors import ConfigError, DivergedError
+
+B, S, V = 4, 9, 24
+SCOPES = ("sequence", "micro-batch", "data-parallel")
+POLICIES = (
+    "excess",
+    "token-loss",
+    "reference-loss",
+    "reference-entropy",
+    "reference-loss:0.7 and reference-entropy:0.8",
+    "excess:0.3 or token-loss:0.2",
+)
+
+
+def make() -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(11)
+    reference_logits = 2 * torch.randn(B, S, V, generator=chance)
+    labels = torch.randint(0, V, (B, S), generator=chance)
+    return {
+        "logits": 2 * torch.randn(B, S, V, generator=chance),
+        "labels": labels,
+        "valid": torch.rand(B, S, generator=chance) < 0.8,
+        "reference_loss": definition.token_losses(reference_logits, labels).float(),
+        "reference_entropy": definition.entropies(reference_logits).float(),
+        "index": 1000 + torch.arange(B * S).view(B, S),
+    }
+
+
+def run(
+    data: dict[str, Tensor], text: str | None, scope: str, group: Any = None, tp: Any = None, **more: Any
+) -> tuple[SelectiveLoss, Tensor]:
+    logits = data["logits"].detach().requires_grad_()
+    tokens = Tokens(
+        loss=vocab_parallel_token_loss(logits, data["labels"], tp),
+        valid=data["valid"],
+        index=data["index"],
+        order=data["index"] - 1000,
+        reference=ReferenceScores(data["reference_loss"], data["reference_entropy"]),
+    )
+    policy = None if text is None else parse_policy(text)
+    ratio = more.pop("ratio", 0.6)
+    loss = selective_loss(tokens, Selector(policy, scope, group, **more), ratio)
+    (gradient,) = torch.autograd.grad(loss.numerator, logits)
+    return loss, gradient
+
+
+def expected_selection(data: dict[str, Tensor], text: str, scope: str) -> Tensor:
+    token_loss = definition.token_losses(data["logits"], data["labels"]).float()
+    scores = {
+        "excess": token_loss - data["reference_loss"],
+        "token-loss": token_loss,
+        "reference-loss": data["reference_loss"],
+        "reference-entropy": data["reference_entropy"],
+    }
+    parts = []
+    for word in text.replace(" and ", " ").replace(" or ", " ").split():
+        name, _, ratio = word.partition(":")
+        lowest = name.startswith("reference")
+        parts.append(definition.select_scope(scores[name], data["valid"], float(ratio or 0.6), scope, lowest))
+    if len(parts) == 1:
+        return parts[0]
+    return parts[0] & parts[1] if " and " in text else parts[0] | parts[1]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("text", POLICIES)
+def test_selection_loss_and_gradient(text: str, scope: str) -> None:
+    data = make()
+    loss, gradient = run(data, text, scope)
+    selected = expected_selection(data, text, scope)
+    assert torch.equal(loss.selected, selected)
+    exact = data["logits"].double().requires_grad_()
+    numerator = (definition.token_losses(exact, data["labels"]) * selected).sum()
+    assert float(loss.numerator) == pytest.approx(float(numerator), rel=1e-5)
+    assert int(loss.count) == int(selected.sum())
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(numerator, exact)[0], rtol=1e-5, atol=1e-6)
+
+
+def _on_data_parallel_ranks(rank: int, world_size: int, text: str, mix: float) -> tuple[Tensor, Tensor, float, int]:
+    data = {name: value.chunk(world_size)[rank] for name, value in make().items()}
+    loss, gradient = run(data, text, "data-parallel", dist.group.WORLD, mix=mix)
+    return loss.selected, gradient, float(loss.numerator), int(loss.count)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("text", ["excess", "random", "stochastic-excess", POLICIES[4]])
+def test_data_parallel_ranks_agree_with_one_process(text: str, world_size: int) -> None:
+    one, one_gradient = run(make(), text, "data-parallel", mix=0.25)
+    parts = run_ranks(_on_data_parallel_ranks, world_size, text, 0.25)
+    assert torch.equal(torch.cat([part[0] for part in parts]), one.selected)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), one_gradient)
+    assert sum(part[2] for part in parts) == pytest.approx(float(one.numerator), rel=1e-5)
+    assert sum(part[3] for part in parts) == int(one.count)
+
+
+def _on_tensor_parallel_ranks(rank: int, world_size: int, text: str) -> tuple[Tensor, Tensor, float]:
+    data = make()
+    data["logits"] = data["logits"].chunk(world_size, dim=-1)[rank].contiguous()
+    loss, gradient = run(data, text, "micro-batch", tp=dist.group.WORLD)
+    return loss.selected, gradient, float(loss.numerator)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_tensor_parallel_ranks_agree_with_one_process(world_size: int) -> None:
+    one, one_gradient = run(make(), "excess", "micro-batch")
+    parts = run_ranks(_on_tensor_parallel_ranks, world_size, "excess")
+    for part in parts:
+        assert torch.equal(part[0], one.selected)
+        assert part[2] == pytest.approx(float(one.numerator), rel=1e-5)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), one_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_everything_selected_is_clm_bit_for_bit() -> None:
+    clm, clm_gradient = run(make(), None, "data-parallel")
+    slm, slm_gradient = run(make(), "excess", "data-parallel", ratio=1.0)
+    assert torch.equal(clm.numerator, slm.numerator) and torch.equal(clm_gradient, slm_gradient)
+    assert torch.equal(clm.selected, slm.selected) and torch.equal(clm.count, slm.count)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_mix_keeps_the_weight_and_gives_clm_at_one(scope: str) -> None:
+    data = make()
+    unit = {**data, "logits": torch.zeros_like(data["logits"])}  # every token loss is log V
+    plain, _ = run(unit, "reference-loss", scope)
+    mixed, _ = run(unit, "reference-loss", scope, mix=0.3)
+    assert float(mixed.numerator) == pytest.approx(float(plain.numerator), rel=1e-5)
+    whole, _ = run(data, "excess", "micro-batch", mix=1.0)
+    token_loss = definition.token_losses(data["logits"], data["labels"])[data["valid"]]
+    assert float(whole.numerator / whole.count) == pytest.approx(float(token_loss.mean()), rel=1e-5)
+
+
+def test_equal_scores_take_the_first_tokens() -> None:
+    data = make()
+    data["reference_loss"] = torch.ones(B, S)
+    loss, _ = run(data, "reference-loss", "micro-batch", ratio=0.5)
+    places = torch.nonzero(data["valid"].flatten()).flatten()
+    assert torch.nonzero(loss.selected.flatten()).flatten().tolist() == places[: int(loss.count)].tolist()
+
+
+def test_nothing_valid_selects_nothing() -> None:
+    data = make()
+    data["valid"] = torch.zeros(B, S, dtype=torch.bool)
+    loss, gradient = run(data, "excess", "data-parallel")
+    assert int(loss.count) == 0 and float(loss.numerator) == 0 and bool((gradient == 0).all())
+
+
+def test_masked_infinite_loss_does_no_harm() -> None:
+    data = make()
+    data["valid"][0, 0] = False
+    data["reference_loss"][0, 0] = torch.nan
+    loss, gradient = run(data, "excess", "micro-batch")
+    assert bool(loss.numerator.isfinite()) and bool(gradient.isfinite().all())
+
+
+def _one_rank_diverges(rank: int, world_size: int, which: str) -> str:
+    data = make()
+    data["valid"][:] = True
+    if rank == 1 and which == "reference":
+        data["reference_loss"][2, 5] = torch.inf
+    elif rank == 1:
+        data["logits"][2, 5] = torch.nan
+    try:
+        run(data, "excess", "data-parallel", dist.group.WORLD)
+    except DivergedError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("which", ["reference", "training"])
+def test_divergence_is_raised_on_every_rank_and_placed_by_its_owner(which: str) -> None:
+    other, owner = run_ranks(_one_rank_diverges, 2, which)
+    assert "on other ranks" in other
+    assert "row 2, position 5" in owner and ("inf" if which == "reference" else "nan") in owner
+
+
+@pytest.mark.parametrize(
+    "text", ["", "loss", "excess:0", "excess:2", "excess:x", "excess and", "(excess", "excess excess"]
+)
+def test_policy_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ConfigError, match="--slm-score"):
+        parse_policy(text)
+
+
+def test_and_binds_tighter_than_or() -> None:
+    assert parse_policy("excess or random and token-loss") == parse_policy("excess or (random and token-loss)")
+    assert parse_policy("(excess or random) and token-loss") != parse_policy("excess or random and token-loss")
+
+
+def test_stochastic_selection_follows_the_scores() -> None:
+    """With a low temperature Gumbel top-k is top-k; with a high one it is nearly random."""
+    data = make()
+    exact, _ = run(data, "excess", "micro-batch")
+    cold, _ = run(data, "stochastic-excess", "micro-batch", temperature=1e-6)
+    hot, _ = run(data, "stochastic-excess", "micro-batch", temperature=1e3)
+    assert torch.equal(cold.selected, exact.selected)
+    assert not torch.equal(hot.selected, exact.selected)

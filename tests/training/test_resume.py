@@ -1,0 +1,110 @@
+"""A resumed run goes on bit for bit; a checkpoint that was cut short is refused; a failed save leaves the old one."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny import command, launch, launch_and_fail, losses, make_corpus, records
+
+from megatron_slm.pretrain import main
+
+OPTIMIZERS = {"distributed": ["--use-distributed-optimizer"], "plain": []}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("resume") / "corpus", 1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "optimizer"),
+    [
+        (1, 1, 1, "distributed"),
+        (1, 1, 1, "plain"),
+        (1, 1, 2, "distributed"),
+        (2, 1, 1, "plain"),
+        (1, 2, 1, "distributed"),
+    ],
+)
+def test_resume_is_bit_for_bit(tmp_path: Path, corpus: str, tp: int, pp: int, dp: int, optimizer: str) -> None:
+    """With dropout, a warm-up, a cosine schedule and random selection, all of which have a state."""
+    flags = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--objective", "slm", "--slm-score", "random"]
+    flags += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", *OPTIMIZERS[optimizer]]
+    flags += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    world = tp * pp * dp
+    launch(command(corpus, tmp_path / "whole", dp=dp, train_iters=6) + flags, world)
+    part = command(corpus, tmp_path / "part", dp=dp, train_iters=6, load=tmp_path / "part") + flags
+    launch([*part, "--exit-interval", "3"], world)
+    assert len(losses(tmp_path / "part")) == 3
+    launch([*part, "--exit-interval", "100"], world)
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert [r["loss"] for r in records(tmp_path / "part", "eval")][-1:] == [
+        r["loss"] for r in records(tmp_path / "whole", "eval")
+    ][-1:]
+
+
+def test_resume_in_another_layout_goes_on(tmp_path: Path, corpus: str) -> None:
+    """Saved on two pipeline stages, resumed on two tensor-parallel ranks."""
+    launch(command(corpus, tmp_path / "whole", train_iters=4))
+    first = command(corpus, tmp_path / "part", train_iters=4, load=tmp_path / "part", use_distributed_optimizer=True)
+    base = command(corpus, tmp_path / "base", train_iters=1)
+    launch(base)
+    start = ["--pretrained-checkpoint", str(tmp_path / "base")]
+    launch([*command(corpus, tmp_path / "whole", train_iters=4), *start])
+    launch([*first, *start, "--pipeline-model-parallel-size", "2", "--exit-interval", "2"], 2)
+    launch([*first, *start, "--tensor-model-parallel-size", "2"], 2)
+    got, expected = records(tmp_path / "part"), records(tmp_path / "whole")
+    assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in expected], rel=2e-4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    launch(command(corpus, folder, train_iters=1))
+    return folder
+
+
+def test_checkpoint_cut_short_is_refused(tmp_path: Path, corpus: str, saved: Path) -> None:
+    victim = max((saved / "iter_0000001").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-100])
+    try:
+        code, errors = launch_and_fail(command(corpus, tmp_path / "new", train_iters=2, load=saved))
+    finally:
+        victim.write_bytes(content)
+    assert code == 2
+    assert victim.name in errors and "damaged" in errors and str(len(content)) in errors
+
+
+def test_checkpoint_of_another_size_is_refused(tmp_path: Path, corpus: str, saved: Path) -> None:
+    argv = command(corpus, tmp_path / "new", train_iters=2, load=saved, finetune=True, hidden_size=64)
+    code, errors = launch_and_fail(argv)
+    assert code == 2
+    assert "--load" in errors and "does not fit" in errors
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path, corpus: str) -> None:
+    save = tmp_path / "run"
+    launch(command(corpus, save, train_iters=2, exit_interval=1))
+    [(code, errors)] = run_ranks(
+        _main_with_small_files, 1, command(corpus, save, train_iters=2, load=save), initialise=False
+    )
+    assert code == 2 and "--save" in errors, errors
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
+    assert not (save / "iter_0000002").exists()
+    launch(command(corpus, save, train_iters=2, load=save))
+    assert [record["step"] for record in records(save)] == [1, 2]
+
+
+def _main_with_small_files(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+    import contextlib
+    import io
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        code = main(argv)
+    return code, errors.getvalue()
