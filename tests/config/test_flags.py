@@ -1,0 +1,87 @@
+"""The command line: Megatron-LM's names, quick and torch-free, default < recipe < flag, round trips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_slm.config.flags import flag_name, megatron_flags, parse
+from megatron_slm.config.recipe import dump_config, read_config, settings, to_flat_dict
+from megatron_slm.runtime.errors import ConfigError
+
+OWN = ("--slm-", "--reference-", "--objective")
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def test_help_needs_no_torch_and_no_second() -> None:
+    code = "import sys; from megatron_slm.pretrain import main\ntry: main(['--help'])\n"
+    code += "except SystemExit: pass\nassert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--num-layers" in result.stdout and "--slm-selection-ratio" in result.stdout
+    assert time.monotonic() - began < 5  # a tenth of a second on an idle machine
+
+
+@pytest.mark.parametrize("flag", [flag_name(s.name, s.metadata["spelling"]) for _, s, _ in settings()])
+def test_every_flag_is_megatrons_or_begins_with_our_prefix(flag: str) -> None:
+    ours = flag.startswith(OWN)
+    negative = flag.replace("--", "--no-", 1)
+    assert ours or flag in megatron_flags() or negative in megatron_flags(), flag
+
+
+def test_flag_wins_over_recipe_over_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num-layers: 3\nlr: 1e-4\nswiglu: yes\nvalid_data_path: {clean: a, raw: [0.3, b, 0.7, c]}\n")
+    config = parse(["--config", str(recipe), "--num-layers", "5", "--no-swiglu", "--no-save-optim"]).config
+    assert (config.model.num_layers, config.optimizer.lr, config.model.swiglu) == (5, 1e-4, False)
+    assert config.data.valid_data_path == {"clean": ["a"], "raw": ["0.3", "b", "0.7", "c"]}
+    assert config.model.hidden_dropout == 0.1 and not config.checkpoint.save_optim
+
+
+def test_named_validation_sets() -> None:
+    config = parse(["--valid-data-path", "clean=/a", "raw=0.3", "b", "0.7", "c=d/e"]).config
+    assert config.data.valid_data_path == {"clean": ["/a"], "raw": ["0.3", "b", "0.7"], "c": ["d/e"]}
+    assert parse(["--valid-data-path", "p"]).config.data.valid_data_path == {"valid": ["p"]}
+    with pytest.raises(ConfigError, match="named twice"):
+        parse(["--valid-data-path", "a=1", "a=2"])
+
+
+@given(st.floats(1e-8, 1), st.integers(1, 100), st.booleans(), st.lists(st.text("ab/", min_size=1), max_size=3))
+def test_printed_config_is_a_recipe(lr: float, layers: int, switch: bool, words: list[str]) -> None:
+    config = parse(["--lr", repr(lr), "--num-layers", str(layers), "--swiglu" if switch else "--no-swiglu"]).config
+    config.data.data_path = words
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(config))
+        assert to_flat_dict(read_config(path)) == to_flat_dict(config)
+
+
+def test_megatrons_spelling_of_negative_and_odd_flags() -> None:
+    config = parse(["--no-load-optim", "--override-opt_param-scheduler", "--disable-bias-linear"]).config
+    assert not config.checkpoint.load_optim
+    assert config.optimizer.override_opt_param_scheduler and config.model.disable_bias_linear
+
+
+@pytest.mark.parametrize("flag", ["--fp16", "--use-mcore-models", "--train-samples", "--context-parallel-size"])
+def test_flags_of_megatrons_that_are_not_taken_are_named(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is a flag of Megatron-LM's that is not taken here"):
+        parse([flag, "1"])
+
+
+def test_abbreviations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown flag --num-lay"):
+        parse(["--num-lay", "3"])
+
+
+@pytest.mark.parametrize("recipe", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_read(recipe: Path) -> None:
+    assert parse(["--config", str(recipe)]).config.model.num_layers

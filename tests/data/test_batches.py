@@ -1,0 +1,111 @@
+"""Batches: the order of samples for any cut, resuming anywhere, reading ahead, and what the dataset's options do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import run_ranks
+from tiny import make_corpus
+
+from megatron_slm.config.schema import DataConfig
+from megatron_slm.data.batches import BatchShape, BatchStream
+from megatron_slm.data.datasets import build_datasets, parse_blend
+from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
+from megatron_slm.runtime.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Sample i holds the number i."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = torch.full((4,), index)
+        return {"tokens": row, "labels": row, "loss_mask": torch.ones(4), "position_ids": torch.arange(4)}
+
+
+def drawn(size: int, micro: int, steps: int, dp: int, start: int, batches: int, ahead: int) -> list[int]:
+    """The samples of ``batches`` global batches in the order of the run."""
+    streams = [
+        BatchStream(Numbers(size), BatchShape(micro, steps, rank, dp), device=CPU, start_sample=start, read_ahead=ahead)
+        for rank in range(dp)
+    ]
+    order = []
+    for _ in range(batches):
+        ranks = [next(stream) for stream in streams]
+        for step in range(steps):
+            for rank in range(dp):
+                batch = ranks[rank][step]
+                assert torch.equal(batch.tokens[:, 0], batch.sample_index)
+                assert batch.first_sample == ranks[0][step].sample_index[0]
+                order += batch.tokens[:, 0].tolist()
+    for stream in streams:
+        stream.close()
+    return order
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 2))
+def test_any_cut_gives_the_plain_sequence(micro: int, steps: int, dp: int, start: int, ahead: int) -> None:
+    count = 2 * micro * steps * dp
+    assert drawn(start + count, micro, steps, dp, start, 2, ahead) == list(range(start, start + count))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_running_out_is_an_error(ahead: int) -> None:
+    stream = BatchStream(Numbers(5), BatchShape(2, 1, 0, 2), device=CPU, read_ahead=ahead)
+    next(stream)
+    with pytest.raises(ConfigError, match="the dataset has 5 samples"):
+        next(stream)
+    stream.close()
+
+
+def test_evaluation_masks_what_is_missing() -> None:
+    stream = BatchStream(Numbers(3), BatchShape(2, 2, 0, 1), device=CPU, masks_missing=True)
+    assert [bool(row.any()) for batch in next(stream) for row in batch.loss_mask] == [True, True, True, False]
+
+
+def test_blends_are_read_as_megatron_reads_them() -> None:
+    assert parse_blend(["a"]) == (["a"], None)
+    assert parse_blend(["0.3", "a", "0.7", "b"]) == (["a", "b"], [0.3, 0.7])
+    assert parse_blend(["a", "b"]) == (["a", "b"], None)
+
+
+def _with_options(rank: int, world_size: int, data: DataConfig) -> list[dict[str, torch.Tensor]]:
+    sets = build_datasets(
+        data, tokenizer=ByteTokenizer(TokenizerFiles()), seq_length=64, train_samples=30, valid_samples=4, seed=5
+    )
+    assert list(sets.valid) == list(data.valid_data_path)
+    return [sets.train[index] for index in range(30)]
+
+
+def test_options_at_the_end_of_a_document(tmp_path: Path) -> None:
+    prefix = make_corpus(tmp_path / "corpus", 1)
+    data = DataConfig(
+        data_path=["0.5", prefix, "0.5", make_corpus(tmp_path / "other", 2)],
+        valid_data_path={"mine": [prefix], "both": ["1", prefix, "3", prefix]},
+        reset_position_ids=True,
+        reset_attention_mask=True,
+        eod_mask_loss=True,
+    )
+    [samples] = run_ranks(_with_options, 1, data)
+    eod, ends = 256, 0
+    for sample in samples:
+        tokens, mask = sample["tokens"], sample["attention_mask"][0]
+        start = 0
+        for position, token in enumerate(tokens.tolist()):
+            assert int(sample["position_ids"][position]) == position - start
+            assert bool(mask[position, :start].all()) and not bool(mask[position, start : position + 1].any())
+            assert bool(sample["loss_mask"][position]) == (token != eod)
+            if token == eod:
+                start, ends = position + 1, ends + 1
+    assert ends > 0
