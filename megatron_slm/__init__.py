@@ -4,5 +4,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core says so of each of its modules; the trainer's log says once what is used instead.
+# Megatron-Core says so of each of its modules; the trainer's log says once what is there and what is not.
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+# It warns of its own default.
+warnings.filterwarnings("ignore", message="full scope is deprecated.*")

@@ -66,6 +66,7 @@ def _run(command: Command) -> None:
 
 def _train(config, tokenizer, console) -> None:  # type: ignore[no-untyped-def]
     from megatron_slm.runtime import process
+    from megatron_slm.runtime.software import describe_software
     from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
     from megatron_slm.training.setup import build_run, parallel_layout
@@ -77,6 +78,7 @@ def _train(config, tokenizer, console) -> None:  # type: ignore[no-untyped-def]
         seed=config.training.seed,
     )
     try:
+        console.print(describe_software(groups))
         print_settings(console, config)
         run = build_run(config, tokenizer, groups, console)
         train(run)

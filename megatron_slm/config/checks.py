@@ -122,6 +122,10 @@ def _check_layout(config: Config, world_size: int) -> None:
         groups = model.num_query_groups or 1
         _divides(groups, "--num-query-groups", heads, "--num-attention-heads")
         _divides(tensor, tensor_flag, groups, "--num-query-groups")
+    _require(
+        model.group_query_attention or model.num_query_groups is None,
+        "--num-query-groups has no effect without --group-query-attention.",
+    )
     if model.kv_channels is None:
         _divides(heads, "--num-attention-heads", model.hidden_size or 1, "--hidden-size")
     _divides(pipeline, pipeline_flag, layers, "--num-layers")
@@ -231,6 +235,7 @@ def _check_objective(config: Config) -> None:
 def _check_data(config: Config) -> None:
     data = config.data
     _require(bool(data.data_path or data.train_data_path), "no corpus to train on: give --data-path.")
+    _require(data.split is None or not data.train_data_path, "--split has no effect with --train-data-path.")
     _require(
         not (data.data_path and data.train_data_path),
         "--data-path and --train-data-path were both given. Give one.",
@@ -244,6 +249,8 @@ def _check_checkpoint(config: Config) -> None:
     for flag, folder in (("--save", own.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):
         if folder is not None:
             _check_writable(flag, Path(folder))
+    if config.logging.slm_metrics_file is not None:
+        _check_writable("--slm-metrics-file", Path(config.logging.slm_metrics_file).parent)
 
 
 def _check_writable(flag: str, folder: Path) -> None:

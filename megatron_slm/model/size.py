@@ -10,7 +10,7 @@ def ffn_size(model: ModelConfig) -> int:
     hidden = model.hidden_size or 0
     if model.ffn_hidden_size is not None:
         return model.ffn_hidden_size
-    return hidden * 8 // 3 // 64 * 64 if model.swiglu else 4 * hidden
+    return max(hidden * 8 // 3 // 64 * 64, 64) if model.swiglu else 4 * hidden
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int) -> int:

@@ -30,6 +30,12 @@ class Advance(Protocol):
     def advance(self, amount: float = 1) -> None: ...
 
 
+class Silent:
+    """Counts nothing, for ranks that print nothing."""
+
+    def advance(self, amount: float = 1) -> None: ...
+
+
 def make_console(enabled: bool = True) -> Console:
     """The console of a run: standard output, colour on a terminal only, silent unless ``enabled``."""
     return Console(quiet=not enabled, highlight=False, soft_wrap=True)
@@ -46,7 +52,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(description: str, total: float | None, unit: str = "it") -> Iterator[Advance]:
-    """A bar with rate and time left on standard error; plain lines, seconds apart, where that is no terminal."""
+    """A bar with rate and time left on standard error; where that is no terminal, plain lines for work that lasts."""
     if not sys.stderr.isatty():
         plain = _PlainProgress(description, total, unit)
         yield plain
@@ -86,6 +92,7 @@ class _PlainProgress:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0.0
+        self.has_printed = False
         self.began = self.printed = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
@@ -94,10 +101,12 @@ class _PlainProgress:
             self._print()
 
     def finish(self) -> None:
-        self._print()
+        if self.has_printed or time.monotonic() - self.began > SECONDS_BETWEEN_LINES:
+            self._print()
 
     def _print(self) -> None:
         self.printed = time.monotonic()
+        self.has_printed = True
         rate = self.done / max(self.printed - self.began, 1e-9)
         text = f"{self.description}: {self.done:,.0f}"
         if self.total:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,5 +117,4 @@ def _join(backend: str, timeout: timedelta) -> None:
             timeout=timeout,
         )
     else:
-        meeting_place = Path(tempfile.mkdtemp(prefix="megatron_slm_")) / "rendezvous"
-        dist.init_process_group(backend, init_method=f"file://{meeting_place}", rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -11,6 +11,7 @@ import torch
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.objective.selective_loss import Selector
+from megatron_slm.runtime.console import Advance, Silent, progress
 from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.step import token_sums
@@ -36,14 +37,23 @@ def evaluate(
             if config.data.full_validation:
                 batches = -(-len(dataset) // shape.global_batch_size)  # type: ignore[arg-type]
             stream = BatchStream(dataset, shape, device=trainable.groups.device, masks_missing=True)
-            parts = [
-                part
-                for _ in range(batches)
-                for part in token_sums(trainable.chunks, next(stream), everything, forward_only=True)
-            ]
+            parts: list[TokenSums] = []
+            with _bar(name, batches, trainable) as bar:
+                for _ in range(batches):
+                    parts += token_sums(trainable.chunks, next(stream), everything, forward_only=True)
+                    bar.advance()
             _, _, loss, tokens, _, _ = TokenSums.reduce(parts, trainable.groups).values.tolist()
             results[name] = Evaluation(loss / max(tokens, 1), int(tokens))
     return results
+
+
+@contextmanager
+def _bar(name: str, batches: int, trainable: Trainable) -> Iterator[Advance]:
+    if trainable.groups.is_logging_rank:
+        with progress(f"evaluating {name}", batches, "batches") as bar:
+            yield bar
+    else:
+        yield Silent()
 
 
 @contextmanager

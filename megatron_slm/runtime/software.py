@@ -1,0 +1,26 @@
+"""Which libraries a run found, in one line of its log."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+
+from megatron_slm.runtime.groups import Groups
+
+OPTIONAL = {"Transformer Engine": "transformer_engine", "apex": "apex"}
+
+
+def describe_software(groups: Groups) -> str:
+    """Versions, device, backend, and which of the optional libraries are there."""
+    device = torch.cuda.get_device_name() if groups.device.type == "cuda" else "CPU"
+    found = [
+        f"{name} {'found' if importlib.util.find_spec(module) else 'not installed'}"
+        for name, module in OPTIONAL.items()
+    ]
+    return (
+        f"megatron-core {version('megatron-core')}, torch {torch.__version__}, {groups.world_size} x {device} over "
+        f"{dist.get_backend()}; {', '.join(found)}"
+    )

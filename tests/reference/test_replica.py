@@ -1,0 +1,80 @@
+"""The reference model is frozen: training another model beside it changes no bit of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import MODEL, command, launch, make_corpus
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus and a reference model of another depth and width than the model that trains."""
+    folder = tmp_path_factory.mktemp("replica")
+    corpus = make_corpus(folder / "corpus", 1)
+    launch(command(corpus, folder / "rm", train_iters=2, num_layers=2, hidden_size=16))
+    return folder
+
+
+def _train_beside(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+    from megatron_slm.config.checks import check
+    from megatron_slm.config.flags import parse
+    from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.training.loop import train
+    from megatron_slm.training.setup import build_run, parallel_layout
+
+    config = parse(argv).config
+    check(config, world_size)
+    groups = process.start(parallel_layout(config), seed=config.training.seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = build_run(config, build_tokenizer("ByteTokenizer", TokenizerFiles()), groups, make_console(False))
+        reference: Any = run.reference
+        before = [parameter.clone() for chunk in reference.chunks for parameter in chunk.parameters()]
+        train(run)
+    after = [parameter for chunk in reference.chunks for parameter in chunk.parameters()]
+    result = {
+        "unchanged": all(torch.equal(old, new) for old, new in zip(before, after, strict=True)),
+        "count": len(after),
+        "gradients": [p for p in after if p.requires_grad or p.grad is not None or hasattr(p, "main_grad")],
+        "trained": sum(p.numel() for chunk in run.trainable.chunks for p in chunk.parameters()),
+        "training": any(chunk.training for chunk in reference.chunks),
+    }
+    process.stop()
+    return result
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_not_a_bit_changes(workspace: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    argv = command(str(workspace / "corpus_text_document"), train_iters=2, objective="slm")
+    argv += ["--reference-load", str(workspace / "rm"), "--hidden-dropout", "0.1"]
+    argv += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    for result in run_ranks(_train_beside, tp * pp, argv, initialise=False):
+        assert result["unchanged"] and result["count"] > 0
+        assert not result["gradients"] and not result["training"]
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        ["--normalization", "LayerNorm", "--position-embedding-type", "learned_absolute", "--no-swiglu"],
+        ["--bf16", "--qk-layernorm"],
+    ],
+    ids=["GPT-2 style", "bf16"],
+)
+def test_other_models_learn(workspace: Path, tmp_path: Path, style: list[str]) -> None:
+    """GPT-2 style with tied embeddings, biases and dropout; and bf16 with fp32 master weights."""
+    from tiny import records
+
+    model = [word for word in MODEL if style[0] == "--bf16" or word != "--untie-embeddings-and-output-weights"]
+    argv = command(str(workspace / "corpus_text_document"), tmp_path / "run", model=model, train_iters=8)
+    launch([*argv, *style])
+    steps = records(tmp_path / "run")
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
