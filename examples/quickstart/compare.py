@@ -1,4 +1,4 @@
-"""CLM, SLM and random selection from one shared base and reference model, three seeds: ``make compare``.
+"""CLM, SLM and random selection from the quickstart's base and reference model, three seeds: ``make compare``.
 
 Two runs of one process go side by side, which on two cores gives more tokens a second than one run of two. Every
 finished run is kept: calling this again goes on where it was stopped.
@@ -20,7 +20,7 @@ from megatron_slm.analysis.summary import comparison_table, speedup
 from megatron_slm.runtime.console import duration, progress
 
 RESULTS = stages.HERE / "results"
-BASE_STEPS, REFERENCE_STEPS, STEPS = 200, 200, 300
+STEPS = 160
 SEEDS = (1, 2, 3)
 OBJECTIVES = {
     "CLM": ("--objective", "clm"),
@@ -30,12 +30,9 @@ OBJECTIVES = {
 
 
 def main() -> int:
-    folder = stages.ROOT / "runs" / "compare"
+    folder = stages.FOLDER
     try:
-        stages.prepare_data(folder)
-        stages.train(folder, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
-        load_base = ["--load", str(folder / "base"), "--finetune"]
-        stages.train(folder, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
+        load_base = stages.prepare_base_and_reference(folder)
         train_all(folder, load_base)
     except stages.StageFailed as failure:
         return failure.code
@@ -53,9 +50,9 @@ def train_all(folder: Path, load_base: list[str]) -> None:
 
 def train_one(folder: Path, load_base: list[str], objective: str, seed: int) -> None:
     """One run of one process; its lines go to a file."""
-    name = f"{objective}-{seed}"
+    name = f"compare-{objective}-{seed}"
     flags = [*load_base, *OBJECTIVES[objective], "--seed", str(seed), "--train-iters", str(STEPS)]
-    flags += ["--eval-interval", str(STEPS // 10), "--eval-iters", "32"]
+    flags += ["--eval-interval", str(STEPS // 8), "--eval-iters", "8"]
     if objective == "SLM":
         flags += ["--reference-load", str(folder / "rm")]
     command = stages.training_command(folder, name, "raw_train", flags, processes=1)
@@ -74,13 +71,13 @@ def train_one(folder: Path, load_base: list[str], objective: str, seed: int) -> 
 def report(folder: Path) -> None:
     """Write the result file and the plot, and print table and findings."""
     curves = [
-        Curve(objective, seed, held_out, *points(folder / f"{objective}-{seed}", held_out))
+        Curve(objective, seed, held_out, *points(folder / f"compare-{objective}-{seed}", held_out))
         for objective in OBJECTIVES
         for seed in SEEDS
         for held_out in ("clean", "raw")
     ]
     RESULTS.mkdir(exist_ok=True)
-    settings = {"base_steps": BASE_STEPS, "reference_steps": REFERENCE_STEPS, "steps": STEPS}
+    settings = {"base_steps": stages.BASE_STEPS, "reference_steps": stages.REFERENCE_STEPS, "steps": STEPS}
     (RESULTS / "compare.json").write_text(
         json.dumps({"settings": settings, "curves": [vars(curve) for curve in curves]}, indent=1) + "\n",
         encoding="utf-8",

@@ -100,10 +100,11 @@ def _source_files(folders: Iterable[Path]) -> Iterator[Path]:
 
 def _crawled_files() -> Iterator[Path]:
     """Python files of the standard library and site-packages in an order that mixes packages."""
-    roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
-    clean = _package_folders()
-    files = {path for root in roots for path in root.rglob("*.py")}
-    kept = [path for path in files if not any(path.is_relative_to(folder) for folder in clean)]
+    stdlib, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+    # The interpreter's own site-packages lie below its standard library and may hold sympy and mpmath again.
+    files = {path for path in stdlib.rglob("*.py") if "site-packages" not in path.parts}
+    files |= set(packages.rglob("*.py"))
+    kept = [path for path in files if not set(path.parts) & set(CLEAN_PACKAGES)]
     kept.sort(key=lambda path: hashlib.sha256(str(path.name).encode() + str(path.parent.name).encode()).digest())
     with progress("reading the crawl", None, "files") as bar:
         for path in kept:

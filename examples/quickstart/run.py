@@ -15,8 +15,8 @@ from rich.table import Table
 
 from megatron_slm.analysis.curves import Curve, plot_stages
 
-BASE_STEPS, REFERENCE_STEPS, STEPS = 100, 100, 100
-FOLDER = Path("runs/quickstart")
+STEPS = 100
+FOLDER = stages.FOLDER
 NAMES = {"base": "base (CLM on raw)", "rm": "reference model (CLM on clean)", "slm": "θ (SLM on raw)"}
 
 
@@ -33,11 +33,8 @@ def main() -> int:
 
 def train_everything(folder: Path) -> None:
     """Data and the three runs of the method, each on two data-parallel processes."""
-    stages.prepare_data(folder)
-    load_base = ["--load", str(folder / "base"), "--finetune"]
+    load_base = stages.prepare_base_and_reference(folder)
     slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(folder / "rm")]
-    stages.train(folder, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
-    stages.train(folder, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
     stages.train(folder, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
 
 

@@ -17,6 +17,8 @@ from megatron_slm.runtime.console import duration
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 MODEL = HERE / "model.yaml"
+FOLDER = Path("runs/quickstart")  # below the repository, where all commands run
+BASE_STEPS, REFERENCE_STEPS = 100, 100
 CORPORA = ("clean_train", "clean_valid", "raw_train", "raw_valid")
 
 
@@ -67,6 +69,15 @@ def prepare_data(folder: Path, vocab_size: int = 4096) -> None:
         command += ["--output-prefix", str(data / name), "--tokenizer-type", "SentencePieceTokenizer"]
         command += ["--tokenizer-model", str(folder / "tokenizer.model"), "--append-eod", "--workers", "2"]
         stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
+
+
+def prepare_base_and_reference(folder: Path) -> list[str]:
+    """Data, the base model (CLM on raw) and from it the reference model (CLM on clean); flags to begin from the base."""
+    prepare_data(folder)
+    load_base = ["--load", str(folder / "base"), "--finetune"]
+    train(folder, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
+    train(folder, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
+    return load_base
 
 
 def corpus(folder: Path, name: str) -> str:

@@ -89,9 +89,17 @@ class StepMetrics:
         return (
             f"step {self.step:>{len(str(train_iters))}}/{train_iters} | loss {self.loss:.4f} all {self.loss_all:.4f}"
             f"{unselected} | selected {self.share_selected:.1%}{threshold} | norm {self.grad_norm:.3f} "
-            f"lr {self.lr:.2e} | {self.tokens_per_second:,.0f} tok/s {self.tflops:.3g} TFLOP/s{mfu} | "
+            f"lr {self.lr:.2e} | {short(self.tokens_per_second)} tok/s {self.tflops:.3g} TFLOP/s{mfu} | "
             f"{duration(self.seconds_left)} left"
         )
+
+
+def short(number: float) -> str:
+    """A rate in at most six characters: 950, 9,500, 95.0k, 9.50M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.4g}{unit}"
+    return f"{number:,.0f}"
 
 
 def losses_of(sums: TokenSums) -> dict[str, Any]:

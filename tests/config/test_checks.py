@@ -1,0 +1,90 @@
+"""What is refused before work begins, on any number of processes, without starting any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_slm.config.checks import check
+from megatron_slm.config.flags import parse
+from megatron_slm.runtime.errors import ConfigError
+
+GOOD: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 32,
+    "micro_batch_size": 2,
+    "train_iters": 10,
+    "lr": 1e-3,
+    "tokenizer_type": "ByteTokenizer",
+    "data_path": "corpus",
+}
+
+
+def run_check(world_size: int, **changes: Any) -> Any:
+    words: list[str] = []
+    for name, value in {**GOOD, **changes}.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    config = parse(words).config
+    check(config, world_size)
+    return config
+
+
+def test_what_follows_is_filled_in() -> None:
+    config = run_check(4, tensor_model_parallel_size=2)
+    assert config.training.global_batch_size == 4 and config.model.max_position_embeddings == 32
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "data_path"])
+def test_needed_settings_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
+        run_check(1, **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (3, {"tensor_model_parallel_size": 2}, "3 processes were started, which is not a multiple"),
+        (
+            8,
+            {"tensor_model_parallel_size": 8},
+            "--tensor-model-parallel-size 8 does not divide --num-attention-heads 4",
+        ),
+        (3, {"pipeline_model_parallel_size": 3}, "--pipeline-model-parallel-size 3 does not divide --num-layers 4"),
+        (2, {"tensor_model_parallel_size": 2, "group_query_attention": True, "num_query_groups": 1}, "query-groups 1"),
+        (1, {"group_query_attention": True}, "--group-query-attention needs --num-query-groups"),
+        (1, {"num_query_groups": 2}, "--num-query-groups has no effect without"),
+        (
+            2,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 33},
+            "does not divide --seq-len",
+        ),
+        (2, {"global_batch_size": 6}, "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2"),
+        (1, {"num_layers_per_virtual_pipeline_stage": 1}, "needs --pipeline-model-parallel-size above 1"),
+        (
+            2,
+            {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 6},
+            "the interleaved schedule needs a multiple of --pipeline-model-parallel-size 2 micro-batches",
+        ),
+        (1, {"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer"),
+        (1, {"use_distributed_optimizer": True, "optimizer": "sgd"}, "cannot save the state of --optimizer sgd"),
+        (1, {"max_position_embeddings": 16}, "--seq-length 32 is longer than --max-position-embeddings 16"),
+        (1, {"lr_warmup_iters": 10}, "--lr-warmup-iters 10 is not below the 10 steps"),
+        (1, {"lr_decay_style": "WSD"}, "needs --lr-wsd-decay-iters"),
+        (1, {"start_weight_decay": 0.1}, "belong together"),
+        (1, {"data_path": None}, "give --data-path"),
+        (1, {"train_data_path": "x"}, "both given"),
+        (1, {"finetune": True}, "--finetune needs --load"),
+        (1, {"save_interval": 3}, "--save-interval needs --save"),
+        (1, {"objective": "slm", "slm_selection_ratio_start": 1.0}, "needs --slm-selection-ratio-warmup-iters"),
+        (1, {"eval_iters": -1}, "--eval-iters is -1, and must be 0 or more"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_cannot_work_is_refused(world_size: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        run_check(world_size, **changes)
+    assert message in str(error.value)

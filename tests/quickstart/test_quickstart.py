@@ -1,0 +1,84 @@
+"""The quickstart's parts: corpora without leaks, stages that are not done twice, plots and findings."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples" / "quickstart"))
+
+import corpora
+import stages
+
+from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages
+from megatron_slm.analysis.summary import comparison_table, speedup, tokens_to_reach
+
+
+def small_corpora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Corpora from a few packages instead of all."""
+    import mpmath
+
+    source = sorted(Path(mpmath.__file__).parent.rglob("*.py"))
+    monkeypatch.setattr(corpora, "_source_files", lambda folders: iter(source))
+    monkeypatch.setattr(corpora, "_crawled_files", lambda: iter(sorted(Path(json.__file__).parent.rglob("*.py"))))
+    monkeypatch.setattr(corpora, "RAW_VALID_DOCUMENTS", 1)
+    corpora.build_corpora(folder)
+    return {
+        path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for path in folder.glob("*.jsonl")
+    }
+
+
+def test_corpora_do_not_leak_and_are_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = small_corpora(tmp_path / "one", monkeypatch)
+    assert texts == small_corpora(tmp_path / "two", monkeypatch)
+    assert all(texts[name] for name in stages.CORPORA)
+    held_out = set(texts["clean_valid"]) | set(texts["raw_valid"])
+    assert not held_out & (set(texts["clean_train"]) | set(texts["raw_train"]))
+    mixed = set(texts["clean_train"]) & set(texts["raw_train"])
+    assert len(mixed) == len(texts["clean_train"]) // 2
+
+
+def test_crawl_leaves_the_clean_packages_out() -> None:
+    names = {part for path in corpora._crawled_files() for part in path.parts}
+    assert {"torch", "asyncio"} <= names and not names & set(corpora.CLEAN_PACKAGES)
+
+
+def test_stage_is_done_once_for_the_same_settings(tmp_path: Path) -> None:
+    done: list[str] = []
+    for settings in (["a"], ["a"], ["b"]):
+        stages.stage("work", tmp_path, settings, lambda settings=settings: done.append(settings[0]))  # type: ignore[misc]
+    assert done == ["a", "b"]
+
+
+def test_failed_stage_is_not_marked_and_its_code_is_passed_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(stages.StageFailed) as failure:
+            stages.stage("work", tmp_path, ["a"], lambda: stages.run([sys.executable, "-c", "exit(7)"]))
+        assert failure.value.code == 7
+
+
+def curves() -> list[Curve]:
+    tokens = [0, 100, 200]
+    return [
+        Curve(objective, seed, held_out, tokens, [5.0, 4.0 - gain / 2 + seed / 10, 3.0 - gain + seed / 10])
+        for objective, gain in (("CLM", 0.0), ("SLM", 1.0))
+        for seed in (0, 1)
+        for held_out in ("clean", "raw")
+    ]
+
+
+def test_findings_and_plots(tmp_path: Path) -> None:
+    assert "| SLM | 2.0500 ± 0.0707 |" in comparison_table(curves())
+    assert tokens_to_reach([0, 100, 200], [5.0, 4.0, 2.0], 3.0) == 150
+    assert tokens_to_reach([0, 100], [5.0, 4.0], 3.0) == math.inf
+    assert "SLM reaches CLM's final clean loss (3.0500) after 133 of 200 tokens" in speedup(curves(), "SLM", "CLM")
+    assert "does not reach" in speedup(curves(), "CLM", "SLM")
+    plot_comparison(curves(), tmp_path / "compare.png")
+    plot_stages([("base", curves()[:2], []), ("θ", curves()[2:4], [(1, 2.0, 3.0)])], tmp_path / "stages.png")
+    for name in ("compare.png", "stages.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
