@@ -17,7 +17,7 @@ from megatron_slm.analysis.curves import Curve, plot_stages
 
 STEPS = 100
 FOLDER = stages.FOLDER
-NAMES = {"base": "base (CLM on raw)", "rm": "reference model (CLM on clean)", "slm": "θ (SLM on raw)"}
+NAMES = {"base": "base: CLM, raw", "rm": "RM: CLM, clean", "slm": "θ: SLM, raw"}
 
 
 def main() -> int:
@@ -60,9 +60,9 @@ def steps(folder: Path) -> list[tuple[int, float, float]]:
 
 def show(console: Console, plot: Path) -> None:
     """Print the losses before and after every run, where everything lies, and what to try next."""
-    table = Table(title="held-out loss, nats per token")
-    for column in ("run", "clean before", "clean after", "raw before", "raw after", "checkpoint"):
-        table.add_column(column, justify="left" if column in ("run", "checkpoint") else "right")
+    table = Table(title="held-out loss in nats per token, before and after each run")
+    for column in ("run", "clean", "→", "raw", "→", "checkpoint"):
+        table.add_column(column, justify="left" if column in ("run", "checkpoint") else "right", no_wrap=True)
     for name, title in NAMES.items():
         ends = [f"{loss:.3f}" for curve in curves(FOLDER / name) for loss in (curve.losses[0], curve.losses[-1])]
         table.add_row(title, *ends, str(FOLDER / name))

@@ -72,7 +72,7 @@ def prepare_data(folder: Path, vocab_size: int = 4096) -> None:
 
 
 def prepare_base_and_reference(folder: Path) -> list[str]:
-    """Data, the base model (CLM on raw) and from it the reference model (CLM on clean); flags to begin from the base."""
+    """Data, the base model (CLM on raw), from it the reference model (CLM on clean); flags that begin from the base."""
     prepare_data(folder)
     load_base = ["--load", str(folder / "base"), "--finetune"]
     train(folder, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])

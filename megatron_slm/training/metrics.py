@@ -84,12 +84,12 @@ class StepMetrics:
     def line(self, train_iters: int) -> str:
         """One line of at most 160 columns."""
         unselected = f" rest {self.loss_unselected:.4f}" if self.loss_unselected is not None else ""
-        threshold = f" τ {self.threshold:+.3f}" if self.threshold is not None else ""
-        mfu = f" MFU {self.mfu:.1%}" if self.mfu is not None else ""
+        threshold = f" τ {self.threshold:+.2f}" if self.threshold is not None else ""
+        mfu = f" MFU {self.mfu:.0%}" if self.mfu is not None else ""
         return (
             f"step {self.step:>{len(str(train_iters))}}/{train_iters} | loss {self.loss:.4f} all {self.loss_all:.4f}"
-            f"{unselected} | selected {self.share_selected:.1%}{threshold} | norm {self.grad_norm:.3f} "
-            f"lr {self.lr:.2e} | {short(self.tokens_per_second)} tok/s {self.tflops:.3g} TFLOP/s{mfu} | "
+            f"{unselected} | selected {self.share_selected:.1%}{threshold} | norm {self.grad_norm:.2f} "
+            f"lr {self.lr:.1e} | {short(self.tokens_per_second)} tok/s {self.tflops:.3g} TFLOP/s{mfu} | "
             f"{duration(self.seconds_left)} left"
         )
 
