@@ -7,6 +7,7 @@ finished run is kept: calling this again goes on where it was stopped.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ OBJECTIVES = {
 
 
 def main() -> int:
+    os.chdir(stages.ROOT)
     folder = stages.FOLDER
     try:
         load_base = stages.prepare_base_and_reference(folder)

@@ -6,6 +6,7 @@ training model on raw text with the tokens that the reference model selects.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ NAMES = {"base": "base: CLM, raw", "rm": "RM: CLM, clean", "slm": "θ: SLM, raw"
 
 
 def main() -> int:
+    os.chdir(stages.ROOT)  # the folders that are shown are below it
     try:
         train_everything(FOLDER)
     except stages.StageFailed as failure:
