@@ -178,8 +178,8 @@ class JsonlSink:
             yield
         except OSError as error:
             raise ConfigError(
-                f"--slm-metrics-file {self.path}: cannot be written ({error.strerror}). Is the disk full, or the folder "
-                "read-only?"
+                f"--slm-metrics-file {self.path}: cannot be written ({error.strerror}). Is the disk full, or the "
+                "folder read-only?"
             ) from error
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -59,12 +60,14 @@ def test_jsonl_drops_steps_that_run_again(tmp_path: Path) -> None:
 
 def test_metrics_that_cannot_be_written_are_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--slm-metrics-file .*cannot be written"):
+    with pytest.raises(ConfigError, match=r"--slm-metrics-file .*cannot be written"):
         JsonlSink(tmp_path / "file" / "metrics.jsonl", 0)
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
-    sink.file = Path("/dev/full").open("w", buffering=1)
-    with pytest.raises(ConfigError, match="--slm-metrics-file .*No space left on device"):
-        sink.write({"kind": "train", "step": 1})
+    sink.close()
+    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:  # closing it fails too
+        sink.file = full
+        with pytest.raises(ConfigError, match=r"--slm-metrics-file .*No space left on device"):
+            sink.write({"kind": "train", "step": 1})
 
 
 def test_tensorboard_is_read_back(tmp_path: Path) -> None:
