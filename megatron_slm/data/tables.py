@@ -171,7 +171,9 @@ def _check_schema(name: str, schema: pa.Schema, keys: Sequence[str]) -> None:
         kind = schema.field(key).type
         inner = kind.value_type if kinds.is_list(kind) or kinds.is_large_list(kind) else kind
         inner = inner.value_type if kinds.is_dictionary(inner) else inner
-        if not (kinds.is_string(inner) or kinds.is_large_string(inner) or kinds.is_string_view(inner)):
+        if not any(
+            is_it(inner) for is_it in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
+        ):
             raise ConfigError(f"--json-keys {key}: the column of {name} holds {kind}, and must hold text (string).")
 
 
