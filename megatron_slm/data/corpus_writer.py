@@ -38,12 +38,12 @@ class CorpusWriter:
         partial = f"{prefix}.partial"
         self.partial_idx = idx_path(partial)
         self.paths = (bin_path(partial), Path(f"{partial}.lengths"), Path(f"{partial}.sequences"))
-        self.files: list[IO[bytes]] = []
+        self.files: list[IO[bytes]] = []  # without buffers, so that a failed write is the end of it
 
     def open(self, sizes: Sizes = (0, 0, 0)) -> None:
         """Begin, or go on behind an earlier block, of which ``sizes`` tells; what stands behind it is cut off."""
         for path, size in zip(self.paths, sizes, strict=True):
-            file = path.open("r+b" if size else "wb")
+            file = path.open("r+b" if size else "wb", buffering=0)
             self.files.append(file)
             file.truncate(size)
             file.seek(size)
@@ -51,8 +51,7 @@ class CorpusWriter:
     def append(self, ids: bytes, lengths: bytes, sequences: bytes) -> Sizes:
         """Write a block's ids, and as int32 the lengths of its sequences and the sequences of its documents."""
         for file, data in zip(self.files, (ids, lengths, sequences), strict=True):
-            file.write(data)
-            file.flush()
+            write_all(file, data)
         return self.sizes()
 
     def sizes(self) -> Sizes:
@@ -86,6 +85,17 @@ class CorpusWriter:
         self.close()
         for path in (*self.paths, self.partial_idx):
             path.unlink(missing_ok=True)
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write all of ``data`` to a file without a buffer, which may take less at once.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> None:

@@ -45,21 +45,20 @@ class JobOutput:
         self.summary = Summary()
 
     def __enter__(self) -> JobOutput:
-        with self._writing():
-            self.journal.path.parent.mkdir(parents=True, exist_ok=True)
-            was_there = self.journal.path.is_file()
-            found = self.journal.open(self.job.resume, self._has)
         try:
-            self._begin(found, was_there)
-        except BaseException:
-            self._leave(not self.job.resume)
+            with self._writing():
+                self.journal.path.parent.mkdir(parents=True, exist_ok=True)
+                was_there = self.journal.path.is_file()
+                self._begin(self.journal.open(self.job.resume, self._has), was_there)
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(isinstance(error, Exception) and not self.job.resume)
+        self._leave(error)
 
     def lines_before(self, block: Block) -> int:
         """Lines (or rows) of the next block's part that stand before it."""
@@ -103,28 +102,28 @@ class JobOutput:
         self.journal.remove()
 
     def _begin(self, found: Progress | None, was_there: bool) -> None:
-        with self._writing():
-            if found is None:
-                if was_there:
-                    hint = "has no whole block" if self.job.resume else "is not used (--resume goes on with it)"
-                    print(f"{self.journal.path}: what a stopped job left {hint}; beginning anew", file=sys.stderr)
-                for corpus in self.corpora:
-                    corpus.remove()
-                    corpus.open()
-                return
-            self.place = found
-            self.summary.restore(found.counts, sum(sizes[0] for sizes in found.sizes) // self.dtype.itemsize)
-            if not found.is_complete:
-                for corpus, sizes in zip(self.corpora, found.sizes, strict=True):
-                    corpus.open(sizes)
+        if found is None:
+            if was_there:
+                hint = "has no whole block" if self.job.resume else "is not used (--resume goes on with it)"
+                print(f"{self.journal.path}: what a stopped job left {hint}; beginning anew", file=sys.stderr)
+            for corpus in self.corpora:
+                corpus.remove()
+                corpus.open()
+            return
+        self.place = found
+        self.summary.restore(found.counts, sum(sizes[0] for sizes in found.sizes) // self.dtype.itemsize)
+        if not found.is_complete:
+            for corpus, sizes in zip(self.corpora, found.sizes, strict=True):
+                corpus.open(sizes)
 
     def _has(self, place: Progress) -> bool:
         return place.is_complete or all(
             corpus.has(sizes) for corpus, sizes in zip(self.corpora, place.sizes, strict=True)
         )
 
-    def _leave(self, remove: bool) -> None:
-        if remove:
+    def _leave(self, error: BaseException | None) -> None:
+        """Take the files away after an error; not after Ctrl-C, not with ``resume``, and not another process's."""
+        if isinstance(error, Exception) and not self.job.resume and self.journal.is_open():
             self.remove()
         for corpus in self.corpora:
             corpus.close()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_slm.data.corpus_writer import write_all
 from megatron_slm.runtime.errors import ConfigError
 
 TAIL = 1 << 20  # bytes of the file that are looked at: thousands of blocks, where one is enough after a kill
@@ -58,7 +59,7 @@ class Journal:
         Raises:
             ConfigError: another process has it, or other settings than this job's are in it.
         """
-        self.file = self.path.open("a+b")
+        self.file = self.path.open("a+b", buffering=0)
         self._lock()
         self.file.seek(0)
         if resume and self.file.read(1):
@@ -80,9 +81,13 @@ class Journal:
             )
         )
 
+    def is_open(self) -> bool:
+        return self.file is not None
+
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+            self.file = None
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -90,8 +95,7 @@ class Journal:
 
     def _write(self, line: str) -> None:
         assert self.file is not None, "open() comes first"
-        self.file.write(line.encode() + b"\n")
-        self.file.flush()
+        write_all(self.file, line.encode() + b"\n")
 
     def _lock(self) -> None:
         assert self.file is not None, "open() comes first"
@@ -99,6 +103,7 @@ class Journal:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.close()
                 raise ConfigError(
                     f"--output-prefix: another process is writing there ({self.path} is locked). Wait for it, or give "
                     "another prefix."

@@ -1,4 +1,4 @@
-"""Inputs of every kind hold the same documents, wherever they are cut into blocks or shards, and wherever one goes on."""
+"""Inputs of every kind hold the same documents, wherever they are cut into blocks or shards, and read on from there."""
 
 from __future__ import annotations
 
