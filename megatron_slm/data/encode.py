@@ -171,6 +171,8 @@ def _reason(error: Exception) -> str:
         return "half of a surrogate pair, which is no text"
     if isinstance(error, KeyError):
         return f"the key {error} is missing (--json-keys)"
+    if isinstance(error, OverflowError):
+        return f"a token id that the corpus cannot hold ({error})"
     if isinstance(error, RecursionError):
         return "JSON that is nested too deeply"
     return str(error)
