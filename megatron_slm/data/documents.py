@@ -26,6 +26,7 @@ from megatron_slm.data.inputs import (
     total_bytes,
 )
 from megatron_slm.data.tables import batches, row_groups, rows_of
+from megatron_slm.runtime.errors import ConfigError
 
 __all__ = ["Block", "Part", "RawDocument", "Values", "blocks_of", "find_inputs", "read_documents", "total_bytes"]
 
@@ -153,13 +154,13 @@ def read_documents(files: Sequence[str], keys: Sequence[str] = ("text",)) -> Ite
     """The documents of all files in order, in this process; rows of tables as lines of JSON with ``keys``.
 
     Raises:
-        DamagedFile: a file that is cut short.
+        ConfigError: a file that is cut short, or a table without the columns.
     """
     for name in files:
         line = 1
         for block in blocks_of(Part(name, form_of(name)), keys):
             if block.damage:
-                raise DamagedFile(f"{name}: {block.damage}")
+                raise ConfigError(f"--input {name}: the file is {block.damage}. Mend it, or leave it out.")
             content = block.load()
             for place, document in documents_in(content, block.part.form, keys):
                 if isinstance(document, tuple):

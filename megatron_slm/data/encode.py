@@ -81,7 +81,7 @@ class BlockEncoder:
             done.skipped, done.bad = 1, [(0, f"the file is {block.damage}")]
         else:
             for line, document in documents_in(content, block.part.form, self.keys):
-                if isinstance(document, bytes) and not document.strip():
+                if isinstance(document, bytes) and (not document or document.isspace()):
                     done.blank_lines += 1
                 else:
                     self._add(document, block.part.form is Form.JSON, line, columns, done)
