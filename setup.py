@@ -22,6 +22,7 @@ setup(
         "tiktoken",
         "nltk",
         "zstandard",
+        "pyarrow",
         "tensorboard",
         "matplotlib",
     ],
@@ -29,5 +30,6 @@ setup(
         "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
+        "remote": ["fsspec", "s3fs", "gcsfs"],
     },
 )
