@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +20,8 @@ LONGEST_BAR = 40  # columns
 def print_counts(console: Console, index: Index, lengths: Lengths) -> None:
     """Print counts, the recorded tokenizer, and how long documents are."""
     table = Table(title=index.prefix, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for row in counts(index, lengths):
         table.add_row(*row)
     console.print(table)
@@ -78,11 +81,15 @@ def print_document(console: Console, index: Index, number: int, tokenizer: Token
 
 
 def plot_lengths(lengths: Lengths, title: str, path: Path) -> None:
-    """Write a histogram of the documents' lengths, and of the tokens in them, on a logarithmic axis."""
+    """Write a histogram of the documents' lengths, and of the tokens in them, on a logarithmic axis.
+
+    Raises:
+        ConfigError: ``path`` cannot be written, or its ending is not one of a picture.
+    """
     import matplotlib.pyplot as plt
 
     longest = max(int(lengths.tokens[-1]) if lengths.total else 1, 2)
-    edges = np.unique(np.geomspace(1, longest + 1, 61).round())
+    edges = np.unique(np.geomspace(1, longest + 1, 61).round()).tolist()
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
     for weights, label, colour in (
         (lengths.documents, "documents", "#0072B2"),
@@ -95,5 +102,9 @@ def plot_lengths(lengths: Lengths, title: str, path: Path) -> None:
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot {path} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)

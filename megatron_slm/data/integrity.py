@@ -85,7 +85,8 @@ def _check_boundaries(index: Index) -> Iterator[Damage]:
 
 def _check_pointers(index: Index) -> Iterator[Damage]:
     """Each sequence must begin where the one before it ends."""
-    expected, count, where, start = 0, 0, [], 0
+    expected, count, start = 0, 0, 0
+    where: list[str] = []
     for lengths, pointers in zip(chunks(index.lengths), chunks(index.pointers), strict=True):
         ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
         starts = np.concatenate([[0], ends[:-1]]) + expected

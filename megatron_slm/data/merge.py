@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -69,7 +70,8 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
         ) from error
     finally:
         for path in (bin_path, idx_path):
-            path(partial).unlink(missing_ok=True)
+            with suppress(OSError):
+                path(partial).unlink()
     return Merged(len(infos), sum(i.documents for i in infos), sum(i.tokens for i in infos), unrecorded)
 
 
