@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from corpora import Documents, build, run_tool, synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_slm.data.corpus import corpus_info
-from megatron_slm.data.index import HEADER, MAGIC
+from megatron_slm.data.index import HEADER
 from megatron_slm.data.merge import Merged, merge_corpora, write_merged_index
 from megatron_slm.data.preprocess import Job, preprocess
 from megatron_slm.data.shard_names import find_shards
@@ -28,21 +28,6 @@ from megatron_slm.data.tokenizer import TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "merge_datasets.py"
-Documents = list[list[list[int]]]  # documents, each of sequences, each of ids
-
-
-def build(prefix: Path, documents: Documents, dtype: Any = np.uint16, tokenizer: str | None = None) -> str:
-    """A corpus from Megatron-Core's own builder, with the record of a tokenizer where one is named."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for sequences in documents:
-        ids = list(itertools.chain.from_iterable(sequences))
-        builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(sequence) for sequence in sequences])
-    builder.finalize(f"{prefix}.idx")
-    if tokenizer is not None:
-        identity = {"name": "SentencePieceTokenizer", "fingerprint": tokenizer, "vocab_size": 100}
-        counts = {"documents": len(documents), "tokens": sum(len(s) for d in documents for s in d), "skipped": 1}
-        Path(f"{prefix}.json").write_text(json.dumps({"tokenizer": identity, **counts, "append_eod": True}))
-    return str(prefix)
 
 
 def same_files(ours: Path, theirs: Path) -> None:
@@ -126,18 +111,6 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         build(tmp_path / f"part_{number}_text_document", [])
     found = [Path(name).name for name in find_shards(str(tmp_path), str(tmp_path / "out"))]
     assert found == [f"part_{number}_text_document" for number in (1, 9, 10, 100)]
-
-
-def synthetic(prefix: Path, lengths: list[int], bounds: list[int], dtype: Any) -> str:
-    """An index of any size over a sparse .bin, which takes no room on the disk."""
-    pointers = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))[:-1]]) * np.dtype(dtype).itemsize
-    with Path(f"{prefix}.idx").open("wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, DType.code_from_dtype(dtype), len(lengths), len(bounds)))
-        for array, kind in ((lengths, np.int32), (pointers, np.int64), (bounds, np.int64)):
-            file.write(np.array(array, kind).tobytes())
-    with Path(f"{prefix}.bin").open("wb") as file:
-        file.truncate(sum(lengths) * np.dtype(dtype).itemsize)
-    return str(prefix)
 
 
 def test_sizes_past_32_bits(tmp_path: Path) -> None:
@@ -254,25 +227,10 @@ def test_bad_input(
     words = [word if word.startswith(("-", "/")) else str(tmp_path / word) for word in words]
     if "--output-prefix" not in words:
         words += ["--output-prefix", str(tmp_path / "out")]
-    code, errors = run_tool(monkeypatch, capsys, words)
+    code, _, errors = run_tool(monkeypatch, capsys, "merge_datasets", words)
     assert code == 2
     assert message.format(tmp_path) in errors, errors
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def run_tool(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
-) -> tuple[int | str | None, str]:
-    """The tool in this process: exit code and standard error."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.setattr(sys, "argv", ["merge_datasets.py", *words])
-    import merge_datasets
-
-    try:
-        code: int | str | None = merge_datasets.main()
-    except SystemExit as end:
-        code = end.code
-    return code, capsys.readouterr().err
 
 
 def tool(*words: object) -> subprocess.CompletedProcess[str]:
