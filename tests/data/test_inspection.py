@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import Documents, build, run_tool, synthetic
+from corpus_files import Documents, build, run_tool, synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
