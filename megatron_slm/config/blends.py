@@ -39,7 +39,9 @@ def blend_words(value: Any, where: str) -> list[str]:
 
 def _weight(value: Any, where: str) -> str:
     try:
-        return str(float("nan" if isinstance(value, bool) else value))
+        if isinstance(value, bool):
+            raise TypeError
+        return str(float(value))
     except (TypeError, ValueError):
         raise ConfigError(f"{where}: the weight should be a number, not {value!r}. {BLEND_FILE_HELP}") from None
 

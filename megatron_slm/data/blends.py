@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from rich.console import Console
-from rich.table import Table
 
 from megatron_slm.runtime.errors import ConfigError
 
@@ -115,21 +113,14 @@ def expected(name: str, blend: Blend, tokens: Sequence[int], wanted: int) -> lis
     ]
 
 
-def print_drawn(console: Console, rows: Sequence[Drawn], title: str) -> None:
-    """Print one line per corpus."""
-    table = Table("set", "corpus", "weight", "drawn", "samples", "epochs", title=title, box=None, title_justify="left")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    table.columns[1].overflow = "fold"
+def lines_of(rows: Sequence[Drawn]) -> list[str]:
+    """A heading and one line per corpus, in columns; prefixes, which may be long, come last."""
+    width = max([3, *(len(row.name) for row in rows)])
+    lines = [f"{'set':<{width}}  {'weight':>8}  {'drawn':>7}  {'samples':>13}  {'epochs':>9}  corpus"]
     for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
-
-
-def _cells(row: Drawn) -> Iterator[str]:
-    yield row.name
-    yield row.prefix
-    yield "by size" if row.weight is None else f"{row.weight:.4f}"
-    yield f"{row.share:.4f}"
-    yield "" if row.samples is None else f"{row.samples:,}"
-    yield f"{row.epochs:.3f}"
+        weight = "by size" if row.weight is None else f"{row.weight:.2%}"
+        samples = "" if row.samples is None else f"{row.samples:,}"
+        lines.append(
+            f"{row.name:<{width}}  {weight:>8}  {row.share:>7.2%}  {samples:>13}  {row.epochs:>9.3f}  {row.prefix}"
+        )
+    return lines

@@ -86,13 +86,18 @@ def build_datasets(
             valid["valid"] = held_out
     if train is None:
         raise ConfigError("the training split is empty. Check --data-path and --split.")
+    _check_size(train, train_samples, blend)
+    reports = [partial(drawn, "train", train, blend, train_samples, seq_length)]
     for name, words in data.valid_data_path.items():
-        built = build([None, parse_blend(words), None], [0, valid_size, 0])[1]
+        own = parse_blend(words)
+        built = build([None, own, None], [0, valid_size, 0])[1]
         if built is None or not len(built):  # type: ignore[arg-type]
             raise ConfigError(f"--valid-data-path {name}: the corpus gives no sample of {seq_length} tokens.")
         valid[name] = built
-    _check_size(train, train_samples, blend)
-    return Datasets(train, valid, partial(drawn, "train", train, blend, train_samples, seq_length))
+        if len(own[0]) > 1:
+            size: int = len(built)  # type: ignore[arg-type]
+            reports.append(partial(drawn, name, built, own, min(size, valid_size or size), seq_length))
+    return Datasets(train, valid, lambda: [row for report in reports for row in report()])
 
 
 def _check_size(train: Dataset, wanted: int, blend: Blend) -> None:

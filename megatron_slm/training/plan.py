@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.schema import Config
-from megatron_slm.data.blends import print_drawn
+from megatron_slm.data.blends import lines_of
 from megatron_slm.data.parts import expected_drawn
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, parameter_count
 
@@ -23,7 +23,7 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
         valid_samples=config.logging.eval_iters,
         seq_length=config.model.seq_length or 0,
     )
-    print_drawn(console, rows, "what the run will draw, from the sizes of its corpora")
+    console.print("what the run will draw, from the sizes of its corpora:", *lines_of(rows), sep="\n", markup=False)
 
 
 def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
