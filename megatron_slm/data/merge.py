@@ -25,7 +25,8 @@ from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
 COPIED_AT_ONCE = 1 << 26  # bytes
-COUNTS = ("documents", "tokens", "text_bytes", "skipped")  # of a record: summed; the rest is kept where all agree
+# Counts of a record are summed; the rest is kept where all agree.
+COUNTS = ("documents", "tokens", "text_bytes", "empty", "blank_lines", "skipped")
 NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
