@@ -94,11 +94,13 @@ def _packaged(language: str) -> Any:
         from punkt.data import is_bundled, load_bundled
     except ImportError:
         return None
-    if not is_bundled(language) or load_bundled(language).metadata.source != f"punkt_tab:{language}":
-        return None
     from nltk.tokenize.punkt import PunktParameters
 
+    if not is_bundled(language):
+        return None
     shipped, parameters = load_bundled(language), PunktParameters()
+    if shipped.metadata.source != f"punkt_tab:{language}":
+        return None
     parameters.abbrev_types |= shipped.abbrev_types
     parameters.collocations |= shipped.collocations
     parameters.sent_starters |= shipped.sent_starters
