@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_slm.config.blends import resolve_blends
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
 
@@ -20,6 +21,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: the first setting that is wrong: flag, value, what would be right.
     """
+    resolve_blends(config.data)
     _check_required(config)
     _check_ranges(config)
     _check_layout(config, world_size)

@@ -155,11 +155,15 @@ class OptimizerConfig:
 class DataConfig:
     """Data"""
 
-    data_path: list[str] = flag(list, "corpus prefix, or a blend: weight prefix weight prefix ...")
+    data_path: list[str] = flag(
+        list, "corpus prefix, or a blend: weight prefix weight prefix ..., or a YAML or JSON file of prefix: weight"
+    )
     train_data_path: list[str] = flag(list, "like --data-path, for training only")
     valid_data_path: dict[str, list[str]] = flag(
-        dict, "named validation sets: name=PREFIX ..., each also a blend: name=0.3 P1 0.7 P2"
+        dict, "named validation sets: name=PREFIX ..., each also a blend: name=0.3 P1 0.7 P2, or a file"
     )
+    data_args_path: str | None = flag(None, "text file that holds the words of --data-path")
+    per_split_data_args_path: str | None = flag(None, "JSON file with the blends train and valid")
     split: str | None = flag(
         None, "shares of --data-path for training, validation and test (Megatron-LM: 969,30,1 as default)"
     )

@@ -119,7 +119,8 @@ class BatchStream(Iterator[list[MicroBatch]]):
         size = self.shape.micro_batch_size
         start = first + self.shape.dp_rank * size
         samples = [self._sample(index) for index in range(start, start + size)]
-        columns = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]  # a blend adds a number
+        columns = {name: torch.stack([sample[name] for sample in samples]) for name in names}
         return MicroBatch(
             tokens=columns["tokens"],
             labels=columns["labels"],

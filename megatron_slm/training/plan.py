@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.schema import Config
+from megatron_slm.data.blends import lines_of
+from megatron_slm.data.parts import expected_drawn
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, parameter_count
 
 
@@ -15,6 +17,13 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
     for row in plan(config, vocab_size, world_size):
         table.add_row(*row)
     console.print(table)
+    rows = expected_drawn(
+        config.data,
+        train_samples=(config.training.train_iters or 0) * (config.training.global_batch_size or 0),
+        valid_samples=config.logging.eval_iters,
+        seq_length=config.model.seq_length or 0,
+    )
+    console.print("what the run will draw, from the sizes of its corpora:", *lines_of(rows), sep="\n", markup=False)
 
 
 def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, str]]:

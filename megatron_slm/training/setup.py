@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
+from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
@@ -63,6 +64,8 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         valid_samples=config.logging.eval_iters * shape.global_batch_size,
         seed=config.training.seed,
     )
+    if groups.is_logging_rank:
+        console.print("what the run draws:", *lines_of(datasets.drawn()), sep="\n", markup=False)
     chunks = wrap_data_parallel(
         build_model(
             config.model,
