@@ -55,6 +55,10 @@ def _run(command: Command) -> None:
     files = TokenizerFiles(data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size)
     tokenizer = build_tokenizer(data.tokenizer_type, files)
     check_corpora(data, tokenizer)
+    if config.reference.reference_scores:
+        from megatron_slm.training.setup import read_scores
+
+        read_scores(config, tokenizer)
     console = make_console(int(os.environ.get("RANK", 0)) == 0)
     if command.action == "dry-run":
         from megatron_slm.training.plan import print_plan
