@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 CURVE = 1.5
 ABOVE_UNIFORM = 4.0  # nats by which the ceiling of a loss lies above ln V, the loss of a model that knows nothing
-DTYPES = {1: np.dtype(np.uint8), 2: np.dtype("<u2")}
+DTYPES: dict[int, Any] = {1: np.dtype(np.uint8), 2: np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ScoreCode:
         return ScoreCode(width, math.log(vocab_size))
 
     @property
-    def dtype(self) -> np.dtype[np.unsignedinteger]:
+    def dtype(self) -> Any:
         return DTYPES[self.bytes]
 
     @cached_property
@@ -57,16 +56,11 @@ class ScoreCode:
         gap = float(np.diff(self.values.astype(np.float64)).max())
         return gap / 2 + float(np.spacing(np.float32(self.ceiling)))
 
-    def encode(self, values: Tensor) -> NDArray[np.unsignedinteger]:
-        """The codes of fp32 ``values`` of any shape and device, on the host."""
+    def encode(self, values: NDArray[np.float32]) -> NDArray[np.unsignedinteger]:
+        """The codes of fp32 ``values`` of any shape."""
         edges = (self.values[:-1] + self.values[1:]) / 2
-        codes = torch.bucketize(values.float(), torch.from_numpy(edges).to(values.device), out_int32=True)
-        return codes.cpu().numpy().astype(self.dtype)
+        return np.searchsorted(edges, values).astype(self.dtype)
 
     def decode(self, codes: NDArray[np.unsignedinteger]) -> NDArray[np.float32]:
         """The values of ``codes``, fp32."""
         return self.values[codes]
-
-    def clamped(self, values: Tensor) -> int:
-        """How many of ``values`` lie above the ceiling."""
-        return int((values > self.ceiling).sum())
