@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.runtime.errors import ConfigError, DivergedError, report_error
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,11 +44,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer-model", help="default that of the reference model's own run")
     add("--vocab-file", help="the same")
     add("--merge-file", help="the same")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     try:
         score(arguments)
     except (ConfigError, DivergedError) as error:

@@ -47,10 +47,16 @@ def test_every_token_is_scored_once_with_its_own_context(
             batch = as_micro_batch([row], ids, 2, rule.window, EOD, packed=plan.packed)
             for line, columns, each in scored_places([row]):
                 seen[each.first : each.stop] += 1
-                for column, place in zip(range(*columns.indices(rule.window)), range(each.first, each.stop), strict=True):
+                for column, place in zip(
+                    range(*columns.indices(rule.window)), range(each.first, each.stop), strict=True
+                ):
                     assert batch.labels[line, column] == place
                     begin = begins[begins <= place].max()
-                    visible = column + 1 if batch.attention_mask is None else int((~batch.attention_mask[line, 0, column]).sum())
+                    visible = (
+                        column + 1
+                        if batch.attention_mask is None
+                        else int((~batch.attention_mask[line, 0, column]).sum())
+                    )
                     assert visible >= min(place - begin + 1, rule.window - rule.stride + 1)
                     assert int(batch.position_ids[line, column]) == visible - 1
                     text = batch.tokens[line, column + 1 - visible : column + 1].tolist()
