@@ -43,9 +43,9 @@ TOKENIZER = ByteTokenizer(TokenizerFiles())
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, a reference model, and a model that was trained less."""
     folder = tmp_path_factory.mktemp("scoring")
-    corpus = make_corpus(folder / "corpus", 1, documents=20)
-    launch(command(corpus, folder / "rm", train_iters=30))
-    launch(command(corpus, folder / "base", train_iters=6))
+    corpus = make_corpus(folder / "corpus", 1, documents=12)
+    launch(command(corpus, folder / "rm", train_iters=12))
+    launch(command(make_corpus(folder / "other", 2), folder / "base", train_iters=4))
     return folder
 
 
@@ -111,7 +111,7 @@ def _by_hand(rank: int, world_size: int, own: ScoringJob) -> tuple[np.ndarray, n
         return found[0], found[1]
 
 
-@pytest.mark.parametrize(("context", "stride", "width"), [("document", 20, 1), ("stream", 32, 2), ("document", 1, 2)])
+@pytest.mark.parametrize(("context", "stride", "width"), [("document", 20, 1), ("stream", 32, 2), ("document", 9, 2)])
 def test_scores_are_the_models(workspace: Path, context: str, stride: int, width: int) -> None:
     own = job(
         workspace, f"hand-{context}-{stride}", context=context, stride=stride, score_bytes=width, with_entropy=True
@@ -139,7 +139,7 @@ def test_data_parallel_ranks_make_the_same_bytes(workspace: Path, alone: Sidecar
 
 @pytest.mark.parametrize(
     ("settings", "world_size"),
-    [({"tp": 2}, 2), ({"pp": 2}, 2), ({"tp": 2, "sp": True}, 2), ({"tp": 2, "pp": 2}, 8)],
+    [({"tp": 2}, 2), ({"pp": 2}, 2), ({"tp": 2, "sp": True}, 2), ({"tp": 2, "pp": 2}, 4)],
     ids=str,
 )
 def test_every_layout_agrees(workspace: Path, alone: Sidecar, settings: dict[str, Any], world_size: int) -> None:
@@ -170,17 +170,17 @@ def _die_at(count: int) -> None:
 
 
 def test_goes_on_after_kills(workspace: Path, alone: Sidecar) -> None:
-    """Killed at eight moments in a row, also by a job of another layout; the bytes are those of one job."""
+    """Killed at five moments in a row, ended by two ranks; the bytes are those of one job that was left alone."""
     own = job(workspace, "killed", with_entropy=True)
     path = sidecar_path(own.corpora[0], own.name)
     done = []
-    for dies_at in (1, 2, 3, 4, 5, 6, 9, 12):
+    for dies_at in (1, 3, 4, 5, 8):
         with pytest.raises(AssertionError, match="died without a word"):
             run_ranks(_score, 1, own, dies_at, initialise=False)
         assert not path.is_file()
         record = path.with_name(f"{path.name}.progress")
         done.append(record.read_text() if record.is_file() else "")
-    assert len(set(done)) > 4, "the kills came at different places"
+    assert len(set(done)) > 3, "the kills came at different places"
     assert score(replace(own, micro_batch_size=2), 2).path.read_bytes() == alone.path.read_bytes()
     assert not list(path.parent.glob(f"{path.name}.*"))
 
@@ -192,8 +192,9 @@ def test_what_is_finished_is_kept(workspace: Path, alone: Sidecar) -> None:
         score(job(workspace, "alone"))
 
 
-def _selections(rank: int, world_size: int, own: ScoringJob, corpus: str) -> tuple[int, int, int]:
-    """Tokens, tokens on which the two selections differ, and tokens selected."""
+def _selections(rank: int, world_size: int, own: ScoringJob, corpus: str) -> tuple[int, int, int, float]:
+    """Tokens, tokens on which the two selections differ, tokens selected, and the largest distance from the threshold
+    of the excess loss of one that differs."""
     with started(own) as groups:
         model = ReferenceReplica(reference_config(own), TOKENIZER, groups, with_entropy=False)
         trained = replace(
@@ -205,7 +206,7 @@ def _selections(rank: int, world_size: int, own: ScoringJob, corpus: str) -> tup
 
 def _compare(
     own: ScoringJob, corpus: str, groups: Groups, model: ReferenceReplica, learner: ReferenceReplica
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, float]:
     data = DataConfig(data_path=[corpus])
     source = ReferenceConfig(reference_scores=[own.name])
     scores = open_scores(source, data, TOKENIZER, with_entropy=False)
@@ -220,17 +221,21 @@ def _compare(
     stream = BatchStream(scored, shape, device=groups.device)
     selector = Selector(parse_policy("excess"), group=groups.dp_cp)
     tokens = differ = selected = 0
+    farthest = 0.0
     for _ in range(len(in_windows) // 32):
         [batch] = next(stream)
         [beside], [loss] = model.score([batch]), learner.score([batch])
         assert batch.reference_loss is not None
-        both = [
-            selective_loss(as_tokens(batch, loss.loss, reference), selector, 0.6).selected
+        one, two = (
+            selective_loss(as_tokens(batch, loss.loss, reference), selector, 0.6)
             for reference in (beside, replace(beside, loss=batch.reference_loss))
-        ]
-        tokens, selected = tokens + both[0].numel(), selected + int(both[0].sum())
-        differ += int((both[0] != both[1]).sum())
-    return tokens, differ, selected
+        )
+        tokens, selected = tokens + one.selected.numel(), selected + int(one.selected.sum())
+        other = one.selected != two.selected
+        differ += int(other.sum())
+        distance = (loss.loss - beside.loss - one.threshold).abs()
+        farthest = max(farthest, float(distance[other].max()) if other.any() else 0.0)
+    return tokens, differ, selected, farthest
 
 
 def _second_document_first(data: DataConfig) -> Any:
@@ -244,7 +249,7 @@ def _second_document_first(data: DataConfig) -> Any:
     raise AssertionError("no seed of fifty puts the second document first")
 
 
-@pytest.mark.parametrize(("width", "most"), [(1, 0.005), (2, 0.0002)])
+@pytest.mark.parametrize(("width", "most"), [(1, 0.03), (2, 0.0005)])
 def test_selects_as_the_model_beside_it_does(workspace: Path, width: int, most: float) -> None:
     """In the same context: the first document ends one token before a window does, and the second, which comes first
     in training, is cut into samples at the very places at which the scoring windows are cut."""
@@ -253,10 +258,11 @@ def test_selects_as_the_model_beside_it_does(workspace: Path, width: int, most: 
     _two_documents(corpus, ids)
     own = job(workspace, f"same{width}", context="stream", stride=WINDOW, score_bytes=width)
     own = replace(own, corpora=[corpus])
-    score(own)
-    tokens, differ, selected = run_ranks(_selections, 1, own, corpus, initialise=False)[0]
-    assert tokens > 3000 and selected == pytest.approx(0.6 * tokens, abs=10)
+    error = score(own).header.loss.max_error
+    tokens, differ, selected, farthest = run_ranks(_selections, 1, own, corpus, initialise=False)[0]
+    assert tokens > 1500 and selected == pytest.approx(0.6 * tokens, abs=10)
     assert differ <= most * tokens, f"{differ} of {tokens} tokens"
+    assert farthest <= 2 * error, "a token was exchanged that was not at the threshold"
 
 
 def _two_documents(prefix: str, ids: np.ndarray) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from numbered import write_numbered_corpus
 
 from megatron_slm.data.corpus import check_corpus
@@ -70,7 +71,7 @@ def test_every_token_is_scored_once_with_its_own_context(
 def test_packing_keeps_every_span_and_the_width(lengths: list[int]) -> None:
     rule = ContextRule("document", 10, 10)
     ends = np.cumsum([0, *lengths]).tolist()
-    spans = [span(begin, end, 0, rule) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+    spans = [span(begin, end, 0, rule) for begin, end in itertools.pairwise(ends)]
     rows = pack(sorted(spans, key=len, reverse=True), 10)
     assert all(sum(map(len, row)) <= 10 for row in rows)
     assert sorted(each.start for row in rows for each in row) == ends[:-1]
