@@ -128,7 +128,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"reference_scores": ["rm", "/no/rm2"]}, ["/no/one_text_document.rm2.scores is missing"]),
     ({"slm_score": "excess", "reference_scores": ["rm", "plain"]}, ["two_text_document.plain.scores is missing"]),
     (
-        {"reference_scores": ["rm", "mixed"]},
+        {"slm_score": "excess", "reference_scores": ["rm", "mixed"]},
         ["one_text_document.mixed.scores was made with the reference model", "All"],
     ),
     ({"slm_score": "excess", "reference_scores": ["rm", "stride"]}, ["stride 16", "stride 8", "must be scored alike"]),
