@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_slm.config.blends import resolve_blends
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import Config, ReferenceConfig
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -215,6 +215,7 @@ def _check_objective(config: Config) -> None:
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
             ("--reference-load", reference.reference_load is None),
+            ("--reference-scores", not reference.reference_scores),
         )
         if not unset
     ]
@@ -232,6 +233,26 @@ def _check_objective(config: Config) -> None:
             f"--reference-load {reference.reference_load}: there is no such folder. Give the --save folder of a "
             "reference model that was trained with --objective clm.",
         )
+    _check_sidecars(config.reference)
+
+
+def _check_sidecars(reference: ReferenceConfig) -> None:
+    names = reference.reference_scores
+    _require(
+        not names or reference.reference_load is None,
+        "--reference-load and --reference-scores were both given. Give one: the model, or its scores.",
+    )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    _require(twice is None, f"--reference-scores names {twice} twice. Name each sidecar once.")
+    for name in names:
+        _require(
+            not name.endswith((".scores", "/")),
+            f"--reference-scores {name}: give the name alone. NAME stands for CORPUS.NAME.scores beside every corpus.",
+        )
+    _require(
+        len(names) > 1 or reference.reference_combine == "mean",
+        f"--reference-combine {reference.reference_combine} has no effect without two or more --reference-scores.",
+    )
 
 
 def _check_data(config: Config) -> None:

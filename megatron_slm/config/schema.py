@@ -255,6 +255,12 @@ class ReferenceConfig:
     reference_precision: str | None = flag(
         None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16")
     )
+    reference_scores: list[str] = flag(
+        list,
+        "in the place of --reference-load: names of score sidecars made by tools/score_corpus.py; NAME is "
+        "CORPUS.NAME.scores beside every corpus, FOLDER/NAME the same in FOLDER",
+    )
+    reference_combine: str = flag("mean", "how several sidecars become one: mean, min, or weights such as 0.7,0.3")
 
 
 @dataclass(kw_only=True)

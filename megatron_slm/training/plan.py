@@ -38,6 +38,7 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     objective = "CLM" if own.objective == "clm" else f"SLM, {own.slm_score}, k = {own.slm_selection_ratio:g}"
     return [
         ("objective", objective),
+        ("reference", _reference(config)),
         ("parameters", f"{parameter_count(model, padded):,}"),
         ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
         ("layout", f"TP {tensor} x PP {pipeline} x DP {data} = {world_size} processes"),
@@ -46,3 +47,12 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
         ("training model's FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in all"),
     ]
+
+
+def _reference(config: Config) -> str:
+    own = config.reference
+    if own.reference_scores:
+        names = ", ".join(own.reference_scores)
+        how = f", combined by {own.reference_combine}" if len(own.reference_scores) > 1 else ""
+        return f"sidecars {names}{how}: no forward pass of a reference model"
+    return own.reference_load or "none"
