@@ -48,32 +48,3 @@ class EarlySelection:
 def _in_order(values: Tensor) -> Tensor:
     """[b, s] as the hidden states lie: [s, b], flat."""
     return values.t().reshape(-1)
-
-
-class ThresholdGuess:
-    """The next micro-batch's threshold, guessed from those that were.
-
-    The band is the mean step from one threshold to the next. A token in the band that turns out selected costs
-    2HV more FLOPs than an early one, an early token that is not selected 10HV; with thresholds that scatter like a
-    normal distribution, a band of about one standard deviation balances the two.
-    """
-
-    DECAY = 0.9  # of the running mean of the steps
-
-    def __init__(self) -> None:
-        self.last: Tensor | None = None
-        self.step: Tensor | None = None
-
-    def observe(self, threshold: Tensor) -> None:
-        """Take in the exact threshold of a micro-batch, a scalar; kept on its device, so that nothing waits."""
-        threshold = threshold.detach().clone()
-        if self.last is not None:
-            step = (threshold - self.last).abs()
-            self.step = step if self.step is None else self.DECAY * self.step + (1 - self.DECAY) * step
-        self.last = threshold
-
-    def sure(self) -> Tensor | None:
-        """The score from which on a token is taken to be surely selected; None where too little is known yet."""
-        if self.last is None or self.step is None:
-            return None
-        return self.last + self.step

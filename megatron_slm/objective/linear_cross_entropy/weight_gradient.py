@@ -20,7 +20,7 @@ class WeightGradient:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.is_fused = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
-        self.sum: Tensor = weight.main_grad if self.is_fused else torch.zeros_like(weight)
+        self.sum: Tensor = weight.main_grad if self.is_fused else torch.zeros_like(weight)  # type: ignore[attr-defined]
 
     def add_product(self, entries: slice, logit_gradient: Tensor, hidden: Tensor, factor: float = 1.0) -> None:
         """Add factor · [n, w]ᵀ [n, h] to the rows ``entries`` of the gradient."""
