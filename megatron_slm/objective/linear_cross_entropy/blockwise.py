@@ -147,7 +147,7 @@ class _BlockwiseLoss(torch.autograd.Function):
         else:
             gradient.finish(rows, lse, incoming, done)
         ctx.kept = None
-        whole = gradient.hidden.view(*labels.shape, -1)
+        whole = gradient.hidden.view(*labels.shape, hidden.size(-1))
         part = reduce_hidden_gradient(whole, ctx.head.group, ctx.head.sequence_parallel)
         return part, gradient.weight.result(), None, None, None, None, None, None
 
@@ -192,7 +192,7 @@ def _early_pass(rows: _Rows, early: EarlySelection, with_mean: bool) -> tuple[St
     )
     blocks = rows.row_blocks()
     memory, second = (rows.memory_of(blocks, rows.shard.real) for _ in range(2))
-    parts = []
+    parts = [Statistics.empty(0, rows.hidden.device, with_mean)]
     for block in blocks:
         logits = rows.logits(real, block, memory)
         labels = rows.labels[block]
