@@ -18,8 +18,9 @@ class BlockMath(Protocol):
         """Memory that a logit of a block takes while it is worked on, its own included."""
         ...
 
-    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, may_overwrite: bool) -> Statistics:
-        """The figures of the block's rows; with ``may_overwrite`` the logits may be lost."""
+    def statistics(self, logits: Tensor, labels: Tensor, scratch: Tensor, *, with_mean: bool) -> Statistics:
+        """The figures of the block's rows. ``scratch``, of the shape and dtype of the logits, may be overwritten; it
+        may be the logits themselves, which are lost then."""
         ...
 
     def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
@@ -40,14 +41,13 @@ class TorchBlocks:
     def bytes_per_logit(self, dtype: torch.dtype) -> int:
         return (4 if dtype == torch.float32 else 6) + (0 if self.softcap is None else 8)
 
-    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, may_overwrite: bool) -> Statistics:
+    def statistics(self, logits: Tensor, labels: Tensor, scratch: Tensor, *, with_mean: bool) -> Statistics:
         values = self._capped(logits)
         place, here = _label_place(labels, values.size(1))
         label_logit = values.gather(1, place).squeeze(1).masked_fill(~here, 0.0)
         # log_softmax is torch's only fused pass that finds maximum and sum together. The lse follows from any entry.
         first = values[:, 0].clone()
-        out = values if may_overwrite or values is not logits else torch.empty_like(values)
-        log_p = torch._log_softmax(values, -1, False, out=out)
+        log_p = torch._log_softmax(values, -1, False, out=scratch if values is logits else values)
         lse = first - log_p[:, 0]
         mean = (log_p.exp() * log_p).sum(1) + lse if with_mean else None
         return Statistics(lse, label_logit, mean)

@@ -162,11 +162,11 @@ def _statistics(rows: _Rows, with_mean: bool, kept: list[Tensor] | None) -> Stat
     """The figures of all rows over all shards; the logits go to ``kept``, one tensor per block, where it is a list."""
     total = Statistics.empty(len(rows), rows.hidden.device, with_mean)
     blocks = rows.vocabulary_blocks()
-    memory = rows.memory_of(blocks, len(rows)) if kept is None else None
+    memory = rows.memory_of(blocks, len(rows))
     for entries in blocks:
-        logits = rows.logits(entries, out=memory)
-        labels = rows.labels - entries.start
-        total.merge(rows.math.statistics(logits, labels, with_mean=with_mean, may_overwrite=kept is None))
+        logits = rows.logits(entries, out=memory if kept is None else None)
+        scratch = memory[: logits.numel()].view_as(logits)
+        total.merge(rows.math.statistics(logits, rows.labels - entries.start, scratch, with_mean=with_mean))
         if kept is not None:
             kept.append(logits)
     total.reduce(rows.shard.group)
@@ -198,7 +198,8 @@ def _early_pass(rows: _Rows, early: EarlySelection, with_mean: bool) -> tuple[St
         labels = rows.labels[block]
         part = Statistics.empty(len(labels), logits.device, with_mean)
         if rows.shard.real:
-            part = rows.math.statistics(logits, labels, with_mean=with_mean, may_overwrite=False)
+            scratch = second[: logits.numel()].view_as(logits)
+            part = rows.math.statistics(logits, labels, scratch, with_mean=with_mean)
         part.reduce(rows.shard.group)
         parts.append(part)
         chosen = early.chosen(block, part.lse - part.label_logit)
