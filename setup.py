@@ -26,7 +26,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "triton; sys_platform == 'linux'"],
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
     },

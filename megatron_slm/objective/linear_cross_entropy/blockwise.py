@@ -25,9 +25,9 @@ from megatron_slm.objective.linear_cross_entropy.shard import (
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient, add_product
 
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
-SHARE_OF_LOGITS = {"cpu": 1 / 32, "cuda": 1 / 16}  # no block of all rows is larger than this part of the logits
+SHARE_OF_LOGITS = 1 / 16  # no block of all rows is larger than this part of the logits
 EARLY_ROWS = {"cpu": 256, "cuda": 1024}  # rows of a block of early tokens: each rewrites the weight's gradient
-MIN_ROW_BLOCKS = 16
+MIN_ROW_BLOCKS = 8
 MIN_ENTRIES = 64
 
 
@@ -78,7 +78,7 @@ class _Rows:
             return []
         device, each = self.hidden.device.type, self.math.bytes_per_logit(self.hidden.dtype)
         most = self.head.block_bytes or BLOCK_BYTES[device]
-        share = int(self.shard.size * SHARE_OF_LOGITS[device])
+        share = int(self.shard.size * SHARE_OF_LOGITS)
         return _slices(self.shard.real, max(min(most // (each * len(self)), share), MIN_ENTRIES))
 
     def row_blocks(self) -> list[slice]:
