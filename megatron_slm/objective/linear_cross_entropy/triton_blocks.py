@@ -7,7 +7,6 @@ still in the L2 cache. The running maximum and sum of a row follow Milakov and G
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -81,7 +80,7 @@ def _warps(tile: int) -> int:
 
 
 @triton.jit
-def _capped(values: Any, softcap: Any):  # type: ignore[no-untyped-def]
+def _capped(values, softcap):  # type: ignore[no-untyped-def]
     """softcap · tanh(values / softcap), with tanh x = 2 · sigmoid 2x − 1."""
     return softcap * (2.0 * tl.sigmoid(2.0 * values / softcap) - 1.0)
 
