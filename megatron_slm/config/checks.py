@@ -65,6 +65,7 @@ def _check_ranges(config: Config) -> None:
         (config.logging, ("log_interval", "eval_interval")),
         (config.optimizer, ("adam_eps",)),
         (config.objective, ("slm_gumbel_temperature",)),
+        (config.model, ("slm_logit_softcap",)),
     )
     not_negative = (
         (
@@ -74,7 +75,7 @@ def _check_ranges(config: Config) -> None:
         (config.logging, ("eval_iters",)),
         (config.data, ("num_workers",)),
         (config.training, ("seed",)),
-        (config.objective, ("slm_selection_ratio_warmup_iters",)),
+        (config.objective, ("slm_selection_ratio_warmup_iters", "slm_kept_logits_mb", "slm_z_loss")),
     )
     shares = (
         (config.model, ("attention_dropout", "hidden_dropout", "rotary_percent")),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.config.schema import DataConfig, ReferenceConfig
-from megatron_slm.data.datasets import corpora
+from megatron_slm.data.blends import parse_blend
 from megatron_slm.data.fingerprints import corpus_fingerprint
 from megatron_slm.data.scores import FLAG, TOOL, ScoresHeader, Sidecar, sidecar_path
 from megatron_slm.data.tokenizer import Tokenizer
@@ -89,8 +89,7 @@ def open_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeniz
     names = reference.reference_scores
     combine = Combine.parse(reference.reference_combine, len(names))
     found: ScoreSet = {}
-    trained = [prefix for flag, prefix in corpora(data) if not flag.startswith("--valid")]
-    for prefix in dict.fromkeys(trained):
+    for prefix in dict.fromkeys(parse_blend(data.train_data_path or data.data_path)[0]):
         sidecars = tuple(Sidecar(sidecar_path(prefix, name)) for name in names)
         corpus = corpus_fingerprint(prefix)
         for sidecar in sidecars:

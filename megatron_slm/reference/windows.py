@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.data.corpus import HEADER, CorpusInfo, idx_path
+from megatron_slm.data.corpus import CorpusInfo
+from megatron_slm.data.index import read_index
 from megatron_slm.data.scores import ContextRule
 
 CHUNK_TOKENS = 1 << 20
@@ -83,11 +84,8 @@ class Documents:
     """Where the documents of a corpus begin, read from its index where needed: an index may hold billions."""
 
     def __init__(self, corpus: CorpusInfo) -> None:
-        path = idx_path(corpus.prefix)
-        lengths = HEADER.size + corpus.sequences * 4
-        self.pointers = np.memmap(path, np.int64, "r", lengths, (corpus.sequences,))
-        first_sequences = lengths + corpus.sequences * 8
-        self.sequences = np.memmap(path, np.int64, "r", first_sequences, (corpus.documents + 1,))
+        index = read_index(corpus.prefix)
+        self.pointers, self.sequences = index.pointers, index.boundaries
         self.tokens, self.width, self.count = corpus.tokens, corpus.dtype.itemsize, corpus.documents
 
     def begin(self, document: int) -> int:

@@ -15,6 +15,7 @@ from megatron_slm.data.scored_samples import ScoredSamples
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.weights import checkpoint_directory, saved_config
+from megatron_slm.objective.early_rule import EarlyRule
 from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
@@ -79,6 +80,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
             vocab_size=tokenizer.vocab_size,
             parallel=config.parallel,
             training=config.training,
+            objective=config.objective,
             groups=groups,
             bf16=config.training.bf16,
         ),
@@ -91,13 +93,15 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     position, loaded = resume(trainable, config)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
+    selector = build_selector(config.objective, groups, config.training.seed)
     reference, reference_config = _build_reference(config, tokenizer, groups)
     return Run(
         config=config,
         trainable=trainable,
         datasets=datasets,
         shape=shape,
-        selector=build_selector(config.objective, groups, config.training.seed),
+        selector=selector,
+        early=EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative"),
         reference=reference,
         throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
         sinks=open_sinks(config, groups, position.step),
