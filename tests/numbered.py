@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_slm.data.corpus import HEADER, MAGIC
+from megatron_slm.data.index import HEADER, MAGIC
 
 
 def write_numbered_corpus(prefix: Path, documents: list[list[int]], first: int = 0) -> str:
