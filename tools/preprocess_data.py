@@ -174,11 +174,7 @@ def main() -> int:
         return 130
     for message in summary.errors:
         print(f"skipped {message}", file=sys.stderr)
-    names = ", ".join(job.prefix(key) for key in job.keys)
-    if not summary.documents:
-        print(f"{names}: this shard holds no document, and has no files")
-        return 0
-    print(f"{names}: {summary.line()}")
+    print(f"{', '.join(job.prefix(key) for key in job.keys)}: {summary.line()}")
     return 0
 
 

@@ -83,14 +83,15 @@ class JobOutput:
         """Compose the indices and give everything its name."""
         with self._writing():
             if not self.place.is_complete:
+                sizes = tuple(corpus.sizes() for corpus in self.corpora)
                 for corpus in self.corpora:
                     corpus.compose()
-                self.place = replace(self.place, is_complete=True)
+                self.place = replace(self.place, sizes=sizes, counts=self.summary.counts(), is_complete=True)
                 self.journal.add(self.place)
-            for corpus, sizes in zip(self.corpora, self.place.sizes, strict=True):
+            for corpus, (ids, *_) in zip(self.corpora, self.place.sizes, strict=True):
                 record_path(corpus.prefix).unlink(missing_ok=True)
                 corpus.publish()
-                info = {"tokens": sizes[0] // self.dtype.itemsize, "job": _digest(self.settings)}
+                info = {"tokens": ids // self.dtype.itemsize, "job": _digest(self.settings)}
                 write_record(corpus.prefix, tokenizer, {**self.summary.record(), **info})
             self.remove()
 

@@ -56,13 +56,10 @@ def preprocess(job: Job) -> Summary:
     with worker_processes(job.workers, encoder) as encode, JobOutput(job, dtype, settings) as output:
         if not output.place.is_complete:
             _write_blocks(job, parts, encode, output)
-        if output.summary.documents:
-            output.finish(tokenizer)
-        elif job.shard is None:
+        if not output.summary.documents and job.shard is None:  # of few documents some shards get none
             skipped = f" that can be read: {output.summary.errors[0]}" if output.summary.errors else ""
             raise ConfigError(f"--input: {', '.join(job.files)} holds no document{skipped}.")
-        else:
-            output.remove()  # of few documents some shards get none
+        output.finish(tokenizer)
     output.summary.seconds = time.monotonic() - began
     return output.summary
 
