@@ -94,6 +94,7 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
     add("--split-sentences", action="store_true", help="one sequence per sentence")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences when splitting")
     add("--lang", default="english", help="language of the sentence splitter [english]")
+    add("--nltk-data", metavar="DIR", help="where the splitter's data is, or is downloaded to, before NLTK_DATA")
 
 
 def _add_running(add: Callable[..., argparse.Action]) -> None:
@@ -153,6 +154,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         split_sentences=arguments.split_sentences,
         keep_newlines=arguments.keep_newlines,
         language=arguments.lang,
+        nltk_data=arguments.nltk_data,
         workers=arguments.workers,
         skip_errors=arguments.on_error == "skip",
         text_document=arguments.text_document,
@@ -174,11 +176,7 @@ def main() -> int:
         return 130
     for message in summary.errors:
         print(f"skipped {message}", file=sys.stderr)
-    names = ", ".join(job.prefix(key) for key in job.keys)
-    if not summary.documents:
-        print(f"{names}: this shard holds no document, and has no files")
-        return 0
-    print(f"{names}: {summary.line()}")
+    print(f"{', '.join(job.prefix(key) for key in job.keys)}: {summary.line()}")
     return 0
 
 

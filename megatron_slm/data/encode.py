@@ -14,7 +14,6 @@ from megatron_slm.data.inputs import Form
 
 SHOWN_ERRORS = 5
 LONGEST_SEQUENCE = (1 << 31) - 1  # tokens: .idx holds lengths as int32
-LONGEST_SPLIT = 1_000_000  # characters that the sentence splitter sees at once, as in Megatron-LM
 
 
 @dataclass
@@ -150,10 +149,7 @@ class BlockEncoder:
     def _sequences(self, text: str | list[str]) -> list[str]:
         if isinstance(text, list):
             return text
-        if self.split is None:
-            return [text]
-        starts = range(0, len(text), LONGEST_SPLIT)
-        return [sentence for start in starts for sentence in self.split(text[start : start + LONGEST_SPLIT])]
+        return [text] if self.split is None else self.split(text)
 
 
 def _utf8_bytes(text: str | list[str]) -> int:

@@ -24,6 +24,7 @@ class Job:
     split_sentences: bool = False
     keep_newlines: bool = False
     language: str = "english"
+    nltk_data: str | None = None  # folder of nltk's data, before nltk's own
     workers: int = 1
     skip_errors: bool = False
     text_document: str = "paragraph"  # what of a .txt file is a document; or "file"

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,16 +83,15 @@ class JobOutput:
         """Compose the indices and give everything its name."""
         with self._writing():
             if not self.place.is_complete:
+                sizes = tuple(corpus.sizes() for corpus in self.corpora)
                 for corpus in self.corpora:
                     corpus.compose()
-                self.place = Progress(
-                    self.place.part, self.place.offset, self.place.line, self.place.sizes, self.place.counts, True
-                )
+                self.place = replace(self.place, sizes=sizes, counts=self.summary.counts(), is_complete=True)
                 self.journal.add(self.place)
-            for corpus, sizes in zip(self.corpora, self.place.sizes, strict=True):
+            for corpus, (ids, *_) in zip(self.corpora, self.place.sizes, strict=True):
                 record_path(corpus.prefix).unlink(missing_ok=True)
                 corpus.publish()
-                info = {"tokens": sizes[0] // self.dtype.itemsize, "job": _digest(self.settings)}
+                info = {"tokens": ids // self.dtype.itemsize, "job": _digest(self.settings)}
                 write_record(corpus.prefix, tokenizer, {**self.summary.record(), **info})
             self.remove()
 
@@ -150,8 +150,11 @@ def finished(job: Job, settings: dict[str, Any]) -> Summary | None:
         prefix = job.prefix(key)
         if not all(path(prefix).is_file() for path in (bin_path, idx_path, record_path)):
             return None
-        record = json.loads(record_path(prefix).read_text(encoding="utf-8"))
-        if record.get("job") != _digest(settings):
+        try:
+            record = json.loads(record_path(prefix).read_text(encoding="utf-8"))
+        except ValueError:
+            return None
+        if not isinstance(record, dict) or record.get("job") != _digest(settings):
             return None
         summary.restore([record[name] for name in Summary.COUNTS], summary.tokens + record["tokens"])
     return summary

@@ -18,7 +18,7 @@ from megatron_slm.data.inputs import STDIN, Form, form_of, identity_of, is_remot
 from megatron_slm.data.job import Job, Summary
 from megatron_slm.data.job_output import JobOutput, finished
 from megatron_slm.data.journal import Progress
-from megatron_slm.data.sentences import sentence_splitter
+from megatron_slm.data.sentences import prepare_punkt, sentence_splitter
 from megatron_slm.data.shards import plan
 from megatron_slm.data.tables import check_columns
 from megatron_slm.data.tokenizer import Tokenizer, build_tokenizer
@@ -45,7 +45,7 @@ def preprocess(job: Job) -> Summary:
     _check(job)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_files)
     dtype = corpus_dtype(tokenizer.vocab_size)
-    split = sentence_splitter(job.language, job.keep_newlines) if job.split_sentences else None
+    split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
     encoder = BlockEncoder(job.keys, fast_encoder(tokenizer, dtype), dtype, eod, split)
     parts = plan(job.files, job.text_document, job.shard)
@@ -56,15 +56,17 @@ def preprocess(job: Job) -> Summary:
     with worker_processes(job.workers, encoder) as encode, JobOutput(job, dtype, settings) as output:
         if not output.place.is_complete:
             _write_blocks(job, parts, encode, output)
-        if output.summary.documents:
-            output.finish(tokenizer)
-        elif job.shard is None:
+        if not output.summary.documents and job.shard is None:  # of few documents some shards get none
             skipped = f" that can be read: {output.summary.errors[0]}" if output.summary.errors else ""
             raise ConfigError(f"--input: {', '.join(job.files)} holds no document{skipped}.")
-        else:
-            output.remove()  # of few documents some shards get none
+        output.finish(tokenizer)
     output.summary.seconds = time.monotonic() - began
     return output.summary
+
+
+def _splitter(job: Job) -> Callable[[str], list[str]]:
+    prepare_punkt(job.language, job.nltk_data)
+    return sentence_splitter(job.language, job.keep_newlines, job.nltk_data)
 
 
 def _check(job: Job) -> None:
@@ -74,6 +76,8 @@ def _check(job: Job) -> None:
         raise ConfigError(f"--json-keys {' '.join(job.keys)} names a key twice. Each makes a corpus of its own.")
     if job.keep_newlines and not job.split_sentences:
         raise ConfigError("--keep-newlines is about the newlines between sentences: give --split-sentences as well.")
+    if job.nltk_data is not None and not job.split_sentences:
+        raise ConfigError("--nltk-data is for splitting sentences: give --split-sentences as well.")
     for flag, is_given in (("--resume", job.resume), ("--shard", job.shard is not None)):
         if is_given and STDIN in job.files:
             raise ConfigError(f"{flag} needs input that can be read again, and --input - is standard input.")

@@ -104,7 +104,7 @@ def _train(job: TokenizerJob, lines: Iterator[str], partial: Path) -> None:
 def _lines(job: TokenizerJob, bar: Advance) -> Iterator[str]:
     """The texts, line by line without the newlines (which fall back to their byte), and long lines cut."""
     count = 0
-    for document in read_documents(job.files):
+    for document in read_documents(job.files, [job.json_key]):
         for line in _text(document, job.json_key).splitlines():
             for begin in range(0, len(line), LONGEST_LINE):
                 count += 1

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from nltk.downloader import Downloader
 from test_documents import lines, write_table
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "preprocess_data.py"
@@ -138,6 +139,12 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("workers", ["--workers", "0"], ["--workers is 0", "at least 1"]),
     ("workers word", ["--workers", "many"], ["--workers", "many"]),
     ("keep newlines", ["--keep-newlines"], ["--keep-newlines", "--split-sentences"]),
+    ("nltk data", ["--nltk-data", "sub"], ["--nltk-data", "--split-sentences"]),
+    (
+        "no punkt",
+        ["--split-sentences", "--nltk-data", "sub", "--lang", "klingon"],
+        ["--split-sentences", "klingon"],
+    ),
     ("partitions", ["--partitions", "3", "--workers", "4"], ["--partitions 3 must divide --workers 4"]),
     ("partitions order", ["--partitions", "2", "--workers", "2"], ["--partitions 2", "--keep-sequential-samples"]),
     ("log interval", ["--log-interval", "0"], ["--log-interval is 0"]),
@@ -168,6 +175,10 @@ BAD: list[tuple[str, list[str], list[str]]] = [
 ]
 
 
+def offline(*given: object, **named: object) -> None:
+    raise OSError("no connection")
+
+
 @pytest.mark.parametrize(("arguments", "words"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
 def test_bad_flags_and_files_are_named(
     folder: Path,
@@ -177,6 +188,7 @@ def test_bad_flags_and_files_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(Downloader, "download", offline)
     defaults = {"--input": ["good.jsonl"], "--tokenizer-type": ["ByteTokenizer"], "--output-prefix": ["out"]}
     rest = [word for flag, value in defaults.items() if flag not in arguments for word in (flag, *value)]
     before = sorted(folder.iterdir())

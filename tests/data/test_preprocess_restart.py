@@ -315,19 +315,40 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def tool(files: list[str], prefix: Path) -> list[str]:
+    """The real command with two workers and small blocks; the environment's SECONDS slow each document down."""
+    path = Path(__file__).parent.parent.parent / "tools" / "preprocess_data.py"
+    command = [sys.executable, "-c", RUN, str(path), "--input", *files, "--tokenizer-type", "ByteTokenizer"]
+    return [*command, "--append-eod", "--on-error", "skip", "--output-prefix", str(prefix), "--workers", "2"]
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+    job = make_job(write_inputs(tmp_path), tmp_path / "out", resume=True)
+    with subprocess.Popen(
+        tool(list(job.files), tmp_path / "out"), env={**os.environ, "SECONDS": "0.02"}, stderr=subprocess.PIPE
+    ) as process:
+        journal = tmp_path / "out_text_document.journal"
+        while process.poll() is None and not (journal.exists() and len(journal.read_bytes().splitlines()) > 2):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130 and b"--resume goes on" in errors and b"Traceback" not in errors
+    expected = make_job(list(job.files), tmp_path / "expected")
+    preprocess(expected)
+    assert preprocess(job).resumed and corpus_bytes(job) == corpus_bytes(expected)
+
+
 @pytest.mark.kills
 def test_twenty_random_kills(tmp_path: Path) -> None:
     """kill -9 of the real command with two workers at random moments; no worker outlives it."""
     chance = random.Random(4)
     files = write_inputs(tmp_path, times=20)
-    tool = Path(__file__).parent.parent.parent / "tools" / "preprocess_data.py"
-    command = [sys.executable, "-c", RUN, str(tool), "--input", *files, "--tokenizer-type", "ByteTokenizer"]
-    command += ["--append-eod", "--on-error", "skip", "--output-prefix", str(tmp_path / "out"), "--resume"]
+    command = [*tool(files, tmp_path / "out"), "--resume"]
     slow = {**os.environ, "SECONDS": "0.004"}
     journal = tmp_path / "out_text_document.journal"
     kills, records = 0, []
     while kills < 20:
-        process = subprocess.Popen([*command, "--workers", "2"], env=slow, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=slow, stderr=subprocess.DEVNULL)
         size = journal.stat().st_size if journal.exists() else 0
         while kills % 2 and process.poll() is None and (not journal.exists() or journal.stat().st_size <= size):
             time.sleep(0.005)  # every second time it gets further; else it may not even have begun
@@ -340,9 +361,7 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
         assert not psutil.wait_procs(workers, timeout=10)[1], "a worker outlived its job"
         records.append(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
     assert records[-1] > records[0], f"the job made no headway: {records}"
-    quick = subprocess.run(
-        [*command, "--workers", "2"], env={**os.environ, "SECONDS": "0"}, capture_output=True, text=True, check=False
-    )
+    quick = subprocess.run(command, env={**os.environ, "SECONDS": "0"}, capture_output=True, text=True, check=False)
     assert quick.returncode == 0, quick.stderr
     expected = make_job(files, tmp_path / "expected")
     summary = preprocess(expected)
