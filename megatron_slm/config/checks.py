@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,7 +248,12 @@ def _check_checkpoint(config: Config) -> None:
     own = config.checkpoint
     _require(own.save is not None or own.save_interval is None, "--save-interval needs --save, a folder.")
     _require(own.load is not None or not own.finetune, "--finetune needs --load, the weights to begin from.")
-    for flag, folder in (("--save", own.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):
+    folders = (
+        ("--save", own.save),
+        ("--tensorboard-dir", config.logging.tensorboard_dir),
+        ("--data-cache-path", config.data.data_cache_path),
+    )
+    for flag, folder in folders:
         if folder is not None:
             _check_writable(flag, Path(folder))
     if config.logging.slm_metrics_file is not None:
@@ -256,8 +261,16 @@ def _check_checkpoint(config: Config) -> None:
 
 
 def _check_writable(flag: str, folder: Path) -> None:
+    """Try it: permission bits say nothing of read-only mounts, of full disks, and of what root may do."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     _require(place.is_dir(), f"{flag} {folder}: {place} is a file, not a folder.")
-    _require(os.access(place, os.W_OK | os.X_OK), f"{flag} {folder}: {place} cannot be written.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writable-", dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {folder}: {place} cannot be written ({error.strerror}). Give a folder on a disk with room that "
+            "this user may write."
+        ) from error
