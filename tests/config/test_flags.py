@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,7 @@ def test_named_validation_sets() -> None:
         parse(["--valid-data-path", "a=1", "a=2"])
 
 
+@hypothesis.settings(deadline=None)
 @given(st.floats(1e-8, 1), st.integers(1, 100), st.booleans(), st.lists(st.text("ab/", min_size=1), max_size=3))
 def test_printed_config_is_a_recipe(lr: float, layers: int, switch: bool, words: list[str]) -> None:
     config = parse(["--lr", repr(lr), "--num-layers", str(layers), "--swiglu" if switch else "--no-swiglu"]).config

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from corpus_files import Documents, build
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from tiny import MODEL, command
@@ -113,17 +113,17 @@ SMALL: list[tuple[str, Documents, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("documents", "settings", "message"), [case[1:] for case in SMALL], ids=[c[0] for c in SMALL])
-def test_small_corpora(tmp_path: Path, documents: Documents, settings: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("documents", "flags", "message"), [case[1:] for case in SMALL], ids=[c[0] for c in SMALL])
+def test_small_corpora(tmp_path: Path, documents: Documents, flags: dict[str, Any], message: str) -> None:
     small = build(tmp_path / "small", documents)
     large = corpus_of(tmp_path / "large", 1, 2000)
-    settings = dict(settings)
-    if settings.pop("valid", False):
-        data = DataConfig(data_path=[large], valid_data_path={"v": [small]}, **settings)
-    elif settings.pop("beside", False):
-        data = DataConfig(data_path=[large, small], split="1,0,0", **settings)
+    flags = dict(flags)
+    if flags.pop("valid", False):
+        data = DataConfig(data_path=[large], valid_data_path={"v": [small]}, **flags)
+    elif flags.pop("beside", False):
+        data = DataConfig(data_path=[large, small], split="1,0,0", **flags)
     else:
-        data = DataConfig(data_path=[small], **settings)
+        data = DataConfig(data_path=[small], **flags)
     [result] = run_ranks(_build, 1, data, 10, 2, timeout=60)
     assert message in result.get("error", "")
     assert bool(message) == ("error" in result), result
@@ -143,6 +143,7 @@ WEIGHTS = st.dictionaries(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(WEIGHTS)
 def test_a_blend_is_the_same_however_it_is_given(
     tmp_path_factory: pytest.TempPathFactory, blend: dict[str, float]
