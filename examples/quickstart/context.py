@@ -17,14 +17,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import stages
 import torch
 
-from megatron_slm.config.schema import Config, DataConfig, ParallelConfig, ReferenceConfig
+from megatron_slm.config.schema import DataConfig, ParallelConfig, ReferenceConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
 from megatron_slm.data.corpus import check_corpus
 from megatron_slm.data.datasets import build_datasets
@@ -219,8 +219,7 @@ def _open(folder: Path, rule: ContextRule, data: DataConfig, tokenizer: Tokenize
 
 def _model(folder: Path, run: str, tokenizer: Tokenizer, groups: Groups) -> ReferenceReplica:
     job = ScoringJob(ReferenceConfig(reference_load=str(folder / run)), [], "", ParallelConfig(), MICRO_BATCH)
-    config: Config = replace(reference_config(job))
-    return ReferenceReplica(config, tokenizer, groups, with_entropy=False)
+    return ReferenceReplica(reference_config(job), tokenizer, groups, with_entropy=False)
 
 
 def cost(prefix: str, rule: ContextRule) -> tuple[float, float]:

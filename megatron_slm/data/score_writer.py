@@ -38,6 +38,7 @@ def is_finished(path: Path, header: ScoresHeader) -> bool:
     if not path.is_file():
         return False
     _check_same_job(path, read_header(path), header)
+    _record_path(path).unlink(missing_ok=True)  # of a job that was killed after it gave the file its name
     return True
 
 
@@ -55,7 +56,10 @@ def reserve(path: Path, header: ScoresHeader) -> Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         with partial.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, header.file_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, header.file_bytes)
+            else:  # macOS has none: there a full disk shows itself later
+                file.truncate(header.file_bytes)
             file.write(header.unfinished().pack())
             file.flush()
             os.fsync(file.fileno())
