@@ -1,0 +1,64 @@
+"""The commands that README and docs show: every file and flag in them is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAUNCHERS = {"--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in the page's bash blocks that runs something of the project's."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if any(word.startswith(("tools/", "examples/")) or word == "megatron_slm.pretrain" for word in words):
+                found.append(words)
+    return found
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@cache
+def help_of(program: str) -> str:
+    command = ["-m", program] if program == "megatron_slm.pretrain" else [program]
+    result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=lambda value: value.name if isinstance(value, Path) else " ".join(value)[:60]
+)
+def test_shown_command_has_its_files_and_flags(page: Path, words: list[str]) -> None:
+    place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "megatron_slm.pretrain")
+    known = set(re.findall(r"--[\w-]+", help_of(words[place])))
+    for number, word in enumerate(words):
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            assert flag in (LAUNCHERS if number < place else known), f"{page.name}: {words[place]} has no {flag}"
+        elif word.startswith(("tools/", "examples/")):
+            assert (ROOT / word).exists(), f"{page.name}: {word} is missing"
+
+
+def test_every_tool_is_shown_somewhere() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert f"tools/{tool.name}" in text, f"no page shows tools/{tool.name}"
+
+
+def test_make_targets_that_are_shown_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for target in re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8")):
+            assert f"\n{target}:" in makefile, f"{page.name}: make {target}"
