@@ -26,9 +26,9 @@ from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGr
 
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
 SHARE_OF_LOGITS = 1 / 16  # no block of all rows is larger than this part of the logits
-EARLY_ROWS = {"cpu": 256, "cuda": 1024}  # rows of a block of early tokens: each rewrites the weight's gradient
-MIN_ROW_BLOCKS = 8
-MIN_ENTRIES = 64
+EARLY_ROWS = {"cpu": 512, "cuda": 1024}  # rows of a block of early tokens: each rewrites the weight's gradient
+MIN_ROW_BLOCKS = 8  # so that a block of early tokens is at most an eighth of the logits
+MIN_ENTRIES = 64  # of a block of all rows, whatever their number
 
 
 def blockwise_token_loss(
