@@ -212,6 +212,7 @@ def _check_objective(config: Config) -> None:
         for name, unset in (
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
+            ("--slm-threshold", objective.slm_threshold == "exact"),
             ("--reference-load", reference.reference_load is None),
         )
         if not unset
@@ -223,6 +224,11 @@ def _check_objective(config: Config) -> None:
     _require(
         objective.slm_selection_ratio_start is None or objective.slm_selection_ratio_warmup_iters > 0,
         "--slm-selection-ratio-start needs --slm-selection-ratio-warmup-iters.",
+    )
+    _require(
+        objective.slm_threshold == "exact" or objective.slm_scope == "global-batch",
+        f"--slm-threshold carried selects over the global batch, and --slm-scope is {objective.slm_scope}. "
+        "Add --slm-scope global-batch, or leave it out.",
     )
     if reference.reference_load is not None:
         _require(

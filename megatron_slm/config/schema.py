@@ -232,7 +232,13 @@ class ObjectiveConfig:
     slm_scope: str = flag(
         "data-parallel",
         "set of tokens that is ranked together",
-        choices=("sequence", "micro-batch", "data-parallel"),
+        choices=("sequence", "micro-batch", "data-parallel", "global-batch"),
+    )
+    slm_threshold: str = flag(
+        "exact",
+        "with --slm-scope global-batch, exact: a forward pass of its own ranks all tokens of the step first; carried: "
+        "the threshold comes from the steps before, and the share selected is held near the ratio",
+        choices=("exact", "carried"),
     )
     slm_selection_ratio_start: float | None = flag(None, "selection ratio of the first step")
     slm_selection_ratio_warmup_iters: int = flag(

@@ -26,6 +26,7 @@ from megatron_slm.config.recipe import write_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model import weights
+from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_steps
@@ -51,6 +52,7 @@ class Trainable:
     scheduler: OptimizerParamScheduler
     groups: Groups
     tokenizer: Tokenizer
+    carried: CarriedThreshold | None = None
 
     def layout(self) -> dict[str, int]:
         groups = self.groups
@@ -134,6 +136,8 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
         _load_schedule(trainable.scheduler, loaded["scheduler"], directory)
     else:
         trainable.optimizer.reload_model_params()
+    if trainable.carried is not None and "carried" in loaded:
+        trainable.carried.load_state_dict(loaded["carried"])
     if "rng" in loaded:
         _set_random_states(loaded["rng"])
     return Position(manifest.step, manifest.consumed_samples)
@@ -185,6 +189,8 @@ def _state(trainable: Trainable, config: Config, *, is_loading: bool, with_rng: 
             (groups.pp_rank, groups.tp_rank),
             replica_id=groups.dp_cp.rank(),
         )
+    if trainable.carried is not None and not is_loading:
+        state["carried"] = trainable.carried.state_dict()
     return state
 
 

@@ -12,6 +12,7 @@ from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.weights import checkpoint_directory, saved_config
+from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
@@ -77,7 +78,9 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     for chunk in chunks:
         chunk.train()
     optimizer = build_optimizer(chunks, config)
-    trainable = Trainable(chunks, optimizer, build_scheduler(optimizer, config), groups, tokenizer)
+    selector = build_selector(config.objective, groups, config.training.seed)
+    carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
+    trainable = Trainable(chunks, optimizer, build_scheduler(optimizer, config), groups, tokenizer, carried)
     position, loaded = resume(trainable, config)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
@@ -87,7 +90,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         trainable=trainable,
         datasets=datasets,
         shape=shape,
-        selector=build_selector(config.objective, groups, config.training.seed),
+        selector=selector,
         reference=reference,
         throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
         sinks=open_sinks(config, groups, position.step),

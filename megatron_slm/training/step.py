@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.pipeline import run_pipeline
-from megatron_slm.objective.selective_loss import ReferenceScores, Selector, Tokens, selective_loss
+from megatron_slm.objective.carried import CarriedThreshold
+from megatron_slm.objective.selective_loss import (
+    Carried,
+    ReferenceScores,
+    Selection,
+    Selector,
+    Tokens,
+    as_one,
+    select,
+    select_carried,
+    selective_loss,
+)
 from megatron_slm.runtime.errors import DivergedError
+from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.process import preserved_random_state
 from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.metrics import TokenSums
 
@@ -31,6 +46,7 @@ class Step:
     sums: TokenSums
     grad_norm: float
     lr: float
+    seconds_ranking: float | None  # of the forward pass that only ranks (scope "global-batch"), where there was one
 
 
 def selection_ratio(config: ObjectiveConfig, step: int) -> float:
@@ -41,36 +57,84 @@ def selection_ratio(config: ObjectiveConfig, step: int) -> float:
     return start + (final - start) * step / config.slm_selection_ratio_warmup_iters
 
 
-def as_tokens(batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores | None) -> Tokens:
-    """A micro-batch and the model's losses of it, as the objective wants them."""
+def as_tokens(batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores | None, first_sample: int) -> Tokens:
+    """A micro-batch and the model's losses of it, as the objective wants them; ``first_sample`` is the step's."""
     index = batch.token_index()
     return Tokens(
         loss=token_loss,
         valid=batch.loss_mask,
         index=index,
-        order=index - batch.first_sample * batch.tokens.size(1),
+        order=index - first_sample * batch.tokens.size(1),
         reference=reference,
     )
+
+
+@dataclass
+class StepSelection:
+    """How the tokens of one step are selected: by what is known before the first backward pass, where the scope is
+    the global batch, and else each micro-batch by itself."""
+
+    selector: Selector
+    ratio: float = 1.0
+    ranked: Sequence[Selection] = ()  # of every micro-batch: exact, over the global batch
+    carried: Carried | None = None
+    remembers: bool = False  # whether ``seen`` is filled
+    seen: list[tuple[Tokens, Tensor]] = field(default_factory=list)  # tokens, and which of them were selected
+
+    def of(self, number: int, tokens: Tokens) -> Selection:
+        """The selection of micro-batch ``number``. Collective over the selector's group unless it is known."""
+        if self.ranked:
+            selection = self.ranked[number]
+        elif self.carried is not None:
+            selection = select_carried(tokens, self.selector, self.carried)
+        else:
+            selection = select(tokens, self.selector, self.ratio)
+        if self.remembers:
+            self.seen.append((as_one([tokens]), selection.selected))
+        return selection
 
 
 def token_sums(
     chunks: Sequence[object],
     micro_batches: Sequence[MicroBatch],
-    selector: Selector,
+    selection: StepSelection,
     *,
-    ratio: float = 1.0,
-    reference: ReferenceSource | None = None,
+    scores: Sequence[ReferenceScores] = (),
     forward_only: bool = False,
 ) -> list[TokenSums]:
     """Run all micro-batches through the model and the objective; one entry per micro-batch on the last stage."""
-    scores = reference.score(micro_batches) if reference is not None else []
 
     def loss_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, TokenSums]:
-        tokens = as_tokens(batch, output, scores[number] if scores else None)
-        loss = selective_loss(tokens, selector, ratio)
+        tokens = as_tokens(batch, output, scores[number] if scores else None, micro_batches[0].first_sample)
+        loss = selective_loss(tokens, selection.of(number, tokens))
         return loss.numerator, loss.count, TokenSums.of(tokens, loss)
 
     return run_pipeline(chunks, micro_batches, loss_of, forward_only=forward_only)  # type: ignore[arg-type]
+
+
+def rank_global_batch(
+    chunks: Sequence[object],
+    micro_batches: Sequence[MicroBatch],
+    selector: Selector,
+    *,
+    ratio: float,
+    scores: Sequence[ReferenceScores],
+) -> list[Selection]:
+    """The exact selection over all micro-batches of the step and all ranks, from a forward pass of its own.
+
+    Random states are put back, so that the forward pass that follows draws the same dropout and has the same losses.
+
+    Returns:
+        one entry per micro-batch on the last stage; nothing elsewhere.
+    """
+
+    def tokens_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Tokens]:
+        tokens = as_tokens(batch, output, scores[number] if scores else None, micro_batches[0].first_sample)
+        return output.sum(), batch.loss_mask.sum(), as_one([tokens])
+
+    with preserved_random_state(), torch.no_grad():
+        seen = run_pipeline(chunks, micro_batches, tokens_of, forward_only=True)  # type: ignore[arg-type]
+    return select(as_one(seen), selector, ratio).split(len(seen)) if seen else []
 
 
 def train_step(
@@ -79,18 +143,33 @@ def train_step(
     selector: Selector,
     *,
     ratio: float,
+    next_ratio: float,
     reference: ReferenceSource | None,
 ) -> Step:
     """One optimizer step on a global batch. Collective over all ranks.
 
+    Args:
+        ratio: the selection ratio of this step, and ``next_ratio`` that of the next.
+
     Raises:
         DivergedError: a loss or the gradient norm is NaN or infinite.
     """
-    optimizer = trainable.optimizer
-    for chunk in trainable.chunks:
+    optimizer, chunks = trainable.optimizer, trainable.chunks
+    for chunk in chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
-    parts = token_sums(trainable.chunks, micro_batches, selector, ratio=ratio, reference=reference)
+    scores = reference.score(micro_batches) if reference is not None else []
+    selection = StepSelection(selector, ratio, remembers=trainable.carried is not None)
+    seconds_ranking = None
+    if trainable.carried is not None:
+        selection.carried = trainable.carried.carried(ratio)
+    if selector.scope == "global-batch" and selector.policy is not None and selection.carried is None:
+        began = time.perf_counter()
+        selection.ranked = rank_global_batch(chunks, micro_batches, selector, ratio=ratio, scores=scores)
+        seconds_ranking = time.perf_counter() - began
+    parts = token_sums(chunks, micro_batches, selection, scores=scores)
+    if trainable.carried is not None:
+        _carry_on(trainable.carried, selection, next_ratio, trainable.groups)
     lr = max(group["lr"] for group in optimizer.param_groups)
     _, grad_norm, _ = optimizer.step()
     norm = float(grad_norm) if grad_norm is not None else math.nan
@@ -98,4 +177,13 @@ def train_step(
         raise DivergedError(f"the gradient norm is {norm}. A lower --lr or a longer warm-up may help.")
     batch = micro_batches[0].tokens.size(0) * len(micro_batches) * trainable.groups.dp_size
     trainable.scheduler.step(increment=batch)
-    return Step(TokenSums.reduce(parts, trainable.groups), norm, lr)
+    return Step(TokenSums.reduce(parts, trainable.groups), norm, lr, seconds_ranking)
+
+
+def _carry_on(carried: CarriedThreshold, selection: StepSelection, next_ratio: float, groups: Groups) -> None:
+    """Let the threshold learn from the step on the last stage, and tell the others, of which one saves it."""
+    if groups.is_last_stage:
+        tokens = as_one([tokens for tokens, _ in selection.seen])
+        selected = torch.cat([selected for _, selected in selection.seen])
+        carried.observe(tokens, selected, selection.ratio, next_ratio)
+    carried.spread(groups.last_stage_rank, groups.pp)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
 from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import ReferenceScores, SelectiveLoss, Selector, Tokens, selective_loss
+from megatron_slm.objective.selective_loss import (
+    ReferenceScores,
+    SelectiveLoss,
+    Selector,
+    Tokens,
+    select,
+    selective_loss,
+)
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 
 B, S, V = 4, 9, 24
@@ -55,7 +62,7 @@ def run(
     )
     policy = None if text is None else parse_policy(text)
     ratio = more.pop("ratio", 0.6)
-    loss = selective_loss(tokens, Selector(policy, scope, group, **more), ratio)
+    loss = selective_loss(tokens, select(tokens, Selector(policy, scope, group, **more), ratio))
     (gradient,) = torch.autograd.grad(loss.numerator, logits)
     return loss, gradient
 
