@@ -74,6 +74,7 @@ class Carried:
     """What a step knows of its selection before its first forward pass."""
 
     thresholds: Tensor  # [t] fp32, one per term of the policy: scores as :func:`term_scores` gives them
+    tied: Tensor  # [t] float64, share of the scores equal to the threshold that is selected
     share: Tensor  # scalar fp32, of the valid tokens that were selected in the step before
 
 
@@ -129,20 +130,28 @@ def select(tokens: Tokens, selector: Selector, ratio: float) -> Selection:
 
 def select_carried(tokens: Tokens, selector: Selector, carried: Carried) -> Selection:
     """Select every token whose score reaches the threshold that the steps before left. Nothing is communicated, and
-    nothing is known of other tokens: all scores that are equal to the threshold are selected.
+    nothing is known of other tokens.
 
     A loss that is NaN is not selected; :meth:`CarriedThreshold.observe` finds it when the step ends.
     """
     assert selector.policy is not None
-    parts = [
-        tokens.valid & (term_scores(tokens, selector, term) >= threshold)
-        for term, threshold in zip(terms(selector.policy), carried.thresholds, strict=True)
-    ]
-    selected = joined(selector.policy, iter(parts))
+    selected = joined(selector.policy, iter(carried_selections(tokens, selector, carried)))
     weight = selected.float()
     if selector.mix:
         weight = _mixed(weight, tokens.valid, carried.share, selector.mix)
     return Selection(selected, weight, next(terms(selector.policy)).sign * carried.thresholds[0])
+
+
+def carried_selections(tokens: Tokens, selector: Selector, carried: Carried) -> list[Tensor]:
+    """The selection of each term, [b, s] bool. Whether a score that is equal to the threshold reaches it is drawn by
+    a hash of the token's index."""
+    assert selector.policy is not None
+    drawn = uniform(tokens.index, selector.seed, stream=2)
+    parts = []
+    for term, threshold, tied in zip(terms(selector.policy), carried.thresholds, carried.tied, strict=True):
+        score = term_scores(tokens, selector, term)
+        parts.append(tokens.valid & ((score > threshold) | ((score == threshold) & (drawn < tied))))
+    return parts
 
 
 def as_one(micro_batches: Sequence[Tokens]) -> Tokens:
