@@ -1,18 +1,20 @@
 """The carried threshold: selection over the global batch that knows each token's fate at once.
 
-When a step ends, its scores are known on all ranks, and so is the exact threshold that would have selected a share r
-of them. The next step selects what reaches that threshold. Its share misses k by as much as the scores have moved
-since, so the share to aim at is corrected by what was selected too much so far:
+When a step ends, its scores are known on all ranks, and so is the exact threshold that would have selected any share
+of them. The next step's threshold is that of a share which makes up for what was selected too much so far, moved on by
+as much as thresholds have been moving:
 
-    surplusₜ    = surplusₜ₋₁ + (shareₜ − kₜ)
-    thresholdₜ₊₁ = exact threshold of the scores of step t for the share  kₜ₊₁ − GAIN · surplusₜ
+    surplusₜ   = surplusₜ₋₁ + (shareₜ − kₜ)
+    exactₜ(r)  = the exact threshold of step t's scores for the share r
+    velocityₜ  = SMOOTHING · velocityₜ₋₁ + (1 − SMOOTHING) · (exactₜ(k) − exactₜ₋₁(k))
+    threshold of step t + 1  =  exactₜ(k − GAIN · surplusₜ) + velocityₜ
 
-This is integral control. Noise of a batch cancels in the surplus, a steady drift d of the share leaves a constant
-surplus d / GAIN, and a jump J enters it once. So over any n steps the mean share is off by the change of the surplus
-divided by n. A jump that moves the share by J ≤ 1/2 in one step costs J / 50 over 50 steps: at most 1 %.
+Over n steps the mean share is off by the change of the surplus divided by n. Noise of a batch cancels in the surplus,
+a steady drift leaves none once it is known, and a jump J of the share enters it once: J / 50 over 50 steps, so that
+|J| ≤ 1/2 costs at most 1 %. It holds while the scores of a step move by less than about their spread.
 
-Of scores that are equal to the threshold, a share is selected by a hash of the token's index, so that ties do no harm
-either, and each token's fate still depends on nothing but itself.
+Where many scores are equal to the threshold, it is not moved on, and a share of them is selected by a hash of the
+token's index: ties do no harm either, and each token's fate still depends on nothing but itself.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ from megatron_slm.objective.selective_loss import (
 )
 from megatron_slm.objective.threshold import key_values, largest_key, order_keys
 
-GAIN = 0.25
-LARGEST_SURPLUS = 0.5  # what cannot be helped for a while, such as equal scores, is not paid back for ever
+GAIN = 0.7
+SMOOTHING = 0.5
+LARGEST_SURPLUS = 1.0  # what could not be helped for long is not paid back for as long
+MANY_TIES = 0.001  # of the valid tokens
 
 
 class CarriedThreshold:
-    """The controller of one run; its state is five numbers per term of the policy and belongs in the checkpoint.
+    """The controller of one run; its state is a few numbers per term of the policy and belongs in the checkpoint.
 
     A threshold serves the selection ratio that it was made for. Without one (the first step, or after the ratio or
     the policy was changed on a resume) the step is selected exactly.
@@ -51,18 +55,19 @@ class CarriedThreshold:
         assert selector.policy is not None
         self.selector = selector
         self.terms = list(terms(selector.policy))
-        # One column per term: the threshold, the share of equal scores, the surplus, the share of all terms together,
-        # and the run's ratio that the threshold is made for. float64, which holds fp32 as it is, in one message.
-        self.values = torch.zeros(5, len(self.terms), dtype=torch.float64, device=device)
-        self.values[4] = torch.nan
+        # One column per term: the threshold, the share of equal scores, the surplus, the last exact threshold, the
+        # velocity, the share of all terms together, and the run's ratio that the threshold is made for. float64,
+        # which holds fp32 as it is, in one message.
+        self.values = torch.zeros(7, len(self.terms), dtype=torch.float64, device=device)
+        self.values[-1] = torch.nan
         self.made_for = math.nan  # the last row, known without waiting for the device
 
     def carried(self, ratio: float) -> Carried | None:
         """What a step with this ratio selects by; None where it must be selected exactly."""
         if self.made_for != ratio:
             return None
-        thresholds, tied, _, share, _ = self.values
-        return Carried(thresholds.float(), tied, share[0].float())
+        threshold, tied, _, _, _, share, _ = self.values
+        return Carried(threshold.float(), tied, share[0].float())
 
     def observe(self, tokens: Tokens, selected: Tensor, ratio: float, next_ratio: float) -> None:
         """Learn from a step that has ended. Collective over the selector's group.
@@ -76,34 +81,48 @@ class CarriedThreshold:
         Raises:
             DivergedError: a loss of a valid token is NaN or infinite, on any rank.
         """
-        group, surplus = self.selector.group, self.values[2]
+        _, _, surplus, before, velocity, _, _ = self.values
         reached = torch.zeros_like(surplus, dtype=torch.int64)
         if (carried := self.carried(ratio)) is not None:
-            parts = carried_selections(tokens, self.selector, carried)
-            reached = torch.stack([part.sum() for part in parts])
+            reached = torch.stack([part.sum() for part in carried_selections(tokens, self.selector, carried)])
         here = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), reached))
-        n_valid, n_selected, n_reached = all_reduce_counts(tokens, here, group).split((1, 1, len(self.terms)))
+        counts = all_reduce_counts(tokens, here, self.selector.group)
+        n_valid, n_selected, n_reached = counts.split((1, 1, len(self.terms)))
         if not n_valid:
             return  # there is nothing to learn from
         if carried is not None:
             error = n_reached / n_valid - self._shares(ratio)
             surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
-        wanted = self._shares(next_ratio)
-        count = ((wanted - GAIN * surplus) * n_valid).round().long().clamp(min=1).minimum(n_valid)
-        scores = torch.stack([term_scores(tokens, self.selector, term).flatten() for term in self.terms])
-        valid = tokens.valid.reshape(1, -1).expand(len(self.terms), -1)
-        key, needed, ties = largest_key(order_keys(scores), valid, count, group)
-        everything = wanted >= 1
-        thresholds = key_values(key).double().masked_fill(everything, -torch.inf)
-        tied = (needed / ties).double().masked_fill(everything, 1.0)
-        share = (n_selected / n_valid).expand_as(surplus)
-        self.values = torch.stack((thresholds, tied, surplus, share, torch.full_like(surplus, next_ratio)))
+        aim = self._shares(next_ratio)
+        plain, made_up, needed, ties = self._exact_thresholds(tokens, n_valid, aim, aim - GAIN * surplus)
+        if carried is not None:
+            moved = (plain - before).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
+            velocity = SMOOTHING * velocity + (1 - SMOOTHING) * moved
+        threshold = torch.where(ties - 1 > MANY_TIES * n_valid, made_up, made_up + velocity)
+        everything = aim >= 1
+        threshold, tied = threshold.masked_fill(everything, -torch.inf), (needed / ties).masked_fill(everything, 1.0)
+        share, made_for = (n_selected / n_valid).expand_as(aim), torch.full_like(aim, next_ratio)
+        self.values = torch.stack((threshold.float(), tied, surplus, plain, velocity, share, made_for)).double()
         self.made_for = next_ratio
+
+    def _exact_thresholds(
+        self, tokens: Tokens, n_valid: Tensor, plain: Tensor, made_up: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The exact thresholds of each term for two shares of the valid tokens, [t] float64; and for the second, how
+        many of the scores that are equal to it belong to that share, and how many there are, [t] int64."""
+        count = (torch.cat((plain, made_up)) * n_valid).round().long().clamp(min=1).minimum(n_valid)
+        scores = torch.stack([term_scores(tokens, self.selector, term).flatten() for term in self.terms])
+        rankings = len(count)
+        valid = tokens.valid.reshape(1, -1).expand(rankings, -1)
+        key, needed, ties = largest_key(order_keys(scores).repeat(2, 1), valid, count, self.selector.group)
+        thresholds = key_values(key).double()
+        half = rankings // 2
+        return thresholds[:half], thresholds[half:], needed[half:], ties[half:]
 
     def spread(self, source: int, group: ProcessGroup) -> None:
         """Give the state of the global rank ``source``, which observed, to all ranks of a group. Collective."""
         dist.broadcast(self.values, source, group=group)
-        self.made_for = float(self.values[4, 0])
+        self.made_for = float(self.values[-1, 0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"policy": repr(self.selector.policy), "values": self.values.tolist()}
@@ -112,7 +131,7 @@ class CarriedThreshold:
         """Go on where another run stopped; what was learnt for another policy is dropped."""
         if state["policy"] == repr(self.selector.policy):
             self.values = torch.tensor(state["values"], dtype=torch.float64, device=self.values.device)
-            self.made_for = float(self.values[4, 0])
+            self.made_for = float(self.values[-1, 0])
 
     def _shares(self, ratio: float) -> Tensor:
         shares = [term.ratio or ratio for term in self.terms]
