@@ -56,7 +56,10 @@ def _check_ranges(config: Config) -> None:
             ("seq_length", "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
         ),
         (config.model, ("norm_epsilon", "vocab_size", "rotary_base")),
-        (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (
+            config.parallel,
+            ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        ),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
         (config.training, ("micro_batch_size", "global_batch_size", "train_iters", "exit_interval")),
         (config.checkpoint, ("save_interval",)),
@@ -107,10 +110,18 @@ def _check_layout(config: Config, world_size: int) -> None:
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tensor_flag, pipeline_flag = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+    context = parallel.context_parallel_size
+    shared = f" x --context-parallel-size {context}" if context > 1 else ""
     _require(
-        world_size % (tensor * pipeline) == 0,
+        world_size % (tensor * pipeline * context) == 0,
         f"{world_size} processes were started, which is not a multiple of {tensor_flag} {tensor} x {pipeline_flag} "
-        f"{pipeline} = {tensor * pipeline}. Start a multiple of that (torchrun --nproc-per-node).",
+        f"{pipeline}{shared} = {tensor * pipeline * context}. Start a multiple of that (torchrun --nproc-per-node).",
+    )
+    length = model.seq_length or 1
+    _require(
+        context == 1 or length % (2 * context) == 0,
+        f"--context-parallel-size {context} cuts each sample into {2 * context} parts, and --seq-length {length} is "
+        "no multiple of that.",
     )
     heads, layers = model.num_attention_heads or 1, model.num_layers or 1
     _divides(tensor, tensor_flag, heads, "--num-attention-heads")
@@ -136,12 +147,13 @@ def _check_layout(config: Config, world_size: int) -> None:
         _require(per_stage < layers // pipeline, f"{flag} {per_stage} leaves one stage per rank: leave it out.")
     if parallel.sequence_parallel:
         _require(tensor > 1, f"--sequence-parallel needs {tensor_flag} above 1.")
-        _divides(tensor, tensor_flag, model.seq_length or 1, "--seq-length")
+        _divides(tensor, tensor_flag, length // context, "positions of one rank, --seq-length / CP =")
 
 
 def _fill_in(config: Config, world_size: int) -> None:
     parallel, training = config.parallel, config.training
-    ranks = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    sharing = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    ranks = world_size // (sharing * parallel.context_parallel_size)
     if training.global_batch_size is None:
         training.global_batch_size = (training.micro_batch_size or 1) * ranks
     if config.model.max_position_embeddings is None:

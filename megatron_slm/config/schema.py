@@ -65,6 +65,7 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)")
     pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
+    context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on"
     )

@@ -44,13 +44,12 @@ def run_pipeline(
         output = chunk(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output, partial(loss_of, number, batch)
 
-    size, length = micro_batches[0].tokens.shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(enumerate(micro_batches)) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(micro_batches),
-        seq_length=length,
-        micro_batch_size=size,
+        seq_length=micro_batches[0].sample_length,
+        micro_batch_size=micro_batches[0].tokens.size(0),
         forward_only=forward_only,
     )

@@ -39,6 +39,7 @@ class Selector:
     policy: Policy | None
     scope: str = "data-parallel"  # or "sequence", "micro-batch", "global-batch"
     group: ProcessGroup | None = None  # data- and context-parallel ranks, which share a micro-batch step
+    context: ProcessGroup | None = None  # context-parallel ranks, which share a micro-batch and its sequences
     mix: float = 0.0  # share of the weight that is spread evenly over all valid tokens
     seed: int = 1234  # of random and stochastic scores
     temperature: float = 1.0  # of stochastic scores
@@ -211,7 +212,7 @@ def all_reduce_counts(tokens: Tokens, counts: Tensor, group: ProcessGroup | None
 def _rankings(selector: Selector) -> tuple[bool, ProcessGroup | None]:
     """Whether each sequence is a ranking of its own, and the group that shares a ranking."""
     shared = selector.scope in ("data-parallel", "global-batch")
-    return selector.scope == "sequence", selector.group if shared else None
+    return selector.scope == "sequence", selector.group if shared else selector.context
 
 
 def _as_rankings(values: Tensor, rows: bool) -> Tensor:

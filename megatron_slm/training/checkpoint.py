@@ -56,7 +56,8 @@ class Trainable:
 
     def layout(self) -> dict[str, int]:
         groups = self.groups
-        return {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
+        layout = {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
+        return {**layout, "context": groups.cp_size} if groups.cp_size > 1 else layout
 
 
 def save_checkpoint(trainable: Trainable, position: Position, config: Config) -> Path:

@@ -29,7 +29,7 @@ def evaluate(
     trainable: Trainable, sets: dict[str, torch.utils.data.Dataset], config: Config, shape: BatchShape
 ) -> dict[str, Evaluation]:
     """Evaluate every set on its first samples. Collective over all ranks; known on every rank."""
-    everything = StepSelection(Selector(policy=None, group=trainable.groups.dp_cp))
+    everything = StepSelection(Selector(policy=None, group=trainable.groups.dp_cp, context=trainable.groups.cp))
     results = {}
     with evaluation_mode(trainable, config), torch.no_grad():
         for name, dataset in sets.items():

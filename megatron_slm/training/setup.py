@@ -29,6 +29,7 @@ def parallel_layout(config: Config) -> ParallelLayout:
     return ParallelLayout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
+        context=config.parallel.context_parallel_size,
         virtual_pipeline=virtual_stages(config.model, config.parallel),
     )
 
@@ -40,6 +41,7 @@ def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int) -> Sel
         policy=policy,
         scope=objective.slm_scope,
         group=groups.dp_cp,
+        context=groups.cp,
         mix=objective.slm_mix if policy is not None else 0.0,
         seed=seed,
         temperature=objective.slm_gumbel_temperature,
@@ -47,10 +49,11 @@ def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int) -> Sel
 
 
 def batch_shape(config: Config, groups: Groups) -> BatchShape:
-    """How the global batch is cut over micro-batches and data-parallel ranks."""
+    """How the global batch is cut over micro-batches, data-parallel and context-parallel ranks."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     assert micro and batch, "checked by config.checks"
-    return BatchShape(micro, batch // (micro * groups.dp_size), groups.dp_rank, groups.dp_size)
+    steps = batch // (micro * groups.dp_size)
+    return BatchShape(micro, steps, groups.dp_rank, groups.dp_size, groups.cp_rank, groups.cp_size)
 
 
 def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:

@@ -64,7 +64,7 @@ def as_tokens(batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores 
         loss=token_loss,
         valid=batch.loss_mask,
         index=index,
-        order=index - first_sample * batch.tokens.size(1),
+        order=index - first_sample * batch.sample_length,
         reference=reference,
     )
 

@@ -62,6 +62,14 @@ def test_needed_settings_are_named(name: str) -> None:
             {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 33},
             "does not divide --seq-len",
         ),
+        (3, {"context_parallel_size": 2}, "--context-parallel-size 2 = 2. Start a multiple"),
+        (2, {"context_parallel_size": 2, "seq_length": 30}, "cuts each sample into 4 parts, and --seq-length 30"),
+        (
+            1,
+            {"objective": "slm", "slm_threshold": "carried"},
+            "--slm-threshold carried selects over the global batch, and --slm-scope is data-parallel",
+        ),
+        (1, {"slm_threshold": "carried"}, "--slm-threshold has no effect with --objective clm"),
         (2, {"global_batch_size": 6}, "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2"),
         (1, {"num_layers_per_virtual_pipeline_stage": 1}, "needs --pipeline-model-parallel-size above 1"),
         (
