@@ -147,7 +147,7 @@ def _check_layout(config: Config, world_size: int) -> None:
         _require(per_stage < layers // pipeline, f"{flag} {per_stage} leaves one stage per rank: leave it out.")
     if parallel.sequence_parallel:
         _require(tensor > 1, f"--sequence-parallel needs {tensor_flag} above 1.")
-        _divides(tensor, tensor_flag, length // context, "positions of one rank, --seq-length / CP =")
+        _divides(tensor, tensor_flag, length // context, "--seq-length" if context == 1 else "--seq-length / CP =")
 
 
 def _fill_in(config: Config, world_size: int) -> None:
