@@ -24,6 +24,7 @@ def check(config: Config, world_size: int) -> None:
     _check_ranges(config)
     _check_layout(config, world_size)
     _fill_in(config, world_size)
+    _check_experts(config, world_size)
     for further in (_check_batch, _check_schedule, _check_objective, _check_data, _check_checkpoint):
         further(config)
 
@@ -56,6 +57,8 @@ def _check_ranges(config: Config) -> None:
             ("seq_length", "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
         ),
         (config.model, ("norm_epsilon", "vocab_size", "rotary_base")),
+        (config.model, ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")),
+        (config.parallel, ("expert_model_parallel_size",)),
         (
             config.parallel,
             ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
@@ -73,6 +76,7 @@ def _check_ranges(config: Config) -> None:
             ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad"),
         ),
         (config.logging, ("eval_iters",)),
+        (config.model, ("moe_aux_loss_coeff", "moe_z_loss_coeff")),
         (config.data, ("num_workers",)),
         (config.training, ("seed",)),
         (config.objective, ("slm_selection_ratio_warmup_iters",)),
@@ -148,6 +152,44 @@ def _check_layout(config: Config, world_size: int) -> None:
     if parallel.sequence_parallel:
         _require(tensor > 1, f"--sequence-parallel needs {tensor_flag} above 1.")
         _divides(tensor, tensor_flag, length // context, "--seq-length" if context == 1 else "--seq-length / CP =")
+
+
+def _check_experts(config: Config, world_size: int) -> None:
+    model, parallel = config.model, config.parallel
+    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    if model.num_experts is None:
+        given = [
+            flag
+            for flag, is_given in (
+                ("--expert-model-parallel-size", expert > 1),
+                ("--moe-ffn-hidden-size", model.moe_ffn_hidden_size is not None),
+                ("--moe-aux-loss-coeff", model.moe_aux_loss_coeff > 0),
+                ("--moe-z-loss-coeff", model.moe_z_loss_coeff is not None),
+                ("--moe-grouped-gemm", model.moe_grouped_gemm),
+            )
+            if is_given
+        ]
+        _require(not given, f"{' '.join(given)} has no effect without --num-experts.")
+        return
+    _require(
+        model.moe_router_topk <= model.num_experts,
+        f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}.",
+    )
+    _divides(expert, "--expert-model-parallel-size", model.num_experts, "--num-experts")
+    ranks = world_size // (tensor * parallel.pipeline_model_parallel_size)
+    _divides(expert, "--expert-model-parallel-size", ranks, "ranks that hold the same layers, CP x DP =")
+    _require(
+        tensor == 1 or parallel.sequence_parallel,
+        "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel.",
+    )
+    _require(
+        tensor == 1 or model.disable_bias_linear,
+        "--num-experts with --tensor-model-parallel-size above 1 needs --disable-bias-linear.",
+    )
+    _require(
+        not model.moe_grouped_gemm or model.transformer_impl != "local",
+        "--moe-grouped-gemm needs --transformer-impl transformer_engine.",
+    )
 
 
 def _fill_in(config: Config, world_size: int) -> None:

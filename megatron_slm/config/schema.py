@@ -52,6 +52,18 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP")
     vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's")
     attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
+    num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP")
+    moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP")
+    moe_router_topk: int = flag(2, "experts that each token passes")
+    moe_router_load_balancing_type: str = flag(
+        "aux_loss", "how experts are kept in balance", choices=("aux_loss", "seq_aux_loss", "none")
+    )
+    moe_aux_loss_coeff: float = flag(0.0, "coefficient of the load-balancing loss, over all tokens")
+    moe_z_loss_coeff: float | None = flag(None, "coefficient of the router's z-loss, over all tokens")
+    moe_token_dispatcher_type: str = flag(
+        "allgather", "how tokens go to experts on other ranks", choices=("allgather", "alltoall")
+    )
+    moe_grouped_gemm: bool = flag(False, "all experts of a rank in one kernel; needs Transformer Engine")
     transformer_impl: str | None = flag(
         None,
         "layer implementation; default Transformer Engine on a GPU where it is installed, else local",
@@ -66,6 +78,7 @@ class ParallelConfig:
     tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)")
     pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
     context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)")
+    expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on"
     )

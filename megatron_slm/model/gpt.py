@@ -14,9 +14,10 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.config.schema import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_slm.model.size import ffn_size, padded_vocab_size
+from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, layer_spec
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 
 
@@ -56,8 +57,13 @@ def build_model(
         vocab_size: the tokenizer's size; it is padded to a multiple of --make-vocab-size-divisible-by x TP.
         bf16: bfloat16 weights, each chunk wrapped in Megatron-Core's Float16Module.
         reports_entropy: the last stage also reports entropies (for a reference model).
+
+    Raises:
+        ConfigError: an implementation or a dispatcher of tokens that this machine does not have.
     """
     implementation = choose_implementation(model.transformer_impl, groups.device)
+    if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and groups.device.type == "cpu":
+        raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or leave it out.")
     config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
@@ -128,6 +134,15 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=expert_size(model) if model.num_experts else None,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_load_balancing_type=model.moe_router_load_balancing_type,
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff,
+        moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+        moe_grouped_gemm=model.moe_grouped_gemm,
+        expert_model_parallel_size=parallel.expert_model_parallel_size if model.num_experts else 1,
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,

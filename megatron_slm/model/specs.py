@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -142,8 +143,14 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The specification of the transformer layers of one model chunk."""
     if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.num_experts, moe_grouped_gemm=model.moe_grouped_gemm, qk_layernorm=model.qk_layernorm
+        )
+    if model.num_experts is not None and not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # Megatron-Core forgets the name where there is no Transformer Engine
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization=model.normalization
+    )
     spec.submodules.input_layernorm = TorchNorm
     spec.submodules.pre_mlp_layernorm = TorchNorm
     attention = spec.submodules.self_attention.submodules

@@ -62,6 +62,11 @@ class CarriedThreshold:
         self.values[-1] = torch.nan
         self.made_for = math.nan  # the last row, known without waiting for the device
 
+    @property
+    def share(self) -> float:
+        """The share of the valid tokens that the last step selected."""
+        return float(self.values[5, 0])
+
     def carried(self, ratio: float) -> Carried | None:
         """What a step with this ratio selects by; None where it must be selected exactly."""
         if self.made_for != ratio:

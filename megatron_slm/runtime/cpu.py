@@ -67,8 +67,8 @@ class _NoStream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
+        return lambda *_, **__: _NoStream()
 
 
 @functools.cache

@@ -15,6 +15,7 @@ class ParallelLayout:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
     virtual_pipeline: int | None = None  # model chunks per pipeline rank, or None
 
 

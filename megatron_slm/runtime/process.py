@@ -53,6 +53,7 @@ def start(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     groups = Groups(

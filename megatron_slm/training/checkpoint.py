@@ -26,6 +26,7 @@ from megatron_slm.config.recipe import write_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model import weights
+from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
@@ -53,6 +54,7 @@ class Trainable:
     groups: Groups
     tokenizer: Tokenizer
     carried: CarriedThreshold | None = None
+    auxiliary: AuxiliaryLosses | None = None  # of a model with experts
 
     def layout(self) -> dict[str, int]:
         groups = self.groups

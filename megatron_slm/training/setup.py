@@ -10,10 +10,11 @@ from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.weights import checkpoint_directory, saved_config
 from megatron_slm.objective.carried import CarriedThreshold
-from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.policy import Joined, needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.runtime.errors import ConfigError
@@ -30,13 +31,24 @@ def parallel_layout(config: Config) -> ParallelLayout:
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
         context=config.parallel.context_parallel_size,
+        expert=config.parallel.expert_model_parallel_size,
         virtual_pipeline=virtual_stages(config.model, config.parallel),
     )
 
 
-def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int) -> Selector:
-    """The selection that the flags ask for."""
+def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int, *, has_experts: bool = False) -> Selector:
+    """The selection that the flags ask for.
+
+    Raises:
+        ConfigError: with experts, a score of several terms outside the scope "global-batch".
+    """
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
+    if has_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
+        raise ConfigError(
+            f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
+            "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "
+            "only. Choose that scope, or a score of one term."
+        )
     return Selector(
         policy=policy,
         scope=objective.slm_scope,
@@ -81,9 +93,12 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     for chunk in chunks:
         chunk.train()
     optimizer = build_optimizer(chunks, config)
-    selector = build_selector(config.objective, groups, config.training.seed)
+    has_experts = config.model.num_experts is not None
+    selector = build_selector(config.objective, groups, config.training.seed, has_experts=has_experts)
     carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
-    trainable = Trainable(chunks, optimizer, build_scheduler(optimizer, config), groups, tokenizer, carried)
+    auxiliary = AuxiliaryLosses(chunks, groups) if has_experts else None
+    schedule = build_scheduler(optimizer, config)
+    trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, carried, auxiliary)
     position, loaded = resume(trainable, config)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.carried import CarriedThreshold
+from megatron_slm.objective.policy import Term
 from megatron_slm.objective.selective_loss import (
     Carried,
     ReferenceScores,
@@ -167,6 +169,8 @@ def train_step(
         began = time.perf_counter()
         selection.ranked = rank_global_batch(chunks, micro_batches, selector, ratio=ratio, scores=scores)
         seconds_ranking = time.perf_counter() - began
+    if trainable.auxiliary is not None:
+        trainable.auxiliary.scale(_share_to_select(selection, micro_batches, trainable))
     parts = token_sums(chunks, micro_batches, selection, scores=scores)
     if trainable.carried is not None:
         _carry_on(trainable.carried, selection, next_ratio, trainable.groups)
@@ -178,6 +182,26 @@ def train_step(
     batch = micro_batches[0].tokens.size(0) * len(micro_batches) * trainable.groups.dp_size
     trainable.scheduler.step(increment=batch)
     return Step(TokenSums.reduce(parts, trainable.groups), norm, lr, seconds_ranking)
+
+
+def _share_to_select(selection: StepSelection, micro_batches: Sequence[MicroBatch], trainable: Trainable) -> float:
+    """The share of the valid tokens that this step will select, on every rank: exact where the whole step has been
+    ranked; else the ratio of the one term, but for the rounding up of counts and what a carried threshold misses;
+    else, with a carried threshold, that of the step before."""
+    policy, groups = selection.selector.policy, trainable.groups
+    if policy is None:
+        return 1.0
+    if selection.selector.scope == "global-batch" and selection.carried is None:
+        counts = torch.zeros(2, dtype=torch.int64, device=groups.device)
+        for batch, ranked in zip(micro_batches, selection.ranked, strict=False):  # there are none before the last stage
+            counts += torch.stack((ranked.selected.sum(), batch.loss_mask.sum()))
+        dist.all_reduce(counts, group=groups.dp_cp)
+        dist.broadcast(counts, groups.last_stage_rank, group=groups.pp)
+        return float(counts[0]) / max(float(counts[1]), 1.0)
+    if isinstance(policy, Term):
+        return policy.ratio or selection.ratio
+    assert trainable.carried is not None, "checked by build_selector"
+    return trainable.carried.share
 
 
 def _carry_on(carried: CarriedThreshold, selection: StepSelection, next_ratio: float, groups: Groups) -> None:

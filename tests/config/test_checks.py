@@ -62,6 +62,11 @@ def test_needed_settings_are_named(name: str) -> None:
             {"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 33},
             "does not divide --seq-len",
         ),
+        (1, {"moe_aux_loss_coeff": 0.1}, "--moe-aux-loss-coeff has no effect without --num-experts"),
+        (1, {"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3 is more than --num-experts 2"),
+        (2, {"num_experts": 3, "expert_model_parallel_size": 2}, "does not divide --num-experts 3"),
+        (1, {"num_experts": 2, "expert_model_parallel_size": 2}, "does not divide ranks that hold the same layers"),
+        (2, {"num_experts": 2, "tensor_model_parallel_size": 2}, "needs --sequence-parallel"),
         (3, {"context_parallel_size": 2}, "--context-parallel-size 2 = 2. Start a multiple"),
         (2, {"context_parallel_size": 2, "seq_length": 30}, "cuts each sample into 4 parts, and --seq-length 30"),
         (
