@@ -57,7 +57,7 @@ def _check_ranges(config: Config) -> None:
             ("seq_length", "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
         ),
         (config.model, ("norm_epsilon", "vocab_size", "rotary_base")),
-        (config.model, ("num_experts", "moe_ffn_hidden_size", "moe_router_topk")),
+        (config.model, ("mtp_num_layers", "num_experts", "moe_ffn_hidden_size", "moe_router_topk")),
         (config.parallel, ("expert_model_parallel_size",)),
         (
             config.parallel,
@@ -76,7 +76,7 @@ def _check_ranges(config: Config) -> None:
             ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad"),
         ),
         (config.logging, ("eval_iters",)),
-        (config.model, ("moe_aux_loss_coeff", "moe_z_loss_coeff")),
+        (config.model, ("moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_loss_scaling_factor")),
         (config.data, ("num_workers",)),
         (config.training, ("seed",)),
         (config.objective, ("slm_selection_ratio_warmup_iters",)),
@@ -266,6 +266,7 @@ def _check_objective(config: Config) -> None:
         for name, unset in (
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
+            ("--slm-mtp-selection", objective.slm_mtp_selection == "main"),
             ("--slm-threshold", objective.slm_threshold == "exact"),
             ("--reference-load", reference.reference_load is None),
         )
@@ -283,6 +284,19 @@ def _check_objective(config: Config) -> None:
         objective.slm_threshold == "exact" or objective.slm_scope == "global-batch",
         f"--slm-threshold carried selects over the global batch, and --slm-scope is {objective.slm_scope}. "
         "Add --slm-scope global-batch, or leave it out.",
+    )
+    heads = config.model.mtp_num_layers
+    _require(
+        objective.slm_mtp_selection == "main" or (heads is not None and objective.slm_scope != "global-batch"),
+        "--slm-mtp-selection own needs --mtp-num-layers, and any --slm-scope but global-batch.",
+    )
+    _require(
+        heads is None or config.parallel.context_parallel_size == 1,
+        "--mtp-num-layers and --context-parallel-size cannot be used together. Leave one of them out.",
+    )
+    _require(
+        heads is None or heads < (config.model.seq_length or 1),
+        f"--mtp-num-layers {heads} leaves no token of a sample of --seq-length {config.model.seq_length}.",
     )
     if reference.reference_load is not None:
         _require(

@@ -52,6 +52,8 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP")
     vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's")
     attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
+    mtp_num_layers: int | None = flag(None, "further heads, each a layer, that predict tokens further ahead")
+    mtp_loss_scaling_factor: float = flag(0.1, "weight of the further heads' losses together")
     num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP")
     moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP")
     moe_router_topk: int = flag(2, "experts that each token passes")
@@ -259,6 +261,12 @@ class ObjectiveConfig:
         0, "steps over which the ratio goes from --slm-selection-ratio-start to --slm-selection-ratio"
     )
     slm_mix: float = flag(0.0, "share of the weight that is spread evenly over all valid tokens (plain CLM)")
+    slm_mtp_selection: str = flag(
+        "main",
+        "with --mtp-num-layers, main: a head is trained on the tokens that the main head is trained on; own: it ranks "
+        "its own losses",
+        choices=("main", "own"),
+    )
     slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection")
 
 

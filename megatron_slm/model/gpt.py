@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_slm.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
-from megatron_slm.model.specs import choose_implementation, layer_spec
+from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
@@ -25,13 +25,28 @@ class GPT(GPTModel):
     """Megatron-Core's GPT with this project's vocab-parallel loss in the place of its own.
 
     With labels, the last stage returns token losses [b, s] in fp32; with ``reports_entropy`` it returns
-    [2, b, s]: token losses and the entropies of the next-token distributions, in nats.
+    [2, b, s]: token losses and the entropies of the next-token distributions, in nats; with D further heads
+    (multi-token prediction) it returns [1 + D, b, s]: the token losses of the main head and of those.
     """
 
     reports_entropy = False
     true_vocab_size: int  # before padding
+    _further: tuple[Tensor, ...] = ()  # losses of the further heads in this forward pass, so far
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses of the main head, with those of further heads before them.
+
+        Megatron-Core calls this for each further head first, and would add what it returns to the gradient as it is,
+        whatever is selected. So it is given zeros for those, and their losses go the way of the main head's.
+        """
+        loss = self._token_loss(labels, logits)
+        if len(self._further) < (self.config.mtp_num_layers or 0):
+            self._further += (loss,)
+            return torch.zeros_like(loss)
+        further, self._further = self._further, ()
+        return torch.stack((loss, *further)) if further else loss
+
+    def _token_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Token losses of vocab-sharded ``logits`` [s, b, V/tp] for ``labels`` [b, s]."""
         group = self.pg_collection.tp
         token_loss = vocab_parallel_token_loss(logits, labels.t().contiguous(), group, self.true_vocab_size)
@@ -68,9 +83,11 @@ def build_model(
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual_stages):
+        vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
+        layers = layer_spec(model, config, implementation)
         chunk = GPT(
             config=config,
-            transformer_layer_spec=layer_spec(model, config, implementation),
+            transformer_layer_spec=layers,
             vocab_size=padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings or model.seq_length or 0,
             pre_process=groups.is_first_stage and stage == 0,
@@ -81,7 +98,10 @@ def build_model(
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
+            vp_stage=vp_stage,
+            mtp_block_spec=further_heads_spec(config, layers, implementation, vp_stage)
+            if model.mtp_num_layers
+            else None,
         )
         chunk.reports_entropy = reports_entropy
         chunk.true_vocab_size = vocab_size
@@ -134,6 +154,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        mtp_num_layers=model.mtp_num_layers,
+        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
         num_moe_experts=model.num_experts,
         moe_ffn_hidden_size=expert_size(model) if model.num_experts else None,
         moe_router_topk=model.moe_router_topk,

@@ -44,7 +44,8 @@ def matrix_parameters(model: ModelConfig, *, passed: bool = True) -> int:
     else:
         experts = model.moe_router_topk if passed else model.num_experts
         mlp = experts * matrices * hidden * expert_size(model) + hidden * model.num_experts
-    return (model.num_layers or 0) * (attention + mlp)
+    heads = model.mtp_num_layers or 0
+    return ((model.num_layers or 0) + heads) * (attention + mlp) + heads * 2 * hidden * hidden
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
@@ -62,15 +63,18 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
         per_layer += hidden + (model.num_experts or 1) * (hidden + width * (2 if model.swiglu else 1))
     if not model.disable_bias_linear or model.add_qkv_bias:
         per_layer += query + 2 * key
-    return matrix_parameters(model, passed=False) + embeddings + norm + (model.num_layers or 0) * per_layer
+    heads = model.mtp_num_layers or 0
+    layers = ((model.num_layers or 0) + heads) * per_layer + heads * 3 * norm
+    return matrix_parameters(model, passed=False) + embeddings + norm + layers
 
 
 def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
     """FLOPs of one forward pass per token: two per parameter of every matrix, and attention over half the
     sequence on average (causal)."""
     query, _ = _head_sizes(model)
-    attention = 2 * (model.seq_length or 0) * query * (model.num_layers or 0)
-    return 2 * (matrix_parameters(model) + (model.hidden_size or 0) * vocab_size) + attention
+    heads = model.mtp_num_layers or 0
+    attention = 2 * (model.seq_length or 0) * query * ((model.num_layers or 0) + heads)
+    return 2 * (matrix_parameters(model) + (1 + heads) * (model.hidden_size or 0) * vocab_size) + attention
 
 
 def training_flops_per_token(model: ModelConfig, vocab_size: int) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
@@ -21,6 +22,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -160,3 +162,19 @@ def layer_spec(
     count = config.num_layers // config.pipeline_model_parallel_size
     count //= config.virtual_pipeline_model_parallel_size or 1
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=TorchNorm)
+
+
+def further_heads_spec(
+    config: TransformerConfig,
+    layers: ModuleSpec | TransformerBlockSubmodules,
+    implementation: str,
+    vp_stage: int | None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The specification of the heads of multi-token prediction; None on chunks that have none."""
+    on_engine = implementation == "transformer_engine"
+    spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=on_engine, vp_stage=vp_stage)
+    if spec is not None and not on_engine:
+        for layer in spec.layer_specs:
+            parts = layer.submodules
+            parts.enorm = parts.hnorm = parts.layer_norm = TorchNorm
+    return spec

@@ -43,6 +43,8 @@ class Selector:
     mix: float = 0.0  # share of the weight that is spread evenly over all valid tokens
     seed: int = 1234  # of random and stochastic scores
     temperature: float = 1.0  # of stochastic scores
+    heads_weight: float = 0.0  # of the further heads of multi-token prediction together
+    heads_select: bool = False  # whether those rank their own losses, or follow the main head
 
 
 @dataclass(frozen=True)

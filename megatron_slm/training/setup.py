@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from megatron_slm.config.schema import Config, ObjectiveConfig
+from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.tokenizer import Tokenizer
@@ -36,14 +36,15 @@ def parallel_layout(config: Config) -> ParallelLayout:
     )
 
 
-def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int, *, has_experts: bool = False) -> Selector:
+def build_selector(config: Config, groups: Groups) -> Selector:
     """The selection that the flags ask for.
 
     Raises:
         ConfigError: with experts, a score of several terms outside the scope "global-batch".
     """
+    objective = config.objective
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
-    if has_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
+    if config.model.num_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
         raise ConfigError(
             f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
             "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "
@@ -55,8 +56,10 @@ def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int, *, has
         group=groups.dp_cp,
         context=groups.cp,
         mix=objective.slm_mix if policy is not None else 0.0,
-        seed=seed,
+        seed=config.training.seed,
         temperature=objective.slm_gumbel_temperature,
+        heads_weight=config.model.mtp_loss_scaling_factor if config.model.mtp_num_layers else 0.0,
+        heads_select=objective.slm_mtp_selection == "own",
     )
 
 
@@ -93,10 +96,9 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     for chunk in chunks:
         chunk.train()
     optimizer = build_optimizer(chunks, config)
-    has_experts = config.model.num_experts is not None
-    selector = build_selector(config.objective, groups, config.training.seed, has_experts=has_experts)
+    selector = build_selector(config, groups)
     carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
-    auxiliary = AuxiliaryLosses(chunks, groups) if has_experts else None
+    auxiliary = AuxiliaryLosses(chunks, groups) if config.model.num_experts else None
     schedule = build_scheduler(optimizer, config)
     trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, carried, auxiliary)
     position, loaded = resume(trainable, config)

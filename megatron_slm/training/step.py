@@ -16,6 +16,7 @@ from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.carried import CarriedThreshold
+from megatron_slm.objective.multi_token import multi_token_loss
 from megatron_slm.objective.policy import Term
 from megatron_slm.objective.selective_loss import (
     Carried,
@@ -71,6 +72,11 @@ def as_tokens(batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores 
     )
 
 
+def _heads(output: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """The token losses of the main head, and those of the further heads of multi-token prediction; all [b, s]."""
+    return (output, ()) if output.dim() == 2 else (output[0], output[1:].unbind())
+
+
 @dataclass
 class StepSelection:
     """How the tokens of one step are selected: by what is known before the first backward pass, where the scope is
@@ -107,9 +113,14 @@ def token_sums(
     """Run all micro-batches through the model and the objective; one entry per micro-batch on the last stage."""
 
     def loss_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, TokenSums]:
-        tokens = as_tokens(batch, output, scores[number] if scores else None, micro_batches[0].first_sample)
-        loss = selective_loss(tokens, selection.of(number, tokens))
-        return loss.numerator, loss.count, TokenSums.of(tokens, loss)
+        main, further = _heads(output)
+        tokens = as_tokens(batch, main, scores[number] if scores else None, micro_batches[0].first_sample)
+        chosen = selection.of(number, tokens)
+        loss = selective_loss(tokens, chosen)
+        numerator = loss.numerator
+        if further and not forward_only:
+            numerator = numerator + multi_token_loss(further, tokens, chosen, selection.selector, selection.ratio)
+        return numerator, loss.count, TokenSums.of(tokens, loss)
 
     return run_pipeline(chunks, micro_batches, loss_of, forward_only=forward_only)  # type: ignore[arg-type]
 
@@ -131,7 +142,8 @@ def rank_global_batch(
     """
 
     def tokens_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Tokens]:
-        tokens = as_tokens(batch, output, scores[number] if scores else None, micro_batches[0].first_sample)
+        main, _ = _heads(output)
+        tokens = as_tokens(batch, main, scores[number] if scores else None, micro_batches[0].first_sample)
         return output.sum(), batch.loss_mask.sum(), as_one([tokens])
 
     with preserved_random_state(), torch.no_grad():
