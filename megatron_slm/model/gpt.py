@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,15 +157,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         mtp_num_layers=model.mtp_num_layers,
         mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
-        num_moe_experts=model.num_experts,
-        moe_ffn_hidden_size=expert_size(model) if model.num_experts else None,
-        moe_router_topk=model.moe_router_topk,
-        moe_router_load_balancing_type=model.moe_router_load_balancing_type,
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_z_loss_coeff=model.moe_z_loss_coeff,
-        moe_token_dispatcher_type=model.moe_token_dispatcher_type,
-        moe_grouped_gemm=model.moe_grouped_gemm,
-        expert_model_parallel_size=parallel.expert_model_parallel_size if model.num_experts else 1,
+        **_expert_settings(model, parallel),
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
@@ -180,6 +173,23 @@ def transformer_config(
         overlap_p2p_comm=False,
         batch_p2p_comm=True,
     )
+
+
+def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """What Megatron-Core wants to know of a mixture of experts."""
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": expert_size(model),
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_grouped_gemm": model.moe_grouped_gemm,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+    }
 
 
 def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
