@@ -46,6 +46,23 @@ def variants(folder: Path) -> dict[str, list[str]]:
         "SLM, sidecar": [*SLM, "--reference-scores", "same"],
         "SLM, RM of a quarter": [*SLM, "--reference-load", str(folder / "quarter")],
         "SLM, RM of the same size": [*SLM, "--reference-load", str(folder / "same")],
+        "SLM, RM of the same size, speculative": [
+            *SLM,
+            "--reference-load",
+            str(folder / "same"),
+            "--slm-exact-mode",
+            "speculative",
+        ],
+        "SLM, sidecar, global batch": [*SLM, "--reference-scores", "same", "--slm-scope", "global-batch"],
+        "SLM, sidecar, carried": [
+            *SLM,
+            "--reference-scores",
+            "same",
+            "--slm-scope",
+            "global-batch",
+            "--slm-threshold",
+            "carried",
+        ],
     }
 
 
@@ -135,8 +152,15 @@ def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str
                 began = time.perf_counter()
                 batches = next(streams[name])
                 run = runs[name]
+                ratio = 0.6 if "SLM" in name else 1.0
                 train_step(
-                    run.trainable, batches, run.selector, ratio=0.6 if "SLM" in name else 1.0, reference=run.reference
+                    run.trainable,
+                    batches,
+                    run.selector,
+                    ratio=ratio,
+                    next_ratio=ratio,
+                    reference=run.reference,
+                    early=run.early,
                 )
                 if step >= warmup:
                     seconds[name].append(time.perf_counter() - began)

@@ -34,7 +34,7 @@ from megatron_slm.data.scored_samples import ScoredSamples
 from megatron_slm.data.scores import ContextRule
 from megatron_slm.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import ReferenceScores, Selector, selective_loss
+from megatron_slm.objective.selective_loss import ReferenceScores, Selector, select
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.scoring import ScoringJob, reference_config
 from megatron_slm.reference.windows import make_plan, scored_places
@@ -139,15 +139,16 @@ class Comparison:
 
     def add(self, batch: MicroBatch, token_loss: torch.Tensor, sources: dict[str, torch.Tensor]) -> None:
         """Count one micro-batch; the first of ``sources`` is what the others are compared with."""
-        selected = {
-            name: selective_loss(as_tokens(batch, token_loss, ReferenceScores(loss)), self.selector, RATIO).selected
-            for name, loss in sources.items()
-        }
+        selected = {name: self._selected(batch, token_loss, loss) for name, loss in sources.items()}
         first = next(iter(selected.values()))
         self.tokens += first.numel()
         for name, own in selected.items():
             self.differs[name] = self.differs.get(name, 0) + int((own != first).sum())
             self.early[name] = self.early.get(name, 0) + int(own[:, : WINDOW // 4].sum())
+
+    def _selected(self, batch: MicroBatch, token_loss: torch.Tensor, reference_loss: torch.Tensor) -> torch.Tensor:
+        tokens = as_tokens(batch, token_loss, ReferenceScores(reference_loss), batch.first_sample)
+        return select(tokens, self.selector, RATIO).selected
 
 
 def compare(folder: Path, compared: int) -> list[Row]:

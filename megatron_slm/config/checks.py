@@ -26,6 +26,7 @@ def check(config: Config, world_size: int) -> None:
     _check_ranges(config)
     _check_layout(config, world_size)
     _fill_in(config, world_size)
+    _check_experts(config, world_size)
     for further in (_check_batch, _check_schedule, _check_objective, _check_data, _check_checkpoint):
         further(config)
 
@@ -58,7 +59,12 @@ def _check_ranges(config: Config) -> None:
             ("seq_length", "kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
         ),
         (config.model, ("norm_epsilon", "vocab_size", "rotary_base")),
-        (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (config.model, ("mtp_num_layers", "num_experts", "moe_ffn_hidden_size", "moe_router_topk")),
+        (config.parallel, ("expert_model_parallel_size",)),
+        (
+            config.parallel,
+            ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        ),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
         (config.training, ("micro_batch_size", "global_batch_size", "train_iters", "exit_interval")),
         (config.checkpoint, ("save_interval",)),
@@ -73,6 +79,7 @@ def _check_ranges(config: Config) -> None:
             ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_init", "weight_decay", "clip_grad"),
         ),
         (config.logging, ("eval_iters",)),
+        (config.model, ("moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_loss_scaling_factor")),
         (config.data, ("num_workers",)),
         (config.training, ("seed",)),
         (config.objective, ("slm_selection_ratio_warmup_iters", "slm_kept_logits_mb", "slm_z_loss")),
@@ -110,10 +117,18 @@ def _check_layout(config: Config, world_size: int) -> None:
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tensor_flag, pipeline_flag = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+    context = parallel.context_parallel_size
+    shared = f" x --context-parallel-size {context}" if context > 1 else ""
     _require(
-        world_size % (tensor * pipeline) == 0,
+        world_size % (tensor * pipeline * context) == 0,
         f"{world_size} processes were started, which is not a multiple of {tensor_flag} {tensor} x {pipeline_flag} "
-        f"{pipeline} = {tensor * pipeline}. Start a multiple of that (torchrun --nproc-per-node).",
+        f"{pipeline}{shared} = {tensor * pipeline * context}. Start a multiple of that (torchrun --nproc-per-node).",
+    )
+    length = model.seq_length or 1
+    _require(
+        context == 1 or length % (2 * context) == 0,
+        f"--context-parallel-size {context} cuts each sample into {2 * context} parts, and --seq-length {length} is "
+        "no multiple of that.",
     )
     heads, layers = model.num_attention_heads or 1, model.num_layers or 1
     _divides(tensor, tensor_flag, heads, "--num-attention-heads")
@@ -139,12 +154,51 @@ def _check_layout(config: Config, world_size: int) -> None:
         _require(per_stage < layers // pipeline, f"{flag} {per_stage} leaves one stage per rank: leave it out.")
     if parallel.sequence_parallel:
         _require(tensor > 1, f"--sequence-parallel needs {tensor_flag} above 1.")
-        _divides(tensor, tensor_flag, model.seq_length or 1, "--seq-length")
+        _divides(tensor, tensor_flag, length // context, "--seq-length" if context == 1 else "--seq-length / CP =")
+
+
+def _check_experts(config: Config, world_size: int) -> None:
+    model, parallel = config.model, config.parallel
+    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    if model.num_experts is None:
+        given = [
+            flag
+            for flag, is_given in (
+                ("--expert-model-parallel-size", expert > 1),
+                ("--moe-ffn-hidden-size", model.moe_ffn_hidden_size is not None),
+                ("--moe-aux-loss-coeff", model.moe_aux_loss_coeff > 0),
+                ("--moe-z-loss-coeff", model.moe_z_loss_coeff is not None),
+                ("--moe-grouped-gemm", model.moe_grouped_gemm),
+            )
+            if is_given
+        ]
+        _require(not given, f"{' '.join(given)} has no effect without --num-experts.")
+        return
+    _require(
+        model.moe_router_topk <= model.num_experts,
+        f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}.",
+    )
+    _divides(expert, "--expert-model-parallel-size", model.num_experts, "--num-experts")
+    ranks = world_size // (tensor * parallel.pipeline_model_parallel_size)
+    _divides(expert, "--expert-model-parallel-size", ranks, "ranks that hold the same layers, CP x DP =")
+    _require(
+        tensor == 1 or parallel.sequence_parallel,
+        "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel.",
+    )
+    _require(
+        tensor == 1 or model.disable_bias_linear,
+        "--num-experts with --tensor-model-parallel-size above 1 needs --disable-bias-linear.",
+    )
+    _require(
+        not model.moe_grouped_gemm or model.transformer_impl != "local",
+        "--moe-grouped-gemm needs --transformer-impl transformer_engine.",
+    )
 
 
 def _fill_in(config: Config, world_size: int) -> None:
     parallel, training = config.parallel, config.training
-    ranks = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    sharing = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    ranks = world_size // (sharing * parallel.context_parallel_size)
     if training.global_batch_size is None:
         training.global_batch_size = (training.micro_batch_size or 1) * ranks
     if config.model.max_position_embeddings is None:
@@ -215,6 +269,8 @@ def _check_objective(config: Config) -> None:
         for name, unset in (
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
+            ("--slm-mtp-selection", objective.slm_mtp_selection == "main"),
+            ("--slm-threshold", objective.slm_threshold == "exact"),
             ("--reference-load", reference.reference_load is None),
             ("--reference-scores", not reference.reference_scores),
         )
@@ -227,6 +283,24 @@ def _check_objective(config: Config) -> None:
     _require(
         objective.slm_selection_ratio_start is None or objective.slm_selection_ratio_warmup_iters > 0,
         "--slm-selection-ratio-start needs --slm-selection-ratio-warmup-iters.",
+    )
+    _require(
+        objective.slm_threshold == "exact" or objective.slm_scope == "global-batch",
+        f"--slm-threshold carried selects over the global batch, and --slm-scope is {objective.slm_scope}. "
+        "Add --slm-scope global-batch, or leave it out.",
+    )
+    heads = config.model.mtp_num_layers
+    _require(
+        objective.slm_mtp_selection == "main" or (heads is not None and objective.slm_scope != "global-batch"),
+        "--slm-mtp-selection own needs --mtp-num-layers, and any --slm-scope but global-batch.",
+    )
+    _require(
+        heads is None or config.parallel.context_parallel_size == 1,
+        "--mtp-num-layers and --context-parallel-size cannot be used together. Leave one of them out.",
+    )
+    _require(
+        heads is None or heads < (config.model.seq_length or 1),
+        f"--mtp-num-layers {heads} leaves no token of a sample of --seq-length {config.model.seq_length}.",
     )
     if reference.reference_load is not None:
         _require(

@@ -53,6 +53,20 @@ class ModelConfig:
     vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's")
     attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
     slm_logit_softcap: float | None = flag(None, "logits are capped to c x tanh(logits / c); default: no cap")
+    mtp_num_layers: int | None = flag(None, "further heads, each a layer, that predict tokens further ahead")
+    mtp_loss_scaling_factor: float = flag(0.1, "weight of the further heads' losses together")
+    num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP")
+    moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP")
+    moe_router_topk: int = flag(2, "experts that each token passes")
+    moe_router_load_balancing_type: str = flag(
+        "aux_loss", "how experts are kept in balance", choices=("aux_loss", "seq_aux_loss", "none")
+    )
+    moe_aux_loss_coeff: float = flag(0.0, "coefficient of the load-balancing loss, over all tokens")
+    moe_z_loss_coeff: float | None = flag(None, "coefficient of the router's z-loss, over all tokens")
+    moe_token_dispatcher_type: str = flag(
+        "allgather", "how tokens go to experts on other ranks", choices=("allgather", "alltoall")
+    )
+    moe_grouped_gemm: bool = flag(False, "all experts of a rank in one kernel; needs Transformer Engine")
     transformer_impl: str | None = flag(
         None,
         "layer implementation; default Transformer Engine on a GPU where it is installed, else local",
@@ -66,6 +80,8 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)")
     pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
+    context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)")
+    expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on"
     )
@@ -237,13 +253,25 @@ class ObjectiveConfig:
     slm_scope: str = flag(
         "data-parallel",
         "set of tokens that is ranked together",
-        choices=("sequence", "micro-batch", "data-parallel"),
+        choices=("sequence", "micro-batch", "data-parallel", "global-batch"),
+    )
+    slm_threshold: str = flag(
+        "exact",
+        "with --slm-scope global-batch, exact: a forward pass of its own ranks all tokens of the step first; carried: "
+        "the threshold comes from the steps before, and the share selected is held near the ratio",
+        choices=("exact", "carried"),
     )
     slm_selection_ratio_start: float | None = flag(None, "selection ratio of the first step")
     slm_selection_ratio_warmup_iters: int = flag(
         0, "steps over which the ratio goes from --slm-selection-ratio-start to --slm-selection-ratio"
     )
     slm_mix: float = flag(0.0, "share of the weight that is spread evenly over all valid tokens (plain CLM)")
+    slm_mtp_selection: str = flag(
+        "main",
+        "with --mtp-num-layers, main: a head is trained on the tokens that the main head is trained on; own: it ranks "
+        "its own losses",
+        choices=("main", "own"),
+    )
     slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection")
     slm_cross_entropy: str | None = flag(
         None,

@@ -17,7 +17,7 @@ from megatron_slm.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one data-parallel rank reads."""
+    """What one forward pass of one rank reads. Under context parallelism s is this rank's part of each sample."""
 
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64, the next tokens
@@ -28,11 +28,34 @@ class MicroBatch:
     attention_mask: Tensor | None = None  # [b, 1, s, s] bool, True where attention is forbidden; None: causal
     reference_loss: Tensor | None = None  # [b, s] fp32 of the labels, nats, where the dataset has sidecars
     reference_entropy: Tensor | None = None  # [b, s] fp32 of the distributions that predict the labels, nats
+    context_size: int = 1  # ranks that hold a part of each sample
+    positions: Tensor | None = None  # [s] int64, places of the columns in their sample; None: the whole in order
+
+    @property
+    def sample_length(self) -> int:
+        """Tokens of a whole sample."""
+        return self.tokens.size(1) * self.context_size
 
     def token_index(self) -> Tensor:
         """Place of each token in the run, [b, s] int64."""
-        length = self.tokens.size(1)
-        return self.sample_index[:, None] * length + torch.arange(length, device=self.tokens.device)
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.sample_length, device=self.tokens.device)
+        return self.sample_index[:, None] * self.sample_length + positions
+
+    def part(self, size: int, rank: int) -> MicroBatch:
+        """What context-parallel rank ``rank`` of ``size`` holds of every sample."""
+        if size == 1:
+            return self
+        shape, positions = self.tokens.shape, context_positions(self.sample_length, size, rank)
+        columns: dict[str, Any] = {
+            field.name: value[:, positions]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.shape == shape
+        }
+        if self.attention_mask is not None:
+            columns["attention_mask"] = self.attention_mask[:, :, positions]
+        return replace(self, **columns, context_size=size, positions=positions)
 
     def to(self, device: torch.device) -> MicroBatch:
         moved: dict[str, Any] = {
@@ -43,15 +66,28 @@ class MicroBatch:
         return replace(self, **moved)
 
 
+def context_positions(length: int, size: int, rank: int) -> Tensor:
+    """The positions of a sample that context-parallel rank ``rank`` of ``size`` holds, [length / size] int64.
+
+    The sample is cut into 2 · size chunks, and a rank holds the one at its place from the front and the one at its
+    place from the back, so that all ranks have as many pairs to attend to (Megatron-Core's order).
+    """
+    chunks = torch.arange(length).chunk(2 * size)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """How a global batch is cut: micro-batch step j takes the samples [j · b · dp, (j + 1) · b · dp) of it, and
-    data-parallel rank r the slice [r · b, (r + 1) · b) of those (Megatron-LM's order)."""
+    data-parallel rank r the slice [r · b, (r + 1) · b) of those (Megatron-LM's order). Context-parallel ranks share
+    samples."""
 
     micro_batch_size: int
     num_micro_batches: int
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def global_batch_size(self) -> int:
@@ -142,4 +178,5 @@ class BatchStream(Iterator[list[MicroBatch]]):
         return {**filler, "loss_mask": torch.zeros_like(filler["loss_mask"])}
 
     def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        return [micro_batch.to(self.device) for micro_batch in micro_batches]
+        shape = self.shape
+        return [batch.part(shape.cp_size, shape.cp_rank).to(self.device) for batch in micro_batches]

@@ -17,8 +17,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
-from megatron_slm.model.size import ffn_size, padded_vocab_size
-from megatron_slm.model.specs import choose_implementation, layer_spec
+from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
+from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
 from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
 from megatron_slm.objective.linear_cross_entropy.head import LMHead
 from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
@@ -30,13 +30,15 @@ class GPT(GPTModel):
     """Megatron-Core's GPT whose last stage goes from hidden states to token losses without the logits in between.
 
     With labels, the last stage returns token losses [b, s] in fp32; with ``reports_entropy`` it returns
-    [2, b, s]: token losses and the entropies of the next-token distributions, in nats. Without labels it returns
-    logits, as Megatron-Core does.
+    [2, b, s]: token losses and the entropies of the next-token distributions, in nats; with D further heads
+    (multi-token prediction) it returns [1 + D, b, s]: the token losses of the main head and of those. Without labels
+    it returns logits, as Megatron-Core does.
     """
 
     reports_entropy = False
     lm_head: LMHead
-    _early: tuple[Tensor, EarlySelection] | None = None  # labels of the main head, and its early tokens
+    _early: EarlySelection | None = None  # of the main head, in this forward pass
+    _further: tuple[Tensor, ...] = ()  # losses of the further heads in this forward pass, so far
 
     def forward(
         self, *inputs: Any, labels: Tensor | None = None, early: EarlySelection | None = None, **more: Any
@@ -44,19 +46,36 @@ class GPT(GPTModel):
         """Megatron-Core's forward pass; ``early`` names tokens whose gradient may be computed at once."""
         if labels is None or not self.post_process:
             return super().forward(*inputs, labels=labels, **more)
-        self._early = (labels, early) if early is not None else None
+        self._early, self._further = early, ()
         with _passing_hidden_states_on(self.output_layer):
             return super().forward(*inputs, labels=labels, **more)
 
     def compute_language_model_loss(self, labels: Tensor, hidden: Tensor) -> Tensor:
-        """Token losses of ``labels`` [b, s], from the hidden states [s, b, h] that the output layer passed on."""
-        is_main = self._early is not None and labels is self._early[0]
+        """Losses of the main head, with those of further heads before them.
+
+        Megatron-Core calls this for each further head first, and would add what it returns to the gradient as it is,
+        whatever is selected. So it is given zeros for those, and their losses go the way of the main head's.
+
+        Args:
+            labels: [b, s].
+            hidden: [s, b, h], the hidden states that the output layer passed on.
+        """
+        if len(self._further) < (self.config.mtp_num_layers or 0):
+            loss = self._token_loss(labels, hidden, None)
+            self._further += (loss,)
+            return torch.zeros_like(loss)
+        loss = self._token_loss(labels, hidden, self._early)
+        further, self._early, self._further = self._further, None, ()
+        return torch.stack((loss, *further)) if further else loss
+
+    def _token_loss(self, labels: Tensor, hidden: Tensor, early: EarlySelection | None) -> Tensor:
+        """Token losses of one head for ``labels`` [b, s]; or [2, b, s] with the entropies."""
         losses = linear_cross_entropy(
             hidden,
             self._lm_head_weight(),
             labels.t().contiguous(),
             self.lm_head,
-            early=self._early[1] if self._early is not None and is_main else None,
+            early=early,
             with_entropy=self.reports_entropy,
         )
         token_loss = losses.loss.t().contiguous()
@@ -95,16 +114,23 @@ def build_model(
         vocab_size: the tokenizer's size; it is padded to a multiple of --make-vocab-size-divisible-by x TP.
         bf16: bfloat16 weights, each chunk wrapped in Megatron-Core's Float16Module.
         reports_entropy: the last stage also reports entropies (for a reference model).
+
+    Raises:
+        ConfigError: an implementation or a dispatcher of tokens that this machine does not have.
     """
     implementation = choose_implementation(model.transformer_impl, groups.device)
+    if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and groups.device.type == "cpu":
+        raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or leave it out.")
     config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
     head = lm_head(model, parallel, objective, vocab_size, groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual_stages):
+        vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
+        layers = layer_spec(model, config, implementation)
         chunk = GPT(
             config=config,
-            transformer_layer_spec=layer_spec(model, config, implementation),
+            transformer_layer_spec=layers,
             vocab_size=padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings or model.seq_length or 0,
             pre_process=groups.is_first_stage and stage == 0,
@@ -115,10 +141,16 @@ def build_model(
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
+            vp_stage=vp_stage,
+            mtp_block_spec=further_heads_spec(config, layers, implementation, vp_stage)
+            if model.mtp_num_layers
+            else None,
         )
         chunk.reports_entropy = reports_entropy
         chunk.lm_head = head
+        if model.mtp_num_layers and chunk.post_process and chunk.share_embeddings_and_output_weights:
+            # Further heads also embed tokens here, which Megatron-Core 0.16.1 forgets where there are several stages.
+            chunk.shared_embedding_or_output_weight().zero_out_wgrad = True
         chunk.to(groups.device)
         chunks.append(Float16Module(config, chunk) if bf16 else chunk)
     return chunks
@@ -190,7 +222,11 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        mtp_num_layers=model.mtp_num_layers,
+        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
+        **_expert_settings(model, parallel),
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,
         recompute_num_layers=training.recompute_num_layers,
@@ -206,6 +242,23 @@ def transformer_config(
         overlap_p2p_comm=False,
         batch_p2p_comm=True,
     )
+
+
+def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """What Megatron-Core wants to know of a mixture of experts."""
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": expert_size(model),
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_grouped_gemm": model.moe_grouped_gemm,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+    }
 
 
 def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_slm.data.batches import MicroBatch
@@ -35,8 +36,8 @@ def run_pipeline(
             (token losses); gives the sum to differentiate, the number of tokens that it is to be divided by, and
             what to report. Megatron-Core divides by the sum of those numbers over the global batch.
         forward_only: no backward pass.
-        early_of: called with the number of the micro-batch and the micro-batch before its forward pass; gives the
-            tokens whose gradient may be computed at once.
+        early_of: called on the last stage with the number of the micro-batch and the micro-batch before its forward
+            pass; gives the tokens whose gradient may be computed at once.
 
     Returns:
         what ``loss_of`` reported, one entry per micro-batch, on the last stage; nothing elsewhere.
@@ -46,17 +47,18 @@ def run_pipeline(
         numbered: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number, batch = next(numbered)
-        early = {} if early_of is None else {"early": early_of(number, batch)}
+        early = {}
+        if early_of is not None and get_attr_wrapped_model(chunk, "post_process"):
+            early["early"] = early_of(number, batch)
         output = chunk(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, **early)
         return output, partial(loss_of, number, batch)
 
-    size, length = micro_batches[0].tokens.shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(enumerate(micro_batches)) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(micro_batches),
-        seq_length=length,
-        micro_batch_size=size,
+        seq_length=micro_batches[0].sample_length,
+        micro_batch_size=micro_batches[0].tokens.size(0),
         forward_only=forward_only,
     )

@@ -13,6 +13,11 @@ def ffn_size(model: ModelConfig) -> int:
     return max(hidden * 8 // 3 // 64 * 64, 64) if model.swiglu else 4 * hidden
 
 
+def expert_size(model: ModelConfig) -> int:
+    """Width of one expert."""
+    return model.moe_ffn_hidden_size or ffn_size(model)
+
+
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int) -> int:
     """The vocabulary rounded up to a multiple of --make-vocab-size-divisible-by x TP."""
     multiple = model.make_vocab_size_divisible_by * tensor_parallel
@@ -27,13 +32,20 @@ def _head_sizes(model: ModelConfig) -> tuple[int, int]:
     return heads * width, groups * width
 
 
-def matrix_parameters(model: ModelConfig) -> int:
-    """Parameters of all matrices that every token passes, without embeddings and LM head."""
+def matrix_parameters(model: ModelConfig, *, passed: bool = True) -> int:
+    """Parameters of all matrices without embeddings and LM head; where there are experts, those of the experts that
+    a token passes, or of all of them."""
     hidden = model.hidden_size or 0
     query, key = _head_sizes(model)
     attention = hidden * (query + 2 * key) + query * hidden
-    mlp = (3 if model.swiglu else 2) * hidden * ffn_size(model)
-    return (model.num_layers or 0) * (attention + mlp)
+    matrices = 3 if model.swiglu else 2
+    if model.num_experts is None:
+        mlp = matrices * hidden * ffn_size(model)
+    else:
+        experts = model.moe_router_topk if passed else model.num_experts
+        mlp = experts * matrices * hidden * expert_size(model) + hidden * model.num_experts
+    heads = model.mtp_num_layers or 0
+    return ((model.num_layers or 0) + heads) * (attention + mlp) + heads * 2 * hidden * hidden
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
@@ -47,18 +59,22 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     head_norm = (norm // max(hidden, 1)) * 2 * (query // (model.num_attention_heads or 1))
     per_layer = 2 * norm + (head_norm if model.qk_layernorm else 0)
     if not model.disable_bias_linear:
-        per_layer += 2 * hidden + ffn_size(model) * (2 if model.swiglu else 1)
+        width = ffn_size(model) if model.num_experts is None else expert_size(model)
+        per_layer += hidden + (model.num_experts or 1) * (hidden + width * (2 if model.swiglu else 1))
     if not model.disable_bias_linear or model.add_qkv_bias:
         per_layer += query + 2 * key
-    return matrix_parameters(model) + embeddings + norm + (model.num_layers or 0) * per_layer
+    heads = model.mtp_num_layers or 0
+    layers = ((model.num_layers or 0) + heads) * per_layer + heads * 3 * norm
+    return matrix_parameters(model, passed=False) + embeddings + norm + layers
 
 
 def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
     """FLOPs of one forward pass per token: two per parameter of every matrix, and attention over half the
     sequence on average (causal)."""
     query, _ = _head_sizes(model)
-    attention = 2 * (model.seq_length or 0) * query * (model.num_layers or 0)
-    return 2 * (matrix_parameters(model) + (model.hidden_size or 0) * vocab_size) + attention
+    heads = model.mtp_num_layers or 0
+    attention = 2 * (model.seq_length or 0) * query * ((model.num_layers or 0) + heads)
+    return 2 * (matrix_parameters(model) + (1 + heads) * (model.hidden_size or 0) * vocab_size) + attention
 
 
 def training_flops_per_token(model: ModelConfig, vocab_size: int) -> float:

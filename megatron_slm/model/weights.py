@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slm.config.recipe import read_config
@@ -135,7 +136,9 @@ def _check_whole(directory: Path, flag: str) -> None:
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Megatron-Core's sharded state of all model chunks; keys are global, so that any layout can read it."""
-    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}  # type: ignore[operator]
+    metadata = ensure_metadata_has_dp_cp_group(None)
+    states = (chunk.sharded_state_dict(metadata=metadata) for chunk in chunks)  # type: ignore[operator]
+    return {f"model{index}": state for index, state in enumerate(states)}
 
 
 def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, Any]:

@@ -6,14 +6,16 @@ from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
 from megatron_slm.objective.policy import Policy, Term, terms
-from megatron_slm.objective.selective_loss import ReferenceScores, SelectiveLoss, Selector
+from megatron_slm.objective.selective_loss import ReferenceScores, Selection, Selector
 
 
 class EarlyRule:
-    """Guesses which tokens of the next micro-batch will be selected.
+    """Tells or guesses which tokens of the next micro-batch will be selected.
 
-    Every valid token where all of them are (CLM, k = 1). With ``speculate`` also those whose score is surely above the
-    threshold, for scores that rest on the token loss: guessed from the thresholds that were. Nothing otherwise.
+    Every valid token where all of them are (CLM, k = 1). The selected ones where the selection is known before the
+    forward pass, and where a carried threshold decides. With ``speculate``, else, those whose score is surely above
+    the threshold, guessed from the thresholds that were. Thresholds tell of one score that rests on the token loss
+    without noise; nothing is told of other scores, nor with a mix, under which every token has a gradient.
 
     Args:
         selector: the selection that is guessed at.
@@ -25,25 +27,44 @@ class EarlyRule:
         self.speculate = speculate
         self.guess = ThresholdGuess()
 
-    def before(self, valid: Tensor, reference: ReferenceScores | None, ratio: float) -> EarlySelection | None:
-        """The rule for a micro-batch, from its loss mask [b, s] bool, its reference scores (on the last pipeline
-        stage, which alone needs the rule) and the selection ratio."""
+    def before(
+        self,
+        valid: Tensor,
+        reference: ReferenceScores | None,
+        ratio: float,
+        *,
+        selection: Selection | None = None,
+        lowest: Tensor | None = None,
+    ) -> EarlySelection | None:
+        """The rule for a micro-batch.
+
+        Args:
+            valid: [b, s] bool, the loss mask.
+            reference: its reference scores.
+            ratio: the selection ratio.
+            selection: that of the micro-batch, where it is known before its losses.
+            lowest: [b, s] fp32, the score from which on each token is selected, where a carried threshold tells.
+        """
         policy = self.selector.policy
         if self.selector.mix:
             return None
         if policy is None or selects_everything(policy, ratio):
             return EarlySelection(valid)
-        threshold = self.guess.sure() if self.speculate else None
+        if selection is not None:
+            return EarlySelection(selection.selected)
+        threshold = lowest
+        if threshold is None and self.speculate:
+            threshold = self.guess.sure()
         if threshold is None or not isinstance(policy, Term) or policy.stochastic:
             return None
         if policy.score == "excess" and reference is not None:
             return EarlySelection(valid, threshold, reference.loss)
         return EarlySelection(valid, threshold) if policy.score == "token-loss" else None
 
-    def after(self, loss: SelectiveLoss) -> None:
-        """Learn from what was selected of the micro-batch."""
+    def after(self, selection: Selection) -> None:
+        """Learn from the selection of a micro-batch that waited for its losses."""
         if self.speculate:
-            self.guess.observe(loss.threshold)
+            self.guess.observe(selection.threshold)
 
 
 def selects_everything(policy: Policy, ratio: float) -> bool:

@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the three digits of a 32-bit key, highest first
+SIGN = 1 << 31
 
 
 def order_keys(values: Tensor) -> Tensor:
-    """Integers in [0, 2^32) that are ordered as ``values`` (fp32) are; -0.0 and 0.0 get the same key.
+    """Integers that are ordered as ``values`` (fp32) are; -0.0 and 0.0 get the same key. int32, shape of ``values``.
 
-    The bits of a positive float already sort as integers do; those of a negative one sort backwards. So the sign
-    bit is flipped for the former and all bits for the latter. int64, shape of ``values``.
+    The bits of a positive float, read as an integer, already sort as the floats do; those of a negative one sort
+    backwards, so that all of them but the sign are flipped.
     """
-    bits = (values.float() + 0.0).view(torch.int32).long() & 0xFFFFFFFF  # adding 0.0 turns -0.0 into 0.0
-    return torch.where(bits >= 1 << 31, bits ^ 0xFFFFFFFF, bits ^ (1 << 31))
+    bits = (values.float() + 0.0).view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
+    return bits ^ ((bits >> 31) & (SIGN - 1))
 
 
 def key_values(keys: Tensor) -> Tensor:
     """The fp32 values that :func:`order_keys` gave ``keys`` to."""
-    bits = torch.where(keys >= 1 << 31, keys ^ (1 << 31), keys ^ 0xFFFFFFFF)
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+    return (keys ^ ((keys >> 31) & (SIGN - 1))).view(torch.float32)
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -39,31 +39,35 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return values
 
 
-def largest_key(keys: Tensor, among: Tensor, count: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def largest_key(
+    keys: Tensor, among: Tensor, count: Tensor, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The ``count``-th largest key of each ranking, over all ranks.
 
     Args:
-        keys: [r, n] int64 in [0, 2^32); n may differ between ranks, and be 0.
+        keys: [r, n] int32; n may differ between ranks, and be 0.
         among: [r, n] bool, the keys that take part.
         count: [r] int64, at least 1, the same on every rank; the answer means something only where as many take part.
         group: the ranks that share the rankings.
 
     Returns:
-        the key, [r] int64, and how many of the keys equal to it belong to the ``count`` largest, [r] int64.
+        the key, [r] int32; how many of the keys equal to it belong to the ``count`` largest, and how many such keys
+        there are, both [r] int64 and over all ranks.
     """
     left = count.clone()
-    prefix = torch.zeros_like(count)
+    found = torch.zeros_like(count)
     for shift, bits in DIGITS:
-        higher_digits_agree = keys >> (shift + bits) == prefix[:, None]
         digit = (keys >> shift) & ((1 << bits) - 1)
-        histogram = keys.new_zeros(keys.size(0), 1 << bits)
-        histogram.scatter_add_(1, digit, (among & higher_digits_agree).long())
-        all_reduce_sum(histogram, group)
+        if shift + bits == 32:
+            digit ^= 1 << (bits - 1)  # the sign: negative keys come first
+        histogram = all_reduce_sum(_histograms(digit, among, 1 << bits), group)
         at_least = histogram.flip(1).cumsum(1).flip(1)  # keys whose digit is this or larger
         chosen = ((at_least >= left[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)  # 0 where nothing takes part
-        left = left - (at_least.gather(1, chosen) - histogram.gather(1, chosen)).squeeze(1)
-        prefix = (prefix << bits) | chosen.squeeze(1)
-    return prefix, left
+        equal = histogram.gather(1, chosen).squeeze(1)
+        left = left - (at_least.gather(1, chosen).squeeze(1) - equal)
+        found = (found << bits) | chosen.squeeze(1)
+        among = among & (digit == chosen)
+    return (found - SIGN).int(), left, equal
 
 
 def select_highest(
@@ -87,13 +91,26 @@ def select_highest(
     """
     some = count > 0
     keys = order_keys(scores)
-    key, needed = largest_key(keys, valid, count.clamp(min=1), group)
+    key, needed, ties = largest_key(keys, valid, count.clamp(min=1), group)
     tied = valid & (keys == key[:, None])
     selected = valid & (keys > key[:, None])
-    ties = all_reduce_sum(tied.sum(1), group)
     if bool((some & (ties > needed)).any()):
-        reverse = (1 << 31) - order  # the lowest order has the largest key
-        last, _ = largest_key(reverse, tied, needed.minimum(ties).clamp(min=1), group)
+        reverse = ~order.int()  # the lowest order has the largest key
+        last, _, _ = largest_key(reverse, tied, needed.minimum(ties).clamp(min=1), group)
         tied &= reverse >= last[:, None]
     selected = (selected | tied) & some[:, None]
     return selected, torch.where(some, key_values(key), torch.inf)
+
+
+def _histograms(digit: Tensor, among: Tensor, bins: int) -> Tensor:
+    """How often each digit occurs in each ranking: [r, n] int32 in [0, bins) to [r, bins] int64."""
+    rankings = digit.size(0)
+    first = torch.arange(0, rankings * bins, bins, dtype=torch.int32, device=digit.device)
+    nowhere = rankings * bins
+    place = torch.where(among, digit + first[:, None], nowhere).flatten()
+    if place.device.type == "cpu":
+        counts = torch.bincount(place, minlength=nowhere + 1)
+    else:  # there, bincount would wait for the device
+        ones = torch.ones_like(place, dtype=torch.int64)
+        counts = torch.zeros(nowhere + 1, dtype=torch.int64, device=place.device).scatter_add_(0, place.long(), ones)
+    return counts[:nowhere].view(rankings, bins)

@@ -51,7 +51,7 @@ class ReferenceReplica:
         self.with_entropy = with_entropy
         with preserved_random_state():
             self.chunks = build_model(
-                replace(own.model, transformer_impl=config.model.transformer_impl),
+                replace(own.model, transformer_impl=config.model.transformer_impl, mtp_num_layers=None),
                 vocab_size=tokenizer.vocab_size,
                 parallel=replace(config.parallel, num_layers_per_virtual_pipeline_stage=layers if stages else None),
                 training=replace(config.training, recompute_granularity=None),

@@ -31,6 +31,8 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if kwargs and _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}  # there is no device to copy to
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **(kwargs or {}))
@@ -65,8 +67,8 @@ class _NoStream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
+        return lambda *_, **__: _NoStream()
 
 
 @functools.cache

@@ -14,6 +14,8 @@ class ParallelLayout:
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    expert: int = 1
     virtual_pipeline: int | None = None  # model chunks per pipeline rank, or None
 
 
@@ -24,6 +26,7 @@ class Groups:
     tp: ProcessGroup
     pp: ProcessGroup
     dp: ProcessGroup
+    cp: ProcessGroup  # context-parallel ranks: those that hold other parts of the same samples
     dp_cp: ProcessGroup  # data- and context-parallel ranks: those that hold other tokens
     model: ProcessGroup  # tensor- and pipeline-parallel ranks: those that hold the same tokens
     device: torch.device
@@ -53,6 +56,14 @@ class Groups:
     @property
     def dp_rank(self) -> int:
         return self.dp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.cp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.cp.rank()
 
     @property
     def is_first_stage(self) -> bool:

@@ -35,28 +35,32 @@ def start(
         seed: of weights and dropout. It is offset by the pipeline stage, as in Megatron-LM.
 
     Raises:
-        ConfigError: the number of processes is not a multiple of TP x PP.
+        ConfigError: the number of processes is not a multiple of TP x PP x CP.
     """
     device = _choose_device(backend)
     _join(backend or ("nccl" if device.type == "cuda" else "gloo"), timedelta(minutes=timeout_minutes))
     world_size = dist.get_world_size()
-    if world_size % (layout.tensor * layout.pipeline):
+    if world_size % (layout.tensor * layout.pipeline * layout.context):
         stop()
         raise ConfigError(
             f"{world_size} processes were started, which is not a multiple of --tensor-model-parallel-size "
-            f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline}. "
+            f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --context-parallel-size "
+            f"{layout.context}. "
             "Start a multiple of their product."
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     groups = Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
         device=device,

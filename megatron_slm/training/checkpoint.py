@@ -26,6 +26,8 @@ from megatron_slm.config.recipe import write_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model import weights
+from megatron_slm.model.experts import AuxiliaryLosses
+from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_steps
@@ -51,10 +53,13 @@ class Trainable:
     scheduler: OptimizerParamScheduler
     groups: Groups
     tokenizer: Tokenizer
+    carried: CarriedThreshold | None = None
+    auxiliary: AuxiliaryLosses | None = None  # of a model with experts
 
     def layout(self) -> dict[str, int]:
         groups = self.groups
-        return {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
+        layout = {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
+        return {**layout, "context": groups.cp_size} if groups.cp_size > 1 else layout
 
 
 def save_checkpoint(trainable: Trainable, position: Position, config: Config) -> Path:
@@ -134,6 +139,8 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
         _load_schedule(trainable.scheduler, loaded["scheduler"], directory)
     else:
         trainable.optimizer.reload_model_params()
+    if trainable.carried is not None and "carried" in loaded:
+        trainable.carried.load_state_dict(loaded["carried"])
     if "rng" in loaded:
         _set_random_states(loaded["rng"])
     return Position(manifest.step, manifest.consumed_samples)
@@ -185,6 +192,8 @@ def _state(trainable: Trainable, config: Config, *, is_loading: bool, with_rng: 
             (groups.pp_rank, groups.tp_rank),
             replica_id=groups.dp_cp.rank(),
         )
+    if trainable.carried is not None and not is_loading:
+        state["carried"] = trainable.carried.state_dict()
     return state
 
 

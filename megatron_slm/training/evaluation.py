@@ -14,7 +14,7 @@ from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.runtime.console import Advance, Silent, progress
 from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.metrics import TokenSums
-from megatron_slm.training.step import token_sums
+from megatron_slm.training.step import StepSelection, token_sums
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def evaluate(
     trainable: Trainable, sets: dict[str, torch.utils.data.Dataset], config: Config, shape: BatchShape
 ) -> dict[str, Evaluation]:
     """Evaluate every set on its first samples. Collective over all ranks; known on every rank."""
-    everything = Selector(policy=None, group=trainable.groups.dp_cp)
+    everything = StepSelection(Selector(policy=None, group=trainable.groups.dp_cp, context=trainable.groups.cp))
     results = {}
     with evaluation_mode(trainable, config), torch.no_grad():
         for name, dataset in sets.items():

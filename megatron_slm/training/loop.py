@@ -99,10 +99,16 @@ def evaluate_and_log(run: Run) -> None:
 
 def _one_step(run: Run, stream: BatchStream) -> Step:
     position = run.position
-    ratio = selection_ratio(run.config.objective, position.step)
+    ratio, next_ratio = (selection_ratio(run.config.objective, position.step + ahead) for ahead in (0, 1))
     try:
         step = train_step(
-            run.trainable, next(stream), run.selector, ratio=ratio, reference=run.reference, early=run.early
+            run.trainable,
+            next(stream),
+            run.selector,
+            ratio=ratio,
+            next_ratio=next_ratio,
+            reference=run.reference,
+            early=run.early,
         )
     except DivergedError as error:
         rank = run.trainable.groups.rank
@@ -120,6 +126,7 @@ def _log_step(run: Run, step: Step, clock: _Clock) -> None:
         grad_norm=step.grad_norm,
         lr=step.lr,
         seconds_left=clock.seconds_left(run.position.step),
+        seconds_ranking=step.seconds_ranking,
         **losses_of(step.sums),
         **run.throughput.of_step(seconds),
     )

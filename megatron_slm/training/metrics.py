@@ -82,6 +82,7 @@ class StepMetrics:
     tflops: float  # of the model, per device: forward and backward of θ and forward of the reference model
     mfu: float | None  # share of the device's peak; None where that is not known
     seconds_left: float
+    seconds_ranking: float | None = None  # of the forward pass that only ranks the global batch; part of seconds
 
     def line(self, train_iters: int) -> str:
         """One line of at most 160 columns."""

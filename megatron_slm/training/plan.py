@@ -30,7 +30,8 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     """(what, how much) of a run."""
     model, parallel, training = config.model, config.parallel, config.training
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data = world_size // (tensor * pipeline)
+    context = parallel.context_parallel_size
+    data = world_size // (tensor * pipeline * context)
     padded = padded_vocab_size(model, vocab_size, tensor)
     batch, length, steps = training.global_batch_size or 0, model.seq_length or 0, training.train_iters or 0
     flops = 3 * forward_flops_per_token(model, padded) * batch * length
@@ -41,7 +42,7 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
         ("reference", _reference(config)),
         ("parameters", f"{parameter_count(model, padded):,}"),
         ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
-        ("layout", f"TP {tensor} x PP {pipeline} x DP {data} = {world_size} processes"),
+        ("layout", f"TP {tensor} x PP {pipeline} x CP {context} x DP {data} = {world_size} processes"),
         ("global batch", f"{batch:,} samples = {batch * length:,} tokens"),
         ("micro-batches per step", f"{batch // ((training.micro_batch_size or 1) * data):,}"),
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),

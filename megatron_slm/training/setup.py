@@ -13,10 +13,12 @@ from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.score_sets import ScoreSet, open_scores
 from megatron_slm.data.scored_samples import ScoredSamples
 from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.weights import checkpoint_directory, saved_config
+from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.objective.early_rule import EarlyRule
-from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.policy import Joined, needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
@@ -34,28 +36,45 @@ def parallel_layout(config: Config) -> ParallelLayout:
     return ParallelLayout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
+        context=config.parallel.context_parallel_size,
+        expert=config.parallel.expert_model_parallel_size,
         virtual_pipeline=virtual_stages(config.model, config.parallel),
     )
 
 
-def build_selector(objective: ObjectiveConfig, groups: Groups, seed: int) -> Selector:
-    """The selection that the flags ask for."""
+def build_selector(config: Config, groups: Groups) -> Selector:
+    """The selection that the flags ask for.
+
+    Raises:
+        ConfigError: with experts, a score of several terms outside the scope "global-batch".
+    """
+    objective = config.objective
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
+    if config.model.num_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
+        raise ConfigError(
+            f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
+            "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "
+            "only. Choose that scope, or a score of one term."
+        )
     return Selector(
         policy=policy,
         scope=objective.slm_scope,
         group=groups.dp_cp,
+        context=groups.cp,
         mix=objective.slm_mix if policy is not None else 0.0,
-        seed=seed,
+        seed=config.training.seed,
         temperature=objective.slm_gumbel_temperature,
+        heads_weight=config.model.mtp_loss_scaling_factor if config.model.mtp_num_layers else 0.0,
+        heads_select=objective.slm_mtp_selection == "own",
     )
 
 
 def batch_shape(config: Config, groups: Groups) -> BatchShape:
-    """How the global batch is cut over micro-batches and data-parallel ranks."""
+    """How the global batch is cut over micro-batches, data-parallel and context-parallel ranks."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     assert micro and batch, "checked by config.checks"
-    return BatchShape(micro, batch // (micro * groups.dp_size), groups.dp_rank, groups.dp_size)
+    steps = batch // (micro * groups.dp_size)
+    return BatchShape(micro, steps, groups.dp_rank, groups.dp_size, groups.cp_rank, groups.cp_size)
 
 
 def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
@@ -89,11 +108,14 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     for chunk in chunks:
         chunk.train()
     optimizer = build_optimizer(chunks, config)
-    trainable = Trainable(chunks, optimizer, build_scheduler(optimizer, config), groups, tokenizer)
+    selector = build_selector(config, groups)
+    carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
+    auxiliary = AuxiliaryLosses(chunks, groups) if config.model.num_experts else None
+    schedule = build_scheduler(optimizer, config)
+    trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, carried, auxiliary)
     position, loaded = resume(trainable, config)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
-    selector = build_selector(config.objective, groups, config.training.seed)
     reference, reference_config = _build_reference(config, tokenizer, groups)
     return Run(
         config=config,

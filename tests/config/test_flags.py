@@ -73,7 +73,7 @@ def test_megatrons_spelling_of_negative_and_odd_flags() -> None:
     assert config.optimizer.override_opt_param_scheduler and config.model.disable_bias_linear
 
 
-@pytest.mark.parametrize("flag", ["--fp16", "--use-mcore-models", "--train-samples", "--context-parallel-size"])
+@pytest.mark.parametrize("flag", ["--fp16", "--use-mcore-models", "--train-samples", "--moe-layer-freq"])
 def test_flags_of_megatrons_that_are_not_taken_are_named(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"{flag} is a flag of Megatron-LM's that is not taken here"):
         parse([flag, "1"])

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from tiny import make_corpus
 
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.data.batches import BatchShape, BatchStream
+from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
 from megatron_slm.data.datasets import build_datasets, parse_blend
 from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
@@ -32,6 +32,29 @@ class Numbers(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = torch.full((4,), index)
         return {"tokens": row, "labels": row, "loss_mask": torch.ones(4), "position_ids": torch.arange(4)}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_context_parallel_parts_are_megatron_cores(size: int, chunk: int, masked: bool) -> None:
+    """Every token is on one rank, at its own index, in the order of Megatron-Core's get_batch_on_this_cp_rank."""
+    length = 2 * size * chunk
+    columns = torch.arange(2 * length).view(2, length)
+    mask = torch.rand(2, 1, length, length) < 0.5 if masked else None
+    whole = MicroBatch(columns, columns, columns > 3, columns, torch.tensor([7, 8]), 7, mask)
+    indices = []
+    for rank in range(size):
+        part = whole.part(size, rank)
+        chunks = columns.view(2, 2 * size, chunk)
+        expected = torch.cat((chunks[:, rank], chunks[:, 2 * size - 1 - rank]), 1)
+        for got in (part.tokens, part.labels, part.position_ids, part.token_index() - 7 * length):
+            assert torch.equal(got, expected)
+        assert part.sample_length == length and torch.equal(part.loss_mask, expected > 3)
+        if mask is not None and size > 1:
+            assert part.attention_mask is not None and part.positions is not None
+            assert torch.equal(part.attention_mask, mask[:, :, part.positions])
+        indices.append(part.token_index().flatten())
+    assert torch.equal(torch.cat(indices).sort().values, whole.token_index().flatten())
 
 
 def drawn(size: int, micro: int, steps: int, dp: int, start: int, batches: int, ahead: int) -> list[int]:

@@ -7,14 +7,14 @@ import torch
 
 from megatron_slm.objective.early_rule import EarlyRule, ThresholdGuess
 from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import ReferenceScores, SelectiveLoss, Selector
+from megatron_slm.objective.selective_loss import ReferenceScores, Selection, Selector
 
 VALID = torch.tensor([[True, False, True]])
 REFERENCE = ReferenceScores(torch.tensor([[1.0, 2.0, 3.0]]))
 
 
-def observed(threshold: float) -> SelectiveLoss:
-    return SelectiveLoss(torch.zeros(()), torch.zeros(()), VALID, torch.tensor(threshold))
+def observed(threshold: float) -> Selection:
+    return Selection(VALID, VALID.float(), torch.tensor(threshold))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import definition
@@ -13,11 +14,18 @@ from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
 from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import ReferenceScores, SelectiveLoss, Selector, Tokens, selective_loss
+from megatron_slm.objective.selective_loss import (
+    ReferenceScores,
+    SelectiveLoss,
+    Selector,
+    Tokens,
+    select,
+    selective_loss,
+)
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 
 B, S, V = 4, 9, 24
-SCOPES = ("sequence", "micro-batch", "data-parallel")
+SCOPES = ("sequence", "micro-batch", "data-parallel", "global-batch")
 POLICIES = (
     "excess",
     "token-loss",
@@ -55,7 +63,7 @@ def run(
     )
     policy = None if text is None else parse_policy(text)
     ratio = more.pop("ratio", 0.6)
-    loss = selective_loss(tokens, Selector(policy, scope, group, **more), ratio)
+    loss = selective_loss(tokens, select(tokens, Selector(policy, scope, group, **more), ratio))
     (gradient,) = torch.autograd.grad(loss.numerator, logits)
     return loss, gradient
 
@@ -162,6 +170,61 @@ def test_equal_scores_take_the_first_tokens() -> None:
     loss, _ = run(data, "reference-loss", "micro-batch", ratio=0.5)
     places = torch.nonzero(data["valid"].flatten()).flatten()
     assert torch.nonzero(loss.selected.flatten()).flatten().tolist() == places[: int(loss.count)].tolist()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_all_scores_equal(scope: str) -> None:
+    data = make()
+    data["reference_loss"] = torch.full((B, S), 2.0)
+    loss, _ = run(data, "reference-loss", scope)
+    assert torch.equal(loss.selected, expected_selection(data, "reference-loss", scope))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("change", [lambda x: x + 1e4, lambda x: x * 1e-4, lambda x: x * 1e-30, lambda x: x * 1e30])
+def test_reference_of_wildly_different_loss(change: Callable[[Tensor], Tensor], scope: str) -> None:
+    data = make()
+    data["reference_loss"] = change(data["reference_loss"])
+    loss, _ = run(data, "excess", scope)
+    assert torch.equal(loss.selected, expected_selection(data, "excess", scope))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
+def test_a_loss_that_is_no_number_is_placed(fault: float, scope: str) -> None:
+    data = make()
+    row, position = (int(place) for place in data["valid"].nonzero()[-1])
+    data["reference_loss"][row, position] = fault
+    with pytest.raises(DivergedError, match=f"row {row}, position {position}"):
+        run(data, "excess", scope)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_sequence_without_valid_tokens(scope: str) -> None:
+    data = make()
+    data["valid"][1] = False
+    loss, gradient = run(data, "excess", scope)
+    assert torch.equal(loss.selected, expected_selection(data, "excess", scope))
+    assert bool((gradient[1] == 0).all()) and bool(gradient.isfinite().all())
+
+
+def _few(rank: int, world_size: int, without: bool) -> Tensor:
+    data = {name: value.chunk(world_size)[rank] for name, value in make().items()}
+    if without and rank == 1:
+        data["valid"] = torch.zeros_like(data["valid"])
+    loss, gradient = run(data, "excess", "global-batch", dist.group.WORLD, ratio=0.6 if without else 0.01)
+    assert bool(gradient.isfinite().all())
+    return loss.selected
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_ranks_on_which_nothing_is_selected_or_valid(without: bool) -> None:
+    data = make()
+    if without:
+        data["valid"][1] = False
+    one, _ = run(data, "excess", "global-batch", ratio=0.6 if without else 0.01)
+    assert torch.equal(torch.cat(run_ranks(_few, 4, without)), one.selected)
+    assert without or int(one.selected.sum()) == 1
 
 
 def test_nothing_valid_selects_nothing() -> None:

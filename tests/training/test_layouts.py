@@ -106,6 +106,26 @@ def test_tied_embedding_agrees(workspace: Path) -> None:
         assert_same(workspace, f"tied-{name}", "tied-one")
 
 
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=str)
+def test_context_parallel_agrees(workspace: Path, tp: int, pp: int, dp: int) -> None:
+    name = f"cp2tp{tp}pp{pp}dp{dp}"
+    more = {"sequence_parallel": True} if tp > 1 else {}
+    launch(slm(workspace, name, tp, pp, dp, context_parallel_size=2, **more), 2 * tp * pp * dp)
+    assert_same(workspace, name)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro-batch", "global-batch"])
+def test_context_parallel_agrees_in_every_scope(workspace: Path, scope: str) -> None:
+    """Also with attention that begins anew after each document."""
+    more = {"slm_scope": scope, "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
+    launch(slm(workspace, f"{scope}-cp1", **more))
+    launch(slm(workspace, f"{scope}-cp2", context_parallel_size=2, **more), 2)
+    for one, two in zip(records(workspace / f"{scope}-cp1"), records(workspace / f"{scope}-cp2"), strict=True):
+        assert one["selection"] == two["selection"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-4)
+
+
 def test_overlapped_communication_agrees(workspace: Path) -> None:
     launch(slm(workspace, "overlap", dp=2, overlap_grad_reduce=True, overlap_param_gather=True), 2)
     assert_same(workspace, "overlap")

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig
-from megatron_slm.model.size import forward_flops_per_token, parameter_count
+from megatron_slm.model.size import forward_flops_per_token, matrix_parameters, parameter_count
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.metrics import JsonlSink, StepMetrics, TensorBoardSink, TokenSums, losses_of
 from megatron_slm.training.step import selection_ratio
@@ -85,6 +85,28 @@ def test_ratio_is_warmed_down() -> None:
     own = ObjectiveConfig(slm_selection_ratio=0.6, slm_selection_ratio_start=1.0, slm_selection_ratio_warmup_iters=4)
     assert [selection_ratio(own, step) for step in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6])
     assert selection_ratio(ObjectiveConfig(), 0) == 0.6
+
+
+def test_sizes_of_experts() -> None:
+    """Mixtral-8x7B: 46.7 billion parameters, of which 12.9 billion are passed."""
+    mixtral = ModelConfig(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        group_query_attention=True,
+        num_query_groups=8,
+        seq_length=4096,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        swiglu=True,
+        disable_bias_linear=True,
+        untie_embeddings_and_output_weights=True,
+        num_experts=8,
+        moe_router_topk=2,
+    )
+    assert parameter_count(mixtral, 32000) == 46_702_792_704
+    assert matrix_parameters(mixtral) + 2 * 32000 * 4096 == pytest.approx(12.88e9, rel=1e-3)
 
 
 def test_sizes_of_a_known_model() -> None:

@@ -1,0 +1,36 @@
+"""The auxiliary losses of mixture-of-experts layers under Selective Language Modeling.
+
+They balance the experts over all tokens that pass them, so selection must leave them alone. Megatron-Core multiplies
+each by the tokens of a micro-batch, and divides all gradients at the end by the number of tokens that the loss counts,
+which here are the selected ones: an auxiliary loss would grow to 1 / k of what it is under CLM. Its coefficient is
+therefore scaled by the share of the valid tokens that is selected.
+
+Megatron-Core 0.16.1 also counts only the tokens of one rank where the ranks of tensor and context parallelism share a
+micro-batch, so that with losses normalised per token the auxiliary losses are TP x CP times too small. The coefficient
+makes up for that too; the tests hold every layout against one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_slm.model.gpt import model_config
+from megatron_slm.runtime.groups import Groups
+
+
+class AuxiliaryLosses:
+    """The coefficients of the load-balancing loss and of the router's z-loss, of all chunks of a model."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
+        self.config = model_config(list(chunks))
+        sharing = groups.tp_size * groups.cp_size
+        self.balance = sharing * self.config.moe_aux_loss_coeff
+        self.z = None if self.config.moe_z_loss_coeff is None else sharing * self.config.moe_z_loss_coeff
+
+    def scale(self, share: float) -> None:
+        """Before the forward pass of a step of which this share of the valid tokens will be selected."""
+        self.config.moe_aux_loss_coeff = self.balance * share
+        if self.z is not None:
+            self.config.moe_z_loss_coeff = self.z * share

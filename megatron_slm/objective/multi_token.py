@@ -1,0 +1,51 @@
+"""Multi-token prediction: head d predicts the token that lies d places beyond the label of the main head.
+
+    loss  =  Σ selectedᵢ · lossᵢ  +  (λ ÷ D) · Σ_d Σᵢ selectedᵢᵈ · lossᵢᵈ
+
+divided by the selected tokens of the main head (DeepSeek-V3, arXiv 2412.19437, section 2.2). A head may follow the
+main head's choice: it is trained on a token where the main head is trained on that same token. Or it ranks its own
+losses, by the reference scores of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_slm.objective.selective_loss import ReferenceScores, Selection, Selector, Tokens, select
+
+
+def multi_token_loss(
+    heads: Sequence[Tensor], tokens: Tokens, selection: Selection, selector: Selector, ratio: float
+) -> Tensor:
+    """What the further heads add to a micro-batch's numerator, a scalar with its graph. Collective over the
+    selector's group where heads select for themselves.
+
+    Args:
+        heads: [b, s] fp32 token losses of heads 1 to D; what lies beyond the sample's end does not count.
+        tokens: the micro-batch as the main head sees it, and ``selection`` its choice.
+    """
+    total = torch.zeros_like(heads[0][0, 0])
+    for distance, loss in enumerate(heads, start=1):
+        if selector.heads_select:
+            weight = select(_further(tokens, loss, distance), selector, ratio).weight
+        else:
+            weight = _ahead(selection.weight, distance)
+        total = total + (loss.masked_fill(weight == 0, 0.0) * weight).sum()
+    return selector.heads_weight / len(heads) * total
+
+
+def _further(tokens: Tokens, loss: Tensor, distance: int) -> Tokens:
+    """The micro-batch as the head at a distance sees it."""
+    reference = tokens.reference
+    if reference is not None:
+        entropy = None if reference.entropy is None else _ahead(reference.entropy, distance)
+        reference = ReferenceScores(_ahead(reference.loss, distance), entropy)
+    return Tokens(loss, _ahead(tokens.valid, distance), tokens.index, tokens.order, reference)
+
+
+def _ahead(values: Tensor, distance: int) -> Tensor:
+    """Column i holds what column i + distance held; 0 beyond the end."""
+    return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)

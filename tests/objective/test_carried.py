@@ -1,0 +1,214 @@
+"""The carried threshold: what it holds through drifts, switches and odd data, and that any split gives the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from megatron_slm.objective.carried import CarriedThreshold
+from megatron_slm.objective.policy import parse_policy
+from megatron_slm.objective.selective_loss import (
+    ReferenceScores,
+    Selector,
+    Tokens,
+    select,
+    select_carried,
+    selective_loss,
+)
+from megatron_slm.runtime.errors import DivergedError
+
+WINDOW = 50
+Losses = Callable[[int, np.random.Generator], np.ndarray]
+
+
+def tokens_of(loss: np.ndarray | torch.Tensor, reference: torch.Tensor | None = None) -> Tokens:
+    loss = torch.as_tensor(loss, dtype=torch.float32).view(1, -1)
+    index = torch.arange(loss.numel()).view(1, -1)
+    scores = None if reference is None else ReferenceScores(reference.view(1, -1))
+    return Tokens(loss, torch.ones_like(loss, dtype=torch.bool), index, index, scores)
+
+
+def train(
+    losses: Losses, steps: int, *, ratio: Callable[[int], float] = lambda step: 0.6, text: str = "token-loss"
+) -> tuple[np.ndarray, list[bool]]:
+    """The share selected minus k at every step, and whether the step was selected exactly."""
+    chance = np.random.default_rng(5)
+    selector = Selector(parse_policy(text), "global-batch")
+    threshold = CarriedThreshold(selector, torch.device("cpu"))
+    errors, exact = [], []
+    for step in range(steps):
+        tokens = tokens_of(losses(step, chance))
+        carried = threshold.carried(ratio(step))
+        selection = (
+            select(tokens, selector, ratio(step)) if carried is None else select_carried(tokens, selector, carried)
+        )
+        threshold.observe(tokens, selection.selected, ratio(step), ratio(step + 1))
+        errors.append(float(selection.selected.float().mean()) - ratio(step))
+        exact.append(carried is None)
+    return np.array(errors), exact
+
+
+def worst(errors: np.ndarray) -> float:
+    """The largest |mean| over any 50 consecutive steps."""
+    return float(np.abs(np.convolve(errors, np.ones(WINDOW) / WINDOW, mode="valid")).max())
+
+
+def normal(mean: Callable[[int], float], spread: float = 2.0, batch: float = 0.1, n: int = 2000) -> Losses:
+    """Losses around a moving mean; ``batch`` is the standard deviation of a batch's own mean."""
+    return lambda step, chance: chance.normal(mean(step) + chance.normal(0, batch), spread, n)
+
+
+CASES: dict[str, Losses] = {
+    "still": normal(lambda step: 0.0),
+    "noisy batches": normal(lambda step: 0.0, batch=0.5),
+    "few tokens": normal(lambda step: 0.0, n=100),
+    "learning-rate warm-up": normal(lambda step: 9 * math.exp(-step / 40)),
+    "steady fall": normal(lambda step: -0.05 * step),
+    "data switch": normal(lambda step: 0.0 if step < 100 else 1.0),
+    "data switch down": normal(lambda step: 0.0 if step < 100 else -2.0),
+    "data that alternate": normal(lambda step: float(step // 30 % 2)),
+    "spread that shrinks": lambda step, chance: chance.normal(0, 3 * math.exp(-step / 50) + 0.3, 2000),
+    "far from zero": normal(lambda step: 1e4 + 1e-3 * step, spread=0.5),
+    "tiny": lambda step, chance: chance.normal(1e-4, 1e-5 * (1 + step / 100), 2000),
+    "heavy tails": lambda step, chance: chance.standard_cauchy(2000) + 0.02 * step,
+    "all equal": lambda step, chance: np.full(2000, 2.0),
+    "equal, then not": lambda step, chance: np.full(2000, 2.0) if step < 100 else chance.normal(2, 1, 2000),
+    "many ties": lambda step, chance: np.round(chance.normal(0.01 * step, 2, 2000)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_share_is_held_over_any_fifty_steps(name: str) -> None:
+    errors, exact = train(CASES[name], 250)
+    assert exact == [True] + [False] * 249
+    assert worst(errors[1:]) <= 0.01
+
+
+def test_share_is_held_while_the_ratio_is_warmed_down() -> None:
+    ratio = lambda step: max(0.3, 1.0 - 0.01 * step)  # noqa: E731
+    errors, exact = train(CASES["learning-rate warm-up"], 250, ratio=ratio)
+    assert sum(exact) == 1 and worst(errors[1:]) <= 0.01
+
+
+def test_everything_is_selected_at_a_ratio_of_one() -> None:
+    errors, _ = train(CASES["steady fall"], 20, ratio=lambda step: 1.0)
+    assert bool((errors == 0).all())
+
+
+def test_the_hardest_jump_costs_its_own_step_and_few_more() -> None:
+    """All scores fall below the threshold at once: no rule that decides at once could have known."""
+    errors, _ = train(normal(lambda step: 0.0 if step < 100 else -50.0), 200)
+    assert errors[100] == pytest.approx(-0.6)
+    assert worst(errors[106:]) <= 0.01 and worst(errors[1:]) <= 0.02
+
+
+def test_without_control_a_drift_would_not_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case is hard enough to tell: the same losses without any correction."""
+    fall = normal(lambda step: -0.4 * step)
+    assert worst(train(fall, 150)[0][1:]) <= 0.01
+    monkeypatch.setattr("megatron_slm.objective.carried.GAIN", 0.0)
+    monkeypatch.setattr("megatron_slm.objective.carried.SMOOTHING", 1.0)  # no velocity
+    assert worst(train(fall, 150)[0][1:]) > 0.03
+
+
+def test_each_term_has_a_threshold_of_its_own() -> None:
+    chance = np.random.default_rng(3)
+    selector = Selector(parse_policy("token-loss:0.7 and reference-loss:0.5"), "global-batch")
+    threshold = CarriedThreshold(selector, torch.device("cpu"))
+    shares = []
+    for step in range(80):
+        tokens = tokens_of(
+            chance.normal(-0.1 * step, 1, 1000), torch.tensor(chance.gamma(2, 1 + step / 50, 1000)).float()
+        )
+        carried = threshold.carried(0.6)
+        if carried is not None:
+            high = tokens.loss >= carried.thresholds[0]
+            low = -tokens.reference.loss >= carried.thresholds[1]  # type: ignore[union-attr]
+            shares.append((float(high.float().mean()), float(low.float().mean())))
+            assert torch.equal(select_carried(tokens, selector, carried).selected, high & low)
+        threshold.observe(tokens, torch.ones_like(tokens.valid), 0.6, 0.6)
+    means = np.abs(np.array(shares)[-WINDOW:].mean(0) - (0.7, 0.5))
+    assert means.max() <= 0.01
+
+
+def test_state_goes_on_bit_for_bit_and_another_ratio_or_policy_begins_exactly() -> None:
+    def fresh(text: str = "token-loss") -> CarriedThreshold:
+        return CarriedThreshold(Selector(parse_policy(text), "global-batch"), torch.device("cpu"))
+
+    first, chance = fresh(), np.random.default_rng(0)
+    for _ in range(5):
+        tokens = tokens_of(chance.normal(0, 1, 100))
+        first.observe(tokens, tokens.loss > 0, 0.6, 0.6)
+    second = fresh()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.values, second.values)
+    assert second.carried(0.6) is not None and second.carried(0.5) is None
+    other = fresh("random")
+    other.load_state_dict(first.state_dict())
+    assert other.carried(0.6) is None
+
+
+def test_mix_keeps_the_weight() -> None:
+    selector = Selector(parse_policy("token-loss"), "global-batch", mix=0.3)
+    threshold, chance = CarriedThreshold(selector, torch.device("cpu")), np.random.default_rng(0)
+    tokens = tokens_of(chance.normal(0, 1, 1000))
+    threshold.observe(tokens, select(tokens, selector, 0.6).selected, 0.6, 0.6)
+    carried = threshold.carried(0.6)
+    assert carried is not None
+    selection = select_carried(tokens, selector, carried)
+    assert float(selection.weight.sum()) == pytest.approx(600, rel=1e-5) and int(selection.selected.sum()) == 600
+    assert bool((selection.weight > 0).all())
+
+
+def test_a_batch_without_valid_tokens_changes_nothing() -> None:
+    selector = Selector(parse_policy("token-loss"), "global-batch")
+    threshold, chance = CarriedThreshold(selector, torch.device("cpu")), np.random.default_rng(0)
+    tokens = tokens_of(chance.normal(0, 1, 1000))
+    threshold.observe(tokens, tokens.valid, 0.6, 0.6)
+    before = threshold.state_dict()
+    none = torch.zeros_like(tokens.valid)
+    empty = Tokens(tokens.loss, none, tokens.index, tokens.order)
+    carried = threshold.carried(0.6)
+    assert carried is not None
+    loss = selective_loss(empty, select_carried(empty, selector, carried))
+    assert int(loss.count) == 0 and float(loss.numerator) == 0
+    threshold.observe(empty, none, 0.6, 0.6)
+    assert threshold.state_dict() == before
+
+
+def _split(rank: int, world_size: int, fault: float | None) -> tuple[list, str]:
+    chance = np.random.default_rng(1)
+    selector = Selector(parse_policy("token-loss"), "global-batch", dist.group.WORLD if world_size > 1 else None)
+    threshold = CarriedThreshold(selector, torch.device("cpu"))
+    try:
+        for step in range(12):
+            losses = chance.normal(-0.2 * step, 1, 160)
+            if fault is not None and step == 5:
+                losses[150] = fault
+            tokens = tokens_of(losses[rank::world_size] if step % 2 else np.array_split(losses, world_size)[rank])
+            carried = threshold.carried(0.6)
+            chosen = select(tokens, selector, 0.6) if carried is None else select_carried(tokens, selector, carried)
+            threshold.observe(tokens, chosen.selected, 0.6, 0.6)
+    except DivergedError as error:
+        return threshold.values.tolist(), str(error)
+    return threshold.values.tolist(), "nothing was raised"
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_split_over_ranks_has_the_same_state(world_size: int) -> None:
+    one, _ = _split(0, 1, None)
+    for values, _ in run_ranks(_split, world_size, None):
+        assert values == one
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_divergence_is_found_when_the_step_ends_and_placed_by_its_owner(fault: float) -> None:
+    owner, other = run_ranks(_split, 2, fault)  # step 5 deals tokens out one by one: 150 belongs to rank 0
+    assert "row 0, position 75" in owner[1] and str(fault) in owner[1]
+    assert "on other ranks" in other[1]

@@ -1,0 +1,50 @@
+"""The heads of multi-token prediction against the plain definition: which tokens count, and what gradient they get."""
+
+from __future__ import annotations
+
+import definition
+import pytest
+import torch
+
+from megatron_slm.objective.multi_token import multi_token_loss
+from megatron_slm.objective.policy import parse_policy
+from megatron_slm.objective.selective_loss import ReferenceScores, Selector, Tokens, select
+
+B, S, D = 3, 8, 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("text", [None, "excess", "reference-entropy:0.4"])
+def test_heads_count_the_tokens_of_the_definition(text: str | None, own: bool) -> None:
+    chance = torch.Generator().manual_seed(5)
+    main, reference, entropy = (torch.rand(B, S, generator=chance) for _ in range(3))
+    heads = [torch.rand(B, S, generator=chance).requires_grad_() for _ in range(D)]
+    valid = torch.rand(B, S, generator=chance) < 0.8
+    index = torch.arange(B * S).view(B, S)
+    policy = None if text is None else parse_policy(text)
+    selector = Selector(policy, "sequence", heads_weight=0.3, heads_select=own)
+    tokens = Tokens(main, valid, index, index, ReferenceScores(reference, entropy))
+    selection = select(tokens, selector, 0.6)
+    loss = multi_token_loss(heads, tokens, selection, selector, 0.6)
+    gradients = torch.autograd.grad(loss, heads)
+
+    expected = 0.0
+    for distance, head in enumerate(heads, start=1):
+        weight = torch.zeros(B, S)
+        for row in range(B):
+            places = range(S - distance)
+            alive = [bool(valid[row, i + distance]) for i in places]
+            if text is None:
+                chosen = alive
+            elif not own:
+                chosen = [bool(selection.selected[row, i + distance]) for i in places]
+            elif text == "excess":
+                scores = [float(head[row, i] - reference[row, i + distance]) for i in places]
+                chosen = definition.select(scores, alive, 0.6)
+            else:
+                scores = [float(entropy[row, i + distance]) for i in places]
+                chosen = definition.select(scores, alive, 0.4, lowest=True)
+            weight[row, : S - distance] = torch.tensor(chosen).float()
+        expected += float((weight * head).sum()) * 0.3 / D
+        torch.testing.assert_close(gradients[distance - 1], weight * 0.3 / D)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,128 @@
+"""Batches and losses that are out of the ordinary, in the trainer: the right result or a clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import command, launch, make_corpus, records
+
+from megatron_slm.data.batches import BatchStream, MicroBatch
+from megatron_slm.pretrain import main
+from megatron_slm.reference.replica import ReferenceReplica
+
+WAYS = {
+    "data-parallel": ["--slm-scope", "data-parallel"],
+    "global-batch": ["--slm-scope", "global-batch"],
+    "carried": ["--slm-scope", "global-batch", "--slm-threshold", "carried"],
+}
+# Samples without a valid token: the first micro-batch of step 1, rank 1 of two in step 2, the whole of step 3.
+MASKED = {*range(8), *range(20, 24), *range(28, 32), *range(32, 48)}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("odd")
+    launch(command(make_corpus(folder / "corpus", 1), folder / "rm", train_iters=3))
+    return folder
+
+
+def slm(folder: Path, name: str, dp: int, *more: str, **flags: Any) -> list[str]:
+    corpus = str(folder / "corpus_text_document")
+    settings = {"objective": "slm", "reference_load": folder / "rm", "train_iters": 4, "eval_iters": 0, **flags}
+    return [*command(corpus, folder / name, dp=dp, **settings), *more]
+
+
+def _main(rank: int, world_size: int, argv: list[str], masks: bool, losses: dict[str, float]) -> tuple[int, str]:
+    """The trainer, with samples masked and the reference losses of rank 1 in the second step changed."""
+    whole_batch, whole_score = BatchStream._micro_batch, ReferenceReplica.score
+    calls = []
+
+    def micro_batch(self: BatchStream, first: int) -> MicroBatch:
+        batch = whole_batch(self, first)
+        if masks:
+            kept = torch.tensor([int(index) not in MASKED for index in batch.sample_index])
+            batch.loss_mask.logical_and_(kept[:, None])
+        return batch
+
+    def score(self: ReferenceReplica, micro_batches: Any) -> Any:
+        scores = whole_score(self, micro_batches)
+        calls.append(1)
+        if "fault" in losses and rank == 1 and len(calls) == 2:
+            scores[1].loss[2, 5] = losses["fault"]
+        for reference in scores:
+            reference.loss.mul_(losses.get("scale", 1.0)).add_(losses.get("offset", 0.0))
+        return scores
+
+    errors = io.StringIO()
+    with (
+        mock.patch.object(BatchStream, "_micro_batch", micro_batch),
+        mock.patch.object(ReferenceReplica, "score", score),
+        contextlib.redirect_stderr(errors),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        code = main(argv)
+    return code, errors.getvalue()
+
+
+def run(argv: list[str], ranks: int, *, masks: bool = False, **losses: float) -> list[tuple[int, str]]:
+    return run_ranks(_main, ranks, argv, masks, losses, initialise=False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_valid_in_a_micro_batch_a_rank_and_a_step(workspace: Path, way: str) -> None:
+    for dp in (1, 2):
+        for code, errors in run(slm(workspace, f"{way}-{dp}", dp, *WAYS[way]), dp, masks=True):
+            assert code == 0, errors
+    one, two = records(workspace / f"{way}-1"), records(workspace / f"{way}-2")
+    assert [record["selection"] for record in one] == [record["selection"] for record in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert all(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]) for record in (a, b))
+    assert one[2]["share_selected"] == 0 and one[2]["grad_norm"] == 0
+    assert one[3]["share_selected"] > 0.3
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_on_every_rank(workspace: Path, way: str, fault: float) -> None:
+    name = f"{way}-{fault}"
+    other, owner = run(slm(workspace, name, 2, *WAYS[way]), 2, fault=fault)
+    assert (other[0], owner[0]) == (3, 3)
+    assert "step 2, rank 0" in other[1] and "on other ranks" in other[1]
+    row = 2 if way == "data-parallel" else 6  # with the scope global-batch rows are counted over micro-batches
+    assert f"row {row}, position 5" in owner[1] and f"reference loss {fault}" in owner[1]
+    assert not list((workspace / name).glob("iter_*"))
+
+
+@pytest.mark.parametrize("way", ["global-batch", "carried"])
+def test_so_few_tokens_that_some_ranks_and_micro_batches_select_none(workspace: Path, way: str) -> None:
+    """One of 512 tokens."""
+    flags = {"slm_selection_ratio": 0.001}
+    for dp in (1, 2):
+        for code, errors in run(slm(workspace, f"few-{way}-{dp}", dp, *WAYS[way], **flags), dp):
+            assert code == 0, errors
+    one, two = records(workspace / f"few-{way}-1"), records(workspace / f"few-{way}-2")
+    assert [record["selection"] for record in one] == [record["selection"] for record in two]
+    if way == "global-batch":
+        assert {record["share_selected"] * 512 for record in two} == {1.0}
+
+
+def test_reference_of_wildly_different_loss(workspace: Path) -> None:
+    """An offset does not change the order: but for the rounding of fp32 the same tokens are selected. Losses near
+    zero leave the training model's own."""
+    for name, losses in (("plain", {}), ("far", {"offset": 1e4}), ("near", {"scale": 1e-4})):
+        for code, errors in run(slm(workspace, name, 1), 1, **losses):
+            assert code == 0, errors
+    for a, b, c in zip(*(records(workspace / name) for name in ("plain", "far", "near")), strict=True):
+        assert a["share_selected"] == b["share_selected"] == c["share_selected"]
+        assert b["threshold"] == pytest.approx(a["threshold"] - 1e4, abs=0.1)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+        assert c["threshold"] > 0 and math.isfinite(c["loss"])

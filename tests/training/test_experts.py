@@ -1,0 +1,156 @@
+"""Mixture-of-experts models: selection leaves the auxiliary losses as they are under CLM; layouts agree."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import command, launch, make_corpus, records
+
+from megatron_slm.objective import selective_loss as objective
+from megatron_slm.pretrain import main
+from megatron_slm.training import step as step_module
+
+EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_aux_loss_coeff": 0.1}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    corpus = make_corpus(folder / "corpus", 1)
+    launch(command(corpus, folder / "base", train_iters=2, **EXPERTS))
+    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3))
+    launch(slm(folder, "one"))
+    return folder
+
+
+def slm(folder: Path, name: str, **flags: Any) -> list[str]:
+    """SLM of a model with experts, by a reference model without."""
+    settings = {"train_iters": 3, "objective": "slm", "reference_load": folder / "rm", **EXPERTS, **flags}
+    settings = {"load": folder / "base", "finetune": True, **settings}
+    return command(str(folder / "corpus_text_document"), folder / name, **settings)
+
+
+LAYOUTS = {
+    "data": (2, {"dp": 2, "use_distributed_optimizer": True}),
+    "expert": (2, {"dp": 2, "expert_model_parallel_size": 2}),
+    "tensor": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "interleaved": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree_with_one_process(workspace: Path, layout: str) -> None:
+    """The balance of a micro-batch on one rank is the loss, so that data parallelism moves the gradient a little."""
+    ranks, flags = LAYOUTS[layout]
+    launch(slm(workspace, layout, **flags), ranks)
+    tolerance = 1e-2 if "dp" in flags else 2e-4
+    for one, many in zip(records(workspace / "one"), records(workspace / layout), strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=tolerance)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
+        if "dp" not in flags:
+            assert many["selection"] == one["selection"]
+
+
+def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[torch.Tensor]:
+    """The gradients of all routers before the optimizer's step, where the loss of the tokens has been taken away."""
+    gradients: list[torch.Tensor] = []
+
+    def without_loss(tokens: Any, selection: Any) -> Any:
+        loss = whole(tokens, selection)
+        return objective.SelectiveLoss(loss.numerator * 0.0, loss.count, loss.selected, loss.threshold)
+
+    def share(selection: Any, micro_batches: Any, trainable: Any) -> float:
+        trainable.optimizer.step = record(trainable, trainable.optimizer.step)
+        return whole_share(selection, micro_batches, trainable)
+
+    def record(trainable: Any, step: Any) -> Any:
+        def recorded() -> Any:
+            for chunk in trainable.chunks:
+                for name, parameter in chunk.named_parameters():
+                    if "router" in name:
+                        gradients.append(parameter.main_grad.clone())
+            return step()
+
+        return recorded
+
+    whole, whole_share = objective.selective_loss, step_module._share_to_select
+    with (
+        mock.patch.object(step_module, "selective_loss", without_loss),
+        mock.patch.object(step_module, "_share_to_select", share),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        assert main(argv) == 0
+    return gradients
+
+
+WAYS = {
+    "half": ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.5"],
+    "tenth": ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.125"],
+    "joined": [
+        *("--objective", "slm", "--slm-score", "token-loss:0.5 and random:0.7", "--slm-scope", "global-batch"),
+    ],
+}
+
+
+SPLITS = {
+    "tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "context": ["--context-parallel-size", "2"],
+}
+
+
+def auxiliary(workspace: Path, balance: str, *more: str, ranks: int = 1) -> list[torch.Tensor]:
+    argv = command(
+        str(workspace / "corpus_text_document"),
+        load=workspace / "base",
+        finetune=True,
+        train_iters=1,
+        eval_iters=0,
+        moe_router_load_balancing_type=balance,
+        moe_z_loss_coeff=0.01,
+        **EXPERTS,
+    )
+    return run_ranks(_auxiliary_gradients, ranks, [*argv, *more], initialise=False)[0]
+
+
+@pytest.mark.parametrize("balance", ["aux_loss", "seq_aux_loss"])
+def test_selection_and_splits_leave_the_auxiliary_losses_alone(workspace: Path, balance: str) -> None:
+    clm = auxiliary(workspace, balance)
+    assert len(clm) == 4 and all(bool(gradient.abs().max() > 0) for gradient in clm)
+    for way in WAYS:
+        for expected, got in zip(clm, auxiliary(workspace, balance, *WAYS[way]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+    for split in SPLITS:
+        for expected, got in zip(
+            clm, auxiliary(workspace, balance, *WAYS["half"], *SPLITS[split], ranks=2), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7, msg=f"{split}: {got / expected}")
+
+
+def test_dispatcher_that_needs_a_gpu(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(slm(workspace, "never", moe_token_dispatcher_type="alltoall")) == 2
+    assert "--moe-token-dispatcher-type alltoall needs GPUs" in capsys.readouterr().err
+
+
+def test_ratio_of_a_joined_score_is_not_known_in_time(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = slm(workspace, "never", slm_score="excess and token-loss")
+    assert main(argv) == 2
+    assert "--slm-scope global-batch" in capsys.readouterr().err
+
+
+def test_resume_is_bit_for_bit(workspace: Path) -> None:
+    flags = {"dp": 2, "expert_model_parallel_size": 2, "use_distributed_optimizer": True, "train_iters": 4}
+    launch(slm(workspace, "whole", **flags), 2)
+    start = slm(workspace, "part", **flags, exit_interval=2)
+    launch(start, 2)
+    start = [str(workspace / "part") if word == str(workspace / "base") else word for word in start]
+    start.remove("--finetune")
+    launch([*start, "--exit-interval", "100"], 2)
+    for one, two in zip(records(workspace / "whole"), records(workspace / "part"), strict=True):
+        assert (one["loss"], one["grad_norm"], one["selection"]) == (two["loss"], two["grad_norm"], two["selection"])

@@ -1,0 +1,132 @@
+"""Scope global-batch in the trainer: any cut of the batch selects the same tokens; the carried threshold is held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import GLOBAL_BATCH, command, launch, losses, make_corpus, records
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, a reference model, and the run whose one micro-batch is the whole global batch."""
+    folder = tmp_path_factory.mktemp("global")
+    corpus = make_corpus(folder / "corpus", 1)
+    launch(command(corpus, folder / "base", train_iters=2))
+    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=50))
+    launch(slm(folder, "whole", GLOBAL_BATCH, slm_scope="data-parallel"))
+    launch(slm(folder, "carried", slm_threshold="carried", train_iters=6))
+    return folder
+
+
+def slm(folder: Path, name: str, micro: int = 8, dp: int = 1, **flags: Any) -> list[str]:
+    settings = {"slm_scope": "global-batch", "train_iters": 3, "load": folder / "base", "finetune": True, **flags}
+    if settings["load"] == folder / name:  # a run that goes on
+        del settings["finetune"]
+    corpus = str(folder / "corpus_text_document")
+    argv = command(corpus, folder / name, dp=dp, objective="slm", reference_load=folder / "rm", **settings)
+    return [*argv, "--micro-batch-size", str(micro)]
+
+
+def assert_same(folder: Path, name: str, other: str) -> None:
+    one, many = records(folder / name), records(folder / other)
+    assert len(one) == len(many) > 2
+    for a, b in zip(one, many, strict=True):
+        assert a["selection"] == b["selection"], "another set of tokens was selected"
+        assert a["share_selected"] == b["share_selected"]
+        for figure in ("loss", "loss_all", "threshold", "grad_norm"):
+            assert b[figure] == pytest.approx(a[figure], rel=2e-4, abs=2e-5), figure
+
+
+CUTS = {
+    "micro-batches": (1, {"micro": 2}),
+    "data-parallel": (2, {"micro": 4, "dp": 2, "overlap_grad_reduce": True, "use_distributed_optimizer": True}),
+    "tensor": (2, {"tensor_model_parallel_size": 2}),
+    "pipeline": (2, {"micro": 4, "pipeline_model_parallel_size": 2}),
+    "interleaved": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_any_cut_of_the_batch_selects_the_same_tokens(workspace: Path, cut: str) -> None:
+    ranks, flags = CUTS[cut]
+    launch(slm(workspace, cut, **flags), ranks)
+    assert_same(workspace, "whole", cut)
+    assert all(record["seconds_ranking"] > 0 for record in records(workspace / cut))
+
+
+@pytest.mark.parametrize("cut", ["data-parallel", "interleaved"])
+def test_any_cut_of_the_batch_carries_the_same_threshold(workspace: Path, cut: str) -> None:
+    ranks, flags = CUTS[cut]
+    launch(slm(workspace, f"carried-{cut}", slm_threshold="carried", **{**flags, "train_iters": 6}), ranks)
+    assert_same(workspace, "carried", f"carried-{cut}")
+    ranked = [record["seconds_ranking"] is not None for record in records(workspace / f"carried-{cut}")]
+    assert ranked == [True] + [False] * 5, "only the first step ranks before its backward pass"
+
+
+def test_ranking_sees_the_dropout_of_the_step(workspace: Path) -> None:
+    """With one micro-batch both scopes rank the same tokens, if the two forward passes have the same losses."""
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    for scope in ("data-parallel", "global-batch"):
+        launch(slm(workspace, f"dropout-{scope}", GLOBAL_BATCH, slm_scope=scope, **dropout))
+    assert losses(workspace / "dropout-global-batch") == losses(workspace / "dropout-data-parallel")
+
+
+def test_carried_threshold_resumes_bit_for_bit(workspace: Path) -> None:
+    """Also while the ratio is warmed down, and on two stages, of which only the last knows the losses."""
+    flags = {
+        "slm_threshold": "carried",
+        "train_iters": 8,
+        "slm_selection_ratio_start": 0.9,
+        "slm_selection_ratio_warmup_iters": 6,
+        "slm_score": "excess:0.7 or token-loss:0.2",
+        "pipeline_model_parallel_size": 2,
+    }
+    launch(slm(workspace, "unbroken", **{**flags, "load": workspace / "unbroken"}), 2)
+    part = slm(workspace, "broken", **{**flags, "load": workspace / "broken"})
+    launch([*part, "--exit-interval", "4"], 2)
+    launch(part, 2)
+    assert losses(workspace / "broken") == losses(workspace / "unbroken")
+    assert sum(record["seconds_ranking"] is not None for record in records(workspace / "broken")) == 1
+
+
+def test_another_ratio_on_resume_is_selected_exactly_at_once(workspace: Path) -> None:
+    flags = {"slm_threshold": "carried", "load": workspace / "ratio"}
+    launch(slm(workspace, "ratio", **flags, exit_interval=3))
+    launch(
+        [
+            *slm(workspace, "ratio", **{**flags, "train_iters": 6}),
+            "--slm-selection-ratio",
+            "0.3",
+            "--override-opt_param-scheduler",
+        ]
+    )
+    steps = records(workspace / "ratio")
+    assert [record["seconds_ranking"] is not None for record in steps] == [True, False, False, True, False, False]
+    assert steps[3]["share_selected"] == pytest.approx(0.3, abs=0.002)
+    assert abs(steps[5]["share_selected"] - 0.3) < abs(steps[5]["share_selected"] - 0.6)
+
+
+def test_share_is_held_through_warm_up_and_resume(workspace: Path) -> None:
+    """Two data-parallel ranks, a learning-rate warm-up, a resume onto another corpus: any 50 steps hold k."""
+    flags = {
+        "slm_threshold": "carried",
+        "train_iters": 120,
+        "lr_warmup_iters": 30,
+        "lr_decay_style": "cosine",
+        "load": workspace / "held",
+        "use_distributed_optimizer": True,
+        "dp": 2,
+        "micro": 4,
+    }
+    rate = ["--lr", "1e-3"]
+    launch([*slm(workspace, "held", **flags, exit_interval=60), *rate], 2)
+    other = slm(workspace, "held", **flags)
+    other[other.index("--data-path") + 1] = str(workspace / "clean_text_document")
+    launch([*other, *rate], 2)
+    shares = [record["share_selected"] for record in records(workspace / "held")]
+    means = [sum(shares[first : first + 50]) / 50 for first in range(1, len(shares) - 49)]
+    assert len(shares) == 120 and max(abs(mean - 0.6) for mean in means) <= 0.01
+    assert max(abs(share - 0.6) for share in shares[1:]) > 0.005, "shares move from step to step"

@@ -1,0 +1,84 @@
+"""Multi-token prediction in the trainer: layouts agree, k = 1 is CLM, heads learn, and either selects as it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import command, launch, make_corpus, records
+
+from megatron_slm.model.gpt import GPT
+
+HEADS = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    launch(command(make_corpus(folder / "corpus", 1), folder / "base", train_iters=2, **HEADS))
+    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3, **HEADS))
+    for selection in ("main", "own"):
+        launch(slm(folder, selection, slm_mtp_selection=selection))
+    return folder
+
+
+def slm(folder: Path, name: str, **flags: Any) -> list[str]:
+    settings = {"train_iters": 3, "load": folder / "base", "finetune": True, **HEADS, **flags}
+    corpus = str(folder / "corpus_text_document")
+    return command(corpus, folder / name, objective="slm", reference_load=folder / "rm", **settings)
+
+
+LAYOUTS = {
+    "data": {"dp": 2, "use_distributed_optimizer": True},
+    "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "interleaved": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+}
+
+
+@pytest.mark.parametrize(("layout", "selection"), [*((name, "own") for name in LAYOUTS), ("data", "main")])
+def test_layouts_agree_with_one_process(workspace: Path, layout: str, selection: str) -> None:
+    name = f"{layout}-{selection}"
+    launch(slm(workspace, name, slm_mtp_selection=selection, **LAYOUTS[layout]), 2)
+    assert_same(workspace, selection, name)
+
+
+def assert_same(folder: Path, name: str, other: str) -> None:
+    for one, many in zip(records(folder / name), records(folder / other), strict=True):
+        assert many["selection"] == one["selection"]
+        for figure in ("loss", "loss_all", "grad_norm"):
+            assert many[figure] == pytest.approx(one[figure], rel=2e-4), figure
+
+
+def test_heads_change_the_gradient_and_what_they_select_matters(workspace: Path) -> None:
+    launch(slm(workspace, "none", mtp_loss_scaling_factor=0))
+    norms = [records(workspace / name)[0]["grad_norm"] for name in ("none", "main", "own")]
+    assert len(set(norms)) == 3
+    assert records(workspace / "none")[0]["loss"] == records(workspace / "main")[0]["loss"]
+
+
+def test_global_batch_and_carried_scopes(workspace: Path) -> None:
+    for name, dp in (("carried-1", 1), ("carried-2", 2)):
+        launch(slm(workspace, name, dp=dp, slm_scope="global-batch", slm_threshold="carried"), dp)
+    assert_same(workspace, "carried-1", "carried-2")
+
+
+def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
+    corpus = str(workspace / "corpus_text_document")
+    launch(command(corpus, workspace / "clm", train_iters=3, load=workspace / "base", finetune=True, **HEADS))
+    launch([*slm(workspace, "k1", slm_mtp_selection="own"), "--slm-selection-ratio", "1.0"])
+    for clm, k1 in zip(records(workspace / "clm"), records(workspace / "k1"), strict=True):
+        assert (clm["loss"], clm["grad_norm"]) == (k1["loss"], k1["grad_norm"])
+
+
+def test_heads_come_before_the_main_head_and_megatron_core_gets_zeros_for_them() -> None:
+    model = GPT.__new__(GPT)
+    torch.nn.Module.__init__(model)
+    model.config = type("Config", (), {"mtp_num_layers": 2})()
+    losses = iter(torch.arange(1.0, 7.0).view(6, 1, 1))
+    model._token_loss = lambda labels, logits: next(losses)
+    for first in (1.0, 4.0):
+        given = [model.compute_language_model_loss(torch.zeros(1, 1), torch.zeros(1, 1, 1)) for _ in range(3)]
+        assert [value.flatten().tolist() for value in given] == [[0.0], [0.0], [first + 2, first, first + 1]]
