@@ -7,7 +7,15 @@ import torch
 
 from megatron_slm.objective.early_rule import EarlyRule, ThresholdGuess
 from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import ReferenceScores, Selection, Selector
+from megatron_slm.objective.selective_loss import (
+    Carried,
+    ReferenceScores,
+    Selection,
+    Selector,
+    Tokens,
+    carried_lowest,
+    select_carried,
+)
 
 VALID = torch.tensor([[True, False, True]])
 REFERENCE = ReferenceScores(torch.tensor([[1.0, 2.0, 3.0]]))
@@ -49,6 +57,48 @@ def test_no_guess_where_the_score_does_not_rest_on_the_loss_alone(score: str) ->
         rule.after(observed(threshold))
     assert rule.before(VALID, REFERENCE, 0.6) is None
     assert EarlyRule(Selector(parse_policy("excess")), speculate=True).before(VALID, None, 0.6) is None
+
+
+@pytest.mark.parametrize("score", ["excess", "token-loss"])
+@pytest.mark.parametrize("tied", [0.0, 0.4, 1.0])
+def test_a_carried_threshold_tells_the_selection_itself(score: str, tied: float) -> None:
+    """Also where many scores are equal to it, in the order of the hidden states."""
+    chance = torch.Generator().manual_seed(3)
+    reference = ReferenceScores(torch.randint(0, 3, (4, 50), generator=chance) / 2)
+    loss = reference.loss + torch.randint(-2, 3, (4, 50), generator=chance) / 4
+    index = torch.arange(1000, 1200).view(4, 50)
+    tokens = Tokens(loss, torch.rand(4, 50, generator=chance) < 0.8, index, index, reference)
+    carried = Carried(torch.tensor([0.25]), torch.tensor([tied], dtype=torch.float64), torch.tensor(0.6))
+    selector = Selector(parse_policy(score), "global-batch")
+    (lowest,) = carried_lowest(index, selector, carried)
+    early = EarlyRule(selector, speculate=False).before(tokens.valid, reference, 0.6, lowest=lowest)
+    selected = select_carried(tokens, selector, carried).selected
+    score_of = loss - reference.loss if score == "excess" else loss
+    at_threshold = tokens.valid & (score_of == 0.25)
+    assert torch.equal(selected & ~at_threshold, tokens.valid & (score_of > 0.25))
+    assert float(selected[at_threshold].float().mean()) == pytest.approx(tied, abs=0.25)
+    assert early is not None
+    assert torch.equal(early.chosen(slice(0, 200), loss.t().reshape(-1)), selected.t().reshape(-1))
+
+
+@pytest.mark.parametrize("score", ["excess", "random", "stochastic-excess", "excess and random"])
+def test_a_known_selection_needs_no_losses(score: str) -> None:
+    selection = Selection(torch.tensor([[True, False, False]]), torch.ones(1, 3), torch.zeros(()))
+    early = EarlyRule(Selector(parse_policy(score)), speculate=True).before(VALID, None, 0.6, selection=selection)
+    assert early is not None
+    assert early.chosen(slice(0, 3), torch.full((3,), 9.0)).tolist() == [True, False, False]
+    assert EarlyRule(Selector(parse_policy(score), mix=0.1), speculate=False).before(VALID, None, 0.6) is None
+
+
+@pytest.mark.parametrize("score", ["random", "reference-loss", "stochastic-excess", "excess and random"])
+def test_carried_thresholds_of_other_scores_tell_nothing_early(score: str) -> None:
+    lowest = torch.zeros(1, 3)
+    assert (
+        EarlyRule(Selector(parse_policy(score)), speculate=False).before(VALID, REFERENCE, 0.6, lowest=lowest) is None
+    )
+    everything = EarlyRule(Selector(parse_policy(score)), speculate=False).before(VALID, REFERENCE, 1.0, lowest=lowest)
+    assert everything is not None
+    assert everything.chosen(slice(0, 3), torch.zeros(3)).tolist() == VALID[0].tolist()
 
 
 def test_nothing_is_guessed_without_being_asked() -> None:

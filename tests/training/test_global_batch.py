@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
 from tiny import GLOBAL_BATCH, command, launch, losses, make_corpus, records
+
+from megatron_slm.objective.linear_cross_entropy import blockwise
+from megatron_slm.pretrain import main
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,7 @@ CUTS = {
     "data-parallel": (2, {"micro": 4, "dp": 2, "overlap_grad_reduce": True, "use_distributed_optimizer": True}),
     "tensor": (2, {"tensor_model_parallel_size": 2}),
     "pipeline": (2, {"micro": 4, "pipeline_model_parallel_size": 2}),
+    "context": (2, {"micro": 4, "context_parallel_size": 2}),
     "interleaved": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
 }
 
@@ -71,7 +78,58 @@ def test_ranking_sees_the_dropout_of_the_step(workspace: Path) -> None:
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     for scope in ("data-parallel", "global-batch"):
         launch(slm(workspace, f"dropout-{scope}", GLOBAL_BATCH, slm_scope=scope, **dropout))
-    assert losses(workspace / "dropout-global-batch") == losses(workspace / "dropout-data-parallel")
+    assert_same(workspace, "dropout-data-parallel", "dropout-global-batch")
+
+
+@pytest.mark.parametrize("cut", ["micro-batches", "interleaved", "context"])
+def test_no_gradient_waits_for_the_selection(workspace: Path, cut: str) -> None:
+    """Every selected token has its gradient from the forward pass, exact and carried, and no other token has one."""
+    ranks, flags = CUTS[cut]
+    for threshold in ("exact", "carried"):
+        argv = slm(workspace, f"early-{threshold}-{cut}", slm_threshold=threshold, **flags)
+        for early, late in run_ranks(_count_rows, ranks, argv, initialise=False):
+            assert late == 0
+            assert early > 0 or "pipeline_model_parallel_size" in flags, "there are losses on the last stage alone"
+
+
+def test_joined_scores_wait_for_the_carried_selection(workspace: Path) -> None:
+    joined = slm(workspace, "early-joined", slm_threshold="carried", slm_score="excess or token-loss:0.2")
+    ((early, late),) = run_ranks(_count_rows, 1, joined, initialise=False)
+    assert early > 0 and late > 0, "the first step is exact, the others are recomputed"
+
+
+def _count_rows(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
+    """Run the trainer; rows whose gradient was computed in the forward pass, and rows that the backward pass added."""
+    rows = {"early": 0, "late": 0}
+    early_pass, add = blockwise._early_pass, blockwise._Gradient.add
+
+    def counting_pass(*arguments: Any) -> Any:
+        result = early_pass(*arguments)
+        rows["early"] += int(result[1].chosen.sum())
+        return result
+
+    def counting_add(self: Any, own: Any, lse: Any, incoming: Any, *more: Any, **named: Any) -> None:
+        rows["late"] += int(incoming.count_nonzero())
+        add(self, own, lse, incoming, *more, **named)
+
+    blockwise._early_pass, blockwise._Gradient.add = counting_pass, counting_add
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(argv) == 0
+    return rows["early"], rows["late"]
+
+
+@pytest.mark.parametrize("score", ["excess", "stochastic-excess"])
+def test_everything_selected_is_clm_bit_for_bit(workspace: Path, score: str) -> None:
+    corpus = str(workspace / "corpus_text_document")
+    base = {"train_iters": 3, "load": workspace / "base", "finetune": True}
+    if not (workspace / "clm").exists():
+        launch(command(corpus, workspace / "clm", **base))
+    for threshold in ("exact", "carried"):
+        name = f"k1-{score}-{threshold}"
+        argv = slm(workspace, name, slm_score=score, slm_threshold=threshold)
+        launch([*argv, "--slm-selection-ratio", "1.0"])
+        for clm, k1 in zip(records(workspace / "clm"), records(workspace / name), strict=True):
+            assert (clm["loss"], clm["grad_norm"]) == (k1["loss"], k1["grad_norm"])
 
 
 def test_carried_threshold_resumes_bit_for_bit(workspace: Path) -> None:

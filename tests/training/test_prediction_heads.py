@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import command, launch, make_corpus, records
+from tiny import MODEL, command, launch, make_corpus, records
 
 from megatron_slm.model.gpt import GPT
 
@@ -65,6 +65,20 @@ def test_global_batch_and_carried_scopes(workspace: Path) -> None:
     assert_same(workspace, "carried-1", "carried-2")
 
 
+def test_tied_embedding_agrees(workspace: Path) -> None:
+    """On the last of two stages the weight is that of the heads, and also embeds the tokens of the further ones."""
+    model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
+    corpus = str(workspace / "corpus_text_document")
+    flags = {"model": model, "train_iters": 3, "objective": "slm", "slm_score": "token-loss", **HEADS}
+    launch(command(corpus, workspace / "tied-base", **flags))
+    flags |= {"load": workspace / "tied-base", "finetune": True}
+    launch(command(corpus, workspace / "tied-torch", **flags, slm_cross_entropy="torch"))
+    launch(command(corpus, workspace / "tied-one", **flags))
+    launch(command(corpus, workspace / "tied-pp", **flags, pipeline_model_parallel_size=2), 2)
+    for name in ("tied-one", "tied-pp"):
+        assert_same(workspace, "tied-torch", name)
+
+
 def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
     corpus = str(workspace / "corpus_text_document")
     launch(command(corpus, workspace / "clm", train_iters=3, load=workspace / "base", finetune=True, **HEADS))
@@ -78,7 +92,10 @@ def test_heads_come_before_the_main_head_and_megatron_core_gets_zeros_for_them()
     torch.nn.Module.__init__(model)
     model.config = type("Config", (), {"mtp_num_layers": 2})()
     losses = iter(torch.arange(1.0, 7.0).view(6, 1, 1))
-    model._token_loss = lambda labels, logits: next(losses)
+    seen: list[object] = []
+    model._token_loss = lambda labels, hidden, early: seen.append(early) or next(losses)
     for first in (1.0, 4.0):
+        model._early = "the main head's"
         given = [model.compute_language_model_loss(torch.zeros(1, 1), torch.zeros(1, 1, 1)) for _ in range(3)]
         assert [value.flatten().tolist() for value in given] == [[0.0], [0.0], [first + 2, first, first + 1]]
+    assert seen == [None, None, "the main head's"] * 2

@@ -77,10 +77,10 @@ def slm(folder: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1, *
     return command("", None if save is None else folder / save, dp=dp, **given)
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
-def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int) -> None:
-    name = f"tp{tp}pp{pp}dp{dp}"
-    launch(slm(workspace, name, tp, pp, dp), 2)
+@pytest.mark.parametrize(("tp", "pp", "dp", "cp"), [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)])
+def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int, cp: int) -> None:
+    name = f"tp{tp}pp{pp}dp{dp}cp{cp}"
+    launch(slm(workspace, name, tp, pp, dp, context_parallel_size=cp), 2)
     for one, many in zip(records(workspace / "alone"), records(workspace / name), strict=True):
         assert 0.3 < many["share_selected"] < 0.8
         assert many["selection"] == one["selection"], "another set of tokens was selected"
