@@ -40,7 +40,7 @@ def test_imports_run_downwards(path: Path) -> None:
 
 
 def test_the_objective_knows_nothing_of_megatron() -> None:
-    for path in (PACKAGE / "objective").glob("*.py"):
+    for path in (PACKAGE / "objective").rglob("*.py"):
         assert not {name for name in imported(path) if name.split(".")[0] == "megatron"}, path
 
 

@@ -26,9 +26,9 @@ from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGr
 
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
 SHARE_OF_LOGITS = 1 / 16  # no block of all rows is larger than this part of the logits
-EARLY_ROWS = {"cpu": 256, "cuda": 1024}  # rows of a block of early tokens: each rewrites the weight's gradient
-MIN_ROW_BLOCKS = 8
-MIN_ENTRIES = 64
+EARLY_ROWS = {"cpu": 512, "cuda": 1024}  # rows of a block of early tokens: each rewrites the weight's gradient
+MIN_ROW_BLOCKS = 8  # so that a block of early tokens is at most an eighth of the logits
+MIN_ENTRIES = 64  # of a block of all rows, whatever their number
 
 
 def blockwise_token_loss(
@@ -65,21 +65,22 @@ class _Rows:
     head: LMHead
     shard: Shard
     math: BlockMath
+    block_bytes: int  # most that a block of all rows may take
 
     def __len__(self) -> int:
         return self.hidden.size(0)
 
     def select(self, rows: Tensor) -> _Rows:
-        return _Rows(self.hidden[rows], self.weight, self.labels[rows], self.head, self.shard, self.math)
+        return _Rows(
+            self.hidden[rows], self.weight, self.labels[rows], self.head, self.shard, self.math, self.block_bytes
+        )
 
     def vocabulary_blocks(self) -> list[slice]:
         """Parts of the shard's real entries; all rows of one make a block."""
         if not len(self):
             return []
-        device, each = self.hidden.device.type, self.math.bytes_per_logit(self.hidden.dtype)
-        most = self.head.block_bytes or BLOCK_BYTES[device]
-        share = int(self.shard.size * SHARE_OF_LOGITS)
-        return _slices(self.shard.real, max(min(most // (each * len(self)), share), MIN_ENTRIES))
+        bytes_per_entry = self.math.bytes_per_logit(self.hidden.dtype) * len(self)
+        return _slices(self.shard.real, max(self.block_bytes // bytes_per_entry, MIN_ENTRIES))
 
     def row_blocks(self) -> list[slice]:
         """Parts of the rows; the whole shard before one makes a block."""
@@ -155,7 +156,10 @@ class _BlockwiseLoss(torch.autograd.Function):
 def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, head: LMHead, shard: Shard) -> _Rows:
     whole = gather_sequence(hidden.detach(), head.group, head.sequence_parallel)
     flat = whole.reshape(-1, whole.size(-1))
-    return _Rows(flat, weight.detach(), labels.reshape(-1) - shard.first, head, shard, block_math(head))
+    math = block_math(head)
+    whole_bytes = math.bytes_per_logit(hidden.dtype) * len(flat) * shard.size
+    most = head.block_bytes or min(BLOCK_BYTES[hidden.device.type], int(whole_bytes * SHARE_OF_LOGITS))
+    return _Rows(flat, weight.detach(), labels.reshape(-1) - shard.first, head, shard, math, most)
 
 
 def _statistics(rows: _Rows, with_mean: bool, kept: list[Tensor] | None) -> Statistics:
