@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 SPACE = "▁"  # what sentencepiece writes for a space
 DIGITS = frozenset(string.digits)
-PUNCTUATION = frozenset(string.punctuation)
 Cut = Callable[[str], list[str]]
 
 
@@ -47,8 +46,8 @@ def vocabulary_cuts(merged: Sequence[str], is_known: Callable[[str], bool]) -> t
     """The cuts into words and into pieces of words that no merge can cross, for texts with a space for each "▁".
 
     Words are cut before runs of spaces and, if no piece holds a newline with another character, around runs of
-    newlines. Pieces of words are cut between digits, punctuation and everything else, as far as the vocabulary keeps
-    them apart.
+    newlines. Pieces of words are cut between digits, marks (neither letters nor digits) and everything else, as far as the
+    vocabulary keeps them apart.
 
     Args:
         merged: every string that is encoded as one id and is longer than one character.
@@ -66,7 +65,8 @@ def vocabulary_cuts(merged: Sequence[str], is_known: Callable[[str], bool]) -> t
         raise Uncuttable(f"the vocabulary has no {SPACE!r}")
     newline = kept_apart(filter(is_known, "\n"), bodies)
     digits = kept_apart(filter(is_known, DIGITS), bodies)
-    marks = kept_apart(filter(is_known, PUNCTUATION), bodies)
+    others = {character for character in "".join([string.punctuation, *bodies]) if not character.isalnum()} - {"\n"}
+    marks = kept_apart(filter(is_known, others), bodies)
     numbers = "{1,3}" if digits and not any(set(body) <= digits for body in bodies if len(body) > 1) else "+"
     groups = [(newline, "+"), (digits, numbers), (marks, "+")]
     rest = re.escape("".join(sorted(newline | digits | marks)))
