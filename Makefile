@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.test-ready
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test lint compare clean setup
 
-quickstart: setup
+quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup lint
@@ -17,19 +19,23 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-compare: setup
+compare: $(READY)
 	$(BIN)/python examples/quickstart/compare.py
 
-setup: $(READY)
+setup: $(TEST_READY)
 
 # torch is pinned: this version has the small CPU build where the index offers one, and the CUDA build elsewhere.
 $(READY): setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch 2.13.0, megatron-core and the rest: about a minute"
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
 	@touch $(READY)
+
+$(TEST_READY): $(READY)
+	$(PIP) --editable '.[test]'
+	@touch $(TEST_READY)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

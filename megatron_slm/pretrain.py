@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 
 from megatron_slm.config.checks import check
 from megatron_slm.config.flags import Command, parse
 from megatron_slm.config.recipe import dump_config
-from megatron_slm.runtime.errors import ConfigError, DivergedError
-
-SECONDS_FOR_RANK_0 = 2.0  # to report an error before the other ranks do
+from megatron_slm.runtime.errors import ConfigError, DivergedError, report_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,17 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _run(command)
     except (ConfigError, DivergedError) as error:
-        _report(error)
+        report_error(error)
         return error.exit_code
     return 0
-
-
-def _report(error: Exception) -> None:
-    """Say what is wrong once: as a rule all ranks fail alike, and the launcher ends the others when one has."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        time.sleep(SECONDS_FOR_RANK_0)
-    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def _run(command: Command) -> None:
@@ -55,6 +44,10 @@ def _run(command: Command) -> None:
     files = TokenizerFiles(data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size)
     tokenizer = build_tokenizer(data.tokenizer_type, files)
     check_corpora(data, tokenizer)
+    if config.reference.reference_scores:
+        from megatron_slm.training.setup import read_scores
+
+        read_scores(config, tokenizer)
     console = make_console(int(os.environ.get("RANK", 0)) == 0)
     if command.action == "dry-run":
         from megatron_slm.training.plan import print_plan

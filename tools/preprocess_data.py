@@ -1,27 +1,91 @@
-"""Tokenize text into a ``.bin/.idx`` corpus; Megatron-LM's flags, files byte-identical to its own."""
+"""Tokenize text into a .bin/.idx corpus; Megatron-LM's flags, files byte-identical to its own.
+
+Memory does not grow with the input: at most 3 x workers blocks are under way, each of 1 MiB of text (or one longer
+document) with its ids, beside each worker's tokenizer. A job that was killed goes on with --resume.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+from megatron_slm.config.recipe import nearest
 from megatron_slm.data.documents import find_inputs
+from megatron_slm.data.preprocess import Job, preprocess
+from megatron_slm.data.shards import parse_shard
 from megatron_slm.data.tokenizer import KINDS, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
+INPUT = """files, globs, URLs that fsspec opens (s3://, gs://, hdfs://), or - for lines of JSON on standard input.
+Lines of JSON (.jsonl or any other name) and plain text (.txt), each also as .gz, .bz2, .xz or .zst; tables (.parquet,
+.arrow, .feather)"""
+SHARD = """make only part i (from 0) of n about equal ones, into the folder <output-prefix>_<key>_document;
+tools/merge_datasets.py --input <that folder> makes of all parts the corpus that one machine would have made"""
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
+MEASURE = "tools/benchmark_preprocess.py measures speed."
+FROM_FILE = "The tokenizer's own file says it."
+REFUSED = {  # flags of Megatron-LM's tool that are not taken, and what to do
+    "--find-optimal-num-workers": MEASURE,
+    "--workers-to-check": MEASURE,
+    "--max-documents": MEASURE,
+    "--padded-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads.",
+    "--pad-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads.",
+    "--no-pad-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads.",
+    "--vocab-extra-ids": "Add the tokens to the tokenizer's file.",
+    "--tokenizer-metadata": "Give --tokenizer-type and its file.",
+    "--tokenizer-special-tokens": "Add the tokens to the tokenizer's file.",
+    "--tiktoken-pattern": "The pattern is Megatron-LM's v2.",
+    "--tiktoken-num-special-tokens": FROM_FILE,
+    "--tokenizer-sentencepiece-legacy": "Text is encoded as text, special tokens in it too.",
+    "--tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
+    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
+    "--tokenizer-hf-no-use-fast": "tokenizer.json is always read by the fast library.",
+    "--tokenizer-hf-no-include-special-tokens": FROM_FILE,
+    "--trust-remote-code": "No code of others is run: give a tokenizer.json.",
+    "--null-tokenizer-eod-id": "It is the id behind --vocab-size.",
+    "--null-tokenizer-pad-id": "Corpora hold no padding.",
+    "--chat-template": "Format conversations before, into one text each.",
+    "--use-gigatoken": "The word cache is used wherever it is exact.",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists all flags)")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """
+    Raises:
+        ConfigError: an unknown flag, one of Megatron-LM's that is not taken, or a bad value.
+    """
+    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_input_and_output(parser.add_argument)
+    _add_encoding(parser.add_argument)
+    _add_running(parser.add_argument)
+    arguments, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise _refusal(unknown[0], parser)
+    return arguments
+
+
+def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
+    add("--input", nargs="+", required=True, help=INPUT)
+    add("--json-keys", nargs="+", default=["text"], help="keys of JSON, or columns of tables: a corpus each [text]")
     add(
-        "--input",
-        nargs="+",
-        required=True,
-        help="files, globs or - : .jsonl or .txt, plain, .gz, .xz or .zst",
+        "--text-document",
+        choices=("paragraph", "file"),
+        default="paragraph",
+        help="a document of a .txt file is what stands between blank lines, or the whole file [paragraph]",
     )
-    add("--json-keys", nargs="+", default=["text"], help="keys whose values are tokenized")
     add("--output-prefix", required=True, help="path of the corpus; _<key>_document is added")
-    add("--tokenizer-type", required=True, choices=list(KINDS))
+    add("--shard", metavar="I/N", help=SHARD)
+
+
+def _add_encoding(add: Callable[..., argparse.Action]) -> None:
+    add("--tokenizer-type", required=True, metavar="|".join(KINDS))
     add("--tokenizer-model", help="tokenizer file")
     add("--vocab-file", help="vocabulary file of GPT2BPETokenizer")
     add("--merge-file", help="merge file of GPT2BPETokenizer")
@@ -29,46 +93,92 @@ def parse_arguments() -> argparse.Namespace:
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--split-sentences", action="store_true", help="one sequence per sentence")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences when splitting")
-    add("--lang", default="english", help="language of the sentence splitter")
-    add("--workers", type=int, default=1, help="processes that tokenize")
+    add("--lang", default="english", help="language of the sentence splitter [english]")
+
+
+def _add_running(add: Callable[..., argparse.Action]) -> None:
+    add("--workers", type=int, default=1, help="processes that tokenize [1]")
+    add(
+        "--resume", action="store_true", help="go on where a stopped job was, if there is one; keep what an error stops"
+    )
     add(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do with a line that cannot be read",
+        help="at a line or file that cannot be read: stop and leave nothing, or go on; the summary counts them [stop]",
     )
-    return parser.parse_args()
+    add("--log-interval", type=int, help="also print a line every so many documents")
+    add(
+        "--partitions",
+        type=int,
+        default=1,
+        help="of Megatron-LM: must divide --workers; more than 1 needs --keep-sequential-samples, and changes nothing",
+    )
+    add("--keep-sequential-samples", action="store_true", help="of Megatron-LM: the order of the input, as always here")
+
+
+def _refusal(argument: str, parser: argparse.ArgumentParser) -> ConfigError:
+    flag = argument.partition("=")[0]
+    if flag in REFUSED:
+        return ConfigError(f"{flag} is a flag of Megatron-LM's tool that is not taken here. {REFUSED[flag]}")
+    if not flag.startswith("-"):
+        return ConfigError(f"{flag!r} stands alone on the command line: no flag before it takes it.")
+    return ConfigError(f"unknown flag {flag}.{nearest(flag, list(parser._option_string_actions))}")
+
+
+def make_job(arguments: argparse.Namespace) -> Job:
+    """
+    Raises:
+        ConfigError: values that do not fit, or input that is not there.
+    """
+    partitions = arguments.partitions
+    if partitions < 1 or arguments.workers % partitions:
+        raise ConfigError(f"--partitions {partitions} must divide --workers {arguments.workers}.")
+    if partitions > 1 and not arguments.keep_sequential_samples:
+        raise ConfigError(
+            f"--partitions {partitions}: in Megatron-LM it deals the documents out in turn, which changes their order; "
+            "here they keep the order of the input. Say so with --keep-sequential-samples, or leave --partitions out."
+        )
+    if arguments.log_interval is not None and arguments.log_interval < 1:
+        raise ConfigError(f"--log-interval is {arguments.log_interval}, and must be at least 1.")
+    return Job(
+        files=find_inputs(arguments.input),
+        keys=arguments.json_keys,
+        output_prefix=arguments.output_prefix,
+        tokenizer_type=arguments.tokenizer_type,
+        tokenizer_files=TokenizerFiles(
+            arguments.tokenizer_model, arguments.vocab_file, arguments.merge_file, arguments.vocab_size
+        ),
+        append_eod=arguments.append_eod,
+        split_sentences=arguments.split_sentences,
+        keep_newlines=arguments.keep_newlines,
+        language=arguments.lang,
+        workers=arguments.workers,
+        skip_errors=arguments.on_error == "skip",
+        text_document=arguments.text_document,
+        shard=None if arguments.shard is None else parse_shard(arguments.shard),
+        resume=arguments.resume,
+        log_interval=arguments.log_interval,
+    )
 
 
 def main() -> int:
-    arguments = parse_arguments()
     try:
-        from megatron_slm.data.preprocess import Job, preprocess
-
-        if arguments.workers < 1:
-            raise ConfigError(f"--workers is {arguments.workers}, and must be at least 1.")
-        job = Job(
-            files=find_inputs(arguments.input),
-            keys=arguments.json_keys,
-            output_prefix=arguments.output_prefix,
-            tokenizer_type=arguments.tokenizer_type,
-            tokenizer_files=TokenizerFiles(
-                arguments.tokenizer_model, arguments.vocab_file, arguments.merge_file, arguments.vocab_size
-            ),
-            append_eod=arguments.append_eod,
-            split_sentences=arguments.split_sentences,
-            keep_newlines=arguments.keep_newlines,
-            language=arguments.lang,
-            workers=arguments.workers,
-            skip_errors=arguments.on_error == "skip",
-        )
+        job = make_job(parse_arguments(sys.argv[1:]))
         summary = preprocess(job)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        return 130
     for message in summary.errors:
         print(f"skipped {message}", file=sys.stderr)
-    print(f"{', '.join(job.prefix(key) for key in job.keys)}: {summary.line()}")
+    names = ", ".join(job.prefix(key) for key in job.keys)
+    if not summary.documents:
+        print(f"{names}: this shard holds no document, and has no files")
+        return 0
+    print(f"{names}: {summary.line()}")
     return 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.blends import resolve_blends
+from megatron_slm.config.schema import Config, ReferenceConfig
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -20,6 +21,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: the first setting that is wrong: flag, value, what would be right.
     """
+    resolve_blends(config.data)
     _check_required(config)
     _check_ranges(config)
     _check_layout(config, world_size)
@@ -63,6 +65,7 @@ def _check_ranges(config: Config) -> None:
         (config.logging, ("log_interval", "eval_interval")),
         (config.optimizer, ("adam_eps",)),
         (config.objective, ("slm_gumbel_temperature",)),
+        (config.model, ("slm_logit_softcap",)),
     )
     not_negative = (
         (
@@ -72,7 +75,7 @@ def _check_ranges(config: Config) -> None:
         (config.logging, ("eval_iters",)),
         (config.data, ("num_workers",)),
         (config.training, ("seed",)),
-        (config.objective, ("slm_selection_ratio_warmup_iters",)),
+        (config.objective, ("slm_selection_ratio_warmup_iters", "slm_kept_logits_mb", "slm_z_loss")),
     )
     shares = (
         (config.model, ("attention_dropout", "hidden_dropout", "rotary_percent")),
@@ -213,6 +216,7 @@ def _check_objective(config: Config) -> None:
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
             ("--reference-load", reference.reference_load is None),
+            ("--reference-scores", not reference.reference_scores),
         )
         if not unset
     ]
@@ -230,6 +234,26 @@ def _check_objective(config: Config) -> None:
             f"--reference-load {reference.reference_load}: there is no such folder. Give the --save folder of a "
             "reference model that was trained with --objective clm.",
         )
+    _check_sidecars(config.reference)
+
+
+def _check_sidecars(reference: ReferenceConfig) -> None:
+    names = reference.reference_scores
+    _require(
+        not names or reference.reference_load is None,
+        "--reference-load and --reference-scores were both given. Give one: the model, or its scores.",
+    )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    _require(twice is None, f"--reference-scores names {twice} twice. Name each sidecar once.")
+    for name in names:
+        _require(
+            not name.endswith((".scores", "/")),
+            f"--reference-scores {name}: give the name alone. NAME stands for CORPUS.NAME.scores beside every corpus.",
+        )
+    _require(
+        len(names) > 1 or reference.reference_combine == "mean",
+        f"--reference-combine {reference.reference_combine} has no effect without two or more --reference-scores.",
+    )
 
 
 def _check_data(config: Config) -> None:
@@ -246,7 +270,12 @@ def _check_checkpoint(config: Config) -> None:
     own = config.checkpoint
     _require(own.save is not None or own.save_interval is None, "--save-interval needs --save, a folder.")
     _require(own.load is not None or not own.finetune, "--finetune needs --load, the weights to begin from.")
-    for flag, folder in (("--save", own.save), ("--tensorboard-dir", config.logging.tensorboard_dir)):
+    folders = (
+        ("--save", own.save),
+        ("--tensorboard-dir", config.logging.tensorboard_dir),
+        ("--data-cache-path", config.data.data_cache_path),
+    )
+    for flag, folder in folders:
         if folder is not None:
             _check_writable(flag, Path(folder))
     if config.logging.slm_metrics_file is not None:
@@ -254,8 +283,16 @@ def _check_checkpoint(config: Config) -> None:
 
 
 def _check_writable(flag: str, folder: Path) -> None:
+    """Try it: permission bits say nothing of read-only mounts, of full disks, and of what root may do."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     _require(place.is_dir(), f"{flag} {folder}: {place} is a file, not a folder.")
-    _require(os.access(place, os.W_OK | os.X_OK), f"{flag} {folder}: {place} cannot be written.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writable-", dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {folder}: {place} cannot be written ({error.strerror}). Give a folder on a disk with room that "
+            "this user may write."
+        ) from error

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_slm.config import schema
+from megatron_slm.config.blends import blend_words
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
 
@@ -66,7 +67,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return None
         kind = next(option for option in get_args(kind) if option is not type(None))
     if kind == list[str]:
-        return _words(value, where)
+        return blend_words(value, where)
     if kind == dict[str, list[str]]:
         return _named_sets(value, where)
     if value is None or isinstance(value, list | dict):
@@ -96,22 +97,14 @@ def _bool(value: Any, where: str) -> bool:
     return word in TRUE
 
 
-def _words(value: Any, where: str) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        raise ConfigError(f"{where} should be a prefix or a list of weights and prefixes, not {value!r}.")
-    return [str(word) for word in value] if isinstance(value, list) else str(value).split()
-
-
 def _named_sets(value: Any, where: str) -> dict[str, list[str]]:
     if value is None:
         return {}
     if isinstance(value, dict):
-        return {str(name): _words(words, f"{where}.{name}") for name, words in value.items()}
+        return {str(name): blend_words(words, f"{where}.{name}") for name, words in value.items()}
     sets: dict[str, list[str]] = {}
     name = "valid"
-    for word in _words(value, where):
+    for word in blend_words(value, where):
         head, equals, rest = word.partition("=")
         if equals and "/" not in head:
             name, word = head, rest

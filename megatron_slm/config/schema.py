@@ -52,6 +52,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP")
     vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's")
     attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
+    slm_logit_softcap: float | None = flag(None, "logits are capped to c x tanh(logits / c); default: no cap")
     transformer_impl: str | None = flag(
         None,
         "layer implementation; default Transformer Engine on a GPU where it is installed, else local",
@@ -155,11 +156,15 @@ class OptimizerConfig:
 class DataConfig:
     """Data"""
 
-    data_path: list[str] = flag(list, "corpus prefix, or a blend: weight prefix weight prefix ...")
+    data_path: list[str] = flag(
+        list, "corpus prefix, or a blend: weight prefix weight prefix ..., or a YAML or JSON file of prefix: weight"
+    )
     train_data_path: list[str] = flag(list, "like --data-path, for training only")
     valid_data_path: dict[str, list[str]] = flag(
-        dict, "named validation sets: name=PREFIX ..., each also a blend: name=0.3 P1 0.7 P2"
+        dict, "named validation sets: name=PREFIX ..., each also a blend: name=0.3 P1 0.7 P2, or a file"
     )
+    data_args_path: str | None = flag(None, "text file that holds the words of --data-path")
+    per_split_data_args_path: str | None = flag(None, "JSON file with the blends train and valid")
     split: str | None = flag(
         None, "shares of --data-path for training, validation and test (Megatron-LM: 969,30,1 as default)"
     )
@@ -242,6 +247,20 @@ class ObjectiveConfig:
     )
     slm_mix: float = flag(0.0, "share of the weight that is spread evenly over all valid tokens (plain CLM)")
     slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection")
+    slm_cross_entropy: str | None = flag(
+        None,
+        "engine of the LM head's loss: torch holds all logits in memory, chunked and triton one block of them; "
+        "default triton on a GPU where it is installed, else chunked",
+        choices=("torch", "chunked", "triton"),
+    )
+    slm_exact_mode: str = flag(
+        "recompute",
+        "how selected tokens get their gradient: recompute their logits, or speculative: at once for tokens that are "
+        "surely above the threshold, guessed from those before; the selection is the same",
+        choices=("recompute", "speculative"),
+    )
+    slm_kept_logits_mb: int = flag(0, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed")
+    slm_z_loss: float = flag(0.0, "coefficient of the z-loss, (log-sum-exp of the logits)^2, of selected tokens")
 
 
 @dataclass(kw_only=True)
@@ -253,6 +272,12 @@ class ReferenceConfig:
     reference_precision: str | None = flag(
         None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16")
     )
+    reference_scores: list[str] = flag(
+        list,
+        "in the place of --reference-load: names of score sidecars made by tools/score_corpus.py; NAME is "
+        "CORPUS.NAME.scores beside every corpus, FOLDER/NAME the same in FOLDER",
+    )
+    reference_combine: str = flag("mean", "how several sidecars become one: mean, min, or weights such as 0.7,0.3")
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,8 @@ class MicroBatch:
     sample_index: Tensor  # [b] int64, place of the sample in the run
     first_sample: int  # place of the first sample of this micro-batch step over all data-parallel ranks
     attention_mask: Tensor | None = None  # [b, 1, s, s] bool, True where attention is forbidden; None: causal
+    reference_loss: Tensor | None = None  # [b, s] fp32 of the labels, nats, where the dataset has sidecars
+    reference_entropy: Tensor | None = None  # [b, s] fp32 of the distributions that predict the labels, nats
 
     def token_index(self) -> Tensor:
         """Place of each token in the run, [b, s] int64."""
@@ -119,7 +121,8 @@ class BatchStream(Iterator[list[MicroBatch]]):
         size = self.shape.micro_batch_size
         start = first + self.shape.dp_rank * size
         samples = [self._sample(index) for index in range(start, start + size)]
-        columns = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]  # a blend adds a number
+        columns = {name: torch.stack([sample[name] for sample in samples]) for name in names}
         return MicroBatch(
             tokens=columns["tokens"],
             labels=columns["labels"],
@@ -128,6 +131,8 @@ class BatchStream(Iterator[list[MicroBatch]]):
             sample_index=torch.arange(start, start + size),
             first_sample=first,
             attention_mask=columns.get("attention_mask"),
+            reference_loss=columns.get("reference_loss"),
+            reference_entropy=columns.get("reference_entropy"),
         )
 
     def _sample(self, index: int) -> dict[str, Tensor]:

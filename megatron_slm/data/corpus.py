@@ -1,36 +1,19 @@
-"""The ``.bin/.idx`` format: checking corpora before they are read, and the record of the tokenizer beside them.
-
-``.bin`` holds token ids back to back. ``.idx`` holds a header (magic, version, dtype code, counts) and then the length
-of each sequence (int32), its byte offset in ``.bin`` (int64), and the sequence at which each document begins (int64),
-as Megatron-Core's IndexedDataset writes them.
-"""
+"""Checking corpora before they are read, and the record of the tokenizer beside them."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_slm.data.index import bin_path, idx_path, read_index
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-DTYPES = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
 MAKE_AGAIN = "Make it again with tools/preprocess_data.py."
 SAMPLED_TOKENS = 1 << 20  # looked at for ids outside the vocabulary
 
@@ -44,14 +27,6 @@ class CorpusInfo:
     sequences: int
     documents: int
     tokens: int
-
-
-def bin_path(prefix: str | Path) -> Path:
-    return Path(f"{prefix}.bin")
-
-
-def idx_path(prefix: str | Path) -> Path:
-    return Path(f"{prefix}.idx")
 
 
 def record_path(prefix: str | Path) -> Path:
@@ -74,32 +49,31 @@ def check_corpus(prefix: str, flag: str) -> CorpusInfo:
             hint = f" Give the prefix without {path.suffix}." if prefix.endswith((".bin", ".idx")) else ""
             raise ConfigError(f"{flag} {prefix}: {path} is missing.{hint or ' ' + MAKE_AGAIN}")
     try:
-        return _read_index(prefix)
+        info = corpus_info(prefix)
     except ValueError as error:
         raise ConfigError(f"{flag} {prefix}: {error} {MAKE_AGAIN}") from error
+    if info.tokens == 0:
+        raise ConfigError(f"{flag} {prefix}: the corpus holds no documents, or only empty ones. {MAKE_AGAIN}")
+    return info
 
 
-def _read_index(prefix: str) -> CorpusInfo:
-    path = idx_path(prefix)
-    with path.open("rb") as file:
-        header = file.read(HEADER.size)
-    if len(header) < HEADER.size:
-        raise ValueError(f"{path} is cut short: {len(header)} bytes, less than a header.")
-    magic, version, code, sequences, boundaries = HEADER.unpack(header)
-    if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise ValueError(f"{path} is not an index of Megatron's (magic {magic!r}, version {version}, dtype {code}).")
-    wanted = HEADER.size + sequences * 12 + boundaries * 8
-    if path.stat().st_size != wanted:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, and its header promises {wanted}.")
-    if sequences == 0:
-        raise ValueError(f"{path} holds no documents.")
-    lengths = np.memmap(path, np.int32, "r", HEADER.size, (sequences,))
-    width = np.dtype(DTYPES[code]).itemsize
-    tokens = int(lengths.sum(dtype=np.int64))
+def corpus_info(prefix: str) -> CorpusInfo:
+    """Header and size of a corpus, which may be empty.
+
+    Raises:
+        ValueError: its files do not fit together, or are no corpus.
+    """
+    index = read_index(prefix)
+    tokens, width = index.tokens(), index.dtype.itemsize
+    if index.boundaries[0] != 0 or index.boundaries[-1] != index.sequences:
+        raise ValueError(
+            f"{idx_path(prefix)} has {index.sequences} sequences, and its documents hold "
+            f"{index.boundaries[0]} to {index.boundaries[-1]}."
+        )
     size = bin_path(prefix).stat().st_size
     if size != tokens * width:
         raise ValueError(f"{bin_path(prefix)} has {size} bytes, and its index promises {tokens * width}.")
-    return CorpusInfo(prefix, np.dtype(DTYPES[code]), sequences, boundaries - 1, tokens)
+    return CorpusInfo(prefix, index.dtype, index.sequences, index.documents, tokens)
 
 
 def write_record(prefix: str | Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -112,9 +86,36 @@ def write_record(prefix: str | Path, tokenizer: Tokenizer, info: dict[str, Any])
         },
         **info,
     }
+    replace_record(prefix, record)
+
+
+def replace_record(prefix: str | Path, record: dict[str, Any]) -> None:
+    """Write a whole record under a temporary name, and then its own."""
     partial = Path(f"{record_path(prefix)}.partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, record_path(prefix))  # noqa: PTH105
+
+
+def read_record(prefix: str | Path) -> dict[str, Any] | None:
+    """The record beside a corpus; None where there is none (Megatron-LM writes none).
+
+    Raises:
+        ConfigError: the file is not such a record.
+    """
+    path = record_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not {"name", "fingerprint", "vocab_size"} <= record["tokenizer"].keys():
+            raise ValueError("it names no tokenizer")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not the record of a corpus: {error}. Make the corpus again, or remove the file: the corpus is "
+            "then sampled for ids outside the vocabulary instead."
+        ) from error
+    found: dict[str, Any] = record
+    return found
 
 
 def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
@@ -125,9 +126,9 @@ def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
     Raises:
         ConfigError: another tokenizer, another size, or an id outside the vocabulary.
     """
-    path = record_path(prefix)
-    if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+    record = read_record(prefix)
+    if record is not None:
+        theirs = record["tokenizer"]
         for what, there, here in (
             ("vocabulary size", theirs["vocab_size"], tokenizer.vocab_size),
             ("fingerprint", theirs["fingerprint"], tokenizer.fingerprint),
@@ -138,8 +139,7 @@ def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
                     f"{tokenizer.name} of {what} {here} (--tokenizer-model). Use the tokenizer that made the corpus."
                 )
         return
-    info = _read_index(prefix)
-    ids = np.memmap(bin_path(prefix), info.dtype, "r")
+    ids = np.memmap(bin_path(prefix), read_index(prefix).dtype, "r")
     highest = int(ids[:SAMPLED_TOKENS].max(initial=0))
     if highest >= tokenizer.vocab_size:
         raise ConfigError(

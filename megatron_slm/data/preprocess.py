@@ -1,200 +1,161 @@
-"""Turns documents into a ``.bin/.idx`` corpus: worker processes encode, one writer keeps the order of the input."""
+"""Turns documents into ``.bin/.idx`` corpora: workers encode blocks, one writer keeps the order of the input.
+
+Memory does not depend on the size of the input: at most ``3 * workers`` blocks are under way at once, each of 1 MiB of
+text or of one longer document, with their ids, beside what a tokenizer takes in each worker.
+"""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-from megatron_slm.data.corpus import bin_path, idx_path, write_record
-from megatron_slm.data.documents import RawDocument, read_documents, total_bytes
+from megatron_slm.data.corpus_writer import corpus_dtype
+from megatron_slm.data.documents import Block, Part, blocks_of, first_line
+from megatron_slm.data.encode import SHOWN_ERRORS, BlockEncoder, EncodedBlock
+from megatron_slm.data.inputs import STDIN, Form, form_of, identity_of, is_remote, is_seekable, size_of
+from megatron_slm.data.job import Job, Summary
+from megatron_slm.data.job_output import JobOutput, finished
+from megatron_slm.data.journal import Progress
 from megatron_slm.data.sentences import sentence_splitter
-from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+from megatron_slm.data.shards import plan
+from megatron_slm.data.tables import check_columns
+from megatron_slm.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_slm.data.word_cache import fast_encoder
+from megatron_slm.data.workers import worker_processes
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
-CHUNK = 32  # documents sent to a worker at once
-SHOWN_ERRORS = 5
-Encoded = tuple[np.ndarray, list[int]]  # ids of a document, lengths of its sequences
+__all__ = ["Job", "Summary", "preprocess"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """One preprocessing job, as the flags describe it."""
-
-    files: Sequence[str]
-    keys: Sequence[str]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_files: TokenizerFiles
-    append_eod: bool = False
-    split_sentences: bool = False
-    keep_newlines: bool = False
-    language: str = "english"
-    workers: int = 1
-    skip_errors: bool = False
-
-    def prefix(self, key: str) -> str:
-        """The corpus of one JSON key, named as Megatron-LM names it."""
-        return f"{self.output_prefix}_{key}_{'sentence' if self.split_sentences else 'document'}"
-
-
-@dataclass
-class Summary:
-    """What a job did."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    errors: list[str] = field(default_factory=list)  # the first ones
-
-    def line(self) -> str:
-        return (
-            f"{self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.text_bytes / max(self.tokens, 1):.2f} bytes per token, {self.skipped:,} skipped, "
-            f"{self.documents / max(self.seconds, 1e-9):,.0f} documents/s"
-        )
-
-
-class _Encoder:
-    """Encodes raw documents; built once in every worker process."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_files)
-        self.split: Callable[[str], list[str]] = lambda text: [text]
-        if job.split_sentences:
-            self.split = sentence_splitter(job.language, job.keep_newlines)
-        self.dtype = DType.optimal_dtype(self.tokenizer.vocab_size)
-
-    def __call__(self, document: RawDocument) -> dict[str, Encoded] | str:
-        """Ids by key, or what is wrong with the document."""
-        try:
-            texts = self._texts(document)
-        except (ValueError, KeyError, TypeError) as error:
-            return f"{document.file}:{document.line}: {_reason(error)}"
-        return {key: self._encode(text) for key, text in texts.items()}
-
-    def _texts(self, document: RawDocument) -> dict[str, str]:
-        if not document.is_json:
-            return {key: document.content.decode("utf-8") for key in self.job.keys}
-        record = json.loads(document.content.decode("utf-8"))
-        if not isinstance(record, dict):
-            raise TypeError("not a JSON object")
-        texts = {key: record[key] for key in self.job.keys}
-        for key, text in texts.items():
-            if not isinstance(text, str):
-                raise TypeError(f"the value of {key!r} is not a text")
-        return texts
-
-    def _encode(self, text: str) -> Encoded:
-        ids: list[int] = []
-        lengths: list[int] = []
-        for sentence in self.split(text):
-            encoded = self.tokenizer.encode(sentence)
-            if encoded:
-                ids += encoded
-                lengths.append(len(encoded))
-        if ids and self.job.append_eod:
-            ids.append(self.tokenizer.eod)
-            lengths[-1] += 1
-        return np.array(ids, dtype=self.dtype), lengths
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg})"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8"
-    if isinstance(error, KeyError):
-        return f"the key {error} is missing (--json-keys)"
-    return str(error)
-
-
-def _start_worker(job: Job) -> None:
-    _worker.append(_Encoder(job))
-
-
-def _encode_in_worker(document: RawDocument) -> tuple[int, dict[str, Encoded] | str]:
-    return len(document.content), _worker[0](document)
-
-
-_worker: list[_Encoder] = []  # the encoder of this worker process, which a pool cannot pass along
+Encode = Callable[[Iterable[Block]], Iterator[tuple[Block, EncodedBlock]]]
 
 
 def preprocess(job: Job) -> Summary:
     """Run a job. The corpora appear under their names only when they are complete.
 
+    A job that was killed leaves its temporary files and a journal, with which a job with ``resume`` goes on; the bytes
+    that come out are the same. A job that ends with an error takes them away, unless it has ``resume``.
+
     Raises:
-        ConfigError: a bad document (without ``skip_errors``), nothing to write, or output that cannot be written.
+        ConfigError: a bad document (without ``skip_errors``), nothing to write, output that cannot be written, input
+            that cannot be read or has changed, or settings that do not fit together.
     """
+    _check(job)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_files)
-    if job.split_sentences:
-        sentence_splitter(job.language, job.keep_newlines)  # its data is looked for before work begins
-    summary = Summary()
+    dtype = corpus_dtype(tokenizer.vocab_size)
+    split = sentence_splitter(job.language, job.keep_newlines) if job.split_sentences else None
+    eod = tokenizer.eod if job.append_eod else None
+    encoder = BlockEncoder(job.keys, fast_encoder(tokenizer, dtype), dtype, eod, split)
+    parts = plan(job.files, job.text_document, job.shard)
+    settings = _settings(job, tokenizer)
+    if job.resume and (done := finished(job, settings)):
+        return done
     began = time.monotonic()
-    partial = {key: f"{job.prefix(key)}.partial" for key in job.keys}
-    try:
-        Path(job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        builders = {key: IndexedDatasetBuilder(str(bin_path(name)), dtype=dtype) for key, name in partial.items()}
-        _encode_all(job, builders, summary)
-        for key, name in partial.items():
-            builders[key].finalize(str(idx_path(name)))
-            for path in (bin_path, idx_path):
-                path(name).replace(path(job.prefix(key)))
-    except OSError as error:
-        raise ConfigError(
-            f"--output-prefix {job.output_prefix} cannot be written: {error}. Is the disk full, or the folder "
-            "read-only?"
-        ) from error
-    finally:
-        for name in partial.values():
-            bin_path(name).unlink(missing_ok=True)
-            idx_path(name).unlink(missing_ok=True)
-    summary.seconds = time.monotonic() - began
-    for key in job.keys:
-        write_record(job.prefix(key), tokenizer, {"documents": summary.documents, "tokens": summary.tokens})
-    return summary
+    with worker_processes(job.workers, encoder) as encode, JobOutput(job, dtype, settings) as output:
+        if not output.place.is_complete:
+            _write_blocks(job, parts, encode, output)
+        if output.summary.documents:
+            output.finish(tokenizer)
+        elif job.shard is None:
+            skipped = f" that can be read: {output.summary.errors[0]}" if output.summary.errors else ""
+            raise ConfigError(f"--input: {', '.join(job.files)} holds no document{skipped}.")
+        else:
+            output.remove()  # of few documents some shards get none
+    output.summary.seconds = time.monotonic() - began
+    return output.summary
 
 
-def _encode_all(job: Job, builders: dict[str, IndexedDatasetBuilder], summary: Summary) -> None:
-    with progress("tokenizing", total_bytes(job.files), "B") as bar:
-        for size, encoded in _encoded(job):
-            bar.advance(size)
-            if isinstance(encoded, str):
-                summary.skipped += 1
-                if len(summary.errors) < SHOWN_ERRORS:
-                    summary.errors.append(encoded)
-                if not job.skip_errors:
-                    raise ConfigError(f"{encoded}. Mend the line, or go on without such lines: --on-error skip.")
-                continue
-            summary.documents += 1
-            summary.text_bytes += size
-            for key, (ids, lengths) in encoded.items():
-                summary.tokens += len(ids)
-                builders[key].add_document(ids, lengths)
-    if not summary.documents:
-        raise ConfigError(f"--input: {', '.join(job.files)} holds no document.")
+def _check(job: Job) -> None:
+    if job.workers < 1:
+        raise ConfigError(f"--workers is {job.workers}, and must be at least 1.")
+    if len(set(job.keys)) < len(job.keys):
+        raise ConfigError(f"--json-keys {' '.join(job.keys)} names a key twice. Each makes a corpus of its own.")
+    if job.keep_newlines and not job.split_sentences:
+        raise ConfigError("--keep-newlines is about the newlines between sentences: give --split-sentences as well.")
+    for flag, is_given in (("--resume", job.resume), ("--shard", job.shard is not None)):
+        if is_given and STDIN in job.files:
+            raise ConfigError(f"{flag} needs input that can be read again, and --input - is standard input.")
+    for name in job.files:
+        if form_of(name) is Form.TABLE and not is_remote(name):
+            check_columns(name, job.keys)
 
 
-def _encoded(job: Job) -> Iterator[tuple[int, dict[str, Encoded] | str]]:
-    """(size in bytes, ids by key or what is wrong) of each document, in the order of the input."""
-    documents = read_documents(job.files)
-    if job.workers == 1:
-        encoder = _Encoder(job)
-        for document in documents:
-            yield len(document.content), encoder(document)
-        return
-    with ExitStack() as stack:
-        pool = stack.enter_context(multiprocessing.Pool(job.workers, _start_worker, (job,)))
-        yield from pool.imap(_encode_in_worker, documents, CHUNK)
+def _settings(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What must be the same for a job to go on with another's files."""
+    return {
+        "--tokenizer-type": job.tokenizer_type,
+        "a tokenizer with the fingerprint": tokenizer.fingerprint,
+        "--json-keys": list(job.keys),
+        "--append-eod": job.append_eod,
+        "--split-sentences": job.split_sentences,
+        "--keep-newlines": job.keep_newlines,
+        "--lang": job.language,
+        "--text-document": job.text_document,
+        "--shard": job.shard,
+        "--input": [f"{name} ({identity_of(name)})" for name in job.files if name != STDIN],
+    }
+
+
+def _write_blocks(job: Job, parts: Sequence[Part], encode: Encode, output: JobOutput) -> None:
+    summary, place, began = output.summary, output.place, time.monotonic()
+    total = None if STDIN in job.files else sum(map(_bytes_of, parts))
+    with progress("tokenizing", total, "B") as bar:
+        bar.advance(_bytes_before(parts, place))
+        for block, encoded in encode(_blocks(parts, job.keys, place)):
+            _note_errors(job, block, encoded, output)
+            before = summary.documents
+            output.add(block, encoded)
+            bar.advance(block.read)
+            if job.log_interval and summary.documents // job.log_interval > before // job.log_interval:
+                _log(summary, time.monotonic() - began)
+
+
+def _blocks(parts: Sequence[Part], keys: Sequence[str], place: Progress) -> Iterator[Block]:
+    """The blocks of all parts from a place on."""
+    for part in parts:
+        if part.number < place.part:
+            continue
+        try:
+            yield from blocks_of(part, keys, place.offset if part.number == place.part else 0)
+        except OSError as error:
+            raise ConfigError(
+                f"--input {part.file} cannot be read: {error}. When it can, begin again (with --resume where this job "
+                "had --resume)."
+            ) from error
+
+
+def _note_errors(job: Job, block: Block, encoded: EncodedBlock, output: JobOutput) -> None:
+    """Keep the first bad documents for the summary.
+
+    Raises:
+        ConfigError: there is one, and the job stops at errors.
+    """
+    errors = output.summary.errors
+    for offset, reason in encoded.bad[: SHOWN_ERRORS - len(errors)]:
+        number = first_line(block.part) + output.lines_before(block) + offset
+        what = f", row {number}" if block.part.form is Form.TABLE else f":{number}"
+        errors.append(f"{block.part.file}{what}: {reason}")
+        if not job.skip_errors:
+            mend = "Mend the file" if block.damage else "Mend the line"
+            raise ConfigError(f"{errors[-1]}. {mend}, or go on without what cannot be read: --on-error skip.")
+
+
+def _bytes_of(part: Part) -> int:
+    """Bytes of a part as it lies there, for the bar."""
+    if part.form is Form.TABLE or part.end is None:
+        return size_of(part.file)
+    return part.end - part.begin
+
+
+def _bytes_before(parts: Sequence[Part], place: Progress) -> int:
+    """Bytes that a stopped job has read, for the bar; where the file is read from its beginning, of whole parts."""
+    done = sum(_bytes_of(part) for part in parts if part.number < place.part)
+    inside = [place.offset - part.begin for part in parts if part.number == place.part and is_seekable(part.file)]
+    return done + max([0, *inside])
+
+
+def _log(summary: Summary, seconds: float) -> None:
+    done = summary.documents - summary.resumed
+    print(f"{summary.documents:,} documents, {done / max(seconds, 1e-9):,.0f} documents/s", file=sys.stderr, flush=True)

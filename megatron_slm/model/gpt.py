@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +16,66 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_slm.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 from megatron_slm.model.size import ffn_size, padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, layer_spec
-from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
+from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
+from megatron_slm.objective.linear_cross_entropy.head import LMHead
+from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 
 
 class GPT(GPTModel):
-    """Megatron-Core's GPT with this project's vocab-parallel loss in the place of its own.
+    """Megatron-Core's GPT whose last stage goes from hidden states to token losses without the logits in between.
 
     With labels, the last stage returns token losses [b, s] in fp32; with ``reports_entropy`` it returns
-    [2, b, s]: token losses and the entropies of the next-token distributions, in nats.
+    [2, b, s]: token losses and the entropies of the next-token distributions, in nats. Without labels it returns
+    logits, as Megatron-Core does.
     """
 
     reports_entropy = False
-    true_vocab_size: int  # before padding
+    lm_head: LMHead
+    _early: tuple[Tensor, EarlySelection] | None = None  # labels of the main head, and its early tokens
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Token losses of vocab-sharded ``logits`` [s, b, V/tp] for ``labels`` [b, s]."""
-        group = self.pg_collection.tp
-        token_loss = vocab_parallel_token_loss(logits, labels.t().contiguous(), group, self.true_vocab_size)
-        if not self.reports_entropy:
-            return token_loss.t().contiguous()
-        entropy = vocab_parallel_entropy(logits, group, self.true_vocab_size)
-        return torch.stack((token_loss.t(), entropy.t()))
+    def forward(
+        self, *inputs: Any, labels: Tensor | None = None, early: EarlySelection | None = None, **more: Any
+    ) -> Tensor:
+        """Megatron-Core's forward pass; ``early`` names tokens whose gradient may be computed at once."""
+        if labels is None or not self.post_process:
+            return super().forward(*inputs, labels=labels, **more)
+        self._early = (labels, early) if early is not None else None
+        with _passing_hidden_states_on(self.output_layer):
+            return super().forward(*inputs, labels=labels, **more)
+
+    def compute_language_model_loss(self, labels: Tensor, hidden: Tensor) -> Tensor:
+        """Token losses of ``labels`` [b, s], from the hidden states [s, b, h] that the output layer passed on."""
+        is_main = self._early is not None and labels is self._early[0]
+        losses = linear_cross_entropy(
+            hidden,
+            self._lm_head_weight(),
+            labels.t().contiguous(),
+            self.lm_head,
+            early=self._early[1] if self._early is not None and is_main else None,
+            with_entropy=self.reports_entropy,
+        )
+        token_loss = losses.loss.t().contiguous()
+        return token_loss if losses.entropy is None else torch.stack((token_loss, losses.entropy.t()))
+
+    def _lm_head_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+@contextmanager
+def _passing_hidden_states_on(output_layer: torch.nn.Module) -> Iterator[None]:
+    """Let the output layer give back its input; its hooks, which fetch sharded parameters, still run."""
+    output_layer.forward = lambda hidden, *_, **__: (hidden, None)
+    try:
+        yield
+    finally:
+        del output_layer.forward
 
 
 def build_model(
@@ -46,6 +84,7 @@ def build_model(
     vocab_size: int,
     parallel: ParallelConfig,
     training: TrainingConfig,
+    objective: ObjectiveConfig,
     groups: Groups,
     bf16: bool,
     reports_entropy: bool = False,
@@ -59,6 +98,7 @@ def build_model(
     """
     implementation = choose_implementation(model.transformer_impl, groups.device)
     config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
+    head = lm_head(model, parallel, objective, vocab_size, groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual_stages):
@@ -78,10 +118,34 @@ def build_model(
             vp_stage=stage if config.virtual_pipeline_model_parallel_size else None,
         )
         chunk.reports_entropy = reports_entropy
-        chunk.true_vocab_size = vocab_size
+        chunk.lm_head = head
         chunk.to(groups.device)
         chunks.append(Float16Module(config, chunk) if bf16 else chunk)
     return chunks
+
+
+def lm_head(
+    model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
+) -> LMHead:
+    """How token losses are computed: what the flags ask for, else Triton's kernels on a GPU that has Triton.
+
+    Raises:
+        ConfigError: --slm-cross-entropy triton without a GPU or without Triton.
+    """
+    installed = importlib.util.find_spec("triton") is not None
+    can_triton = installed and groups.device.type == "cuda"
+    if objective.slm_cross_entropy == "triton" and not can_triton:
+        missing = "Triton is not installed" if not installed else "there is no GPU"
+        raise ConfigError(f"--slm-cross-entropy triton: {missing}. Use chunked, or leave the flag out.")
+    return LMHead(
+        group=groups.tp,
+        vocab_size=vocab_size,
+        sequence_parallel=parallel.sequence_parallel,
+        softcap=model.slm_logit_softcap,
+        z_loss=objective.slm_z_loss,
+        engine=objective.slm_cross_entropy or ("triton" if can_triton else "chunked"),
+        kept_bytes=objective.slm_kept_logits_mb << 20,
+    )
 
 
 def model_config(chunks: list[torch.nn.Module]) -> TransformerConfig:

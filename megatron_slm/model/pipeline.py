@@ -11,8 +11,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_slm.data.batches import MicroBatch
+from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
 
 Report = TypeVar("Report")
+EarlyOf = Callable[[int, MicroBatch], EarlySelection | None]
 LossOf = Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Report]]
 
 
@@ -22,6 +24,7 @@ def run_pipeline(
     loss_of: LossOf[Report],
     *,
     forward_only: bool,
+    early_of: EarlyOf | None = None,
 ) -> list[Report]:
     """Run all micro-batches of a step: 1F1B, or the interleaved schedule where there are several chunks.
 
@@ -32,6 +35,8 @@ def run_pipeline(
             (token losses); gives the sum to differentiate, the number of tokens that it is to be divided by, and
             what to report. Megatron-Core divides by the sum of those numbers over the global batch.
         forward_only: no backward pass.
+        early_of: called with the number of the micro-batch and the micro-batch before its forward pass; gives the
+            tokens whose gradient may be computed at once.
 
     Returns:
         what ``loss_of`` reported, one entry per micro-batch, on the last stage; nothing elsewhere.
@@ -41,7 +46,8 @@ def run_pipeline(
         numbered: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number, batch = next(numbered)
-        output = chunk(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+        early = {} if early_of is None else {"early": early_of(number, batch)}
+        output = chunk(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, **early)
         return output, partial(loss_of, number, batch)
 
     size, length = micro_batches[0].tokens.shape

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import Config
+from megatron_slm.data.fingerprints import files_fingerprint
 from megatron_slm.runtime.errors import ConfigError
 
 # What Megatron-Core and torch raise for a checkpoint that cannot be read or written; torch's is no Exception.
@@ -104,6 +105,12 @@ def file_sizes(directory: Path) -> dict[str, int]:
     """Every file below ``directory`` and its size in bytes, in a fixed order."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """The fingerprint of a whole checkpoint: of its manifest and of every file that the manifest names."""
+    names = [MANIFEST_FILE, *sorted(read_manifest(directory).files)]
+    return files_fingerprint(directory / name for name in names)
 
 
 def _check_whole(directory: Path, flag: str) -> None:

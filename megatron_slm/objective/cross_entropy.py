@@ -59,7 +59,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
         shard = logits.size(-1)
-        _check_labels(labels, vocab_size or shard * (group.size() if group is not None else 1))
+        check_labels(labels, vocab_size or shard * (group.size() if group is not None else 1))
         shifted = _shifted_logits(logits, group, vocab_size)
         here = labels - _rank(group) * shard
         elsewhere = (here < 0) | (here >= shard)
@@ -105,7 +105,7 @@ def _shifted_logits(logits: Tensor, group: ProcessGroup | None, vocab_size: int 
     return shifted
 
 
-def _check_labels(labels: Tensor, vocab_size: int) -> None:
+def check_labels(labels: Tensor, vocab_size: int) -> None:
     if labels.device.type != "cpu" or not labels.numel():
         return  # on a GPU the check would wait for the device; the gather's own assertion stops the run
     low, high = int(labels.min()), int(labels.max())

@@ -55,6 +55,7 @@ class ReferenceReplica:
                 vocab_size=tokenizer.vocab_size,
                 parallel=replace(config.parallel, num_layers_per_virtual_pipeline_stage=layers if stages else None),
                 training=replace(config.training, recompute_granularity=None),
+                objective=config.objective,
                 groups=groups,
                 bf16=config.training.bf16 if precision is None else precision == "bf16",
                 reports_entropy=with_entropy,

@@ -10,6 +10,7 @@ from rich.console import Console
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
+from megatron_slm.objective.early_rule import EarlyRule
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.runtime.console import duration
 from megatron_slm.runtime.errors import DivergedError
@@ -29,6 +30,7 @@ class Run:
     datasets: Datasets
     shape: BatchShape
     selector: Selector
+    early: EarlyRule
     reference: ReferenceSource | None
     throughput: Throughput
     sinks: list[Sink]
@@ -99,7 +101,9 @@ def _one_step(run: Run, stream: BatchStream) -> Step:
     position = run.position
     ratio = selection_ratio(run.config.objective, position.step)
     try:
-        step = train_step(run.trainable, next(stream), run.selector, ratio=ratio, reference=run.reference)
+        step = train_step(
+            run.trainable, next(stream), run.selector, ratio=ratio, reference=run.reference, early=run.early
+        )
     except DivergedError as error:
         rank = run.trainable.groups.rank
         raise DivergedError(f"step {position.step + 1}, rank {rank}: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,21 +160,43 @@ class JsonlSink:
     """One JSON object a line; on a resume, lines of steps that will be run again are dropped first."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if resumed_step and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.path = path
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text("".join(_lines_until(path, resumed_step)), encoding="utf-8")
+            partial.replace(path)
+            self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        with self._explained():
+            self.file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"--slm-metrics-file {self.path}: cannot be written ({error.strerror}). Is the disk full, or the "
+                "folder read-only?"
+            ) from error
 
     def close(self) -> None:
         self.file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of an earlier run up to ``step``; one that a kill cut short is dropped with what follows it."""
+    kept: list[str] = []
+    if step and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                break
+    return kept
 
 
 class TensorBoardSink:

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.schema import Config
+from megatron_slm.data.blends import lines_of
+from megatron_slm.data.parts import expected_drawn
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, parameter_count
 
 
@@ -15,6 +17,13 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
     for row in plan(config, vocab_size, world_size):
         table.add_row(*row)
     console.print(table)
+    rows = expected_drawn(
+        config.data,
+        train_samples=(config.training.train_iters or 0) * (config.training.global_batch_size or 0),
+        valid_samples=config.logging.eval_iters,
+        seq_length=config.model.seq_length or 0,
+    )
+    console.print("what the run will draw, from the sizes of its corpora:", *lines_of(rows), sep="\n", markup=False)
 
 
 def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
@@ -29,6 +38,7 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     objective = "CLM" if own.objective == "clm" else f"SLM, {own.slm_score}, k = {own.slm_selection_ratio:g}"
     return [
         ("objective", objective),
+        ("reference", _reference(config)),
         ("parameters", f"{parameter_count(model, padded):,}"),
         ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
         ("layout", f"TP {tensor} x PP {pipeline} x DP {data} = {world_size} processes"),
@@ -37,3 +47,12 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
         ("training model's FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in all"),
     ]
+
+
+def _reference(config: Config) -> str:
+    own = config.reference
+    if own.reference_scores:
+        names = ", ".join(own.reference_scores)
+        how = f", combined by {own.reference_combine}" if len(own.reference_scores) > 1 else ""
+        return f"sidecars {names}{how}: no forward pass of a reference model"
+    return own.reference_load or "none"

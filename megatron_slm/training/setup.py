@@ -8,19 +8,25 @@ from rich.console import Console
 
 from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
+from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import build_datasets
+from megatron_slm.data.score_sets import ScoreSet, open_scores
+from megatron_slm.data.scored_samples import ScoredSamples
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.weights import checkpoint_directory, saved_config
+from megatron_slm.objective.early_rule import EarlyRule
 from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
+from megatron_slm.reference.sidecar import SidecarScores
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable, resume
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput, open_sinks
 from megatron_slm.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_slm.training.step import ReferenceSource
 
 
 def parallel_layout(config: Config) -> ParallelLayout:
@@ -55,6 +61,7 @@ def batch_shape(config: Config, groups: Groups) -> BatchShape:
 def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
     """Build everything and load what --load, --finetune or --pretrained-checkpoint name. Collective."""
     shape = batch_shape(config, groups)
+    scores = read_scores(config, tokenizer)
     datasets = build_datasets(
         config.data,
         tokenizer=tokenizer,
@@ -63,12 +70,17 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         valid_samples=config.logging.eval_iters * shape.global_batch_size,
         seed=config.training.seed,
     )
+    if groups.is_logging_rank:
+        console.print("what the run draws:", *lines_of(datasets.drawn()), sep="\n", markup=False)
+    if scores is not None:
+        datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
     chunks = wrap_data_parallel(
         build_model(
             config.model,
             vocab_size=tokenizer.vocab_size,
             parallel=config.parallel,
             training=config.training,
+            objective=config.objective,
             groups=groups,
             bf16=config.training.bf16,
         ),
@@ -81,13 +93,15 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     position, loaded = resume(trainable, config)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
+    selector = build_selector(config.objective, groups, config.training.seed)
     reference, reference_config = _build_reference(config, tokenizer, groups)
     return Run(
         config=config,
         trainable=trainable,
         datasets=datasets,
         shape=shape,
-        selector=build_selector(config.objective, groups, config.training.seed),
+        selector=selector,
+        early=EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative"),
         reference=reference,
         throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
         sinks=open_sinks(config, groups, position.step),
@@ -96,22 +110,42 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     )
 
 
+def read_scores(config: Config, tokenizer: Tokenizer) -> ScoreSet | None:
+    """The sidecars that the score reads, opened and checked; None where it needs none, or has a model.
+
+    Raises:
+        ConfigError: a sidecar that is missing, damaged, unfinished, or not this run's.
+    """
+    needs_loss, needs_entropy = _needs(config.objective)
+    if not (needs_loss or needs_entropy) or not config.reference.reference_scores:
+        return None
+    return open_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
+
+
+def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
+    """Whether reference losses and reference entropies are needed."""
+    if objective.objective != "slm":
+        return False, False
+    policy = parse_policy(objective.slm_score)
+    return needs_reference_loss(policy), needs_reference_entropy(policy)
+
+
 def _build_reference(
     config: Config, tokenizer: Tokenizer, groups: Groups
-) -> tuple[ReferenceReplica | None, Config | None]:
-    """The reference model where the score needs one, and the configuration that it was trained with."""
-    if config.objective.objective != "slm":
+) -> tuple[ReferenceSource | None, Config | None]:
+    """The reference source where the score needs one, and the configuration that its model was trained with where
+    that model runs in every step."""
+    needs_loss, needs_entropy = _needs(config.objective)
+    if not (needs_loss or needs_entropy):
         return None, None
-    policy = parse_policy(config.objective.slm_score)
-    with_entropy = needs_reference_entropy(policy)
-    if not (with_entropy or needs_reference_loss(policy)):
-        return None, None
+    if config.reference.reference_scores:
+        return SidecarScores(), None
     path = config.reference.reference_load
     if path is None:
         raise ConfigError(
             f"--slm-score {config.objective.slm_score!r} needs a reference model. Give the checkpoint of one with "
-            f"{FLAG}, or choose the score token-loss or random."
+            f"{FLAG}, sidecars of its scores with --reference-scores, or choose the score token-loss or random."
         )
-    replica = ReferenceReplica(config, tokenizer, groups, with_entropy=with_entropy)
+    replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)
     directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
     return replica, replace(saved_config(directory))

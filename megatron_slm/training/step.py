@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.objective.early_rule import EarlyRule
+from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
 from megatron_slm.objective.selective_loss import ReferenceScores, Selector, Tokens, selective_loss
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.training.checkpoint import Trainable
@@ -61,6 +63,7 @@ def token_sums(
     ratio: float = 1.0,
     reference: ReferenceSource | None = None,
     forward_only: bool = False,
+    early: EarlyRule | None = None,
 ) -> list[TokenSums]:
     """Run all micro-batches through the model and the objective; one entry per micro-batch on the last stage."""
     scores = reference.score(micro_batches) if reference is not None else []
@@ -68,9 +71,20 @@ def token_sums(
     def loss_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, TokenSums]:
         tokens = as_tokens(batch, output, scores[number] if scores else None)
         loss = selective_loss(tokens, selector, ratio)
+        if early is not None:
+            early.after(loss)
         return loss.numerator, loss.count, TokenSums.of(tokens, loss)
 
-    return run_pipeline(chunks, micro_batches, loss_of, forward_only=forward_only)  # type: ignore[arg-type]
+    def early_of(number: int, batch: MicroBatch) -> EarlySelection | None:
+        return early.before(batch.loss_mask, scores[number] if scores else None, ratio) if early is not None else None
+
+    return run_pipeline(
+        chunks,  # type: ignore[arg-type]
+        micro_batches,
+        loss_of,
+        forward_only=forward_only,
+        early_of=early_of,
+    )
 
 
 def train_step(
@@ -80,6 +94,7 @@ def train_step(
     *,
     ratio: float,
     reference: ReferenceSource | None,
+    early: EarlyRule | None = None,
 ) -> Step:
     """One optimizer step on a global batch. Collective over all ranks.
 
@@ -90,7 +105,7 @@ def train_step(
     for chunk in trainable.chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
-    parts = token_sums(trainable.chunks, micro_batches, selector, ratio=ratio, reference=reference)
+    parts = token_sums(trainable.chunks, micro_batches, selector, ratio=ratio, reference=reference, early=early)
     lr = max(group["lr"] for group in optimizer.param_groups)
     _, grad_norm, _ = optimizer.step()
     norm = float(grad_norm) if grad_norm is not None else math.nan

@@ -109,21 +109,32 @@ def test_data_parallel_ranks_agree_with_one_process(text: str, world_size: int) 
     assert sum(part[3] for part in parts) == int(one.count)
 
 
-def _on_tensor_parallel_ranks(rank: int, world_size: int, text: str) -> tuple[Tensor, Tensor, float]:
+def _on_tensor_parallel_ranks(rank: int, world_size: int) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
     data = make()
     data["logits"] = data["logits"].chunk(world_size, dim=-1)[rank].contiguous()
-    loss, gradient = run(data, text, "micro-batch", tp=dist.group.WORLD)
-    return loss.selected, gradient, float(loss.numerator)
+    results = {}
+    for text in POLICIES:
+        for scope in SCOPES:
+            loss, gradient = run(data, text, scope, tp=dist.group.WORLD)
+            results[text, scope] = (loss.selected, gradient, float(loss.numerator))
+    return results
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_tensor_parallel_ranks_agree_with_one_process(world_size: int) -> None:
-    one, one_gradient = run(make(), "excess", "micro-batch")
-    parts = run_ranks(_on_tensor_parallel_ranks, world_size, "excess")
-    for part in parts:
-        assert torch.equal(part[0], one.selected)
-        assert part[2] == pytest.approx(float(one.numerator), rel=1e-5)
-    torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), one_gradient, rtol=1e-5, atol=1e-6)
+def test_tensor_parallel_ranks_agree_with_the_definition(world_size: int) -> None:
+    """Every score and scope over a sharded vocabulary."""
+    data = make()
+    parts = run_ranks(_on_tensor_parallel_ranks, world_size)
+    for text, scope in parts[0]:
+        selected = expected_selection(data, text, scope)
+        exact = data["logits"].double().requires_grad_()
+        numerator = (definition.token_losses(exact, data["labels"]) * selected).sum()
+        for part in parts:
+            assert torch.equal(part[text, scope][0], selected)
+            assert part[text, scope][2] == pytest.approx(float(numerator), rel=1e-5)
+        gradient = torch.cat([part[text, scope][1] for part in parts], -1)
+        expected = torch.autograd.grad(numerator, exact)[0]
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_everything_selected_is_clm_bit_for_bit() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import command, launch, make_corpus, records
+from tiny import MODEL, command, launch, make_corpus, records
 
 LAYOUTS = [
     *[(1, 1, 2), (1, 2, 1), (2, 1, 1)],
@@ -43,15 +43,15 @@ def slm(folder: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **flags:
     )
 
 
-def assert_same(folder: Path, name: str) -> None:
-    expected, got = records(folder / "one"), records(folder / name)
+def assert_same(folder: Path, name: str, other: str = "one") -> None:
+    expected, got = records(folder / other), records(folder / name)
     assert len(got) == len(expected) == 3
     for one, many in zip(expected, got, strict=True):
         for figure in ("loss", "loss_all", "loss_unselected", "threshold", "grad_norm"):
             assert many[figure] == pytest.approx(one[figure], rel=2e-4, abs=2e-5), figure
         assert many["share_selected"] == one["share_selected"]
         assert many["selection"] == one["selection"], "another set of tokens was selected"
-    ends = [[record["loss"] for record in records(folder / run, "eval")] for run in ("one", name)]
+    ends = [[record["loss"] for record in records(folder / run, "eval")] for run in (other, name)]
     assert ends[1] == pytest.approx(ends[0], rel=2e-4)
 
 
@@ -70,6 +70,39 @@ def test_sequence_parallel_agrees(workspace: Path) -> None:
 def test_interleaved_pipeline_agrees(workspace: Path) -> None:
     launch(slm(workspace, "interleaved", pp=2, num_layers_per_virtual_pipeline_stage=1), 2)
     assert_same(workspace, "interleaved")
+
+
+WAYS = {
+    "torch": {"slm_cross_entropy": "torch"},
+    "kept logits": {"slm_kept_logits_mb": 8},
+    "speculative": {"slm_exact_mode": "speculative"},
+    "speculative, TP 2": {"slm_exact_mode": "speculative", "tp": 2, "sequence_parallel": True},
+    "speculative, PP 2 DP 2": {"slm_exact_mode": "speculative", "pp": 2, "dp": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_loss_agrees(workspace: Path, way: str) -> None:
+    """Engines and exact modes of the linear cross-entropy; two micro-batches a step, so that there is a guess."""
+    flags = {"dp": 1, **WAYS[way]}
+    micro_batch = ["--micro-batch-size", str(4 // flags["dp"])]
+    launch([*slm(workspace, f"{way}, one"), "--micro-batch-size", "4"])
+    launch([*slm(workspace, way, **flags), *micro_batch], flags.get("tp", 1) * flags.get("pp", 1) * flags["dp"])
+    assert_same(workspace, way, f"{way}, one")
+
+
+def test_tied_embedding_agrees(workspace: Path) -> None:
+    """The weight is the embedding's: on one stage with it, on the last of two stages, and on vocabulary shards."""
+    model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
+    flags = {"model": model, "train_iters": 3, "objective": "slm", "slm_score": "token-loss"}
+    layouts = {"one": {"slm_cross_entropy": "torch"}, "chunked": {}, "tp": {"tensor_model_parallel_size": 2}}
+    layouts["pp"] = {"pipeline_model_parallel_size": 2, "load": workspace / "tied-one", "finetune": True}
+    layouts["again"] = {"load": workspace / "tied-one", "finetune": True, "slm_cross_entropy": "torch"}
+    corpus = str(workspace / "corpus_text_document")
+    for name, more in layouts.items():
+        launch(command(corpus, workspace / f"tied-{name}", **flags, **more), 2 if name in ("tp", "pp") else 1)
+    for name, other in (("chunked", "one"), ("tp", "one"), ("pp", "again")):
+        assert_same(workspace, f"tied-{name}", f"tied-{other}")
 
 
 def test_overlapped_communication_agrees(workspace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig
 from megatron_slm.model.size import forward_flops_per_token, parameter_count
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.metrics import JsonlSink, StepMetrics, TensorBoardSink, TokenSums, losses_of
 from megatron_slm.training.step import selection_ratio
 
@@ -48,11 +50,24 @@ def test_jsonl_drops_steps_that_run_again(tmp_path: Path) -> None:
     first = JsonlSink(path, 0)
     for step in range(1, 6):
         first.write({"kind": "train", "step": step})
+    first.file.write('{"kind": "tr')  # killed while it wrote
     first.close()
     second = JsonlSink(path, 3)
     second.write({"kind": "train", "step": 4})
     second.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_metrics_that_cannot_be_written_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--slm-metrics-file .*cannot be written"):
+        JsonlSink(tmp_path / "file" / "metrics.jsonl", 0)
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
+    sink.close()
+    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:  # closing it fails too
+        sink.file = full
+        with pytest.raises(ConfigError, match=r"--slm-metrics-file .*No space left on device"):
+            sink.write({"kind": "train", "step": 1})
 
 
 def test_tensorboard_is_read_back(tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Blends of corpora as words, wherever they stand: on the command line, in a recipe, or in a file of their own.
+
+However a blend is given, the resolved configuration holds its words (prefixes, or weights and prefixes), so that a
+checkpoint tells what its run really read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_slm.config.schema import DataConfig
+from megatron_slm.runtime.errors import ConfigError
+
+BLEND_FILES = (".yaml", ".yml", ".json")
+BLEND_FILE_HELP = "A blend is 'prefix: weight' lines, or a list of prefixes."
+
+
+def blend_words(value: Any, where: str) -> list[str]:
+    """The words of a blend that YAML or JSON describe: a mapping of prefixes to weights, a list, or a line.
+
+    Raises:
+        ConfigError: it is none of these; ``where`` is named in the message.
+    """
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        pairs = [(_weight(weight, f"{where}, {prefix}"), str(prefix)) for prefix, weight in value.items()]
+        return [word for pair in pairs for word in pair]
+    if isinstance(value, list):
+        if any(isinstance(word, list | dict) for word in value):
+            raise ConfigError(f"{where} should be a list of prefixes or weights and prefixes, not of {value!r}.")
+        return [str(word) for word in value]
+    return str(value).split()
+
+
+def _weight(value: Any, where: str) -> str:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return str(float(value))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: the weight should be a number, not {value!r}. {BLEND_FILE_HELP}") from None
+
+
+def resolve_blends(data: DataConfig) -> None:
+    """Put the words of all blends that stand in files into the settings that hold words.
+
+    Raises:
+        ConfigError: a file that cannot be read or is no blend, or settings that exclude each other.
+    """
+    if data.data_args_path is not None:
+        flag = "--data-args-path"
+        _exclude(flag, {"--data-path": data.data_path, "--train-data-path": data.train_data_path})
+        data.data_path = _text(Path(data.data_args_path), flag).split()
+        if not data.data_path:
+            raise ConfigError(f"{flag} {data.data_args_path} is empty. It holds what --data-path would.")
+        data.data_args_path = None
+    if data.per_split_data_args_path is not None:
+        _resolve_splits(data, data.per_split_data_args_path)
+        data.per_split_data_args_path = None
+    data.data_path = _from_file(data.data_path, "--data-path")
+    data.train_data_path = _from_file(data.train_data_path, "--train-data-path")
+    for name, words in data.valid_data_path.items():
+        data.valid_data_path[name] = _from_file(words, f"--valid-data-path {name}")
+
+
+def _resolve_splits(data: DataConfig, path: str) -> None:
+    flag = "--per-split-data-args-path"
+    given = {"--data-path": data.data_path, "--train-data-path": data.train_data_path}
+    _exclude(flag, {**given, "--valid-data-path": data.valid_data_path})
+    splits = _read(Path(path), flag)
+    if not isinstance(splits, dict) or not splits.get("train") or set(splits) - {"train", "valid", "test"}:
+        raise ConfigError(f"{flag} {path} should hold an object with the keys train and valid, each a blend.")
+    if splits.get("test"):
+        raise ConfigError(f"{flag} {path}: the key test is not taken here. Make it a set of --valid-data-path.")
+    data.train_data_path = blend_words(splits["train"], f"{flag} {path}: train")
+    if valid := blend_words(splits.get("valid"), f"{flag} {path}: valid"):
+        data.valid_data_path = {"valid": valid}
+
+
+def _exclude(flag: str, others: dict[str, Any]) -> None:
+    for other, value in others.items():
+        if value:
+            raise ConfigError(f"{flag} and {other} were both given. Give one.")
+
+
+def _from_file(words: list[str], flag: str) -> list[str]:
+    if len(words) != 1 or not words[0].endswith(BLEND_FILES):
+        return words
+    where = f"{flag} {words[0]}"
+    found = blend_words(_read(Path(words[0]), flag), where)
+    if not found:
+        raise ConfigError(f"{where} is empty. {BLEND_FILE_HELP}")
+    return found
+
+
+def _read(path: Path, flag: str) -> Any:
+    text = _text(path, flag)
+    try:
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=_unique)
+        return yaml.load(text, _UniqueLoader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error}. {BLEND_FILE_HELP}") from error
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{flag} {path} is not a text file.") from error
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
+    return found
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """YAML whose mappings name each key once; PyYAML itself would take the last and say nothing."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    parts = [[loader.construct_object(part, deep=True) for part in pair] for pair in node.value]
+    return _unique([(key, value) for key, value in parts])
+
+
+_UniqueLoader.add_constructor("tag:yaml.org,2002:map", _mapping)

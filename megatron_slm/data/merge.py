@@ -1,0 +1,224 @@
+"""Makes one corpus of many, in order: the bytes that one machine would have written, with bounded memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_slm.data.corpus import (
+    CorpusInfo,
+    corpus_info,
+    read_record,
+    record_path,
+    replace_record,
+)
+from megatron_slm.data.index import Index, bin_path, chunks, idx_path, packed_header, partial_prefix, read_index
+from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.errors import ConfigError
+
+COPIED_AT_ONCE = 1 << 26  # bytes
+# Counts of a record are summed; the rest is kept where all agree.
+COUNTS = ("documents", "tokens", "text_bytes", "empty", "blank_lines", "skipped")
+NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote."""
+
+    corpora: int
+    documents: int
+    tokens: int
+    unrecorded: tuple[str, ...]  # inputs without a record, for whose sake the output has none
+
+
+def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
+    """Write the corpora ``prefixes``, one behind the other, as one. It appears under its name only when it is complete.
+
+    Raises:
+        ConfigError: an input is missing, damaged, of another dtype or tokenizer, or is the output; or the output
+            cannot be written. What stood under the output's name is then as it was.
+    """
+    _check_names(prefixes, output_prefix)
+    infos = [_checked(prefix) for prefix in prefixes]
+    record, unrecorded = _merged_record(infos)
+    _check_kinds(infos)
+    partial = partial_prefix(output_prefix)
+    try:
+        _check_space(infos, output_prefix)
+        Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+        write_merged_index(infos, idx_path(partial))
+        with progress("merging", sum(bin_path(prefix).stat().st_size for prefix in prefixes), "B") as bar:
+            _copy_tokens(prefixes, bin_path(partial), bar.advance)
+        for path in (bin_path, idx_path):
+            os.replace(path(partial), path(output_prefix))  # noqa: PTH105
+        if record is None:
+            record_path(output_prefix).unlink(missing_ok=True)  # of a corpus that stood here before
+        else:
+            replace_record(output_prefix, record)
+    except OSError as error:
+        raise ConfigError(
+            f"--output-prefix {output_prefix} cannot be written: {error}. Is the disk full, or the folder read-only? "
+            "The inputs are as they were."
+        ) from error
+    finally:
+        for path in (bin_path, idx_path):
+            with suppress(OSError):
+                path(partial).unlink()
+    return Merged(len(infos), sum(i.documents for i in infos), sum(i.tokens for i in infos), unrecorded)
+
+
+def _check_names(prefixes: Sequence[str], output_prefix: str) -> None:
+    seen: set[str] = set()
+    for prefix in prefixes:
+        if _same(prefix, output_prefix):
+            raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs. Give it another name.")
+        if (real := os.path.realpath(bin_path(prefix))) in seen:
+            raise ConfigError(
+                f"{prefix} is named twice. To draw from a corpus more often, give it more weight in the blend "
+                "(--data-path)."
+            )
+        seen.add(real)
+    if output_prefix.endswith((".bin", ".idx")):
+        raise ConfigError(f"--output-prefix {output_prefix}: give the prefix without {output_prefix[-4:]}.")
+
+
+def _same(prefix: str, other: str) -> bool:
+    return os.path.realpath(bin_path(prefix)) == os.path.realpath(bin_path(other))
+
+
+def _checked(prefix: str) -> CorpusInfo:
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            hint = f" Give the prefix without {path.suffix}." if prefix.endswith((".bin", ".idx")) else ""
+            raise ConfigError(f"{prefix}: {path} is missing.{hint or ' Make this shard first.'}")
+    try:
+        return corpus_info(prefix)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{prefix}: {error} Make this shard again; tools/inspect_dataset.py tells more.") from error
+
+
+def _check_kinds(infos: Sequence[CorpusInfo]) -> None:
+    first = infos[0]
+    for info in infos[1:]:
+        if info.dtype != first.dtype:
+            raise ConfigError(
+                f"{info.prefix} holds ids of dtype {info.dtype}, and {first.prefix} of {first.dtype}: they were made "
+                "with vocabularies of different size. Make them again with one tokenizer."
+            )
+
+
+def _merged_record(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The record of the whole, or None and the inputs that have none.
+
+    Raises:
+        ConfigError: two inputs were made with different tokenizers.
+    """
+    records = [(info, read_record(info.prefix)) for info in infos]
+    known = [(info.prefix, record) for info, record in records if record is not None]
+    for prefix, record in known[1:]:
+        theirs, first = record["tokenizer"], known[0][1]["tokenizer"]
+        if (theirs["fingerprint"], theirs["vocab_size"]) != (first["fingerprint"], first["vocab_size"]):
+            raise ConfigError(
+                f"{prefix} was made with {theirs['name']} of fingerprint {theirs['fingerprint']}, and {known[0][0]} "
+                f"with {first['name']} of fingerprint {first['fingerprint']}. Make them again with one tokenizer."
+            )
+    if len(known) < len(records):
+        return None, tuple(info.prefix for info, record in records if record is None)
+    merged = {key: value for key, value in known[0][1].items() if all(r.get(key) == value for _, r in known)}
+    for key in COUNTS:
+        if all(isinstance(record.get(key), int) for _, record in known):
+            merged[key] = sum(record[key] for _, record in known)
+    merged |= {"documents": sum(info.documents for info in infos), "tokens": sum(info.tokens for info in infos)}
+    return merged, ()
+
+
+def _check_space(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
+    wanted = sum(bin_path(info.prefix).stat().st_size + idx_path(info.prefix).stat().st_size for info in infos)
+    place = Path(output_prefix).absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if wanted > free:
+        raise ConfigError(
+            f"--output-prefix {output_prefix} needs {wanted:,} bytes, and {free:,} are free there. Free some, or give "
+            "another disk."
+        )
+
+
+def _copy_tokens(prefixes: Sequence[str], target: Path, advance: Callable[[float], None]) -> None:
+    with target.open("wb", buffering=0) as output:
+        for prefix in prefixes:
+            with bin_path(prefix).open("rb", buffering=0) as source:
+                left = os.fstat(source.fileno()).st_size
+                while left:
+                    done = _copy(source, output, min(left, COPIED_AT_ONCE))
+                    if done == 0:
+                        raise OSError(errno.EIO, f"{bin_path(prefix)} became shorter while it was copied")
+                    left -= done
+                    advance(done)
+        os.fsync(output.fileno())
+
+
+def _copy(source: IO[bytes], output: IO[bytes], count: int) -> int:
+    """Copy up to ``count`` bytes, inside the kernel where it can (it then shares blocks where the file system can)."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), output.fileno(), count)
+        except OSError as error:
+            if error.errno not in NO_RANGE_COPY:
+                raise
+    data = source.read(count)
+    view = memoryview(data)
+    while view:
+        view = view[output.write(view) :]
+    return len(data)
+
+
+def write_merged_index(infos: Sequence[CorpusInfo], target: Path) -> None:
+    """Write the index of corpora, one behind the other, as Megatron-Core's builder would.
+
+    Raises:
+        ConfigError: the pointers of an input are not the sums of its lengths, so that its tokens lie otherwise.
+    """
+    sequences, documents = sum(info.sequences for info in infos), sum(info.documents for info in infos)
+    with target.open("wb") as file:
+        file.write(packed_header(infos[0].dtype, sequences, documents))
+        for info in infos:  # an index is opened anew for each array: there may be more shards than open files
+            for part in chunks(read_index(info.prefix).lengths):
+                file.write(part.tobytes())
+        begin = 0
+        for info in infos:
+            begin = _write_pointers(read_index(info.prefix), begin, file)
+        file.write(bytes(8))  # the first document begins at the first sequence
+        first = 0
+        for info in infos:
+            for part in chunks(read_index(info.prefix).boundaries[1:]):
+                file.write((part + first).tobytes())
+            first += info.sequences
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_pointers(index: Index, begin: int, file: IO[bytes]) -> int:
+    """Write the byte offset of each sequence of a corpus that begins at byte ``begin``; where the next one begins."""
+    own = 0
+    for lengths, pointers in zip(chunks(index.lengths), chunks(index.pointers), strict=True):
+        ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize + own
+        starts = np.concatenate([[own], ends[:-1]])
+        if not np.array_equal(starts, pointers):
+            raise ConfigError(
+                f"{index.prefix}: the offsets in {idx_path(index.prefix)} are not those of its lengths. Look at it "
+                "with tools/inspect_dataset.py --check, and make this shard again."
+            )
+        file.write((starts + begin).tobytes())
+        own = int(ends[-1])
+    return begin + own

@@ -1,0 +1,65 @@
+"""The engine ``torch``: the definition of linear cross-entropy, with all logits in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
+from megatron_slm.objective.linear_cross_entropy.head import LMHead
+from megatron_slm.objective.linear_cross_entropy.shard import Shard, gather_sequence, reduce_hidden_gradient
+from megatron_slm.objective.threshold import all_reduce_sum
+
+
+def full_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, head: LMHead, shard: Shard, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Token losses and entropies as the one function describes them."""
+    whole = _WholeHidden.apply(hidden, head.group, head.sequence_parallel)
+    logits = F.linear(whole, weight)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    loss = vocab_parallel_token_loss(logits, labels, head.group, shard.vocab_size)
+    entropy = vocab_parallel_entropy(logits.detach(), head.group, shard.vocab_size) if with_entropy else None
+    if head.z_loss:
+        lse = loss + _label_logit(logits, labels, shard)
+        term = head.z_loss * lse.square()
+        loss = loss + (term - term.detach())  # a gradient without a value
+    return loss, entropy
+
+
+def _label_logit(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
+    here = labels - shard.first
+    elsewhere = (here < 0) | (here >= shard.size)
+    taken = logits.float().gather(-1, here.masked_fill(elsewhere, 0)[..., None]).squeeze(-1)
+    return _SumOverShards.apply(taken.masked_fill(elsewhere, 0.0), shard.group)
+
+
+class _WholeHidden(torch.autograd.Function):
+    """Hidden states as every vocabulary shard needs them; the gradient is summed over the shards."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: ProcessGroup | None, sequence_parallel: bool) -> Tensor:
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        whole = gather_sequence(hidden, group, sequence_parallel)
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_hidden_gradient(gradient.clone(), ctx.group, ctx.sequence_parallel), None, None
+
+
+class _SumOverShards(torch.autograd.Function):
+    """A sum over the group whose gradient is the same on every rank already."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup | None) -> Tensor:
+        return all_reduce_sum(part.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

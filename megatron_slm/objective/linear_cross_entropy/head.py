@@ -1,0 +1,32 @@
+"""Settings of an LM head and of how its cross-entropy is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+ENGINES = ("torch", "chunked", "triton")
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """Settings of an LM head and its cross-entropy, the same for every micro-batch."""
+
+    group: ProcessGroup | None = None  # tensor-parallel ranks, in the order of their vocabulary shards
+    vocab_size: int | None = None  # entries of the vocabulary before padding; None: there is no padding
+    sequence_parallel: bool = False  # hidden states come as [s / tp, b, h], this rank's part of the sequence
+    softcap: float | None = None  # c of c · tanh(z / c)
+    z_loss: float = 0.0  # ζ
+    engine: str = "chunked"
+    block_bytes: int | None = None  # largest block of logits; None: a fitting one for device and size
+    kept_bytes: int = 0  # logits of a micro-batch up to this size are kept for the backward pass
+
+
+class TokenLosses(NamedTuple):
+    """What the head says of each token; both fp32, the same on every rank of the tensor-parallel group."""
+
+    loss: Tensor  # [s, b], with its graph
+    entropy: Tensor | None  # [s, b], nats, of the next-token distribution; no gradient

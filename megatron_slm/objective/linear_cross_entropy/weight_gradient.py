@@ -1,0 +1,50 @@
+"""The gradient of the LM head's weight, added up where Megatron-Core wants it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CPU_ROWS = 4096  # of a bf16 product that is added to an fp32 sum on a CPU
+
+
+class WeightGradient:
+    """Adds up the parts of one weight's gradient: in its ``main_grad`` where it has one, else in memory of its own.
+
+    Megatron-Core's DDP gives every parameter a ``main_grad`` and adds ``grad`` to it in a hook, unless
+    ``grad_added_to_main_grad`` says that this was done. The hook still wants a gradient from autograd, so a
+    placeholder of no meaning is returned then; zeros where the weight says ``zero_out_wgrad``, as a tied embedding
+    does, whose own gradient autograd adds to the placeholder (tensor_parallel/layers.py of Megatron-Core).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.is_fused = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+        self.sum: Tensor = weight.main_grad if self.is_fused else torch.zeros_like(weight)  # type: ignore[attr-defined]
+
+    def add_product(self, entries: slice, logit_gradient: Tensor, hidden: Tensor, factor: float = 1.0) -> None:
+        """Add factor · [n, w]ᵀ [n, h] to the rows ``entries`` of the gradient."""
+        add_product(self.sum[entries], logit_gradient.t(), hidden, factor)
+
+    def add(self, part: Tensor, factor: float) -> None:
+        """Add ``factor`` times a whole gradient [V / tp, h]."""
+        self.sum.add_(part, alpha=factor)
+
+    def result(self) -> Tensor:
+        """What autograd is to get for the weight."""
+        if not self.is_fused:
+            return self.sum
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
+        return make(self.weight)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    """total [m, h] += factor · left [m, n] · right [n, h]; ``total`` may be fp32 where the factors are bf16."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=factor)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
+    else:  # in parts, so that the product takes little memory
+        for start in range(0, total.size(0), CPU_ROWS):
+            total[start : start + CPU_ROWS].add_(left[start : start + CPU_ROWS] @ right, alpha=factor)

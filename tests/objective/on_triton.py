@@ -1,0 +1,56 @@
+"""The engine ``triton`` against the definition. Run by test_triton.py: under Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from test_linear_cross_entropy import SELECTIONS, TOLERANCE, VARIANTS, VOCAB, assert_agrees, expected, make, run
+
+from megatron_slm.objective.linear_cross_entropy import triton_blocks
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+MODES = {
+    "recompute": {},
+    "small blocks": {"block_bytes": 900},
+    "kept": {"kept_bytes": 1 << 20},
+    "some early": {"threshold": 3.5, "block_bytes": 3000},
+}
+
+
+CASES = [
+    ("recompute", "plain", torch.float32, 32),
+    ("recompute", "both", torch.float32, 4096),
+    ("recompute", "both", torch.bfloat16, 32),
+    ("small blocks", "plain", torch.bfloat16, 4096),
+    ("kept", "both", torch.float32, 4096),
+    ("some early", "both", torch.float32, 4096),
+    ("some early", "plain", torch.bfloat16, 32),
+]
+
+
+@pytest.mark.parametrize(("mode", "variant", "dtype", "tile"), CASES, ids=str)
+def test_agrees_with_the_definition(
+    mode: str, variant: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that are wider than a row, and rows of several tiles, the last of them not full."""
+    monkeypatch.setattr(triton_blocks, "LARGEST_TILE", tile)
+    data = {name: value.to(DEVICE) for name, value in make(dtype).items()}
+    got = {name: value.cpu() for name, value in run(data, engine="triton", **MODES[mode], **VARIANTS[variant]).items()}
+    assert_agrees(got, expected(make(dtype), **VARIANTS[variant]), TOLERANCE[dtype])
+    assert bool((got["weight"][VOCAB:] == 0).all()), "the padding got a gradient"
+
+
+@pytest.mark.parametrize("selection", ["all", "none"])
+def test_everything_and_nothing_selected(selection: str) -> None:
+    data = make(share=SELECTIONS[selection])
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton")
+    assert_agrees({name: value.cpu() for name, value in got.items()}, expected(data), 1e-5)
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    data = make()
+    data["hidden"][2, 1, 3] = torch.nan
+    loss = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton")["loss"]
+    assert loss.isnan().nonzero().tolist() == [[2, 1]]

@@ -1,0 +1,113 @@
+"""The command line of scoring: what it makes, and what it refuses with exit code 2 before anything is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import command, launch, make_corpus, records
+
+from megatron_slm.data.scores import Sidecar
+
+TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tool")
+    launch(command(make_corpus(folder / "corpus", 1), folder / "rm", train_iters=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("score_corpus", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def argv(folder: Path, corpus: Path, **flags: Any) -> list[str]:
+    words = {"reference_load": folder / "rm", "data_path": corpus / "corpus_text_document", "reference_scores": "new"}
+    words |= flags
+    return [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_score_then_train(workspace: Path) -> None:
+    """The two commands of the documentation, each as a program of its own."""
+    made = subprocess.run(
+        [sys.executable, str(TOOL), *argv(workspace, workspace, reference_scores="once"), "--entropy"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    path = workspace / "corpus_text_document.once.scores"
+    tokens = (workspace / "corpus_text_document.bin").stat().st_size // 2
+    assert f"{path}: {tokens:,} tokens" in made.stdout and "tokens/s" in made.stdout
+    assert Sidecar(path).header.tokens == tokens
+    corpus = str(workspace / "corpus_text_document")
+    launch(command(corpus, workspace / "slm", train_iters=2, objective="slm", reference_scores="once"))
+    assert [record["share_selected"] for record in records(workspace / "slm")] == pytest.approx([0.6, 0.6], abs=0.01)
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"reference_load": "/nowhere"}, "--reference-load /nowhere: there is no such folder"),
+    ({"reference_ckpt_step": 7}, "iter_0000007 is not a complete checkpoint"),
+    ({"data_path": "/nowhere"}, "--data-path /nowhere: /nowhere.bin is missing"),
+    ({"stride": 0}, "--stride is 0, and must be from 1 to 32, the model's --seq-length"),
+    ({"stride": 33}, "--stride is 33, and must be from 1 to 32"),
+    ({"micro_batch_size": 0}, "--micro-batch-size is 0, and must be above 0"),
+    ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size is -1"),
+    ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: give the name alone"),
+    ({"tensor_model_parallel_size": 2}, "1 processes were started"),
+    ({"reference_scores": "/proc/rm"}, "/proc/corpus_text_document.rm.scores.partial cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSALS, ids=lambda value: str(value)[:60])
+def test_flags_are_refused(
+    workspace: Path,
+    tmp_path: Path,
+    tool: Any,
+    capsys: pytest.CaptureFixture[str],
+    flags: dict[str, Any],
+    message: str,
+) -> None:
+    _copy(workspace, tmp_path)
+    refused(tool, capsys, tmp_path, argv(workspace, tmp_path, **flags), message)
+
+
+def test_what_does_not_fit_is_refused(
+    workspace: Path, tmp_path: Path, tool: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _copy(workspace, tmp_path)
+    record = tmp_path / "corpus_text_document.json"
+    facts = json.loads(record.read_text())
+    facts["tokenizer"]["fingerprint"] = "another"
+    record.write_text(json.dumps(facts))
+    refused(tool, capsys, tmp_path, argv(workspace, tmp_path), "fingerprint another, and this run has ByteTokenizer")
+    record.unlink()
+    broken = tmp_path / "corpus_text_document.bin"
+    broken.write_bytes(broken.read_bytes()[:-2])
+    refused(tool, capsys, tmp_path, argv(workspace, tmp_path), "its index promises")
+
+
+def _copy(workspace: Path, folder: Path) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(workspace / f"corpus_text_document{suffix}", folder)
+
+
+def refused(tool: Any, capsys: pytest.CaptureFixture[str], folder: Path, words: list[str], message: str) -> None:
+    before = set(folder.rglob("*"))
+    assert tool.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error, error
+    assert set(folder.rglob("*")) == before, "something was written"

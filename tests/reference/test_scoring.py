@@ -1,0 +1,274 @@
+"""Scoring a corpus: equal to the model run by hand, for any layout; goes on after a kill; selects as the model does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import command, launch, make_corpus
+
+from megatron_slm.config.schema import DataConfig, ParallelConfig, ReferenceConfig
+from megatron_slm.data import score_writer
+from megatron_slm.data.batches import BatchShape, BatchStream
+from megatron_slm.data.corpus import check_corpus
+from megatron_slm.data.datasets import build_datasets
+from megatron_slm.data.score_sets import open_scores
+from megatron_slm.data.scored_samples import ScoredSamples, label_places
+from megatron_slm.data.scores import Sidecar, sidecar_path
+from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
+from megatron_slm.objective.policy import parse_policy
+from megatron_slm.objective.selective_loss import Selector, selective_loss
+from megatron_slm.reference.replica import ReferenceReplica
+from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
+from megatron_slm.reference.windows import Documents, as_micro_batch, span
+from megatron_slm.runtime import process
+from megatron_slm.runtime.console import make_console
+from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.training.step import as_tokens
+
+WINDOW = 32
+TOKENIZER = ByteTokenizer(TokenizerFiles())
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a reference model, and a model that was trained less."""
+    folder = tmp_path_factory.mktemp("scoring")
+    corpus = make_corpus(folder / "corpus", 1, documents=12)
+    launch(command(corpus, folder / "rm", train_iters=12))
+    launch(command(make_corpus(folder / "other", 2), folder / "base", train_iters=4))
+    return folder
+
+
+def job(folder: Path, name: str, *, tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> ScoringJob:
+    return ScoringJob(
+        reference=ReferenceConfig(reference_load=str(folder / "rm")),
+        corpora=[str(folder / "corpus_text_document")],
+        name=name,
+        parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp),
+        **{"micro_batch_size": 2, "chunk_tokens": 700, "seconds_between_records": 0, **settings},
+    )
+
+
+@contextlib.contextmanager
+def started(own: ScoringJob) -> Any:
+    parallel = own.parallel
+    layout = ParallelLayout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield process.start(layout)
+    finally:
+        process.stop()
+
+
+def _score(rank: int, world_size: int, own: ScoringJob, dies_at: int = 0) -> None:
+    if dies_at:
+        _die_at(dies_at)
+    with started(own) as groups:
+        score_corpora(own, TOKENIZER, groups, make_console(False))
+
+
+def score(own: ScoringJob, world_size: int = 1) -> Sidecar:
+    run_ranks(_score, world_size, own, initialise=False)
+    return Sidecar(sidecar_path(own.corpora[0], own.name))
+
+
+def codes(sidecar: Sidecar) -> np.ndarray:
+    return np.fromfile(sidecar.path, np.uint8)[4096:].astype(int)
+
+
+def _by_hand(rank: int, world_size: int, own: ScoringJob) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and entropies from one forward pass per window and text, without packing."""
+    with started(own) as groups:
+        config = reference_config(own)
+        model = ReferenceReplica(config, TOKENIZER, groups, with_entropy=True)
+        corpus = check_corpus(own.corpora[0], "--data-path")
+        ids = np.fromfile(f"{corpus.prefix}.bin", corpus.dtype)
+        rule = own.rule(WINDOW)
+        texts = [(0, corpus.tokens)] if own.context == "stream" else list(Documents(corpus).beginning_in(0, 1 << 40))
+        found = np.full((2, corpus.tokens), np.nan)
+        for begin, end in texts:
+            number = 0
+            while np.isnan(found[0, begin:end]).any():
+                each = span(begin, end, number, rule)
+                batch = as_micro_batch([[each]], ids, 1, WINDOW, TOKENIZER.eod, packed=False)
+                scores = model.score([batch])[0]
+                assert scores.entropy is not None
+                for row, values in enumerate((scores.loss, scores.entropy)):
+                    known = values[0, : len(each)].numpy()
+                    fresh = np.isnan(found[row, each.start : each.stop])
+                    found[row, each.start : each.stop][fresh] = known[fresh]
+                number += 1
+        return found[0], found[1]
+
+
+@pytest.mark.parametrize(("context", "stride", "width"), [("document", 20, 1), ("stream", 32, 2), ("document", 9, 2)])
+def test_scores_are_the_models(workspace: Path, context: str, stride: int, width: int) -> None:
+    own = job(
+        workspace, f"hand-{context}-{stride}", context=context, stride=stride, score_bytes=width, with_entropy=True
+    )
+    sidecar = score(own)
+    losses, entropies = run_ranks(_by_hand, 1, own, initialise=False)[0]
+    header, tokens = sidecar.header, sidecar.header.tokens
+    below = losses <= header.loss.ceiling
+    assert header.clamped == (~below).sum() and below.mean() > 0.99
+    assert np.abs(sidecar.losses(0, tokens) - losses)[below].max() <= header.loss.max_error + 1e-4
+    assert header.entropy is not None
+    assert np.abs(sidecar.entropies(0, tokens) - entropies).max() <= header.entropy.max_error + 1e-4
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Path) -> Sidecar:
+    """What one process makes, with windows that overlap and entropies."""
+    return score(job(workspace, "alone", with_entropy=True))
+
+
+def test_data_parallel_ranks_make_the_same_bytes(workspace: Path, alone: Sidecar) -> None:
+    two = score(job(workspace, "dp2", with_entropy=True), 2)
+    assert two.path.read_bytes() == alone.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [({"tp": 2}, 2), ({"pp": 2}, 2), ({"tp": 2, "sp": True}, 2), ({"tp": 2, "pp": 2}, 4)],
+    ids=str,
+)
+def test_every_layout_agrees(workspace: Path, alone: Sidecar, settings: dict[str, Any], world_size: int) -> None:
+    """A value that lies between two codes may fall on either side where sums are taken in another order."""
+    name = "".join(f"{key}{value}" for key, value in settings.items()) + str(world_size)
+    other = score(job(workspace, name, with_entropy=True, **settings), world_size)
+    assert other.header == alone.header
+    difference = np.abs(codes(other) - codes(alone))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_micro_batch_and_chunks_do_not_matter(workspace: Path, alone: Sidecar) -> None:
+    other = score(job(workspace, "cut", with_entropy=True, micro_batch_size=5, chunk_tokens=10**6))
+    assert np.abs(codes(other) - codes(alone)).max() <= 1
+
+
+def _die_at(count: int) -> None:
+    """End this process without a word at its ``count``-th write to disk, records of progress included."""
+    real, left = os.fsync, [count]
+
+    def fsync(file: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(file)
+
+    score_writer.os.fsync = fsync  # type: ignore[assignment]
+
+
+def test_goes_on_after_kills(workspace: Path, alone: Sidecar) -> None:
+    """Killed at five moments in a row, ended by two ranks; the bytes are those of one job that was left alone."""
+    own = job(workspace, "killed", with_entropy=True)
+    path = sidecar_path(own.corpora[0], own.name)
+    done = []
+    for dies_at in (1, 3, 4, 5, 8):
+        with pytest.raises(AssertionError, match="died without a word"):
+            run_ranks(_score, 1, own, dies_at, initialise=False)
+        assert not path.is_file()
+        record = path.with_name(f"{path.name}.progress")
+        done.append(record.read_text() if record.is_file() else "")
+    assert len(set(done)) > 3, "the kills came at different places"
+    assert score(replace(own, micro_batch_size=2), 2).path.read_bytes() == alone.path.read_bytes()
+    assert not list(path.parent.glob(f"{path.name}.*"))
+
+
+def test_what_is_finished_is_kept(workspace: Path, alone: Sidecar) -> None:
+    before = alone.path.stat().st_mtime_ns
+    assert score(job(workspace, "alone", with_entropy=True)).path.stat().st_mtime_ns == before
+    with pytest.raises(AssertionError, match="was made with another entropy"):
+        score(job(workspace, "alone"))
+
+
+def _selections(rank: int, world_size: int, own: ScoringJob, corpus: str) -> tuple[int, int, int, float]:
+    """Tokens, tokens on which the two selections differ, tokens selected, and the largest distance from the threshold
+    of the excess loss of one that differs."""
+    with started(own) as groups:
+        model = ReferenceReplica(reference_config(own), TOKENIZER, groups, with_entropy=False)
+        trained = replace(
+            own, reference=ReferenceConfig(reference_load=own.reference.reference_load.replace("rm", "base"))
+        )
+        learner = ReferenceReplica(reference_config(trained), TOKENIZER, groups, with_entropy=False)
+        return _compare(own, corpus, groups, model, learner)
+
+
+def _compare(
+    own: ScoringJob, corpus: str, groups: Groups, model: ReferenceReplica, learner: ReferenceReplica
+) -> tuple[int, int, int, float]:
+    data = DataConfig(data_path=[corpus])
+    source = ReferenceConfig(reference_scores=[own.name])
+    scores = open_scores(source, data, TOKENIZER, with_entropy=False)
+    dataset = _second_document_first(data)
+    in_windows = [
+        number
+        for number in range(len(dataset))
+        if len(places := list(label_places(dataset, number))) == 1 and places[0][0] % WINDOW == 0
+    ]
+    scored = torch.utils.data.Subset(ScoredSamples(dataset, scores), in_windows)
+    shape = BatchShape(32, 1, 0, 1)
+    stream = BatchStream(scored, shape, device=groups.device)
+    selector = Selector(parse_policy("excess"), group=groups.dp_cp)
+    tokens = differ = selected = 0
+    farthest = 0.0
+    for _ in range(len(in_windows) // 32):
+        [batch] = next(stream)
+        [beside], [loss] = model.score([batch]), learner.score([batch])
+        assert batch.reference_loss is not None
+        one, two = (
+            selective_loss(as_tokens(batch, loss.loss, reference), selector, 0.6)
+            for reference in (beside, replace(beside, loss=batch.reference_loss))
+        )
+        tokens, selected = tokens + one.selected.numel(), selected + int(one.selected.sum())
+        other = one.selected != two.selected
+        differ += int(other.sum())
+        distance = (loss.loss - beside.loss - one.threshold).abs()
+        farthest = max(farthest, float(distance[other].max()) if other.any() else 0.0)
+    return tokens, differ, selected, farthest
+
+
+def _second_document_first(data: DataConfig) -> Any:
+    """Samples of a corpus of two documents, in an order of documents that begins with the second."""
+    for seed in range(50):
+        dataset: Any = build_datasets(
+            data, tokenizer=TOKENIZER, seq_length=WINDOW, train_samples=1, valid_samples=0, seed=seed
+        ).train
+        if dataset.document_index[0] == 1:
+            return dataset
+    raise AssertionError("no seed of fifty puts the second document first")
+
+
+@pytest.mark.parametrize(("width", "most"), [(1, 0.03), (2, 0.0005)])
+def test_selects_as_the_model_beside_it_does(workspace: Path, width: int, most: float) -> None:
+    """In the same context: the first document ends one token before a window does, and the second, which comes first
+    in training, is cut into samples at the very places at which the scoring windows are cut."""
+    ids = np.fromfile(workspace / "corpus_text_document.bin", np.uint16)
+    corpus = str(workspace / "two")
+    _two_documents(corpus, ids)
+    own = job(workspace, f"same{width}", context="stream", stride=WINDOW, score_bytes=width)
+    own = replace(own, corpora=[corpus])
+    error = score(own).header.loss.max_error
+    tokens, differ, selected, farthest = run_ranks(_selections, 1, own, corpus, initialise=False)[0]
+    assert tokens > 1500 and selected == pytest.approx(0.6 * tokens, abs=10)
+    assert differ <= most * tokens, f"{differ} of {tokens} tokens"
+    assert farthest <= 2 * error, "a token was exchanged that was not at the threshold"
+
+
+def _two_documents(prefix: str, ids: np.ndarray) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for part in (ids[: WINDOW - 1], ids[WINDOW - 1 :]):
+        builder.add_document(torch.from_numpy(part.astype(np.int32)), [len(part)])
+    builder.finalize(f"{prefix}.idx")

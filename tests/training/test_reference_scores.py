@@ -1,0 +1,209 @@
+"""Training from score sidecars: the same on every layout, from several, and refused where they do not belong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from tiny import command, launch, make_corpus, records
+
+from megatron_slm.config.schema import ParallelConfig, ReferenceConfig
+from megatron_slm.data.scores import HEADER_BYTES
+from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
+from megatron_slm.pretrain import main
+from megatron_slm.reference.scoring import ScoringJob, score_corpora
+from megatron_slm.runtime import process
+from megatron_slm.runtime.console import make_console
+from megatron_slm.runtime.groups import ParallelLayout
+
+
+def _score(rank: int, world_size: int, jobs: list[ScoringJob]) -> None:
+    groups = process.start(ParallelLayout())
+    for job in jobs:
+        score_corpora(job, ByteTokenizer(TokenizerFiles()), groups, make_console(False))
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two corpora, two reference models, a base model, and sidecars: rm and other on both corpora, plain on one."""
+    folder = tmp_path_factory.mktemp("sidecars")
+    one, two = make_corpus(folder / "one", 1), make_corpus(folder / "two", 2)
+    for name, corpus, steps in (("rm", two, 4), ("other", one, 2), ("base", one, 2)):
+        launch(command(corpus, folder / name, train_iters=steps))
+    jobs = [
+        _job(folder, "rm", "rm", [one, two], with_entropy=True),
+        _job(folder, "other", "other", [one, two], with_entropy=True),
+        _job(folder, "plain", "rm", [one]),
+        _job(folder, "mixed", "rm", [one]),
+        _job(folder, "mixed", "other", [two]),
+        _job(folder, "stride", "rm", [one]),
+        _job(folder, "stride", "rm", [two], stride=8),
+    ]
+    run_ranks(_score, 1, jobs, initialise=False)
+    launch(slm(folder, "alone"))
+    return folder
+
+
+def _job(folder: Path, name: str, model: str, corpora: list[str], **settings: Any) -> ScoringJob:
+    reference = ReferenceConfig(reference_load=str(folder / model))
+    return ScoringJob(reference, corpora, name, ParallelConfig(), **settings)
+
+
+def blend(folder: Path) -> list[str]:
+    return ["0.6", str(folder / "one_text_document"), "0.4", str(folder / "two_text_document")]
+
+
+def slm(folder: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1, **flags: Any) -> list[str]:
+    """A run on the blend from two sidecars, by excess loss and entropy."""
+    settings = {
+        "data_path": blend(folder),
+        "objective": "slm",
+        "slm_score": "excess:0.7 and reference-entropy:0.8",
+        "reference_scores": ["rm", "other"],
+        "reference_combine": "min",
+        "train_iters": 3,
+        "load": folder / "base",
+        "finetune": True,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        **flags,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    return command("", None if save is None else folder / save, dp=dp, **given)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int) -> None:
+    name = f"tp{tp}pp{pp}dp{dp}"
+    launch(slm(workspace, name, tp, pp, dp), 2)
+    for one, many in zip(records(workspace / "alone"), records(workspace / name), strict=True):
+        assert 0.3 < many["share_selected"] < 0.8
+        assert many["selection"] == one["selection"], "another set of tokens was selected"
+        for figure in ("loss", "loss_all", "loss_unselected", "threshold", "grad_norm"):
+            assert many[figure] == pytest.approx(one[figure], rel=2e-4, abs=2e-5), figure
+
+
+def test_weights_choose_the_reference_model(workspace: Path) -> None:
+    """Nearly all the weight on one sidecar selects as that sidecar alone does, and not as the other."""
+    common: dict[str, Any] = {"slm_score": "reference-loss", "train_iters": 1}
+    for name, scores, combine in (
+        ("one", ["rm"], None),
+        ("two", ["other"], None),
+        ("weighted", ["rm", "other"], "1,1e-12"),
+    ):
+        launch(slm(workspace, name, **common, reference_scores=scores, reference_combine=combine))
+    one, two, weighted = (records(workspace / name)[0]["selection"] for name in ("one", "two", "weighted"))
+    assert weighted == one != two
+
+
+def test_no_forward_pass_is_counted(workspace: Path) -> None:
+    """The model's FLOP/s of a run with sidecars are those of plain training."""
+    launch(command("", workspace / "clm", data_path=blend(workspace), train_iters=1))
+    clm, slm_run = (records(workspace / name)[0] for name in ("clm", "alone"))
+    flops = [record["tflops"] / record["tokens_per_second"] for record in (clm, slm_run)]
+    assert flops[0] == pytest.approx(flops[1], rel=1e-9)
+
+
+def test_dry_run_shows_the_sidecars(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(slm(workspace, None, dry_run=True)) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "sidecars rm, other, combined by min: no forward pass of a reference model" in shown
+
+
+REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"reference_load": "rm"}, ["--reference-load and --reference-scores were both given"]),
+    ({"objective": "clm"}, ["--reference-scores has no effect with --objective clm"]),
+    ({"reference_scores": ["rm", "rm"]}, ["--reference-scores names rm twice"]),
+    ({"reference_scores": ["rm.scores", "other"]}, ["--reference-scores rm.scores: give the name alone"]),
+    ({"reference_scores": ["rm"]}, ["--reference-combine min has no effect without two"]),
+    ({"reference_combine": "most"}, ["--reference-combine should be mean, min, or weights"]),
+    ({"reference_combine": "1,2,3"}, ["--reference-combine 1,2,3 has 3 weights"]),
+    ({"reference_combine": "1,-2"}, ["--reference-combine 1,-2: every weight must be above 0"]),
+    ({"reference_scores": ["rm", "absent"]}, ["one_text_document.absent.scores is missing. Make it with tools/score"]),
+    ({"reference_scores": ["rm", "/no/rm2"]}, ["/no/one_text_document.rm2.scores is missing"]),
+    ({"slm_score": "excess", "reference_scores": ["rm", "plain"]}, ["two_text_document.plain.scores is missing"]),
+    (
+        {"slm_score": "excess", "reference_scores": ["rm", "mixed"]},
+        ["one_text_document.mixed.scores was made with the reference model", "All"],
+    ),
+    ({"slm_score": "excess", "reference_scores": ["rm", "stride"]}, ["stride 16", "stride 8", "must be scored alike"]),
+    (
+        {"data_path": "one", "reference_scores": ["rm", "plain"]},
+        ["one_text_document.plain.scores holds no entropies", "--entropy"],
+    ),
+    ({"reference_scores": None, "reference_combine": None}, ["needs a reference model", "--reference-scores"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "messages"), REFUSALS, ids=lambda value: str(value)[:70])
+def test_flags_are_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], messages: list[str]
+) -> None:
+    if "reference_load" in flags:
+        flags = {"reference_load": workspace / "rm"}
+    if flags.get("data_path") == "one":
+        flags = {**flags, "data_path": [str(workspace / "one_text_document")]}
+    expect_refusal(capsys, messages, slm(workspace, str(tmp_path / "run"), **flags), tmp_path)
+
+
+def _edit_header(path: Path, **facts: Any) -> None:
+    block = path.read_bytes()
+    header = json.loads(block[8:HEADER_BYTES]) | facts
+    path.write_bytes(block[:8] + json.dumps(header).encode().ljust(HEADER_BYTES - 8) + block[HEADER_BYTES:])
+
+
+def _touch_corpus(path: Path) -> None:
+    corpus = path.with_name("one_text_document.bin")
+    content = bytearray(corpus.read_bytes())
+    content[100] ^= 1
+    corpus.write_bytes(bytes(content))
+
+
+DAMAGE: list[tuple[Any, list[str]]] = [
+    (lambda path: path.write_bytes(path.read_bytes()[:-5]), ["bytes, and its header promises"]),
+    (lambda path: path.rename(f"{path}.partial"), ["is not finished yet. Run tools/score_corpus.py"]),
+    (
+        lambda path: _edit_header(path, tokenizer="ByteTokenizer beef"),
+        ["the tokenizer ByteTokenizer beef, and this run"],
+    ),
+    (_touch_corpus, ["was made for a corpus of fingerprint", "one_text_document has"]),
+    (lambda path: path.write_bytes(b"\x89PNG" * 2000), ["is not a score sidecar"]),
+]
+
+
+@pytest.mark.parametrize(("damage", "messages"), DAMAGE, ids=lambda value: str(value)[:40])
+def test_what_does_not_belong_is_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, messages: list[str]
+) -> None:
+    for suffix in (".bin", ".idx", ".json", ".rm.scores"):
+        shutil.copy(workspace / f"one_text_document{suffix}", tmp_path)
+    damage(tmp_path / "one_text_document.rm.scores")
+    argv = slm(
+        workspace,
+        str(tmp_path / "run"),
+        data_path=[str(tmp_path / "one_text_document")],
+        reference_scores=["rm"],
+        reference_combine=None,
+    )
+    expect_refusal(capsys, messages, argv, tmp_path)
+    if damage is _touch_corpus:
+        assert len({word for word in capsys_words(argv, capsys) if len(word.strip(".,")) == 64}) == 2, "both hashes"
+
+
+def capsys_words(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(argv) == 2
+    return capsys.readouterr().err.split()
+
+
+def expect_refusal(capsys: pytest.CaptureFixture[str], messages: list[str], argv: list[str], folder: Path) -> None:
+    before = set(folder.rglob("*"))
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages), error
+    assert "Traceback" not in error
+    assert set(folder.rglob("*")) == before, "something was written"

@@ -1,0 +1,193 @@
+"""Step time of SLM beside plain CLM, in one run: the variants take turns step by step, so that noise hits all alike.
+
+A synthetic corpus, reference models of one step, and a sidecar are made in a temporary folder; then every variant is
+a run of the trainer's own, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = {  # layers, hidden size, heads, sequence length, vocabulary, micro-batch size, global batch size
+    "tiny": (2, 64, 4, 64, 512, 4, 8),
+    "quickstart": (4, 160, 4, 256, 4096, 8, 16),
+    "medium": (8, 512, 8, 512, 16000, 4, 8),
+}
+SLM = ["--objective", "slm", "--slm-selection-ratio", "0.6"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--size", choices=list(SIZES), default="quickstart", help="of the model and the batch")
+    add("--steps", type=int, default=30, help="measured steps of every variant")
+    add("--warmup", type=int, default=3, help="steps of every variant that are not counted")
+    add("--variants", nargs="+", choices=list(variants(Path())), help="default all")
+    add("--output", type=Path, help="JSON file for the result")
+    return parser.parse_args()
+
+
+def variants(folder: Path) -> dict[str, list[str]]:
+    """The flags of every variant, by name; the first is what the others are held against."""
+    return {
+        "CLM": ["--objective", "clm"],
+        "SLM, sidecar": [*SLM, "--reference-scores", "same"],
+        "SLM, RM of a quarter": [*SLM, "--reference-load", str(folder / "quarter")],
+        "SLM, RM of the same size": [*SLM, "--reference-load", str(folder / "same")],
+    }
+
+
+def model_flags(size: str, *, quarter: bool = False) -> list[str]:
+    """The model's flags; a quarter of the size is half as wide, and the layers are as many."""
+    layers, hidden, heads, length, vocabulary, micro, batch = SIZES[size]
+    shape = {"num-layers": layers, "hidden-size": hidden // (2 if quarter else 1), "num-attention-heads": heads}
+    shape |= {"seq-length": length, "vocab-size": vocabulary, "micro-batch-size": micro, "global-batch-size": batch}
+    words = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    words += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
+    words += ["--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    return [*words, "--tokenizer-type", "NullTokenizer", "--lr", "1e-4", "--num-workers", "0", "--eval-iters", "0"]
+
+
+def write_corpus(prefix: Path, size: str, tokens: int) -> None:
+    """Random documents."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    chance = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    while tokens > 0:
+        document = chance.integers(0, SIZES[size][4], int(chance.integers(50, 1500)), dtype=np.uint16)
+        builder.data_file.write(document.tobytes())
+        builder.sequence_lengths.append(len(document))
+        builder.end_document()
+        tokens -= len(document)
+    builder.finalize(f"{prefix}.idx")
+
+
+class Bench:
+    """Builds runs of the trainer in this process, all on one corpus."""
+
+    def __init__(self, size: str, folder: Path, steps: int) -> None:
+        from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+        from megatron_slm.runtime import process
+        from megatron_slm.runtime.groups import ParallelLayout
+
+        self.size, self.folder, self.steps = size, folder, steps
+        self.corpus = folder / "corpus"
+        length, batch = SIZES[size][3], SIZES[size][6]
+        write_corpus(self.corpus, size, (steps + 2) * batch * length)
+        self.tokenizer = build_tokenizer("NullTokenizer", TokenizerFiles(vocab_size=SIZES[size][4]))
+        self.groups = process.start(ParallelLayout())
+
+    def run(self, flags: list[str], *, quarter: bool = False, steps: int | None = None) -> Any:
+        """A run of the trainer's, ready to step."""
+        from megatron_slm.config.checks import check
+        from megatron_slm.config.flags import parse
+        from megatron_slm.runtime.console import make_console
+        from megatron_slm.training.setup import build_run
+
+        words = [*model_flags(self.size, quarter=quarter), *flags, "--data-path", str(self.corpus), "--split", "1,0,0"]
+        config = parse([*words, "--train-iters", str(steps or self.steps)]).config
+        check(config, 1)
+        return build_run(config, self.tokenizer, self.groups, make_console(False))
+
+    def prepare(self) -> None:
+        """Reference models of one step, and the sidecar of one of them."""
+        from megatron_slm.config.schema import ParallelConfig, ReferenceConfig
+        from megatron_slm.reference.scoring import ScoringJob, score_corpora
+        from megatron_slm.runtime.console import make_console
+        from megatron_slm.training.loop import train
+
+        for name in ("same", "quarter"):
+            train(self.run(["--save", str(self.folder / name)], quarter=name == "quarter", steps=1))
+        reference = ReferenceConfig(reference_load=str(self.folder / "same"))
+        job = ScoringJob(
+            reference, [str(self.corpus)], "same", ParallelConfig(), context="stream", stride=SIZES[self.size][3]
+        )
+        score_corpora(job, self.tokenizer, self.groups, make_console(False))
+
+
+def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of every measured step of every variant; reading the batch is a part of the step."""
+    from megatron_slm.data.batches import BatchStream
+    from megatron_slm.runtime.console import progress
+    from megatron_slm.training.step import train_step
+
+    runs = {name: bench.run(variants(bench.folder)[name]) for name in names}
+    streams = {
+        name: BatchStream(run.datasets.train, run.shape, device=bench.groups.device) for name, run in runs.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with progress("measuring", (steps + warmup) * len(names), "steps") as bar:
+        for step in range(steps + warmup):
+            for name in names[step % len(names) :] + names[: step % len(names)]:
+                began = time.perf_counter()
+                batches = next(streams[name])
+                run = runs[name]
+                train_step(
+                    run.trainable, batches, run.selector, ratio=0.6 if "SLM" in name else 1.0, reference=run.reference
+                )
+                if step >= warmup:
+                    seconds[name].append(time.perf_counter() - began)
+                bar.advance()
+    return seconds
+
+
+def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and the median of the ratios of steps that stood side by side."""
+    base = next(iter(seconds.values()))
+    return {
+        name: {
+            "median_seconds": statistics.median(own),
+            "ratio": statistics.median(one / other for one, other in zip(own, base, strict=True)),
+            "seconds": own,
+        }
+        for name, own in seconds.items()
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    names = arguments.variants or list(variants(Path()))
+    names = ["CLM", *(name for name in names if name != "CLM")]
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.software import describe_software
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(arguments.size, Path(folder), arguments.steps + arguments.warmup)
+        try:
+            with quiet():
+                bench.prepare()
+                result = report(measure(bench, names, arguments.steps, arguments.warmup))
+            where = describe_software(bench.groups)
+        finally:
+            process.stop()
+    print(f"{where}\nsize {arguments.size}, {arguments.steps} steps each\n")
+    print("| variant | median step, ms | of CLM's |\n| --- | ---: | ---: |")
+    for name, own in result.items():
+        print(f"| {name} | {own['median_seconds'] * 1e3:.1f} | {own['ratio']:.3f} |")
+    if arguments.output is not None:
+        settings = {"size": arguments.size, "steps": arguments.steps, "software": where}
+        arguments.output.write_text(json.dumps({"settings": settings, "variants": result}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Make one corpus of many, in order; Megatron-LM's flags, and a list of prefixes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_slm.runtime.errors import ConfigError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", metavar="DIR", help="folder of corpora, merged in the order of their names")
+    source.add_argument("--input-prefixes", nargs="+", metavar="P", help="corpora, merged in this order")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the corpus without .bin and .idx")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        from megatron_slm.data.merge import merge_corpora
+        from megatron_slm.data.shard_names import find_shards
+
+        prefixes = arguments.input_prefixes or find_shards(arguments.input, arguments.output_prefix)
+        merged = merge_corpora(prefixes, arguments.output_prefix)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if merged.unrecorded:
+        print(f"no record of the tokenizer was written: {merged.unrecorded[0]} has none", file=sys.stderr)
+    print(
+        f"{arguments.output_prefix}: {merged.documents:,} documents, {merged.tokens:,} tokens of "
+        f"{merged.corpora:,} corpora"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

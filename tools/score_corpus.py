@@ -1,0 +1,121 @@
+"""Score corpora once with a reference model: a sidecar of reference losses beside each, for --reference-scores.
+
+Runs as one process or under torchrun, in any layout. What was begun goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
+from megatron_slm.runtime.errors import ConfigError, DivergedError, report_error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--reference-load", required=True, help="checkpoint of the reference model, made by this trainer")
+    add("--reference-ckpt-step", type=int, help="step of the reference model; default the newest")
+    add("--reference-precision", choices=("fp32", "bf16"), help="default that of the reference model's own run")
+    add("--data-path", nargs="+", required=True, help="corpora, or a blend as for training (its weights do not matter)")
+    add("--reference-scores", required=True, metavar="NAME", help="NAME makes CORPUS.NAME.scores; also FOLDER/NAME")
+    add(
+        "--context",
+        choices=("document", "stream"),
+        default="document",
+        help="text before a token: its document's, or the corpus's",
+    )
+    add("--stride", type=int, help="tokens between scoring windows; default half the model's --seq-length")
+    add("--score-bytes", type=int, choices=(1, 2), default=1, help="bytes of one value")
+    add("--entropy", action="store_true", help="also the entropies, which --slm-score reference-entropy needs")
+    add("--micro-batch-size", type=int, default=8, help="sequences in one forward pass of one data-parallel rank")
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--sequence-parallel", action="store_true")
+    add("--distributed-backend", choices=("nccl", "gloo"), help="default nccl on GPUs, gloo on CPUs")
+    add("--distributed-timeout-minutes", type=int, default=10)
+    add("--tokenizer-model", help="default that of the reference model's own run")
+    add("--vocab-file", help="the same")
+    add("--merge-file", help="the same")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        score(arguments)
+    except (ConfigError, DivergedError) as error:
+        report_error(error)
+        return error.exit_code
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Do what the flags say."""
+    from megatron_slm.data.corpus import check_corpus, check_tokenizer
+    from megatron_slm.data.datasets import parse_blend
+    from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.runtime.groups import ParallelLayout
+
+    job = ScoringJob(
+        reference=ReferenceConfig(
+            reference_load=arguments.reference_load,
+            reference_ckpt_step=arguments.reference_ckpt_step,
+            reference_precision=arguments.reference_precision,
+        ),
+        corpora=parse_blend(arguments.data_path)[0],
+        name=arguments.reference_scores,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+            pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+            sequence_parallel=arguments.sequence_parallel,
+        ),
+        micro_batch_size=arguments.micro_batch_size,
+        context=arguments.context,
+        stride=arguments.stride,
+        score_bytes=arguments.score_bytes,
+        with_entropy=arguments.entropy,
+    )
+    job.check()
+    config = reference_config(job)
+    tokenizer = find_tokenizer(config, arguments)
+    for prefix in job.corpora:
+        check_corpus(prefix, "--data-path")
+        check_tokenizer(prefix, tokenizer, "--data-path")
+    groups = process.start(
+        ParallelLayout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size),
+        backend=arguments.distributed_backend,
+        timeout_minutes=arguments.distributed_timeout_minutes,
+    )
+    try:
+        score_corpora(job, tokenizer, groups, make_console(int(os.environ.get("RANK", 0)) == 0))
+    finally:
+        process.stop()
+
+
+def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Any:
+    """The tokenizer of the reference model's own run, from other files where the flags name some."""
+    from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+
+    data = config.data
+    named = {
+        "tokenizer_model": arguments.tokenizer_model,
+        "vocab_file": arguments.vocab_file,
+        "merge_file": arguments.merge_file,
+    }
+    data = replace(data, **{name: value for name, value in named.items() if value is not None})
+    files = TokenizerFiles(data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size)
+    return build_tokenizer(data.tokenizer_type, files)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
