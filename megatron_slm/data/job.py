@@ -25,6 +25,7 @@ class Job:
     keep_newlines: bool = False
     language: str = "english"
     workers: int = 1
+    word_cache: bool = True  # where the tokenizer allows an exact one; the ids are the same without
     skip_errors: bool = False
     text_document: str = "paragraph"  # what of a .txt file is a document; or "file"
     shard: Shard | None = None

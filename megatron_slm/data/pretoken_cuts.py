@@ -174,7 +174,9 @@ def _special_ids(processor: Settings | None) -> tuple[tuple[int, ...], tuple[int
             raise Uncuttable(f"the post-processor {step['type']} is not known")
         names = [next(iter(part.items())) for part in step["single"]]
         place = [kind for kind, _ in names].index("Sequence")
-        ids = [tuple(step["special_tokens"][part["id"]]["ids"]) if kind == "SpecialToken" else () for kind, part in names]
+        ids = [
+            tuple(step["special_tokens"][part["id"]]["ids"]) if kind == "SpecialToken" else () for kind, part in names
+        ]
         before = sum(ids[:place], ()) + before
         after = after + sum(ids[place:], ())
     return before, after

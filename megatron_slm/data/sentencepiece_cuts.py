@@ -21,7 +21,7 @@ def sentencepiece_cuts(model: Any) -> WordCuts:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model.serialized_model_proto())
     pieces = _merged_pieces(proto)
     normalizer = proto.normalizer_spec

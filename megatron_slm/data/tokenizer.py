@@ -192,9 +192,7 @@ class TikTokenizer(_Identity):
         self.specials = list(specials) if path.suffix == ".json" else []  # looked for in texts
         self.eod = max(specials.values()) if "</s>" not in specials else specials["</s>"]
         self.vocab_size = max(*specials.values(), *ranks.values()) + 1
-        self.model = tiktoken.Encoding(
-            path.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=specials
-        )
+        self.model = tiktoken.Encoding(path.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=specials)
 
     def _own(self, path: Path, files: TokenizerFiles) -> tuple[dict[bytes, int], dict[str, int], str]:
         from tiktoken.load import load_tiktoken_bpe

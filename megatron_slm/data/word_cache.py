@@ -126,7 +126,9 @@ class _CheckedEncoder:
     def __call__(self, text: str) -> bytes:
         ids = self.cached(text)
         if self.texts % self.check_every == 0 and ids != (wanted := self.plain(text)):
-            raise ConfigError(self._difference(text, np.frombuffer(ids, self.dtype), np.frombuffer(wanted, self.dtype)))
+            raise ConfigError(
+                self._difference(text, *(np.frombuffer(way, self.dtype).tolist() for way in (ids, wanted)))
+            )
         self.texts += 1
         return ids
 
@@ -136,8 +138,9 @@ class _CheckedEncoder:
         return (
             f"{self.tokenizer.source}: the word cache gives other ids than the tokenizer. The first difference is at "
             f"token {place} ({_id_at(got, place)}, and {_id_at(wanted, place)} by the tokenizer), behind "
-            f"{self.tokenizer.decode(wanted[:place].tolist())[-SHOWN:]!r}, in a text that begins {text[:SHOWN]!r}. "  # type: ignore[attr-defined]
-            "Nothing was written. Go on with --no-word-cache, and please report it with the tokenizer file and the text."
+            f"{self.tokenizer.decode(wanted[:place])[-SHOWN:]!r}, in a text that begins {text[:SHOWN]!r}. "
+            "No corpus was written. Start again with --no-word-cache, and please report this with the tokenizer's file "
+            "and the text."
         )
 
 

@@ -1,8 +1,8 @@
 """Where a text may be cut so that its parts, encoded one by one, give the ids of the whole.
 
-A vocabulary decides it for tokenizers that merge over the whole text: no merge can cross a border between two characters
-that no piece of the vocabulary holds side by side, and merges on one side of it do not depend on the other. A
-pre-tokenizer decides it for the others, which never merge across pre-tokens (pretoken_cuts.py).
+A vocabulary decides it for tokenizers that merge over the whole text: no merge can cross a border between two
+characters that no piece of the vocabulary holds side by side, and merges on one side of it do not depend on the other.
+A pre-tokenizer decides it for the others, which never merge across pre-tokens (pretoken_cuts.py).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def vocabulary_cuts(merged: Sequence[str], is_known: Callable[[str], bool]) -> t
     """The cuts into words and into pieces of words that no merge can cross, for texts with a space for each "▁".
 
     Words are cut before runs of spaces and, if no piece holds a newline with another character, around runs of
-    newlines. Pieces of words are cut between digits, marks (neither letters nor digits) and everything else, as far as the
-    vocabulary keeps them apart.
+    newlines. Pieces of words are cut between digits, marks (neither letters nor digits) and everything else, as far as
+    the vocabulary keeps them apart.
 
     Args:
         merged: every string that is encoded as one id and is longer than one character.

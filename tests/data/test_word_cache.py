@@ -1,4 +1,4 @@
-"""The word cache gives the tokenizer's own ids, for random vocabularies and any text; where it cannot, it steps aside."""
+"""The word cache gives the tokenizer's own ids, for random vocabularies and any text, or steps aside."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def test_tiktoken(pattern: str) -> None:
     expect_equal(Subject(model.encode_ordinary, lambda: tiktoken_cuts(pattern, model.encode_ordinary)))
     every = {"allowed_special": "all"}
     expect_equal(
-        Subject(lambda text: model.encode(text, **every), lambda: tiktoken_cuts(pattern, model.encode_ordinary, ["<s>"]))  # type: ignore[arg-type]
+        Subject(
+            lambda text: model.encode(text, **every), lambda: tiktoken_cuts(pattern, model.encode_ordinary, ["<s>"])
+        )  # type: ignore[arg-type]
     )
 
 
@@ -227,6 +229,8 @@ def test_gpt2_pattern_is_the_one_that_byte_level_uses() -> None:
     from tokenizers import Regex, pre_tokenizers
 
     own = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    ours = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GPT2), "isolated"), pre_tokenizers.ByteLevel(False, False)])
+    ours = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(GPT2), "isolated"), pre_tokenizers.ByteLevel(False, False)]
+    )
     for text in ("".join(HARD), "\n".join(random_lines(1, 30))):
         assert own.pre_tokenize_str(text) == ours.pre_tokenize_str(text)

@@ -14,11 +14,70 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 ALPHABETS = ["abcde", "éüñe\u0301", "日本語中文", "0123456789", ".,;:'!?()[]/_-=+<>", "абв", "🙂👩🏽‍🚀"]
 HARD = [
-    *["", " ", "  ", "     ", "\n", "\n\n", "\r\n", "\t", "\t\t", " \n", "\n ", "\n  \n", "▁", "▁▁", "▁a", "\0", "\x1c"],
-    *["\x85", "\xa0", "\u1680", "\u180e", "\u2003", "\u2028", "\u2029", "\u200b", "\u202f", "\u3000", "\ufeff", "\ufffd"],
+    *[
+        "",
+        " ",
+        "  ",
+        "     ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "\t\t",
+        " \n",
+        "\n ",
+        "\n  \n",
+        "▁",
+        "▁▁",
+        "▁a",
+        "\0",
+        "\x1c",
+    ],
+    *[
+        "\x85",
+        "\xa0",
+        "\u1680",
+        "\u180e",
+        "\u2003",
+        "\u2028",
+        "\u2029",
+        "\u200b",
+        "\u202f",
+        "\u3000",
+        "\ufeff",
+        "\ufffd",
+    ],
     *["e\u0301", "\u0301", "👩🏽‍🚀", "🇩🇪", "ﬁ", "Å", "\u212b", "ſ", "'s", "'S", "'ſ", "n't", "l'll", "'", "''"],
-    *["日本語", "한국어", "ไทย", "العربية", "12345", "٣٤", "²", "½", "x1y2", "//", ";\n//", ";\n\n  /* x", "foo.bar(baz)"],
-    *["<s>", "</s>", "<unk>", "<0x0A>", "<|endoftext|>", "<tag>", "\U0010ffff", "\ue000", "Ω", "ς", "İ", "\x7f", "\x00\x01"],
+    *[
+        "日本語",
+        "한국어",
+        "ไทย",
+        "العربية",
+        "12345",
+        "٣٤",
+        "²",
+        "½",
+        "x1y2",
+        "//",
+        ";\n//",
+        ";\n\n  /* x",
+        "foo.bar(baz)",
+    ],
+    *[
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x0A>",
+        "<|endoftext|>",
+        "<tag>",
+        "\U0010ffff",
+        "\ue000",
+        "Ω",
+        "ς",
+        "İ",
+        "\x7f",
+        "\x00\x01",
+    ],
 ]
 
 
@@ -41,7 +100,7 @@ def random_lines(seed: int, count: int = 400) -> list[str]:
 
 @functools.cache
 def sentencepiece_model(seed: int, **options: Any) -> sentencepiece.SentencePieceProcessor:
-    """A BPE model of up to 700 pieces; ``options`` of the trainer. "add_dummy_prefix" and the like are set on the model."""
+    """A BPE model of up to 700 pieces; ``options`` are the trainer's."""
     settings = {
         "model_type": "bpe",
         "byte_fallback": True,

@@ -3,8 +3,8 @@
 * natural: docstrings, README, METADATA, .rst, .md and .txt files of environments, and /usr/share/doc.
 * source: Python source of standard libraries and site-packages.
 
-Where a benchmark needs more natural text than there is, :func:`drawn_anew` makes new documents of known paragraphs. Their
-words are then known sooner than those of new text, which flatters a word cache: report the text once through beside it.
+Where a benchmark needs more natural text than there is, :func:`drawn_anew` makes new documents of known paragraphs.
+Their words are known sooner than those of new text, which flatters a word cache: report the text once through as well.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ PROSE_NAMES = {"METADATA", "PKG-INFO", "README", "NEWS", "CHANGES", "changelog.g
 
 def natural_texts(roots: Sequence[Path]) -> Iterator[str]:
     """Prose below ``roots``, in the order of the paths."""
+    parsed: set[bytes] = set()  # environments share files, and parsing takes long
     for root in roots:
         for path in sorted(root.rglob("*")):
             if path.suffix == ".py":
-                yield from _docstrings(path)
+                for source in _read(path):
+                    digest = hashlib.sha256(source.encode("utf-8")).digest()
+                    if digest not in parsed:
+                        parsed.add(digest)
+                        yield from _docstrings(source)
             elif path.suffix in PROSE or path.name in PROSE_NAMES or path.name.endswith((".txt.gz", ".md.gz")):
                 yield from _read(path)
 
@@ -85,19 +90,18 @@ def write_jsonl(path: Path, texts: Iterable[str], limit: int | None = None) -> t
     return documents, size
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    for source in _read(path):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd escapes in other people's code
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node, clean=False)
-                if text is not None:
-                    yield inspect.cleandoc(text)
+def _docstrings(source: str) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in other people's code
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False)
+            if text is not None and len(text) >= SHORTEST:
+                yield inspect.cleandoc(text)
 
 
 def _read(path: Path) -> Iterator[str]:
