@@ -174,6 +174,8 @@ class DataConfig:
         "kind of tokenizer",
         choices=(
             "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
+            "Llama2Tokenizer",
             "HuggingFaceTokenizer",
             "GPT2BPETokenizer",
             "TikTokenizer",
