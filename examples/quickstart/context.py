@@ -32,7 +32,7 @@ from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.score_code import ScoreCode
 from megatron_slm.data.score_sets import CorpusScores, open_scores
 from megatron_slm.data.scored_samples import ScoredSamples
-from megatron_slm.data.scores import ContextRule, read_loss_code
+from megatron_slm.data.scores import VERSION, ContextRule, read_loss_code
 from megatron_slm.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.objective.policy import parse_policy
 from megatron_slm.objective.selective_loss import ReferenceScores, Selector, selective_loss
@@ -126,7 +126,7 @@ def score(folder: Path, rule: ContextRule) -> None:
         made.unlink(missing_ok=True)
         stages.run(command, env=stages.single_threaded())
 
-    settings = [*command[1:], str(check_corpus(prefix, "--data-path").tokens)]
+    settings = [*command[1:], str(check_corpus(prefix, "--data-path").tokens), f"version {VERSION}"]
     stages.stage(f"score {name_of(rule)}", folder / "context", settings, work)
 
 
