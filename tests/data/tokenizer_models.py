@@ -10,7 +10,7 @@ from typing import Any
 import sentencepiece
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 ALPHABETS = ["abcde", "éüñe\u0301", "日本語中文", "0123456789", ".,;:'!?()[]/_-=+<>", "абв", "🙂👩🏽‍🚀"]
 HARD = [
@@ -140,6 +140,7 @@ def byte_level_model(seed: int, pattern: str | None = None, **options: Any) -> T
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         model.pre_tokenizer = pre_tokenizers.Sequence([split, last])
+    model.decoder = decoders.ByteLevel()
     if "normalizer" in options:
         model.normalizer = getattr(normalizers, options["normalizer"])()
     _train(model, seed, pre_tokenizers.ByteLevel.alphabet())
