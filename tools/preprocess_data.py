@@ -36,15 +36,13 @@ REFUSED = {  # flags of Megatron-LM's tool that are not taken, and what to do
     "--vocab-extra-ids": "Add the tokens to the tokenizer's file.",
     "--tokenizer-metadata": "Give --tokenizer-type and its file.",
     "--tokenizer-special-tokens": "Add the tokens to the tokenizer's file.",
-    "--tiktoken-pattern": "The pattern is Megatron-LM's v2.",
-    "--tiktoken-num-special-tokens": FROM_FILE,
     "--tokenizer-sentencepiece-legacy": "Text is encoded as text, special tokens in it too.",
     "--tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
     "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
     "--tokenizer-hf-no-use-fast": "tokenizer.json is always read by the fast library.",
     "--tokenizer-hf-no-include-special-tokens": FROM_FILE,
     "--trust-remote-code": "No code of others is run: give a tokenizer.json.",
-    "--null-tokenizer-eod-id": "It is the id behind --vocab-size.",
+    "--null-tokenizer-eod-id": "It is the last of the --vocab-size ids.",
     "--null-tokenizer-pad-id": "Corpora hold no padding.",
     "--chat-template": "Format conversations before, into one text each.",
     "--use-gigatoken": "The word cache is used wherever it is exact.",
@@ -89,7 +87,11 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
     add("--tokenizer-model", help="tokenizer file")
     add("--vocab-file", help="vocabulary file of GPT2BPETokenizer")
     add("--merge-file", help="merge file of GPT2BPETokenizer")
-    add("--vocab-size", type=int, help="vocabulary size of NullTokenizer")
+    add("--vocab-size", type=int, help="vocabulary size of NullTokenizer, and of TikTokenizer with its special tokens")
+    add("--tiktoken-pattern", choices=("v1", "v2"), default="v2", help="expression of a TikTokenizer of .json [v2]")
+    add(
+        "--tiktoken-num-special-tokens", type=int, default=1000, help="special tokens of a TikTokenizer of .json [1000]"
+    )
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--split-sentences", action="store_true", help="one sequence per sentence")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences when splitting")
@@ -99,6 +101,7 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
 
 def _add_running(add: Callable[..., argparse.Action]) -> None:
     add("--workers", type=int, default=1, help="processes that tokenize [1]")
+    add("--no-word-cache", action="store_true", help="encode every text as a whole; slower, and the same ids")
     add(
         "--resume", action="store_true", help="go on where a stopped job was, if there is one; keep what an error stops"
     )
@@ -148,7 +151,12 @@ def make_job(arguments: argparse.Namespace) -> Job:
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_files=TokenizerFiles(
-            arguments.tokenizer_model, arguments.vocab_file, arguments.merge_file, arguments.vocab_size
+            arguments.tokenizer_model,
+            arguments.vocab_file,
+            arguments.merge_file,
+            arguments.vocab_size,
+            arguments.tiktoken_pattern,
+            arguments.tiktoken_num_special_tokens,
         ),
         append_eod=arguments.append_eod,
         split_sentences=arguments.split_sentences,
@@ -156,6 +164,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         language=arguments.lang,
         nltk_data=arguments.nltk_data,
         workers=arguments.workers,
+        word_cache=not arguments.no_word_cache,
         skip_errors=arguments.on_error == "skip",
         text_document=arguments.text_document,
         shard=None if arguments.shard is None else parse_shard(arguments.shard),

@@ -26,12 +26,13 @@ import torch
 
 from megatron_slm.config.schema import DataConfig, ParallelConfig, ReferenceConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
+from megatron_slm.data.codebooks import Codebooks, TokenCode
 from megatron_slm.data.corpus import check_corpus
 from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.score_code import ScoreCode
 from megatron_slm.data.score_sets import CorpusScores, open_scores
 from megatron_slm.data.scored_samples import ScoredSamples
-from megatron_slm.data.scores import ContextRule
+from megatron_slm.data.scores import VERSION, ContextRule, read_loss_code
 from megatron_slm.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.objective.policy import parse_policy
 from megatron_slm.objective.selective_loss import ReferenceScores, Selector, select
@@ -45,6 +46,7 @@ from megatron_slm.training.step import as_tokens
 
 WINDOW, RATIO, MICRO_BATCH, STEPS = 256, 0.6, 8, 160
 RULES = [ContextRule(kind, WINDOW, stride) for kind in ("document", "stream") for stride in (256, 128, 64, 32)]
+DEFAULT = RULES[1]  # of tools/score_corpus.py
 BESIDE = "co-located"
 CORPUS = "context_train"
 THETAS = {"start": "base", "end": "slm"}  # θ when SLM begins, and the quickstart's θ when it has ended
@@ -124,7 +126,7 @@ def score(folder: Path, rule: ContextRule) -> None:
         made.unlink(missing_ok=True)
         stages.run(command, env=stages.single_threaded())
 
-    settings = [*command[1:], str(check_corpus(prefix, "--data-path").tokens)]
+    settings = [*command[1:], str(check_corpus(prefix, "--data-path").tokens), f"version {VERSION}"]
     stages.stage(f"score {name_of(rule)}", folder / "context", settings, work)
 
 
@@ -184,14 +186,14 @@ def _compare(folder: Path, compared: int, tokenizer: Tokenizer, groups: Groups) 
         name: BatchStream(ScoredSamples(plain, {prefix: scores}), shape, device=groups.device)
         for name, scores in sidecars.items()
     }
-    codes = {f"{BESIDE}, {width} byte": ScoreCode.for_loss(tokenizer.vocab_size, width) for width in (1, 2)}
+    codes = codes_of(sidecars[name_of(DEFAULT)])
     with progress("comparing selections", batches, "micro-batches") as bar:
         for _ in range(batches):
             scored = {name: next(stream)[0] for name, stream in streams.items()}
             batch = next(iter(scored.values()))
             own = beside.score([batch])[0].loss
             sources = {BESIDE: own}
-            sources |= {name: torch.from_numpy(code.decode(code.encode(own.numpy()))) for name, code in codes.items()}
+            sources |= {name: rounded(own, batch.labels, code) for name, code in codes.items()}
             sources |= {name: _loss(each) for name, each in scored.items()}
             for name, loss in sources.items():
                 losses[name] = losses.get(name, 0.0) + float(loss.mean()) / batches
@@ -206,6 +208,23 @@ def _row(name: str, costs: tuple[float, float], loss: float, comparisons: dict[s
     differs = {theta: own.differs[name] / own.tokens for theta, own in comparisons.items()}
     early = {theta: 4 * own.early[name] / own.tokens for theta, own in comparisons.items()}
     return Row(name, *costs, loss, differs, early)
+
+
+def codes_of(scores: CorpusScores) -> dict[str, Codebooks | ScoreCode]:
+    """How the co-located losses are rounded: as a sidecar's were, and as one of two bytes would be."""
+    [sidecar] = scores.sidecars
+    code = sidecar.header.loss
+    assert isinstance(code, TokenCode)
+    return {
+        f"{BESIDE}, 1 byte": read_loss_code(sidecar.path, sidecar.header),
+        f"{BESIDE}, 2 byte": ScoreCode(2, code.ceiling),
+    }
+
+
+def rounded(losses: torch.Tensor, labels: torch.Tensor, code: Codebooks | ScoreCode) -> torch.Tensor:
+    """``losses`` of ``labels`` as they come back from a sidecar."""
+    ids = labels.numpy()
+    return torch.from_numpy(code.decode(code.encode(losses.numpy(), ids), ids))
 
 
 def _loss(batch: MicroBatch) -> torch.Tensor:

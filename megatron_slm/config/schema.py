@@ -190,6 +190,8 @@ class DataConfig:
         "kind of tokenizer",
         choices=(
             "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
+            "Llama2Tokenizer",
             "HuggingFaceTokenizer",
             "GPT2BPETokenizer",
             "TikTokenizer",

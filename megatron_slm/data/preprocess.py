@@ -22,7 +22,7 @@ from megatron_slm.data.sentences import prepare_punkt, sentence_splitter
 from megatron_slm.data.shards import plan
 from megatron_slm.data.tables import check_columns
 from megatron_slm.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_slm.data.word_cache import fast_encoder
+from megatron_slm.data.word_cache import fast_encoder, plain_encoder
 from megatron_slm.data.workers import worker_processes
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
@@ -47,7 +47,8 @@ def preprocess(job: Job) -> Summary:
     dtype = corpus_dtype(tokenizer.vocab_size)
     split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
-    encoder = BlockEncoder(job.keys, fast_encoder(tokenizer, dtype), dtype, eod, split)
+    encode_text = (fast_encoder if job.word_cache else plain_encoder)(tokenizer, dtype)
+    encoder = BlockEncoder(job.keys, encode_text, dtype, eod, split)
     parts = plan(job.files, job.text_document, job.shard)
     settings = _settings(job, tokenizer)
     if job.resume and (done := finished(job, settings)):

@@ -1,9 +1,9 @@
-"""One or two bytes for a loss: how the reference losses and entropies of a sidecar are quantised.
+"""A curve for values of one kind: how the entropies of a sidecar and its losses of two bytes are quantised.
 
 Code c of 0 ... n (255 or 65,535) stands for the value ceiling · (c ÷ n)^curve. What matters is the error in nats, for
 the reference loss is subtracted from the token loss; and the losses of a good model crowd near zero, where a curve
 above 1 puts its codes closer together. A value is given the nearest code, so the error is at most half the gap
-between neighbours; values above the ceiling get the highest code.
+between neighbours; values above the ceiling get the highest code. For losses of one byte see data/codebooks.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +30,11 @@ class ScoreCode:
     curve: float = CURVE
 
     @staticmethod
-    def for_loss(vocab_size: int, width: int) -> ScoreCode:
-        """For token losses of a model with that vocabulary."""
-        return ScoreCode(width, math.log(vocab_size) + ABOVE_UNIFORM)
-
-    @staticmethod
     def for_entropy(vocab_size: int, width: int) -> ScoreCode:
         """For entropies, which are at most ln V."""
         return ScoreCode(width, math.log(vocab_size))
+
+    table_bytes: ClassVar[int] = 0  # it needs no table in a file
 
     @property
     def dtype(self) -> Any:
@@ -56,11 +53,11 @@ class ScoreCode:
         gap = float(np.diff(self.values.astype(np.float64)).max())
         return gap / 2 + float(np.spacing(np.float32(self.ceiling)))
 
-    def encode(self, values: NDArray[np.float32]) -> NDArray[np.unsignedinteger]:
-        """The codes of fp32 ``values`` of any shape."""
+    def encode(self, values: NDArray[np.float32], labels: Any = None) -> NDArray[np.unsignedinteger]:
+        """The codes of fp32 ``values`` of any shape, whatever their ``labels``."""
         edges = (self.values[:-1] + self.values[1:]) / 2
         return np.searchsorted(edges, values).astype(self.dtype)
 
-    def decode(self, codes: NDArray[np.unsignedinteger]) -> NDArray[np.float32]:
-        """The values of ``codes``, fp32."""
+    def decode(self, codes: NDArray[np.unsignedinteger], labels: Any = None) -> NDArray[np.float32]:
+        """The values of ``codes``, fp32, whatever their ``labels``."""
         return self.values[codes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,9 +65,9 @@ class CorpusScores:
     combine: Combine
     with_entropy: bool
 
-    def losses(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Reference losses of the tokens [start, stop) of the corpus, nats."""
-        return self.combine([sidecar.losses(start, stop) for sidecar in self.sidecars])
+    def losses(self, start: int, stop: int, labels: NDArray[Any]) -> NDArray[np.float32]:
+        """Reference losses of the tokens [start, stop) of the corpus, whose ids are ``labels``, nats."""
+        return self.combine([sidecar.losses(start, stop, labels) for sidecar in self.sidecars])
 
     def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
         """Reference entropies of the tokens [start, stop) of the corpus, nats."""

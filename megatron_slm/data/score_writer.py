@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_slm.data.codebooks import Codebooks
 from megatron_slm.data.scores import HEADER_BYTES, ScoresHeader, partial_path, read_header
 from megatron_slm.runtime.errors import ConfigError
 
@@ -27,6 +28,7 @@ class Progress:
     rows: int = 0
     clamped: int = 0  # losses above the ceiling so far
     tokens: int = 0  # scored so far
+    calibrated: bool = False  # the codebooks are in the file
 
 
 def is_finished(path: Path, header: ScoresHeader) -> bool:
@@ -78,9 +80,13 @@ class SidecarWriter:
         self.partial, self.header = partial_path(path), header
         self.file = os.open(self.partial, os.O_RDWR)
 
+    def write_codebooks(self, books: Codebooks) -> None:
+        """Put the codebooks of the losses."""
+        self._write(HEADER_BYTES, books.starts)
+
     def write_losses(self, start: int, codes: NDArray[np.unsignedinteger]) -> None:
         """Put the codes of the tokens from place ``start`` on."""
-        self._write(HEADER_BYTES + start * self.header.loss.bytes, codes)
+        self._write(self.header.loss_start + start * self.header.loss.bytes, codes)
 
     def write_entropies(self, start: int, codes: NDArray[np.unsignedinteger]) -> None:
         """The same for entropies."""

@@ -36,11 +36,18 @@ class ScoredSamples(Dataset):
         sample: dict[str, Tensor] = self.dataset[index]
         corpus, own_index = self._locate(index)
         scores = self.scores[corpus.dataset.path_prefix]
-        length = len(sample["tokens"])
-        places = list(label_places(corpus, own_index))
-        sample["reference_loss"] = _gather(scores.losses, places, length)
+        labels = sample["labels"].numpy()
+        loss, entropy = (np.zeros(len(labels), np.float32) for _ in range(2))  # 0 beyond the end of the corpus
+        done = 0
+        for start, stop in label_places(corpus, own_index):
+            here = slice(done, done + stop - start)
+            loss[here] = scores.losses(start, stop, labels[here])
+            if scores.with_entropy:
+                entropy[here] = scores.entropies(start, stop)
+            done = here.stop
+        sample["reference_loss"] = torch.from_numpy(loss)
         if scores.with_entropy:
-            sample["reference_entropy"] = _gather(scores.entropies, places, length)
+            sample["reference_entropy"] = torch.from_numpy(entropy)
         return sample
 
     def _locate(self, index: int) -> tuple[Any, int]:
@@ -70,13 +77,3 @@ def label_places(corpus: Any, index: int) -> Iterator[tuple[int, int]]:
         if skip < stop - start:
             yield start + skip, stop
         skip = max(0, skip - (stop - start))
-
-
-def _gather(values: Any, places: list[tuple[int, int]], length: int) -> Tensor:
-    """The values at ``places``, [length] fp32; zeros where a sample is filled up beyond the end of its corpus."""
-    found = np.zeros(length, np.float32)
-    done = 0
-    for start, stop in places:
-        found[done : done + stop - start] = values(start, stop)
-        done += stop - start
-    return torch.from_numpy(found)

@@ -1,9 +1,10 @@
 """The score sidecar of a corpus: the reference loss (and entropy) of every one of its tokens, by place in ``.bin``.
 
-A sidecar is one file: a header of 4,096 bytes (eight of magic, then JSON, filled up with spaces), the codes of the
-reference losses, and, where they were asked for, the codes of the entropies: one value per token, in the order of
-``.bin``. The loss of a token is that of predicting it, and the entropy that of the distribution that predicts it, both
-from the text before it. Keyed by place, a sidecar serves any seed, epoch, blend, sequence length and number of ranks.
+A sidecar is one file: a header of 4,096 bytes (eight of magic, then JSON, filled up with spaces), the codebooks of the
+token ids where a loss has one byte, the codes of the reference losses, and, where they were asked for, the codes of the
+entropies: one value per token, in the order of ``.bin``. The loss of a token is that of predicting it, and the entropy
+that of the distribution that predicts it, both from the text before it. Keyed by place, a sidecar serves any seed,
+epoch, blend, sequence length and number of ranks.
 
 Where it lies: the sidecar NAME of the corpus ``folder/corpus`` is ``folder/corpus.NAME.scores``; with a folder in the
 name, ``other/NAME``, it is ``other/corpus.NAME.scores``. So a few names stand for the sidecars of a whole blend.
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_slm.data.codebooks import Codebooks, TokenCode
 from megatron_slm.data.score_code import ScoreCode
 from megatron_slm.runtime.errors import ConfigError
 
 MAGIC = b"SLMSCORE"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 FLAG = "--reference-scores"
 TOOL = "tools/score_corpus.py"
@@ -55,7 +57,7 @@ class ScoresHeader:
     tokenizer: str  # name and fingerprint
     reference: str  # fingerprint of the reference model's checkpoint
     context: ContextRule
-    loss: ScoreCode
+    loss: TokenCode | ScoreCode
     entropy: ScoreCode | None
     clamped: int = 0  # losses above the ceiling of their code
     complete: bool = False
@@ -64,12 +66,17 @@ class ScoresHeader:
     def file_bytes(self) -> int:
         """The size of the whole file."""
         width = self.loss.bytes + (self.entropy.bytes if self.entropy is not None else 0)
-        return HEADER_BYTES + self.tokens * width
+        return self.loss_start + self.tokens * width
+
+    @property
+    def loss_start(self) -> int:
+        """Where the codes of the losses begin: after the codebooks, if there are any."""
+        return HEADER_BYTES + self.loss.table_bytes
 
     @property
     def entropy_start(self) -> int:
         """Where the codes of the entropies begin."""
-        return HEADER_BYTES + self.tokens * self.loss.bytes
+        return self.loss_start + self.tokens * self.loss.bytes
 
     def unfinished(self) -> ScoresHeader:
         """The same without what is known only at the end: what identifies a scoring job."""
@@ -77,7 +84,8 @@ class ScoresHeader:
 
     def pack(self) -> bytes:
         """The header's 4,096 bytes."""
-        facts = {"version": VERSION, **asdict(self), "max_error_nats": self.loss.max_error}
+        facts = {"version": VERSION, **asdict(self)}
+        facts |= {"max_error_nats": self.loss.max_error, "codebook_bytes": self.loss.table_bytes}
         text = json.dumps(facts, indent=1).encode("ascii")
         assert len(text) < HEADER_BYTES - len(MAGIC), "a header has a fixed size"
         return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
@@ -97,11 +105,11 @@ class ScoresHeader:
             facts: dict[str, Any] = json.loads(block[len(MAGIC) :])
             version = facts.pop("version")
             if version == VERSION:
-                facts.pop("max_error_nats")
-                entropy = facts.pop("entropy")
+                facts.pop("max_error_nats"), facts.pop("codebook_bytes")
+                loss, entropy = facts.pop("loss"), facts.pop("entropy")
                 return ScoresHeader(
                     context=ContextRule(**facts.pop("context")),
-                    loss=ScoreCode(**facts.pop("loss")),
+                    loss=TokenCode(**loss) if "vocab_size" in loss else ScoreCode(**loss),
                     entropy=None if entropy is None else ScoreCode(**entropy),
                     **facts,
                 )
@@ -132,20 +140,36 @@ class Sidecar:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = read_header(path)
-        self._losses = np.memmap(path, self.header.loss.dtype, "r", HEADER_BYTES, (self.header.tokens,))
+        self._code = read_loss_code(path, self.header)
+        start = self.header.loss_start
+        self._losses = np.memmap(path, self.header.loss.dtype, "r", start, (self.header.tokens,))
         self._entropies: NDArray[Any] | None = None
         if self.header.entropy is not None:
             code, start = self.header.entropy, self.header.entropy_start
             self._entropies = np.memmap(path, code.dtype, "r", start, (self.header.tokens,))
 
-    def losses(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Reference losses of the tokens [start, stop) of the corpus, nats."""
-        return self.header.loss.decode(self._losses[start:stop])
+    def losses(self, start: int, stop: int, labels: NDArray[Any]) -> NDArray[np.float32]:
+        """Reference losses of the tokens [start, stop) of the corpus, whose ids are ``labels``, nats."""
+        return self._code.decode(self._losses[start:stop], labels)
 
     def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
         """Reference entropies of the tokens [start, stop) of the corpus, nats."""
         assert self._entropies is not None and self.header.entropy is not None, "checked when it was opened"
         return self.header.entropy.decode(self._entropies[start:stop])
+
+
+def read_loss_code(path: Path, header: ScoresHeader) -> Codebooks | ScoreCode:
+    """What encodes and decodes the losses of a sidecar, finished or not.
+
+    Raises:
+        ConfigError: damaged codebooks.
+    """
+    if isinstance(header.loss, ScoreCode):
+        return header.loss
+    try:
+        return Codebooks.read(path, HEADER_BYTES, header.loss)
+    except ValueError as error:
+        raise ConfigError(f"{FLAG}: {path} {error}. Remove it, and make it again with {TOOL}.") from error
 
 
 def read_header(path: Path) -> ScoresHeader:

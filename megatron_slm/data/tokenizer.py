@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+from megatron_slm.data.pretoken_cuts import huggingface_cuts, tiktoken_cuts
+from megatron_slm.data.sentencepiece_cuts import sentencepiece_cuts
+from megatron_slm.data.word_cuts import Uncuttable, WordCuts
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -16,6 +21,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     name: str
+    source: str  # the flag and the file that define it, for messages
     vocab_size: int  # exact, before padding
     eod: int  # id of the end of a document
     fingerprint: str  # sha256 of the files that define it
@@ -27,6 +33,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def word_cuts(self) -> WordCuts:
+        """Where a text may be cut with the same ids; raises Uncuttable, with the reason, where that is not known."""
+        ...
+
 
 @dataclass(frozen=True)
 class TokenizerFiles:
@@ -36,18 +46,23 @@ class TokenizerFiles:
     vocab: str | None = None  # --vocab-file
     merges: str | None = None  # --merge-file
     vocab_size: int | None = None  # --vocab-size
+    tiktoken_pattern: str = "v2"  # --tiktoken-pattern, of Megatron-LM's format
+    tiktoken_num_special_tokens: int = 1000  # --tiktoken-num-special-tokens, of Megatron-LM's format
 
 
 class _Identity:
     """Name and fingerprint, by which Megatron-Core names its caches and we compare runs."""
 
-    def __init__(self, fingerprint: str) -> None:
+    def __init__(self, fingerprint: str, source: str) -> None:
         self.name = type(self).__name__
-        self.fingerprint = fingerprint
+        self.fingerprint, self.source = fingerprint, source
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
         return OrderedDict(name=self.name, fingerprint=self.fingerprint)
+
+    def word_cuts(self) -> WordCuts:
+        raise Uncuttable(f"{self.name} is as fast without")
 
 
 class SentencePieceTokenizer(_Identity):
@@ -57,7 +72,7 @@ class SentencePieceTokenizer(_Identity):
         import sentencepiece
 
         path = _file(files.model, "--tokenizer-model", "SentencePieceTokenizer")
-        super().__init__(fingerprint_of(path))
+        super().__init__(fingerprint_of(path), f"--tokenizer-model {path}")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -73,9 +88,17 @@ class SentencePieceTokenizer(_Identity):
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
 
+    def word_cuts(self) -> WordCuts:
+        return sentencepiece_cuts(self.model)
+
 
 class HuggingFaceTokenizer(_Identity):
-    """A ``tokenizer.json`` (or the folder that holds it), read offline by the tokenizers library."""
+    """A ``tokenizer.json`` (or the folder that holds it), read offline by the tokenizers library.
+
+    The end of a document is the ``eos_token`` (or ``sep_token``) of the ``tokenizer_config.json`` beside it, and
+    without such a file the first of END_OF_DOCUMENT that is in the vocabulary. Special tokens that the file's
+    post-processor puts around a text are put there, as in Megatron-LM; truncation and padding are not.
+    """
 
     END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
@@ -85,36 +108,46 @@ class HuggingFaceTokenizer(_Identity):
         path = Path(files.model or "")
         path = path / "tokenizer.json" if path.is_dir() else path
         path = _file(str(path) if files.model else None, "--tokenizer-model", "HuggingFaceTokenizer")
-        super().__init__(fingerprint_of(path))
+        super().__init__(fingerprint_of(path), f"--tokenizer-model {path}")
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise ConfigError(f"--tokenizer-model {path} is not a tokenizer.json: {error}") from error
+        self.model.no_truncation()
+        self.model.no_padding()
         self.vocab_size = self.model.get_vocab_size(with_added_tokens=True)
-        self.eod = _first_known(self.model.token_to_id, self.END_OF_DOCUMENT, path)
+        ends = _declared_ends(path.with_name("tokenizer_config.json")) or self.END_OF_DOCUMENT
+        self.eod = _first_known(self.model.token_to_id, ends, path)
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
+
+    def word_cuts(self) -> WordCuts:
+        return huggingface_cuts(self.model)
 
 
 class GPT2BPETokenizer(_Identity):
-    """GPT-2's byte-level BPE from a vocabulary and a merge file."""
+    """GPT-2's byte-level BPE from a vocabulary and a merge file; <|endoftext|> in a text is one token."""
 
     def __init__(self, files: TokenizerFiles) -> None:
-        import tokenizers
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers
 
         vocab = _file(files.vocab, "--vocab-file", "GPT2BPETokenizer")
         merges = _file(files.merges, "--merge-file", "GPT2BPETokenizer")
-        super().__init__(fingerprint_of(vocab, merges))
+        super().__init__(fingerprint_of(vocab, merges), f"--vocab-file {vocab}, --merge-file {merges}")
         try:
-            self.model = tokenizers.ByteLevelBPETokenizer.from_file(str(vocab), str(merges))
+            self.model = Model(models.BPE.from_file(str(vocab), str(merges)))
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise ConfigError(f"--vocab-file {vocab} and --merge-file {merges} cannot be read: {error}") from error
-        self.vocab_size = self.model.get_vocab_size()
+        self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.model.decoder = decoders.ByteLevel()
         self.eod = _first_known(self.model.token_to_id, ("<|endoftext|>",), vocab)
+        self.model.add_special_tokens(["<|endoftext|>"])
+        self.vocab_size = self.model.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text).ids
@@ -122,44 +155,76 @@ class GPT2BPETokenizer(_Identity):
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
 
+    def word_cuts(self) -> WordCuts:
+        return huggingface_cuts(self.model)
+
 
 class TikTokenizer(_Identity):
-    """A tiktoken file (base64 token and rank a line); the end of a document is the id behind the last rank."""
+    """A tiktoken vocabulary in one of two formats.
 
-    PATTERN = (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    ``.json``, as Megatron-LM reads it: a list of ``{"rank", "token_bytes", "token_str"}``, of which the first
+    ``--vocab-size`` less ``--tiktoken-num-special-tokens`` are taken; special tokens come before them, are found in
+    texts, and </s> ends a document. Any other name, as tiktoken itself writes it: base64 token and rank a line; special
+    tokens are not looked for in texts, and the id behind the last rank ends a document.
+    """
+
+    PATTERNS: Final = {
+        "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        "v2": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+    OWN_PATTERN: Final = PATTERNS["v2"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    SPECIALS: Final = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+    MOST_TOKENS: Final = 1 << 17  # of Megatron-LM's format, without --vocab-size
 
     def __init__(self, files: TokenizerFiles) -> None:
         import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
 
         path = _file(files.model, "--tokenizer-model", "TikTokenizer")
-        super().__init__(fingerprint_of(path))
+        settings = f"{files.tiktoken_pattern} {files.tiktoken_num_special_tokens}" if path.suffix == ".json" else ""
+        digest = hashlib.sha256(f"{fingerprint_of(path)} {settings}".encode()).hexdigest()
+        super().__init__(digest if settings else fingerprint_of(path), f"--tokenizer-model {path}")
         try:
-            ranks = load_tiktoken_bpe(str(path))
-        except ValueError as error:
+            ranks, specials, self.pattern = (self._megatron if path.suffix == ".json" else self._own)(path, files)
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--tokenizer-model {path} is not a tiktoken file: {error}") from error
-        self.eod = max(ranks.values()) + 1
-        self.vocab_size = self.eod + 1
-        self.model = tiktoken.Encoding(
-            path.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": self.eod}
-        )
+        self.specials = list(specials) if path.suffix == ".json" else []  # looked for in texts
+        self.eod = max(specials.values()) if "</s>" not in specials else specials["</s>"]
+        self.vocab_size = max(*specials.values(), *ranks.values()) + 1
+        self.model = tiktoken.Encoding(path.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=specials)
+
+    def _own(self, path: Path, files: TokenizerFiles) -> tuple[dict[bytes, int], dict[str, int], str]:
+        from tiktoken.load import load_tiktoken_bpe
+
+        ranks = load_tiktoken_bpe(str(path))
+        return ranks, {"<|endoftext|>": max(ranks.values()) + 1}, self.OWN_PATTERN
+
+    def _megatron(self, path: Path, files: TokenizerFiles) -> tuple[dict[bytes, int], dict[str, int], str]:
+        reserved = files.tiktoken_num_special_tokens
+        size = (files.vocab_size or self.MOST_TOKENS) - reserved
+        tokens = json.loads(path.read_text(encoding="utf-8"))[:size]
+        if len(tokens) < size:
+            raise ValueError(f"it holds {len(tokens)} tokens, and --vocab-size asks for {size} beside special ones")
+        names = [*self.SPECIALS, *(f"<SPECIAL_{place}>" for place in range(len(self.SPECIALS), reserved))]
+        ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + reserved for token in tokens}
+        return ranks, {name: place for place, name in enumerate(names)}, self.PATTERNS[files.tiktoken_pattern]
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode_ordinary(text)
+        return self.model.encode(text, allowed_special=set(self.specials), disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
+
+    def word_cuts(self) -> WordCuts:
+        return tiktoken_cuts(self.pattern, self.model.encode_ordinary, self.specials)
 
 
 class ByteTokenizer(_Identity):
     """The bytes of UTF-8; id 256 ends a document."""
 
     def __init__(self, files: TokenizerFiles) -> None:
-        super().__init__(hashlib.sha256(b"utf-8 bytes").hexdigest())
+        super().__init__(hashlib.sha256(b"utf-8 bytes").hexdigest(), "ByteTokenizer")
         self.vocab_size, self.eod = 257, 256
 
     def encode(self, text: str) -> list[int]:
@@ -175,9 +240,9 @@ class NullTokenizer(_Identity):
     def __init__(self, files: TokenizerFiles) -> None:
         if files.vocab_size is None:
             raise ConfigError("--tokenizer-type NullTokenizer needs --vocab-size.")
-        super().__init__(hashlib.sha256(f"null {files.vocab_size}".encode()).hexdigest())
-        self.eod = files.vocab_size  # Megatron-LM, too, puts it behind the given vocabulary
-        self.vocab_size = files.vocab_size + 1
+        super().__init__(hashlib.sha256(f"null {files.vocab_size}".encode()).hexdigest(), "NullTokenizer")
+        self.vocab_size = files.vocab_size
+        self.eod = files.vocab_size - 1  # as Megatron-LM since Megatron-Core 0.19; before it was one more
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -187,15 +252,20 @@ class NullTokenizer(_Identity):
 
 
 KINDS: dict[str, Callable[[TokenizerFiles], Any]] = {
-    kind.__name__: kind
-    for kind in (
-        SentencePieceTokenizer,
-        HuggingFaceTokenizer,
-        GPT2BPETokenizer,
-        TikTokenizer,
-        ByteTokenizer,
-        NullTokenizer,
-    )
+    **{
+        kind.__name__: kind
+        for kind in (
+            SentencePieceTokenizer,
+            HuggingFaceTokenizer,
+            GPT2BPETokenizer,
+            TikTokenizer,
+            ByteTokenizer,
+            NullTokenizer,
+        )
+    },
+    # Megatron-LM's other names of the same thing
+    "GPTSentencePieceTokenizer": SentencePieceTokenizer,
+    "Llama2Tokenizer": SentencePieceTokenizer,
 }
 
 
@@ -229,6 +299,15 @@ def _file(path: str | None, flag: str, kind: str) -> Path:
     if not Path(path).is_file():
         raise ConfigError(f"{flag} {path}: there is no such file.")
     return Path(path)
+
+
+def _declared_ends(path: Path) -> list[str]:
+    """The tokens that a tokenizer_config.json names for the end of a text."""
+    if not path.is_file():
+        return []
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    tokens = [settings.get(name) for name in ("eos_token", "sep_token")]
+    return [token["content"] if isinstance(token, dict) else token for token in tokens if token]
 
 
 def _first_known(token_to_id: Callable[[str], int | None], names: Sequence[str], path: Path) -> int:

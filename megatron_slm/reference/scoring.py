@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
+from megatron_slm.data.codebooks import Codebooks, TokenCode, fit, loss_code
 from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
 from megatron_slm.data.fingerprints import corpus_fingerprint
 from megatron_slm.data.score_code import ScoreCode
 from megatron_slm.data.score_sets import tokenizer_identity
 from megatron_slm.data.score_writer import Progress, SidecarWriter, finish, is_finished, record_progress, reserve
-from megatron_slm.data.scores import ContextRule, ScoresHeader, sidecar_path
+from megatron_slm.data.scores import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model.weights import checkpoint_directory, checkpoint_fingerprint, saved_config
 from megatron_slm.objective.selective_loss import ReferenceScores
+from megatron_slm.reference.calibration import Found, count_losses, sample_rows, sample_size
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_plan, scored_places
 from megatron_slm.runtime.console import Advance, Silent, duration, progress
@@ -120,7 +122,7 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
             tokenizer=tokenizer_identity(tokenizer),
             reference=fingerprint,
             context=job.rule(config.model.seq_length or 0),
-            loss=ScoreCode.for_loss(tokenizer.vocab_size, job.score_bytes),
+            loss=loss_code(tokenizer.vocab_size, job.score_bytes),
             entropy=ScoreCode.for_entropy(tokenizer.vocab_size, job.score_bytes) if job.with_entropy else None,
         )
         path = sidecar_path(prefix, job.name)
@@ -152,14 +154,17 @@ class _Scorer:
         self.at = self._reserve()
         self.clamped, self.recorded = 0, time.monotonic()
         self.writer = SidecarWriter(path, header)
+        self.together = MICRO_BATCHES * job.micro_batch_size * groups.dp_size  # rows in one pass of all ranks
+        self.code = self._calibrated()
 
     def run(self, console: Console) -> None:
         """Score what is left, and give the file its name. Collective over all ranks."""
         began, before = time.monotonic(), self.at.tokens
-        with self._bar() as bar:
+        with self._bar("scoring", self.corpus.tokens) as bar:
             bar.advance(before)
             for rows, chunk, row in self._rounds():
-                self._score(rows)
+                for part, scores in self._run(rows):
+                    self._write(part, scores)
                 tokens = sum(each.stop - each.first for spans in rows for each in spans)
                 self.at = replace(self.at, chunk=chunk, rows=row, tokens=self.at.tokens + tokens)
                 bar.advance(tokens)
@@ -194,12 +199,49 @@ class _Scorer:
             for number, row in enumerate(self.plan.rows(chunk))
             if chunk > at.chunk or number >= at.rows
         )
-        together = MICRO_BATCHES * self.job.micro_batch_size * self.groups.dp_size
-        while found := list(islice(left, together)):
+        while found := list(islice(left, self.together)):
             yield [row for row, _, _ in found], *found[-1][1:]
 
-    def _score(self, rows: list[Row]) -> None:
-        """Run the model on this rank's part of the rows, and write what it says of them."""
+    def _calibrated(self) -> Codebooks | ScoreCode:
+        """What encodes the losses: codebooks are fitted first, if the file has none yet. Collective over all ranks."""
+        code = self.header.loss
+        if isinstance(code, TokenCode) and not self.at.calibrated:
+            self._calibrate(code)
+        return read_loss_code(partial_path(self.path), self.header)
+
+    def _calibrate(self, code: TokenCode) -> None:
+        rows = sample_rows(self.corpus, self.header.context)
+        with self._bar("calibrating", sample_size(self.corpus.tokens)) as bar:
+
+            def score(part: Sequence[Row]) -> Found:
+                found = self._found(part)
+                bar.advance(sum(each.stop - each.first for spans in part for each in spans))
+                return found
+
+            counts = count_losses(code, rows, self.together, score, self.groups.device)
+        self.at = replace(self.at, calibrated=True)
+        if self.groups.is_logging_rank:
+            self.writer.write_codebooks(fit(code, counts))
+            self.writer.sync()
+            record_progress(self.path, self.at)
+        dist.barrier()
+
+    def _found(self, rows: Sequence[Row]) -> Found:
+        """Losses and ids of the tokens that this rank scores and reports."""
+        losses, ids = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+        for part, scores in self._run(rows):
+            own = scores.loss.cpu().numpy()
+            for row, columns, each in scored_places(part):
+                self._check_finite(own[row, columns], each)
+                losses.append(own[row, columns])
+                ids.append(self._labels(each))
+        return np.concatenate(losses), np.concatenate(ids)
+
+    def _labels(self, scored: Span) -> NDArray[np.int64]:
+        return self.ids[scored.first : scored.stop].astype(np.int64)
+
+    def _run(self, rows: Sequence[Row]) -> list[tuple[Sequence[Row], ReferenceScores]]:
+        """Run the model on this rank's part of the rows: what it says of them, on the one rank that reports it."""
         size, stride = self.job.micro_batch_size, self.job.micro_batch_size * self.groups.dp_size
         mine = [
             rows[start : start + size] for start in range(self.groups.dp_rank * size, MICRO_BATCHES * stride, stride)
@@ -210,28 +252,27 @@ class _Scorer:
             for part in mine
         ]
         found = self.model.score(micro_batches)
-        if self.groups.is_last_stage and self.groups.tp_rank == 0:
-            for part, scores in zip(mine, found, strict=True):
-                self._write(part, scores)
+        reports = self.groups.is_last_stage and self.groups.tp_rank == 0
+        return list(zip(mine, found, strict=True)) if reports else []
 
     def _write(self, rows: Sequence[Row], scores: ReferenceScores) -> None:
         losses = scores.loss.cpu().numpy()
-        codes = self.header.loss.encode(losses)
         for row, columns, each in scored_places(rows):
-            self._check(losses[row, columns], each)
-            self.writer.write_losses(each.first, codes[row, columns])
+            own = losses[row, columns]
+            self._check_finite(own, each)
+            self.clamped += int((own > self.header.loss.ceiling).sum())
+            self.writer.write_losses(each.first, self.code.encode(own, self._labels(each)))
         if self.header.entropy is not None and scores.entropy is not None:
             codes = self.header.entropy.encode(scores.entropy.cpu().numpy())
             for row, columns, each in scored_places(rows):
                 self.writer.write_entropies(each.first, codes[row, columns])
 
-    def _check(self, losses: NDArray[np.float32], scored: Span) -> None:
+    def _check_finite(self, losses: NDArray[np.float32], scored: Span) -> None:
         if not np.isfinite(losses).all():
             raise DivergedError(
                 f"rank {self.groups.rank}: the reference model gives a loss that is NaN or infinite, for a token "
                 f"in the places {scored.first} to {scored.stop - 1} of {self.corpus.prefix}."
             )
-        self.clamped += int((losses > self.header.loss.ceiling).sum())
 
     def _record_is_due(self) -> bool:
         """Whether it is time to record progress, as the first rank's clock says. Collective over all ranks."""
@@ -251,9 +292,9 @@ class _Scorer:
         self.clamped, self.recorded = 0, time.monotonic()
 
     @contextmanager
-    def _bar(self) -> Iterator[Advance]:
+    def _bar(self, work: str, tokens: int) -> Iterator[Advance]:
         if self.groups.is_logging_rank:
-            with progress(f"scoring {Path(self.corpus.prefix).name}", self.corpus.tokens, "tokens") as bar:
+            with progress(f"{work} {Path(self.corpus.prefix).name}", tokens, "tokens") as bar:
                 yield bar
         else:
             yield Silent()

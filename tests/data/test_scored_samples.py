@@ -29,11 +29,13 @@ class Places:
     def __init__(self, first: int) -> None:
         self.first = first
 
-    def losses(self, start: int, stop: int) -> Any:
-        return np.arange(self.first + start, self.first + stop, dtype=np.float32)
+    def losses(self, start: int, stop: int, labels: Any) -> Any:
+        values = np.arange(self.first + start, self.first + stop, dtype=np.float32)
+        assert np.array_equal(values, labels), "every token is its own place"
+        return values
 
     def entropies(self, start: int, stop: int) -> Any:
-        return -self.losses(start, stop)
+        return -np.arange(self.first + start, self.first + stop, dtype=np.float32)
 
 
 def _labels_and_scores(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.data import score_writer
+from megatron_slm.data.codebooks import Codebooks, fit, loss_code
 from megatron_slm.data.fingerprints import BLOCK, BLOCKS, files_fingerprint
 from megatron_slm.data.score_code import ScoreCode
 from megatron_slm.data.score_sets import Combine
@@ -28,18 +29,34 @@ def header(tokens: int = 100, width: int = 1, entropy: bool = True) -> ScoresHea
         tokenizer="ByteTokenizer " + "t" * 64,
         reference="r" * 64,
         context=ContextRule("document", 32, 16),
-        loss=ScoreCode.for_loss(257, width),
+        loss=loss_code(257, width),
         entropy=ScoreCode.for_entropy(257, width) if entropy else None,
     )
+
+
+def books(wanted: ScoresHeader, losses: np.ndarray) -> Codebooks | ScoreCode:
+    """Fitted to the losses themselves."""
+    if isinstance(wanted.loss, ScoreCode):
+        return wanted.loss
+    counts = np.zeros((wanted.loss.vocab_size, wanted.loss.bins), np.int32)
+    wanted.loss.count(counts, losses, labels(wanted))
+    return fit(wanted.loss, counts)
+
+
+def labels(wanted: ScoresHeader) -> np.ndarray:
+    return np.arange(wanted.tokens) * 7 % 257
 
 
 def write(path: Path, wanted: ScoresHeader, losses: np.ndarray, entropies: np.ndarray) -> None:
     """By two hands, the later part first."""
     reserve(path, wanted)
+    code, ids = books(wanted, losses), labels(wanted)
     half = wanted.tokens // 3
     for start, stop in ((half, wanted.tokens), (0, half)):
         writer = SidecarWriter(path, wanted)
-        writer.write_losses(start, wanted.loss.encode(losses[start:stop]))
+        if isinstance(code, Codebooks):
+            writer.write_codebooks(code)
+        writer.write_losses(start, code.encode(losses[start:stop], ids[start:stop]))
         if wanted.entropy is not None:
             writer.write_entropies(start, wanted.entropy.encode(entropies[start:stop]))
         writer.sync()
@@ -62,10 +79,12 @@ def test_what_is_written_is_read(
     assert sidecar.header == replace(wanted, clamped=3, complete=True)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     start, stop = sorted(chance.integers(0, tokens + 1, 2).tolist())
-    assert np.abs(sidecar.losses(start, stop) - losses[start:stop]).max(initial=0) <= wanted.loss.max_error
+    read = sidecar.losses(start, stop, labels(wanted)[start:stop])
+    assert np.abs(read - losses[start:stop]).max(initial=0) <= wanted.loss.max_error
     if wanted.entropy is not None:
         assert np.abs(sidecar.entropies(start, stop) - entropies[start:stop]).max(initial=0) <= wanted.entropy.max_error
-    assert path.stat().st_size == HEADER_BYTES + tokens * width * (2 if entropy else 1)
+    table = 257 * 32 if width == 1 else 0
+    assert path.stat().st_size == HEADER_BYTES + table + tokens * width * (2 if entropy else 1)
 
 
 def finished(folder: Path) -> Path:
@@ -89,11 +108,11 @@ def _edit(path: Path, **facts: object) -> None:
         (lambda path: path.write_bytes(b"x" * 9000), "is not a score sidecar"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"{" * 9000), "has a damaged header"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"[1] ".ljust(9000)), "has a damaged header"),
-        (lambda path: _edit(path, version=2), "is of version 2, and this program reads 1"),
+        (lambda path: _edit(path, version=1), "is of version 1, and this program reads 2"),
         (lambda path: _edit(path, colour="red"), "has a damaged header"),
         (lambda path: _edit(path, complete=False), "was never finished"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 4295 bytes, and its header promises 4296"),
-        (lambda path: path.write_bytes(path.read_bytes() + b"1"), "has 4297 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 12519 bytes, and its header promises 12520"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"1"), "has 12521 bytes"),
     ],
 )
 def test_damage_is_refused(tmp_path: Path, damage: object, message: str) -> None:
@@ -102,6 +121,17 @@ def test_damage_is_refused(tmp_path: Path, damage: object, message: str) -> None
     with pytest.raises(ConfigError, match="--reference-scores") as caught:
         read_header(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("place", "byte"), [(0, 1), (5, 0), (31, 255), (32, 9)])
+def test_damaged_codebooks_are_refused(tmp_path: Path, place: int, byte: int) -> None:
+    """A first code that is not 0, and bins that lost their codes."""
+    path = finished(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[HEADER_BYTES + place] = byte
+    path.write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match=r"corpus.rm.scores has damaged codebooks"):
+        Sidecar(path)
 
 
 def test_names() -> None:
@@ -133,7 +163,7 @@ def test_full_disk_is_said_before_the_work_begins(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(score_writer.os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match=r"No space left on device. It needs 4,296 bytes in all"):
+    with pytest.raises(ConfigError, match=r"No space left on device. It needs 12,520 bytes in all"):
         reserve(path, header())
     assert [each.name for each in tmp_path.iterdir()] == ["corpus.rm.scores"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from tiny import command, launch, make_corpus, records
+from tiny import command, launch, launch_each, make_corpus, records
 
 from megatron_slm.config.schema import ParallelConfig, ReferenceConfig
 from megatron_slm.data.scores import HEADER_BYTES
@@ -33,8 +33,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two corpora, two reference models, a base model, and sidecars: rm and other on both corpora, plain on one."""
     folder = tmp_path_factory.mktemp("sidecars")
     one, two = make_corpus(folder / "one", 1), make_corpus(folder / "two", 2)
-    for name, corpus, steps in (("rm", two, 4), ("other", one, 2), ("base", one, 2)):
-        launch(command(corpus, folder / name, train_iters=steps))
+    models = (("rm", two, 4), ("other", one, 2), ("base", one, 3))
+    launch_each([command(corpus, folder / name, train_iters=steps) for name, corpus, steps in models])
     jobs = [
         _job(folder, "rm", "rm", [one, two], with_entropy=True),
         _job(folder, "other", "other", [one, two], with_entropy=True),
@@ -91,12 +91,13 @@ def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int,
 def test_weights_choose_the_reference_model(workspace: Path) -> None:
     """Nearly all the weight on one sidecar selects as that sidecar alone does, and not as the other."""
     common: dict[str, Any] = {"slm_score": "reference-loss", "train_iters": 1}
-    for name, scores, combine in (
-        ("one", ["rm"], None),
-        ("two", ["other"], None),
-        ("weighted", ["rm", "other"], "1,1e-12"),
-    ):
-        launch(slm(workspace, name, **common, reference_scores=scores, reference_combine=combine))
+    runs = (("one", ["rm"], None), ("two", ["other"], None), ("weighted", ["rm", "other"], "1,1e-12"))
+    launch_each(
+        [
+            slm(workspace, name, **common, reference_scores=scores, reference_combine=combine)
+            for name, scores, combine in runs
+        ]
+    )
     one, two, weighted = (records(workspace / name)[0]["selection"] for name in ("one", "two", "weighted"))
     assert weighted == one != two
 
