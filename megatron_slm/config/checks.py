@@ -27,7 +27,7 @@ def check(config: Config, world_size: int) -> None:
     _check_layout(config, world_size)
     _fill_in(config, world_size)
     _check_experts(config, world_size)
-    for further in (_check_batch, _check_schedule, _check_objective, _check_data, _check_checkpoint):
+    for further in (_check_batch, _check_schedule, _check_objective, _check_heads, _check_data, _check_checkpoint):
         further(config)
 
 
@@ -289,19 +289,6 @@ def _check_objective(config: Config) -> None:
         f"--slm-threshold carried selects over the global batch, and --slm-scope is {objective.slm_scope}. "
         "Add --slm-scope global-batch, or leave it out.",
     )
-    heads = config.model.mtp_num_layers
-    _require(
-        objective.slm_mtp_selection == "main" or (heads is not None and objective.slm_scope != "global-batch"),
-        "--slm-mtp-selection own needs --mtp-num-layers, and any --slm-scope but global-batch.",
-    )
-    _require(
-        heads is None or config.parallel.context_parallel_size == 1,
-        "--mtp-num-layers and --context-parallel-size cannot be used together. Leave one of them out.",
-    )
-    _require(
-        heads is None or heads < (config.model.seq_length or 1),
-        f"--mtp-num-layers {heads} leaves no token of a sample of --seq-length {config.model.seq_length}.",
-    )
     if reference.reference_load is not None:
         _require(
             Path(reference.reference_load).is_dir(),
@@ -309,6 +296,28 @@ def _check_objective(config: Config) -> None:
             "reference model that was trained with --objective clm.",
         )
     _check_sidecars(config.reference)
+
+
+def _check_heads(config: Config) -> None:
+    objective, parallel = config.objective, config.parallel
+    heads = config.model.mtp_num_layers
+    _require(
+        objective.slm_mtp_selection == "main" or (heads is not None and objective.slm_scope != "global-batch"),
+        "--slm-mtp-selection own needs --mtp-num-layers, and any --slm-scope but global-batch.",
+    )
+    _require(
+        heads is None or parallel.context_parallel_size == 1,
+        "--mtp-num-layers and --context-parallel-size cannot be used together. Leave one of them out.",
+    )
+    _require(
+        heads is None or parallel.pipeline_model_parallel_size == 1 or config.model.untie_embeddings_and_output_weights,
+        "--mtp-num-layers with --pipeline-model-parallel-size above 1 needs --untie-embeddings-and-output-weights: "
+        "Megatron-Core cannot save a tied embedding there.",
+    )
+    _require(
+        heads is None or heads < (config.model.seq_length or 1),
+        f"--mtp-num-layers {heads} leaves no token of a sample of --seq-length {config.model.seq_length}.",
+    )
 
 
 def _check_sidecars(reference: ReferenceConfig) -> None:

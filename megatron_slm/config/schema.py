@@ -284,7 +284,8 @@ class ObjectiveConfig:
     slm_exact_mode: str = flag(
         "recompute",
         "how selected tokens get their gradient: recompute their logits, or speculative: at once for tokens that are "
-        "surely above the threshold, guessed from those before; the selection is the same",
+        "surely above the threshold, guessed from those before; the selection is the same. No guess is needed with "
+        "--slm-scope global-batch",
         choices=("recompute", "speculative"),
     )
     slm_kept_logits_mb: int = flag(0, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed")

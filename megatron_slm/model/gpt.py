@@ -148,9 +148,6 @@ def build_model(
         )
         chunk.reports_entropy = reports_entropy
         chunk.lm_head = head
-        if model.mtp_num_layers and chunk.post_process and chunk.share_embeddings_and_output_weights:
-            # Further heads also embed tokens here, which Megatron-Core 0.16.1 forgets where there are several stages.
-            chunk.shared_embedding_or_output_weight().zero_out_wgrad = True
         chunk.to(groups.device)
         chunks.append(Float16Module(config, chunk) if bf16 else chunk)
     return chunks

@@ -70,6 +70,11 @@ def test_needed_settings_are_named(name: str) -> None:
         (1, {"objective": "slm", "slm_mtp_selection": "own"}, "--slm-mtp-selection own needs --mtp-num-layers"),
         (2, {"mtp_num_layers": 1, "context_parallel_size": 2}, "cannot be used together"),
         (1, {"mtp_num_layers": 32}, "leaves no token of a sample"),
+        (
+            2,
+            {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2},
+            "--mtp-num-layers with --pipeline-model-parallel-size above 1 needs --untie",
+        ),
         (3, {"context_parallel_size": 2}, "--context-parallel-size 2 = 2. Start a multiple"),
         (2, {"context_parallel_size": 2, "seq_length": 30}, "cuts each sample into 4 parts, and --seq-length 30"),
         (

@@ -66,7 +66,7 @@ def test_global_batch_and_carried_scopes(workspace: Path) -> None:
 
 
 def test_tied_embedding_agrees(workspace: Path) -> None:
-    """On the last of two stages the weight is that of the heads, and also embeds the tokens of the further ones."""
+    """The weight is that of all heads, and also embeds the tokens of the further ones; by shards of it too."""
     model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
     corpus = str(workspace / "corpus_text_document")
     flags = {"model": model, "train_iters": 3, "objective": "slm", "slm_score": "token-loss", **HEADS}
@@ -74,8 +74,8 @@ def test_tied_embedding_agrees(workspace: Path) -> None:
     flags |= {"load": workspace / "tied-base", "finetune": True}
     launch(command(corpus, workspace / "tied-torch", **flags, slm_cross_entropy="torch"))
     launch(command(corpus, workspace / "tied-one", **flags))
-    launch(command(corpus, workspace / "tied-pp", **flags, pipeline_model_parallel_size=2), 2)
-    for name in ("tied-one", "tied-pp"):
+    launch(command(corpus, workspace / "tied-tp", **flags, tensor_model_parallel_size=2), 2)
+    for name in ("tied-one", "tied-tp"):
         assert_same(workspace, "tied-torch", name)
 
 
