@@ -1,4 +1,4 @@
-"""Where texts for a tokenizer.json or a tiktoken file may be cut: at borders of pre-tokens, which no token crosses.
+"""Where texts for a tokenizer.json may be cut: at borders of pre-tokens, which no token crosses.
 
 A pre-tokenizer's expression matches from left to right, so that a border between two matches is also one when the text
 is cut there, if no match looks beyond it. For the expressions below that holds before the last white space of a run and
@@ -49,21 +49,11 @@ WORDS_OF = {
     GPT2: SPACE_FIRST,
     _letters(r"\p{N}{1,3}"): NEWLINE_LAST,  # cl100k, Llama 3
     _letters(r"\p{N}"): NEWLINE_LAST,  # Qwen 2
-    _cased("", r"\p{N}"): SLASHES_TOO,  # Tekken, Megatron-LM's v2
+    _cased("", r"\p{N}"): SLASHES_TOO,  # Tekken
     _cased("", r"\p{N}{1,3}"): SLASHES_TOO,
     _cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"): SLASHES_TOO,  # o200k
-    r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": NEWLINE_LAST,  # v1
 }
 ASCII_TEXT = re.compile(r"[\t\n\r -~]*")  # on which all engines of expressions agree
-
-
-def tiktoken_cuts(pattern: str, encode: Callable[[str], Sequence[int]], specials: Sequence[str] = ()) -> WordCuts:
-    """Cuts for a tiktoken encoding; texts that hold one of ``specials`` are not cut.
-
-    Raises:
-        Uncuttable: an expression that is not known here.
-    """
-    return WordCuts(_words_of(pattern), encode, _pieces_of(pattern), whole=_holds_any(specials))
 
 
 def huggingface_cuts(model: Any) -> WordCuts:

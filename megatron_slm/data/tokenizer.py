@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from megatron_slm.data.pretoken_cuts import huggingface_cuts, tiktoken_cuts
+from megatron_slm.data.pretoken_cuts import huggingface_cuts
 from megatron_slm.data.sentencepiece_cuts import sentencepiece_cuts
 from megatron_slm.data.word_cuts import Uncuttable, WordCuts
 from megatron_slm.runtime.errors import ConfigError
@@ -186,13 +186,13 @@ class TikTokenizer(_Identity):
         digest = hashlib.sha256(f"{fingerprint_of(path)} {settings}".encode()).hexdigest()
         super().__init__(digest if settings else fingerprint_of(path), f"--tokenizer-model {path}")
         try:
-            ranks, specials, self.pattern = (self._megatron if path.suffix == ".json" else self._own)(path, files)
+            ranks, specials, pattern = (self._megatron if path.suffix == ".json" else self._own)(path, files)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"--tokenizer-model {path} is not a tiktoken file: {error}") from error
-        self.specials = list(specials) if path.suffix == ".json" else []  # looked for in texts
+        self.specials = frozenset(specials if path.suffix == ".json" else ())  # looked for in texts
         self.eod = max(specials.values()) if "</s>" not in specials else specials["</s>"]
         self.vocab_size = max(*specials.values(), *ranks.values()) + 1
-        self.model = tiktoken.Encoding(path.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.model = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
     def _own(self, path: Path, files: TokenizerFiles) -> tuple[dict[bytes, int], dict[str, int], str]:
         from tiktoken.load import load_tiktoken_bpe
@@ -211,13 +211,13 @@ class TikTokenizer(_Identity):
         return ranks, {name: place for place, name in enumerate(names)}, self.PATTERNS[files.tiktoken_pattern]
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(text, allowed_special=set(self.specials), disallowed_special=())
+        return self.model.encode(text, allowed_special=self.specials, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
 
     def word_cuts(self) -> WordCuts:
-        return tiktoken_cuts(self.pattern, self.model.encode_ordinary, self.specials)
+        raise Uncuttable("tiktoken is faster than a word cache that is filling")
 
 
 class ByteTokenizer(_Identity):

@@ -83,8 +83,9 @@ def test_end_of_document_and_size(kind: str, eod: str, vocab_size: int) -> None:
     assert tokenizer.eod == known[kind]()
 
 
-def test_only_bytes_and_numbers_go_the_plain_way() -> None:
-    assert {kind for kind in FILES if why_plain(build(kind))} == {"ByteTokenizer", "NullTokenizer"}
+def test_fast_kinds_go_the_plain_way() -> None:
+    plain = {"TikTokenizer", "ByteTokenizer", "NullTokenizer"}
+    assert {kind for kind in FILES if why_plain(build(kind))} == plain
     for kind in ("ByteTokenizer", "NullTokenizer"):
         assert fast_encoder(build(kind), np.uint16)("1 2") == np.array(build(kind).encode("1 2"), np.uint16).tobytes()
 

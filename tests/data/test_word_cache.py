@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiktoken
 from hypothesis import given, settings
 from tokenizer_models import (
     HARD,
@@ -20,9 +19,8 @@ from tokenizer_models import (
 )
 
 from megatron_slm.data import word_cache
-from megatron_slm.data.pretoken_cuts import GPT2, WHITE, WORDS_OF, huggingface_cuts, tiktoken_cuts
+from megatron_slm.data.pretoken_cuts import GPT2, WHITE, WORDS_OF, huggingface_cuts
 from megatron_slm.data.sentencepiece_cuts import sentencepiece_cuts
-from megatron_slm.data.tokenizer import TikTokenizer
 from megatron_slm.data.word_cache import fast_encoder, plain_encoder, why_plain
 from megatron_slm.data.word_cuts import WordCuts, kept_apart
 from megatron_slm.runtime.errors import ConfigError
@@ -108,23 +106,6 @@ def test_split_by_expression_then_byte_level(pattern: str) -> None:
 @pytest.mark.parametrize("prepend_scheme", ["always", "first", "never", None])
 def test_metaspace_and_llama_2(seed: int, prepend_scheme: str | None) -> None:
     expect_equal(of_huggingface(metaspace_model(seed, prepend_scheme)))
-
-
-@pytest.mark.parametrize("pattern", [*list(WORDS_OF)[1:], TikTokenizer.OWN_PATTERN])
-def test_tiktoken(pattern: str) -> None:
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for line in random_lines(6, 30):  # pairs of bytes, then words, by their place in the text
-        for word in line.encode().split():
-            for size in range(2, len(word) + 1):
-                ranks.setdefault(word[:size], len(ranks))
-    model = tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<s>": len(ranks)})
-    expect_equal(Subject(model.encode_ordinary, lambda: tiktoken_cuts(pattern, model.encode_ordinary)))
-    every = {"allowed_special": "all"}
-    expect_equal(
-        Subject(
-            lambda text: model.encode(text, **every), lambda: tiktoken_cuts(pattern, model.encode_ordinary, ["<s>"])
-        )  # type: ignore[arg-type]
-    )
 
 
 def test_white_space_is_what_the_pre_tokenizers_expression_takes_for_it() -> None:
