@@ -33,6 +33,11 @@ class TokenSums:
     values: Tensor  # loss of selected, selected, loss of valid, valid, Σ threshold, micro-batches
     fingerprint: Tensor  # int64: changes when the set of selected tokens changes, whatever their order
 
+    @property
+    def selected(self) -> int:
+        """Selected tokens."""
+        return int(self.values[1])
+
     @staticmethod
     def of(tokens: Tokens, loss: SelectiveLoss) -> TokenSums:
         """The sums of one micro-batch."""

@@ -213,6 +213,10 @@ def train_step(
     parts = token_sums(chunks, micro_batches, selection, scores=scores)
     if trainable.carried is not None:
         _carry_on(trainable.carried, selection, next_ratio, trainable.groups)
+    sums = TokenSums.reduce(parts, trainable.groups)
+    if trainable.auxiliary is not None and not sums.selected:
+        for chunk in chunks:  # nothing to divide by: what the auxiliary losses left is a sum over tokens
+            chunk.zero_grad_buffer()  # type: ignore[operator]
     lr = max(group["lr"] for group in optimizer.param_groups)
     _, grad_norm, _ = optimizer.step()
     norm = float(grad_norm) if grad_norm is not None else math.nan
@@ -220,7 +224,7 @@ def train_step(
         raise DivergedError(f"the gradient norm is {norm}. A lower --lr or a longer warm-up may help.")
     batch = micro_batches[0].tokens.size(0) * len(micro_batches) * trainable.groups.dp_size
     trainable.scheduler.step(increment=batch)
-    return Step(TokenSums.reduce(parts, trainable.groups), norm, lr, seconds_ranking)
+    return Step(sums, norm, lr, seconds_ranking)
 
 
 def _share_to_select(selection: StepSelection, micro_batches: Sequence[MicroBatch], trainable: Trainable) -> float:

@@ -90,6 +90,24 @@ def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[to
     return gradients
 
 
+def _select_nothing(rank: int, world_size: int, argv: list[str]) -> None:
+    def nothing(tokens: Any, selector: Any, ratio: float) -> objective.Selection:
+        none = torch.zeros_like(tokens.valid)
+        return objective.Selection(none, none.float(), torch.zeros(()))
+
+    with mock.patch.object(step_module, "select", nothing), contextlib.redirect_stdout(io.StringIO()):
+        assert main(argv) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_selects_nothing_moves_no_expert(workspace: Path, ranks: int) -> None:
+    """As a carried threshold may, where losses fall at once by more than their spread."""
+    layout = {"dp": ranks, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    name = f"nothing-{ranks}"
+    run_ranks(_select_nothing, ranks, slm(workspace, name, **layout), initialise=False)
+    assert [record["grad_norm"] for record in records(workspace / name)] == [0.0] * 3
+
+
 WAYS = {
     "half": ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.5"],
     "tenth": ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.125"],

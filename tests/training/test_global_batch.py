@@ -64,7 +64,7 @@ def test_any_cut_of_the_batch_selects_the_same_tokens(workspace: Path, cut: str)
     assert all(record["seconds_ranking"] > 0 for record in records(workspace / cut))
 
 
-@pytest.mark.parametrize("cut", ["data-parallel", "interleaved"])
+@pytest.mark.parametrize("cut", ["data-parallel", "tensor", "context", "interleaved"])
 def test_any_cut_of_the_batch_carries_the_same_threshold(workspace: Path, cut: str) -> None:
     ranks, flags = CUTS[cut]
     launch(slm(workspace, f"carried-{cut}", slm_threshold="carried", **{**flags, "train_iters": 6}), ranks)
