@@ -161,7 +161,9 @@ def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> 
 
     def run(name: str, source: Path, prefix: str) -> float:
         output = arguments.work / f"{name}-{prefix}"
-        return timed([*commands[name], "--input", str(source), "--output-prefix", str(output), *shared])
+        # the checkout before a megatron-core that may be installed
+        home = {"PYTHONPATH": str(arguments.megatron_lm.resolve())} if name == "megatron_lm" else {}
+        return timed([*commands[name], "--input", str(source), "--output-prefix", str(output), *shared], home)
 
     contestants: dict[str, Callable[[], float]] = {name: partial(run, name, corpus.path, "out") for name in commands}
     contestants["tokenizer"] = partial(tokenizer_alone, corpus, arguments)
@@ -174,10 +176,10 @@ def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> 
     return compared(corpus, results, arguments)
 
 
-def timed(command: list[str]) -> float:
+def timed(command: list[str], environment: dict[str, str]) -> float:
     """Seconds of a command that must succeed."""
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
         raise ConfigError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return time.monotonic() - began

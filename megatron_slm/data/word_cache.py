@@ -18,7 +18,7 @@ from megatron_slm.runtime.errors import ConfigError
 
 CHECK_EVERY = 200  # texts; the check costs a few percent where the cache is ten times faster than the tokenizer
 MOST_WORDS = 1 << 19  # kept at once; then all are forgotten, so that the cache follows a corpus that changes
-MOST_PIECES = 1 << 17
+MOST_PIECES = 1 << 18
 LONGEST_WORD = 64  # characters; longer ones rarely come again and are not kept
 SHOWN = 60  # characters of a text, in a message
 
@@ -30,7 +30,7 @@ def fast_encoder(tokenizer: Tokenizer, dtype: Any, *, check_every: int = CHECK_E
 
     It gives ``np.array(tokenizer.encode(text), dtype).tobytes()`` on every text, through a word cache where the
     tokenizer allows an exact one, and otherwise the plain way. The cache holds at most MOST_WORDS words and MOST_PIECES
-    pieces of up to LONGEST_WORD characters: about 120 MB for ordinary text.
+    pieces of up to LONGEST_WORD characters: about 150 MB for ordinary text.
 
     Args:
         tokenizer: of any kind.

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer reads its files as Megatron-LM does, gives texts back, and says what is wrong with a file."""
+"""Every kind of tokenizer reads its files as Megatron-LM does, gives a text back, and names what is wrong."""
 
 from __future__ import annotations
 
