@@ -26,7 +26,7 @@ from megatron_slm.data.scored_samples import ScoredSamples, label_places
 from megatron_slm.data.scores import Sidecar, sidecar_path
 from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import Selector, selective_loss
+from megatron_slm.objective.selective_loss import Selector, select
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
 from megatron_slm.reference.windows import Documents, as_micro_batch, span
@@ -242,7 +242,7 @@ def _compare(
         [beside], [loss] = model.score([batch]), learner.score([batch])
         assert batch.reference_loss is not None
         one, two = (
-            selective_loss(as_tokens(batch, loss.loss, reference), selector, 0.6)
+            select(as_tokens(batch, loss.loss, reference, batch.first_sample), selector, 0.6)
             for reference in (beside, replace(beside, loss=batch.reference_loss))
         )
         tokens, selected = tokens + one.selected.numel(), selected + int(one.selected.sum())
