@@ -86,7 +86,9 @@ def test_shards_of_text_are_the_corpus_of_one_run(tmp_path: Path) -> None:
         result = tool("--input", tmp_path / "shards", "--output-prefix", output)
         assert result.returncode == 0, result.stderr
         same_files(output, Path(whole))
-    assert json.loads(Path(f"{output}.json").read_text()) == json.loads(Path(f"{whole}.json").read_text())
+    merged, one = (json.loads(Path(f"{prefix}.json").read_text()) for prefix in (output, whole))
+    del one["job"]  # by which --resume knows that a job is done; a merged corpus is of several
+    assert merged == one
     assert "47 documents" in result.stdout
 
 

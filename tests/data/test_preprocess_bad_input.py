@@ -167,7 +167,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     (
         "id too large",
         ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--input", "large.jsonl"],
-        ["large.jsonl:1", "out of bounds"],
+        ["large.jsonl:1", "a token id that the corpus cannot hold"],
     ),
     ("output", ["--output-prefix", "good.jsonl/out"], ["--output-prefix good.jsonl/out cannot be written"]),
     ("package", ["--input", "s3://bucket/in.jsonl"], ["--input s3://bucket/in.jsonl", "pip install s3fs"]),
