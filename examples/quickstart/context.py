@@ -45,8 +45,7 @@ from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.step import as_tokens
 
 WINDOW, RATIO, MICRO_BATCH, STEPS = 256, 0.6, 8, 160
-RULES = [ContextRule(kind, WINDOW, stride) for kind in ("document", "stream") for stride in (256, 128, 64, 32)]
-DEFAULT = RULES[1]  # of tools/score_corpus.py
+DEFAULT = ContextRule("document", WINDOW, WINDOW // 2)  # of tools/score_corpus.py
 BESIDE = "co-located"
 CORPUS = "context_train"
 THETAS = {"start": "base", "end": "slm"}  # θ when SLM begins, and the quickstart's θ when it has ended
@@ -70,7 +69,9 @@ def main() -> int:
     parser.add_argument("--compared", type=int, default=98_304, help="tokens on which selections are compared")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--no-training", action="store_true", help="compare selections only")
+    parser.add_argument("--strides", type=int, nargs="+", default=[256, 128, 64, 32], help="128 must be among them")
     arguments = parser.parse_args()
+    rules = [ContextRule(kind, WINDOW, stride) for kind in ("document", "stream") for stride in arguments.strides]
     os.chdir(stages.ROOT)
     folder = stages.FOLDER
     try:
@@ -80,10 +81,10 @@ def main() -> int:
             folder, "slm", "raw_train", ["--train-iters", "100", *load_base, *slm, "--reference-load", f"{folder}/rm"]
         )
         prepare_corpus(folder, arguments.tokens)
-        for rule in RULES:
+        for rule in rules:
             score(folder, rule)
-        rows = compare(folder, arguments.compared)
-        finals = {} if arguments.no_training else train_all(folder, [*load_base, *slm], arguments.seeds)
+        rows = compare(folder, rules, arguments.compared)
+        finals = {} if arguments.no_training else train_all(folder, rules, [*load_base, *slm], arguments.seeds)
     except stages.StageFailed as failure:
         return failure.code
     report(rows, finals, vars(arguments))
@@ -153,17 +154,19 @@ class Comparison:
         return select(tokens, self.selector, RATIO).selected
 
 
-def compare(folder: Path, compared: int) -> list[Row]:
+def compare(folder: Path, rules: Sequence[ContextRule], compared: int) -> list[Row]:
     """How the selection by each rule differs from the co-located model's."""
     tokenizer = SentencePieceTokenizer(TokenizerFiles(model=str(folder / "tokenizer.model")))
     groups = process.start(ParallelLayout())
     try:
-        return _compare(folder, compared, tokenizer, groups)
+        return _compare(folder, rules, compared, tokenizer, groups)
     finally:
         process.stop()
 
 
-def _compare(folder: Path, compared: int, tokenizer: Tokenizer, groups: Groups) -> list[Row]:
+def _compare(
+    folder: Path, rules: Sequence[ContextRule], compared: int, tokenizer: Tokenizer, groups: Groups
+) -> list[Row]:
     prefix = stages.corpus(folder, CORPUS)
     data = DataConfig(data_path=[prefix], data_cache_path=str(folder / "cache"))
     batches = compared // (WINDOW * MICRO_BATCH)
@@ -175,7 +178,7 @@ def _compare(folder: Path, compared: int, tokenizer: Tokenizer, groups: Groups) 
         valid_samples=0,
         seed=1,
     ).train
-    sidecars = {name_of(rule): _open(folder, rule, data, tokenizer) for rule in RULES}
+    sidecars = {name_of(rule): _open(folder, rule, data, tokenizer) for rule in rules}
     beside = _model(folder, "rm", tokenizer, groups)
     thetas = {name: _model(folder, run, tokenizer, groups) for name, run in THETAS.items()}
     selector = Selector(parse_policy("excess"), group=groups.dp_cp)
@@ -200,7 +203,7 @@ def _compare(folder: Path, compared: int, tokenizer: Tokenizer, groups: Groups) 
             for name, theta in thetas.items():
                 comparisons[name].add(batch, theta.score([batch])[0].loss, sources)
             bar.advance()
-    costs = {BESIDE: ((WINDOW + 1) / 2, 1.0)} | {name_of(rule): cost(prefix, rule) for rule in RULES}
+    costs = {BESIDE: ((WINDOW + 1) / 2, 1.0)} | {name_of(rule): cost(prefix, rule) for rule in rules}
     return [_row(name, costs.get(name, costs[BESIDE]), loss, comparisons) for name, loss in losses.items()]
 
 
@@ -256,10 +259,12 @@ def cost(prefix: str, rule: ContextRule) -> tuple[float, float]:
     return context / corpus.tokens, rows * rule.window / corpus.tokens
 
 
-def train_all(folder: Path, flags: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+def train_all(
+    folder: Path, rules: Sequence[ContextRule], flags: Sequence[str], seeds: Sequence[int]
+) -> dict[str, dict[str, list[float]]]:
     """SLM with every source and every seed, two runs side by side; final held-out losses by source and set."""
     sources = {BESIDE: ["--reference-load", str(folder / "rm")]}
-    sources |= {name_of(rule): ["--reference-scores", str(folder / "context" / name_of(rule))] for rule in RULES}
+    sources |= {name_of(rule): ["--reference-scores", str(folder / "context" / name_of(rule))] for rule in rules}
     runs = [(name, seed) for seed in seeds for name in sources]
     with progress("training", len(runs), "runs") as bar, ThreadPoolExecutor(2) as pool:
         for _ in pool.map(lambda run: train_one(folder, [*flags, *sources[run[0]]], *run), runs):
