@@ -19,6 +19,8 @@ setup(
         "rich",
         "sentencepiece",
         "tokenizers",
+        "regex",
+        "protobuf",
         "tiktoken",
         "nltk",
         "zstandard",

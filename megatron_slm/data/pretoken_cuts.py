@@ -70,7 +70,7 @@ def huggingface_cuts(model: Any) -> WordCuts:
     before, after = _special_ids(settings["post_processor"])
     whole = _whole_texts(settings)
     settings["post_processor"] = None
-    writes_spaces = _is_metaspace(settings)
+    writes_spaces = _is_metaspace(settings) or _is_llama_2(settings)
     words, pieces, prefix = _cuts_of(settings)
     inner = tokenizers.Tokenizer.from_str(json.dumps(settings))
 
@@ -100,15 +100,15 @@ def _cuts_of(settings: Settings) -> tuple[Any, Any, Prefix]:
         if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
             return _words_of(pattern), _pieces_of(pattern), str
     if _is_metaspace(settings):
-        return _metaspace_cuts(settings, steps)
-    raise Uncuttable(f"the pre-tokenizer {' and '.join(kinds) or 'none'} is not known")
-
-
-def _metaspace_cuts(settings: Settings, steps: list[Settings]) -> tuple[Any, Any, Prefix]:
-    if steps and steps[0]["type"] == "Metaspace":
         prefix = str if steps[0]["prepend_scheme"] == "never" else _space_first
         steps[0]["prepend_scheme"] = "never"
         return re.compile(" [^ ]*|[^ ]+").findall, None, prefix
+    if _is_llama_2(settings):
+        return _llama_2_cuts(settings)
+    raise Uncuttable(f"the pre-tokenizer {' and '.join(kinds) or 'none'} is not known")
+
+
+def _llama_2_cuts(settings: Settings) -> tuple[Any, Any, Prefix]:
     model = settings["model"]
     if model["type"] != "BPE" or model.get("ignore_merges") or model.get("continuing_subword_prefix"):
         raise Uncuttable("without a pre-tokenizer, only plain BPE is exact when cut")
@@ -125,13 +125,21 @@ def _metaspace_cuts(settings: Settings, steps: list[Settings]) -> tuple[Any, Any
 
 
 def _is_metaspace(settings: Settings) -> bool:
-    """Whether spaces are written as "▁": by the pre-tokenizer, or by the normalizer before one that finds no space."""
+    """Whether a pre-tokenizer writes spaces as "▁" and cuts before each."""
     steps = _steps(settings["pre_tokenizer"], "pretokenizers")
-    normalizers = _steps(settings["normalizer"], "normalizers")
-    if [step["type"] for step in steps] == ["Metaspace"]:
-        return steps[0]["replacement"] == SPACE and steps[0].get("split", True)
-    finds_none = all(step["type"] == "Split" and step["pattern"] == {"String": " "} for step in steps)
+    return (
+        [step["type"] for step in steps] == ["Metaspace"]
+        and steps[0]["replacement"] == SPACE
+        and bool(steps[0]["split"])
+    )
+
+
+def _is_llama_2(settings: Settings) -> bool:
+    """Whether normalizers write spaces as "▁", and no pre-tokenizer cuts (or only one that finds no space then)."""
+    steps = _steps(settings["pre_tokenizer"], "pretokenizers")
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    normalizers = _steps(settings["normalizer"], "normalizers")
+    finds_none = all(step["type"] == "Split" and step["pattern"] == {"String": " "} for step in steps)
     return finds_none and normalizers in ([replaces], [{"type": "Prepend", "prepend": SPACE}, replaces])
 
 
@@ -141,7 +149,7 @@ def _whole_texts(settings: Settings) -> Callable[[str], bool]:
     holds_any = _holds_any([token["content"] for token in added])
     normalizers = _steps(settings["normalizer"], "normalizers")
     kinds = {step["type"] for step in normalizers}
-    if not kinds or (kinds <= {"Prepend", "Replace"} and _is_metaspace(settings)):
+    if not kinds or _is_llama_2(settings):
         if kinds and any({" ", SPACE} & set(token["content"]) for token in added if token["normalized"]):
             raise Uncuttable("an added token with a space is looked for in the text with each space written as ▁")
         return lambda text: not text or holds_any(text)

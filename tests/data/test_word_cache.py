@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenizer_models import (
     sentencepiece_model,
     texts,
 )
+from tokenizers import Tokenizer
 
 from megatron_slm.data import word_cache
 from megatron_slm.data.pretoken_cuts import GPT2, WHITE, WORDS_OF, huggingface_cuts
@@ -133,6 +135,10 @@ def test_white_space_is_what_the_pre_tokenizers_expression_takes_for_it() -> Non
         (lambda: of_sentencepiece(changed(sentencepiece_model(1, byte_fallback=False), no_space)), "has no '▁'"),
         (lambda: of_huggingface(byte_level_model(1, normalizer="NFKC")), "normalizer NFKC"),
         (lambda: of_huggingface(byte_level_model(1, r"\w+|\W+")), "expression"),
+        (lambda: of_huggingface(with_changes(replaces_runs)), "normalizer Replace"),
+        (lambda: of_huggingface(with_changes(merges_bytes)), "merges of bytes"),
+        (lambda: of_huggingface(with_changes(lacks_a_byte)), "no byte fallback"),
+        (lambda: of_huggingface(with_changes(adds_spaces)), "added token with a space"),
     ],
 )
 def test_tokenizers_without_an_exact_cut_go_the_plain_way(model: Callable[[], Subject], reason: str) -> None:
@@ -149,6 +155,32 @@ def unused_piece(proto: Any) -> None:
 
 def control_character(proto: Any) -> None:
     next(piece for piece in proto.pieces if piece.piece == "a").type = 3
+
+
+def with_changes(change: Callable[[dict[str, Any]], None]) -> Tokenizer:
+    """A model like Llama 2's with its settings changed."""
+    content = json.loads(metaspace_model(1, None).to_str())
+    change(content)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def replaces_runs(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+
+
+def merges_bytes(content: dict[str, Any]) -> None:
+    content["model"]["vocab"]["<0x0A><0x0A>"] = 5000
+    content["model"]["merges"].append(["<0x0A>", "<0x0A>"])
+
+
+def lacks_a_byte(content: dict[str, Any]) -> None:
+    content["model"]["byte_fallback"] = False
+
+
+def adds_spaces(content: dict[str, Any]) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    content["added_tokens"].append({"id": 6000, "content": "▁▁▁▁", "normalized": True, **flags})
 
 
 def no_space(proto: Any) -> None:
