@@ -322,10 +322,18 @@ def tool(files: list[str], prefix: Path) -> list[str]:
     return [*command, "--append-eod", "--on-error", "skip", "--output-prefix", str(prefix), "--workers", "2"]
 
 
+def _heeds_ctrl_c() -> None:
+    """A job that a shell runs in the background inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     job = make_job(write_inputs(tmp_path), tmp_path / "out", resume=True)
     with subprocess.Popen(
-        tool(list(job.files), tmp_path / "out"), env={**os.environ, "SECONDS": "0.02"}, stderr=subprocess.PIPE
+        tool(list(job.files), tmp_path / "out"),
+        env={**os.environ, "SECONDS": "0.02"},
+        stderr=subprocess.PIPE,
+        preexec_fn=_heeds_ctrl_c,
     ) as process:
         journal = tmp_path / "out_text_document.journal"
         while process.poll() is None and not (journal.exists() and len(journal.read_bytes().splitlines()) > 2):
