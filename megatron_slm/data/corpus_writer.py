@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 
-from megatron_slm.data.index import bin_path, idx_path, packed_header
+from megatron_slm.data.index import bin_path, byte_offsets, idx_path, packed_header
 
 AT_ONCE = 1 << 20  # numbers that are held in memory while the index is composed
 SMALL_VOCABULARY = 65500  # below it ids are stored as uint16
@@ -114,9 +114,8 @@ def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> 
             index.write(chunk.tobytes())
         offset = 0
         for chunk in _read(lengths):
-            ends = offset + np.cumsum(chunk, dtype=np.int64) * dtype.itemsize
-            index.write((ends - chunk.astype(np.int64) * dtype.itemsize).tobytes())
-            offset = int(ends[-1])
+            starts, offset = byte_offsets(chunk, offset, dtype)
+            index.write(starts.tobytes())
         index.write(np.zeros(1, np.int64).tobytes())
         documents = 0
         for chunk in _read(sequences):

@@ -73,6 +73,17 @@ def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
         yield array[start : start + size]
 
 
+def byte_offsets(lengths: np.ndarray, begin: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
+    """Where sequences of ``lengths`` tokens, at least one, begin when the first is at byte ``begin``; and their end.
+
+    Returns:
+        [sequences] int64, and a byte.
+    """
+    sizes = lengths.astype(np.int64) * dtype.itemsize
+    ends = begin + np.cumsum(sizes)
+    return ends - sizes, int(ends[-1])
+
+
 def read_index(prefix: str) -> Index:
     """Map the index of a corpus.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_slm.data.corpus import read_record, record_path
-from megatron_slm.data.index import CHUNK, Index, bin_path, chunks, idx_path, mapped_tokens, read_index
+from megatron_slm.data.index import CHUNK, Index, bin_path, byte_offsets, chunks, idx_path, mapped_tokens, read_index
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
@@ -88,8 +88,7 @@ def _check_pointers(index: Index) -> Iterator[Damage]:
     expected, count, start = 0, 0, 0
     where: list[str] = []
     for lengths, pointers in zip(chunks(index.lengths), chunks(index.pointers), strict=True):
-        ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
-        starts = np.concatenate([[0], ends[:-1]]) + expected
+        starts, expected = byte_offsets(lengths, expected, index.dtype)
         wrong = np.flatnonzero(starts != pointers)
         for place in wrong[: PLACES_SHOWN - len(where)].tolist():
             where.append(
@@ -97,7 +96,7 @@ def _check_pointers(index: Index) -> Iterator[Damage]:
                 f"{starts[place]}"
             )
         count += len(wrong)
-        expected, start = expected + int(ends[-1]), start + len(lengths)
+        start += len(lengths)
     if count:
         yield Damage(f"{idx_path(index.prefix)}: offsets are not the sums of the lengths", tuple(where), count)
 

@@ -20,7 +20,16 @@ from megatron_slm.data.corpus import (
     record_path,
     replace_record,
 )
-from megatron_slm.data.index import Index, bin_path, chunks, idx_path, packed_header, partial_prefix, read_index
+from megatron_slm.data.index import (
+    Index,
+    bin_path,
+    byte_offsets,
+    chunks,
+    idx_path,
+    packed_header,
+    partial_prefix,
+    read_index,
+)
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
@@ -212,13 +221,11 @@ def _write_pointers(index: Index, begin: int, file: IO[bytes]) -> int:
     """Write the byte offset of each sequence of a corpus that begins at byte ``begin``; where the next one begins."""
     own = 0
     for lengths, pointers in zip(chunks(index.lengths), chunks(index.pointers), strict=True):
-        ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize + own
-        starts = np.concatenate([[own], ends[:-1]])
+        starts, own = byte_offsets(lengths, own, index.dtype)
         if not np.array_equal(starts, pointers):
             raise ConfigError(
                 f"{index.prefix}: the offsets in {idx_path(index.prefix)} are not those of its lengths. Look at it "
                 "with tools/inspect_dataset.py --check, and make this shard again."
             )
         file.write((starts + begin).tobytes())
-        own = int(ends[-1])
     return begin + own

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_slm.config.recipe import to_flat_dict
 from megatron_slm.config.schema import Config
-from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size
+from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
 from megatron_slm.objective.selective_loss import SelectiveLoss, Tokens
 from megatron_slm.runtime.console import duration
 from megatron_slm.runtime.errors import ConfigError
@@ -137,7 +137,7 @@ class Throughput:
     @staticmethod
     def of(config: Config, reference: Config | None, vocab_size: int, groups: Groups) -> Throughput:
         """For a training model and, where there is one, the forward pass of a reference model."""
-        flops = 3 * forward_flops_per_token(config.model, padded_vocab_size(config.model, vocab_size, 1))
+        flops = training_flops_per_token(config.model, padded_vocab_size(config.model, vocab_size, 1))
         if reference is not None:
             flops += forward_flops_per_token(reference.model, padded_vocab_size(reference.model, vocab_size, 1))
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""

@@ -8,7 +8,7 @@ from rich.table import Table
 from megatron_slm.config.schema import Config
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.parts import expected_drawn
-from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, parameter_count
+from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
 
 
 def print_plan(console: Console, config: Config, vocab_size: int, world_size: int) -> None:
@@ -34,7 +34,7 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     data = world_size // (tensor * pipeline * context)
     padded = padded_vocab_size(model, vocab_size, tensor)
     batch, length, steps = training.global_batch_size or 0, model.seq_length or 0, training.train_iters or 0
-    flops = 3 * forward_flops_per_token(model, padded) * batch * length
+    flops = training_flops_per_token(model, padded) * batch * length
     own = config.objective
     objective = "CLM" if own.objective == "clm" else f"SLM, {own.slm_score}, k = {own.slm_selection_ratio:g}"
     return [
