@@ -1,7 +1,10 @@
 """Step time of SLM beside plain CLM, in one run: the variants take turns step by step, so that noise hits all alike.
 
+    python tools/benchmark_training.py --size quickstart --steps 30 --output training.json
+
 A synthetic corpus, reference models of one step, and a sidecar are made in a temporary folder; then every variant is
-a run of the trainer's own, in one process.
+a run of the trainer's own, in one process. The bare loop is Megatron-Core without this trainer. Phases are shares of
+the variant's own step; "forward, backward" is what is left when the others are taken off.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +44,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def variants(folder: Path) -> dict[str, list[str]]:
     """The flags of every variant, by name; the first is what the others are held against."""
+    sidecar = [*SLM, "--reference-scores", "same"]
+    beside = [*SLM, "--reference-load", str(folder / "same")]
+    whole = ["--slm-scope", "global-batch"]
+    clm = ["--objective", "clm"]
     return {
-        "CLM": ["--objective", "clm"],
-        "SLM, sidecar": [*SLM, "--reference-scores", "same"],
+        "CLM": clm,
+        "bare Megatron-Core loop, CLM": clm,
+        "bare Megatron-Core loop, CLM, fused": clm,
+        "SLM, sidecar": sidecar,
+        "SLM, sidecar, speculative": [*sidecar, "--slm-exact-mode", "speculative"],
+        "SLM, sidecar, carried": [*sidecar, *whole, "--slm-threshold", "carried"],
+        "SLM, sidecar, global batch": [*sidecar, *whole],
+        "SLM, sidecar, rows dropped in the last block": sidecar,
         "SLM, RM of a quarter": [*SLM, "--reference-load", str(folder / "quarter")],
-        "SLM, RM of the same size": [*SLM, "--reference-load", str(folder / "same")],
-        "SLM, RM of the same size, speculative": [
-            *SLM,
-            "--reference-load",
-            str(folder / "same"),
-            "--slm-exact-mode",
-            "speculative",
-        ],
-        "SLM, sidecar, global batch": [*SLM, "--reference-scores", "same", "--slm-scope", "global-batch"],
-        "SLM, sidecar, carried": [
-            *SLM,
-            "--reference-scores",
-            "same",
-            "--slm-scope",
-            "global-batch",
-            "--slm-threshold",
-            "carried",
-        ],
+        "SLM, RM of the same size": beside,
+        "SLM, RM of the same size, speculative": [*beside, "--slm-exact-mode", "speculative"],
+        "SLM, RM of the same size, carried": [*beside, *whole, "--slm-threshold", "carried"],
     }
 
 
@@ -111,12 +109,14 @@ class Bench:
         """A run of the trainer's, ready to step."""
         from megatron_slm.config.checks import check
         from megatron_slm.config.flags import parse
+        from megatron_slm.runtime import process
         from megatron_slm.runtime.console import make_console
         from megatron_slm.training.setup import build_run
 
         words = [*model_flags(self.size, quarter=quarter), *flags, "--data-path", str(self.corpus), "--split", "1,0,0"]
         config = parse([*words, "--train-iters", str(steps or self.steps)]).config
         check(config, 1)
+        process.seed_everything(1)  # the same weights for all
         return build_run(config, self.tokenizer, self.groups, make_console(False))
 
     def prepare(self) -> None:
@@ -135,49 +135,110 @@ class Bench:
         score_corpora(job, self.tokenizer, self.groups, make_console(False))
 
 
-def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of every measured step of every variant; reading the batch is a part of the step."""
-    from megatron_slm.data.batches import BatchStream
-    from megatron_slm.runtime.console import progress
-    from megatron_slm.training.step import train_step
+class Contestant:
+    """A variant that steps, and the seconds of its measured steps and their phases."""
 
-    runs = {name: bench.run(variants(bench.folder)[name]) for name in names}
-    streams = {
-        name: BatchStream(run.datasets.train, run.shape, device=bench.groups.device) for name, run in runs.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    def __init__(self, name: str, bench: Bench) -> None:
+        from benchmarks.bare_loop import BareLoop
+        from benchmarks.last_block import drop_unselected_rows
+
+        from megatron_slm.data.batches import BatchStream
+
+        self.ratio = 0.6 if "SLM" in name else 1.0
+        self.run = bench.run(variants(bench.folder)[name])
+        self.stream = BatchStream(self.run.datasets.train, self.run.shape, device=bench.groups.device)
+        self.bare = BareLoop(self.run, fused="fused" in name) if "bare" in name else None
+        if "dropped" in name:
+            drop_unselected_rows(self.run)
+        self.seconds: list[float] = []
+        self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
+        optimizer, reference = self.run.trainable.optimizer, self.run.reference
+        optimizer.step = self._timed("optimizer", optimizer.step)
+        if reference is not None:
+            reference.score = self._timed("reference", reference.score)
+
+    def _timed(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = now()
+            result = work(*arguments)
+            self.phases[phase] += now() - began
+            return result
+
+        return timed
+
+    def step(self) -> None:
+        """One step, reading of the batch included."""
+        began = now()
+        batches = self._timed("reading", next)(self.stream)
+        if self.bare is not None:
+            self.bare.step(batches)
+        else:
+            self._trainer_step(batches)
+        self.seconds.append(now() - began)
+
+    def _trainer_step(self, batches: Any) -> None:
+        from megatron_slm.training.step import train_step
+
+        run = self.run
+        step = train_step(
+            run.trainable,
+            batches,
+            run.selector,
+            ratio=self.ratio,
+            next_ratio=self.ratio,
+            reference=run.reference,
+            early=run.early,
+        )
+        self.phases["ranking"] += step.seconds_ranking or 0.0
+
+    def forget(self) -> None:
+        """Drop the figures of steps that were for warming up."""
+        self.seconds.clear()
+        self.phases = dict.fromkeys(self.phases, 0.0)
+
+    def shares(self) -> dict[str, float]:
+        """Of each phase in the time of the measured steps."""
+        whole = sum(self.seconds)
+        own = {name: seconds / whole for name, seconds in self.phases.items()}
+        return {"forward, backward": 1 - sum(own.values()), **own}
+
+
+def now() -> float:
+    """Seconds, when all that the device was given is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str, Contestant]:
+    """All variants, each with its measured steps."""
+    from megatron_slm.runtime.console import progress
+
+    contestants = {name: Contestant(name, bench) for name in names}
     with progress("measuring", (steps + warmup) * len(names), "steps") as bar:
         for step in range(steps + warmup):
             for name in names[step % len(names) :] + names[: step % len(names)]:
-                began = time.perf_counter()
-                batches = next(streams[name])
-                run = runs[name]
-                ratio = 0.6 if "SLM" in name else 1.0
-                train_step(
-                    run.trainable,
-                    batches,
-                    run.selector,
-                    ratio=ratio,
-                    next_ratio=ratio,
-                    reference=run.reference,
-                    early=run.early,
-                )
-                if step >= warmup:
-                    seconds[name].append(time.perf_counter() - began)
+                contestants[name].step()
                 bar.advance()
-    return seconds
+            if step + 1 == warmup:
+                for contestant in contestants.values():
+                    contestant.forget()
+    return contestants
 
 
-def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
+def report(contestants: dict[str, Contestant]) -> dict[str, Any]:
     """Medians, and the median of the ratios of steps that stood side by side."""
-    base = next(iter(seconds.values()))
+    base = next(iter(contestants.values())).seconds
     return {
         name: {
-            "median_seconds": statistics.median(own),
-            "ratio": statistics.median(one / other for one, other in zip(own, base, strict=True)),
-            "seconds": own,
+            "median_seconds": statistics.median(own.seconds),
+            "ratio": statistics.median(one / other for one, other in zip(own.seconds, base, strict=True)),
+            "phases": own.shares(),
+            "seconds": own.seconds,
         }
-        for name, own in seconds.items()
+        for name, own in contestants.items()
     }
 
 
@@ -204,9 +265,12 @@ def main() -> int:
         finally:
             process.stop()
     print(f"{where}\nsize {arguments.size}, {arguments.steps} steps each\n")
-    print("| variant | median step, ms | of CLM's |\n| --- | ---: | ---: |")
+    phases = list(next(iter(result.values()))["phases"])
+    heads = ["variant", "median step, ms", "of CLM's", *phases]
+    print(f"| {' | '.join(heads)} |\n| --- |{' ---: |' * (len(heads) - 1)}")
     for name, own in result.items():
-        print(f"| {name} | {own['median_seconds'] * 1e3:.1f} | {own['ratio']:.3f} |")
+        shares = [f"{share:.1%}" for share in own["phases"].values()]
+        print(f"| {name} | {own['median_seconds'] * 1e3:.1f} | {own['ratio']:.3f} | {' | '.join(shares)} |")
     if arguments.output is not None:
         settings = {"size": arguments.size, "steps": arguments.steps, "software": where}
         arguments.output.write_text(json.dumps({"settings": settings, "variants": result}, indent=1) + "\n")

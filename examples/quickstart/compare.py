@@ -1,7 +1,8 @@
-"""CLM, SLM and random selection from the quickstart's base and reference model, three seeds: ``make compare``.
+"""Objectives, engines and scopes from the quickstart's base and reference model, three seeds: ``make compare``.
 
-Two runs of one process go side by side, which on two cores gives more tokens a second than one run of two. Every
-finished run is kept: calling this again goes on where it was stopped.
+Objectives and engines are runs of one process, two side by side, which on two cores gives more tokens a second than one
+run of two. Scopes have two ranks with half the micro-batch, so that each scope selects among another number of tokens.
+Every finished run is kept: calling this again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -11,23 +12,49 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import stages
 
 from megatron_slm.analysis.curves import Curve, plot_comparison
-from megatron_slm.analysis.summary import comparison_table, speedup
+from megatron_slm.analysis.summary import comparison_table, paired_differences, speedup
 from megatron_slm.runtime.console import duration, progress
 
 RESULTS = stages.HERE / "results"
 STEPS = 160
 SEEDS = (1, 2, 3)
+SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something to compare: flags, whether a reference model is needed, and the ranks of a run."""
+
+    flags: Sequence[str]
+    has_reference: bool = True
+    ranks: int = 1
+
+
 OBJECTIVES = {
-    "CLM": ("--objective", "clm"),
-    "SLM": ("--objective", "slm", "--slm-selection-ratio", "0.6"),
-    "random": ("--objective", "slm", "--slm-selection-ratio", "0.6", "--slm-score", "random"),
+    "CLM": Variant(("--objective", "clm"), has_reference=False),
+    "SLM": Variant(SLM),
+    "random": Variant((*SLM, "--slm-score", "random"), has_reference=False),
 }
+ENGINES = {
+    "SLM": OBJECTIVES["SLM"],
+    "SLM, engine torch": Variant((*SLM, "--slm-cross-entropy", "torch")),
+    "SLM, speculative": Variant((*SLM, "--slm-exact-mode", "speculative")),
+}
+SCOPES = {
+    f"SLM, {scope}": Variant((*SLM, "--micro-batch-size", "4", "--slm-scope", scope), ranks=2)
+    for scope in ("micro-batch", "data-parallel", "global-batch")
+}
+SCOPES["SLM, global-batch, carried"] = Variant(
+    (*SCOPES["SLM, global-batch"].flags, "--slm-threshold", "carried"), ranks=2
+)
 
 
 def main() -> int:
@@ -35,30 +62,36 @@ def main() -> int:
     folder = stages.FOLDER
     try:
         load_base = stages.prepare_base_and_reference(folder)
-        train_all(folder, load_base)
+        train_all(folder, load_base, OBJECTIVES | ENGINES)
+        train_all(folder, load_base, SCOPES)
     except stages.StageFailed as failure:
         return failure.code
     report(folder)
     return 0
 
 
-def train_all(folder: Path, load_base: list[str]) -> None:
-    """Every objective with every seed, two at a time."""
-    runs = [(name, seed) for seed in SEEDS for name in OBJECTIVES]
-    with progress("comparison", len(runs), "runs") as bar, ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda run: train_one(folder, load_base, *run), runs):
+def train_all(folder: Path, load_base: list[str], variants: dict[str, Variant]) -> None:
+    """Every variant with every seed, as many runs at a time as two cores have ranks."""
+    runs = [(name, seed) for seed in SEEDS for name in variants]
+    at_once = 2 // max(variant.ranks for variant in variants.values())
+    with progress("comparison", len(runs), "runs") as bar, ThreadPoolExecutor(at_once) as pool:
+        for _ in pool.map(lambda run: train_one(folder, load_base, variants[run[0]], *run), runs):
             bar.advance()
 
 
-def train_one(folder: Path, load_base: list[str], objective: str, seed: int) -> None:
-    """One run of one process; its lines go to a file."""
-    name = f"compare-{objective}-{seed}"
-    flags = [*load_base, *OBJECTIVES[objective], "--seed", str(seed), "--train-iters", str(STEPS)]
+def folder_of(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"compare-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def train_one(folder: Path, load_base: list[str], variant: Variant, name: str, seed: int) -> None:
+    """One run; its lines go to a file."""
+    run = folder_of(folder, name, seed)
+    flags = [*load_base, *variant.flags, "--seed", str(seed), "--train-iters", str(STEPS)]
     flags += ["--eval-interval", str(STEPS // 8), "--eval-iters", "8"]
-    if objective == "SLM":
+    if variant.has_reference:
         flags += ["--reference-load", str(folder / "rm")]
-    command = stages.training_command(folder, name, "raw_train", flags, processes=1)
-    log = folder / f"{name}.log"
+    command = stages.training_command(folder, run.name, "raw_train", flags, processes=variant.ranks)
+    log = run.with_suffix(".log")
 
     def work() -> None:
         with log.open("w", encoding="utf-8") as file:
@@ -66,29 +99,43 @@ def train_one(folder: Path, load_base: list[str], objective: str, seed: int) -> 
 
     settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
     began = time.monotonic()
-    stages.stage(f"train {name}", folder / name, settings, work)
-    print(f"   {name}: {duration(time.monotonic() - began)}, log in {log}", flush=True)
+    stages.stage(f"train {run.name}", run, settings, work)
+    print(f"   {run.name}: {duration(time.monotonic() - began)}, log in {log}", flush=True)
 
 
 def report(folder: Path) -> None:
-    """Write the result file and the plot, and print table and findings."""
-    curves = [
-        Curve(objective, seed, held_out, *points(folder / f"compare-{objective}-{seed}", held_out))
-        for objective in OBJECTIVES
+    """Write the result file and the plot, and print tables and findings."""
+    objectives, engines, scopes = (curves_of(folder, variants) for variants in (OBJECTIVES, ENGINES, SCOPES))
+    RESULTS.mkdir(exist_ok=True)
+    settings = {"base_steps": stages.BASE_STEPS, "reference_steps": stages.REFERENCE_STEPS, "steps": STEPS}
+    unique = {(curve.objective, curve.seed, curve.held_out): curve for curve in (*objectives, *engines, *scopes)}
+    curves = [vars(curve) for curve in unique.values()]
+    (RESULTS / "compare.json").write_text(
+        json.dumps({"settings": settings, "curves": curves}, indent=1) + "\n", encoding="utf-8"
+    )
+    plot_comparison(objectives, RESULTS / "compare.png")
+    text = "\n\n".join(
+        (
+            comparison_table(objectives),
+            speedup(objectives, "SLM", "CLM"),
+            comparison_table(engines),
+            paired_differences(engines, "SLM"),
+            comparison_table(scopes),
+            paired_differences(scopes, "SLM, data-parallel"),
+        )
+    )
+    (RESULTS / "compare.md").write_text(f"{text}\n", encoding="utf-8")
+    shutil.copy(RESULTS / "compare.png", folder / "compare.png")
+    print(f"{text}\nresult, tables and plot: {RESULTS}")
+
+
+def curves_of(folder: Path, variants: Iterable[str]) -> list[Curve]:
+    return [
+        Curve(name, seed, held_out, *points(folder_of(folder, name, seed), held_out))
+        for name in variants
         for seed in SEEDS
         for held_out in ("clean", "raw")
     ]
-    RESULTS.mkdir(exist_ok=True)
-    settings = {"base_steps": stages.BASE_STEPS, "reference_steps": stages.REFERENCE_STEPS, "steps": STEPS}
-    (RESULTS / "compare.json").write_text(
-        json.dumps({"settings": settings, "curves": [vars(curve) for curve in curves]}, indent=1) + "\n",
-        encoding="utf-8",
-    )
-    plot_comparison(curves, RESULTS / "compare.png")
-    table = comparison_table(curves)
-    (RESULTS / "compare.md").write_text(f"{table}\n\n{speedup(curves, 'SLM', 'CLM')}\n", encoding="utf-8")
-    shutil.copy(RESULTS / "compare.png", folder / "compare.png")
-    print(f"{table}\n\n{speedup(curves, 'SLM', 'CLM')}\nresult, table and plot: {RESULTS}")
 
 
 def points(folder: Path, held_out: str) -> tuple[list[int], list[float]]:

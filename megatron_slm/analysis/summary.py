@@ -26,6 +26,21 @@ def comparison_table(curves: Sequence[Curve]) -> str:
     return "\n".join(rows)
 
 
+def paired_differences(curves: Sequence[Curve], baseline: str) -> str:
+    """Sentences: how far final clean losses lie from the baseline's of the same seed, and the baseline's spread."""
+    final = {(curve.objective, curve.seed): curve.losses[-1] for curve in curves if curve.held_out == "clean"}
+    sentences = []
+    for objective in dict.fromkeys(name for name, _ in final if name != baseline):
+        apart = [loss - final[baseline, seed] for (name, seed), loss in final.items() if name == objective]
+        spread = np.std(apart, ddof=1) if len(apart) > 1 else 0.0
+        sentences.append(f"{objective}: {np.mean(apart):+.4f} ± {spread:.4f}")
+    spread = mean_and_spread(curves, baseline, "clean")[2][-1]
+    return (
+        f"Final clean loss less that of {baseline} with the same seed: {'; '.join(sentences)}. "
+        f"Over seeds, {baseline} itself spreads by {spread:.4f}."
+    )
+
+
 def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: float) -> float:
     """Tokens after which a loss curve first is at or below ``target``, on straight lines between its points."""
     for index, loss in enumerate(losses):

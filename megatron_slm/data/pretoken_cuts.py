@@ -118,10 +118,10 @@ def _llama_2_cuts(settings: Settings) -> tuple[Any, Any, Prefix]:
         raise Uncuttable("unknown characters may become one token across a cut (no byte fallback)")
     if model.get("end_of_word_suffix") or any(fallback & set(pair) for pair in pairs):
         raise Uncuttable("merges of bytes, or at the end of the text, depend on what stands around them")
-    words, pieces = vocabulary_cuts(["".join(pair) for pair in pairs], lambda character: True)
+    words = vocabulary_cuts(["".join(pair) for pair in pairs], lambda character: True)
     prepends = any(step["type"] == "Prepend" for step in _steps(settings["normalizer"], "normalizers"))
     settings["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    return words, pieces, (lambda text: " " + text) if prepends else str
+    return words, None, (lambda text: " " + text) if prepends else str
 
 
 def _is_metaspace(settings: Settings) -> bool:

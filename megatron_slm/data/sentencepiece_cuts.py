@@ -41,7 +41,7 @@ def sentencepiece_cuts(model: Any) -> WordCuts:
 
     alone = {piece.piece for piece in proto.pieces if piece.type != piece.CONTROL and len(piece.piece) == 1}
     everything_is_known = proto.trainer_spec.byte_fallback
-    words, parts = vocabulary_cuts(pieces, lambda character: everything_is_known or character in alone)
+    words = vocabulary_cuts(pieces, lambda character: everything_is_known or character in alone)
 
     def prepare(text: str) -> str:
         return (prefix + text).replace(SPACE, " ") if text else text
@@ -49,7 +49,7 @@ def sentencepiece_cuts(model: Any) -> WordCuts:
     def normalize(text: str) -> str:
         return model.normalize(text).replace(SPACE, " ")
 
-    return WordCuts(words, inner.encode_as_ids, parts, prepare if as_it_stands else normalize)
+    return WordCuts(words, inner.encode_as_ids, prepare=prepare if as_it_stands else normalize)
 
 
 def _merged_pieces(proto: Any) -> list[str]:

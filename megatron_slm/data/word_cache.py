@@ -1,7 +1,7 @@
 """An exact word cache: texts are cut where the tokenizer allows it, and each distinct word is encoded once.
 
-The ids of words are kept as bytes, as a ``.bin`` holds them, and joined. A word that is not yet known is joined of its
-pieces, which repeat far more often than words do; only a new piece goes through the tokenizer.
+The ids of words are kept as bytes, as a ``.bin`` holds them, and joined. Where words have pieces, which repeat far more
+often than words do, a word that is not yet known is joined of those, and only a new piece goes through the tokenizer.
 """
 
 from __future__ import annotations

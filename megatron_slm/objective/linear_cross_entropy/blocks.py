@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,17 +11,14 @@ from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.shard import Statistics
 
+SLICE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # in fp32: what stays in a core's cache between the operations
+
 
 class BlockMath(Protocol):
     """What an engine does with a block of logits [n, w]; labels are counted from the block's first entry."""
 
-    def bytes_per_logit(self, dtype: torch.dtype) -> int:
-        """Memory that a logit of a block takes while it is worked on, its own included."""
-        ...
-
-    def statistics(self, logits: Tensor, labels: Tensor, scratch: Tensor, *, with_mean: bool) -> Statistics:
-        """The figures of the block's rows. ``scratch``, of the shape and dtype of the logits, may be overwritten; it
-        may be the logits themselves, which are lost then."""
+    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
+        """The figures of the block's rows. Unless ``keep``, the logits may be overwritten."""
         ...
 
     def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
@@ -30,29 +28,55 @@ class BlockMath(Protocol):
         """
         ...
 
+    def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
+        """That of some rows alone, [p, w]; ``places`` [p] int64 ascend. The memory of all logits may be taken."""
+        ...
+
 
 @dataclass(frozen=True)
 class TorchBlocks:
-    """Block arithmetic of the engine ``chunked``; in place, with as few passes over the block as torch allows."""
+    """Block arithmetic of the engine ``chunked``; some rows at a time, so that one operation finds in the cache what
+    the one before it left there, and no copy is larger than these rows."""
 
     softcap: float | None
     z_loss: float
 
-    def bytes_per_logit(self, dtype: torch.dtype) -> int:
-        return (4 if dtype == torch.float32 else 6) + (0 if self.softcap is None else 8)
-
-    def statistics(self, logits: Tensor, labels: Tensor, scratch: Tensor, *, with_mean: bool) -> Statistics:
-        values = self._capped(logits)
-        place, here = _label_place(labels, values.size(1))
-        label_logit = values.gather(1, place).squeeze(1).masked_fill(~here, 0.0)
-        # log_softmax is torch's only fused pass that finds maximum and sum together. The lse follows from any entry.
-        first = values[:, 0].clone()
-        log_p = torch._log_softmax(values, -1, False, out=scratch if values is logits else values)
-        lse = first - log_p[:, 0]
-        mean = (log_p.exp() * log_p).sum(1) + lse if with_mean else None
-        return Statistics(lse, label_logit, mean)
+    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
+        parts = [Statistics.empty(0, logits.device, with_mean)]
+        scratch: Tensor | None = None
+        for rows in _slices(logits, len(logits)):
+            values = self._capped(logits[rows])
+            place, here = _label_place(labels[rows], values.size(1))
+            label_logit = values.gather(1, place).squeeze(1).masked_fill(~here, 0.0)
+            # torch's only fused pass that finds maximum and sum together; the lse follows from any entry.
+            first = values[:, 0].clone()
+            if keep and self._is_in_place(logits):
+                scratch = torch.empty_like(values) if scratch is None else scratch[: len(values)]
+                log_p = torch._log_softmax(values, -1, False, out=scratch)
+            else:
+                log_p = torch._log_softmax(values, -1, False, out=values)
+            lse = first - log_p[:, 0]
+            parts.append(Statistics(lse, label_logit, (log_p.exp() * log_p).sum(1) + lse if with_mean else None))
+        return Statistics.joined(parts)
 
     def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+        for rows in _slices(logits, len(logits)):
+            part = logits[rows]
+            change = self._gradient(part, labels[rows], lse[rows])
+            if not self._is_in_place(logits):
+                part.copy_(change)
+        return logits
+
+    def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
+        labels, lse = labels[places], lse[places]
+        for rows in _slices(logits, len(places)):
+            picked = logits.index_select(0, places[rows])
+            # No row is written before it is read: the places ascend, so the i-th is i or more.
+            logits[rows].copy_(self._gradient(picked, labels[rows], lse[rows]))
+        return logits[: len(places)]
+
+    def _gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+        """The gradient of a few rows, in fp32; the same memory where :meth:`_is_in_place`."""
         values = self._capped(logits)
         slope = 1 - (values / self.softcap).square() if self.softcap is not None else None
         values.sub_(lse[:, None]).exp_()
@@ -60,14 +84,22 @@ class TorchBlocks:
             values.mul_((1 + 2 * self.z_loss * lse)[:, None])
         place, here = _label_place(labels, values.size(1))
         values.scatter_add_(1, place, -here.float()[:, None])
-        if slope is not None:
-            values.mul_(slope)
-        return values if values is logits else logits.copy_(values)
+        return values if slope is None else values.mul_(slope)
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """The logits in fp32 with the soft-cap on; the same memory where they are fp32 and have no soft-cap."""
+        """The logits in fp32 with the soft-cap on; the same memory where :meth:`_is_in_place`."""
         values = logits.float()
         return values if self.softcap is None else (values / self.softcap).tanh_().mul_(self.softcap)
+
+    def _is_in_place(self, logits: Tensor) -> bool:
+        return logits.dtype == torch.float32 and self.softcap is None
+
+
+def _slices(logits: Tensor, rows: int) -> Iterator[slice]:
+    """So many of the leading ``rows`` of a block at a time as SLICE_BYTES says; none of a block without entries."""
+    width = logits.size(1)
+    step = max(SLICE_BYTES[logits.device.type] // (4 * max(width, 1)), 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows if width else 0, step))
 
 
 def _label_place(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGr
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
 SHARE_OF_LOGITS = 1 / 16  # no block of all rows is larger than this part of the logits
 EARLY_ROWS = {"cpu": 512, "cuda": 1024}  # rows of a block of early tokens: each rewrites the weight's gradient
-MIN_ROW_BLOCKS = 8  # so that a block of early tokens is at most an eighth of the logits
+MIN_ROW_BLOCKS = 16  # so that a block of early tokens is at most a sixteenth of the logits
 MIN_ENTRIES = 64  # of a block of all rows, whatever their number
 
 
@@ -79,14 +79,14 @@ class _Rows:
         """Parts of the shard's real entries; all rows of one make a block."""
         if not len(self):
             return []
-        bytes_per_entry = self.math.bytes_per_logit(self.hidden.dtype) * len(self)
+        bytes_per_entry = self.hidden.element_size() * len(self)
         return _slices(self.shard.real, max(self.block_bytes // bytes_per_entry, MIN_ENTRIES))
 
     def row_blocks(self) -> list[slice]:
         """Parts of the rows; the whole shard before one makes a block."""
         rows = EARLY_ROWS[self.hidden.device.type]
         if self.head.block_bytes is not None:
-            rows = self.head.block_bytes // (self.math.bytes_per_logit(self.hidden.dtype) * self.shard.size)
+            rows = self.head.block_bytes // (self.hidden.element_size() * self.shard.size)
         return _slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_BLOCKS)), 1))
 
     def logits(self, entries: slice, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
@@ -157,7 +157,7 @@ def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, head: LMHead, shard: S
     whole = gather_sequence(hidden.detach(), head.group, head.sequence_parallel)
     flat = whole.reshape(-1, whole.size(-1))
     math = block_math(head)
-    whole_bytes = math.bytes_per_logit(hidden.dtype) * len(flat) * shard.size
+    whole_bytes = hidden.element_size() * len(flat) * shard.size
     most = head.block_bytes or min(BLOCK_BYTES[hidden.device.type], int(whole_bytes * SHARE_OF_LOGITS))
     return _Rows(flat, weight.detach(), labels.reshape(-1) - shard.first, head, shard, math, most)
 
@@ -166,11 +166,11 @@ def _statistics(rows: _Rows, with_mean: bool, kept: list[Tensor] | None) -> Stat
     """The figures of all rows over all shards; the logits go to ``kept``, one tensor per block, where it is a list."""
     total = Statistics.empty(len(rows), rows.hidden.device, with_mean)
     blocks = rows.vocabulary_blocks()
-    memory = rows.memory_of(blocks, len(rows))
+    memory = rows.memory_of(blocks, len(rows)) if kept is None else None
     for entries in blocks:
-        logits = rows.logits(entries, out=memory if kept is None else None)
-        scratch = memory[: logits.numel()].view_as(logits)
-        total.merge(rows.math.statistics(logits, rows.labels - entries.start, scratch, with_mean=with_mean))
+        logits = rows.logits(entries, out=memory)
+        labels = rows.labels - entries.start
+        total.merge(rows.math.statistics(logits, labels, with_mean=with_mean, keep=kept is not None))
         if kept is not None:
             kept.append(logits)
     total.reduce(rows.shard.group)
@@ -195,36 +195,23 @@ def _early_pass(rows: _Rows, early: EarlySelection, with_mean: bool) -> tuple[St
         torch.zeros_like(rows.weight, dtype=torch.float32),
     )
     blocks = rows.row_blocks()
-    memory, second = (rows.memory_of(blocks, rows.shard.real) for _ in range(2))
+    memory = rows.memory_of(blocks, rows.shard.real)
     parts = [Statistics.empty(0, rows.hidden.device, with_mean)]
     for block in blocks:
         logits = rows.logits(real, block, memory)
         labels = rows.labels[block]
         part = Statistics.empty(len(labels), logits.device, with_mean)
         if rows.shard.real:
-            scratch = second[: logits.numel()].view_as(logits)
-            part = rows.math.statistics(logits, labels, scratch, with_mean=with_mean)
+            part = rows.math.statistics(logits, labels, with_mean=with_mean, keep=True)
         part.reduce(rows.shard.group)
         parts.append(part)
         chosen = early.chosen(block, part.lse - part.label_logit)
         done.chosen[block] = chosen
         places = chosen.nonzero().squeeze(1)
-        picked = second[: len(places) * rows.shard.real].view(len(places), rows.shard.real)
-        torch.index_select(logits, 0, places, out=picked)
-        change = rows.math.gradient(picked, labels[places], part.lse[places])
+        change = rows.math.picked_gradient(logits, labels, part.lse, places)
         done.hidden[block][places] = change @ rows.weight[real]
         add_product(done.weight[real], change.t(), rows.hidden[block][places])
-    return _joined(parts), done
-
-
-def _joined(parts: list[Statistics]) -> Statistics:
-    """The figures of blocks of rows as those of all rows."""
-    means = [part.mean for part in parts if part.mean is not None]
-    return Statistics(
-        torch.cat([part.lse for part in parts]),
-        torch.cat([part.label_logit for part in parts]),
-        torch.cat(means) if means else None,
-    )
+    return Statistics.joined(parts), done
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,16 @@ class Statistics:
         """Of no logits yet."""
         lse = torch.full((rows,), -torch.inf, device=device)
         return cls(lse, torch.zeros_like(lse), torch.zeros_like(lse) if with_mean else None)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Statistics]) -> Statistics:
+        """The figures of blocks of rows, one below the other, as those of all rows; at least one block."""
+        means = [part.mean for part in parts if part.mean is not None]
+        return cls(
+            torch.cat([part.lse for part in parts]),
+            torch.cat([part.label_logit for part in parts]),
+            torch.cat(means) if means else None,
+        )
 
     def merge(self, other: Statistics) -> None:
         """Take in the figures of further logits of the same rows; at least one logit of each."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,10 +24,7 @@ class TritonBlocks:
     softcap: float | None
     z_loss: float
 
-    def bytes_per_logit(self, dtype: torch.dtype) -> int:
-        return dtype.itemsize
-
-    def statistics(self, logits: Tensor, labels: Tensor, scratch: Tensor, *, with_mean: bool) -> Statistics:
+    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
         rows, width = logits.shape
         result = Statistics.empty(rows, logits.device, with_mean)
         if not rows or not width:
@@ -69,6 +65,9 @@ class TritonBlocks:
             num_warps=_warps(tile),
         )
         return logits
+
+    def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
+        return self.gradient(logits.index_select(0, places), labels[places], lse[places])
 
 
 def _tile(width: int) -> int:

@@ -20,20 +20,30 @@ class WeightGradient:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.is_fused = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
-        self.sum: Tensor = weight.main_grad if self.is_fused else torch.zeros_like(weight)  # type: ignore[attr-defined]
+        self._sum: Tensor | None = weight.main_grad if self.is_fused else None  # type: ignore[attr-defined]
+
+    @property
+    def sum(self) -> Tensor:
+        """The gradient so far [V / tp, h]; zeros at first where it has no ``main_grad`` to be added to."""
+        if self._sum is None:
+            self._sum = torch.zeros_like(self.weight)
+        return self._sum
 
     def add_product(self, entries: slice, logit_gradient: Tensor, hidden: Tensor, factor: float = 1.0) -> None:
         """Add factor · [n, w]ᵀ [n, h] to the rows ``entries`` of the gradient."""
         add_product(self.sum[entries], logit_gradient.t(), hidden, factor)
 
     def add(self, part: Tensor, factor: float) -> None:
-        """Add ``factor`` times a whole gradient [V / tp, h]."""
-        self.sum.add_(part, alpha=factor)
+        """Add ``factor`` times a whole gradient [V / tp, h]; what comes first gives its memory and dtype to the sum."""
+        if self._sum is None:
+            self._sum = part if factor == 1 else part.mul_(factor)
+        else:
+            self._sum.add_(part, alpha=factor)
 
     def result(self) -> Tensor:
         """What autograd is to get for the weight."""
         if not self.is_fused:
-            return self.sum
+            return self.sum.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight)

@@ -1,0 +1,64 @@
+"""The loop that a trainer of Megatron-Core needs at the least: no selection, no metrics, no checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_slm.data.batches import MicroBatch
+from megatron_slm.model.gpt import GPT
+from megatron_slm.training.loop import Run
+
+
+class BareLoop:
+    """Steps of CLM with Megatron-Core's own model class, output layer and cross-entropy.
+
+    Args:
+        run: gives model, optimizer and schedule, so that all else is the same; its model is changed.
+        fused: with Megatron-Core's fused cross-entropy instead of its plain one.
+    """
+
+    def __init__(self, run: Run, *, fused: bool) -> None:
+        self.run = run
+        for chunk in run.trainable.chunks:
+            for module in chunk.modules():
+                if isinstance(module, GPT):
+                    module.__class__ = GPTModel  # GPT adds methods alone: what is left is Megatron-Core's model
+                    module.config.cross_entropy_loss_fusion = fused
+                    module.config.cross_entropy_fusion_impl = "native"
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """One optimizer step; its mean loss."""
+        trainable = self.run.trainable
+        for chunk in trainable.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        trainable.optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter(micro_batches),
+            model=list(trainable.chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].sample_length,
+            micro_batch_size=micro_batches[0].tokens.size(0),
+            forward_only=False,
+        )
+        trainable.optimizer.step()
+        trainable.scheduler.step(increment=self.run.shape.global_batch_size)
+        total = torch.stack(reports).sum(0)
+        return float(total[0] / total[1])
+
+
+def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, partial[tuple[Tensor, ...]]]:
+    batch = next(batches)
+    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    return output, partial(_mean_over_valid, batch.loss_mask)
+
+
+def _mean_over_valid(valid: Tensor, token_loss: Tensor) -> tuple[Tensor, ...]:
+    loss, count = (token_loss.float() * valid).sum(), valid.sum()
+    return loss, count.int(), torch.stack((loss.detach(), count.float()))
