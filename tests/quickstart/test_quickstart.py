@@ -15,7 +15,7 @@ import corpora
 import stages
 
 from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages
-from megatron_slm.analysis.summary import comparison_table, speedup, tokens_to_reach
+from megatron_slm.analysis.summary import comparison_table, paired_differences, speedup, tokens_to_reach
 
 
 def small_corpora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
@@ -77,6 +77,9 @@ def test_findings_and_plots(tmp_path: Path) -> None:
     assert tokens_to_reach([0, 100, 200], [5.0, 4.0, 2.0], 3.0) == 150
     assert tokens_to_reach([0, 100], [5.0, 4.0], 3.0) == math.inf
     assert "SLM reaches CLM's final clean loss (3.0500) after 133 of 200 tokens" in speedup(curves(), "SLM", "CLM")
+    assert "with the same seed: SLM: -1.0000 ± 0.0000. Over seeds, CLM itself spreads by 0.0707." in paired_differences(
+        curves(), "CLM"
+    )
     assert "does not reach" in speedup(curves(), "CLM", "SLM")
     plot_comparison(curves(), tmp_path / "compare.png")
     plot_stages([("base", curves()[:2], []), ("θ", curves()[2:4], [(1, 2.0, 3.0)])], tmp_path / "stages.png")
