@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import stages
@@ -24,18 +24,19 @@ from megatron_slm.analysis.summary import comparison_table, paired_differences, 
 from megatron_slm.runtime.console import duration, progress
 
 RESULTS = stages.HERE / "results"
-STEPS = 160
+STEPS, SCOPE_STEPS = 160, 80
 SEEDS = (1, 2, 3)
 SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to compare: flags, whether a reference model is needed, and the ranks of a run."""
+    """Something to compare: flags, whether a reference model is needed, the ranks and the steps of a run."""
 
     flags: Sequence[str]
     has_reference: bool = True
     ranks: int = 1
+    steps: int = STEPS
 
 
 OBJECTIVES = {
@@ -49,11 +50,11 @@ ENGINES = {
     "SLM, speculative": Variant((*SLM, "--slm-exact-mode", "speculative")),
 }
 SCOPES = {
-    f"SLM, {scope}": Variant((*SLM, "--micro-batch-size", "4", "--slm-scope", scope), ranks=2)
+    f"SLM, {scope}": Variant((*SLM, "--micro-batch-size", "4", "--slm-scope", scope), ranks=2, steps=SCOPE_STEPS)
     for scope in ("micro-batch", "data-parallel", "global-batch")
 }
-SCOPES["SLM, global-batch, carried"] = Variant(
-    (*SCOPES["SLM, global-batch"].flags, "--slm-threshold", "carried"), ranks=2
+SCOPES["SLM, global-batch, carried"] = replace(
+    SCOPES["SLM, global-batch"], flags=(*SCOPES["SLM, global-batch"].flags, "--slm-threshold", "carried")
 )
 
 
@@ -86,8 +87,8 @@ def folder_of(folder: Path, name: str, seed: int) -> Path:
 def train_one(folder: Path, load_base: list[str], variant: Variant, name: str, seed: int) -> None:
     """One run; its lines go to a file."""
     run = folder_of(folder, name, seed)
-    flags = [*load_base, *variant.flags, "--seed", str(seed), "--train-iters", str(STEPS)]
-    flags += ["--eval-interval", str(STEPS // 8), "--eval-iters", "8"]
+    flags = [*load_base, *variant.flags, "--seed", str(seed), "--train-iters", str(variant.steps)]
+    flags += ["--eval-interval", str(variant.steps // 8), "--eval-iters", "8"]
     if variant.has_reference:
         flags += ["--reference-load", str(folder / "rm")]
     command = stages.training_command(folder, run.name, "raw_train", flags, processes=variant.ranks)
@@ -107,7 +108,12 @@ def report(folder: Path) -> None:
     """Write the result file and the plot, and print tables and findings."""
     objectives, engines, scopes = (curves_of(folder, variants) for variants in (OBJECTIVES, ENGINES, SCOPES))
     RESULTS.mkdir(exist_ok=True)
-    settings = {"base_steps": stages.BASE_STEPS, "reference_steps": stages.REFERENCE_STEPS, "steps": STEPS}
+    settings = {
+        "base_steps": stages.BASE_STEPS,
+        "reference_steps": stages.REFERENCE_STEPS,
+        "steps": STEPS,
+        "scope_steps": SCOPE_STEPS,
+    }
     unique = {(curve.objective, curve.seed, curve.held_out): curve for curve in (*objectives, *engines, *scopes)}
     curves = [vars(curve) for curve in unique.values()]
     (RESULTS / "compare.json").write_text(
