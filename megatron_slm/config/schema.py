@@ -288,7 +288,7 @@ class ObjectiveConfig:
         "--slm-scope global-batch",
         choices=("recompute", "speculative"),
     )
-    slm_kept_logits_mb: int = flag(0, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed")
+    slm_kept_logits_mb: int = flag(64, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed")
     slm_z_loss: float = flag(0.0, "coefficient of the z-loss, (log-sum-exp of the logits)^2, of selected tokens")
 
 

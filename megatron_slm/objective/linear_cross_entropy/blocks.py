@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.shard import Statistics
 
-SLICE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # in fp32: what stays in a core's cache between the operations
+SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32: what stays in a core's cache between the operations
 
 
 class BlockMath(Protocol):
@@ -33,28 +32,25 @@ class BlockMath(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class TorchBlocks:
     """Block arithmetic of the engine ``chunked``; some rows at a time, so that one operation finds in the cache what
-    the one before it left there, and no copy is larger than these rows."""
+    the one before it left there, and no copy is larger than these rows. An object serves one pass: its memory for
+    these copies is used again, because fresh memory from the system costs as much as the arithmetic."""
 
-    softcap: float | None
-    z_loss: float
+    def __init__(self, softcap: float | None, z_loss: float) -> None:
+        self.softcap, self.z_loss = softcap, z_loss
+        self._memory: Tensor | None = None
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
         parts = [Statistics.empty(0, logits.device, with_mean)]
-        scratch: Tensor | None = None
         for rows in _slices(logits, len(logits)):
             values = self._capped(logits[rows])
             place, here = _label_place(labels[rows], values.size(1))
             label_logit = values.gather(1, place).squeeze(1).masked_fill(~here, 0.0)
-            # torch's only fused pass that finds maximum and sum together; the lse follows from any entry.
             first = values[:, 0].clone()
-            if keep and self._is_in_place(logits):
-                scratch = torch.empty_like(values) if scratch is None else scratch[: len(values)]
-                log_p = torch._log_softmax(values, -1, False, out=scratch)
-            else:
-                log_p = torch._log_softmax(values, -1, False, out=values)
+            # torch's only fused pass that finds maximum and sum together; the lse follows from any entry.
+            out = self._scratch(values) if keep and self._is_in_place(logits) else values
+            log_p = torch._log_softmax(values, -1, False, out=out)
             lse = first - log_p[:, 0]
             parts.append(Statistics(lse, label_logit, (log_p.exp() * log_p).sum(1) + lse if with_mean else None))
         return Statistics.joined(parts)
@@ -70,9 +66,11 @@ class TorchBlocks:
     def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
         labels, lse = labels[places], lse[places]
         for rows in _slices(logits, len(places)):
-            picked = logits.index_select(0, places[rows])
+            leading = logits[rows]
+            out = self._scratch(leading) if self._is_in_place(logits) else None
+            picked = torch.index_select(logits, 0, places[rows], out=out)
             # No row is written before it is read: the places ascend, so the i-th is i or more.
-            logits[rows].copy_(self._gradient(picked, labels[rows], lse[rows]))
+            leading.copy_(self._gradient(picked, labels[rows], lse[rows]))
         return logits[: len(places)]
 
     def _gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
@@ -87,12 +85,20 @@ class TorchBlocks:
         return values if slope is None else values.mul_(slope)
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """The logits in fp32 with the soft-cap on; the same memory where :meth:`_is_in_place`."""
-        values = logits.float()
-        return values if self.softcap is None else (values / self.softcap).tanh_().mul_(self.softcap)
+        """A few rows of logits in fp32 with the soft-cap on; the same memory where :meth:`_is_in_place`."""
+        if self._is_in_place(logits):
+            return logits
+        values = self._scratch(logits).copy_(logits)
+        return values if self.softcap is None else values.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _is_in_place(self, logits: Tensor) -> bool:
         return logits.dtype == torch.float32 and self.softcap is None
+
+    def _scratch(self, rows: Tensor) -> Tensor:
+        """Memory for a copy of a few rows in fp32; what it held is lost."""
+        if self._memory is None or self._memory.numel() < rows.numel():
+            self._memory = torch.empty(rows.numel(), device=rows.device)
+        return self._memory[: rows.numel()].view(rows.shape)
 
 
 def _slices(logits: Tensor, rows: int) -> Iterator[slice]:

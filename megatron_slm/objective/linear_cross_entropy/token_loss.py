@@ -49,7 +49,7 @@ def linear_cross_entropy(
         weight: [V / tp, h] in the same dtype, this rank's shard of the LM head or tied embedding.
         labels: [s, b] int64, ids in the whole vocabulary.
         early: tokens whose gradient is computed while their logits are at hand, a guess at the selection. It changes
-            time and never the result. The engine ``torch`` has no use for it.
+            time and never the result. The engine ``torch`` has no use for it, nor kept logits.
         with_entropy: also give entropies.
 
     Raises:
