@@ -44,10 +44,12 @@ OBJECTIVES = {
     "SLM": Variant(SLM),
     "random": Variant((*SLM, "--slm-score", "random"), has_reference=False),
 }
+RECOMPUTE = (*SLM, "--slm-kept-logits-mb", "0")  # logits of this size are kept otherwise, whatever the mode
 ENGINES = {
     "SLM": OBJECTIVES["SLM"],
     "SLM, engine torch": Variant((*SLM, "--slm-cross-entropy", "torch")),
-    "SLM, speculative": Variant((*SLM, "--slm-exact-mode", "speculative")),
+    "SLM, recompute": Variant(RECOMPUTE),
+    "SLM, speculative": Variant((*RECOMPUTE, "--slm-exact-mode", "speculative")),
 }
 SCOPES = {
     f"SLM, {scope}": Variant((*SLM, "--micro-batch-size", "4", "--slm-scope", scope), ranks=2, steps=SCOPE_STEPS)
