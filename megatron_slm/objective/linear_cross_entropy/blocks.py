@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -43,7 +42,7 @@ class TorchBlocks:
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
         parts = [Statistics.empty(0, logits.device, with_mean)]
-        for rows in _slices(logits, len(logits)):
+        for rows in _few_rows(logits, len(logits)):
             values = self._capped(logits[rows])
             place, here = _label_place(labels[rows], values.size(1))
             label_logit = values.gather(1, place).squeeze(1).masked_fill(~here, 0.0)
@@ -56,7 +55,7 @@ class TorchBlocks:
         return Statistics.joined(parts)
 
     def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-        for rows in _slices(logits, len(logits)):
+        for rows in _few_rows(logits, len(logits)):
             part = logits[rows]
             change = self._gradient(part, labels[rows], lse[rows])
             if not self._is_in_place(logits):
@@ -65,7 +64,7 @@ class TorchBlocks:
 
     def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
         labels, lse = labels[places], lse[places]
-        for rows in _slices(logits, len(places)):
+        for rows in _few_rows(logits, len(places)):
             leading = logits[rows]
             out = self._scratch(leading) if self._is_in_place(logits) else None
             picked = torch.index_select(logits, 0, places[rows], out=out)
@@ -101,11 +100,15 @@ class TorchBlocks:
         return self._memory[: rows.numel()].view(rows.shape)
 
 
-def _slices(logits: Tensor, rows: int) -> Iterator[slice]:
+def slices(size: int, step: int) -> list[slice]:
+    """The range of ``size`` in parts of ``step``, the last one shorter where it does not divide."""
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _few_rows(logits: Tensor, rows: int) -> list[slice]:
     """So many of the leading ``rows`` of a block at a time as SLICE_BYTES says; none of a block without entries."""
     width = logits.size(1)
-    step = max(SLICE_BYTES[logits.device.type] // (4 * max(width, 1)), 1)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows if width else 0, step))
+    return slices(rows, max(SLICE_BYTES[logits.device.type] // (4 * width), 1)) if width else []
 
 
 def _label_place(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.blocks import BlockMath, TorchBlocks
+from megatron_slm.objective.linear_cross_entropy.blocks import BlockMath, TorchBlocks, slices
 from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
 from megatron_slm.objective.linear_cross_entropy.head import LMHead
 from megatron_slm.objective.linear_cross_entropy.shard import (
@@ -84,7 +84,7 @@ class _Rows:
         if not len(self):
             return []
         bytes_per_entry = self.hidden.element_size() * len(self)
-        return _slices(self.shard.real, max(self.block_bytes // bytes_per_entry, MIN_ENTRIES))
+        return slices(self.shard.real, max(self.block_bytes // bytes_per_entry, MIN_ENTRIES))
 
     def row_blocks(self) -> list[slice]:
         """Parts of the rows; the whole shard before one makes a block."""
@@ -92,7 +92,7 @@ class _Rows:
         rows = EARLY_ROWS[device]
         if self.head.block_bytes is not None:
             rows = self.head.block_bytes // (self.hidden.element_size() * self.shard.size)
-        return _slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_BLOCKS[device])), 1))
+        return slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_BLOCKS[device])), 1))
 
     def logits(self, entries: slice, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """A block of logits, in the memory ``out`` where it is given."""
@@ -104,10 +104,6 @@ class _Rows:
         """Memory that the logits of each of these blocks fit in."""
         widest = max((block.stop - block.start for block in blocks), default=0)
         return self.hidden.new_empty(widest * across)
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 class _BlockwiseLoss(torch.autograd.Function):
