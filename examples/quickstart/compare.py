@@ -95,20 +95,18 @@ def train_one(folder: Path, load_base: list[str], variant: Variant, name: str, s
         flags += ["--reference-load", str(folder / "rm")]
     command = stages.training_command(folder, run.name, "raw_train", flags, processes=variant.ranks)
     log = run.with_suffix(".log")
-
-    def work() -> None:
-        with log.open("w", encoding="utf-8") as file:
-            stages.run(command, env=stages.single_threaded(), stdout=file, stderr=file)
-
     settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
     began = time.monotonic()
-    stages.stage(f"train {run.name}", run, settings, work)
+    stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log))
     print(f"   {run.name}: {duration(time.monotonic() - began)}, log in {log}", flush=True)
 
 
 def report(folder: Path) -> None:
     """Write the result file and the plot, and print tables and findings."""
-    objectives, engines, scopes = (curves_of(folder, variants) for variants in (OBJECTIVES, ENGINES, SCOPES))
+    curves = curves_of(folder, OBJECTIVES | ENGINES | SCOPES)
+    objectives, engines, scopes = (
+        [curve for curve in curves if curve.objective in variants] for variants in (OBJECTIVES, ENGINES, SCOPES)
+    )
     RESULTS.mkdir(exist_ok=True)
     settings = {
         "base_steps": stages.BASE_STEPS,
@@ -116,10 +114,9 @@ def report(folder: Path) -> None:
         "steps": STEPS,
         "scope_steps": SCOPE_STEPS,
     }
-    unique = {(curve.objective, curve.seed, curve.held_out): curve for curve in (*objectives, *engines, *scopes)}
-    curves = [vars(curve) for curve in unique.values()]
     (RESULTS / "compare.json").write_text(
-        json.dumps({"settings": settings, "curves": curves}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"settings": settings, "curves": [vars(curve) for curve in curves]}, indent=1) + "\n",
+        encoding="utf-8",
     )
     plot_comparison(objectives, RESULTS / "compare.png")
     text = "\n\n".join(
@@ -139,17 +136,11 @@ def report(folder: Path) -> None:
 
 def curves_of(folder: Path, variants: Iterable[str]) -> list[Curve]:
     return [
-        Curve(name, seed, held_out, *points(folder_of(folder, name, seed), held_out))
+        Curve(name, seed, held_out, *stages.held_out_losses(folder_of(folder, name, seed), held_out))
         for name in variants
         for seed in SEEDS
         for held_out in ("clean", "raw")
     ]
-
-
-def points(folder: Path, held_out: str) -> tuple[list[int], list[float]]:
-    """Tokens and held-out loss of one run."""
-    records = [record for record in stages.read_metrics(folder, "eval") if record["set"] == held_out]
-    return [int(str(record["tokens"])) for record in records], [float(str(record["loss"])) for record in records]
 
 
 if __name__ == "__main__":

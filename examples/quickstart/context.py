@@ -71,6 +71,10 @@ def main() -> int:
     parser.add_argument("--no-training", action="store_true", help="compare selections only")
     parser.add_argument("--strides", type=int, nargs="+", default=[256, 128, 64, 32], help="128 must be among them")
     arguments = parser.parse_args()
+    if DEFAULT.stride not in arguments.strides:
+        parser.error(
+            f"--strides: {DEFAULT.stride} must be among them, which is the default that others are held against."
+        )
     rules = [ContextRule(kind, WINDOW, stride) for kind in ("document", "stream") for stride in arguments.strides]
     os.chdir(stages.ROOT)
     folder = stages.FOLDER
@@ -271,7 +275,7 @@ def train_all(
             bar.advance()
     return {
         name: {
-            held_out: [final_loss(folder / f"context-{name}-{seed}", held_out) for seed in seeds]
+            held_out: [stages.held_out_losses(folder / f"context-{name}-{seed}", held_out)[1][-1] for seed in seeds]
             for held_out in ("clean", "raw")
         }
         for name in sources
@@ -284,20 +288,8 @@ def train_one(folder: Path, flags: Sequence[str], name: str, seed: int) -> None:
     extra = ["--seed", str(seed), "--train-iters", str(STEPS), "--eval-iters", "16"]
     command = stages.training_command(folder, run, CORPUS, [*flags, *extra], processes=1)
     log = folder / f"{run}.log"
-
-    def work() -> None:
-        with log.open("w", encoding="utf-8") as file:
-            stages.run(command, env=stages.single_threaded(), stdout=file, stderr=file)
-
     tokens = check_corpus(stages.corpus(folder, CORPUS), "--data-path").tokens
-    stages.stage(f"train {run}", folder / run, [*command[1:], str(tokens)], work)
-
-
-def final_loss(folder: Path, held_out: str) -> float:
-    """The last held-out loss of a run."""
-    return [float(str(record["loss"])) for record in stages.read_metrics(folder, "eval") if record["set"] == held_out][
-        -1
-    ]
+    stages.stage(f"train {run}", folder / run, [*command[1:], str(tokens)], lambda: stages.run_with_log(command, log))
 
 
 def report(rows: list[Row], finals: dict[str, dict[str, list[float]]], settings: dict[str, Any]) -> None:

@@ -107,6 +107,16 @@ def train(folder: Path, name: str, corpus_name: str, flags: Sequence[str], proce
     stage(f"train {name}", folder / name, settings, lambda: run(command, env=single_threaded()))
 
 
+def run_with_log(command: Sequence[str], log: Path) -> None:
+    """Run a command on one thread; its lines go to a file.
+
+    Raises:
+        StageFailed: it ended with another exit code than 0.
+    """
+    with log.open("w", encoding="utf-8") as file:
+        run(command, env=single_threaded(), stdout=file, stderr=file)
+
+
 def single_threaded() -> dict[str, str]:
     """An environment in which every process computes on one thread, since the processes share the cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -116,3 +126,9 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, object]]:
     """The records of one kind that a run wrote."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def held_out_losses(folder: Path, held_out: str) -> tuple[list[int], list[float]]:
+    """Tokens and losses of one run on one held-out set."""
+    records = [record for record in read_metrics(folder, "eval") if record["set"] == held_out]
+    return [int(str(record["tokens"])) for record in records], [float(str(record["loss"])) for record in records]
