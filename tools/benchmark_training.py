@@ -144,7 +144,6 @@ class Contestant:
 
         from megatron_slm.data.batches import BatchStream
 
-        self.ratio = 0.6 if "SLM" in name else 1.0
         self.run = bench.run(variants(bench.folder)[name])
         self.stream = BatchStream(self.run.datasets.train, self.run.shape, device=bench.groups.device)
         self.bare = BareLoop(self.run, fused="fused" in name) if "bare" in name else None
@@ -177,15 +176,16 @@ class Contestant:
         self.seconds.append(now() - began)
 
     def _trainer_step(self, batches: Any) -> None:
-        from megatron_slm.training.step import train_step
+        from megatron_slm.training.step import selection_ratio, train_step
 
         run = self.run
+        ratio = selection_ratio(run.config.objective, 0)
         step = train_step(
             run.trainable,
             batches,
             run.selector,
-            ratio=self.ratio,
-            next_ratio=self.ratio,
+            ratio=ratio,
+            next_ratio=ratio,
             reference=run.reference,
             early=run.early,
         )
