@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import lzma
 import sys
 from pathlib import Path
 
+import preprocess_data
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +15,6 @@ import zstandard
 from nltk.downloader import Downloader
 from test_documents import lines, write_table
 
-TOOL = Path(__file__).parent.parent.parent / "tools" / "preprocess_data.py"
 GOOD = lines(["good", "too"])
 BYTES = ["--tokenizer-type", "ByteTokenizer"]
 
@@ -63,12 +62,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *arguments])
-    return int(module.main())
+    return preprocess_data.main()
 
 
 LINES = [  # name, place, reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import score_corpus
 from tiny import command, launch, make_corpus, records
 
 from megatron_slm.data.scores import Sidecar
@@ -23,15 +23,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tool")
     launch(command(make_corpus(folder / "corpus", 1), folder / "rm", train_iters=1))
     return folder
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("score_corpus", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def argv(folder: Path, corpus: Path, **flags: Any) -> list[str]:
@@ -76,28 +67,25 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_flags_are_refused(
     workspace: Path,
     tmp_path: Path,
-    tool: Any,
     capsys: pytest.CaptureFixture[str],
     flags: dict[str, Any],
     message: str,
 ) -> None:
     _copy(workspace, tmp_path)
-    refused(tool, capsys, tmp_path, argv(workspace, tmp_path, **flags), message)
+    refused(capsys, tmp_path, argv(workspace, tmp_path, **flags), message)
 
 
-def test_what_does_not_fit_is_refused(
-    workspace: Path, tmp_path: Path, tool: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_is_refused(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _copy(workspace, tmp_path)
     record = tmp_path / "corpus_text_document.json"
     facts = json.loads(record.read_text())
     facts["tokenizer"]["fingerprint"] = "another"
     record.write_text(json.dumps(facts))
-    refused(tool, capsys, tmp_path, argv(workspace, tmp_path), "fingerprint another, and this run has ByteTokenizer")
+    refused(capsys, tmp_path, argv(workspace, tmp_path), "fingerprint another, and this run has ByteTokenizer")
     record.unlink()
     broken = tmp_path / "corpus_text_document.bin"
     broken.write_bytes(broken.read_bytes()[:-2])
-    refused(tool, capsys, tmp_path, argv(workspace, tmp_path), "its index promises")
+    refused(capsys, tmp_path, argv(workspace, tmp_path), "its index promises")
 
 
 def _copy(workspace: Path, folder: Path) -> None:
@@ -105,9 +93,9 @@ def _copy(workspace: Path, folder: Path) -> None:
         shutil.copy(workspace / f"corpus_text_document{suffix}", folder)
 
 
-def refused(tool: Any, capsys: pytest.CaptureFixture[str], folder: Path, words: list[str], message: str) -> None:
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, words: list[str], message: str) -> None:
     before = set(folder.rglob("*"))
-    assert tool.main(words) == 2
+    assert score_corpus.main(words) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error, error
     assert set(folder.rglob("*")) == before, "something was written"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
 SAME = {
     "CLM": ("bare Megatron-Core loop, CLM", "bare Megatron-Core loop, CLM, fused"),
