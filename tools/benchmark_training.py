@@ -187,7 +187,6 @@ class Contestant:
             ratio=ratio,
             next_ratio=ratio,
             reference=run.reference,
-            early=run.early,
         )
         self.phases["ranking"] += step.seconds_ranking or 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
@@ -93,6 +94,15 @@ class ThresholdGuess:
             step = (threshold - self.last).abs()
             self.step = step if self.step is None else self.DECAY * self.step + (1 - self.DECAY) * step
         self.last = threshold
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a run needs that goes on as if it had not stopped: what is early has a part in the last bits."""
+        return {name: None if value is None else float(value) for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, float | None], device: torch.device) -> None:
+        for name in vars(self):
+            value = state[name]
+            setattr(self, name, None if value is None else torch.tensor(value, device=device))
 
     def sure(self) -> Tensor | None:
         """The score from which on a token is taken to be surely selected; None where too little is known yet."""

@@ -28,6 +28,7 @@ from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.carried import CarriedThreshold
+from megatron_slm.objective.early_rule import EarlyRule
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_steps
@@ -53,6 +54,7 @@ class Trainable:
     scheduler: OptimizerParamScheduler
     groups: Groups
     tokenizer: Tokenizer
+    early: EarlyRule | None = None  # tells which tokens may get their gradient at once; without it, none do
     carried: CarriedThreshold | None = None
     auxiliary: AuxiliaryLosses | None = None  # of a model with experts
 
@@ -78,7 +80,8 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(_state(trainable, config, is_loading=False), str(partial))
+        state = _state(trainable, config, is_loading=False, with_rng=config.checkpoint.save_rng, with_guess=True)
+        dist_checkpointing.save(state, str(partial))
         dist.barrier()
         if logging_rank:
             write_config(config, partial / weights.CONFIG_FILE)
@@ -130,7 +133,9 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
     manifest = weights.read_manifest(directory)
     _check_same_run(directory, manifest, config, trainable)
     same_layout = manifest.layout == trainable.layout()
-    state = _state(trainable, config, is_loading=True, with_rng=own.load_rng and same_layout)
+    has_guess = weights.saved_config(directory).objective.slm_exact_mode == "speculative"
+    with_rng, with_guess = own.load_rng and same_layout, has_guess and same_layout
+    state = _state(trainable, config, is_loading=True, with_rng=with_rng, with_guess=with_guess)
     loaded = weights.load_state(state, directory, "--load")
     weights.put_weights(_plain(trainable.chunks), loaded)
     if own.load_optim:
@@ -141,6 +146,8 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
         trainable.optimizer.reload_model_params()
     if trainable.carried is not None and "carried" in loaded:
         trainable.carried.load_state_dict(loaded["carried"])
+    if trainable.early is not None and "guess" in loaded:
+        trainable.early.guess.load_state_dict(loaded["guess"], trainable.groups.device)
     if "rng" in loaded:
         _set_random_states(loaded["rng"])
     return Position(manifest.step, manifest.consumed_samples)
@@ -172,8 +179,11 @@ def _check_same_run(directory: Path, manifest: weights.Manifest, config: Config,
         )
 
 
-def _state(trainable: Trainable, config: Config, *, is_loading: bool, with_rng: bool | None = None) -> dict[str, Any]:
+def _state(
+    trainable: Trainable, config: Config, *, is_loading: bool, with_rng: bool, with_guess: bool
+) -> dict[str, Any]:
     """Everything that a checkpoint holds, as Megatron-Core's sharded state."""
+    groups = trainable.groups
     state: dict[str, Any] = weights.model_state(_plain(trainable.chunks))
     own = config.checkpoint
     if own.load_optim if is_loading else own.save_optim:
@@ -183,14 +193,21 @@ def _state(trainable: Trainable, config: Config, *, is_loading: bool, with_rng: 
         )
         state["optimizer"] = optimizer
         state["scheduler"] = trainable.scheduler.state_dict()
-    if own.save_rng if with_rng is None else with_rng:
-        groups = trainable.groups
+    if with_rng:
         state["rng"] = ShardedObject(
             "rng",
             _random_states(groups.device),
             (groups.pp_size, groups.tp_size),
             (groups.pp_rank, groups.tp_rank),
             replica_id=groups.dp_cp.rank(),
+        )
+    if with_guess and trainable.early is not None and trainable.early.speculate:
+        state["guess"] = ShardedObject(
+            "guess",
+            trainable.early.guess.state_dict(),
+            (groups.pp_size, groups.dp_cp.size()),
+            (groups.pp_rank, groups.dp_cp.rank()),
+            replica_id=groups.tp_rank,
         )
     if trainable.carried is not None and not is_loading:
         state["carried"] = trainable.carried.state_dict()

@@ -10,7 +10,6 @@ from rich.console import Console
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
-from megatron_slm.objective.early_rule import EarlyRule
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.runtime.console import duration
 from megatron_slm.runtime.errors import DivergedError
@@ -30,7 +29,6 @@ class Run:
     datasets: Datasets
     shape: BatchShape
     selector: Selector
-    early: EarlyRule
     reference: ReferenceSource | None
     throughput: Throughput
     sinks: list[Sink]
@@ -108,7 +106,6 @@ def _one_step(run: Run, stream: BatchStream) -> Step:
             ratio=ratio,
             next_ratio=next_ratio,
             reference=run.reference,
-            early=run.early,
         )
     except DivergedError as error:
         rank = run.trainable.groups.rank

@@ -112,7 +112,8 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
     auxiliary = AuxiliaryLosses(chunks, groups) if config.model.num_experts else None
     schedule = build_scheduler(optimizer, config)
-    trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, carried, auxiliary)
+    early = EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative")
+    trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, early, carried, auxiliary)
     position, loaded = resume(trainable, config)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
@@ -123,7 +124,6 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         datasets=datasets,
         shape=shape,
         selector=selector,
-        early=EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative"),
         reference=reference,
         throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
         sinks=open_sinks(config, groups, position.step),

@@ -184,13 +184,11 @@ def train_step(
     ratio: float,
     next_ratio: float,
     reference: ReferenceSource | None,
-    early: EarlyRule | None = None,
 ) -> Step:
     """One optimizer step on a global batch. Collective over all ranks.
 
     Args:
         ratio: the selection ratio of this step, and ``next_ratio`` that of the next.
-        early: tells which tokens may get their gradient at once; without it, none do.
 
     Raises:
         DivergedError: a loss or the gradient norm is NaN or infinite.
@@ -200,7 +198,7 @@ def train_step(
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
     scores = reference.score(micro_batches) if reference is not None else []
-    selection = StepSelection(selector, ratio, early=early, remembers=trainable.carried is not None)
+    selection = StepSelection(selector, ratio, early=trainable.early, remembers=trainable.carried is not None)
     seconds_ranking = None
     if trainable.carried is not None:
         selection.carried = trainable.carried.carried(ratio)

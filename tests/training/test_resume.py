@@ -46,6 +46,25 @@ def test_resume_is_bit_for_bit(tmp_path: Path, corpus: str, tp: int, pp: int, dp
     ][-1:]
 
 
+def test_guessed_thresholds_resume_bit_for_bit(tmp_path: Path, corpus: str) -> None:
+    """What is computed early depends on them, and so the last bits of gradients; each rank guesses its own."""
+    flags = ["--objective", "slm", "--slm-score", "token-loss", "--slm-scope", "micro-batch"]
+    flags += ["--slm-exact-mode", "speculative", "--use-distributed-optimizer"]
+    launch(command(corpus, tmp_path / "whole", dp=2, train_iters=6) + flags, 2)
+    part = command(corpus, tmp_path / "part", dp=2, train_iters=6, load=tmp_path / "part") + flags
+    launch([*part, "--exit-interval", "3"], 2)
+    launch([*part, "--exit-interval", "100"], 2)
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+
+
+def test_a_run_may_begin_to_guess_when_resumed(tmp_path: Path, corpus: str) -> None:
+    """The checkpoint holds no guess then."""
+    slm = command(corpus, tmp_path / "run", load=tmp_path / "run", objective="slm", slm_score="token-loss")
+    launch([*slm, "--train-iters", "4", "--exit-interval", "2"])
+    launch([*slm, "--train-iters", "4", "--slm-exact-mode", "speculative"])
+    assert len(losses(tmp_path / "run")) == 4
+
+
 def test_resume_in_another_layout_goes_on(tmp_path: Path, corpus: str) -> None:
     """Saved on two pipeline stages, resumed on two tensor-parallel ranks."""
     launch(command(corpus, tmp_path / "whole", train_iters=4))
