@@ -33,6 +33,7 @@ SHARE_OF_LOGITS = 1 / 16  # no block of all rows is larger than this part of the
 EARLY_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_BLOCKS = {"cpu": 8, "cuda": 2}
 MIN_ENTRIES = 64  # of a block of all rows, whatever their number
+SPREAD_ROWS = 256  # moved at a time
 
 
 def blockwise_token_loss(
@@ -257,7 +258,8 @@ class _Gradient:
         some, lse, factor = rows.select(places), lse[places], incoming[places]
         common = float(factor[0])
         uniform = bool((factor == common).all())
-        hidden = torch.zeros_like(some.hidden, dtype=torch.float32)
+        in_place = has_hidden is None and self.hidden.dtype == torch.float32
+        hidden = self.hidden[: len(places)] if in_place else torch.zeros_like(some.hidden, dtype=torch.float32)
         blocks = (some if kept is None else rows).vocabulary_blocks()
         memory = some.memory_of(blocks, len(some)) if kept is None else None
         for number, entries in enumerate(blocks):
@@ -267,8 +269,18 @@ class _Gradient:
                 change.mul_(factor[:, None])
             self.weight.add_product(entries, change, some.hidden, common if uniform else 1.0)
             add_product(hidden, change, some.weight[entries], common if uniform else 1.0)
-        if has_hidden is None:
-            self.hidden[places] = hidden.to(self.hidden.dtype)
-        else:
-            new = ~has_hidden[places]
-            self.hidden[places[new]] = hidden[new].to(self.hidden.dtype)
+        if in_place:
+            _spread(self.hidden, places)
+            return
+        new = slice(None) if has_hidden is None else ~has_hidden[places]
+        self.hidden[places[new]] = hidden[new].to(self.hidden.dtype)
+
+
+def _spread(rows: Tensor, places: Tensor) -> None:
+    """Move the leading rows to ``places`` [p] int64, which ascend, in place, some at a time; 0 elsewhere."""
+    # From the last to the first: a row's place is its number or more, so that none is written before it is read.
+    for part in reversed(slices(len(places), SPREAD_ROWS)):
+        rows[places[part]] = rows[part].clone()
+    empty = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    empty[places] = False
+    rows.masked_fill_(empty[:, None], 0.0)
