@@ -38,14 +38,14 @@ MODES: dict[str, dict[str, Any]] = {
 SELECTIONS = {"0.6": 0.6, "all": 1.0, "none": 0.0}
 
 
-def make(dtype: torch.dtype = torch.float32, share: float = 0.6, seed: int = 5) -> dict[str, Tensor]:
+def make(dtype: torch.dtype = torch.float32, share: float = 0.6, seed: int = 5, length: int = S) -> dict[str, Tensor]:
     chance = torch.Generator().manual_seed(seed)
     return {
-        "hidden": torch.randn(S, B, H, generator=chance).to(dtype),
+        "hidden": torch.randn(length, B, H, generator=chance).to(dtype),
         "weight": torch.randn(PADDED, H, generator=chance).to(dtype),
-        "labels": torch.randint(0, VOCAB, (S, B), generator=chance),
-        "incoming": 3.0 * (torch.rand(S, B, generator=chance) < share),
-        "valid": torch.rand(B, S, generator=chance) < 0.9,
+        "labels": torch.randint(0, VOCAB, (length, B), generator=chance),
+        "incoming": 3.0 * (torch.rand(length, B, generator=chance) < share),
+        "valid": torch.rand(B, length, generator=chance) < 0.9,
     }
 
 
@@ -101,6 +101,14 @@ def test_agrees_with_the_definition(mode: str, variant: str, selection: str, dty
     unselected = data["incoming"] == 0
     assert bool((got["hidden"][unselected] == 0).all()), "an unselected token got a gradient"
     assert bool((got["weight"][VOCAB:] == 0).all()), "the padding got a gradient"
+
+
+@pytest.mark.parametrize("share", [0.02, 0.6, 0.98])
+@pytest.mark.parametrize("mode", ["recompute", "kept", "some early"])
+def test_many_rows(mode: str, share: float) -> None:
+    """More than are moved to their places at a time."""
+    data = make(share=share, length=500)
+    assert_agrees(run(data, **MODES[mode]), expected(data), TOLERANCE[torch.float32])
 
 
 def _on_shards(rank: int, world_size: int, dtype: torch.dtype, cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
