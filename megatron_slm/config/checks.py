@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from megatron_slm.config.blends import resolve_blends
@@ -28,7 +27,6 @@ def check(config: Config, world_size: int) -> None:
     _check_layout(config, world_size)
     _fill_in(config, world_size)
     _check_experts(config, world_size)
-    _check_megatron_core(config)
     for further in (_check_batch, _check_schedule, _check_objective, _check_heads, _check_data, _check_checkpoint):
         further(config)
 
@@ -195,19 +193,6 @@ def _check_experts(config: Config, world_size: int) -> None:
         not model.moe_grouped_gemm or model.transformer_impl != "local",
         "--moe-grouped-gemm needs --transformer-impl transformer_engine.",
     )
-
-
-def _check_megatron_core(config: Config) -> None:
-    """Refuse what is known to go wrong with a Megatron-Core after 0.16. Seen with 0.19.2: auxiliary losses came out
-    TP x CP times too large, and further heads stopped with an error."""
-    installed = version("megatron-core")
-    shared = max(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size) > 1
-    for flag, value in (("--num-experts", config.model.num_experts), ("--mtp-num-layers", config.model.mtp_num_layers)):
-        _require(
-            not (value and shared and tuple(map(int, installed.split(".")[:2])) > (0, 16)),
-            f"{flag} with tensor or context parallelism needs megatron-core 0.16, and {installed} is installed. "
-            "Install megatron-core==0.16.1, or leave one of them out.",
-        )
 
 
 def _fill_in(config: Config, world_size: int) -> None:

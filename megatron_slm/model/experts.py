@@ -5,14 +5,15 @@ each by the tokens of a micro-batch, and divides all gradients at the end by the
 which here are the selected ones: an auxiliary loss would grow to 1 / k of what it is under CLM. Its coefficient is
 therefore scaled by the share of the valid tokens that is selected.
 
-Megatron-Core 0.16.1 also counts only the tokens of one rank where the ranks of tensor and context parallelism share a
-micro-batch, so that with losses normalised per token the auxiliary losses are TP x CP times too small. The coefficient
-makes up for that too; the tests hold every layout against one process.
+Megatron-Core before 0.19 also counts only the tokens of one rank where the ranks of tensor and context parallelism
+share a micro-batch, so that with losses normalised per token the auxiliary losses are TP x CP times too small. The
+coefficient makes up for that too; the tests hold every layout against one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 
@@ -25,7 +26,7 @@ class AuxiliaryLosses:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
         self.config = model_config(list(chunks))
-        sharing = groups.tp_size * groups.cp_size
+        sharing = 1 if _counts_all_ranks() else groups.tp_size * groups.cp_size
         self.balance = sharing * self.config.moe_aux_loss_coeff
         self.z = None if self.config.moe_z_loss_coeff is None else sharing * self.config.moe_z_loss_coeff
 
@@ -34,3 +35,8 @@ class AuxiliaryLosses:
         self.config.moe_aux_loss_coeff = self.balance * share
         if self.z is not None:
             self.config.moe_z_loss_coeff = self.z * share
+
+
+def _counts_all_ranks() -> bool:
+    """Whether Megatron-Core's router scales its losses by the tokens of all ranks that share a micro-batch."""
+    return tuple(int(part) for part in version("megatron-core").split(".")[:2]) >= (0, 19)

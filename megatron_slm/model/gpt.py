@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import TransformerConfig, multi_token_prediction
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -89,12 +89,26 @@ class GPT(GPTModel):
 
 @contextmanager
 def _passing_hidden_states_on(output_layer: torch.nn.Module) -> Iterator[None]:
-    """Let the output layer give back its input; its hooks, which fetch sharded parameters, still run."""
+    """Let the output layer give back its input; its hooks, which fetch sharded parameters, still run.
+
+    Megatron-Core from 0.19 on also counts, for its log, how many predictions of further heads are right. It takes them
+    from what the output layer gives, so it counts nothing here.
+    """
+    counts = getattr(multi_token_prediction, "_compute_mtp_acceptance_counts", None)
     output_layer.forward = lambda hidden, *_, **__: (hidden, None)
+    if counts is not None:
+        multi_token_prediction._compute_mtp_acceptance_counts = _no_counts
     try:
         yield
     finally:
         del output_layer.forward
+        if counts is not None:
+            multi_token_prediction._compute_mtp_acceptance_counts = counts
+
+
+def _no_counts(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Of right predictions, and of all."""
+    return hidden.new_zeros(()), hidden.new_zeros(())
 
 
 def build_model(

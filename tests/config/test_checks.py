@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config import checks
 from megatron_slm.config.checks import check
 from megatron_slm.config.flags import parse
 from megatron_slm.runtime.errors import ConfigError
@@ -110,15 +109,3 @@ def test_what_cannot_work_is_refused(world_size: int, changes: dict[str, Any], m
     with pytest.raises(ConfigError) as error:
         run_check(world_size, **changes)
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("shape", [{"num_experts": 4, "disable_bias_linear": True}, {"mtp_num_layers": 1}])
-def test_what_goes_wrong_with_a_newer_megatron_core_is_refused(
-    shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checks, "version", lambda _: "0.16.1")
-    run_check(2, tensor_model_parallel_size=2, sequence_parallel=True, **shape)
-    monkeypatch.setattr(checks, "version", lambda _: "0.19.2")
-    run_check(1, **shape)
-    with pytest.raises(ConfigError, match="needs megatron-core"):
-        run_check(2, tensor_model_parallel_size=2, sequence_parallel=True, **shape)
