@@ -23,22 +23,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from benchmarks.lm_head import WAYS, Problem, Unavailable
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from megatron_slm.objective.early_rule import ThresholdGuess
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
-from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
-from megatron_slm.objective.threshold import select_highest
 from megatron_slm.runtime.console import progress
 
 SIZES = {  # tokens N, hidden size H, vocabulary V
@@ -48,185 +40,6 @@ SIZES = {  # tokens N, hidden size H, vocabulary V
     "llama3-8B": (4096, 4096, 128256),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Unavailable(Exception):
-    """Why a way cannot be measured here."""
-
-
-@dataclass
-class Problem:
-    """One micro-batch before the LM head."""
-
-    hidden: Tensor  # [N, 1, H]
-    weight: Tensor  # [V, H]
-    labels: Tensor  # [N, 1]
-    reference_loss: Tensor  # [1, N]
-    ratio: float
-    threshold: float = 0.0  # the exact one
-    guess: Tensor | None = None  # from micro-batches like this one
-
-    @classmethod
-    def make(cls, shape: tuple[int, int, int], ratio: float, device: str, dtype: torch.dtype) -> Problem:
-        """Random, with logits of unit scale and reference losses that scatter as much as token losses."""
-        tokens, width, entries = shape
-        torch.manual_seed(1)
-        problem = cls(
-            torch.randn(tokens, 1, width, device=device, dtype=dtype).requires_grad_(),
-            (torch.randn(entries, width, device=device) * width**-0.5).to(dtype).requires_grad_(),
-            torch.randint(0, entries, (tokens, 1), device=device),
-            torch.randn(1, tokens, device=device),
-            ratio,
-        )
-        problem._foresee()
-        return problem
-
-    def _foresee(self) -> None:
-        """Its threshold, and a guess from micro-batches with other labels, as training would have it."""
-        guess, labels = ThresholdGuess(), self.labels
-        with torch.no_grad():
-            for _ in range(4):
-                self.labels = torch.randint_like(labels, self.weight.size(0))
-                guess.observe(self.select(self._losses())[1])
-            self.labels = labels
-            self.threshold = float(self.select(self._losses())[1])
-        self.guess = guess.sure()
-
-    def _losses(self) -> Tensor:
-        return linear_cross_entropy(self.hidden, self.weight, self.labels, LMHead()).loss
-
-    def select(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Selected tokens [N, 1] fp32 and the threshold, from token losses [N, 1]."""
-        score = (loss.detach().t() - self.reference_loss).float()
-        order = torch.arange(score.size(1), device=score.device)[None]
-        count = torch.full((1,), -int(-self.ratio * score.size(1) // 1), device=score.device)
-        selected, threshold = select_highest(score, torch.ones_like(score, dtype=torch.bool), count, order, None)
-        return selected.t().float(), threshold[0]
-
-    def selective_backward(self, loss: Tensor) -> None:
-        """Select among token losses [N, 1] and go backward for what is selected."""
-        (loss * self.select(loss)[0]).sum().backward()
-
-    def flat(self) -> tuple[Tensor, Tensor]:
-        return self.hidden.flatten(0, 1), self.labels.flatten()
-
-
-def _standard(problem: Problem) -> None:
-    hidden, labels = problem.flat()
-    loss = F.cross_entropy(F.linear(hidden, problem.weight).float(), labels, reduction="none")
-    problem.selective_backward(loss[:, None])
-
-
-def make_standard(problem: Problem) -> Callable[[], None]:
-    return partial(_standard, problem)
-
-
-def make_compiled(problem: Problem) -> Callable[[], None]:
-    def token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
-
-    compiled = torch.compile(token_loss)
-    hidden, labels = problem.flat()
-    return lambda: problem.selective_backward(compiled(hidden, problem.weight, labels)[:, None])
-
-
-def make_megatron(problem: Problem) -> Callable[[], None]:
-    import torch.distributed as dist
-    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-
-    if not dist.is_initialized():
-        backend = "nccl" if problem.hidden.is_cuda else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-
-    def run() -> None:
-        logits = F.linear(problem.hidden, problem.weight)
-        problem.selective_backward(fused_vocab_parallel_cross_entropy(logits, problem.labels, group))
-
-    return run
-
-
-def make_liger(problem: Problem) -> Callable[[], None]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    _needs_gpu(problem)
-    hidden, labels = problem.flat()
-    return lambda: liger_fused_linear_cross_entropy(hidden, problem.weight, labels, reduction="sum").backward()
-
-
-def make_cut(problem: Problem, impl: str) -> Callable[[], None]:
-    from cut_cross_entropy import linear_cross_entropy as cut
-
-    if impl == "cce":
-        _needs_gpu(problem)
-    hidden, labels = problem.flat()
-    return lambda: problem.selective_backward(cut(hidden, problem.weight, labels, reduction="none", impl=impl)[:, None])
-
-
-def make_quack(problem: Problem) -> Callable[[], None]:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    _needs_gpu(problem)
-    hidden, labels = problem.flat()
-    return lambda: chunked_linear_cross_entropy(hidden, problem.weight, labels, reduction="sum").backward()
-
-
-def _needs_gpu(problem: Problem) -> None:
-    if not problem.hidden.is_cuda:
-        raise Unavailable("needs a GPU")
-
-
-def make_ours(
-    problem: Problem, *, early: str = "", engine: str | None = None, kept: bool = False
-) -> Callable[[], None]:
-    engine = engine or ("triton" if problem.hidden.is_cuda else "chunked")
-    head = LMHead(engine=engine, kept_bytes=1 << 40 if kept else 0)
-    valid = torch.ones_like(problem.reference_loss, dtype=torch.bool)
-    rules = {
-        "": None,
-        "all": EarlySelection(valid),
-        "carried": EarlySelection(valid, problem.threshold, problem.reference_loss),
-        "speculative": EarlySelection(
-            valid, problem.guess if problem.guess is not None else 0.0, problem.reference_loss
-        ),
-    }
-
-    def run() -> None:
-        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.labels, head, early=rules[early]).loss
-        if early == "all":
-            loss.sum().backward()
-        elif early == "carried":
-            (loss * (loss.detach() - problem.reference_loss.t() >= problem.threshold)).sum().backward()
-        else:
-            problem.selective_backward(loss)
-
-    return run
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to compute the loss: how to make it, and its FLOPs in units of NHV for a ratio k (None: not counted)."""
-
-    make: Callable[[Problem], Callable[[], None]]
-    flops: Callable[[float], float]
-    is_ours: bool = False
-
-
-WAYS = {
-    "standard": Way(make_standard, lambda k: 6),
-    "torch.compile": Way(make_compiled, lambda k: 6),
-    "megatron fused": Way(make_megatron, lambda k: 6),
-    "liger (all tokens)": Way(make_liger, lambda k: 6),
-    "cut-cross-entropy": Way(partial(make_cut, impl="cce"), lambda k: 8),
-    "cut-cross-entropy, torch.compile": Way(partial(make_cut, impl="torch_compile"), lambda k: 6),
-    "quack (all tokens)": Way(make_quack, lambda k: 6),
-    "ours, torch": Way(partial(make_ours, engine="torch"), lambda k: 6, True),
-    "ours, all tokens": Way(partial(make_ours, early="all"), lambda k: 6, True),
-    "ours, recompute": Way(make_ours, lambda k: 2 + 6 * k, True),
-    "ours, speculative": Way(partial(make_ours, early="speculative"), lambda k: 2 + 4 * k, True),
-    "ours, kept logits": Way(partial(make_ours, kept=True), lambda k: 2 + 4 * k, True),
-    "ours, carried": Way(partial(make_ours, early="carried"), lambda k: 2 + 4 * k, True),
-}
 
 
 def prepare(way: str, problem: Problem) -> Callable[[], None]:

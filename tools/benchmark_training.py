@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +44,49 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def variants(folder: Path) -> dict[str, list[str]]:
-    """The flags of every variant, by name; the first is what the others are held against."""
+@dataclass(frozen=True)
+class Variant:
+    """What is measured: a run with these flags; altered; or with steps by another loop than the trainer's."""
+
+    flags: list[str]
+    alter: Callable[[Any], None] | None = None  # given the run
+    loop: Callable[[Any], Any] | None = None  # the loop of a run, which has a method ``step``
+
+
+def variants(folder: Path) -> dict[str, Variant]:
+    """Every variant, by name; the first is what the others are held against."""
     sidecar = [*SLM, "--reference-scores", "same"]
     beside = [*SLM, "--reference-load", str(folder / "same")]
     whole = ["--slm-scope", "global-batch"]
     clm = ["--objective", "clm"]
     return {
-        "CLM": clm,
-        "bare Megatron-Core loop, CLM": clm,
-        "bare Megatron-Core loop, CLM, fused": clm,
-        "SLM, sidecar": sidecar,
-        "SLM, sidecar, speculative": [*sidecar, "--slm-exact-mode", "speculative"],
-        "SLM, sidecar, carried": [*sidecar, *whole, "--slm-threshold", "carried"],
-        "SLM, sidecar, global batch": [*sidecar, *whole],
-        "SLM, sidecar, rows dropped in the last block": sidecar,
-        "SLM, RM of a quarter": [*SLM, "--reference-load", str(folder / "quarter")],
-        "SLM, RM of the same size": beside,
-        "SLM, RM of the same size, speculative": [*beside, "--slm-exact-mode", "speculative"],
-        "SLM, RM of the same size, carried": [*beside, *whole, "--slm-threshold", "carried"],
+        "CLM": Variant(clm),
+        "bare Megatron-Core loop, CLM": Variant(clm, loop=bare_loop),
+        "bare Megatron-Core loop, CLM, fused": Variant(clm, loop=partial(bare_loop, fused=True)),
+        "SLM, sidecar": Variant(sidecar),
+        "SLM, sidecar, speculative": Variant([*sidecar, "--slm-exact-mode", "speculative"]),
+        "SLM, sidecar, carried": Variant([*sidecar, *whole, "--slm-threshold", "carried"]),
+        "SLM, sidecar, global batch": Variant([*sidecar, *whole]),
+        "SLM, sidecar, rows dropped in the last block": Variant(sidecar, alter=drop_rows),
+        "SLM, RM of a quarter": Variant([*SLM, "--reference-load", str(folder / "quarter")]),
+        "SLM, RM of the same size": Variant(beside),
+        "SLM, RM of the same size, speculative": Variant([*beside, "--slm-exact-mode", "speculative"]),
+        "SLM, RM of the same size, carried": Variant([*beside, *whole, "--slm-threshold", "carried"]),
     }
+
+
+def bare_loop(run: Any, *, fused: bool = False) -> Any:
+    """Megatron-Core's loop without this trainer; imported late, as --help needs no torch."""
+    from benchmarks.bare_loop import BareLoop
+
+    return BareLoop(run, fused=fused)
+
+
+def drop_rows(run: Any) -> None:
+    """The last block without the rows of unselected tokens."""
+    from benchmarks.last_block import drop_unselected_rows
+
+    drop_unselected_rows(run)
 
 
 def model_flags(size: str, *, quarter: bool = False) -> list[str]:
@@ -139,16 +164,14 @@ class Contestant:
     """A variant that steps, and the seconds of its measured steps and their phases."""
 
     def __init__(self, name: str, bench: Bench) -> None:
-        from benchmarks.bare_loop import BareLoop
-        from benchmarks.last_block import drop_unselected_rows
-
         from megatron_slm.data.batches import BatchStream
 
-        self.run = bench.run(variants(bench.folder)[name])
+        variant = variants(bench.folder)[name]
+        self.run = bench.run(variant.flags)
         self.stream = BatchStream(self.run.datasets.train, self.run.shape, device=bench.groups.device)
-        self.bare = BareLoop(self.run, fused="fused" in name) if "bare" in name else None
-        if "dropped" in name:
-            drop_unselected_rows(self.run)
+        self.loop = None if variant.loop is None else variant.loop(self.run)
+        if variant.alter is not None:
+            variant.alter(self.run)
         self.seconds: list[float] = []
         self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
         optimizer, reference = self.run.trainable.optimizer, self.run.reference
@@ -169,8 +192,8 @@ class Contestant:
         """One step, reading of the batch included."""
         began = now()
         batches = self._timed("reading", next)(self.stream)
-        if self.bare is not None:
-            self.bare.step(batches)
+        if self.loop is not None:
+            self.loop.step(batches)
         else:
             self._trainer_step(batches)
         self.seconds.append(now() - began)
