@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command) -> None:
     from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+    from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.objective.policy import parse_policy
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.process import launched_world_size

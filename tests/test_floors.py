@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_slm"
 FLOORS = ("runtime", "config", "data", "objective", "model", "reference", "training", "pretrain")
+WITHIN_DATA = ("tokenizers", "", "preprocessing", "scores")  # "": the files of the room itself; the last two apart
 ALLOWED_ASIDE = {"analysis": {"runtime", "config"}, "objective": {"runtime"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -37,6 +38,16 @@ def test_imports_run_downwards(path: Path) -> None:
     else:
         allowed = ALLOWED_ASIDE.get(room, set())
     assert rooms <= allowed, f"{room} imports {rooms - allowed}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").rglob("*.py")), ids=lambda path: str(path.name))
+def test_imports_within_data_run_downwards(path: Path) -> None:
+    """Corpora and batches know no preprocessing and no sidecars, tokenizers know nothing else, and no circle."""
+    names = [name.split(".") for name in imported(path) if name.startswith("megatron_slm.data.")]
+    rooms = {parts[2] if len(parts) > 3 else "" for parts in names}
+    own = path.parent.name if path.parent.name != "data" else ""
+    allowed = set(WITHIN_DATA[: min(WITHIN_DATA.index(own), 2)]) | {own}
+    assert rooms <= allowed, f"{own or 'data'} imports {rooms - allowed}"
 
 
 def test_the_objective_knows_nothing_of_megatron() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from ranks import run_ranks
 
-from megatron_slm.data.preprocess import Job, preprocess
-from megatron_slm.data.tokenizer import TokenizerFiles
+from megatron_slm.data.preprocessing.preprocess import Job, preprocess
+from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles
 from megatron_slm.pretrain import main
 
 MODEL = [

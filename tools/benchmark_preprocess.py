@@ -30,8 +30,8 @@ from typing import Any
 
 from benchmarks.corpora import drawn_anew, natural_texts, shuffled, source_texts, unique, write_jsonl
 
-from megatron_slm.data.tokenizer import KINDS, TokenizerFiles, build_tokenizer
-from megatron_slm.data.word_cache import why_plain
+from megatron_slm.data.preprocessing.word_cache import why_plain
+from megatron_slm.data.tokenizers.tokenizer import KINDS, TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 

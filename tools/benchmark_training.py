@@ -119,7 +119,7 @@ class Bench:
     """Builds runs of the trainer in this process, all on one corpus."""
 
     def __init__(self, size: str, folder: Path, steps: int) -> None:
-        from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+        from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
         from megatron_slm.runtime import process
         from megatron_slm.runtime.groups import ParallelLayout
 

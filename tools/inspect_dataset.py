@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slm.data.tokenizer import KINDS, Tokenizer, TokenizerFiles, build_tokenizer
+from megatron_slm.data.tokenizers.tokenizer import KINDS, Tokenizer, TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 if TYPE_CHECKING:

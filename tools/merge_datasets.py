@@ -20,8 +20,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        from megatron_slm.data.merge import merge_corpora
-        from megatron_slm.data.shard_names import find_shards
+        from megatron_slm.data.preprocessing.merge import merge_corpora
+        from megatron_slm.data.preprocessing.shard_names import find_shards
 
         prefixes = arguments.input_prefixes or find_shards(arguments.input, arguments.output_prefix)
         merged = merge_corpora(prefixes, arguments.output_prefix)

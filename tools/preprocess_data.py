@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_slm.config.recipe import nearest
-from megatron_slm.data.documents import find_inputs
-from megatron_slm.data.preprocess import Job, preprocess
-from megatron_slm.data.shards import parse_shard
-from megatron_slm.data.tokenizer import KINDS, TokenizerFiles
+from megatron_slm.data.preprocessing.documents import find_inputs
+from megatron_slm.data.preprocessing.preprocess import Job, preprocess
+from megatron_slm.data.preprocessing.shards import parse_shard
+from megatron_slm.data.tokenizers.tokenizer import KINDS, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
 INPUT = """files, globs, URLs that fsspec opens (s3://, gs://, hdfs://), or - for lines of JSON on standard input.

@@ -104,7 +104,7 @@ def score(arguments: argparse.Namespace) -> None:
 
 def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Any:
     """The tokenizer of the reference model's own run, from other files where the flags name some."""
-    from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+    from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 
     data = config.data
     named = {

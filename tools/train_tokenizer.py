@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 
-from megatron_slm.data.documents import find_inputs
-from megatron_slm.data.train_tokenizer import TokenizerJob, train_tokenizer
+from megatron_slm.data.preprocessing.documents import find_inputs
+from megatron_slm.data.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 

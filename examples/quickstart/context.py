@@ -26,14 +26,14 @@ import torch
 
 from megatron_slm.config.schema import DataConfig, ParallelConfig, ReferenceConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
-from megatron_slm.data.codebooks import Codebooks, TokenCode
 from megatron_slm.data.corpus import check_corpus
 from megatron_slm.data.datasets import build_datasets
-from megatron_slm.data.score_code import ScoreCode
-from megatron_slm.data.score_sets import CorpusScores, open_scores
-from megatron_slm.data.scored_samples import ScoredSamples
-from megatron_slm.data.scores import VERSION, ContextRule, read_loss_code
-from megatron_slm.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerFiles
+from megatron_slm.data.scores.code import ScoreCode
+from megatron_slm.data.scores.codebooks import Codebooks, TokenCode
+from megatron_slm.data.scores.samples import ScoredSamples
+from megatron_slm.data.scores.sets import CorpusScores, open_scores
+from megatron_slm.data.scores.sidecar import VERSION, ContextRule, read_loss_code
+from megatron_slm.data.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.objective.policy import parse_policy
 from megatron_slm.objective.selective_loss import ReferenceScores, Selector, select
 from megatron_slm.reference.replica import ReferenceReplica

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.index import bin_path, idx_path, read_index
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 MAKE_AGAIN = "Make it again with tools/preprocess_data.py."

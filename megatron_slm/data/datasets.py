@@ -14,7 +14,7 @@ from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend
 from megatron_slm.data.corpus import check_corpus, check_tokenizer
 from megatron_slm.data.parts import check_parts, split_of, wants_split
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 

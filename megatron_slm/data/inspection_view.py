@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_slm.data.corpus import read_record
 from megatron_slm.data.index import Index, bin_path, idx_path
 from megatron_slm.data.inspection import Lengths, document_ids
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 LONGEST_BAR = 40  # columns

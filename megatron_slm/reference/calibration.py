@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_slm.data.codebooks import TokenCode
 from megatron_slm.data.corpus import CorpusInfo
-from megatron_slm.data.scores import ContextRule
+from megatron_slm.data.scores.codebooks import TokenCode
+from megatron_slm.data.scores.sidecar import ContextRule
 from megatron_slm.reference.windows import Row, make_plan
 
 LEAST_TOKENS, MOST_TOKENS = 1 << 20, 1 << 26

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.model.weights import checkpoint_directory, load_weights, read_manifest, saved_config

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
-from megatron_slm.data.codebooks import Codebooks, TokenCode, fit, loss_code
 from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
 from megatron_slm.data.fingerprints import corpus_fingerprint
-from megatron_slm.data.score_code import ScoreCode
-from megatron_slm.data.score_sets import tokenizer_identity
-from megatron_slm.data.score_writer import Progress, SidecarWriter, finish, is_finished, record_progress, reserve
-from megatron_slm.data.scores import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.scores.code import ScoreCode
+from megatron_slm.data.scores.codebooks import Codebooks, TokenCode, fit, loss_code
+from megatron_slm.data.scores.sets import tokenizer_identity
+from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
+from megatron_slm.data.scores.writer import Progress, SidecarWriter, finish, is_finished, record_progress, reserve
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.weights import checkpoint_directory, checkpoint_fingerprint, saved_config
 from megatron_slm.objective.selective_loss import ReferenceScores
 from megatron_slm.reference.calibration import Found, count_losses, sample_rows, sample_size

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.corpus import CorpusInfo
 from megatron_slm.data.index import read_index
-from megatron_slm.data.scores import ContextRule
+from megatron_slm.data.scores.sidecar import ContextRule
 
 CHUNK_TOKENS = 1 << 20
 

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.config.recipe import write_config
 from megatron_slm.config.schema import Config
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.carried import CarriedThreshold

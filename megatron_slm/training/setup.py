@@ -10,9 +10,9 @@ from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import build_datasets
-from megatron_slm.data.score_sets import ScoreSet, open_scores
-from megatron_slm.data.scored_samples import ScoredSamples
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.scores.samples import ScoredSamples
+from megatron_slm.data.scores.sets import ScoreSet, open_scores
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.weights import checkpoint_directory, saved_config

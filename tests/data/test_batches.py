@@ -14,7 +14,7 @@ from tiny import make_corpus
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
 from megatron_slm.data.datasets import build_datasets, parse_blend
-from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
+from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
 CPU = torch.device("cpu")

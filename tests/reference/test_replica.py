@@ -25,7 +25,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train_beside(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
     from megatron_slm.config.checks import check
     from megatron_slm.config.flags import parse
-    from megatron_slm.data.tokenizer import TokenizerFiles, build_tokenizer
+    from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.runtime import process
     from megatron_slm.runtime.console import make_console
     from megatron_slm.training.loop import train

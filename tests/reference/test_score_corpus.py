@@ -13,7 +13,7 @@ import pytest
 import score_corpus
 from tiny import command, launch, make_corpus, records
 
-from megatron_slm.data.scores import Sidecar
+from megatron_slm.data.scores.sidecar import Sidecar
 
 TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
 

@@ -17,14 +17,14 @@ from ranks import run_ranks
 from tiny import command, launch_each, make_corpus
 
 from megatron_slm.config.schema import DataConfig, ParallelConfig, ReferenceConfig
-from megatron_slm.data import score_writer
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.corpus import check_corpus
 from megatron_slm.data.datasets import build_datasets
-from megatron_slm.data.score_sets import open_scores
-from megatron_slm.data.scored_samples import ScoredSamples, label_places
-from megatron_slm.data.scores import Sidecar, sidecar_path
-from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
+from megatron_slm.data.scores import writer as score_writer
+from megatron_slm.data.scores.samples import ScoredSamples, label_places
+from megatron_slm.data.scores.sets import open_scores
+from megatron_slm.data.scores.sidecar import Sidecar, sidecar_path
+from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.objective.policy import parse_policy
 from megatron_slm.objective.selective_loss import Selector, select
 from megatron_slm.reference.replica import ReferenceReplica

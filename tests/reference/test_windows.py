@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numbered import write_numbered_corpus
 
 from megatron_slm.data.corpus import check_corpus
-from megatron_slm.data.scores import ContextRule
+from megatron_slm.data.scores.sidecar import ContextRule
 from megatron_slm.reference.windows import as_micro_batch, make_plan, pack, scored_places, span, span_count
 
 EOD = 999

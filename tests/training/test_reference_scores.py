@@ -12,8 +12,8 @@ from ranks import run_ranks
 from tiny import command, launch, launch_each, make_corpus, records
 
 from megatron_slm.config.schema import ParallelConfig, ReferenceConfig
-from megatron_slm.data.scores import HEADER_BYTES
-from megatron_slm.data.tokenizer import ByteTokenizer, TokenizerFiles
+from megatron_slm.data.scores.sidecar import HEADER_BYTES
+from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.pretrain import main
 from megatron_slm.reference.scoring import ScoringJob, score_corpora
 from megatron_slm.runtime import process

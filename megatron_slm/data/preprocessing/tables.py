@@ -1,0 +1,186 @@
+"""Parquet and Arrow files as batches of rows, each an Arrow stream of about one block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from megatron_slm.data.preprocessing.inputs import DamagedFile, is_remote, open_input
+from megatron_slm.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAGIC = b"ARROW1"  # of an Arrow file; an Arrow stream has none
+MOST_ROWS = 1 << 16  # decoded at once
+
+
+def batches(
+    name: str, keys: Sequence[str], block: int, groups: tuple[int, int | None], skip: int
+) -> Iterator[tuple[bytes, int, float]]:
+    """(Arrow stream, number of rows, share of the file) of consecutive rows.
+
+    Args:
+        name: a .parquet, .arrow or .feather file.
+        keys: columns to read.
+        block: bytes that one batch should have.
+        groups: first and last (exclusive; None: all) row group of a Parquet file.
+        skip: rows to leave out at the beginning.
+
+    Raises:
+        DamagedFile: a file that is cut short, or of another kind.
+        ConfigError: a column that is missing, or that holds no text.
+    """
+    with _reading(), _open(name) as file:
+        reading = _parquet(file, name, keys, block, *groups) if is_parquet(name) else _arrow(file, name, keys)
+        for batch, share in reading:
+            if skip >= batch.num_rows:
+                skip -= batch.num_rows
+                continue
+            rows = max(1, batch.num_rows * block // max(batch.nbytes, 1))
+            for begin in range(skip, batch.num_rows, rows):
+                part = batch.slice(begin, rows)
+                yield _serialised(part), part.num_rows, share * part.num_rows / batch.num_rows
+            skip = 0
+
+
+def rows_of(stream: bytes, keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The values of each row of a batch in the order of ``keys``."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(stream).read_all()
+    return zip(*(_values(table.column(key)) for key in keys), strict=True)
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column as Python's values; bytes where a text is not UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return b""
+
+
+def is_parquet(name: str) -> bool:
+    return name.endswith(".parquet")
+
+
+def row_groups(name: str) -> list[tuple[int, int]]:
+    """(rows, compressed bytes) of each row group of a Parquet file.
+
+    Raises:
+        DamagedFile: a file that is cut short, or of another kind.
+    """
+    import pyarrow.parquet as pq
+
+    with _reading(), _open(name) as file:
+        metadata = pq.ParquetFile(file).metadata
+        groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
+        return [(g.num_rows, sum(g.column(c).total_compressed_size for c in range(g.num_columns))) for g in groups]
+
+
+def check_columns(name: str, keys: Sequence[str]) -> None:
+    """Make sure that a file has the columns; a damaged file is left to the one who reads it.
+
+    Raises:
+        ConfigError: a column that is missing, or that holds no text.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        with _reading(), _open(name) as file:
+            schema = pq.ParquetFile(file).schema_arrow if is_parquet(name) else _open_arrow(file).schema
+            _check_schema(name, schema, keys)
+    except DamagedFile:
+        return
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Arrow's errors about content as DamagedFile; those of the disk as they are."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise DamagedFile(f"not a whole file of its kind ({error})") from error
+    except OSError as error:  # Arrow's own have no errno
+        if error.errno is not None:
+            raise
+        raise DamagedFile(f"not a whole file of its kind ({error})") from error
+
+
+def _parquet(
+    file: Any, name: str, keys: Sequence[str], block: int, first: int, last: int | None
+) -> Iterator[tuple[pa.RecordBatch, float]]:
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file, buffer_size=block)  # pages one after the other, not whole row groups
+    _check_schema(name, parquet.schema_arrow, keys)
+    every = range(parquet.metadata.num_row_groups)[first:last]
+    total = max(sum(parquet.metadata.row_group(place).num_rows for place in every), 1)
+    for place in every:
+        group = parquet.metadata.row_group(place)
+        rows = min(MOST_ROWS, max(1, group.num_rows * block // max(group.total_byte_size, 1)))
+        for batch in parquet.iter_batches(rows, row_groups=[place], columns=list(dict.fromkeys(keys))):
+            yield batch, batch.num_rows / total
+
+
+def _arrow(file: Any, name: str, keys: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
+    reader = _open_arrow(file)
+    _check_schema(name, reader.schema, keys)
+    columns = list(dict.fromkeys(keys))
+    if hasattr(reader, "num_record_batches"):
+        for place in range(reader.num_record_batches):
+            yield reader.get_batch(place).select(columns), 1 / reader.num_record_batches
+    else:
+        for batch in reader:  # a stream does not say how many there are: the bar ends in one step
+            yield batch.select(columns), 0.0
+
+
+def _open(name: str) -> Any:
+    """A file for Arrow: of a local one, Arrow's own, which reads without Python."""
+    import pyarrow as pa
+
+    return open_input(name) if is_remote(name) else pa.OSFile(name)
+
+
+def _open_arrow(file: Any) -> Any:
+    import pyarrow as pa
+
+    is_file = file.read(len(MAGIC)) == MAGIC
+    file.seek(0)
+    return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+
+
+def _check_schema(name: str, schema: pa.Schema, keys: Sequence[str]) -> None:
+    import pyarrow.types as kinds
+
+    for key in keys:
+        if key not in schema.names:
+            raise ConfigError(
+                f"--json-keys {key}: {name} has no such column. Its columns are {', '.join(schema.names)}."
+            )
+        kind = schema.field(key).type
+        inner = kind.value_type if kinds.is_list(kind) or kinds.is_large_list(kind) else kind
+        inner = inner.value_type if kinds.is_dictionary(inner) else inner
+        if not any(
+            is_it(inner) for is_it in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
+        ):
+            raise ConfigError(f"--json-keys {key}: the column of {name} holds {kind}, and must hold text (string).")
+
+
+def _serialised(batch: pa.RecordBatch) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
