@@ -6,6 +6,7 @@ that dies while saving leaves the checkpoint before it as the newest.
 
 from __future__ import annotations
 
+import queue
 import random
 import shutil
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -81,6 +83,7 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
             partial.mkdir(parents=True)
         dist.barrier()
         state = _state(trainable, config, is_loading=False, with_rng=config.checkpoint.save_rng, with_guess=True)
+        _hand_results_over_in_memory()
         dist_checkpointing.save(state, str(partial))
         dist.barrier()
         if logging_rank:
@@ -96,6 +99,16 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
         ) from error
     dist.barrier()
     return final
+
+
+def _hand_results_over_in_memory() -> None:
+    """Give Megatron-Core's writer a plain queue for its results.
+
+    It starts a process to hold that queue otherwise, for saves that go on beside training. It would import torch anew
+    on every rank, seconds and hundreds of MB, and a save that is waited for puts and gets in one process.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def resume(trainable: Trainable, config: Config) -> tuple[Position, str | None]:
