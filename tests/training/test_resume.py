@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import resource
 from pathlib import Path
 
@@ -127,3 +130,15 @@ def _main_with_small_files(rank: int, world_size: int, argv: list[str]) -> tuple
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         code = main(argv)
     return code, errors.getvalue()
+
+
+def test_saving_leaves_no_process_behind(tmp_path: Path, corpus: str) -> None:
+    assert run_ranks(_train_and_count, 1, command(corpus, tmp_path / "run", train_iters=1), initialise=False) == [0]
+    assert (tmp_path / "run" / "iter_0000001").is_dir()
+
+
+def _train_and_count(rank: int, world_size: int, argv: list[str]) -> int:
+    """The processes that were started and still live when the run is over."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(argv) == 0
+    return len(multiprocessing.active_children())
