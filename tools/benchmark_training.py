@@ -1,6 +1,7 @@
 """Step time of SLM beside plain CLM, in one run: the variants take turns step by step, so that noise hits all alike.
 
     python tools/benchmark_training.py --size quickstart --steps 30 --output training.json
+    python tools/benchmark_training.py --size tinyllama-1.1b --variants "SLM, RM of the same size"  # on one GPU
 
 A synthetic corpus, reference models of one step, and a sidecar are made in a temporary folder; then every variant is
 a run of the trainer's own, in one process. The bare loop is Megatron-Core without this trainer. Phases are shares of
@@ -25,10 +26,31 @@ from typing import Any
 
 import numpy as np
 
-SIZES = {  # layers, hidden size, heads, sequence length, vocabulary, micro-batch size, global batch size
-    "tiny": (2, 64, 4, 64, 512, 4, 8),
-    "quickstart": (4, 160, 4, 256, 4096, 8, 16),
-    "medium": (8, 512, 8, 512, 16000, 4, 8),
+
+@dataclass(frozen=True)
+class Size:
+    """A model, its flags without dashes, and the batch that it trains on."""
+
+    model: dict[str, int]
+    vocabulary: int
+    length: int
+    micro_batch: int
+    batch: int
+    is_bf16: bool = False
+
+
+def _size(layers: int, hidden: int, heads: int, **more: int) -> dict[str, int]:
+    return {"num-layers": layers, "hidden-size": hidden, "num-attention-heads": heads, **more}
+
+
+SIZES = {
+    "tiny": Size(_size(2, 64, 4), 512, 64, 4, 8),
+    "quickstart": Size(_size(4, 160, 4), 4096, 256, 8, 16),
+    "medium": Size(_size(8, 512, 8), 16000, 512, 4, 8),
+    # For one GPU of 80 GB, and two variants at a time: each has weights and Adam's state of its own, 20 GB.
+    "tinyllama-1.1b": Size(
+        _size(22, 2048, 32, **{"ffn-hidden-size": 5632, "num-query-groups": 4}), 32000, 2048, 8, 64, is_bf16=True
+    ),
 }
 SLM = ["--objective", "slm", "--slm-selection-ratio", "0.6"]
 
@@ -91,10 +113,14 @@ def drop_rows(run: Any) -> None:
 
 def model_flags(size: str, *, quarter: bool = False) -> list[str]:
     """The model's flags; a quarter of the size is half as wide, and the layers are as many."""
-    layers, hidden, heads, length, vocabulary, micro, batch = SIZES[size]
-    shape = {"num-layers": layers, "hidden-size": hidden // (2 if quarter else 1), "num-attention-heads": heads}
-    shape |= {"seq-length": length, "vocab-size": vocabulary, "micro-batch-size": micro, "global-batch-size": batch}
+    own = SIZES[size]
+    halved = {"hidden-size", "ffn-hidden-size"} if quarter else set()
+    shape = {name: value // (2 if name in halved else 1) for name, value in own.model.items()}
+    shape |= {"seq-length": own.length, "vocab-size": own.vocabulary}
+    shape |= {"micro-batch-size": own.micro_batch, "global-batch-size": own.batch}
     words = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    words += ["--group-query-attention"] if "num-query-groups" in own.model else []
+    words += ["--bf16", "--use-distributed-optimizer"] if own.is_bf16 else []
     words += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
     words += ["--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0"]
     return [*words, "--tokenizer-type", "NullTokenizer", "--lr", "1e-4", "--num-workers", "0", "--eval-iters", "0"]
@@ -107,7 +133,7 @@ def write_corpus(prefix: Path, size: str, tokens: int) -> None:
     chance = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     while tokens > 0:
-        document = chance.integers(0, SIZES[size][4], int(chance.integers(50, 1500)), dtype=np.uint16)
+        document = chance.integers(0, SIZES[size].vocabulary, int(chance.integers(50, 1500)), dtype=np.uint16)
         builder.data_file.write(document.tobytes())
         builder.sequence_lengths.append(len(document))
         builder.end_document()
@@ -125,9 +151,9 @@ class Bench:
 
         self.size, self.folder, self.steps = size, folder, steps
         self.corpus = folder / "corpus"
-        length, batch = SIZES[size][3], SIZES[size][6]
-        write_corpus(self.corpus, size, (steps + 2) * batch * length)
-        self.tokenizer = build_tokenizer("NullTokenizer", TokenizerFiles(vocab_size=SIZES[size][4]))
+        own = SIZES[size]
+        write_corpus(self.corpus, size, (steps + 2) * own.batch * own.length)
+        self.tokenizer = build_tokenizer("NullTokenizer", TokenizerFiles(vocab_size=own.vocabulary))
         self.groups = process.start(ParallelLayout())
 
     def run(self, flags: list[str], *, quarter: bool = False, steps: int | None = None) -> Any:
@@ -155,7 +181,7 @@ class Bench:
             train(self.run(["--save", str(self.folder / name)], quarter=name == "quarter", steps=1))
         reference = ReferenceConfig(reference_load=str(self.folder / "same"))
         job = ScoringJob(
-            reference, [str(self.corpus)], "same", ParallelConfig(), context="stream", stride=SIZES[self.size][3]
+            reference, [str(self.corpus)], "same", ParallelConfig(), context="stream", stride=SIZES[self.size].length
         )
         score_corpora(job, self.tokenizer, self.groups, make_console(False))
 
@@ -288,11 +314,14 @@ def main() -> int:
             process.stop()
     print(f"{where}\nsize {arguments.size}, {arguments.steps} steps each\n")
     phases = list(next(iter(result.values()))["phases"])
-    heads = ["variant", "median step, ms", "of CLM's", *phases]
+    heads = ["variant", "median step, ms", "tokens/s", "of CLM's", *phases]
+    tokens = SIZES[arguments.size].batch * SIZES[arguments.size].length
     print(f"| {' | '.join(heads)} |\n| --- |{' ---: |' * (len(heads) - 1)}")
     for name, own in result.items():
         shares = [f"{share:.1%}" for share in own["phases"].values()]
-        print(f"| {name} | {own['median_seconds'] * 1e3:.1f} | {own['ratio']:.3f} | {' | '.join(shares)} |")
+        seconds = own["median_seconds"]
+        cells = [name, f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{own['ratio']:.3f}", *shares]
+        print(f"| {' | '.join(cells)} |")
     if arguments.output is not None:
         settings = {"size": arguments.size, "steps": arguments.steps, "software": where}
         arguments.output.write_text(json.dumps({"settings": settings, "variants": result}, indent=1) + "\n")
