@@ -1,0 +1,60 @@
+"""The trainer on one GPU over NCCL does what it does on a CPU over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import command, make_corpus, records
+
+SLM = {"train_iters": 3, "objective": "slm", "slm_score": "token-loss", "finetune": True}
+RUNS: dict[str, dict[str, Any]] = {
+    "recompute": {},
+    "speculative": {"slm_exact_mode": "speculative"},
+    "kept": {"slm_kept_logits_mb": 64},
+    "carried": {"slm_scope": "global-batch", "slm_threshold": "carried"},
+}
+
+
+def train(argv: list[str], *, devices: str | None) -> None:
+    """A process of its own, which sees these devices; None: all."""
+    environment = dict(os.environ) if devices is None else {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_slm.pretrain", *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    train(command(make_corpus(folder / "corpus", 1), folder / "base", train_iters=2), devices="")
+    return folder
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_gpu_agrees_with_the_cpu(workspace: Path, name: str, precision: str) -> None:
+    corpus = str(workspace / "corpus_text_document")
+    flags: dict[str, Any] = {**SLM, "load": workspace / "base", "transformer_impl": "local", **RUNS[name]}
+    if precision == "bf16":
+        flags |= {"bf16": True, "use_distributed_optimizer": True}
+    for place, devices in (("cpu", ""), ("gpu", None)):
+        train(command(corpus, workspace / f"{name}-{precision}-{place}", **flags), devices=devices)
+    tolerance = 1e-3 if precision == "fp32" else 2e-2
+    cpu, gpu = (records(workspace / f"{name}-{precision}-{place}") for place in ("cpu", "gpu"))
+    for one, other in zip(cpu, gpu, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=tolerance)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
+        assert other["share_selected"] == pytest.approx(one["share_selected"], abs=0.01)
