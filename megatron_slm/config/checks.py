@@ -306,10 +306,6 @@ def _check_heads(config: Config) -> None:
         "--slm-mtp-selection own needs --mtp-num-layers, and any --slm-scope but global-batch.",
     )
     _require(
-        heads is None or parallel.context_parallel_size == 1,
-        "--mtp-num-layers and --context-parallel-size cannot be used together. Leave one of them out.",
-    )
-    _require(
         heads is None or parallel.pipeline_model_parallel_size == 1 or config.model.untie_embeddings_and_output_weights,
         "--mtp-num-layers with --pipeline-model-parallel-size above 1 needs --untie-embeddings-and-output-weights: "
         "Megatron-Core cannot save a tied embedding there.",

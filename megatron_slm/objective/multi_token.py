@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_slm.objective.selective_loss import ReferenceScores, Selection, Selector, Tokens, select
 
@@ -21,7 +23,7 @@ def multi_token_loss(
     heads: Sequence[Tensor], tokens: Tokens, selection: Selection, selector: Selector, ratio: float
 ) -> Tensor:
     """What the further heads add to a micro-batch's numerator, a scalar with its graph. Collective over the
-    selector's group where heads select for themselves.
+    selector's context group, and over its group where heads select for themselves.
 
     Args:
         heads: [b, s] fp32 token losses of heads 1 to D; what lies beyond the sample's end does not count.
@@ -30,22 +32,35 @@ def multi_token_loss(
     total = torch.zeros_like(heads[0][0, 0])
     for distance, loss in enumerate(heads, start=1):
         if selector.heads_select:
-            weight = select(_further(tokens, loss, distance), selector, ratio).weight
+            weight = select(_further(tokens, loss, distance, selector.context), selector, ratio).weight
         else:
-            weight = _ahead(selection.weight, distance)
+            weight = _ahead(selection.weight, distance, tokens, selector.context)
         total = total + (loss.masked_fill(weight == 0, 0.0) * weight).sum()
     return selector.heads_weight / len(heads) * total
 
 
-def _further(tokens: Tokens, loss: Tensor, distance: int) -> Tokens:
+def _further(tokens: Tokens, loss: Tensor, distance: int, context: ProcessGroup | None) -> Tokens:
     """The micro-batch as the head at a distance sees it."""
     reference = tokens.reference
     if reference is not None:
-        entropy = None if reference.entropy is None else _ahead(reference.entropy, distance)
-        reference = ReferenceScores(_ahead(reference.loss, distance), entropy)
-    return Tokens(loss, _ahead(tokens.valid, distance), tokens.index, tokens.order, reference)
+        entropy = None if reference.entropy is None else _ahead(reference.entropy, distance, tokens, context)
+        reference = ReferenceScores(_ahead(reference.loss, distance, tokens, context), entropy)
+    return Tokens(loss, _ahead(tokens.valid, distance, tokens, context), tokens.index, tokens.order, reference)
 
 
-def _ahead(values: Tensor, distance: int) -> Tensor:
-    """Column i holds what column i + distance held; 0 beyond the end."""
-    return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)
+def _ahead(values: Tensor, distance: int, tokens: Tokens, context: ProcessGroup | None) -> Tensor:
+    """What the token that lies ``distance`` places on in the sequence holds, [b, s]; 0 beyond the sequence's end."""
+    if context is None or context.size() == 1:
+        return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)
+    columns = _all_columns(tokens.index[:1], context)[0].argsort()  # in the order of the sequence
+    whole = _all_columns(values, context)
+    moved = torch.zeros_like(whole)
+    moved[:, columns[:-distance]] = whole[:, columns[distance:]]
+    return moved.chunk(context.size(), 1)[context.rank()]
+
+
+def _all_columns(values: Tensor, context: ProcessGroup) -> Tensor:
+    """[b, s] of every context-parallel rank, side by side."""
+    parts = [torch.empty_like(values) for _ in range(context.size())]
+    dist.all_gather(parts, values.contiguous(), group=context)
+    return torch.cat(parts, 1)

@@ -68,7 +68,6 @@ def test_needed_settings_are_named(name: str) -> None:
         (1, {"num_experts": 2, "expert_model_parallel_size": 2}, "does not divide ranks that hold the same layers"),
         (2, {"num_experts": 2, "tensor_model_parallel_size": 2}, "needs --sequence-parallel"),
         (1, {"objective": "slm", "slm_mtp_selection": "own"}, "--slm-mtp-selection own needs --mtp-num-layers"),
-        (2, {"mtp_num_layers": 1, "context_parallel_size": 2}, "cannot be used together"),
         (1, {"mtp_num_layers": 32}, "leaves no token of a sample"),
         (
             2,

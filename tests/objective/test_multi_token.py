@@ -5,6 +5,9 @@ from __future__ import annotations
 import definition
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
 
 from megatron_slm.objective.multi_token import multi_token_loss
 from megatron_slm.objective.policy import parse_policy
@@ -45,6 +48,45 @@ def test_heads_count_the_tokens_of_the_definition(text: str | None, own: bool) -
                 scores = [float(entropy[row, i + distance]) for i in places]
                 chosen = definition.select(scores, alive, 0.4, lowest=True)
             weight[row, : S - distance] = torch.tensor(chosen).float()
-        expected += float((weight * head).sum()) * 0.3 / D
+        expected += float((weight * head).detach().sum()) * 0.3 / D
         torch.testing.assert_close(gradients[distance - 1], weight * 0.3 / D)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def _micro_batch() -> tuple[list[Tensor], Tokens]:
+    chance = torch.Generator().manual_seed(6)
+    main, *heads, reference = (torch.rand(B, S, generator=chance) for _ in range(2 + D))
+    index = torch.arange(100, 100 + B * S).view(B, S)
+    return heads, Tokens(main, torch.rand(B, S, generator=chance) < 0.8, index, index, ReferenceScores(reference))
+
+
+def _head_gradients(rank: int, world_size: int, own: bool) -> Tensor:
+    """[D, b, s], zero but for this rank's columns: a part from the front and the matching one from the back, as in
+    training."""
+    heads, tokens = _micro_batch()
+    chunk = S // (2 * world_size)
+    places = torch.arange(S).view(-1, chunk)[[rank, 2 * world_size - 1 - rank]].flatten()
+    assert tokens.reference is not None
+    heads = [head[:, places].requires_grad_() for head in heads]
+    tokens = Tokens(
+        tokens.loss[:, places],
+        tokens.valid[:, places],
+        tokens.index[:, places],
+        tokens.order[:, places],
+        ReferenceScores(tokens.reference.loss[:, places]),
+    )
+    world = dist.group.WORLD
+    selector = Selector(parse_policy("excess"), "micro-batch", world, world, heads_weight=0.3, heads_select=own)
+    loss = multi_token_loss(heads, tokens, select(tokens, selector, 0.6), selector, 0.6)
+    whole = torch.zeros(D, B, S)
+    whole[:, :, places] = torch.stack(torch.autograd.grad(loss, heads))
+    return whole
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_context_parallel_ranks_look_ahead_across_each_other(ranks: int, own: bool) -> None:
+    """On four ranks each part is one token long, and the second head looks beyond its neighbour."""
+    [expected] = run_ranks(_head_gradients, 1, own)
+    assert float(expected.abs().max()) > 0
+    torch.testing.assert_close(sum(run_ranks(_head_gradients, ranks, own)), expected)

@@ -33,12 +33,15 @@ def slm(folder: Path, name: str, **flags: Any) -> list[str]:
 LAYOUTS = {
     "data": {"dp": 2, "use_distributed_optimizer": True},
     "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "context": {"context_parallel_size": 2},
     "pipeline": {"pipeline_model_parallel_size": 2},
     "interleaved": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
 }
 
 
-@pytest.mark.parametrize(("layout", "selection"), [*((name, "own") for name in LAYOUTS), ("data", "main")])
+@pytest.mark.parametrize(
+    ("layout", "selection"), [*((name, "own") for name in LAYOUTS), ("data", "main"), ("context", "main")]
+)
 def test_layouts_agree_with_one_process(workspace: Path, layout: str, selection: str) -> None:
     name = f"{layout}-{selection}"
     launch(slm(workspace, name, slm_mtp_selection=selection, **LAYOUTS[layout]), 2)
