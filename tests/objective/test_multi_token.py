@@ -42,7 +42,7 @@ def test_heads_count_the_tokens_of_the_definition(text: str | None, own: bool) -
             elif not own:
                 chosen = [bool(selection.selected[row, i + distance]) for i in places]
             elif text == "excess":
-                scores = [float(head[row, i] - reference[row, i + distance]) for i in places]
+                scores = [float(head.detach()[row, i] - reference[row, i + distance]) for i in places]
                 chosen = definition.select(scores, alive, 0.6)
             else:
                 scores = [float(entropy[row, i + distance]) for i in places]
