@@ -33,7 +33,7 @@ def paired_differences(curves: Sequence[Curve], baseline: str) -> str:
     for objective in dict.fromkeys(name for name, _ in final if name != baseline):
         apart = [loss - final[baseline, seed] for (name, seed), loss in final.items() if name == objective]
         spread = np.std(apart, ddof=1) if len(apart) > 1 else 0.0
-        sentences.append(f"{objective}: {np.mean(apart):+.4f} ± {spread:.4f}")
+        sentences.append(f"{objective}: {np.mean(apart):+z.4f} ± {spread:.4f}")
     spread = mean_and_spread(curves, baseline, "clean")[2][-1]
     return (
         f"Final clean loss less that of {baseline} with the same seed: {'; '.join(sentences)}. "

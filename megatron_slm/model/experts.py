@@ -13,8 +13,8 @@ coefficient makes up for that too; the tests hold every layout against one proce
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 
+import megatron.core
 import torch
 
 from megatron_slm.model.gpt import model_config
@@ -39,4 +39,4 @@ class AuxiliaryLosses:
 
 def _counts_all_ranks() -> bool:
     """Whether Megatron-Core's router scales its losses by the tokens of all ranks that share a micro-batch."""
-    return tuple(int(part) for part in version("megatron-core").split(".")[:2]) >= (0, 19)
+    return tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 19)

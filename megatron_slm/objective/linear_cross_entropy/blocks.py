@@ -41,53 +41,57 @@ class TorchBlocks:
         self._memory: Tensor | None = None
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
-        parts = [Statistics.empty(0, logits.device, with_mean)]
+        place, here = _label_place(labels, logits.size(1))
+        first = self._cap(logits[:, 0].to(torch.float32, copy=True))
+        figures = Statistics.empty(len(logits), logits.device, with_mean)
+        label_logit = self._cap(logits.gather(1, place).squeeze(1).float())
+        figures.label_logit = label_logit.masked_fill_(~here, 0.0)
         for rows in _few_rows(logits, len(logits)):
             values = self._capped(logits[rows])
-            place, here = _label_place(labels[rows], values.size(1))
-            label_logit = values.gather(1, place).squeeze(1).masked_fill(~here, 0.0)
-            first = values[:, 0].clone()
             # torch's only fused pass that finds maximum and sum together; the lse follows from any entry.
             out = self._scratch(values) if keep and self._is_in_place(logits) else values
             log_p = torch._log_softmax(values, -1, False, out=out)
-            lse = first - log_p[:, 0]
-            parts.append(Statistics(lse, label_logit, (log_p.exp() * log_p).sum(1) + lse if with_mean else None))
-        return Statistics.joined(parts)
+            figures.lse[rows] = first[rows] - log_p[:, 0]
+            if figures.mean is not None:
+                figures.mean[rows] = (log_p.exp() * log_p).sum(1) + figures.lse[rows]
+        return figures
 
     def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+        place, here = _label_place(labels, logits.size(1))
         for rows in _few_rows(logits, len(logits)):
             part = logits[rows]
-            change = self._gradient(part, labels[rows], lse[rows])
+            change = self._gradient(part, place[rows], here[rows], lse[rows])
             if not self._is_in_place(logits):
                 part.copy_(change)
         return logits
 
     def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
-        labels, lse = labels[places], lse[places]
+        lse = lse[places]
+        place, here = _label_place(labels[places], logits.size(1))
         for rows in _few_rows(logits, len(places)):
             leading = logits[rows]
             out = self._scratch(leading) if self._is_in_place(logits) else None
             picked = torch.index_select(logits, 0, places[rows], out=out)
             # No row is written before it is read: the places ascend, so the i-th is i or more.
-            leading.copy_(self._gradient(picked, labels[rows], lse[rows]))
+            leading.copy_(self._gradient(picked, place[rows], here[rows], lse[rows]))
         return logits[: len(places)]
 
-    def _gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+    def _gradient(self, logits: Tensor, place: Tensor, here: Tensor, lse: Tensor) -> Tensor:
         """The gradient of a few rows, in fp32; the same memory where :meth:`_is_in_place`."""
         values = self._capped(logits)
         slope = 1 - (values / self.softcap).square() if self.softcap is not None else None
         values.sub_(lse[:, None]).exp_()
         if self.z_loss:
             values.mul_((1 + 2 * self.z_loss * lse)[:, None])
-        place, here = _label_place(labels, values.size(1))
         values.scatter_add_(1, place, -here.float()[:, None])
         return values if slope is None else values.mul_(slope)
 
     def _capped(self, logits: Tensor) -> Tensor:
         """A few rows of logits in fp32 with the soft-cap on; the same memory where :meth:`_is_in_place`."""
-        if self._is_in_place(logits):
-            return logits
-        values = self._scratch(logits).copy_(logits)
+        return logits if self._is_in_place(logits) else self._cap(self._scratch(logits).copy_(logits))
+
+    def _cap(self, values: Tensor) -> Tensor:
+        """``values`` in fp32 with the soft-cap on, in place where there is one."""
         return values if self.softcap is None else values.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _is_in_place(self, logits: Tensor) -> bool:
@@ -114,4 +118,4 @@ def _few_rows(logits: Tensor, rows: int) -> list[slice]:
 def _label_place(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The label's column [n, 1], 0 where it is outside the block; and whether it is inside [n]."""
     here = (labels >= 0) & (labels < width)
-    return labels.masked_fill(~here, 0)[:, None], here
+    return (labels * here)[:, None], here

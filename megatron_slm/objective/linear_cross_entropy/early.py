@@ -15,6 +15,7 @@ selection known before  the selected tokens as ``valid``, threshold −∞
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,16 +36,22 @@ class EarlySelection:
             rows: places of n tokens in the order of the hidden states: [s, b], flat.
             loss: [n] fp32, their token losses.
         """
-        valid = _in_order(self.valid)[rows]
-        if isinstance(self.threshold, float) and self.threshold == -torch.inf:
-            return valid
-        score = loss if self.offset is None else loss - _in_order(self.offset)[rows]
+        valid, threshold, offset = self._in_order
+        if isinstance(threshold, float) and threshold == -torch.inf:
+            return valid[rows]
+        score = loss if offset is None else loss - offset[rows]
+        if isinstance(threshold, Tensor) and threshold.dim():
+            threshold = threshold[rows]
+        return valid[rows] & (score >= threshold)
+
+    @cached_property
+    def _in_order(self) -> tuple[Tensor, float | Tensor, Tensor | None]:
+        """Validity, threshold and offset as the hidden states lie, [s, b], flat: once, as every block asks."""
         threshold = self.threshold
         if isinstance(threshold, Tensor) and threshold.dim():
-            threshold = _in_order(threshold)[rows]
-        return valid & (score >= threshold)
+            threshold = _flat(threshold)
+        return _flat(self.valid), threshold, None if self.offset is None else _flat(self.offset)
 
 
-def _in_order(values: Tensor) -> Tensor:
-    """[b, s] as the hidden states lie: [s, b], flat."""
+def _flat(values: Tensor) -> Tensor:
     return values.t().reshape(-1)
