@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -37,6 +38,7 @@ from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_s
 
 # The one sharding of the optimizer state that can be read back in any layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+GUESS = "guess"  # the guessed threshold of each data-parallel rank; not in every checkpoint
 
 
 @dataclass
@@ -146,7 +148,7 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
     manifest = weights.read_manifest(directory)
     _check_same_run(directory, manifest, config, trainable)
     same_layout = manifest.layout == trainable.layout()
-    has_guess = weights.saved_config(directory).objective.slm_exact_mode == "speculative"
+    has_guess = any(key.startswith(f"{GUESS}/") for key in load_sharded_metadata(str(directory)))
     with_rng, with_guess = own.load_rng and same_layout, has_guess and same_layout
     state = _state(trainable, config, is_loading=True, with_rng=with_rng, with_guess=with_guess)
     loaded = weights.load_state(state, directory, "--load")
@@ -159,8 +161,8 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
         trainable.optimizer.reload_model_params()
     if trainable.carried is not None and "carried" in loaded:
         trainable.carried.load_state_dict(loaded["carried"])
-    if trainable.early is not None and "guess" in loaded:
-        trainable.early.guess.load_state_dict(loaded["guess"], trainable.groups.device)
+    if trainable.early is not None and GUESS in loaded:
+        trainable.early.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
     if "rng" in loaded:
         _set_random_states(loaded["rng"])
     return Position(manifest.step, manifest.consumed_samples)
@@ -215,8 +217,8 @@ def _state(
             replica_id=groups.dp_cp.rank(),
         )
     if with_guess and trainable.early is not None and trainable.early.speculate:
-        state["guess"] = ShardedObject(
-            "guess",
+        state[GUESS] = ShardedObject(
+            GUESS,
             trainable.early.guess.state_dict(),
             (groups.pp_size, groups.dp_cp.size()),
             (groups.pp_rank, groups.dp_cp.rank()),
