@@ -39,17 +39,21 @@ class Size:
     is_bf16: bool = False
 
 
-def _size(layers: int, hidden: int, heads: int, **more: int) -> dict[str, int]:
-    return {"num-layers": layers, "hidden-size": hidden, "num-attention-heads": heads, **more}
-
-
 SIZES = {
-    "tiny": Size(_size(2, 64, 4), 512, 64, 4, 8),
-    "quickstart": Size(_size(4, 160, 4), 4096, 256, 8, 16),
-    "medium": Size(_size(8, 512, 8), 16000, 512, 4, 8),
+    "tiny": Size({"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4}, 512, 64, 4, 8),
+    "quickstart": Size({"num-layers": 4, "hidden-size": 160, "num-attention-heads": 4}, 4096, 256, 8, 16),
+    "medium": Size({"num-layers": 8, "hidden-size": 512, "num-attention-heads": 8}, 16000, 512, 4, 8),
     # For one GPU of 80 GB, and two variants at a time: each has weights and Adam's state of its own, 20 GB.
     "tinyllama-1.1b": Size(
-        _size(22, 2048, 32, **{"ffn-hidden-size": 5632, "num-query-groups": 4}), 32000, 2048, 8, 64, is_bf16=True
+        {
+            "num-layers": 22,
+            "hidden-size": 2048,
+            "ffn-hidden-size": 5632,
+            "num-attention-heads": 32,
+            "num-query-groups": 4,
+        },
+        *(32000, 2048, 8, 64),
+        is_bf16=True,
     ),
 }
 SLM = ["--objective", "slm", "--slm-selection-ratio", "0.6"]

@@ -8,7 +8,8 @@ size of every file, so that a checkpoint that was cut short is told from a whole
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -147,8 +149,24 @@ def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, A
     Raises:
         ConfigError: the checkpoint does not hold what the model needs, for example another size.
     """
-    try:
+    with _told(directory, flag):
         return dist_checkpointing.load(state, str(directory))
+
+
+def holds(directory: Path, key: str, flag: str) -> bool:
+    """Whether a checkpoint has an object of this name, of any rank.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read.
+    """
+    with _told(directory, flag):
+        return any(name.startswith(f"{key}/") for name in load_sharded_metadata(str(directory)))
+
+
+@contextmanager
+def _told(directory: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
     except CHECKPOINT_ERRORS as error:
         raise ConfigError(
             f"{flag}: the checkpoint {directory} does not fit this run: {brief(error)}. "

@@ -30,37 +30,45 @@ def multi_token_loss(
         tokens: the micro-batch as the main head sees it, and ``selection`` its choice.
     """
     total = torch.zeros_like(heads[0][0, 0])
+    sequence = _Sequence(tokens.index, selector.context)
     for distance, loss in enumerate(heads, start=1):
         if selector.heads_select:
-            weight = select(_further(tokens, loss, distance, selector.context), selector, ratio).weight
+            weight = select(_further(tokens, loss, distance, sequence), selector, ratio).weight
         else:
-            weight = _ahead(selection.weight, distance, tokens, selector.context)
+            weight = sequence.ahead(selection.weight, distance)
         total = total + (loss.masked_fill(weight == 0, 0.0) * weight).sum()
     return selector.heads_weight / len(heads) * total
 
 
-def _further(tokens: Tokens, loss: Tensor, distance: int, context: ProcessGroup | None) -> Tokens:
+def _further(tokens: Tokens, loss: Tensor, distance: int, sequence: _Sequence) -> Tokens:
     """The micro-batch as the head at a distance sees it."""
     reference = tokens.reference
     if reference is not None:
-        entropy = None if reference.entropy is None else _ahead(reference.entropy, distance, tokens, context)
-        reference = ReferenceScores(_ahead(reference.loss, distance, tokens, context), entropy)
-    return Tokens(loss, _ahead(tokens.valid, distance, tokens, context), tokens.index, tokens.order, reference)
+        entropy = None if reference.entropy is None else sequence.ahead(reference.entropy, distance)
+        reference = ReferenceScores(sequence.ahead(reference.loss, distance), entropy)
+    return Tokens(loss, sequence.ahead(tokens.valid, distance), tokens.index, tokens.order, reference)
 
 
-def _ahead(values: Tensor, distance: int, tokens: Tokens, context: ProcessGroup | None) -> Tensor:
-    """What the token that lies ``distance`` places on in the sequence holds, [b, s]; 0 beyond the sequence's end."""
-    if context is None or context.size() == 1:
-        return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)
-    columns = _all_columns(tokens.index[:1], context)[0].argsort()  # in the order of the sequence
-    whole = _all_columns(values, context)
-    moved = torch.zeros_like(whole)
-    moved[:, columns[:-distance]] = whole[:, columns[distance:]]
-    return moved.chunk(context.size(), 1)[context.rank()]
+class _Sequence:
+    """The sequences of a micro-batch, which context-parallel ranks may share; ``index`` [b, s] orders their tokens."""
 
+    def __init__(self, index: Tensor, context: ProcessGroup | None) -> None:
+        self.context = context if context is not None and context.size() > 1 else None
+        self.columns = self._whole(index[:1])[0].argsort() if self.context is not None else None
 
-def _all_columns(values: Tensor, context: ProcessGroup) -> Tensor:
-    """[b, s] of every context-parallel rank, side by side."""
-    parts = [torch.empty_like(values) for _ in range(context.size())]
-    dist.all_gather(parts, values.contiguous(), group=context)
-    return torch.cat(parts, 1)
+    def ahead(self, values: Tensor, distance: int) -> Tensor:
+        """What the token ``distance`` places on holds, [b, s]; 0 beyond the sequence's end. Collective over the
+        context-parallel ranks."""
+        if self.context is None or self.columns is None:
+            return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)
+        whole = self._whole(values)
+        moved = torch.zeros_like(whole)
+        moved[:, self.columns[:-distance]] = whole[:, self.columns[distance:]]
+        return moved.chunk(self.context.size(), 1)[self.context.rank()]
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """[b, s] of every rank, side by side."""
+        assert self.context is not None
+        parts = [torch.empty_like(values) for _ in range(self.context.size())]
+        dist.all_gather(parts, values.contiguous(), group=self.context)
+        return torch.cat(parts, 1)

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -31,7 +30,7 @@ from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.carried import CarriedThreshold
-from megatron_slm.objective.early_rule import EarlyRule
+from megatron_slm.objective.early_rule import EarlyRule, ThresholdGuess
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_steps
@@ -61,6 +60,11 @@ class Trainable:
     early: EarlyRule | None = None  # tells which tokens may get their gradient at once; without it, none do
     carried: CarriedThreshold | None = None
     auxiliary: AuxiliaryLosses | None = None  # of a model with experts
+
+    @property
+    def guess(self) -> ThresholdGuess | None:
+        """The guessed threshold, where the run guesses."""
+        return self.early.guess if self.early is not None and self.early.speculate else None
 
     def layout(self) -> dict[str, int]:
         groups = self.groups
@@ -148,8 +152,8 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
     manifest = weights.read_manifest(directory)
     _check_same_run(directory, manifest, config, trainable)
     same_layout = manifest.layout == trainable.layout()
-    has_guess = any(key.startswith(f"{GUESS}/") for key in load_sharded_metadata(str(directory)))
-    with_rng, with_guess = own.load_rng and same_layout, has_guess and same_layout
+    with_rng = own.load_rng and same_layout
+    with_guess = same_layout and trainable.guess is not None and weights.holds(directory, GUESS, "--load")
     state = _state(trainable, config, is_loading=True, with_rng=with_rng, with_guess=with_guess)
     loaded = weights.load_state(state, directory, "--load")
     weights.put_weights(_plain(trainable.chunks), loaded)
@@ -161,8 +165,8 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Posit
         trainable.optimizer.reload_model_params()
     if trainable.carried is not None and "carried" in loaded:
         trainable.carried.load_state_dict(loaded["carried"])
-    if trainable.early is not None and GUESS in loaded:
-        trainable.early.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
+    if trainable.guess is not None and GUESS in loaded:
+        trainable.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
     if "rng" in loaded:
         _set_random_states(loaded["rng"])
     return Position(manifest.step, manifest.consumed_samples)
@@ -216,10 +220,10 @@ def _state(
             (groups.pp_rank, groups.tp_rank),
             replica_id=groups.dp_cp.rank(),
         )
-    if with_guess and trainable.early is not None and trainable.early.speculate:
+    if with_guess and trainable.guess is not None:
         state[GUESS] = ShardedObject(
             GUESS,
-            trainable.early.guess.state_dict(),
+            trainable.guess.state_dict(),
             (groups.pp_size, groups.dp_cp.size()),
             (groups.pp_rank, groups.dp_cp.rank()),
             replica_id=groups.tp_rank,

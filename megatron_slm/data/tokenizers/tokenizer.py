@@ -92,7 +92,22 @@ class SentencePieceTokenizer(_Identity):
         return sentencepiece_cuts(self.model)
 
 
-class HuggingFaceTokenizer(_Identity):
+class _TokenizersModel(_Identity):
+    """A tokenizer of the library ``tokenizers``."""
+
+    model: Any
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids), skip_special_tokens=False)
+
+    def word_cuts(self) -> WordCuts:
+        return huggingface_cuts(self.model)
+
+
+class HuggingFaceTokenizer(_TokenizersModel):
     """A ``tokenizer.json`` (or the folder that holds it), read offline by the tokenizers library.
 
     The end of a document is the ``eos_token`` (or ``sep_token``) of the ``tokenizer_config.json`` beside it, and
@@ -119,17 +134,8 @@ class HuggingFaceTokenizer(_Identity):
         ends = _declared_ends(path.with_name("tokenizer_config.json")) or self.END_OF_DOCUMENT
         self.eod = _first_known(self.model.token_to_id, ends, path)
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.model.decode(list(ids), skip_special_tokens=False)
-
-    def word_cuts(self) -> WordCuts:
-        return huggingface_cuts(self.model)
-
-
-class GPT2BPETokenizer(_Identity):
+class GPT2BPETokenizer(_TokenizersModel):
     """GPT-2's byte-level BPE from a vocabulary and a merge file; <|endoftext|> in a text is one token."""
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -148,15 +154,6 @@ class GPT2BPETokenizer(_Identity):
         self.eod = _first_known(self.model.token_to_id, ("<|endoftext|>",), vocab)
         self.model.add_special_tokens(["<|endoftext|>"])
         self.vocab_size = self.model.get_vocab_size()
-
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.model.decode(list(ids), skip_special_tokens=False)
-
-    def word_cuts(self) -> WordCuts:
-        return huggingface_cuts(self.model)
 
 
 class TikTokenizer(_Identity):

@@ -43,18 +43,18 @@ class TorchBlocks:
     def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
         place, here = _label_place(labels, logits.size(1))
         first = self._cap(logits[:, 0].to(torch.float32, copy=True))
-        figures = Statistics.empty(len(logits), logits.device, with_mean)
-        label_logit = self._cap(logits.gather(1, place).squeeze(1).float())
-        figures.label_logit = label_logit.masked_fill_(~here, 0.0)
+        label_logit = self._cap(logits.gather(1, place).squeeze(1).float()).masked_fill_(~here, 0.0)
+        lse = torch.empty_like(first)
+        mean = torch.empty_like(first) if with_mean else None
         for rows in _few_rows(logits, len(logits)):
             values = self._capped(logits[rows])
             # torch's only fused pass that finds maximum and sum together; the lse follows from any entry.
             out = self._scratch(values) if keep and self._is_in_place(logits) else values
             log_p = torch._log_softmax(values, -1, False, out=out)
-            figures.lse[rows] = first[rows] - log_p[:, 0]
-            if figures.mean is not None:
-                figures.mean[rows] = (log_p.exp() * log_p).sum(1) + figures.lse[rows]
-        return figures
+            lse[rows] = first[rows] - log_p[:, 0]
+            if mean is not None:
+                mean[rows] = (log_p.exp() * log_p).sum(1) + lse[rows]
+        return Statistics(lse, label_logit, mean)
 
     def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
         place, here = _label_place(labels, logits.size(1))
