@@ -8,6 +8,7 @@ size of every file, so that a checkpoint that was cut short is told from a whole
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +28,10 @@ from megatron_slm.data.fingerprints import files_fingerprint
 from megatron_slm.runtime.errors import ConfigError
 
 # What Megatron-Core and torch raise for a checkpoint that cannot be read or written; torch's is no Exception.
-CHECKPOINT_ERRORS = (CheckpointingException, CheckpointException, RuntimeError, KeyError, ValueError, OSError)
+CHECKPOINT_ERRORS = (
+    *(CheckpointingException, CheckpointException, pickle.UnpicklingError),
+    *(RuntimeError, KeyError, ValueError, OSError, EOFError),
+)
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name for "the newest step"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
