@@ -1,0 +1,110 @@
+"""Atomic file writes: a temporary name in the same directory, fsync, rename, and one error message for all writers.
+
+A reader sees the previous file or the complete new one, also after a crash or on a full disk. Only regular files are
+replaced, and with ``is_ours`` only those that the caller recognises as its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_slm.runtime.errors import ConfigError
+
+IsOurs = Callable[[Path], bool]
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+@contextmanager
+def atomic_path(path: str | Path, what: str = "the file", *, is_ours: IsOurs | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to; publish it as ``path`` when the block ends without an error.
+
+    The temporary name keeps the suffix of ``path``, by which libraries choose a format. A symbolic link is followed:
+    its target is replaced, and an existing file keeps its permissions.
+
+    Args:
+        path: the final path. Its directory must exist.
+        what: the flag or the role of the file, which begins every error message, for example ``--output``.
+        is_ours: returns True for an existing file that may be replaced. None: any regular file may.
+
+    Raises:
+        ConfigError: ``path`` cannot be replaced or written. The existing file is unchanged.
+    """
+    target = Path(path).resolve()
+    check_replaceable(target, what, is_ours=is_ours)
+    temporary = target.with_name(f".partial-{uuid.uuid4().hex[:8]}-{target.name}")
+    try:
+        with explained_write(path, what):
+            yield temporary
+            sync(temporary)
+            if target.exists():
+                shutil.copymode(target, temporary)
+            temporary.replace(target)
+            sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
+    """Write ``text`` to ``path`` in UTF-8, atomically. Arguments and errors as in :func:`atomic_path`."""
+    write_bytes(path, text.encode("utf-8"), what, is_ours=is_ours)
+
+
+def write_bytes(path: str | Path, data: bytes, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
+    """Write ``data`` to ``path`` atomically. Arguments and errors as in :func:`atomic_path`."""
+    with atomic_path(path, what, is_ours=is_ours) as temporary:
+        temporary.write_bytes(data)
+
+
+def check_replaceable(path: str | Path, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
+    """Raise ConfigError if ``path`` exists and is not a regular file, or not one of ours; for use before long work."""
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _write_error(path, what, error) from error
+    for is_kind, name in _KINDS:
+        if is_kind(mode):
+            raise ConfigError(f"{what}: {path} is {name}, which is not replaced. Choose another path.")
+    if is_ours is not None and not is_ours(Path(path)):
+        raise ConfigError(
+            f"{what}: {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
+        )
+
+
+@contextmanager
+def explained_write(path: str | Path, what: str = "the file") -> Iterator[None]:
+    """Turn an OSError of the block into a ConfigError that names ``what``, the path, the reason and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(path, what, error) from error
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_error(path: str | Path, what: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{what}: {path} cannot be written ({error.strerror or error}). Free space on the disk, or choose a path "
+        "that this user may write."
+    )
