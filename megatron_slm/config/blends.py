@@ -7,6 +7,7 @@ checkpoint tells what its run really read.
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _read(path: Path, flag: str) -> Any:
     try:
         if path.suffix == ".json":
             return json.loads(text, object_pairs_hook=_unique)
-        return yaml.load(text, _UniqueLoader)
+        return yaml.load(text, UniqueLoader)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{flag} {path} cannot be read: {error}. {BLEND_FILE_HELP}") from error
 
@@ -118,14 +119,16 @@ def _text(path: Path, flag: str) -> str:
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if not all(isinstance(name, Hashable) for name in names):
+        raise ValueError("a name is a list or a mapping")
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
     return found
 
 
-class _UniqueLoader(yaml.SafeLoader):
+class UniqueLoader(yaml.SafeLoader):
     """YAML whose mappings name each key once; PyYAML itself would take the last and say nothing."""
 
 
@@ -134,4 +137,4 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return _unique([(key, value) for key, value in parts])
 
 
-_UniqueLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+UniqueLoader.add_constructor("tag:yaml.org,2002:map", _mapping)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_slm.config import schema
-from megatron_slm.config.recipe import convert, from_flat_dict, nearest, read_recipe, settings
+from megatron_slm.config.checks import value_violations
+from megatron_slm.config.constraints import flag_name
+from megatron_slm.config.recipe import assign, convert, nearest, read_recipe, settings
 from megatron_slm.config.schema import Config
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, refuse
 
 DESCRIPTION = """Pretrain a language model with Selective Language Modeling on Megatron-Core.
 Flags are Megatron-LM's where it has one; those of ours begin with --slm- or --reference-."""
@@ -31,31 +33,25 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists all flags)")
 
 
-def flag_name(field_name: str, spelling: str | None = None) -> str:
-    """The flag of a setting: Megatron-LM's spelling, else the name with hyphens."""
-    return spelling or "--" + field_name.replace("_", "-")
-
-
 def parse(argv: Sequence[str]) -> Command:
     """Read the command line and the recipe that it names.
 
     Raises:
-        ConfigError: an unknown flag or setting, a flag of Megatron-LM's that is not taken, or a bad value.
+        ConfigError: all unknown flags and settings, flags of Megatron-LM's that are not taken, and bad values.
         SystemExit: after --help.
     """
     parser = _build_parser()
     namespace, unknown = parser.parse_known_args(list(argv))
     typed = vars(namespace)
-    if unknown:
-        raise _refusal(unknown[0], [name for action in parser._actions for name in action.option_strings])
+    problems = _refusals(unknown, [name for action in parser._actions for name in action.option_strings])
     recipe_path, action = typed.pop("config", None), typed.pop("action", "train")
-    values: dict[str, Any] = {}
+    config = Config()
     if recipe_path is not None:
-        recipe = read_recipe(Path(recipe_path))
-        from_flat_dict(recipe, recipe_path)  # names and types are checked with the file's name
-        values = {str(key).replace("-", "_"): value for key, value in recipe.items()}
-    config = from_flat_dict({**values, **typed}, recipe_path or "command line")
-    _check_choices(config)
+        recipe = read_recipe(Path(convert(recipe_path, str, "--config")))
+        problems += assign(config, recipe, lambda name: f"{recipe_path}: {name}")
+    flags = {setting.name: flag_name(setting) for _, setting, _ in settings()}
+    problems += assign(config, typed, lambda name: flags[name])
+    refuse([*problems, *value_violations(config)])
     return Command(config, action)
 
 
@@ -77,7 +73,6 @@ def _build_parser() -> argparse.ArgumentParser:
         group.name: parser.add_argument_group(getattr(schema, str(group.type)).__doc__) for group in fields(Config)
     }
     for group, setting, kind in settings():
-        flag = flag_name(setting.name, setting.metadata["spelling"])
         options: dict[str, Any] = {
             "dest": setting.name,
             "help": _help(setting.metadata["help"], setting.default, kind),
@@ -85,13 +80,10 @@ def _build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (list[str], dict[str, list[str]]):
-            options |= {"nargs": "+", "metavar": "WORD", "type": str}
+            options |= {"nargs": "+", "metavar": "WORD"}
         else:
-            options |= {
-                "metavar": "|".join(setting.metadata["choices"]) or "VALUE",
-                "type": _reader(flag, kind),
-            }
-        sections[group].add_argument(flag, **options)
+            options["metavar"] = "|".join(setting.metadata["choices"]) or "VALUE"
+        sections[group].add_argument(flag_name(setting), **options)
     return parser
 
 
@@ -100,34 +92,22 @@ def _help(text: str, default: Any, kind: Any) -> str:
     return text.replace("%", "%%") + (f" [{shown}]" if shown is not None else " [on]" if default is True else "")
 
 
-def _reader(flag: str, kind: Any) -> Any:
-    def read(text: str) -> Any:
-        return convert(text, kind, flag)
+def _refusals(unknown: Sequence[str], ours: list[str]) -> list[str]:
+    """Return a message for each argument that no flag takes."""
+    flags = dict.fromkeys(argument.partition("=")[0] for argument in unknown if argument.startswith("-"))
+    if unknown and not flags:
+        return [f"unexpected positional argument {unknown[0]!r}."]
+    return [_refusal(flag, ours) for flag in flags]
 
-    return read
 
-
-def _refusal(argument: str, ours: list[str]) -> ConfigError:
-    flag = argument.partition("=")[0]
+def _refusal(flag: str, ours: list[str]) -> str:
     hint = nearest(flag, ours)
-    if not flag.startswith("-"):
-        return ConfigError(f"{flag!r} stands alone on the command line: no flag before it takes it.")
     if flag in megatron_flags():
-        return ConfigError(f"{flag} is a flag of Megatron-LM's that is not taken here.{hint}")
-    return ConfigError(f"unknown flag {flag}.{hint}")
+        return f"{flag} is a flag of Megatron-LM's that is not taken here.{hint}"
+    return f"unknown flag {flag}.{hint}"
 
 
 def megatron_flags() -> frozenset[str]:
     """The names of all flags of Megatron-LM's pretrain_gpt.py."""
     text = resources.files("megatron_slm.config").joinpath("megatron_flags.txt").read_text(encoding="utf-8")
     return frozenset(text.split())
-
-
-def _check_choices(config: Config) -> None:
-    for group, setting, _ in settings():
-        choices, value = setting.metadata["choices"], getattr(getattr(config, group), setting.name)
-        if choices and value is not None and value not in choices:
-            flag = flag_name(setting.name, setting.metadata["spelling"])
-            raise ConfigError(
-                f"{flag} should be one of {', '.join(choices)}, not {value!r}.{nearest(value, list(choices))}"
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -12,9 +12,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_slm.config import schema
-from megatron_slm.config.blends import blend_words
+from megatron_slm.config.blends import UniqueLoader, blend_words
 from megatron_slm.config.schema import Config
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, refuse
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -40,14 +40,29 @@ def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> C
         ConfigError: an unknown name, or a value of the wrong type; ``where`` is named in the message.
     """
     config = Config()
+    refuse(assign(config, values, lambda name: f"{where}: {name}"))
+    return config
+
+
+def assign(config: Config, values: Mapping[str, Any], label: Callable[[str], str]) -> list[str]:
+    """Set settings by name, and return a message for each unknown name and each value of the wrong type.
+
+    Args:
+        label: returns the place of a setting, for the messages.
+    """
     known = {setting.name: (group, kind) for group, setting, kind in settings()}
+    problems: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise ConfigError(f"{where}: unknown setting {key!r}.{nearest(name, list(known))}")
+            problems.append(f"{label(key)} is an unknown setting.{nearest(name, list(known))}")
+            continue
         group, kind = known[name]
-        setattr(getattr(config, group), name, convert(value, kind, f"{where}: {key}"))
-    return config
+        try:
+            setattr(getattr(config, group), name, convert(value, kind, label(key)))
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -66,6 +81,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         if value is None:
             return None
         kind = next(option for option in get_args(kind) if option is not type(None))
+    _refuse_empty(value, where)
     if kind == list[str]:
         return blend_words(value, where)
     if kind == dict[str, list[str]]:
@@ -82,6 +98,22 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return kind(str(value))
     except ValueError:
         raise ConfigError(f"{where} should be {_describe(kind)}, not {value!r}.") from None
+
+
+def _refuse_empty(value: Any, where: str) -> None:
+    """Refuse text that is empty (an unset shell variable, as a rule) or cannot be written as UTF-8."""
+    if isinstance(value, list):
+        for item in value:
+            _refuse_empty(item, where)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_empty("" if item is None or item == [] else item, f"{where}.{name}")
+    if not isinstance(value, str):
+        return
+    if not value.strip():
+        raise ConfigError(f"{where} is empty. Give a value, or leave it out.")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(f"{where}: {value!r} is not valid UTF-8 text. Rename the file, or correct the value.")
 
 
 def _describe(kind: Any) -> str:
@@ -110,28 +142,44 @@ def _named_sets(value: Any, where: str) -> dict[str, list[str]]:
             name, word = head, rest
             if name in sets:
                 raise ConfigError(f"{where}: the set {name!r} is named twice.")
-        if word:
-            sets.setdefault(name, []).append(word)
+            if not name or not word:
+                raise ConfigError(f"{where}: {head}={rest} lacks a {'prefix' if name else 'name'}. Write NAME=PREFIX.")
+        sets.setdefault(name, []).append(word)
     return sets
 
 
+class RecipeLoader(UniqueLoader):
+    """YAML in which a name without a value is empty text, which is refused; ``null`` is the default."""
+
+
+def _construct_null(loader: RecipeLoader, node: yaml.ScalarNode) -> str | None:
+    return None if node.value else ""
+
+
+RecipeLoader.add_constructor("tag:yaml.org,2002:null", _construct_null)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, as they stand there.
+    """The settings of a YAML file, with the flags' names in underscores.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or is not a mapping.
+        ConfigError: the file is missing, is no YAML, is not a mapping, or names a setting twice or without a value.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except OSError as error:
         raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the recipe is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: the recipe is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a list of 'name: value' lines with the flags' names.")
-    return values
+    names = [str(key).replace("-", "_") for key in values]
+    refuse([f"{path}: {name} is given twice." for name in sorted({name for name in names if names.count(name) > 1})])
+    return dict(zip(names, values.values(), strict=True))
 
 
 def read_config(path: Path) -> Config:

@@ -8,61 +8,54 @@ differs. Fields of ours begin with ``slm_`` or ``reference_``. This module impor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-def flag(default: Any, help: str, *, choices: tuple[str, ...] = (), spelling: str | None = None) -> Any:
-    """A dataclass field that is a flag; ``spelling`` is Megatron-LM's own where it is not the field's name."""
-    metadata = {"help": help, "choices": choices, "spelling": spelling}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from megatron_slm.config.constraints import flag
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """Model"""
 
-    num_layers: int | None = flag(None, "number of transformer layers")
-    hidden_size: int | None = flag(None, "width of the residual stream")
+    num_layers: int | None = flag(None, "number of transformer layers", above=0)
+    hidden_size: int | None = flag(None, "width of the residual stream", above=0)
     ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s with --swiglu"
+        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s with --swiglu", above=0
     )
-    num_attention_heads: int | None = flag(None, "number of attention heads")
+    num_attention_heads: int | None = flag(None, "number of attention heads", above=0)
     group_query_attention: bool = flag(False, "grouped-query attention; needs --num-query-groups")
-    num_query_groups: int | None = flag(None, "number of key/value heads for grouped-query attention")
-    kv_channels: int | None = flag(None, "width of one head; default hidden size / heads")
-    seq_length: int | None = flag(None, "tokens in one training sample")
-    max_position_embeddings: int | None = flag(None, "longest position; default the sequence length")
+    num_query_groups: int | None = flag(None, "number of key/value heads for grouped-query attention", above=0)
+    kv_channels: int | None = flag(None, "width of one head; default hidden size / heads", above=0)
+    seq_length: int | None = flag(None, "tokens in one training sample", above=0)
+    max_position_embeddings: int | None = flag(None, "longest position; default the sequence length", above=0)
     position_embedding_type: str = flag(
         "learned_absolute", "how positions enter", choices=("learned_absolute", "rope", "none")
     )
-    rotary_base: int = flag(10000, "base of the rotary frequencies")
-    rotary_percent: float = flag(1.0, "share of a head's width that is rotated")
+    rotary_base: int = flag(10000, "base of the rotary frequencies", above=0)
+    rotary_percent: float = flag(1.0, "share of a head's width that is rotated", above=0, at_most=1)
     normalization: str = flag("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
-    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation")
+    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", above=0)
     swiglu: bool = flag(False, "gated SiLU in the MLP instead of GELU")
     disable_bias_linear: bool = flag(False, "no bias in linear layers")
     add_qkv_bias: bool = flag(False, "bias in the query/key/value projection only")
     untie_embeddings_and_output_weights: bool = flag(False, "an LM head of its own")
     qk_layernorm: bool = flag(False, "normalise queries and keys")
-    attention_dropout: float = flag(0.1, "dropout on attention weights")
-    hidden_dropout: float = flag(0.1, "dropout on the residual stream")
-    init_method_std: float = flag(0.02, "standard deviation of the initial weights")
-    make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP")
-    vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's")
+    attention_dropout: float = flag(0.1, "dropout on attention weights", at_least=0, below=1)
+    hidden_dropout: float = flag(0.1, "dropout on the residual stream", at_least=0, below=1)
+    init_method_std: float = flag(0.02, "standard deviation of the initial weights", at_least=0)
+    make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP", above=0)
+    vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's", above=0)
     attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
-    slm_logit_softcap: float | None = flag(None, "logits are capped to c x tanh(logits / c); default: no cap")
-    mtp_num_layers: int | None = flag(None, "further heads, each a layer, that predict tokens further ahead")
-    mtp_loss_scaling_factor: float = flag(0.1, "weight of the further heads' losses together")
-    num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP")
-    moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP")
-    moe_router_topk: int = flag(2, "experts that each token passes")
+    slm_logit_softcap: float | None = flag(None, "logits are capped to c x tanh(logits / c); default: no cap", above=0)
+    mtp_num_layers: int | None = flag(None, "further heads, each a layer, that predict tokens further ahead", above=0)
+    mtp_loss_scaling_factor: float = flag(0.1, "weight of the further heads' losses together", at_least=0)
+    num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP", above=0)
+    moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP", above=0)
+    moe_router_topk: int = flag(2, "experts that each token passes", above=0)
     moe_router_load_balancing_type: str = flag(
         "aux_loss", "how experts are kept in balance", choices=("aux_loss", "seq_aux_loss", "none")
     )
-    moe_aux_loss_coeff: float = flag(0.0, "coefficient of the load-balancing loss, over all tokens")
-    moe_z_loss_coeff: float | None = flag(None, "coefficient of the router's z-loss, over all tokens")
+    moe_aux_loss_coeff: float = flag(0.0, "coefficient of the load-balancing loss, over all tokens", at_least=0)
+    moe_z_loss_coeff: float | None = flag(None, "coefficient of the router's z-loss, over all tokens", at_least=0)
     moe_token_dispatcher_type: str = flag(
         "allgather", "how tokens go to experts on other ranks", choices=("allgather", "alltoall")
     )
@@ -78,12 +71,12 @@ class ModelConfig:
 class ParallelConfig:
     """Parallelism"""
 
-    tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)")
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)")
-    context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)")
-    expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)")
+    tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)", above=0)
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)", above=0)
+    context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)", above=0)
+    expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)", above=0)
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "layers of one virtual stage: turns the interleaved pipeline schedule on"
+        None, "layers of one virtual stage: turns the interleaved pipeline schedule on", above=0
     )
     sequence_parallel: bool = flag(False, "shard activations between tensor-parallel regions; needs TP > 1")
     use_distributed_optimizer: bool = flag(False, "shard optimizer state over data-parallel ranks")
@@ -94,19 +87,21 @@ class ParallelConfig:
     distributed_backend: str | None = flag(
         None, "communication backend; default nccl on GPUs, gloo on CPUs", choices=("nccl", "gloo")
     )
-    distributed_timeout_minutes: int = flag(10, "minutes after which a collective that hangs ends the run")
+    distributed_timeout_minutes: int = flag(
+        10, "minutes after which a collective that hangs ends the run", above=0, at_most=525600
+    )
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     """Training"""
 
-    micro_batch_size: int | None = flag(None, "samples in one forward pass of one data-parallel rank")
+    micro_batch_size: int | None = flag(None, "samples in one forward pass of one data-parallel rank", above=0)
     global_batch_size: int | None = flag(
-        None, "samples in one optimizer step over all ranks; default micro-batch size x DP"
+        None, "samples in one optimizer step over all ranks; default micro-batch size x DP", above=0
     )
-    train_iters: int | None = flag(None, "optimizer steps of the run")
-    seed: int = flag(1234, "seed of weights, dropout, data order and random selection")
+    train_iters: int | None = flag(None, "optimizer steps of the run", above=0)
+    seed: int = flag(1234, "seed of weights, dropout, data order and random selection", at_least=0, at_most=2**32 - 1)
     bf16: bool = flag(False, "bfloat16 weights and activations with fp32 master weights")
     recompute_granularity: str | None = flag(
         None, "recompute activations in the backward pass", choices=("full", "selective")
@@ -114,9 +109,9 @@ class TrainingConfig:
     recompute_method: str | None = flag(
         None, "which layers --recompute-granularity full recomputes", choices=("uniform", "block")
     )
-    recompute_num_layers: int | None = flag(None, "layers in one recomputed unit")
-    exit_interval: int | None = flag(None, "save and exit when the step is a multiple of this")
-    exit_duration_in_mins: int | None = flag(None, "save and exit after this many minutes")
+    recompute_num_layers: int | None = flag(None, "layers in one recomputed unit", above=0)
+    exit_interval: int | None = flag(None, "save and exit when the step is a multiple of this", above=0)
+    exit_duration_in_mins: int | None = flag(None, "save and exit after this many minutes", above=0)
     exit_signal_handler: bool = flag(False, "save and exit at SIGTERM or SIGUSR1")
 
 
@@ -125,34 +120,34 @@ class OptimizerConfig:
     """Optimizer and schedule"""
 
     optimizer: str = flag("adam", "optimizer (adam is AdamW: decoupled weight decay)", choices=("adam", "sgd"))
-    lr: float | None = flag(None, "peak learning rate")
-    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr: float | None = flag(None, "peak learning rate", at_least=0)
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: str = flag(
         "linear",
         "shape of the decay",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: int | None = flag(None, "steps of the decay, warm-up included; default --train-iters")
-    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
-    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of --lr-decay-iters")
-    lr_warmup_init: float = flag(0.0, "learning rate at the first step of the warm-up")
+    lr_decay_iters: int | None = flag(None, "steps of the decay, warm-up included; default --train-iters", above=0)
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up", at_least=0)
+    lr_warmup_fraction: float | None = flag(None, "warm-up as a share of --lr-decay-iters", at_least=0, below=1)
+    lr_warmup_init: float = flag(0.0, "learning rate at the first step of the warm-up", at_least=0)
     lr_wsd_decay_style: str = flag(
         "exponential",
         "shape of the decay phase of WSD",
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
-    lr_wsd_decay_iters: int | None = flag(None, "steps of the decay phase of WSD")
-    weight_decay: float = flag(0.01, "weight decay (not on biases and normalisation)")
-    start_weight_decay: float | None = flag(None, "weight decay at the start, where it changes")
-    end_weight_decay: float | None = flag(None, "weight decay at the end, where it changes")
+    lr_wsd_decay_iters: int | None = flag(None, "steps of the decay phase of WSD", at_least=0)
+    weight_decay: float = flag(0.01, "weight decay (not on biases and normalisation)", at_least=0)
+    start_weight_decay: float | None = flag(None, "weight decay at the start, where it changes", at_least=0)
+    end_weight_decay: float | None = flag(None, "weight decay at the end, where it changes", at_least=0)
     weight_decay_incr_style: str = flag(
         "constant", "how weight decay changes", choices=("constant", "linear", "cosine")
     )
-    adam_beta1: float = flag(0.9, "decay of Adam's first moment")
-    adam_beta2: float = flag(0.999, "decay of Adam's second moment")
-    adam_eps: float = flag(1e-8, "epsilon of Adam")
-    sgd_momentum: float = flag(0.9, "momentum of SGD")
-    clip_grad: float = flag(1.0, "largest global gradient norm; 0 turns clipping off")
+    adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "decay of Adam's second moment", at_least=0, below=1)
+    adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
+    sgd_momentum: float = flag(0.9, "momentum of SGD", at_least=0, below=1)
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0)
     accumulate_allreduce_grads_in_fp32: bool = flag(
         True, "add up and reduce gradients in fp32 (Megatron-LM: off without bf16)"
     )
@@ -205,7 +200,7 @@ class DataConfig:
     reset_position_ids: bool = flag(False, "positions begin anew after each end of document")
     reset_attention_mask: bool = flag(False, "no attention across the end of a document")
     eod_mask_loss: bool = flag(False, "no loss on the end-of-document token")
-    num_workers: int = flag(2, "batches that are read ahead; 0 reads when needed")
+    num_workers: int = flag(2, "batches that are read ahead; 0 reads when needed", at_least=0)
     full_validation: bool = flag(False, "evaluate on one whole epoch of every validation set")
 
 
@@ -216,9 +211,9 @@ class CheckpointConfig:
     save: str | None = flag(None, "folder to save checkpoints in")
     load: str | None = flag(None, "folder to resume from; with --finetune, another run's weights as base")
     pretrained_checkpoint: str | None = flag(None, "weights to begin from when --load holds no checkpoint")
-    save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved")
+    save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved", above=0)
     finetune: bool = flag(False, "take only the weights of --load; begin at step 0")
-    ckpt_step: int | None = flag(None, "step to load instead of the newest")
+    ckpt_step: int | None = flag(None, "step to load instead of the newest", at_least=0)
     save_optim: bool = flag(True, "save optimizer state")
     save_rng: bool = flag(True, "save random number states")
     load_optim: bool = flag(True, "load optimizer state")
@@ -230,9 +225,11 @@ class CheckpointConfig:
 class LoggingConfig:
     """Evaluation and logging"""
 
-    log_interval: int = flag(1, "steps between lines of the log (Megatron-LM: 100)")
-    eval_interval: int | None = flag(None, "steps between evaluations (Megatron-LM: 1000); default: first and last")
-    eval_iters: int = flag(100, "global batches of one evaluation, of each set")
+    log_interval: int = flag(1, "steps between lines of the log (Megatron-LM: 100)", above=0)
+    eval_interval: int | None = flag(
+        None, "steps between evaluations (Megatron-LM: 1000); default: first and last", above=0
+    )
+    eval_iters: int = flag(100, "global batches of one evaluation, of each set", at_least=0)
     tensorboard_dir: str | None = flag(None, "folder for TensorBoard")
     wandb_project: str | None = flag(None, "Weights & Biases project; turns W&B on")
     wandb_exp_name: str | None = flag(None, "name of the run in Weights & Biases")
@@ -245,7 +242,13 @@ class ObjectiveConfig:
     """Selective Language Modeling"""
 
     objective: str = flag("clm", "clm: gradient of all tokens; slm: of selected tokens", choices=("clm", "slm"))
-    slm_selection_ratio: float = flag(0.6, "share k of the valid tokens that are selected, in (0, 1]")
+    slm_selection_ratio: float = flag(
+        0.6,
+        "share k of the valid tokens that are selected, in (0, 1]",
+        above=0,
+        at_most=1,
+        example="0.6 (the paper's for 1B)",
+    )
     slm_score: str = flag(
         "excess",
         "what tokens are ranked by: excess, token-loss, reference-loss, reference-entropy (both lowest first), "
@@ -263,18 +266,22 @@ class ObjectiveConfig:
         "the threshold comes from the steps before, and the share selected is held near the ratio",
         choices=("exact", "carried"),
     )
-    slm_selection_ratio_start: float | None = flag(None, "selection ratio of the first step")
-    slm_selection_ratio_warmup_iters: int = flag(
-        0, "steps over which the ratio goes from --slm-selection-ratio-start to --slm-selection-ratio"
+    slm_selection_ratio_start: float | None = flag(
+        None, "selection ratio of the first step", above=0, at_most=1, example="0.6 (the paper's for 1B)"
     )
-    slm_mix: float = flag(0.0, "share of the weight that is spread evenly over all valid tokens (plain CLM)")
+    slm_selection_ratio_warmup_iters: int = flag(
+        0, "steps over which the ratio goes from --slm-selection-ratio-start to --slm-selection-ratio", at_least=0
+    )
+    slm_mix: float = flag(
+        0.0, "share of the weight that is spread evenly over all valid tokens (plain CLM)", at_least=0, at_most=1
+    )
     slm_mtp_selection: str = flag(
         "main",
         "with --mtp-num-layers, main: a head is trained on the tokens that the main head is trained on; own: it ranks "
         "its own losses",
         choices=("main", "own"),
     )
-    slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection")
+    slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection", above=0)
     slm_cross_entropy: str | None = flag(
         None,
         "engine of the LM head's loss: torch holds all logits in memory, chunked and triton one block of them; "
@@ -288,8 +295,12 @@ class ObjectiveConfig:
         "--slm-scope global-batch",
         choices=("recompute", "speculative"),
     )
-    slm_kept_logits_mb: int = flag(64, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed")
-    slm_z_loss: float = flag(0.0, "coefficient of the z-loss, (log-sum-exp of the logits)^2, of selected tokens")
+    slm_kept_logits_mb: int = flag(
+        64, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed", at_least=0
+    )
+    slm_z_loss: float = flag(
+        0.0, "coefficient of the z-loss, (log-sum-exp of the logits)^2, of selected tokens", at_least=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -297,7 +308,7 @@ class ReferenceConfig:
     """Reference model"""
 
     reference_load: str | None = flag(None, "checkpoint of the reference model, made by this trainer")
-    reference_ckpt_step: int | None = flag(None, "step of the reference model; default the newest")
+    reference_ckpt_step: int | None = flag(None, "step of the reference model; default the newest", at_least=0)
     reference_precision: str | None = flag(
         None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16")
     )

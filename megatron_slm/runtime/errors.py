@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 SECONDS_FOR_RANK_0 = 2.0  # to report an error before the other ranks do
 
@@ -19,6 +20,14 @@ class DivergedError(Exception):
     """A loss became NaN or infinite. The message names the rank and the position; exit code 3."""
 
     exit_code = 3
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one ConfigError for all problems, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def report_error(error: Exception) -> None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_slm.config.flags import flag_name, megatron_flags, parse
+from megatron_slm.config.constraints import flag_name
+from megatron_slm.config.flags import megatron_flags, parse
 from megatron_slm.config.recipe import dump_config, read_config, settings, to_flat_dict
 from megatron_slm.runtime.errors import ConfigError
 
@@ -30,7 +31,7 @@ def test_help_needs_no_torch_and_no_second() -> None:
     assert time.monotonic() - began < 5  # a tenth of a second on an idle machine
 
 
-@pytest.mark.parametrize("flag", [flag_name(s.name, s.metadata["spelling"]) for _, s, _ in settings()])
+@pytest.mark.parametrize("flag", [flag_name(s) for _, s, _ in settings()])
 def test_every_flag_is_megatrons_or_begins_with_our_prefix(flag: str) -> None:
     ours = flag.startswith(OWN)
     negative = flag.replace("--", "--no-", 1)

@@ -50,7 +50,6 @@ FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"lr": "fast"}, "--lr should be a number"),
     ({"train_iters": 2.5}, "--train-iters should be a whole number"),
     ({"min_lr": 1}, "--min-lr 1.0 is above --lr"),
-    ({"sequence_parallel": True}, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     ({"tokenizer_type": "Magic"}, "--tokenizer-type should be one of"),
     ({"tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
     ({"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "/nowhere"}, "--tokenizer-model /nowhere"),
@@ -142,7 +141,7 @@ def test_id_outside_the_vocabulary_is_refused(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num_layer: 3", "unknown setting 'num_layer'. Did you mean num_layers?"),
+        ("num_layer: 3", "num_layer is an unknown setting. Did you mean num_layers?"),
         ("lr: fast", "lr should be a number, not 'fast'"),
         ("- a\n- b", "a recipe is a list of 'name: value' lines"),
         ("lr: [", "not valid YAML"),

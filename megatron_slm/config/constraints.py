@@ -1,0 +1,116 @@
+"""Constraints of single settings, declared at the field: bounds of numbers, choices, and text that is not empty.
+
+Constraints between settings are in :mod:`megatron_slm.config.relations`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field
+from typing import Any
+
+LARGEST_INTEGER = 2**31 - 1  # sizes and counts reach torch, NCCL and Megatron-Core's C++ helpers as 32-bit integers
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The interval that a number must be in; infinities and NaN are in none."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
+
+    def contain(self, value: float) -> bool:
+        """Return whether ``value`` is finite and within the interval."""
+        within = self.above < value < self.below and self.at_least <= value <= self.at_most
+        return math.isfinite(value) and within
+
+    def describe(self) -> str:
+        """Return the interval in words: "above 0", "0 or more", "in (0, 1]"."""
+        low, high = max(self.above, self.at_least), min(self.below, self.at_most)
+        if math.isinf(low) and math.isinf(high):
+            return "finite"
+        if math.isinf(high):
+            return f"above {low:g}" if low == self.above else f"{low:g} or more"
+        if math.isinf(low):
+            return f"below {high:g}" if high == self.below else f"at most {high:g}"
+        return (
+            f"in {'(' if low == self.above else '['}{_number(low)}, {_number(high)}{')' if high == self.below else ']'}"
+        )
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if abs(value) < 1e6 else str(value)
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    spelling: str | None = None,
+    example: str | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Return a dataclass field that is a flag, with its constraints.
+
+    Args:
+        default: the default, or a factory.
+        help: the help text of the flag.
+        choices: the values that a text may have.
+        spelling: Megatron-LM's spelling, if it is not the field's name with hyphens.
+        example: a good value, for the error message.
+        above: a number must be greater.
+        at_least: a number must be equal or greater.
+        below: a number must be smaller.
+        at_most: a number must be equal or smaller. Integers are at most LARGEST_INTEGER by default.
+    """
+    given = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
+    metadata = {"help": help, "choices": choices, "spelling": spelling, "example": example, "bounds": bounds}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag_name(setting: Field[Any]) -> str:
+    """Return the flag of a setting: Megatron-LM's spelling, or the field's name with hyphens."""
+    return setting.metadata["spelling"] or "--" + setting.name.replace("_", "-")
+
+
+def violations(setting: Field[Any], value: Any) -> Iterator[str]:
+    """Yield a message for each constraint of ``setting`` that ``value`` does not meet."""
+    name = flag_name(setting)
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield from _number_violations(setting, value)
+    elif setting.metadata["choices"] and value not in setting.metadata["choices"]:
+        yield f"{name} should be one of {', '.join(setting.metadata['choices'])}, not {value!r}."
+
+
+def _number_violations(setting: Field[Any], value: float) -> Iterator[str]:
+    bounds: Bounds = setting.metadata["bounds"]
+    example = setting.metadata["example"]
+    hint = f", for example {example}" if example else ""
+    if not _is_contained(bounds, value):
+        yield f"{flag_name(setting)} is {_shown(value)}, and must be {bounds.describe()}{hint}."
+    elif isinstance(value, int) and math.isinf(bounds.at_most) and value > LARGEST_INTEGER:
+        yield f"{flag_name(setting)} is {_shown(value)}, and must be at most {LARGEST_INTEGER}."
+
+
+def _is_contained(bounds: Bounds, value: float) -> bool:
+    try:
+        return bounds.contain(value)
+    except OverflowError:  # an integer beyond the largest float
+        return value > 0 and math.isinf(bounds.at_most) and math.isinf(bounds.below)
+
+
+def _shown(value: float) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"

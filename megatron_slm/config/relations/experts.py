@@ -1,0 +1,53 @@
+"""Relations of mixture-of-experts settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_slm.config.relations.wording import not_dividing
+from megatron_slm.config.schema import Config
+
+
+def without_experts(config: Config, _: int) -> Iterator[str]:
+    """Settings of experts need experts."""
+    model = config.model
+    if model.num_experts is not None:
+        return
+    given = [
+        flag
+        for flag, is_given in (
+            ("--expert-model-parallel-size", config.parallel.expert_model_parallel_size > 1),
+            ("--moe-ffn-hidden-size", model.moe_ffn_hidden_size is not None),
+            ("--moe-aux-loss-coeff", model.moe_aux_loss_coeff > 0),
+            ("--moe-z-loss-coeff", model.moe_z_loss_coeff is not None),
+            ("--moe-grouped-gemm", model.moe_grouped_gemm),
+        )
+        if is_given
+    ]
+    if given:
+        yield f"{' '.join(given)} has no effect without --num-experts."
+
+
+def with_experts(config: Config, world_size: int) -> Iterator[str]:
+    """The router and the layout fit the number of experts."""
+    model, parallel = config.model, config.parallel
+    if model.num_experts is None:
+        return
+    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    if model.moe_router_topk > model.num_experts:
+        yield f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}."
+    yield from not_dividing(expert, "--expert-model-parallel-size", model.num_experts, "--num-experts")
+    ranks = world_size // (tensor * parallel.pipeline_model_parallel_size)
+    shared = "ranks that hold the same layers, CP x DP ="
+    yield from not_dividing(expert, "--expert-model-parallel-size", ranks, shared)
+    for holds, needed in (
+        (parallel.sequence_parallel, "--sequence-parallel"),
+        (model.disable_bias_linear, "--disable-bias-linear"),
+    ):
+        if tensor > 1 and not holds:
+            yield f"--num-experts with --tensor-model-parallel-size above 1 needs {needed}."
+    if model.moe_grouped_gemm and model.transformer_impl == "local":
+        yield "--moe-grouped-gemm needs --transformer-impl transformer_engine."
+
+
+RELATIONS = (without_experts, with_experts)

@@ -1,0 +1,106 @@
+"""Relations of the parallel layout: processes, model dimensions, and the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_slm.config.relations.wording import PIPELINE, TENSOR, data_parallel_size, not_dividing
+from megatron_slm.config.schema import Config
+
+
+def processes(config: Config, world_size: int) -> Iterator[str]:
+    """The started processes are a multiple of TP x PP x CP."""
+    if data_parallel_size(config, world_size):
+        return
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
+    shared = f" x --context-parallel-size {context}" if context > 1 else ""
+    yield (
+        f"{world_size} processes were started, which is not a multiple of {TENSOR} {tensor} x {PIPELINE} "
+        f"{pipeline}{shared} = {tensor * pipeline * context}. Start a multiple of that (torchrun --nproc-per-node)."
+    )
+
+
+def tensor_parallel(config: Config, _: int) -> Iterator[str]:
+    """Attention heads and the MLP are split evenly over the tensor-parallel ranks."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    yield from not_dividing(tensor, TENSOR, model.num_attention_heads or 0, "--num-attention-heads")
+    if model.group_query_attention and model.num_query_groups:
+        yield from not_dividing(tensor, TENSOR, model.num_query_groups, "--num-query-groups")
+    for name, size in (("ffn", model.ffn_hidden_size), ("moe-ffn", model.moe_ffn_hidden_size)):
+        if size is not None:
+            yield from not_dividing(tensor, TENSOR, size, f"--{name}-hidden-size")
+
+
+def sequence_parallel(config: Config, _: int) -> Iterator[str]:
+    """Each tensor-parallel rank gets an equal share of the sequence."""
+    parallel, length = config.parallel, config.model.seq_length or 0
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        flag = "--seq-length" if context == 1 else "--seq-length / CP ="
+        yield from not_dividing(tensor, TENSOR, length // context, flag)
+
+
+def context_parallel(config: Config, _: int) -> Iterator[str]:
+    """Each context-parallel rank gets two equal chunks of the sequence."""
+    context, length = config.parallel.context_parallel_size, config.model.seq_length or 0
+    if context > 1 and length % (2 * context):
+        yield (
+            f"--context-parallel-size {context} cuts each sample into {2 * context} parts, and --seq-length {length} "
+            "is no multiple of that."
+        )
+
+
+def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
+    """Layers are split evenly over pipeline stages and virtual stages."""
+    pipeline, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers or 0
+    yield from not_dividing(pipeline, PIPELINE, layers, "--num-layers")
+    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
+    if per_stage is None or layers % pipeline:
+        return
+    flag = "--num-layers-per-virtual-pipeline-stage"
+    if pipeline == 1:
+        yield f"{flag} needs {PIPELINE} above 1."
+    yield from not_dividing(per_stage, flag, layers // pipeline, "layers per pipeline rank, --num-layers / PP =")
+    if per_stage == layers // pipeline and pipeline > 1:
+        yield f"{flag} {per_stage} leaves one stage per rank: leave it out."
+
+
+def global_batch(config: Config, world_size: int) -> Iterator[str]:
+    """The global batch is a multiple of the micro-batches of all data-parallel ranks."""
+    parallel, training = config.parallel, config.training
+    ranks = data_parallel_size(config, world_size)
+    batch, step = training.global_batch_size or 0, (training.micro_batch_size or 0) * ranks
+    if not step:
+        return
+    if batch % step:
+        yield (
+            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {training.micro_batch_size} x "
+            f"{ranks} data-parallel ranks = {step}."
+        )
+    elif parallel.num_layers_per_virtual_pipeline_stage and batch // step % parallel.pipeline_model_parallel_size:
+        yield (
+            f"the interleaved schedule needs a multiple of {PIPELINE} {parallel.pipeline_model_parallel_size} "
+            f"micro-batches a step, and there are {batch // step}. Change --global-batch-size."
+        )
+
+
+def overlap(config: Config, _: int) -> Iterator[str]:
+    """Overlapped communication and optimizers fit each other."""
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
+    if parallel.use_distributed_optimizer and config.optimizer.optimizer == "sgd":
+        yield "--use-distributed-optimizer cannot save the state of --optimizer sgd. Leave one of them out."
+
+
+RELATIONS = (
+    processes,
+    tensor_parallel,
+    sequence_parallel,
+    context_parallel,
+    pipeline_parallel,
+    global_batch,
+    overlap,
+)

@@ -1,0 +1,69 @@
+"""Relations of the model's shape and of activation recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_slm.config.relations.wording import not_dividing
+from megatron_slm.config.schema import Config
+
+
+def heads(config: Config, _: int) -> Iterator[str]:
+    """Attention heads divide the hidden size, and query groups the heads."""
+    model = config.model
+    count = model.num_attention_heads or 0
+    if model.group_query_attention and model.num_query_groups is None:
+        yield "--group-query-attention needs --num-query-groups, the key/value heads."
+    elif model.group_query_attention:
+        yield from not_dividing(model.num_query_groups or 0, "--num-query-groups", count, "--num-attention-heads")
+    elif model.num_query_groups is not None:
+        yield "--num-query-groups has no effect without --group-query-attention."
+    if model.kv_channels is None:
+        yield from not_dividing(count, "--num-attention-heads", model.hidden_size or 0, "--hidden-size")
+
+
+def positions(config: Config, _: int) -> Iterator[str]:
+    """Positions cover the sequence, and rotary embeddings rotate pairs of a head's channels."""
+    model = config.model
+    length, longest = model.seq_length or 0, model.max_position_embeddings or 0
+    if length > longest:
+        yield f"--seq-length {length} is longer than --max-position-embeddings {longest}."
+    if model.position_embedding_type != "rope":
+        return
+    width = model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1)
+    rotated = int(width * model.rotary_percent)
+    if rotated < 2 or rotated % 2:
+        yield (
+            f"--position-embedding-type rope rotates pairs of channels, and --rotary-percent {model.rotary_percent:g} "
+            f"of {width} channels per head is {rotated}. Choose an even number of channels "
+            "(--kv-channels, or --hidden-size / --num-attention-heads)."
+        )
+
+
+def prediction_heads(config: Config, _: int) -> Iterator[str]:
+    """Multi-token prediction fits the sequence and the pipeline."""
+    model, count = config.model, config.model.mtp_num_layers
+    if count is None:
+        return
+    if config.parallel.pipeline_model_parallel_size > 1 and not model.untie_embeddings_and_output_weights:
+        yield (
+            "--mtp-num-layers with --pipeline-model-parallel-size above 1 needs "
+            "--untie-embeddings-and-output-weights: Megatron-Core cannot save a tied embedding there."
+        )
+    if count >= (model.seq_length or 0):
+        yield f"--mtp-num-layers {count} leaves no token of a sample of --seq-length {model.seq_length}."
+
+
+def recomputation(config: Config, _: int) -> Iterator[str]:
+    """Settings of full recomputation come together, and its units are within a pipeline rank."""
+    training = config.training
+    method, layers = training.recompute_method, training.recompute_num_layers
+    if training.recompute_granularity == "full":
+        if method is None or layers is None:
+            yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers."
+    elif method is not None or layers is not None:
+        given = "--recompute-method" if method is not None else "--recompute-num-layers"
+        yield f"{given} has no effect without --recompute-granularity full. Add it, or leave {given} out."
+
+
+RELATIONS = (heads, positions, prediction_heads, recomputation)

@@ -1,0 +1,79 @@
+"""Relations of Selective Language Modeling and of the reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_slm.config.relations.wording import both_given
+from megatron_slm.config.schema import Config
+
+
+def selection_flags(config: Config, _: int) -> Iterator[str]:
+    """Settings of the selection need --objective slm."""
+    objective, reference = config.objective, config.reference
+    given = [
+        name
+        for name, unset in (
+            ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
+            ("--slm-mix", objective.slm_mix == 0),
+            ("--slm-mtp-selection", objective.slm_mtp_selection == "main"),
+            ("--slm-threshold", objective.slm_threshold == "exact"),
+            ("--reference-load", reference.reference_load is None),
+            ("--reference-scores", not reference.reference_scores),
+        )
+        if not unset
+    ]
+    if objective.objective != "slm" and given:
+        yield f"{' '.join(given)} has no effect with --objective clm. Add --objective slm, or leave it out."
+    if objective.slm_selection_ratio_start is not None and not objective.slm_selection_ratio_warmup_iters:
+        yield "--slm-selection-ratio-start needs --slm-selection-ratio-warmup-iters."
+
+
+def scopes(config: Config, _: int) -> Iterator[str]:
+    """Predicted thresholds and independent MTP heads fit the selection scope."""
+    objective = config.objective
+    if objective.slm_threshold != "exact" and objective.slm_scope != "global-batch":
+        yield (
+            f"--slm-threshold {objective.slm_threshold} selects over the global batch, and --slm-scope is "
+            f"{objective.slm_scope}. Add --slm-scope global-batch, or leave it out."
+        )
+    has_heads = config.model.mtp_num_layers is not None
+    if objective.slm_mtp_selection != "main" and not (has_heads and objective.slm_scope != "global-batch"):
+        yield (
+            f"--slm-mtp-selection {objective.slm_mtp_selection} needs --mtp-num-layers, and any --slm-scope but "
+            "global-batch."
+        )
+
+
+def reference_model(config: Config, _: int) -> Iterator[str]:
+    """The reference is one model or its scores, and its directory exists."""
+    reference = config.reference
+    path, names = reference.reference_load, reference.reference_scores
+    if path is not None and not Path(path).is_dir():
+        yield (
+            f"--reference-load {path}: there is no such folder. Give the --save folder of a reference model that was "
+            "trained with --objective clm."
+        )
+    yield from both_given("--reference-load", path, "--reference-scores", names, ": the model, or its scores")
+
+
+def sidecars(config: Config, _: int) -> Iterator[str]:
+    """Each sidecar is named once, by its name alone."""
+    names = config.reference.reference_scores
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"--reference-scores names {name} twice. Name each sidecar once."
+    for name in names:
+        if name.endswith((".scores", "/")):
+            yield (
+                f"--reference-scores {name}: give the name alone. NAME stands for CORPUS.NAME.scores beside every "
+                "corpus."
+            )
+    if len(names) < 2 and config.reference.reference_combine != "mean":
+        yield (
+            f"--reference-combine {config.reference.reference_combine} has no effect without two or more "
+            "--reference-scores."
+        )
+
+
+RELATIONS = (selection_flags, scopes, reference_model, sidecars)
