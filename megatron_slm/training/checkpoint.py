@@ -33,7 +33,7 @@ from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.objective.early_rule import EarlyRule, ThresholdGuess
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.training.optimizer import allocate_adam_state, separate_adam_steps
+from megatron_slm.training.optimizer import allocate_adam_state, gather_parameters, separate_adam_steps
 
 # The one sharding of the optimizer state that can be read back in any layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -83,6 +83,7 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
     final = weights.step_directory(root, position.step)
     partial = final.with_name(f"{final.name}.partial")
     logging_rank = trainable.groups.is_logging_rank
+    gather_parameters(trainable.chunks)
     try:
         if logging_rank:
             shutil.rmtree(partial, ignore_errors=True)

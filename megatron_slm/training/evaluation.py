@@ -58,14 +58,16 @@ def _bar(name: str, batches: int, trainable: Trainable) -> Iterator[Advance]:
 
 @contextmanager
 def evaluation_mode(trainable: Trainable, config: Config) -> Iterator[None]:
-    """No dropout; and where parameters are gathered during the forward pass, all of them gathered now."""
+    """Turn dropout off for the block; parameters whose gathering overlaps the forward pass are gathered first."""
     overlap = config.parallel.overlap_param_gather
     for chunk in trainable.chunks:
         if overlap:
             chunk.disable_forward_pre_hook()  # type: ignore[operator]
         chunk.eval()
-    yield
-    for chunk in trainable.chunks:
-        chunk.train()
-        if overlap:
-            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for chunk in trainable.chunks:
+            chunk.train()
+            if overlap:
+                chunk.enable_forward_pre_hook()  # type: ignore[operator]

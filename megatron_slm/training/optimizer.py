@@ -69,6 +69,18 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> Megatr
     return optimizer
 
 
+@torch.no_grad()
+def gather_parameters(chunks: Sequence[torch.nn.Module]) -> None:
+    """Make every rank's parameters those of the last update; needed before they are read outside the forward pass.
+
+    With ``--overlap-param-gather`` an update leaves each rank with its shard of the new values only, and the next
+    forward pass gathers the rest. Collective over the data-parallel ranks; without overlap there is nothing to do.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
 def _single_or_list(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
