@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHERS = {"--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
 

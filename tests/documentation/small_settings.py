@@ -1,0 +1,57 @@
+"""Stand-in for `python`, `torchrun` and `make` in documented commands: the same command on small settings.
+
+Named as the first argument, followed by the arguments of the documented command. Flags that come later on a command
+line win, so that appending them shrinks a command without changing how it reads.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TRAINING = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 "
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-interval 2 --eval-iters 1 "
+    "--lr-warmup-iters 1 --num-workers 0"
+).split()
+SMALLER = {
+    "megatron_slm.pretrain": TRAINING,
+    "train_tokenizer.py": ["--vocab-size", "400"],
+    "preprocess_data.py": ["--workers", "2"],
+    "score_corpus.py": [],
+    "merge_datasets.py": [],
+    "inspect_dataset.py": [],
+}
+ELSEWHERE = {  # command -> why it does not run here
+    "benchmark_preprocess.py": "needs a work tree of Megatron-LM; tests/data/preprocessing runs its parts",
+    "benchmark_training.py": "runs in tests/training",
+    "benchmark_objective.py": "runs in tests/objective",
+    "benchmark_threshold.py": "runs in tests/objective",
+    "pytest": "runs tests that need a GPU",
+    "context.py": "takes an hour; its parts are tested with the quickstart",
+}
+
+
+def main() -> None:
+    """Replace this process by the small command; a command that runs elsewhere ends with a note."""
+    program, *arguments = sys.argv[1:]
+    if program == "make":
+        targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+        sys.exit(0 if all(f"\n{name}:" in targets for name in arguments) else f"no such target: {arguments}")
+    launcher = [sys.executable]
+    if program == "torchrun":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        place = next(i for i, word in enumerate(arguments) if word == "-m" or word.endswith(".py"))
+        arguments = arguments[place:]
+    module = arguments[0] == "-m"
+    name = arguments[1] if module else Path(arguments[0]).name
+    if name in ELSEWHERE:
+        print(f"skipped {name}: {ELSEWHERE[name]}")
+        return
+    os.execv(sys.executable, [*launcher, *arguments, *SMALLER[name]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""README and docs, followed word for word: every bash block runs, in order, in one directory, on small settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reference_scores", "data", "performance"))]
+BLOCKS = [
+    (page, number, block)
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S))
+]
+
+
+def write_text(path: Path, seed: int) -> None:
+    """JSON lines as the README's reader has them."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+    lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(400))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reader's directory: a checkout, raw and clean text, and the commands that stand in for the long ones."""
+    directory = tmp_path_factory.mktemp("reader")
+    for name in ("tools", "examples", "megatron_slm", "Makefile"):
+        (directory / name).symlink_to(ROOT / name)
+    for seed, name in enumerate(("raw", "clean")):
+        write_text(directory / f"{name}.jsonl", seed)
+    (directory / "bin").mkdir()
+    for program in ("python", "torchrun", "make"):
+        stand_in = directory / "bin" / program
+        stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "small_settings.py"}" {program} "$@"\n')
+        stand_in.chmod(0o755)
+    return directory
+
+
+@pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=lambda value: str(value).strip()[:40])
+def test_documented_block_runs(workspace: Path, page: str, number: int, block: str) -> None:
+    env = os.environ | {"PATH": f"{workspace / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block], cwd=workspace, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, f"{page}, block {number}:\n{block}\n{result.stdout}\n{result.stderr}"
+
+
+def test_every_page_with_commands_is_run() -> None:
+    shown = {
+        str(path.relative_to(ROOT))
+        for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        if "```bash" in path.read_text(encoding="utf-8")
+    }
+    assert shown == set(PAGES)
