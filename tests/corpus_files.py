@@ -21,7 +21,7 @@ Documents = list[list[list[int]]]  # documents, each of sequences, each of ids
 
 
 def build(prefix: Path, documents: Documents, dtype: Any = np.uint16, tokenizer: str | None = None) -> str:
-    """A corpus from Megatron-Core's own builder, with the record of a tokenizer where one is named."""
+    """A corpus from Megatron-Core's own builder, with metadata if a tokenizer is named."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for sequences in documents:
         ids = list(itertools.chain.from_iterable(sequences))
@@ -30,7 +30,7 @@ def build(prefix: Path, documents: Documents, dtype: Any = np.uint16, tokenizer:
     if tokenizer is not None:
         identity = {"name": "SentencePieceTokenizer", "fingerprint": tokenizer, "vocab_size": 100}
         counts = {"documents": len(documents), "tokens": sum(len(s) for d in documents for s in d), "skipped": 1}
-        Path(f"{prefix}.json").write_text(json.dumps({"tokenizer": identity, **counts, "append_eod": True}))
+        Path(f"{prefix}.corpus.json").write_text(json.dumps({"tokenizer": identity, **counts, "append_eod": True}))
     return str(prefix)
 
 

@@ -66,7 +66,7 @@ def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: 
     if found.damage:
         print(f"error: {arguments.prefix} is damaged. Make it again with tools/preprocess_data.py.", file=sys.stderr)
     elif found.vocab_size is None:
-        console.print(f"{arguments.prefix} is whole; ids were not looked at (no record: give --vocab-size)")
+        console.print(f"{arguments.prefix} is whole; ids were not looked at (no corpus metadata: give --vocab-size)")
     else:
         console.print(f"{arguments.prefix} is whole, and all ids lie below {found.vocab_size:,}")
     return bool(found.damage)

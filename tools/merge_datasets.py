@@ -29,7 +29,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if merged.unrecorded:
-        print(f"no record of the tokenizer was written: {merged.unrecorded[0]} has none", file=sys.stderr)
+        print(f"no corpus metadata was written: {merged.unrecorded[0]} has none", file=sys.stderr)
     print(
         f"{arguments.output_prefix}: {merged.documents:,} documents, {merged.tokens:,} tokens of "
         f"{merged.corpora:,} corpora"

@@ -1,16 +1,14 @@
-"""Checking corpora before they are read, and the record of the tokenizer beside them."""
+"""Checks of corpora before they are read."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_slm.data.index import bin_path, idx_path, read_index
+from megatron_slm.data.metadata import read_metadata
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
@@ -27,11 +25,6 @@ class CorpusInfo:
     sequences: int
     documents: int
     tokens: int
-
-
-def record_path(prefix: str | Path) -> Path:
-    """The JSON file beside a corpus that tells which tokenizer made it."""
-    return Path(f"{prefix}.json")
 
 
 def check_corpus(prefix: str, flag: str) -> CorpusInfo:
@@ -76,59 +69,17 @@ def corpus_info(prefix: str) -> CorpusInfo:
     return CorpusInfo(prefix, index.dtype, index.sequences, index.documents, tokens)
 
 
-def write_record(prefix: str | Path, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """Write the tokenizer's name, fingerprint and size beside a corpus, and ``info`` with them."""
-    record = {
-        "tokenizer": {
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        **info,
-    }
-    replace_record(prefix, record)
-
-
-def replace_record(prefix: str | Path, record: dict[str, Any]) -> None:
-    """Write a whole record under a temporary name, and then its own."""
-    partial = Path(f"{record_path(prefix)}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, record_path(prefix))  # noqa: PTH105
-
-
-def read_record(prefix: str | Path) -> dict[str, Any] | None:
-    """The record beside a corpus; None where there is none (Megatron-LM writes none).
-
-    Raises:
-        ConfigError: the file is not such a record.
-    """
-    path = record_path(prefix)
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not {"name", "fingerprint", "vocab_size"} <= record["tokenizer"].keys():
-            raise ValueError("it names no tokenizer")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is not the record of a corpus: {error}. Make the corpus again, or remove the file: the corpus is "
-            "then sampled for ids outside the vocabulary instead."
-        ) from error
-    found: dict[str, Any] = record
-    return found
-
-
 def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
     """Refuse a corpus that was made with another tokenizer.
 
-    Corpora without a record (Megatron-LM writes none) are sampled for ids outside the vocabulary instead.
+    Corpora without metadata (Megatron-LM writes none) are sampled for ids outside the vocabulary instead.
 
     Raises:
         ConfigError: another tokenizer, another size, or an id outside the vocabulary.
     """
-    record = read_record(prefix)
-    if record is not None:
-        theirs = record["tokenizer"]
+    metadata = read_metadata(prefix)
+    if metadata is not None:
+        theirs = metadata["tokenizer"]
         for what, there, here in (
             ("vocabulary size", theirs["vocab_size"], tokenizer.vocab_size),
             ("fingerprint", theirs["fingerprint"], tokenizer.fingerprint),

@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.data.corpus import read_record
 from megatron_slm.data.index import Index, bin_path, idx_path
 from megatron_slm.data.inspection import Lengths, document_ids
+from megatron_slm.data.metadata import read_metadata
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
@@ -46,13 +46,13 @@ def counts(index: Index, lengths: Lengths) -> list[tuple[str, str]]:
         ("dtype", str(index.dtype)),
         (".bin, .idx", f"{bin_path(index.prefix).stat().st_size:,} B, {idx_path(index.prefix).stat().st_size:,} B"),
     ]
-    record = read_record(index.prefix)
-    if record is None:
+    metadata = read_metadata(index.prefix)
+    if metadata is None:
         rows.append(("tokenizer", "not recorded"))
     else:
-        own = record["tokenizer"]
+        own = metadata["tokenizer"]
         rows.append(("tokenizer", f"{own['name']}, {own['vocab_size']:,} entries, {own['fingerprint']}"))
-        rows += [(str(key), str(value)) for key, value in record.items() if key not in ("tokenizer", *dict(rows))]
+        rows += [(str(key), str(value)) for key, value in metadata.items() if key not in ("tokenizer", *dict(rows))]
     if lengths.total:
         shares = " ".join(f"{lengths.quantile(share):,}" for share in (0, 0.1, 0.5, 0.9, 0.99, 1))
         rows += [("tokens per document", f"mean {lengths.mean:,.1f}"), ("min 10% 50% 90% 99% max", shares)]

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_slm.data.corpus import read_record, record_path
 from megatron_slm.data.index import CHUNK, Index, bin_path, byte_offsets, chunks, idx_path, mapped_tokens, read_index
+from megatron_slm.data.metadata import find_metadata
 from megatron_slm.runtime.console import progress
-from megatron_slm.runtime.errors import ConfigError
 
 PLACES_SHOWN = 5  # of one kind of damage
 
@@ -41,7 +40,7 @@ def check_integrity(prefix: str, vocab_size: int | None = None) -> Integrity:
 
     Args:
         prefix: path without ``.bin`` and ``.idx``.
-        vocab_size: ids must be below it; None takes the record's, and looks at no ids where there is no record.
+        vocab_size: ids must be below it; None takes that of the metadata, and checks no ids if there is none.
     """
     missing = [path for path in (bin_path(prefix), idx_path(prefix)) if not path.is_file()]
     if missing:
@@ -53,8 +52,8 @@ def check_integrity(prefix: str, vocab_size: int | None = None) -> Integrity:
     found = [*_check_boundaries(index), *_check_lengths(index)]
     if not found:
         found = [*_check_pointers(index), *_check_size(index)]
-    vocab_size, of_record = _check_record(index, vocab_size)
-    found += of_record
+    vocab_size, of_metadata = _check_metadata(index, vocab_size)
+    found += of_metadata
     if vocab_size is not None:
         found += _check_ids(index, vocab_size)
     return Integrity(found, vocab_size)
@@ -114,21 +113,18 @@ def _check_size(index: Index) -> Iterator[Damage]:
         )
 
 
-def _check_record(index: Index, vocab_size: int | None) -> tuple[int | None, list[Damage]]:
-    """The size of the vocabulary that made the corpus, where it is known, and what is wrong with its record."""
-    try:
-        record = read_record(index.prefix)
-    except ConfigError as error:
-        return vocab_size, [Damage(str(error))]
-    if record is None:
+def _check_metadata(index: Index, vocab_size: int | None) -> tuple[int | None, list[Damage]]:
+    """Return the vocabulary size to check against, if it is known, and counts that differ from the metadata."""
+    found = find_metadata(index.prefix)
+    if found is None:
         return vocab_size, []
-    path = record_path(index.prefix)
-    found = [
-        Damage(f"{path}: the record says {record[name]:,} {name}, and the corpus holds {there:,}")
+    path, metadata = found
+    damage = [
+        Damage(f"{path}: the metadata has {metadata[name]:,} {name}, and the corpus holds {there:,}")
         for name, there in (("documents", index.documents), ("tokens", index.tokens()))
-        if isinstance(record.get(name), int) and record[name] != there
+        if isinstance(metadata.get(name), int) and metadata[name] != there
     ]
-    return vocab_size if vocab_size is not None else record["tokenizer"]["vocab_size"], found
+    return vocab_size if vocab_size is not None else metadata["tokenizer"]["vocab_size"], damage
 
 
 def _check_ids(index: Index, vocab_size: int) -> Iterator[Damage]:

@@ -77,7 +77,7 @@ def test_corpora_of_0_1_and_2_documents(
     tmp_path: Path, run: Callable[..., tuple[Any, str, str]], documents: Documents
 ) -> None:
     prefix = build(tmp_path / "corpus", documents, tokenizer="aa")
-    record = json.loads((tmp_path / "corpus.json").read_text())
+    record = json.loads((tmp_path / "corpus.corpus.json").read_text())
     code, out, err = run(prefix, "--check", "--plot", tmp_path / "plot.png")
     assert (code, err) == (0, ""), err
     assert f"│ {len(documents)} " in out and "SentencePieceTokenizer, 100 entries, aa" in out
@@ -105,8 +105,8 @@ def edited(suffix: str, change: Callable[[bytes], bytes]) -> Callable[[Path], An
 
 def record_of(**changes: Any) -> Callable[[Path], Any]:
     def damage(folder: Path) -> None:
-        record = json.loads((folder / "c.json").read_text())
-        (folder / "c.json").write_text(json.dumps({**record, **changes}))
+        record = json.loads((folder / "c.corpus.json").read_text())
+        (folder / "c.corpus.json").write_text(json.dumps({**record, **changes}))
 
     return damage
 
@@ -129,9 +129,8 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], list[str]]] = [
     ("first document", patched("bounds", 0, "<q", 1), ["the first document begins at sequence 1"]),
     ("last document", patched("bounds", 4, "<q", 9), ["ends at sequence 9, and there are 4", "sequence 9 of 4"]),
     ("order", patched("bounds", 2, "<q", 0), ["document 1: begins at 2, ends at 0"]),
-    ("record counts", record_of(documents=5, tokens=1), ["says 5 documents", "holds 4", "says 1 tokens", "holds 323"]),
+    ("record counts", record_of(documents=5, tokens=1), ["has 5 documents", "holds 4", "has 1 tokens", "holds 323"]),
     ("record vocabulary", record_of(tokenizer={"name": "x", "fingerprint": "f", "vocab_size": 200}), ["id 256", "200"]),
-    ("record", edited(".json", lambda b: b"[]"), ["c.json is not the record of a corpus"]),
     ("floats", edited(".idx", lambda b: b[:17] + b"\x07" + b[18:]), ["the dtype float32 is not one of token ids"]),
 ]
 

@@ -77,7 +77,7 @@ def test_flags_are_refused(
 
 def test_what_does_not_fit_is_refused(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _copy(workspace, tmp_path)
-    record = tmp_path / "corpus_text_document.json"
+    record = tmp_path / "corpus_text_document.corpus.json"
     facts = json.loads(record.read_text())
     facts["tokenizer"]["fingerprint"] = "another"
     record.write_text(json.dumps(facts))
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused(workspace: Path, tmp_path: Path, capsys: p
 
 
 def _copy(workspace: Path, folder: Path) -> None:
-    for suffix in (".bin", ".idx", ".json"):
+    for suffix in (".bin", ".idx", ".corpus.json"):
         shutil.copy(workspace / f"corpus_text_document{suffix}", folder)
 
 

@@ -110,7 +110,7 @@ def test_damaged_corpus_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, damage: Any, message: str
 ) -> None:
     prefix = tmp_path / "corpus_text_document"
-    for end in (".bin", ".idx", ".json"):
+    for end in (".bin", ".idx", ".corpus.json"):
         shutil.copy(f"{corpus(workspace)}{end}", f"{prefix}{end}")
     damage(Path(f"{prefix}{suffix}"))
     expect_refusal(capsys, message, tmp_path, command(str(prefix), tmp_path / "run", train_iters=1))
@@ -120,11 +120,11 @@ def test_corpus_of_another_tokenizer_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = tmp_path / "corpus_text_document"
-    for end in (".bin", ".idx", ".json"):
+    for end in (".bin", ".idx", ".corpus.json"):
         shutil.copy(f"{corpus(workspace)}{end}", f"{prefix}{end}")
-    record = json.loads(Path(f"{prefix}.json").read_text())
+    record = json.loads(Path(f"{prefix}.corpus.json").read_text())
     record["tokenizer"]["fingerprint"] = "another"
-    Path(f"{prefix}.json").write_text(json.dumps(record))
+    Path(f"{prefix}.corpus.json").write_text(json.dumps(record))
     argv = command(str(prefix), tmp_path / "run", train_iters=1)
     expect_refusal(capsys, "fingerprint another", tmp_path, argv)
 

@@ -181,7 +181,7 @@ DAMAGE: list[tuple[Any, list[str]]] = [
 def test_what_does_not_belong_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, messages: list[str]
 ) -> None:
-    for suffix in (".bin", ".idx", ".json", ".rm.scores"):
+    for suffix in (".bin", ".idx", ".corpus.json", ".rm.scores"):
         shutil.copy(workspace / f"one_text_document{suffix}", tmp_path)
     damage(tmp_path / "one_text_document.rm.scores")
     argv = slm(

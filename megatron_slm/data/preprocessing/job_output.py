@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.corpus import bin_path, idx_path, record_path, write_record
+from megatron_slm.data.index import bin_path, idx_path
+from megatron_slm.data.metadata import (
+    check_metadata_writable,
+    read_metadata,
+    remove_metadata,
+    tokenizer_identity,
+    write_metadata,
+)
 from megatron_slm.data.preprocessing.corpus_writer import CorpusWriter
 from megatron_slm.data.preprocessing.documents import Block
 from megatron_slm.data.preprocessing.encode import EncodedBlock
@@ -46,6 +53,8 @@ class JobOutput:
         self.summary = Summary()
 
     def __enter__(self) -> JobOutput:
+        for corpus in self.corpora:
+            check_metadata_writable(corpus.prefix, "--output-prefix")
         try:
             with self._writing():
                 self.journal.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +98,11 @@ class JobOutput:
                 self.place = replace(self.place, sizes=sizes, counts=self.summary.counts(), is_complete=True)
                 self.journal.add(self.place)
             for corpus, (ids, *_) in zip(self.corpora, self.place.sizes, strict=True):
-                record_path(corpus.prefix).unlink(missing_ok=True)
+                remove_metadata(corpus.prefix)
                 corpus.publish()
-                info = {"tokens": ids // self.dtype.itemsize, "job": _digest(self.settings)}
-                write_record(corpus.prefix, tokenizer, {**self.summary.record(), **info})
+                counts = {**self.summary.record(), "tokens": ids // self.dtype.itemsize}
+                identity = {"tokenizer": tokenizer_identity(tokenizer)}
+                write_metadata(corpus.prefix, {**identity, **counts, "job": _digest(self.settings)})
             self.remove()
 
     def remove(self) -> None:
@@ -148,15 +158,12 @@ def finished(job: Job, settings: dict[str, Any]) -> Summary | None:
     summary = Summary()
     for key in job.keys:
         prefix = job.prefix(key)
-        if not all(path(prefix).is_file() for path in (bin_path, idx_path, record_path)):
+        metadata = read_metadata(prefix)
+        if metadata is None or not all(path(prefix).is_file() for path in (bin_path, idx_path)):
             return None
-        try:
-            record = json.loads(record_path(prefix).read_text(encoding="utf-8"))
-        except ValueError:
+        if metadata.get("job") != _digest(settings):
             return None
-        if not isinstance(record, dict) or record.get("job") != _digest(settings):
-            return None
-        summary.restore([record[name] for name in Summary.COUNTS], summary.tokens + record["tokens"])
+        summary.restore([metadata[name] for name in Summary.COUNTS], summary.tokens + metadata["tokens"])
     return summary
 
 

@@ -13,13 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_slm.data.corpus import (
-    CorpusInfo,
-    corpus_info,
-    read_record,
-    record_path,
-    replace_record,
-)
+from megatron_slm.data.corpus import CorpusInfo, corpus_info
 from megatron_slm.data.index import (
     Index,
     bin_path,
@@ -30,11 +24,12 @@ from megatron_slm.data.index import (
     partial_prefix,
     read_index,
 )
+from megatron_slm.data.metadata import check_metadata_writable, read_metadata, remove_metadata, write_metadata
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
 COPIED_AT_ONCE = 1 << 26  # bytes
-# Counts of a record are summed; the rest is kept where all agree.
+# Counts in the metadata are summed; the rest is kept if all agree.
 COUNTS = ("documents", "tokens", "text_bytes", "empty", "blank_lines", "skipped")
 NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
@@ -46,7 +41,7 @@ class Merged:
     corpora: int
     documents: int
     tokens: int
-    unrecorded: tuple[str, ...]  # inputs without a record, for whose sake the output has none
+    unrecorded: tuple[str, ...]  # inputs without metadata; the output has none then
 
 
 def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
@@ -57,8 +52,9 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
             cannot be written. What stood under the output's name is then as it was.
     """
     _check_names(prefixes, output_prefix)
+    check_metadata_writable(output_prefix, "--output-prefix")
     infos = [_checked(prefix) for prefix in prefixes]
-    record, unrecorded = _merged_record(infos)
+    metadata, unrecorded = _merged_metadata(infos)
     _check_kinds(infos)
     partial = partial_prefix(output_prefix)
     try:
@@ -69,10 +65,9 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
             _copy_tokens(prefixes, bin_path(partial), bar.advance)
         for path in (bin_path, idx_path):
             os.replace(path(partial), path(output_prefix))  # noqa: PTH105
-        if record is None:
-            record_path(output_prefix).unlink(missing_ok=True)  # of a corpus that stood here before
-        else:
-            replace_record(output_prefix, record)
+        remove_metadata(output_prefix)
+        if metadata is not None:
+            write_metadata(output_prefix, metadata)
     except OSError as error:
         raise ConfigError(
             f"--output-prefix {output_prefix} cannot be written: {error}. Is the disk full, or the folder read-only? "
@@ -125,27 +120,27 @@ def _check_kinds(infos: Sequence[CorpusInfo]) -> None:
             )
 
 
-def _merged_record(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """The record of the whole, or None and the inputs that have none.
+def _merged_metadata(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """Return the metadata of the merged corpus, or None and the inputs that have none.
 
     Raises:
         ConfigError: two inputs were made with different tokenizers.
     """
-    records = [(info, read_record(info.prefix)) for info in infos]
-    known = [(info.prefix, record) for info, record in records if record is not None]
-    for prefix, record in known[1:]:
-        theirs, first = record["tokenizer"], known[0][1]["tokenizer"]
+    found = [(info, read_metadata(info.prefix)) for info in infos]
+    known = [(info.prefix, metadata) for info, metadata in found if metadata is not None]
+    for prefix, metadata in known[1:]:
+        theirs, first = metadata["tokenizer"], known[0][1]["tokenizer"]
         if (theirs["fingerprint"], theirs["vocab_size"]) != (first["fingerprint"], first["vocab_size"]):
             raise ConfigError(
                 f"{prefix} was made with {theirs['name']} of fingerprint {theirs['fingerprint']}, and {known[0][0]} "
                 f"with {first['name']} of fingerprint {first['fingerprint']}. Make them again with one tokenizer."
             )
-    if len(known) < len(records):
-        return None, tuple(info.prefix for info, record in records if record is None)
+    if len(known) < len(found):
+        return None, tuple(info.prefix for info, metadata in found if metadata is None)
     merged = {key: value for key, value in known[0][1].items() if all(r.get(key) == value for _, r in known)}
     for key in COUNTS:
-        if all(isinstance(record.get(key), int) for _, record in known):
-            merged[key] = sum(record[key] for _, record in known)
+        if all(isinstance(metadata.get(key), int) for _, metadata in known):
+            merged[key] = sum(metadata[key] for _, metadata in known)
     merged |= {"documents": sum(info.documents for info in infos), "tokens": sum(info.tokens for info in infos)}
     return merged, ()
 

@@ -344,7 +344,7 @@ def test_the_summary_counts_everything(tmp_path: Path) -> None:
     assert "3 documents, 12 tokens, 0.83 bytes per token, 1 skipped" in result.stdout
     assert "1 without a token, 2 blank lines" in result.stdout
     assert f"skipped {tmp_path}/in.jsonl:6: not JSON" in result.stderr and "3 documents, " in result.stderr
-    record = json.loads((tmp_path / "out_text_document.json").read_text())
+    record = json.loads((tmp_path / "out_text_document.corpus.json").read_text())
     assert record["documents"] == 3 and record["tokens"] == 12 and record["tokenizer"]["name"] == "ByteTokenizer"
 
 

@@ -374,7 +374,7 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
     expected = make_job(files, tmp_path / "expected")
     summary = preprocess(expected)
     assert corpus_bytes(make_job(files, tmp_path / "out")) == corpus_bytes(expected)
-    record = json.loads((tmp_path / "out_text_document.json").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "out_text_document.corpus.json").read_text(encoding="utf-8"))
     assert (record["documents"], record["tokens"], record["skipped"]) == (
         summary.documents,
         summary.tokens,
