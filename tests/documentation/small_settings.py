@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-TRAINING = (
-    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 "
-    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-interval 2 --eval-iters 1 "
-    "--lr-warmup-iters 1 --num-workers 0"
-).split()
+TRAINING = [
+    *("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4"),
+    *("--num-query-groups", "2", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
+    *("--train-iters", "2", "--eval-interval", "2", "--eval-iters", "1", "--lr-warmup-iters", "1"),
+    *("--num-workers", "0"),
+]
 SMALLER = {
     "megatron_slm.pretrain": TRAINING,
     "train_tokenizer.py": ["--vocab-size", "400"],
