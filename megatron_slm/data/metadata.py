@@ -55,7 +55,8 @@ def remove_metadata(prefix: str | Path) -> None:
 
 def check_metadata_writable(prefix: str | Path, flag: str) -> None:
     """Raise ConfigError, before long work, if a file that is not corpus metadata has the name of the metadata."""
-    check_replaceable(metadata_path(prefix), flag, is_ours=is_metadata)
+    if metadata_path(prefix).exists():
+        check_replaceable(metadata_path(prefix), flag, is_ours=is_metadata)
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
