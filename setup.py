@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_slm", "megatron_slm.*"]),
-    package_data={"megatron_slm.config": ["megatron_flags.txt"]},
+    package_data={"megatron_slm.config.megatron_lm": ["flags.txt"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.16.1",

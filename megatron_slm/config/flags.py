@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_slm.config import schema
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import assign, convert, nearest, read_recipe, settings
+from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
+from megatron_slm.config.recipe import assign, convert, read_recipe, refusal, settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -26,6 +27,7 @@ class Command:
 
     config: Config
     action: str
+    note: str = ""  # about flags of Megatron-LM's that were accepted and set nothing
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,16 +45,20 @@ def parse(argv: Sequence[str]) -> Command:
     parser = _build_parser()
     namespace, unknown = parser.parse_known_args(list(argv))
     typed = vars(namespace)
-    problems = _refusals(unknown, [name for action in parser._actions for name in action.option_strings])
     recipe_path, action = typed.pop("config", None), typed.pop("action", "train")
-    config = Config()
+    names = {setting.name: flag_name(setting) for _, setting, _ in settings()}
+    sources: list[tuple[dict[str, Any], Label]] = [(typed, lambda name: names.get(name, name))]
     if recipe_path is not None:
         recipe = read_recipe(Path(convert(recipe_path, str, "--config")))
-        problems += assign(config, recipe, lambda name: f"{recipe_path}: {name}")
-    flags = {setting.name: flag_name(setting) for _, setting, _ in settings()}
-    problems += assign(config, typed, lambda name: flags[name])
-    refuse([*problems, *value_violations(config)])
-    return Command(config, action)
+        sources.insert(0, (recipe, lambda name: f"{recipe_path}: {name}"))
+    problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
+    config, stated = Config(), dict[str, Any]()
+    for values, label in sources:
+        given, flags, wrong = split(values, label)
+        stated |= flags
+        problems += [*wrong, *assign(config, given, label)]
+    refuse([*problems, *value_violations(config), *contradictions(config, stated)])
+    return Command(config, action, describe(stated))
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -84,6 +90,7 @@ def _build_parser() -> argparse.ArgumentParser:
         else:
             options["metavar"] = "|".join(setting.metadata["choices"]) or "VALUE"
         sections[group].add_argument(flag_name(setting), **options)
+    add_accepted_flags(parser)
     return parser
 
 
@@ -94,20 +101,7 @@ def _help(text: str, default: Any, kind: Any) -> str:
 
 def _refusals(unknown: Sequence[str], ours: list[str]) -> list[str]:
     """Return a message for each argument that no flag takes."""
-    flags = dict.fromkeys(argument.partition("=")[0] for argument in unknown if argument.startswith("-"))
+    flags = dict.fromkeys(argument.partition("=")[0] for argument in unknown if re.match(r"-+[a-zA-Z]", argument))
     if unknown and not flags:
         return [f"unexpected positional argument {unknown[0]!r}."]
-    return [_refusal(flag, ours) for flag in flags]
-
-
-def _refusal(flag: str, ours: list[str]) -> str:
-    hint = nearest(flag, ours)
-    if flag in megatron_flags():
-        return f"{flag} is a flag of Megatron-LM's that is not taken here.{hint}"
-    return f"unknown flag {flag}.{hint}"
-
-
-def megatron_flags() -> frozenset[str]:
-    """The names of all flags of Megatron-LM's pretrain_gpt.py."""
-    text = resources.files("megatron_slm.config").joinpath("megatron_flags.txt").read_text(encoding="utf-8")
-    return frozenset(text.split())
+    return [refusal(flag, flag, flag, ours) for flag in flags]

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_slm.config import schema
 from megatron_slm.config.blends import UniqueLoader, blend_words
+from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -54,15 +55,31 @@ def assign(config: Config, values: Mapping[str, Any], label: Callable[[str], str
     problems: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            problems.append(f"{label(key)} is an unknown setting.{nearest(name, list(known))}")
+        positive = name.removeprefix("no_")
+        negated = name not in known and positive in known and known[positive][1] is bool  # Megatron-LM's spelling
+        if name not in known and not negated:
+            problems.append(refusal(label(key), f"--{name.replace('_', '-')}", name, list(known)))
             continue
-        group, kind = known[name]
+        group, kind = known[positive if negated else name]
         try:
-            setattr(getattr(config, group), name, convert(value, kind, label(key)))
+            converted = convert(value, kind, label(key))
+            setattr(getattr(config, group), *((positive, not converted) if negated else (name, converted)))
         except ConfigError as error:
             problems.append(str(error))
     return problems
+
+
+def refusal(label: str, flag: str, name: str, names: list[str]) -> str:
+    """Return the message for a flag or a setting that is unknown, or Megatron-LM's and not taken.
+
+    Args:
+        label: the place, for the message.
+        flag: the flag.
+        name: the flag or the setting as given, to look for among ``names``.
+    """
+    if flag in megatron_flags():
+        return f"{label} is a flag of Megatron-LM's that is not taken here: {remedy(flag)}"
+    return f"{label} is unknown.{nearest(name, names)}"
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -78,7 +78,7 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on", above=0
     )
-    sequence_parallel: bool = flag(False, "shard activations between tensor-parallel regions; needs TP > 1")
+    sequence_parallel: bool = flag(False, "shard activations between tensor-parallel regions; no effect if TP is 1")
     use_distributed_optimizer: bool = flag(False, "shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass goes on")
     overlap_param_gather: bool = flag(

@@ -1,0 +1,147 @@
+"""Flags of Megatron-LM's that are accepted: they imply a setting, state a fact, or have no effect on a run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_slm.config.schema import Config
+
+SWITCH: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact that a flag states.
+
+    Args:
+        remedy: the error message if the flag states something else.
+        values: values that state the fact; SWITCH for a flag without a value.
+        holds: returns whether the fact is true of a configuration.
+    """
+
+    remedy: str
+    values: tuple[str, ...] = SWITCH
+    holds: Callable[[Config], bool] = lambda config: True
+
+
+# Flag -> setting and value that it stands for, by Megatron-LM's definition.
+IMPLIED: dict[str, tuple[str, Any]] = {
+    "--use-rotary-position-embeddings": ("position_embedding_type", "rope"),
+    "--recompute-activations": ("recompute_granularity", "selective"),
+    "--grad-reduce-in-bf16": ("accumulate_allreduce_grads_in_fp32", False),
+    "--override-opt-param-scheduler": ("override_opt_param_scheduler", True),
+    "--use-checkpoint-opt-param-scheduler": ("use_checkpoint_opt_param_scheduler", True),
+}
+
+_FORMAT = "checkpoints are written and read in the format torch_dist. Convert others with Megatron-LM's tools."
+_FP32 = "gradients, main parameters and optimizer state are in fp32. Give fp32, or leave the flag out."
+
+FACTS: dict[str, Fact] = {
+    "--use-mcore-models": Fact("every model is Megatron-Core's."),
+    "--use-flash-attn": Fact("attention never stores its scores for the sequence."),
+    "--calculate-per-token-loss": Fact("the loss is always normalised over the tokens of the global batch."),
+    "--cross-entropy-loss-fusion": Fact("the loss is always computed together with the LM head."),
+    "--use-dist-ckpt": Fact(_FORMAT),
+    "--auto-detect-ckpt-format": Fact(_FORMAT),
+    "--dist-ckpt-optim-fully-reshardable": Fact("optimizer state is always fully reshardable."),
+    "--no-overlap-p2p-communication": Fact("pipeline communication is not overlapped."),
+    "--no-one-logger": Fact("there is no one-logger."),
+    "--no-position-embedding": Fact(
+        "it contradicts --position-embedding-type learned_absolute. Choose rope or none.",
+        holds=lambda config: config.model.position_embedding_type != "learned_absolute",
+    ),
+    "--no-create-attention-mask-in-dataloader": Fact(
+        "--reset-attention-mask needs a mask. Leave one of them out.",
+        holds=lambda config: not config.data.reset_attention_mask,
+    ),
+    "--attention-backend": Fact(
+        "attention never stores its scores for the sequence, and torch or Transformer Engine choose the kernel. Give "
+        "auto, flash or fused (local only with --transformer-impl local), or leave the flag out.",
+        values=("auto", "flash", "fused", "local"),
+    ),
+    "--ckpt-format": Fact(_FORMAT, values=("torch_dist",)),
+    "--dist-ckpt-format": Fact(_FORMAT, values=("torch_dist",)),
+    "--dataloader-type": Fact(
+        "samples are read in the order of the sample index. Give single, or leave the flag out.", values=("single",)
+    ),
+    "--cross-entropy-fusion-impl": Fact(
+        "--slm-cross-entropy chooses the implementation of the loss. Leave this flag out.", values=("native",)
+    ),
+    "--data-parallel-sharding-strategy": Fact(
+        "parameters are not sharded over data-parallel ranks; shard optimizer state with --use-distributed-optimizer.",
+        values=("no_shard",),
+    ),
+    "--softmax-type": Fact("attention has the plain softmax. Leave the flag out.", values=("vanilla",)),
+    "--rope-type": Fact("rotary embeddings are not scaled. Leave the flag out.", values=("rope",)),
+    "--moe-layer-freq": Fact("every layer has experts if --num-experts is given.", values=("1",)),
+    "--moe-router-score-function": Fact("the router scores with a softmax.", values=("softmax",)),
+    "--rerun-mode": Fact("steps are never run again. Give disabled, or leave the flag out.", values=("disabled",)),
+    "--main-grads-dtype": Fact(_FP32, values=("fp32",)),
+    "--main-params-dtype": Fact(_FP32, values=("fp32",)),
+    "--exp-avg-dtype": Fact(_FP32, values=("fp32",)),
+    "--exp-avg-sq-dtype": Fact(_FP32, values=("fp32",)),
+}
+
+_LEVEL = ("0", "1", "2")
+INTEGER, NUMBER = ("an integer",), ("a number",)
+
+# Flag -> its values: choices, INTEGER, NUMBER, or SWITCH. They change neither losses nor files: choices of kernels with
+# the same result, memory management, details of Megatron-LM's log, and loss scaling, which is fp16's.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "--no-masked-softmax-fusion",
+            "--no-bias-gelu-fusion",
+            "--no-bias-swiglu-fusion",
+            "--no-bias-dropout-fusion",
+            "--no-rope-fusion",
+            "--no-gradient-accumulation-fusion",
+            "--no-gradient-reduce-div-fusion",
+            "--no-persist-layer-norm",
+            "--no-mmap-bin-files",
+            "--manual-gc",
+            "--no-manual-gc-eval",
+            "--disable-manual-gc-eval",
+            "--ckpt-fully-parallel-save",
+            "--no-ckpt-fully-parallel-save",
+            "--ckpt-fully-parallel-load",
+            "--ckpt-assume-constant-structure",
+            "--log-device-memory-used",
+            "--log-energy",
+            "--log-max-attention-logit",
+            "--log-memory-to-tensorboard",
+            "--log-num-zeros-in-grad",
+            "--log-params-norm",
+            "--log-progress",
+            "--log-straggler",
+            "--log-timers-to-tensorboard",
+            "--log-validation-ppl-to-tensorboard",
+            "--log-world-size-to-tensorboard",
+            "--no-log-loss-scale-to-tensorboard",
+            "--disable-log-loss-scale-to-tensorboard",
+            "--no-barrier-with-level-1-timing",
+        ),
+        SWITCH,
+    ),
+    "--empty-unused-memory-level": _LEVEL,
+    "--timing-log-level": _LEVEL,
+    "--timing-log-option": ("max", "minmax", "all"),
+    **dict.fromkeys(
+        (
+            "--local-rank",
+            "--local_rank",
+            "--manual-gc-interval",
+            "--logging-level",
+            "--log-memory-interval",
+            "--tensorboard-log-interval",
+            "--tensorboard-queue-size",
+            "--num-dataset-builder-threads",
+            "--dist-ckpt-workers",
+            "--hysteresis",
+        ),
+        INTEGER,
+    ),
+    **dict.fromkeys(("--loss-scale", "--initial-loss-scale", "--min-loss-scale", "--loss-scale-window"), NUMBER),
+}

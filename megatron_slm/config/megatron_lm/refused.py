@@ -1,0 +1,233 @@
+"""Remedies for the flags of Megatron-LM's that are refused: per flag, else per family of flags."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+_PHASES = "the global batch is constant; train in phases: --load with another --global-batch-size."
+_DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and --min-lr."
+_SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated by itself."
+_SYNCHRONOUS = "checkpoints are written synchronously. Leave the flag out."
+_SCALED_ROPE = "rotary embeddings are not scaled. Set --rotary-base, and train at the final --seq-length."
+_PROFILE = "there is no built-in profiler. Run the command under nsys or py-spy."
+_STATE_DTYPE = "optimizer state is kept in fp32 on the device. Shard it with --use-distributed-optimizer."
+_SAME_BATCH = "evaluation uses the batch sizes of training. Set the extent with --eval-iters."
+
+CURATED: dict[str, str] = {
+    # numbers and precision
+    "--fp16": "fp16 and loss scaling are not supported. Use --bf16.",
+    "--fp16-lm-cross-entropy": "the loss is computed in fp32. Use --bf16 and leave the flag out.",
+    "--fp32-residual-connection": "the residual stream has the precision of the weights. Leave out --bf16 for fp32.",
+    "--apply-query-key-layer-scaling": "it guards against fp16 overflow only. Use --bf16 and leave the flag out.",
+    "--no-check-for-nan-in-loss-and-grad": "a loss that is NaN or infinite always ends the run. Leave the flag out.",
+    "--check-for-spiky-loss": "loss spikes do not end the run. Look for them in metrics.jsonl.",
+    "--use-precision-aware-optimizer": _STATE_DTYPE,
+    "--optimizer-cpu-offload": _STATE_DTYPE,
+    "--deterministic-mode": "runs on CPUs are deterministic; on GPUs the kernels of torch decide. Leave the flag out.",
+    "--use-cpu-initialization": "weights are initialised on the device of the run. Leave the flag out.",
+    # optimizer and schedule
+    "--decoupled-lr": _DECOUPLED,
+    "--decoupled-min-lr": _DECOUPLED,
+    "--rampup-batch-size": _PHASES,
+    "--step-batch-size-schedule": _PHASES,
+    "--decrease-batch-size-if-needed": _PHASES,
+    "--warmup": "the name is of old releases. Use --lr-warmup-fraction.",
+    "--batch-size": "the name is of old releases. Use --micro-batch-size.",
+    "--model-parallel-size": "the name is of old releases. Use --tensor-model-parallel-size.",
+    "--checkpoint-activations": "the name is of old releases. Use --recompute-activations.",
+    "--iterations-to-skip": "every iteration is trained. Leave the flag out.",
+    "--override-ckpt-iteration": "the step comes from the checkpoint. Choose one with --ckpt-step.",
+    # model
+    "--apply-layernorm-1p": "norm weights are stored as such, not as an offset from 1. Leave the flag out.",
+    "--squared-relu": "the activation is GELU, or SwiGLU with --swiglu.",
+    "--quick-geglu": "the activation is GELU, or SwiGLU with --swiglu.",
+    "--openai-gelu": "the activation is GELU, or SwiGLU with --swiglu.",
+    "--init-method-xavier-uniform": "initial weights are normal. Set --init-method-std.",
+    "--rotary-interleaved": "rotary embeddings rotate the halves of a head, as in Llama. Leave the flag out.",
+    "--use-rope-scaling": _SCALED_ROPE,
+    "--rope-scaling-factor": _SCALED_ROPE,
+    "--rotary-scaling-factor": _SCALED_ROPE,
+    "--rotary-seq-len-interpolation-factor": _SCALED_ROPE,
+    "--mscale": _SCALED_ROPE,
+    "--mscale-all-dim": _SCALED_ROPE,
+    "--no-rope-freq": "all layers have the same positions. Leave the flag out.",
+    "--window-size": "attention sees the sequence up to the token. Shorten --seq-length instead.",
+    "--window-attn-skip-freq": "attention sees the sequence up to the token. Shorten --seq-length instead.",
+    "--spec": "layers come from --transformer-impl local or transformer_engine.",
+    "--padded-vocab-size": "the padded size follows from --vocab-size and --make-vocab-size-divisible-by.",
+    "--encoder-num-layers": "there is a decoder only. Use --num-layers.",
+    "--decoder-num-layers": "there is a decoder only. Use --num-layers.",
+    "--encoder-seq-length": "there is a decoder only. Use --seq-length.",
+    "--decoder-seq-length": "there is a decoder only. Use --seq-length.",
+    "--qk-l2-norm": "queries and keys are normalised with --qk-layernorm.",
+    # experts
+    "--expert-tensor-parallel-size": "experts are split over the ranks of --tensor-model-parallel-size.",
+    "--moe-layer-recompute": "use --recompute-granularity.",
+    # parallelism
+    "--num-virtual-stages-per-pipeline-rank": (
+        "use --num-layers-per-virtual-pipeline-stage: layers per pipeline rank / virtual stages."
+    ),
+    "--use-megatron-fsdp": "parameters are not sharded. Use --use-distributed-optimizer and tensor parallelism.",
+    "--use-torch-fsdp2": "parameters are not sharded. Use --use-distributed-optimizer and tensor parallelism.",
+    "--use-tp-pp-dp-mapping": "ranks are ordered TP, CP, DP, PP. Leave the flag out.",
+    "--disable-gloo-process-groups": "Megatron-Core needs them to save optimizer state. Leave the flag out.",
+    # data
+    "--tokenizer-special-tokens": "special tokens come with the tokenizer's files.",
+    "--trust-remote-code": "tokenizers are read without running their code. Leave the flag out.",
+    "--test-data-path": "there is no test set. Make it a set: --valid-data-path test=PREFIX.",
+    "--multiple-validation-sets": _SPLITS,
+    "--validation-set-names": _SPLITS,
+    "--eval-global-batch-size": _SAME_BATCH,
+    "--eval-micro-batch-size": _SAME_BATCH,
+    "--start-eval-at-iter": "evaluations begin with the first step. Set --eval-interval.",
+    "--data-parallel-random-init": "all data-parallel ranks begin with the same weights. Leave the flag out.",
+    "--yaml-cfg": "recipes are flat YAML with the flags' names. Use --config.",
+    # checkpoints and logs
+    "--async-save": _SYNCHRONOUS,
+    "--async-strategy": _SYNCHRONOUS,
+    "--use-persistent-ckpt-worker": _SYNCHRONOUS,
+    "--persistent-save-interval": "there is one kind of checkpoint. Use --save-interval.",
+    "--dist-ckpt-strictness": "loading is strict: a checkpoint fits the model, or is refused. Leave the flag out.",
+    "--wandb-entity": "set the environment variable WANDB_ENTITY.",
+    "--profile": _PROFILE,
+    "--profile-ranks": _PROFILE,
+    "--profile-step-start": _PROFILE,
+    "--profile-step-end": _PROFILE,
+    "--use-pytorch-profiler": _PROFILE,
+    "--record-memory-history": _PROFILE,
+    "--memory-snapshot-path": _PROFILE,
+    "--exit-signal": "use --exit-signal-handler: SIGTERM and SIGUSR1 save and end the run.",
+    "--exit-signal-handler-for-training": "use --exit-signal-handler.",
+    "--mock-data": "make a corpus with tools/preprocess_data.py, of any text.",
+    "--sft": "pretraining only. Mask the loss of documents with --eod-mask-loss, or use a finetuning tool.",
+}
+
+# Patterns of a family of flags -> remedy. The first family with a matching pattern counts.
+FAMILIES: tuple[tuple[str, str], ...] = (
+    (
+        "^--(no-)?rl- ^--grpo langrl perform-rl refit-method",
+        "there is no reinforcement learning.",
+    ),
+    (
+        "^--logits-",
+        "logits are neither saved nor distilled. Score a corpus with tools/score_corpus.py for --reference-scores.",
+    ),
+    (
+        "fp8 fp4 -in-bf16$ -layers-bf16 kitchen te-precision",
+        "FP8 and FP4 are not supported. Use --bf16 alone.",
+    ),
+    (
+        "^--fim-",
+        "fill-in-the-middle is not supported. Rearrange documents before tools/preprocess_data.py.",
+    ),
+    (
+        "inference flash-decode graph prefill decode-only speculative static-engine mla-latents max-tokens- to-oom",
+        "the trainer has no inference and no CUDA graphs. Leave the flag out.",
+    ),
+    (
+        "mamba hybrid-layer hybrid-override hybrid-model ^--linear- ^--gdp-",
+        "layers consist of attention and an MLP. Leave the flag out.",
+    ),
+    (
+        "dsa mla- lora-rank qk-head qk-pos v-head mhc latent-attention experimental attention-output-gate",
+        "attention is multi-head, or grouped-query with --group-query-attention. Leave the flag out.",
+    ),
+    (
+        "yarn rope rotary",
+        "rotary embeddings have the settings --rotary-base and --rotary-percent only.",
+    ),
+    (
+        "bert biencoder retriever ^--ict- evidence embedding-path titles block-data indexer query-in-block "
+        "^--mask- short-seq head-lr one-sent",
+        "the only model is GPT. Leave the flag out.",
+    ),
+    (
+        "dino vision swin ^--img- patch-dim classes channels per-class iter-per-epoch sample-rate test-mode",
+        "there are no vision models. Leave the flag out.",
+    ),
+    (
+        "moe expert grouped-gemm",
+        "experts have the settings --num-experts, --moe-router-topk and the other --moe-* flags of --help.",
+    ),
+    (
+        "^--save-.*-interval dump log wandb tensorboard otel nvtx profil record app-tag result-rejected workload",
+        "metrics go to metrics.jsonl (--slm-metrics-file), --tensorboard-dir and --wandb-project. Leave the flag out.",
+    ),
+    (
+        "muon lion- ^--(use-)?mup qk-clip optimizer weight-decay -wd- pin-cpu layer-wise",
+        "--optimizer is adam or sgd, with one learning rate and weight decay for all weights.",
+    ),
+    (
+        "mtp",
+        "multi-token prediction has the settings --mtp-num-layers and --mtp-loss-scaling-factor.",
+    ),
+    (
+        "offload recompute saved-activations",
+        "save memory with --recompute-granularity, --sequence-parallel or a smaller --micro-batch-size.",
+    ),
+    (
+        "fsdp hsdp sharding-strategy data-sharding gtp weight-shards meta-device",
+        "parameters are not sharded over data-parallel ranks. Use --use-distributed-optimizer and tensor parallelism.",
+    ),
+    (
+        "tp-comm ^--overlap ^--delay ^--defer wgrad ^--ep-overlap",
+        "overlapped communication has the settings --overlap-grad-reduce and --overlap-param-gather.",
+    ),
+    (
+        "pipeline microbatch-group",
+        "layers are split evenly by --pipeline-model-parallel-size and --num-layers-per-virtual-pipeline-stage.",
+    ),
+    (
+        "^--ddp- align- nccl sharp symmetric all-gather high-priority p2p process-group mpu comm-type "
+        "hierarchical context-parallel seqlen-per communication-unit",
+        "Megatron-Core's defaults hold for communication groups and buckets. Leave the flag out.",
+    ),
+    (
+        "ckpt checkpoint persistent load-main replication ^--save- save-tokenizer fully-reshard",
+        "checkpoints have the settings --save, --load, --save-interval and --ckpt-step.",
+    ),
+    (
+        "inprocess ^--adlr- ^--ft- ft-package ft-timeouts straggler fault injection verify-integrity weight- "
+        "hash sniff large-grads flight ^--gpu",
+        "a job recovers from its checkpoints: --save-interval, --exit-signal-handler, and the same command again.",
+    ),
+    (
+        "tokenizer vocab tiktoken chat-template pad-tokens gigatoken",
+        "tokenizers have the settings --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file.",
+    ),
+    (
+        "data dataset msc object-storage sampling-seed",
+        "corpora have the settings --data-path, --valid-data-path, --split and --data-cache-path.",
+    ),
+    (
+        "samples train-sync phase",
+        "a run is counted in steps: --train-iters, --lr-decay-iters and --lr-warmup-iters.",
+    ),
+    (
+        "timeout",
+        "--distributed-timeout-minutes limits collectives.",
+    ),
+    (
+        "fus jit rng-tracker norm residual activation glu- initialization init-method heterogeneous relative- "
+        "attention matmul attention onnx invariant scatter-output chunks freeze",
+        "layers are Megatron-Core's standard ones, and all weights are trained. Leave the flag out.",
+    ),
+)
+
+NO_REMEDY = "Leave it out, or see --help for the settings."
+
+
+def remedy(flag: str) -> str:
+    """Return the reason why a flag of Megatron-LM's is refused, and what to use instead."""
+    if flag in CURATED:
+        return CURATED[flag]
+    return next((text for patterns, text in FAMILIES if re.search(patterns.replace(" ", "|"), flag)), NO_REMEDY)
+
+
+@cache
+def megatron_flags() -> frozenset[str]:
+    """Return the names of all flags of Megatron-LM's pretrain_gpt.py."""
+    text = resources.files("megatron_slm.config.megatron_lm").joinpath("flags.txt").read_text(encoding="utf-8")
+    return frozenset(text.split())

@@ -1,0 +1,98 @@
+"""Interpret the accepted flags of Megatron-LM: the settings that they imply, and whether the facts are true."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, INTEGER, NUMBER, SWITCH, WITHOUT_EFFECT
+from megatron_slm.config.recipe import convert
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import ConfigError
+
+ACCEPTED = (*IMPLIED, *FACTS, *WITHOUT_EFFECT)
+Label = Callable[[str], str]
+
+
+def add_accepted_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the accepted flags, without help; each is stored under its own name."""
+    for flag in ACCEPTED:
+        takes: dict[str, Any] = {} if _values(flag) else {"action": "store_const", "const": True}
+        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **takes)
+
+
+def split(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Split the values of one source (command line or recipe) into settings and accepted flags.
+
+    Settings that flags imply are among the settings.
+
+    Args:
+        values: by setting, or by flag, with underscores or hyphens.
+        label: returns the place of a name, for the messages.
+
+    Returns:
+        settings, values of accepted flags, and a message for each flag with a value that it cannot have.
+    """
+    settings: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in values.items():
+        flag = name if name.startswith("--") else "--" + name.replace("_", "-")
+        if flag not in ACCEPTED:
+            settings[name] = value
+            continue
+        try:
+            if (converted := _convert(flag, value, label(name))) is not False:
+                stated[flag] = converted
+        except ConfigError as error:
+            problems.append(str(error))
+    for flag, (name, implied) in IMPLIED.items():
+        if flag not in stated:
+            continue
+        if str(settings.setdefault(name, implied)).lower() != str(implied).lower():
+            problems.append(f"{flag} contradicts {label(name)} {settings[name]}. Leave one of them out.")
+    return settings, stated, problems
+
+
+def _values(flag: str) -> tuple[str, ...]:
+    return FACTS[flag].values if flag in FACTS else WITHOUT_EFFECT.get(flag, SWITCH)
+
+
+def _convert(flag: str, value: Any, label: str) -> Any:
+    """Return the value of a flag; False for a switch that a recipe turns off."""
+    values = _values(flag)
+    if not values:
+        return convert(value, bool, label)
+    if values in (INTEGER, NUMBER):
+        return convert(value, int if values == INTEGER else float, label)
+    text = convert(value, str, label)
+    if text not in values:
+        reason = f": {FACTS[flag].remedy}" if flag in FACTS else f" and should be one of {', '.join(values)}."
+        raise ConfigError(f"{label} is {text!r}{reason}")
+    return text
+
+
+def contradictions(config: Config, stated: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each stated fact that is not true of the configuration."""
+    for flag in stated:
+        if flag in FACTS and not FACTS[flag].holds(config):
+            yield f"{flag}: {FACTS[flag].remedy}"
+    if stated.get("--attention-backend") == "local" and config.model.transformer_impl == "transformer_engine":
+        yield f"--attention-backend local: {FACTS['--attention-backend'].remedy}"
+
+
+def describe(stated: Mapping[str, Any]) -> str:
+    """Return one line about the accepted flags that set nothing, or nothing if there are none."""
+    facts = [_shown(flag, stated) for flag in stated if flag in FACTS]
+    idle = [_shown(flag, stated) for flag in stated if flag in WITHOUT_EFFECT]
+    parts = []
+    if facts:
+        parts.append(f"true of every run: {', '.join(facts)}")
+    if idle:
+        parts.append(f"without effect: {', '.join(idle)}")
+    return f"Megatron-LM's flags {'; '.join(parts)}" if parts else ""
+
+
+def _shown(flag: str, stated: Mapping[str, Any]) -> str:
+    return flag if stated[flag] is True else f"{flag} {stated[flag]}"
