@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.files import write_text
 
 SIZES = {  # tokens N, hidden size H, vocabulary V
     "quickstart": (2048, 160, 4096),
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table(console, results[-1])
         if arguments.output:
             text = json.dumps({**facts, "sizes": results}, indent=1)
-            arguments.output.write_text(text + "\n", encoding="utf-8")
+            write_text(arguments.output, text + "\n", "--output")
     return 0
 
 

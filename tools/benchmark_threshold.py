@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.objective.threshold import select_highest
+from megatron_slm.runtime.files import atomic_path, write_text
 
 RATIO = 0.6
 EXTRAPOLATED_RANKS = 1024
@@ -67,7 +68,7 @@ def main() -> int:
         "estimate": estimate(rows, arguments.hop_latency_us, arguments.link_gbytes_per_second),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(arguments.output, json.dumps(report, indent=2) + "\n", "--output")
     plot(rows, arguments.output.with_suffix(".png"))
     print(report["estimate"]["text"])
     return 0
@@ -207,7 +208,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    with atomic_path(path, "--output") as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
 
 

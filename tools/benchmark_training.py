@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slm.runtime.files import write_text
+
 
 @dataclass(frozen=True)
 class Size:
@@ -328,7 +330,9 @@ def main() -> int:
         print(f"| {' | '.join(cells)} |")
     if arguments.output is not None:
         settings = {"size": arguments.size, "steps": arguments.steps, "software": where}
-        arguments.output.write_text(json.dumps({"settings": settings, "variants": result}, indent=1) + "\n")
+        write_text(
+            arguments.output, json.dumps({"settings": settings, "variants": result}, indent=1) + "\n", "--output"
+        )
     return 0
 
 

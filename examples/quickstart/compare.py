@@ -22,6 +22,7 @@ import stages
 from megatron_slm.analysis.curves import Curve, plot_comparison
 from megatron_slm.analysis.summary import comparison_table, paired_differences, speedup
 from megatron_slm.runtime.console import duration, progress
+from megatron_slm.runtime.files import write_text
 
 RESULTS = stages.HERE / "results"
 STEPS, SCOPE_STEPS = 160, 80
@@ -114,10 +115,8 @@ def report(folder: Path) -> None:
         "steps": STEPS,
         "scope_steps": SCOPE_STEPS,
     }
-    (RESULTS / "compare.json").write_text(
-        json.dumps({"settings": settings, "curves": [vars(curve) for curve in curves]}, indent=1) + "\n",
-        encoding="utf-8",
-    )
+    report = {"settings": settings, "curves": [vars(curve) for curve in curves]}
+    write_text(RESULTS / "compare.json", json.dumps(report, indent=1) + "\n")
     plot_comparison(objectives, RESULTS / "compare.png")
     text = "\n\n".join(
         (
@@ -129,7 +128,7 @@ def report(folder: Path) -> None:
             paired_differences(scopes, "SLM, data-parallel"),
         )
     )
-    (RESULTS / "compare.md").write_text(f"{text}\n", encoding="utf-8")
+    write_text(RESULTS / "compare.md", f"{text}\n")
     shutil.copy(RESULTS / "compare.png", folder / "compare.png")
     print(f"{text}\nresult, tables and plot: {RESULTS}")
 

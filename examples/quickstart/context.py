@@ -41,6 +41,7 @@ from megatron_slm.reference.scoring import ScoringJob, reference_config
 from megatron_slm.reference.windows import make_plan, scored_places
 from megatron_slm.runtime import process
 from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.files import write_text
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.step import as_tokens
 
@@ -307,9 +308,9 @@ def report(rows: list[Row], finals: dict[str, dict[str, list[float]]], settings:
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)
     results = stages.HERE / "results"
-    (results / "context.md").write_text(f"{table}\n", encoding="utf-8")
+    write_text(results / "context.md", f"{table}\n")
     record = {"settings": settings, "rows": [vars(row) for row in rows], "final_losses": finals}
-    (results / "context.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(results / "context.json", json.dumps(record, indent=1) + "\n")
     print(f"{table}\ntable and figures: {results}/context.*")
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.files import atomic_path
 
 CLEAN_PACKAGES = ("sympy", "mpmath")
 SHORTEST, LONGEST = 200, 20_000  # characters of a document
@@ -128,8 +129,6 @@ def _shuffled(texts: Iterable[str], chance: random.Random) -> list[str]:
 
 def _write(path: Path, texts: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_path(path, "corpus") as temporary, temporary.open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
-    partial.replace(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from corpora import build_corpora
 
 from megatron_slm.runtime.console import duration
+from megatron_slm.runtime.files import write_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -41,7 +42,7 @@ def stage(name: str, folder: Path, settings: Sequence[str], work: Callable[[], N
     began = time.monotonic()
     work()
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(wanted, encoding="utf-8")
+    write_text(mark, wanted)
     print(f"== {name}: {duration(time.monotonic() - began)}", flush=True)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from megatron_slm.runtime.files import atomic_path
+
 matplotlib.use("Agg")
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -51,7 +53,8 @@ def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
             panel.fill_between(tokens / 1e6, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         _dress(panel, f"{held_out} held-out loss")
     panels[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    with atomic_path(path, "plot") as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
 
 
@@ -82,7 +85,8 @@ def plot_stages(stages: Sequence[tuple[str, Sequence[Curve], Sequence[tuple[int,
         right.plot(tokens, [step[place] for step in steps], color=colour, label=label, linewidth=1)
     _dress(right, f"training loss, {name}")
     right.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    with atomic_path(path, "plot") as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
 
 

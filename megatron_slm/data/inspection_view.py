@@ -13,6 +13,7 @@ from megatron_slm.data.inspection import Lengths, document_ids
 from megatron_slm.data.metadata import read_metadata
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import atomic_path
 
 LONGEST_BAR = 40  # columns
 
@@ -103,8 +104,9 @@ def plot_lengths(lengths: Lengths, title: str, path: Path) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
     try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
+        with atomic_path(path, "--plot") as temporary:
+            figure.savefig(temporary, dpi=130)
+    except ValueError as error:
         raise ConfigError(f"--plot {path} cannot be written: {error}") from error
     finally:
         plt.close(figure)

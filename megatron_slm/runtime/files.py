@@ -78,10 +78,10 @@ def check_replaceable(path: str | Path, what: str = "the file", *, is_ours: IsOu
         raise _write_error(path, what, error) from error
     for is_kind, name in _KINDS:
         if is_kind(mode):
-            raise ConfigError(f"{what}: {path} is {name}, which is not replaced. Choose another path.")
+            raise ConfigError(f"{what} {path} is {name}, which is not replaced. Choose another path.")
     if is_ours is not None and not is_ours(Path(path)):
         raise ConfigError(
-            f"{what}: {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
+            f"{what} {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
         )
 
 
@@ -105,6 +105,6 @@ def sync(path: Path) -> None:
 
 def _write_error(path: str | Path, what: str, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{what}: {path} cannot be written ({error.strerror or error}). Free space on the disk, or choose a path "
-        "that this user may write."
+        f"{what} {path} cannot be written: {error.strerror or error}. Free space on the disk, or choose a path that "
+        "this user may write."
     )

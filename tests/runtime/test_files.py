@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(files, "sync", fail)
     elif stage == "replace":
         monkeypatch.setattr(Path, "replace", fail)
-    message = r"--output-prefix: .*tok.model cannot be written \(No space left"
+    message = r"--output-prefix .*tok.model cannot be written: No space left"
     with pytest.raises(ConfigError, match=message), atomic_path(path, "--output-prefix") as temporary:
         temporary.write_text("new")
         if stage == "write":
