@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command) -> None:
     from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
+    from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.objective.policy import parse_policy
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.process import launched_world_size
@@ -40,10 +40,8 @@ def _run(command: Command) -> None:
     config = command.config
     check(config, launched_world_size())
     parse_policy(config.objective.slm_score)
-    data = config.data
-    files = TokenizerFiles(data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size)
-    tokenizer = build_tokenizer(data.tokenizer_type, files)
-    check_corpora(data, tokenizer)
+    tokenizer = tokenizer_of(config)
+    check_corpora(config.data, tokenizer)
     if config.reference.reference_scores:
         from megatron_slm.training.setup import read_scores
 

@@ -30,13 +30,17 @@ from typing import Any
 
 from benchmarks.corpora import drawn_anew, natural_texts, shuffled, source_texts, unique, write_jsonl
 
+from megatron_slm.config.tokenizer_flags import (
+    add_tokenizer_flags,
+    config_of_tokenizer_flags,
+    given_tokenizer_settings,
+)
 from megatron_slm.data.preprocessing.word_cache import why_plain
-from megatron_slm.data.tokenizers.tokenizer import KINDS, TokenizerFiles, build_tokenizer
+from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
 TOOL = Path(__file__).parent / "preprocess_data.py"
-TOKENIZER_FLAGS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
     add("--megatron-python", default=sys.executable, help="a Python that can run it [this one]")
     add("--output", type=Path, help="JSON file for the result")
-    add("--tokenizer-type", required=True, choices=list(KINDS))
-    add("--tokenizer-model")
-    add("--vocab-file")
-    add("--merge-file")
-    add("--vocab-size", type=int)
+    add_tokenizer_flags(parser, required=True)
     return parser.parse_known_args()
 
 
@@ -114,7 +114,7 @@ def default_roots() -> list[Path]:
 
 
 def tokenizer_files(arguments: argparse.Namespace) -> TokenizerFiles:
-    return TokenizerFiles(*(getattr(arguments, name) for name in TOKENIZER_FLAGS[1:]))
+    return TokenizerFiles.of(config_of_tokenizer_flags(arguments))
 
 
 def make_corpus(arguments: argparse.Namespace) -> Corpus:
@@ -155,9 +155,8 @@ def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> 
     if arguments.megatron_lm is not None:
         commands["megatron_lm"] = [arguments.megatron_python, str(arguments.megatron_lm / "tools/preprocess_data.py")]
     shared = ["--workers", str(arguments.workers), *flags]
-    for name in TOKENIZER_FLAGS:
-        if (value := getattr(arguments, name)) is not None:
-            shared += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in given_tokenizer_settings(arguments).items():
+        shared += [f"--{name.replace('_', '-')}", str(value)]
 
     def run(name: str, source: Path, prefix: str) -> float:
         output = arguments.work / f"{name}-{prefix}"

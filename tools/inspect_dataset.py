@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slm.data.tokenizers.tokenizer import KINDS, Tokenizer, TokenizerFiles, build_tokenizer
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer, tokenizer_of
 from megatron_slm.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +25,10 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--check", action="store_true", help="read the whole corpus and tell all damage; exit code 2 where there is any"
     )
-    add("--tokenizer-type", choices=list(KINDS), help="decode documents, and check ids against its vocabulary")
-    add("--tokenizer-model", help="tokenizer file")
-    add("--vocab-file", help="vocabulary file of GPT2BPETokenizer")
-    add("--merge-file", help="merge file of GPT2BPETokenizer")
-    add("--vocab-size", type=int, help="vocabulary size of NullTokenizer; without a tokenizer, ids must lie below it")
+    group = parser.add_argument_group(
+        "tokenizer", "decodes documents and limits ids; --vocab-size alone limits ids without a tokenizer"
+    )
+    add_tokenizer_flags(group)
     return parser.parse_args()
 
 
@@ -49,17 +49,16 @@ def main() -> int:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
-    if arguments.tokenizer_type is None:
-        return None
-    files = TokenizerFiles(arguments.tokenizer_model, arguments.vocab_file, arguments.merge_file, arguments.vocab_size)
-    return build_tokenizer(arguments.tokenizer_type, files)
+    config = config_of_tokenizer_flags(arguments)
+    return None if config.tokenizer.tokenizer_type is None else tokenizer_of(config)
 
 
 def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> bool:
     """Print all damage; whether there is any."""
     from megatron_slm.data.integrity import check_integrity
 
-    found = check_integrity(arguments.prefix, tokenizer.vocab_size if tokenizer else arguments.vocab_size)
+    limit = tokenizer.vocab_size if tokenizer else getattr(arguments, "vocab_size", None)
+    found = check_integrity(arguments.prefix, limit)
     for damage in found.damage:
         for line in damage.lines():
             print(line, file=sys.stderr)

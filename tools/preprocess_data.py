@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_slm.config.recipe import nearest
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
 from megatron_slm.data.preprocessing.documents import find_inputs
 from megatron_slm.data.preprocessing.preprocess import Job, preprocess
 from megatron_slm.data.preprocessing.shards import parse_shard
-from megatron_slm.data.tokenizers.tokenizer import KINDS, TokenizerFiles
+from megatron_slm.data.tokenizers.base import TEXT, TOKENS, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
 INPUT = """files, globs, URLs that fsspec opens (s3://, gs://, hdfs://), or - for lines of JSON on standard input.
@@ -36,13 +37,12 @@ REFUSED = {  # flags of Megatron-LM's tool that are not taken, and what to do
     "--vocab-extra-ids": "Add the tokens to the tokenizer's file.",
     "--tokenizer-metadata": "Give --tokenizer-type and its file.",
     "--tokenizer-special-tokens": "Add the tokens to the tokenizer's file.",
-    "--tokenizer-sentencepiece-legacy": "Text is encoded as text, special tokens in it too.",
+    "--tokenizer-sentencepiece-legacy": "Give --special-tokens-in-text tokens.",
     "--tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
     "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
     "--tokenizer-hf-no-use-fast": "tokenizer.json is always read by the fast library.",
     "--tokenizer-hf-no-include-special-tokens": FROM_FILE,
     "--trust-remote-code": "No code of others is run: give a tokenizer.json.",
-    "--null-tokenizer-eod-id": "It is the last of the --vocab-size ids.",
     "--null-tokenizer-pad-id": "Corpora hold no padding.",
     "--chat-template": "Format conversations before, into one text each.",
     "--use-gigatoken": "The word cache is used wherever it is exact.",
@@ -61,6 +61,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_input_and_output(parser.add_argument)
+    add_tokenizer_flags(parser, required=True)
     _add_encoding(parser.add_argument)
     _add_running(parser.add_argument)
     arguments, unknown = parser.parse_known_args(list(argv))
@@ -83,14 +84,12 @@ def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
 
 
 def _add_encoding(add: Callable[..., argparse.Action]) -> None:
-    add("--tokenizer-type", required=True, metavar="|".join(KINDS))
-    add("--tokenizer-model", help="tokenizer file")
-    add("--vocab-file", help="vocabulary file of GPT2BPETokenizer")
-    add("--merge-file", help="merge file of GPT2BPETokenizer")
-    add("--vocab-size", type=int, help="vocabulary size of NullTokenizer, and of TikTokenizer with its special tokens")
-    add("--tiktoken-pattern", choices=("v1", "v2"), default="v2", help="expression of a TikTokenizer of .json [v2]")
     add(
-        "--tiktoken-num-special-tokens", type=int, default=1000, help="special tokens of a TikTokenizer of .json [1000]"
+        "--special-tokens-in-text",
+        choices=(TEXT, TOKENS),
+        default=TEXT,
+        help="read special tokens that occur in a text as text, or as tokens, as Megatron-LM does for all but "
+        "SentencePiece models [text]",
     )
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--split-sentences", action="store_true", help="one sequence per sentence")
@@ -150,14 +149,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         keys=arguments.json_keys,
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
-        tokenizer_files=TokenizerFiles(
-            arguments.tokenizer_model,
-            arguments.vocab_file,
-            arguments.merge_file,
-            arguments.vocab_size,
-            arguments.tiktoken_pattern,
-            arguments.tiktoken_num_special_tokens,
-        ),
+        tokenizer_files=TokenizerFiles.of(config_of_tokenizer_flags(arguments), arguments.special_tokens_in_text),
         append_eod=arguments.append_eod,
         split_sentences=arguments.split_sentences,
         keep_newlines=arguments.keep_newlines,

@@ -9,10 +9,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
 from megatron_slm.runtime.errors import ConfigError, DivergedError, report_error
 
 
@@ -41,9 +42,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequence-parallel", action="store_true")
     add("--distributed-backend", choices=("nccl", "gloo"), help="default nccl on GPUs, gloo on CPUs")
     add("--distributed-timeout-minutes", type=int, default=10)
-    add("--tokenizer-model", help="default that of the reference model's own run")
-    add("--vocab-file", help="the same")
-    add("--merge-file", help="the same")
+    group = parser.add_argument_group("tokenizer", "default: that of the reference model's run")
+    add_tokenizer_flags(group)
     return parser.parse_args(argv)
 
 
@@ -103,18 +103,11 @@ def score(arguments: argparse.Namespace) -> None:
 
 
 def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Any:
-    """The tokenizer of the reference model's own run, from other files where the flags name some."""
-    from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
+    """Return the tokenizer of the reference model's run, with the settings that the flags replace."""
+    from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
 
-    data = config.data
-    named = {
-        "tokenizer_model": arguments.tokenizer_model,
-        "vocab_file": arguments.vocab_file,
-        "merge_file": arguments.merge_file,
-    }
-    data = replace(data, **{name: value for name, value in named.items() if value is not None})
-    files = TokenizerFiles(data.tokenizer_model, data.vocab_file, data.merge_file, config.model.vocab_size)
-    return build_tokenizer(data.tokenizer_type, files)
+    settings = {**to_flat_dict(config), **given_tokenizer_settings(arguments)}
+    return tokenizer_of(from_flat_dict(settings, "command line"))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,12 @@ class ModelConfig:
     hidden_dropout: float = flag(0.1, "dropout on the residual stream", at_least=0, below=1)
     init_method_std: float = flag(0.02, "standard deviation of the initial weights", at_least=0)
     make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP", above=0)
-    vocab_size: int | None = flag(None, "vocabulary size before padding; default the tokenizer's", above=0)
+    vocab_size: int | None = flag(
+        None,
+        "vocabulary size before padding; default the tokenizer's, and at least that. NullTokenizer needs it, and "
+        "TikTokenizer takes as many entries of a .json file, special tokens included",
+        above=0,
+    )
     attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
     slm_logit_softcap: float | None = flag(None, "logits are capped to c x tanh(logits / c); default: no cap", above=0)
     mtp_num_layers: int | None = flag(None, "further heads, each a layer, that predict tokens further ahead", above=0)
@@ -180,6 +185,17 @@ class DataConfig:
         None, "shares of --data-path for training, validation and test (Megatron-LM: 969,30,1 as default)"
     )
     data_cache_path: str | None = flag(None, "folder for the sample indices; default beside the corpus")
+    reset_position_ids: bool = flag(False, "positions begin anew after each end of document")
+    reset_attention_mask: bool = flag(False, "no attention across the end of a document")
+    eod_mask_loss: bool = flag(False, "no loss on the end-of-document token")
+    num_workers: int = flag(2, "batches that are read ahead; 0 reads when needed", at_least=0)
+    full_validation: bool = flag(False, "evaluate on one whole epoch of every validation set")
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """Tokenizer"""
+
     tokenizer_type: str | None = flag(
         None,
         "kind of tokenizer",
@@ -194,14 +210,15 @@ class DataConfig:
             "NullTokenizer",
         ),
     )
-    tokenizer_model: str | None = flag(None, "tokenizer file")
+    tokenizer_model: str | None = flag(None, "tokenizer file, or the directory of a HuggingFaceTokenizer")
     vocab_file: str | None = flag(None, "vocabulary file of GPT2BPETokenizer")
     merge_file: str | None = flag(None, "merge file of GPT2BPETokenizer")
-    reset_position_ids: bool = flag(False, "positions begin anew after each end of document")
-    reset_attention_mask: bool = flag(False, "no attention across the end of a document")
-    eod_mask_loss: bool = flag(False, "no loss on the end-of-document token")
-    num_workers: int = flag(2, "batches that are read ahead; 0 reads when needed", at_least=0)
-    full_validation: bool = flag(False, "evaluate on one whole epoch of every validation set")
+    tiktoken_pattern: str = flag("v2", "pre-tokenization pattern of a TikTokenizer of .json", choices=("v1", "v2"))
+    tiktoken_num_special_tokens: int = flag(1000, "number of special tokens of a TikTokenizer of .json", above=0)
+    eod_id: int | None = flag(
+        None, "id of the end-of-document token; default the tokenizer's. Required if the tokenizer has none", at_least=0
+    )
+    null_tokenizer_eod_id: int | None = flag(None, "Megatron-LM's name of --eod-id for NullTokenizer", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -329,6 +346,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

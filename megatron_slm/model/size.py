@@ -19,9 +19,10 @@ def expert_size(model: ModelConfig) -> int:
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int) -> int:
-    """The vocabulary rounded up to a multiple of --make-vocab-size-divisible-by x TP."""
+    """The larger of the tokenizer's size and --vocab-size, rounded up to a multiple of --make-vocab-size-divisible-by
+    x TP."""
     multiple = model.make_vocab_size_divisible_by * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
+    return -(-max(vocab_size, model.vocab_size or 0) // multiple) * multiple
 
 
 def _head_sizes(model: ModelConfig) -> tuple[int, int]:

@@ -152,7 +152,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("unknown flag", ["--append-eos"], ["unknown flag --append-eos", "Did you mean --append-eod?"]),
     ("abbreviation", ["--append"], ["unknown flag --append"]),
     ("stray word", ["--append-eod", "yes"], ["'yes' stands alone"]),
-    ("tokenizer", ["--tokenizer-type", "Bert"], ["--tokenizer-type Bert"]),
+    ("tokenizer", ["--tokenizer-type", "Bert"], ["--tokenizer-type should be one of", "not 'Bert'"]),
     ("tokenizer file", ["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model"]),
     (
         "no words",
@@ -162,7 +162,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     (
         "id too large",
         ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--input", "large.jsonl"],
-        ["large.jsonl:1", "a token id that the corpus cannot hold"],
+        ["large.jsonl:1", "the id 70000 is outside the vocabulary of 9"],
     ),
     ("output", ["--output-prefix", "good.jsonl/out"], ["--output-prefix good.jsonl/out cannot be written"]),
     ("package", ["--input", "s3://bucket/in.jsonl"], ["--input s3://bucket/in.jsonl", "pip install s3fs"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,38 @@ def test_fast_kinds_go_the_plain_way() -> None:
         assert fast_encoder(build(kind), np.uint16)("1 2") == np.array(build(kind).encode("1 2"), np.uint16).tobytes()
 
 
-def test_special_tokens_in_texts() -> None:
-    gpt2 = build("GPT2BPETokenizer")
-    assert gpt2.encode("a<|endoftext|>") == [*gpt2.encode("a"), gpt2.eod]
-    tik = build("TikTokenizer")
-    assert tik.encode("a</s>") == [*tik.encode("a"), tik.eod], "as Megatron-LM, with all special tokens allowed"
+@pytest.mark.parametrize(
+    ("kind", "special"),
+    [
+        *(("SentencePieceTokenizer", "</s>"), ("HuggingFaceTokenizer", "</s>"), ("GPT2BPETokenizer", "<|endoftext|>")),
+        ("TikTokenizer", "</s>"),
+    ],
+)
+def test_special_tokens_in_texts_are_text_or_tokens(kind: str, special: str) -> None:
+    text = build(kind)
+    tokens = build_tokenizer(kind, replace(FILES[kind], special_tokens="tokens"))
+    around = [token for token in text.encode("") if token in text.special_ids]
+    plain = [token for token in text.encode(f"a{special}b") if token not in around]
+    assert not text.special_ids & set(plain) and text.decode(plain) == f"a{special}b"
+    found = tokens.encode(f"a{special}b")
+    inner = found[len(around) // 2 : len(found) - len(around) // 2]
+    assert inner.count(text.eod) == 1 and len(inner) < len(plain)
+    assert tokens.encode("ab") == text.encode("ab")
+
+
+def test_sentencepiece_between_special_tokens_is_as_megatron_lm_reads_it() -> None:
+    """Each part alone, without the space of the dummy prefix behind a special token."""
+    files = replace(FILES["SentencePieceTokenizer"], special_tokens="tokens")
+    model = (tokenizer := build_tokenizer("SentencePieceTokenizer", files)).model  # type: ignore[attr-defined]
+    first, second = model.encode("ab"), model.encode("zq c")
+    expected = [*first, 2, *(second[1:] if model.id_to_piece(second[0]) == "▁" else second), 1]
+    assert tokenizer.encode("ab</s>zq c<s>") == expected
+
+
+@pytest.mark.parametrize("kind", ["ByteTokenizer", "NullTokenizer"])
+def test_special_tokens_of_kinds_without_any_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match="--special-tokens-in-text tokens has no effect"):
+        build_tokenizer(kind, replace(FILES[kind], special_tokens="tokens"))
 
 
 def test_truncation_and_padding_of_a_tokenizer_json_are_left_out(tmp_path: Path) -> None:
@@ -115,8 +143,6 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_left_out(tmp_path: Path)
         ({"eos_token": "<s>"}, "<s>"),
         ({"eos_token": {"content": "<s>", "lstrip": False}}, "<s>"),
         ({"eos_token": None, "sep_token": "<s>"}, "<s>"),
-        ({}, "<|endoftext|>"),
-        (None, "<|endoftext|>"),
     ],
 )
 def test_the_end_of_document_is_the_one_declared(tmp_path: Path, declared: dict[str, object] | None, eod: str) -> None:
@@ -167,9 +193,10 @@ def test_foreign_files_are_refused(kind: str, content: str | None, message: str,
         build_tokenizer(kind, TokenizerFiles(str(path)))
 
 
-def test_too_few_tokens_for_the_vocabulary_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"holds 400 tokens, and --vocab-size asks for 130072"):
-        build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json")))
+@pytest.mark.parametrize("size", [None, 1400, 5000])
+def test_a_vocabulary_that_is_smaller_than_declared_is_padded(size: int | None) -> None:
+    tokenizer = build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=size))
+    assert tokenizer.vocab_size == 1400
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer"])

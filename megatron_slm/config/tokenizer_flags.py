@@ -1,0 +1,55 @@
+"""Tokenizer flags of the command-line tools: the trainer's settings, with its names, defaults and help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import Field
+from typing import Any, get_args
+
+from megatron_slm.config.checks import value_violations
+from megatron_slm.config.constraints import flag_name
+from megatron_slm.config.recipe import from_flat_dict, settings
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import refuse
+
+
+def add_tokenizer_flags(parser: argparse._ActionsContainer, *, required: bool = False) -> None:
+    """Add the tokenizer flags to a tool's parser; flags that are not given set no attribute.
+
+    Args:
+        required: whether --tokenizer-type must be given.
+    """
+    for setting, kind in _tokenizer_settings():
+        shown = "" if setting.default is None else f" [{setting.default}]"
+        parser.add_argument(
+            flag_name(setting),
+            default=argparse.SUPPRESS,
+            type=int if int in (kind, *get_args(kind)) else str,
+            metavar="|".join(setting.metadata["choices"]) or "VALUE",
+            required=required and setting.name == "tokenizer_type",
+            help=setting.metadata["help"] + shown,
+        )
+
+
+def given_tokenizer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the tokenizer settings that the command line gives, by name."""
+    names = [setting.name for setting, _ in _tokenizer_settings()]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def config_of_tokenizer_flags(arguments: argparse.Namespace) -> Config:
+    """Return a configuration with the tokenizer flags of the command line.
+
+    Raises:
+        ConfigError: values that are outside their constraints.
+    """
+    config = from_flat_dict(given_tokenizer_settings(arguments), "command line")
+    refuse(value_violations(config))
+    return config
+
+
+def _tokenizer_settings() -> Iterator[tuple[Field[Any], Any]]:
+    for group, setting, kind in settings():
+        if group == "tokenizer" or setting.name == "vocab_size":
+            yield setting, kind

@@ -1,0 +1,94 @@
+"""Vocabularies of tiktoken."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from megatron_slm.data.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles, fingerprint_of, required_file
+from megatron_slm.data.tokenizers.word_cuts import Uncuttable, WordCuts
+from megatron_slm.runtime.errors import ConfigError
+
+Vocabulary = tuple[dict[bytes, int], dict[str, int], str]  # ranks, special tokens, pattern
+
+
+class TikTokenizer(BaseTokenizer):
+    """A tiktoken vocabulary in one of two formats.
+
+    ``.json``, as Megatron-LM reads it: a list of ``{"rank", "token_bytes", "token_str"}``, of which the first
+    ``--vocab-size`` less ``--tiktoken-num-special-tokens`` are taken; special tokens come before them, and </s> ends a
+    document. Any other name, as tiktoken itself writes it: base64 token and rank a line; the id behind the last rank
+    ends a document.
+
+    Special tokens in a text are text, unless ``special_tokens`` is "tokens" (as in Megatron-LM).
+    """
+
+    PATTERNS: Final = {
+        "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        "v2": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+    OWN_PATTERN: Final = PATTERNS["v2"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    SPECIALS: Final = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+    MOST_TOKENS: Final = 1 << 17  # of Megatron-LM's format, without --vocab-size
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        import tiktoken
+
+        path = required_file(files.model, "--tokenizer-model", "TikTokenizer")
+        is_megatrons = path.suffix == ".json"
+        settings = f"{files.tiktoken_pattern} {files.tiktoken_num_special_tokens}" if is_megatrons else ""
+        digest = hashlib.sha256(f"{fingerprint_of(path)} {settings}".encode()).hexdigest()
+        super().__init__(digest if settings else fingerprint_of(path), f"--tokenizer-model {path}")
+        read = _read_megatron_format if is_megatrons else _read_tiktoken_format
+        try:
+            ranks, specials, pattern = read(path, files)
+            self.vocab_size = max(*specials.values(), *ranks.values()) + 1
+            self.model = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"--tokenizer-model {path} is not a tiktoken file: {error}") from error
+        self.special_ids = frozenset(specials.values())
+        self.specials = frozenset(specials if files.special_tokens == TOKENS else ())  # looked for in texts
+        end = specials["</s>"] if is_megatrons else max(specials.values(), default=0)
+        self.eod = end if files.eod_id is None else files.eod_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, allowed_special=self.specials, disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids))
+
+    def word_cuts(self) -> WordCuts:
+        raise Uncuttable("tiktoken is faster than a word cache that is filling")
+
+
+def _read_tiktoken_format(path: Path, files: TokenizerFiles) -> Vocabulary:
+    from tiktoken.load import load_tiktoken_bpe
+
+    ranks = load_tiktoken_bpe(str(path))
+    end = max(ranks.values()) + 1 if files.eod_id is None else files.eod_id
+    return ranks, {} if end in ranks.values() else {"<|endoftext|>": end}, TikTokenizer.OWN_PATTERN
+
+
+def _read_megatron_format(path: Path, files: TokenizerFiles) -> Vocabulary:
+    reserved, least = files.tiktoken_num_special_tokens, len(TikTokenizer.SPECIALS)
+    most = files.vocab_size or TikTokenizer.MOST_TOKENS
+    if not least <= reserved < most:
+        raise ConfigError(
+            f"--tiktoken-num-special-tokens is {reserved}, and must be at least {least} and below --vocab-size {most}."
+        )
+    if files.tiktoken_pattern not in TikTokenizer.PATTERNS:
+        raise ConfigError(
+            f"--tiktoken-pattern should be one of {', '.join(TikTokenizer.PATTERNS)}, not {files.tiktoken_pattern!r}."
+        )
+    tokens = json.loads(path.read_text(encoding="utf-8"))[: most - reserved]
+    names = [*TikTokenizer.SPECIALS, *(f"<SPECIAL_{place}>" for place in range(least, reserved))]
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + reserved for token in tokens}
+    if not ranks:
+        raise ValueError("it holds no tokens")
+    return ranks, {name: place for place, name in enumerate(names)}, TikTokenizer.PATTERNS[files.tiktoken_pattern]
