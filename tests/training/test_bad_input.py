@@ -53,7 +53,7 @@ FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_type": "Magic"}, "--tokenizer-type should be one of"),
     ({"tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
     ({"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "/nowhere"}, "--tokenizer-model /nowhere"),
-    ({"vocab_size": 1000}, "--vocab-size 1000 is not the tokenizer's size, 257"),
+    ({"vocab_size": 256}, "--vocab-size 256 is below the size"),
     ({"data_path": "/nowhere/corpus"}, "/nowhere/corpus.bin is missing"),
     ({"load": "/nowhere", "finetune": True}, "--load /nowhere: there is no such folder"),
     ({"load": "/nowhere", "exit_on_missing_checkpoint": True}, "--load /nowhere: there is no checkpoint"),
