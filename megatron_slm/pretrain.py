@@ -1,62 +1,66 @@
 """The command line of the trainer: ``torchrun ... -m megatron_slm.pretrain``, or one process without torchrun.
 
-Heavy imports stand inside functions, so that ``--help`` answers at once and the helper processes that the checkpoint
-format starts do not load torch for nothing.
+Heavy imports are inside functions: ``--help`` and the checks of flag values need no torch, nor do the helper processes
+that the checkpoint format starts.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import check
-from megatron_slm.config.flags import Command, parse
+from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
-from megatron_slm.runtime.errors import ConfigError, DivergedError, report_error
+from megatron_slm.config.schema import Config
+from megatron_slm.objective.policy import parse_policy
+from megatron_slm.runtime.launch import read_launch
+from megatron_slm.runtime.reporting import run_command
+
+if TYPE_CHECKING:
+    from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a mistake of the user's, 3 where training diverged."""
-    try:
-        command = parse(sys.argv[1:] if argv is None else argv)
+    """Run the command line and return the exit code: 0, 2 for a mistake of the user's, 3 if training diverged."""
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+    command = parse(argv)
+    launch = read_launch()
+    if command.action == "train":
+        _check_values(command.config, launch.world_size)
+        _train(command.config)
+    elif launch.rank == 0:
         if command.action == "print-config":
             print(dump_config(command.config), end="")
         else:
-            _run(command)
-    except (ConfigError, DivergedError) as error:
-        report_error(error)
-        return error.exit_code
-    return 0
+            _check_values(command.config, launch.world_size)
+            _print_plan(command.config, launch.world_size)
 
 
-def _run(command: Command) -> None:
-    from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
-    from megatron_slm.objective.policy import parse_policy
-    from megatron_slm.runtime.console import make_console
-    from megatron_slm.runtime.process import launched_world_size
-
-    config = command.config
-    check(config, launched_world_size())
+def _check_values(config: Config, world_size: int) -> None:
+    check(config, world_size)
     parse_policy(config.objective.slm_score)
+
+
+def _print_plan(config: Config, world_size: int) -> None:
+    from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.training.plan import print_plan
+
     tokenizer = tokenizer_of(config)
-    check_corpora(config.data, tokenizer)
-    if config.reference.reference_scores:
-        from megatron_slm.training.setup import read_scores
-
-        read_scores(config, tokenizer)
-    console = make_console(int(os.environ.get("RANK", 0)) == 0)
-    if command.action == "dry-run":
-        from megatron_slm.training.plan import print_plan
-
-        print_plan(console, config, tokenizer.vocab_size, launched_world_size())
-    else:
-        _train(config, tokenizer, console)
+    _check_files(config, tokenizer)
+    print_plan(make_console(), config, tokenizer.vocab_size, world_size)
 
 
-def _train(config, tokenizer, console) -> None:  # type: ignore[no-untyped-def]
+def _train(config: Config) -> None:
+    from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime import process
+    from megatron_slm.runtime.collective import on_first_rank
+    from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
@@ -68,15 +72,24 @@ def _train(config, tokenizer, console) -> None:  # type: ignore[no-untyped-def]
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.training.seed,
     )
-    try:
-        console.print(describe_software(groups))
-        print_settings(console, config)
-        run = build_run(config, tokenizer, groups, console)
-        train(run)
-        for sink in run.sinks:
-            sink.close()
-    finally:
-        process.stop()
+    tokenizer = tokenizer_of(config)
+    on_first_rank(lambda: _check_files(config, tokenizer))
+    console = make_console(groups.is_logging_rank)
+    console.print(describe_software(groups))
+    print_settings(console, config)
+    run = build_run(config, tokenizer, groups, console)
+    train(run)
+    for sink in run.sinks:
+        sink.close()
+
+
+def _check_files(config: Config, tokenizer: Tokenizer) -> None:
+    """Check all files that the run reads."""
+    from megatron_slm.data.datasets import check_corpora
+    from megatron_slm.training.setup import read_scores
+
+    check_corpora(config.data, tokenizer)
+    read_scores(config, tokenizer)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Runs as one process or under torchrun, in any layout. What was begun goes on whe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
-from megatron_slm.runtime.errors import ConfigError, DivergedError, report_error
+from megatron_slm.runtime.launch import launched_rank
+from megatron_slm.runtime.reporting import run_command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,12 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        score(arguments)
-    except (ConfigError, DivergedError) as error:
-        report_error(error)
-        return error.exit_code
-    return 0
+    return run_command(lambda: score(arguments))
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -96,10 +91,7 @@ def score(arguments: argparse.Namespace) -> None:
         backend=arguments.distributed_backend,
         timeout_minutes=arguments.distributed_timeout_minutes,
     )
-    try:
-        score_corpora(job, tokenizer, groups, make_console(int(os.environ.get("RANK", 0)) == 0))
-    finally:
-        process.stop()
+    score_corpora(job, tokenizer, groups, make_console(launched_rank() == 0))
 
 
 def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Any:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Sequence
-
-SECONDS_FOR_RANK_0 = 2.0  # to report an error before the other ranks do
 
 
 class ConfigError(Exception):
@@ -28,11 +23,3 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
-
-
-def report_error(error: Exception) -> None:
-    """Say what is wrong once: as a rule all ranks fail alike, and the launcher ends the others when one has."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        time.sleep(SECONDS_FOR_RANK_0)
-    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)

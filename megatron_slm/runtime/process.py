@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -13,14 +15,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_slm.runtime import reporting
 from megatron_slm.runtime.cpu import redirect_cuda_to_cpu
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.runtime.launch import Launch, read_launch
 
-
-def launched_world_size(env: Mapping[str, str] = os.environ) -> int:
-    """The number of processes that the launcher (torchrun, srun, or none) started."""
-    return int(env.get("WORLD_SIZE") or env.get("SLURM_NTASKS") or 1)
+SECONDS_BEFORE_NOTICE = 15.0  # of waiting for the other ranks
 
 
 def start(
@@ -37,8 +38,10 @@ def start(
     Raises:
         ConfigError: the number of processes is not a multiple of TP x PP x CP.
     """
-    device = _choose_device(backend)
-    _join(backend or ("nccl" if device.type == "cuda" else "gloo"), timedelta(minutes=timeout_minutes))
+    launch = read_launch()
+    device = _choose_device(backend, launch)
+    timeout = timedelta(minutes=timeout_minutes)
+    _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
     world_size = dist.get_world_size()
     if world_size % (layout.tensor * layout.pipeline * layout.context):
         stop()
@@ -91,34 +94,84 @@ def preserved_random_state() -> Iterator[None]:
 
 def stop() -> None:
     """Leave all process groups; a process that skips this can die at exit with a C++ abort."""
+    reporting.share_reports(None)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _choose_device(backend: str | None) -> torch.device:
+def _choose_device(backend: str | None, launch: Launch) -> torch.device:
     if backend == "nccl" and not torch.cuda.is_available():
         raise ConfigError("--distributed-backend nccl needs a GPU, and torch sees none. Use gloo, or leave it out.")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        device = _device_index(launch, torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return torch.device("cuda", device)
     redirect_cuda_to_cpu()
     return torch.device("cpu")
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    env = os.environ
-    if env.get("RANK"):
-        dist.init_process_group(backend, timeout=timeout)
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and env.get("MASTER_ADDR"):
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '29500')}",
-            rank=int(env["SLURM_PROCID"]),
-            world_size=int(env["SLURM_NTASKS"]),
-            timeout=timeout,
+def _device_index(launch: Launch, devices: int) -> int:
+    """Return this rank's GPU; with ``srun --gpus-per-task 1`` each task sees its GPU alone."""
+    if launch.launcher == "srun" and devices == 1:
+        return 0
+    if launch.local_rank >= devices:
+        raise ConfigError(
+            f"rank {launch.rank} is the process {launch.local_rank} of its node (counted from 0), and {devices} GPUs "
+            "are visible. Start one process per GPU, or check CUDA_VISIBLE_DEVICES."
         )
-    else:
+    return launch.local_rank
+
+
+def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks and start the process group.
+
+    Raises:
+        ConfigError: the ranks did not meet; names the address and the timeout.
+    """
+    if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        with _notice_while_waiting(launch):
+            store = _rendezvous(launch, timeout)
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("group", store),
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timeout,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(_not_joined(launch, timeout, error)) from error
+    reporting.share_reports(dist.PrefixStore("reports", store))
+
+
+def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Return the store of all ranks, which torchrun's agent or rank 0 serves."""
+    url = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://{launch.address}:{launch.port}"
+    return next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=timeout))[0]
+
+
+def _not_joined(launch: Launch, timeout: timedelta, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"the {launch.world_size} ranks did not meet at {launch.address}:{launch.port} within "
+        f"{timeout.total_seconds() / 60:g} minutes ({reason}). Check that all {launch.world_size} processes were "
+        "started, and that MASTER_ADDR and MASTER_PORT name the host of rank 0 and a free port."
+    )
+
+
+@contextmanager
+def _notice_while_waiting(launch: Launch) -> Iterator[None]:
+    """Print where rank 0 waits if the other ranks take long."""
+    text = f"waiting for {launch.world_size} ranks at {launch.address}:{launch.port} ({launch.launcher})"
+    timer = threading.Timer(SECONDS_BEFORE_NOTICE, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if launch.rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

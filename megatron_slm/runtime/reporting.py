@@ -1,0 +1,116 @@
+"""Error reports: one message for a failure of a run, however many ranks it reaches.
+
+Most errors reach every rank alike, and a rank that ends takes the others with it: their collectives fail. The first
+rank that reports claims the failure in a store that all ranks share, and the others stay silent, unless they have
+another message for the user. The module imports no torch, since most mistakes are found before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_slm.runtime.errors import ConfigError, DivergedError
+from megatron_slm.runtime.launch import guess_launch, launched_rank
+
+SECONDS_FOR_RANK_0 = 2.0  # to report an error before the other ranks do
+SECONDS_FOR_OTHERS = 1.0  # to ask, after that, whether rank 0 has reported
+INTERRUPTED = 130  # exit code after Ctrl+C, as a shell gives it
+
+# Messages of collectives if the process at the other end is gone.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+_store: Store | None = None
+
+
+class Store(Protocol):
+    """The part of torch's key-value stores that reports need."""
+
+    def add(self, key: str, amount: int) -> int: ...
+
+
+def share_reports(store: Store | None) -> None:
+    """Report through a store of all ranks from here on; None ends that."""
+    global _store
+    _store = store
+
+
+def run_command(action: Callable[[], None]) -> int:
+    """Run a command and return the exit code of the process; report an error, if there is one, once over all ranks.
+
+    ConfigError and DivergedError become messages, any other error a traceback. The process groups are left after the
+    report, because the other ranks fail as soon as one leaves.
+    """
+    try:
+        action()
+    except (ConfigError, DivergedError) as error:
+        report_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if launched_rank() == 0:
+            _print("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if _claim("failure"):
+            _print_failure(error)
+        return 1
+    finally:
+        process = sys.modules.get("megatron_slm.runtime.process")  # not imported for a mistake found before torch is
+        if process is not None:
+            process.stop()
+    return 0
+
+
+def report_error(error: Exception) -> None:
+    """Print an error message once over all ranks: rank 0's, and those of other ranks that differ from it."""
+    rank = launched_rank()
+    if rank == 0:
+        _claim_message(error)
+        _print(f"error: {error}")
+        if _store is not None:
+            time.sleep(SECONDS_FOR_RANK_0 + SECONDS_FOR_OTHERS)  # the store may end with this process
+        return
+    if _store is None and not _may_be_of_this_node(error):
+        return
+    time.sleep(SECONDS_FOR_RANK_0)
+    if _claim_message(error):
+        _print(f"error on rank {rank}: {error}")
+
+
+def _claim_message(error: Exception) -> bool:
+    """Return whether this rank is the first with this message."""
+    _claim("failure")
+    return _claim(hashlib.sha256(str(error).encode()).hexdigest())
+
+
+def _claim(key: str) -> bool:
+    """Return whether this rank is the first to claim ``key``; True if the store is gone with its host."""
+    if _store is None:
+        return True
+    try:
+        return _store.add(key, 1) == 1
+    except RuntimeError:
+        return True
+
+
+def _may_be_of_this_node(error: Exception) -> bool:
+    """Return whether an error before the process group exists may have missed rank 0: a file of this node alone."""
+    return isinstance(error.__cause__, OSError) and guess_launch().local_rank == 0
+
+
+def _print_failure(error: Exception) -> None:
+    rank = launched_rank()
+    where = f"error on rank {rank}" if rank else "error"
+    if any(phrase in str(error) for phrase in LOST_PEER):
+        reason = str(error).strip().splitlines()[0]
+        _print(f"{where}: another rank ended without a report, for example because it was killed ({reason})")
+    else:
+        _print(f"{traceback.format_exc()}{where}: see the traceback above")
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
