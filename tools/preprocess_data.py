@@ -15,13 +15,11 @@ from megatron_slm.config.recipe import nearest
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
 from megatron_slm.data.preprocessing.documents import find_inputs
 from megatron_slm.data.preprocessing.preprocess import Job, preprocess
+from megatron_slm.data.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.data.preprocessing.shards import parse_shard
 from megatron_slm.data.tokenizers.base import TEXT, TOKENS, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
-INPUT = """files, globs, URLs that fsspec opens (s3://, gs://, hdfs://), or - for lines of JSON on standard input.
-Lines of JSON (.jsonl or any other name) and plain text (.txt), each also as .gz, .bz2, .xz or .zst; tables (.parquet,
-.arrow, .feather)"""
 SHARD = """make only part i (from 0) of n about equal ones, into the folder <output-prefix>_<key>_document;
 tools/merge_datasets.py --input <that folder> makes of all parts the corpus that one machine would have made"""
 
@@ -60,6 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown flag, one of Megatron-LM's that is not taken, or a bad value.
     """
     parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_reading_flags(parser)
     _add_input_and_output(parser.add_argument)
     add_tokenizer_flags(parser, required=True)
     _add_encoding(parser.add_argument)
@@ -71,15 +70,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
-    add("--input", nargs="+", required=True, help=INPUT)
-    add("--json-keys", nargs="+", default=["text"], help="keys of JSON, or columns of tables: a corpus each [text]")
     add(
         "--text-document",
         choices=("paragraph", "file"),
         default="paragraph",
         help="a document of a .txt file is what stands between blank lines, or the whole file [paragraph]",
     )
-    add("--output-prefix", required=True, help="path of the corpus; _<key>_document is added")
+    add("--output-prefix", required=True, help="path of the corpora, one per key; _<key>_document is added")
     add("--shard", metavar="I/N", help=SHARD)
 
 
@@ -103,12 +100,6 @@ def _add_running(add: Callable[..., argparse.Action]) -> None:
     add("--no-word-cache", action="store_true", help="encode every text as a whole; slower, and the same ids")
     add(
         "--resume", action="store_true", help="go on where a stopped job was, if there is one; keep what an error stops"
-    )
-    add(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a line or file that cannot be read: stop and leave nothing, or go on; the summary counts them [stop]",
     )
     add("--log-interval", type=int, help="also print a line every so many documents")
     add(
@@ -158,6 +149,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         workers=arguments.workers,
         word_cache=not arguments.no_word_cache,
         skip_errors=arguments.on_error == "skip",
+        lone_surrogates=arguments.lone_surrogates,
         text_document=arguments.text_document,
         shard=None if arguments.shard is None else parse_shard(arguments.shard),
         resume=arguments.resume,

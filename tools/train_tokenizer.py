@@ -7,20 +7,20 @@ import os
 import sys
 
 from megatron_slm.data.preprocessing.documents import find_inputs
+from megatron_slm.data.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.data.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add_reading_flags(parser)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or globs: .jsonl or .txt, plain, .gz, .xz or .zst")
-    add("--json-key", default="text", help="key that holds the text")
     add("--output-prefix", required=True, help="path of the model; .model and .vocab are added")
-    add("--vocab-size", type=int, default=32000)
-    add("--model-type", choices=("bpe", "unigram"), default="bpe")
-    add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most")
-    add("--threads", type=int, default=os.cpu_count() or 1)
+    add("--vocab-size", type=int, default=32000, help="entries of the vocabulary [32000]")
+    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model [bpe]")
+    add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most [1000000]")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="threads of the trainer [all cores]")
     return parser.parse_args()
 
 
@@ -32,14 +32,22 @@ def main() -> int:
             output_prefix=arguments.output_prefix,
             vocab_size=arguments.vocab_size,
             model_type=arguments.model_type,
-            json_key=arguments.json_key,
+            json_keys=arguments.json_keys,
             max_lines=arguments.max_lines,
             threads=arguments.threads,
+            skip_errors=arguments.on_error == "skip",
+            lone_surrogates=arguments.lone_surrogates,
         )
-        print(f"wrote {train_tokenizer(job)} ({arguments.vocab_size:,} pieces)")
+        trained = train_tokenizer(job)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; an existing model is unchanged", file=sys.stderr)
+        return 130
+    for message in trained.errors:
+        print(f"skipped {message}", file=sys.stderr)
+    print(f"wrote {trained.path} ({trained.vocab_size:,} pieces), {trained.skipped:,} skipped")
     return 0
 
 

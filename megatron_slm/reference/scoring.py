@@ -36,6 +36,7 @@ from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_plan, scored_places
 from megatron_slm.runtime.console import Advance, Silent, duration, progress
 from megatron_slm.runtime.errors import ConfigError, DivergedError
+from megatron_slm.runtime.files import check_output_prefix
 from megatron_slm.runtime.groups import Groups
 
 MICRO_BATCHES = 8  # in one pass through the pipeline
@@ -74,7 +75,8 @@ class ScoringJob:
                 raise ConfigError(f"{flag} is {value}, and must be above 0.")
         if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
             raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1.")
-        if self.name.endswith((".scores", "/")):
+        check_output_prefix(self.name, "--reference-scores", directory_allowed=True)
+        if self.name.endswith(".scores"):
             raise ConfigError(f"--reference-scores {self.name}: give the name alone; NAME makes CORPUS.NAME.scores.")
         self.rule(saved_config(self.directory()).model.seq_length or 0)
 

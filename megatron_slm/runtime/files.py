@@ -85,6 +85,23 @@ def check_replaceable(path: str | Path, what: str = "the file", *, is_ours: IsOu
         )
 
 
+def check_output_prefix(prefix: str, flag: str, *, directory_allowed: bool = False) -> None:
+    """Raise ConfigError if a prefix of file names has no last part to which suffixes can be added.
+
+    Args:
+        prefix: a path; files are named by adding suffixes to it.
+        flag: the flag that gave it.
+        directory_allowed: whether a directory of that name may exist beside the files.
+    """
+    remedy = "Give a path whose last part begins the names of the files, for example out/name."
+    if not prefix.strip():
+        raise ConfigError(f"{flag} is empty. {remedy}")
+    if prefix.endswith(os.sep) or os.path.basename(prefix) in (".", ".."):  # noqa: PTH119 Path drops both
+        raise ConfigError(f"{flag} {prefix} names a directory. {remedy}")
+    if not directory_allowed and Path(prefix).is_dir():
+        raise ConfigError(f"{flag} {prefix} is an existing directory. {remedy}")
+
+
 @contextmanager
 def explained_write(path: str | Path, what: str = "the file") -> Iterator[None]:
     """Turn an OSError of the block into a ConfigError that names ``what``, the path, the reason and a remedy."""

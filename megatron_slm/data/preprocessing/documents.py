@@ -7,7 +7,6 @@ for itself; of all else (compressed, piped, remote, tables) it carries the bytes
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from megatron_slm.data.preprocessing.inputs import (
     Form,
     chunks,
     find_inputs,
-    form_of,
     is_seekable,
     read_range,
     size_of,
@@ -28,7 +26,7 @@ from megatron_slm.data.preprocessing.inputs import (
 from megatron_slm.data.preprocessing.tables import batches, row_groups, rows_of
 from megatron_slm.runtime.errors import ConfigError
 
-__all__ = ["Block", "Part", "RawDocument", "Values", "blocks_of", "find_inputs", "read_documents", "total_bytes"]
+__all__ = ["Block", "Part", "Values", "blocks_of", "find_inputs", "total_bytes"]
 
 BLOCK = 1 << 20  # bytes of text
 BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*\n")
@@ -76,24 +74,14 @@ class Block:
         return self.end - self.begin if self.part.form is Form.TABLE else content.count(b"\n")
 
 
-@dataclass(frozen=True)
-class RawDocument:
-    """One document as it stands in a file: a line of JSON, or plain text."""
-
-    content: bytes
-    is_json: bool
-    file: str
-    line: int  # or row, counted from 1; of a plain text, where it begins
-
-
 def blocks_of(part: Part, keys: Sequence[str], begin: int = 0) -> Iterator[Block]:
     """The blocks of a part from a place on, which is the ``end`` of an earlier block.
 
     Memory: one block, or where a single document is longer, twice that document.
 
     Raises:
-        ConfigError: a table without the columns ``keys``.
-        OSError: the file cannot be read. A file that is cut short is no error: its last block says so.
+        ConfigError: a table without the columns ``keys``, or a file that cannot be read. A file that is cut short is
+            no error: its last block names the damage.
     """
     if part.form is Form.TABLE:
         source = _table_blocks(part, keys, begin)
@@ -106,6 +94,11 @@ def blocks_of(part: Part, keys: Sequence[str], begin: int = 0) -> Iterator[Block
             end = block.end
     except DamagedFile as error:
         yield Block(part, end, end, b"", 0, str(error))
+    except OSError as error:
+        raise ConfigError(
+            f"--input {part.file} cannot be read: {error}. Begin again when it can be read (--resume continues a "
+            "preprocessing job that had it)."
+        ) from error
 
 
 def documents_in(content: bytes, form: Form, keys: Sequence[str]) -> Iterator[tuple[int, Values | bytes]]:
@@ -121,6 +114,11 @@ def documents_in(content: bytes, form: Form, keys: Sequence[str]) -> Iterator[tu
         yield from _paragraphs(content)
     else:
         yield 0, content
+
+
+def is_blank(document: bytes) -> bool:
+    """Return whether a line holds white space only."""
+    return not document or document.isspace()
 
 
 def aligned(file: IO[bytes], offset: int, form: Form) -> int:
@@ -148,27 +146,6 @@ def first_line(part: Part) -> int:
             line += data.count(b"\n")
             left -= len(data)
     return line
-
-
-def read_documents(files: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterator[RawDocument]:
-    """The documents of all files in order, in this process; rows of tables as lines of JSON with ``keys``.
-
-    Raises:
-        ConfigError: a file that is cut short, or a table without the columns.
-    """
-    for name in files:
-        line = 1
-        for block in blocks_of(Part(name, form_of(name)), keys):
-            if block.damage:
-                raise ConfigError(f"--input {name}: the file is {block.damage}. Mend it, or leave it out.")
-            content = block.load()
-            for place, document in documents_in(content, block.part.form, keys):
-                if isinstance(document, tuple):
-                    record = json.dumps(dict(zip(keys, document, strict=True))).encode()
-                    yield RawDocument(record, True, name, line + place)
-                elif document.strip():
-                    yield RawDocument(document, block.part.form is Form.JSON, name, line + place)
-            line += block.lines(content)
 
 
 def _range_blocks(part: Part, begin: int) -> Iterator[Block]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.preprocessing.documents import Block, Values, documents_in
+from megatron_slm.data.preprocessing.documents import Block, Values, documents_in, is_blank
 from megatron_slm.data.preprocessing.inputs import Form
+from megatron_slm.data.preprocessing.texts import SHOWN_ERRORS, UNREADABLE, Text, TextReader, reason_of
 
-SHOWN_ERRORS = 5
 LONGEST_SEQUENCE = (1 << 31) - 1  # tokens: .idx holds lengths as int32
 
 
@@ -48,7 +46,7 @@ class BlockEncoder:
     sequence; the end-of-document token ends the last sequence of a document that has one.
 
     Args:
-        keys: keys of JSON objects, or columns of tables.
+        read: reads the texts of a document.
         encode: from a text to its ids as bytes of ``dtype``.
         dtype: of the corpus.
         eod: the id that ends a document, or None.
@@ -57,13 +55,14 @@ class BlockEncoder:
 
     def __init__(
         self,
-        keys: Sequence[str],
+        read: TextReader,
         encode: Callable[[str], bytes],
         dtype: np.dtype,
         eod: int | None = None,
         split: Callable[[str], list[str]] | None = None,
     ) -> None:
-        self.keys, self.encode, self.split = keys, encode, split
+        self.read, self.encode, self.split = read, encode, split
+        self.keys = read.keys
         self.width = dtype.itemsize
         self.eod = None if eod is None else np.array([eod], dtype).tobytes()
 
@@ -80,7 +79,7 @@ class BlockEncoder:
             done.skipped, done.bad = 1, [(0, f"the file is {block.damage}")]
         else:
             for line, document in documents_in(content, block.part.form, self.keys):
-                if isinstance(document, bytes) and (not document or document.isspace()):
+                if isinstance(document, bytes) and is_blank(document):
                     done.blank_lines += 1
                 else:
                     self._add(document, block.part.form is Form.JSON, line, columns, done)
@@ -93,12 +92,12 @@ class BlockEncoder:
         self, document: Values | bytes, is_json: bool, line: int, columns: list[EncodedColumn], done: EncodedBlock
     ) -> None:
         try:
-            texts = self._texts(document, is_json)
+            texts = self.read(document, is_json)
             encoded = [self._encode(text) for text in texts]
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except UNREADABLE as error:
             done.skipped += 1
             if len(done.bad) < SHOWN_ERRORS:
-                done.bad.append((line, _reason(error)))
+                done.bad.append((line, reason_of(error)))
             return
         done.documents += 1
         done.empty += not any(lengths for _, lengths in encoded)
@@ -108,31 +107,7 @@ class BlockEncoder:
             column.lengths += lengths
             column.sequences.append(len(lengths))
 
-    def _texts(self, document: Values | bytes, is_json: bool) -> list[str | list[str]]:
-        """The texts by key, each whole or as a list of sequences."""
-        if isinstance(document, tuple):
-            values = list(document)
-        elif not is_json:
-            return [document.decode("utf-8")] * len(self.keys)
-        else:
-            record = json.loads(document.decode("utf-8"))
-            if not isinstance(record, dict):
-                raise TypeError("not a JSON object")
-            values = [record[key] for key in self.keys]
-        for key, value in zip(self.keys, values, strict=True):
-            self._check(key, value)
-        return values
-
-    def _check(self, key: str, value: Any) -> None:
-        if isinstance(value, bytes):
-            raise ValueError("not UTF-8")
-        if isinstance(value, str) or (
-            self.split is None and isinstance(value, list) and all(isinstance(text, str) for text in value)
-        ):
-            return
-        raise TypeError(f"the value of {key!r} is not a text")
-
-    def _encode(self, text: str | list[str]) -> tuple[list[bytes], list[int]]:
+    def _encode(self, text: Text) -> tuple[list[bytes], list[int]]:
         pieces: list[bytes] = []
         lengths: list[int] = []
         for sequence in self._sequences(text):
@@ -146,29 +121,13 @@ class BlockEncoder:
             raise ValueError(f"{max(lengths):,} tokens in one sequence, more than .idx files can tell (2^31 - 1)")
         return pieces, lengths
 
-    def _sequences(self, text: str | list[str]) -> list[str]:
+    def _sequences(self, text: Text) -> list[str]:
         if isinstance(text, list):
             return text
         return [text] if self.split is None else self.split(text)
 
 
-def _utf8_bytes(text: str | list[str]) -> int:
+def _utf8_bytes(text: Text) -> int:
     if isinstance(text, list):
         return sum(map(_utf8_bytes, text))
     return len(text) if text.isascii() else len(text.encode("utf-8"))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg})"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8"
-    if isinstance(error, UnicodeEncodeError):
-        return "half of a surrogate pair, which is no text"
-    if isinstance(error, KeyError):
-        return f"the key {error} is missing (--json-keys)"
-    if isinstance(error, OverflowError):
-        return f"a token id that the corpus cannot hold ({error})"
-    if isinstance(error, RecursionError):
-        return "JSON that is nested too deeply"
-    return str(error)

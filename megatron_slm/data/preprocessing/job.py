@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from megatron_slm.data.preprocessing.encode import EncodedBlock
 from megatron_slm.data.preprocessing.shards import Shard
+from megatron_slm.data.preprocessing.texts import ERROR
 from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles
 
 
@@ -29,6 +30,7 @@ class Job:
     word_cache: bool = True  # where the tokenizer allows an exact one; the ids are the same without
     skip_errors: bool = False
     text_document: str = "paragraph"  # what of a .txt file is a document; or "file"
+    lone_surrogates: str = ERROR  # or "replace"
     shard: Shard | None = None
     resume: bool = False
     log_interval: int | None = None  # documents between two lines on standard error; None: the bar alone

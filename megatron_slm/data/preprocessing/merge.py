@@ -27,6 +27,7 @@ from megatron_slm.data.index import (
 from megatron_slm.data.metadata import check_metadata_writable, read_metadata, remove_metadata, write_metadata
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_output_prefix
 
 COPIED_AT_ONCE = 1 << 26  # bytes
 # Counts in the metadata are summed; the rest is kept if all agree.
@@ -81,6 +82,7 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
 
 
 def _check_names(prefixes: Sequence[str], output_prefix: str) -> None:
+    check_output_prefix(output_prefix, "--output-prefix", directory_allowed=True)  # of the shards, as a rule
     seen: set[str] = set()
     for prefix in prefixes:
         if _same(prefix, output_prefix):

@@ -13,19 +13,21 @@ from typing import Any
 
 from megatron_slm.data.preprocessing.corpus_writer import corpus_dtype
 from megatron_slm.data.preprocessing.documents import Block, Part, blocks_of, first_line
-from megatron_slm.data.preprocessing.encode import SHOWN_ERRORS, BlockEncoder, EncodedBlock
-from megatron_slm.data.preprocessing.inputs import STDIN, Form, form_of, identity_of, is_remote, is_seekable, size_of
+from megatron_slm.data.preprocessing.encode import BlockEncoder, EncodedBlock
+from megatron_slm.data.preprocessing.inputs import STDIN, Form, identity_of, is_seekable, size_of
 from megatron_slm.data.preprocessing.job import Job, Summary
 from megatron_slm.data.preprocessing.job_output import JobOutput, finished
 from megatron_slm.data.preprocessing.journal import Progress
 from megatron_slm.data.preprocessing.sentences import prepare_punkt, sentence_splitter
 from megatron_slm.data.preprocessing.shards import plan
-from megatron_slm.data.preprocessing.tables import check_columns
+from megatron_slm.data.preprocessing.tables import check_tables
+from megatron_slm.data.preprocessing.texts import SHOWN_ERRORS, TextReader, bad_document, stop_at
 from megatron_slm.data.preprocessing.word_cache import fast_encoder, plain_encoder
 from megatron_slm.data.preprocessing.workers import worker_processes
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_output_prefix
 
 __all__ = ["Job", "Summary", "preprocess"]
 
@@ -48,7 +50,8 @@ def preprocess(job: Job) -> Summary:
     split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
     encode_text = (fast_encoder if job.word_cache else plain_encoder)(tokenizer, dtype)
-    encoder = BlockEncoder(job.keys, encode_text, dtype, eod, split)
+    reader = TextReader(job.keys, lists=split is None, lone_surrogates=job.lone_surrogates)
+    encoder = BlockEncoder(reader, encode_text, dtype, eod, split)
     parts = plan(job.files, job.text_document, job.shard)
     settings = _settings(job, tokenizer)
     if job.resume and (done := finished(job, settings)):
@@ -71,6 +74,7 @@ def _splitter(job: Job) -> Callable[[str], list[str]]:
 
 
 def _check(job: Job) -> None:
+    check_output_prefix(job.output_prefix, "--output-prefix")
     if job.workers < 1:
         raise ConfigError(f"--workers is {job.workers}, and must be at least 1.")
     if len(set(job.keys)) < len(job.keys):
@@ -82,9 +86,7 @@ def _check(job: Job) -> None:
     for flag, is_given in (("--resume", job.resume), ("--shard", job.shard is not None)):
         if is_given and STDIN in job.files:
             raise ConfigError(f"{flag} needs input that can be read again, and --input - is standard input.")
-    for name in job.files:
-        if form_of(name) is Form.TABLE and not is_remote(name):
-            check_columns(name, job.keys)
+    check_tables(job.files, job.keys)
 
 
 def _settings(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def _settings(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
         "--keep-newlines": job.keep_newlines,
         "--lang": job.language,
         "--text-document": job.text_document,
+        "--lone-surrogates": job.lone_surrogates,
         "--shard": job.shard,
         "--input": [f"{name} ({identity_of(name)})" for name in job.files if name != STDIN],
     }
@@ -123,13 +126,7 @@ def _blocks(parts: Sequence[Part], keys: Sequence[str], place: Progress) -> Iter
     for part in parts:
         if part.number < place.part:
             continue
-        try:
-            yield from blocks_of(part, keys, place.offset if part.number == place.part else 0)
-        except OSError as error:
-            raise ConfigError(
-                f"--input {part.file} cannot be read: {error}. When it can, begin again (with --resume where this job "
-                "had --resume)."
-            ) from error
+        yield from blocks_of(part, keys, place.offset if part.number == place.part else 0)
 
 
 def _note_errors(job: Job, block: Block, encoded: EncodedBlock, output: JobOutput) -> None:
@@ -140,12 +137,9 @@ def _note_errors(job: Job, block: Block, encoded: EncodedBlock, output: JobOutpu
     """
     errors = output.summary.errors
     for offset, reason in encoded.bad[: SHOWN_ERRORS - len(errors)]:
-        number = first_line(block.part) + output.lines_before(block) + offset
-        what = f", row {number}" if block.part.form is Form.TABLE else f":{number}"
-        errors.append(f"{block.part.file}{what}: {reason}")
+        errors.append(bad_document(block.part, first_line(block.part) + output.lines_before(block) + offset, reason))
         if not job.skip_errors:
-            mend = "Mend the file" if block.damage else "Mend the line"
-            raise ConfigError(f"{errors[-1]}. {mend}, or go on without what cannot be read: --on-error skip.")
+            raise stop_at(errors[-1], is_damage=bool(block.damage))
 
 
 def _bytes_of(part: Part) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.data.preprocessing.inputs import DamagedFile, is_remote, open_input
+from megatron_slm.data.preprocessing.inputs import DamagedFile, Form, form_of, is_remote, open_input
 from megatron_slm.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def rows_of(stream: bytes, keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """A column as Python's values; bytes where a text is not UTF-8."""
+    """A column as Python's values; bytes if a text is not UTF-8."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -65,7 +65,7 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return b""
+        return scalar.as_buffer().to_pybytes()
 
 
 def is_parquet(name: str) -> bool:
@@ -84,6 +84,17 @@ def row_groups(name: str) -> list[tuple[int, int]]:
         metadata = pq.ParquetFile(file).metadata
         groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
         return [(g.num_rows, sum(g.column(c).total_compressed_size for c in range(g.num_columns))) for g in groups]
+
+
+def check_tables(names: Sequence[str], keys: Sequence[str]) -> None:
+    """Make sure, before long work, that all local tables among the input files have the columns.
+
+    Raises:
+        ConfigError: a column that is missing, or that holds no text.
+    """
+    for name in names:
+        if form_of(name) is Form.TABLE and not is_remote(name):
+            check_columns(name, keys)
 
 
 def check_columns(name: str, keys: Sequence[str]) -> None:

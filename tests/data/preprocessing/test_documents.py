@@ -10,6 +10,7 @@ import lzma
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -27,10 +28,10 @@ from megatron_slm.data.preprocessing.documents import (
     documents_in,
     find_inputs,
     first_line,
-    read_documents,
 )
 from megatron_slm.data.preprocessing.inputs import Form, form_of
 from megatron_slm.data.preprocessing.shards import plan
+from megatron_slm.data.preprocessing.texts import BadDocuments, TextReader, read_texts
 from megatron_slm.runtime.errors import ConfigError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -59,6 +60,12 @@ def texts_in(blocks: list[Block]) -> list[str]:
     return found
 
 
+def read(files: list[str]) -> list[tuple[int, Any]]:
+    """(line, text) of every document."""
+    found = read_texts(files, TextReader(["text"]), BadDocuments(skip=False))
+    return [(line, texts[0]) for _, line, texts in found]
+
+
 def write_table(path: Path, texts: list[str | None], rows: int = 30) -> Path:
     table = pa.table({"number": list(range(len(texts))), "text": texts})
     if path.suffix == ".parquet":
@@ -84,7 +91,7 @@ def test_compressed_or_not_the_documents_are_the_same(tmp_path: Path, pack: str)
     assert texts_in(blocks) == TEXTS
     assert len(blocks) > 1 or pack
     assert sum(block.read for block in blocks) == path.stat().st_size
-    assert [document.line for document in read_documents([str(path)])] == list(range(1, len(TEXTS) + 1))
+    assert [line for line, _ in read([str(path)])] == list(range(1, len(TEXTS) + 1))
 
 
 @pytest.mark.parametrize("name", ["in.parquet", "in.arrow", "stream.arrow", "in.feather"])
@@ -92,21 +99,21 @@ def test_tables_hold_the_same_documents(tmp_path: Path, name: str) -> None:
     path = str(write_table(tmp_path / name, TEXTS))
     blocks = list(blocks_of(Part(path, form_of(path)), ["text"]))
     assert texts_in(blocks) == TEXTS and len(blocks) > 3
-    assert [json.loads(document.content)["text"] for document in read_documents([path])] == TEXTS
+    assert [text for _, text in read([path])] == TEXTS
 
 
 def test_standard_input_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines(TEXTS))))
-    assert [json.loads(document.content)["text"] for document in read_documents(["-"])] == TEXTS
+    assert [text for _, text in read(["-"])] == TEXTS
     memory = fsspec.filesystem("memory")
     memory.pipe("/corpus/a.jsonl.gz", gzip.compress(lines(TEXTS[:100])))
     memory.pipe("/corpus/b.jsonl.gz", gzip.compress(lines(TEXTS[100:])))
     (tmp_path / "c.jsonl").write_bytes(lines(["last"]))
     found = find_inputs(["memory://corpus/*.gz", f"file://{tmp_path}/c.jsonl"])
-    assert [json.loads(document.content)["text"] for document in read_documents(found)] == [*TEXTS, "last"]
+    assert [text for _, text in read(found)] == [*TEXTS, "last"]
     write_table(tmp_path / "t.parquet", TEXTS)
     memory.pipe("/corpus/t.parquet", (tmp_path / "t.parquet").read_bytes())
-    assert len(list(read_documents(["memory://corpus/t.parquet"]))) == len(TEXTS)
+    assert len(read(["memory://corpus/t.parquet"])) == len(TEXTS)
 
 
 def test_globs_are_sorted_and_paths_keep_their_order(tmp_path: Path) -> None:
