@@ -10,16 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_slm.config.checks import check
-from megatron_slm.config.flags import parse
+from megatron_slm.config.flags import Command, parse
 from megatron_slm.config.recipe import dump_config
-from megatron_slm.config.schema import Config
-from megatron_slm.objective.policy import parse_policy
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
+from megatron_slm.training.preflight import check_device, check_files, check_memory, check_values, default_device
 
 if TYPE_CHECKING:
-    from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+    from rich.console import Console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,32 +29,30 @@ def _run(argv: Sequence[str]) -> None:
     command = parse(argv)
     launch = read_launch()
     if command.action == "train":
-        _check_values(command.config, launch.world_size)
-        _train(command.config)
+        check_values(command.config, launch.world_size)
+        _train(command)
     elif launch.rank == 0:
         if command.action == "print-config":
             print(dump_config(command.config), end="")
         else:
-            _check_values(command.config, launch.world_size)
-            _print_plan(command.config, launch.world_size)
+            check_values(command.config, launch.world_size)
+            _print_plan(command, launch.world_size)
 
 
-def _check_values(config: Config, world_size: int) -> None:
-    check(config, world_size)
-    parse_policy(config.objective.slm_score)
-
-
-def _print_plan(config: Config, world_size: int) -> None:
+def _print_plan(command: Command, world_size: int) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime.console import make_console
     from megatron_slm.training.plan import print_plan
 
+    config, console = command.config, make_console()
     tokenizer = tokenizer_of(config)
-    _check_files(config, tokenizer)
-    print_plan(make_console(), config, tokenizer.vocab_size, world_size)
+    check_files(config, tokenizer)
+    check_device(config, default_device())
+    _print_note(command, console)
+    print_plan(console, config, tokenizer.vocab_size, world_size)
 
 
-def _train(config: Config) -> None:
+def _train(command: Command) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_first_rank
@@ -66,6 +62,7 @@ def _train(config: Config) -> None:
     from megatron_slm.training.metrics import print_settings
     from megatron_slm.training.setup import build_run, parallel_layout
 
+    config = command.config
     groups = process.start(
         parallel_layout(config),
         backend=config.parallel.distributed_backend,
@@ -73,9 +70,12 @@ def _train(config: Config) -> None:
         seed=config.training.seed,
     )
     tokenizer = tokenizer_of(config)
-    on_first_rank(lambda: _check_files(config, tokenizer))
+    on_first_rank(lambda: check_files(config, tokenizer))
+    check_device(config, groups.device)
+    check_memory(config, tokenizer.vocab_size, groups.device)
     console = make_console(groups.is_logging_rank)
     console.print(describe_software(groups))
+    _print_note(command, console)
     print_settings(console, config)
     run = build_run(config, tokenizer, groups, console)
     train(run)
@@ -83,13 +83,9 @@ def _train(config: Config) -> None:
         sink.close()
 
 
-def _check_files(config: Config, tokenizer: Tokenizer) -> None:
-    """Check all files that the run reads."""
-    from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.training.setup import read_scores
-
-    check_corpora(config.data, tokenizer)
-    read_scores(config, tokenizer)
+def _print_note(command: Command, console: Console) -> None:
+    if command.note:
+        console.print(command.note, markup=False)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,7 @@ def build_model(
         ConfigError: an implementation or a dispatcher of tokens that this machine does not have.
     """
     implementation = choose_implementation(model.transformer_impl, groups.device)
-    if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and groups.device.type == "cpu":
-        raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or leave it out.")
+    check_dispatcher(model, groups.device)
     config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
     head = lm_head(model, parallel, objective, vocab_size, groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
@@ -167,26 +166,37 @@ def build_model(
     return chunks
 
 
-def lm_head(
-    model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
-) -> LMHead:
-    """How token losses are computed: what the flags ask for, else Triton's kernels on a GPU that has Triton.
+def check_dispatcher(model: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError if the token dispatcher needs another kind of device."""
+    if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and device.type == "cpu":
+        raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or leave it out.")
+
+
+def choose_cross_entropy(wanted: str | None, device: torch.device) -> str:
+    """Return the implementation of the token loss: as wanted, else Triton on a GPU that has it, else chunked.
 
     Raises:
         ConfigError: --slm-cross-entropy triton without a GPU or without Triton.
     """
     installed = importlib.util.find_spec("triton") is not None
-    can_triton = installed and groups.device.type == "cuda"
-    if objective.slm_cross_entropy == "triton" and not can_triton:
+    can_triton = installed and device.type == "cuda"
+    if wanted == "triton" and not can_triton:
         missing = "Triton is not installed" if not installed else "there is no GPU"
         raise ConfigError(f"--slm-cross-entropy triton: {missing}. Use chunked, or leave the flag out.")
+    return wanted or ("triton" if can_triton else "chunked")
+
+
+def lm_head(
+    model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
+) -> LMHead:
+    """Return the settings of the token loss."""
     return LMHead(
         group=groups.tp,
         vocab_size=vocab_size,
         sequence_parallel=parallel.sequence_parallel,
         softcap=model.slm_logit_softcap,
         z_loss=objective.slm_z_loss,
-        engine=objective.slm_cross_entropy or ("triton" if can_triton else "chunked"),
+        engine=choose_cross_entropy(objective.slm_cross_entropy, groups.device),
         kept_bytes=objective.slm_kept_logits_mb << 20,
     )
 

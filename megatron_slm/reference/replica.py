@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.model.size import ffn_size
 from megatron_slm.model.weights import checkpoint_directory, load_weights, read_manifest, saved_config
 from megatron_slm.objective.selective_loss import ReferenceScores
 from megatron_slm.runtime.errors import ConfigError
@@ -39,12 +41,8 @@ class ReferenceReplica:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
-        path = config.reference.reference_load
-        assert path is not None, "checked by config.checks"
-        directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
-        _check_tokenizer(read_manifest(directory).tokenizer, tokenizer)
-        own = saved_config(directory)
-        _check_shape(own, config)
+        directory, own = check_reference(config, tokenizer)
+        self.config = own
         stages = virtual_stages(config.model, config.parallel)
         layers = (own.model.num_layers or 0) // (config.parallel.pipeline_model_parallel_size * (stages or 1))
         precision = config.reference.reference_precision
@@ -78,6 +76,21 @@ class ReferenceReplica:
         return output.sum(), batch.loss_mask.sum(), scores
 
 
+def check_reference(config: Config, tokenizer: Tokenizer) -> tuple[Path, Config]:
+    """Return the checkpoint of the reference model and its configuration.
+
+    Raises:
+        ConfigError: the checkpoint is missing or incomplete, or the model does not fit the run.
+    """
+    path = config.reference.reference_load
+    assert path is not None, "checked by config.checks"
+    directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
+    _check_tokenizer(read_manifest(directory).tokenizer, tokenizer)
+    reference = saved_config(directory)
+    _check_shape(reference, config)
+    return directory, reference
+
+
 def _check_tokenizer(theirs: dict[str, object], ours: Tokenizer) -> None:
     pairs = (
         ("vocabulary size", theirs["vocab_size"], ours.vocab_size),
@@ -103,6 +116,7 @@ def _check_shape(own: Config, config: Config) -> None:
     for what, size, divisor, flag in (
         ("layers", own.model.num_layers, stages, "--pipeline-model-parallel-size x virtual stages"),
         ("key/value heads", groups, parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
+        ("MLP channels", ffn_size(own.model), parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
     ):
         if (size or 0) % divisor:
             raise ConfigError(

@@ -9,6 +9,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.parts import expected_drawn
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
+from megatron_slm.training.preflight import default_device, device_memory, gib, least_memory
 
 
 def print_plan(console: Console, config: Config, vocab_size: int, world_size: int) -> None:
@@ -46,8 +47,15 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
         ("global batch", f"{batch:,} samples = {batch * length:,} tokens"),
         ("micro-batches per step", f"{batch // ((training.micro_batch_size or 1) * data):,}"),
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
+        ("memory per rank", _memory(config, vocab_size)),
         ("training model's FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in all"),
     ]
+
+
+def _memory(config: Config, vocab_size: int) -> str:
+    needed, available = least_memory(config, vocab_size), device_memory(default_device())
+    excess = ", more than it has" if needed > available else ""
+    return f"at least {gib(needed)} (this machine: {gib(available)}{excess})"
 
 
 def _reference(config: Config) -> str:

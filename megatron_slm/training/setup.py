@@ -15,14 +15,12 @@ from megatron_slm.data.scores.sets import ScoreSet, open_scores
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
-from megatron_slm.model.weights import checkpoint_directory, saved_config
 from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.objective.early_rule import EarlyRule
-from megatron_slm.objective.policy import Joined, needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
-from megatron_slm.reference.replica import FLAG, ReferenceReplica
+from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
-from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable, resume
 from megatron_slm.training.loop import Run
@@ -43,19 +41,9 @@ def parallel_layout(config: Config) -> ParallelLayout:
 
 
 def build_selector(config: Config, groups: Groups) -> Selector:
-    """The selection that the flags ask for.
-
-    Raises:
-        ConfigError: with experts, a score of several terms outside the scope "global-batch".
-    """
+    """Return the selection that the flags ask for."""
     objective = config.objective
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
-    if config.model.num_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
-        raise ConfigError(
-            f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
-            "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "
-            "only. Choose that scope, or a score of one term."
-        )
     return Selector(
         policy=policy,
         scope=objective.slm_scope,
@@ -144,6 +132,11 @@ def read_scores(config: Config, tokenizer: Tokenizer) -> ScoreSet | None:
     return open_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
 
 
+def needs_reference(objective: ObjectiveConfig) -> bool:
+    """Return whether the score needs reference losses or entropies."""
+    return any(_needs(objective))
+
+
 def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
     """Whether reference losses and reference entropies are needed."""
     if objective.objective != "slm":
@@ -162,12 +155,5 @@ def _build_reference(
         return None, None
     if config.reference.reference_scores:
         return SidecarScores(), None
-    path = config.reference.reference_load
-    if path is None:
-        raise ConfigError(
-            f"--slm-score {config.objective.slm_score!r} needs a reference model. Give the checkpoint of one with "
-            f"{FLAG}, sidecars of its scores with --reference-scores, or choose the score token-loss or random."
-        )
     replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)
-    directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
-    return replica, replace(saved_config(directory))
+    return replica, replica.config

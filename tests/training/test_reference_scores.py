@@ -74,7 +74,7 @@ def slm(folder: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1, *
         **flags,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    return command("", None if save is None else folder / save, dp=dp, **given)
+    return command(str(folder / "one_text_document"), None if save is None else folder / save, dp=dp, **given)
 
 
 @pytest.mark.parametrize(("tp", "pp", "dp", "cp"), [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)])
@@ -104,7 +104,7 @@ def test_weights_choose_the_reference_model(workspace: Path) -> None:
 
 def test_no_forward_pass_is_counted(workspace: Path) -> None:
     """The model's FLOP/s of a run with sidecars are those of plain training."""
-    launch(command("", workspace / "clm", data_path=blend(workspace), train_iters=1))
+    launch(command(str(workspace / "one_text_document"), workspace / "clm", data_path=blend(workspace), train_iters=1))
     clm, slm_run = (records(workspace / name)[0] for name in ("clm", "alone"))
     flops = [record["tflops"] / record["tokens_per_second"] for record in (clm, slm_run)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)

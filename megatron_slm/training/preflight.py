@@ -1,0 +1,145 @@
+"""Preflight checks, the same for a run and for --dry-run: values (without torch), files, and the device.
+
+Imports are inside functions: a mistake in a flag is reported before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_slm.config.checks import check
+from megatron_slm.config.schema import Config
+from megatron_slm.objective.policy import Joined, needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.runtime.errors import ConfigError, refuse
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+
+BYTES_PER_SAMPLE = 16  # of the sample and shuffle indices, at least
+
+
+def check_values(config: Config, world_size: int) -> None:
+    """Validate all flag values and fill in those that follow from others.
+
+    Raises:
+        ConfigError: all violations that were found.
+    """
+    check(config, world_size)
+    refuse(list(_score_violations(config)))
+
+
+def _score_violations(config: Config) -> Iterator[str]:
+    objective, reference = config.objective, config.reference
+    policy = parse_policy(objective.slm_score)
+    if objective.objective != "slm":
+        return
+    needed = needs_reference_loss(policy) or needs_reference_entropy(policy)
+    if needed and reference.reference_load is None and not reference.reference_scores:
+        yield (
+            f"--slm-score {objective.slm_score!r} needs a reference model. Give the checkpoint of one with "
+            "--reference-load, sidecars of its scores with --reference-scores, or choose the score token-loss or "
+            "random."
+        )
+    if config.model.num_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
+        yield (
+            f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
+            "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "
+            "only. Choose that scope, or a score of one term."
+        )
+
+
+def check_files(config: Config, tokenizer: Tokenizer) -> None:
+    """Check all files that the run reads: corpora, score sidecars, reference model and initial checkpoint.
+
+    Raises:
+        ConfigError: a file is missing, damaged, or does not fit the run.
+    """
+    from megatron_slm.data.datasets import check_corpora
+    from megatron_slm.data.parts import check_parts
+    from megatron_slm.reference.replica import check_reference
+    from megatron_slm.training.setup import needs_reference, read_scores
+
+    check_corpora(config.data, tokenizer)
+    check_parts(config.data, valid_samples=config.logging.eval_iters, seq_length=config.model.seq_length or 0)
+    _check_index_memory(config)
+    read_scores(config, tokenizer)
+    if needs_reference(config.objective) and config.reference.reference_load is not None:
+        check_reference(config, tokenizer)
+
+
+def _check_index_memory(config: Config) -> None:
+    import psutil
+
+    samples = (config.training.train_iters or 0) * (config.training.global_batch_size or 0)
+    size, memory = samples * BYTES_PER_SAMPLE, psutil.virtual_memory().total
+    if size > memory:
+        raise ConfigError(
+            f"--train-iters {config.training.train_iters} x --global-batch-size {config.training.global_batch_size} "
+            f"samples need an index of {gib(size)}, and this machine has {gib(memory)}. Choose fewer."
+        )
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Check that the device offers the chosen implementations.
+
+    Raises:
+        ConfigError: an implementation is not installed, or needs a GPU.
+    """
+    from megatron_slm.model.gpt import check_dispatcher, choose_cross_entropy
+    from megatron_slm.model.specs import choose_implementation
+
+    choose_implementation(config.model.transformer_impl, device)
+    choose_cross_entropy(config.objective.slm_cross_entropy, device)
+    check_dispatcher(config.model, device)
+    if config.parallel.distributed_backend == "nccl" and device.type == "cpu":
+        raise ConfigError("--distributed-backend nccl needs a GPU, and torch sees none. Use gloo, or leave it out.")
+
+
+def check_memory(config: Config, vocab_size: int, device: torch.device) -> None:
+    """Raise ConfigError if the model cannot fit on the device, whatever the optimizer and recomputation."""
+    needed, available = least_memory(config, vocab_size), device_memory(device)
+    if needed > available:
+        raise ConfigError(
+            f"each rank needs at least {gib(needed)} for weights, gradients and one layer's activations, and this "
+            f"{'GPU' if device.type == 'cuda' else 'machine'} has {gib(available)}. Choose a smaller model or "
+            "--micro-batch-size, or more tensor or pipeline parallelism."
+        )
+
+
+def default_device() -> torch.device:
+    """Return the kind of device that a run on this machine has."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has in all."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def least_memory(config: Config, vocab_size: int) -> int:
+    """Return a lower bound for the memory of a rank, in bytes: weights, gradients, and one layer's activations."""
+    from megatron_slm.model.size import padded_vocab_size, parameter_count
+
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    padded = padded_vocab_size(model, vocab_size, tensor)
+    ranks = tensor * parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
+    bytes_per_value = 2 if config.training.bf16 else 4
+    tokens = (config.training.micro_batch_size or 1) * (model.seq_length or 1) // parallel.context_parallel_size
+    activations = tokens * (model.hidden_size or 1) // tensor
+    return 2 * bytes_per_value * parameter_count(model, padded) // ranks + bytes_per_value * activations
+
+
+def gib(size: int) -> str:
+    """Return a number of bytes in GiB."""
+    return f"{size / 2**30:,.1f} GiB"
