@@ -7,6 +7,8 @@ checkpoint tells what its run really read.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,34 @@ def _weight(value: Any, where: str) -> str:
         raise ConfigError(f"{where}: the weight should be a number, not {value!r}. {BLEND_FILE_HELP}") from None
 
 
+def parse_split(text: str) -> tuple[float, float, float]:
+    """Return the shares of ``--split`` for training, validation and test, which add up to 1.
+
+    Raises:
+        ConfigError: not one to three numbers of at least 0, or all of them 0.
+    """
+    try:
+        shares = [float(word) for word in re.split(r"[,/\s]+", text.strip())]
+    except ValueError:
+        shares = []
+    total = math.fsum(shares)
+    if not 1 <= len(shares) <= 3 or not all(share >= 0 for share in shares) or not 0 < total < math.inf:
+        raise ConfigError(
+            f"--split {text} should be up to three shares of at least 0, not all 0, for training, validation and test: "
+            "for example 969,30,1."
+        )
+    training, validation, test = (share / total for share in (*shares, 0.0, 0.0)[:3])
+    return training, validation, test
+
+
 def resolve_blends(data: DataConfig) -> None:
     """Put the words of all blends that stand in files into the settings that hold words.
 
     Raises:
-        ConfigError: a file that cannot be read or is no blend, or settings that exclude each other.
+        ConfigError: a file that cannot be read or is no blend, settings that exclude each other, or a bad --split.
     """
+    if data.split is not None:
+        parse_split(data.split)
     if data.data_args_path is not None:
         flag = "--data-args-path"
         _exclude(flag, {"--data-path": data.data_path, "--train-data-path": data.train_data_path})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
+from megatron_slm.data.index import bin_path
 from megatron_slm.runtime.errors import ConfigError
 
 Blend = tuple[list[str], list[float] | None]
@@ -32,11 +33,16 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
     """Prefixes and weights from the words of ``--data-path``, by Megatron-LM's rule: pairs of weight and prefix
     where every first word is a number, else prefixes alone.
 
+    A corpus that is named several times counts once, with the sum of its weights: two datasets over one corpus would
+    read each of its samples twice.
+
     Raises:
-        ConfigError: weights and prefixes are mixed up, or a weight is not above 0.
+        ConfigError: weights and prefixes are mixed up, a weight is not above 0, or a corpus without a weight is named
+            twice.
     """
     numbers = [_number(word) for word in words]
     if all(number is None for number in numbers):
+        _refuse_repeats(words, flag)
         return list(words), None
     weights = numbers[0::2]
     if len(words) % 2 or None in weights or any(number is not None for number in numbers[1::2]):
@@ -47,7 +53,34 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
     for weight, prefix in zip(weights, words[1::2], strict=True):
         if weight is None or not math.isfinite(weight) or weight <= 0:
             raise ConfigError(f"{flag}: the weight of {prefix} is {weight}, and must be above 0. Or leave it out.")
-    return list(words[1::2]), [weight for weight in weights if weight is not None]
+    merged: dict[Hashable, tuple[str, float]] = {}
+    for weight, prefix in zip(weights, words[1::2], strict=True):
+        name, sum_before = merged.get(_file_identity(prefix), (prefix, 0.0))
+        merged[_file_identity(prefix)] = name, sum_before + (weight or 0.0)
+    return [name for name, _ in merged.values()], [weight for _, weight in merged.values()]
+
+
+def _refuse_repeats(prefixes: Sequence[str], flag: str) -> None:
+    seen: dict[Hashable, str] = {}
+    for prefix in prefixes:
+        identity = _file_identity(prefix)
+        if identity in seen:
+            same = "" if seen[identity] == prefix else f" (as {seen[identity]})"
+            raise ConfigError(
+                f"{flag}: the corpus {prefix} is named twice{same}. Name it once; to read it more often than others, "
+                "give all corpora weights."
+            )
+        seen[identity] = prefix
+
+
+def _file_identity(prefix: str) -> Hashable:
+    """Return the same value for all names of one corpus: relative and absolute paths, symbolic and hard links."""
+    path = bin_path(prefix)
+    try:
+        status = path.stat()
+    except OSError:
+        return str(path.resolve())
+    return status.st_dev, status.st_ino
 
 
 def _number(word: str) -> float | None:
