@@ -182,9 +182,24 @@ class DataConfig:
     data_args_path: str | None = flag(None, "text file that holds the words of --data-path")
     per_split_data_args_path: str | None = flag(None, "JSON file with the blends train and valid")
     split: str | None = flag(
-        None, "shares of --data-path for training, validation and test (Megatron-LM: 969,30,1 as default)"
+        None,
+        "shares of --data-path for training, validation and test; default 969,30,1, or all for training with "
+        "--valid-data-path",
     )
-    data_cache_path: str | None = flag(None, "folder for the sample indices; default beside the corpus")
+    mock_data: bool = flag(False, "train on generated mock data instead of corpora")
+    data_order: str = flag(
+        "megatron",
+        "order of samples: megatron shuffles all epochs together, so that a longer run has another order; stable "
+        "shuffles each epoch independently",
+        choices=("megatron", "stable"),
+    )
+    sentences: str = flag(
+        "refuse",
+        "documents of several sequences, as --split-sentences of preprocess_data.py makes them: refuse them, join the "
+        "sentences of a document, or shuffle sentences separately, as Megatron-LM does",
+        choices=("refuse", "join", "separate"),
+    )
+    data_cache_path: str | None = flag(None, "directory for the sample indices; default beside the corpus")
     reset_position_ids: bool = flag(False, "positions begin anew after each end of document")
     reset_attention_mask: bool = flag(False, "no attention across the end of a document")
     eod_mask_loss: bool = flag(False, "no loss on the end-of-document token")

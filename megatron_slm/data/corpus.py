@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.index import bin_path, idx_path, read_index
-from megatron_slm.data.metadata import read_metadata
+from megatron_slm.data.fingerprints import BLOCK, block_starts
+from megatron_slm.data.index import Index, bin_path, chunks, idx_path, read_index
+from megatron_slm.data.integrity import check_index
+from megatron_slm.data.metadata import find_metadata
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 MAKE_AGAIN = "Make it again with tools/preprocess_data.py."
-SAMPLED_TOKENS = 1 << 20  # looked at for ids outside the vocabulary
 
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """What the header and the pointers of a corpus say."""
+    """The counts of a corpus."""
 
     prefix: str
     dtype: Any  # numpy dtype of the ids
@@ -28,14 +29,14 @@ class CorpusInfo:
 
 
 def check_corpus(prefix: str, flag: str) -> CorpusInfo:
-    """Make sure that a corpus is there, whole, and of the format.
+    """Validate the index of a corpus, and the size of its ``.bin``.
 
     Args:
         prefix: path without ``.bin`` and ``.idx``.
         flag: the flag that named it, for the message.
 
     Raises:
-        ConfigError: missing, empty, truncated or foreign files.
+        ConfigError: missing, unreadable, empty, truncated, inconsistent or foreign files.
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
@@ -43,8 +44,13 @@ def check_corpus(prefix: str, flag: str) -> CorpusInfo:
             raise ConfigError(f"{flag} {prefix}: {path} is missing.{hint or ' ' + MAKE_AGAIN}")
     try:
         info = corpus_info(prefix)
+        damage = check_index(read_index(prefix))
     except ValueError as error:
         raise ConfigError(f"{flag} {prefix}: {error} {MAKE_AGAIN}") from error
+    except OSError as error:
+        raise ConfigError(f"{flag} {prefix}: {error.filename} cannot be read: {error.strerror}.") from error
+    if damage:
+        raise ConfigError(f"{flag} {prefix}: {'; '.join(damage[0].lines())}. {MAKE_AGAIN}")
     if info.tokens == 0:
         raise ConfigError(f"{flag} {prefix}: the corpus holds no documents, or only empty ones. {MAKE_AGAIN}")
     return info
@@ -70,30 +76,65 @@ def corpus_info(prefix: str) -> CorpusInfo:
 
 
 def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
-    """Refuse a corpus that was made with another tokenizer.
+    """Compare a corpus with the tokenizer: its metadata, if there are any, and its ids.
 
-    Corpora without metadata (Megatron-LM writes none) are sampled for ids outside the vocabulary instead.
+    Of a ``.bin`` above 64 MiB, 64 blocks of 1 MiB are read; the ids of every sample are checked when it is read.
 
     Raises:
-        ConfigError: another tokenizer, another size, or an id outside the vocabulary.
+        ConfigError: another tokenizer, another size, counts that are not those of the corpus, or an id outside the
+            vocabulary.
     """
-    metadata = read_metadata(prefix)
-    if metadata is not None:
-        theirs = metadata["tokenizer"]
-        for what, there, here in (
-            ("vocabulary size", theirs["vocab_size"], tokenizer.vocab_size),
-            ("fingerprint", theirs["fingerprint"], tokenizer.fingerprint),
-        ):
-            if there != here:
-                raise ConfigError(
-                    f"{flag} {prefix} was made with {theirs['name']} of {what} {there}, and this run has "
-                    f"{tokenizer.name} of {what} {here} (--tokenizer-model). Use the tokenizer that made the corpus."
-                )
+    index = read_index(prefix)
+    _check_metadata(index, tokenizer, flag)
+    if index.dtype.kind == "f":
+        raise ConfigError(f"{flag} {prefix}: the dtype {index.dtype} is not one of token ids. {MAKE_AGAIN}")
+    for block in _sampled_ids(index):
+        lowest, highest = int(block.min(initial=0)), int(block.max(initial=0))
+        if lowest < 0 or highest >= tokenizer.vocab_size:
+            raise ConfigError(
+                f"{flag} {prefix} holds the token id {lowest if lowest < 0 else highest}, and the vocabulary of "
+                f"{tokenizer.name} has {tokenizer.vocab_size} entries (--tokenizer-model). Use the tokenizer that made "
+                "the corpus."
+            )
+
+
+def has_several_sequences(prefix: str) -> bool:
+    """Return whether a document of the corpus has more than one sequence, as --split-sentences makes them."""
+    bounds = read_index(prefix).boundaries
+    last = 0
+    for part in chunks(bounds):
+        if int(np.diff(part, prepend=last).max(initial=0)) > 1:
+            return True
+        last = int(part[-1])
+    return False
+
+
+def _check_metadata(index: Index, tokenizer: Tokenizer, flag: str) -> None:
+    found = find_metadata(index.prefix)
+    if found is None:
         return
-    ids = np.memmap(bin_path(prefix), read_index(prefix).dtype, "r")
-    highest = int(ids[:SAMPLED_TOKENS].max(initial=0))
-    if highest >= tokenizer.vocab_size:
-        raise ConfigError(
-            f"{flag} {prefix} holds the token id {highest}, and the vocabulary of {tokenizer.name} has "
-            f"{tokenizer.vocab_size} entries (--tokenizer-model). Use the tokenizer that made the corpus."
-        )
+    path, metadata = found
+    theirs = metadata["tokenizer"]
+    for what, there, here in (
+        ("vocabulary size", theirs["vocab_size"], tokenizer.vocab_size),
+        ("fingerprint", theirs["fingerprint"], tokenizer.fingerprint),
+    ):
+        if there != here:
+            raise ConfigError(
+                f"{flag} {index.prefix} was made with {theirs['name']} of {what} {there}, and this run has "
+                f"{tokenizer.name} of {what} {here} (--tokenizer-model). Use the tokenizer that made the corpus."
+            )
+    for what, count in (("documents", index.documents), ("tokens", index.tokens())):
+        if isinstance(metadata.get(what), int) and metadata[what] != count:
+            raise ConfigError(
+                f"{flag} {index.prefix}: the metadata {path} have {metadata[what]:,} {what}, and the corpus has "
+                f"{count:,}: another corpus was written under this name. Remove {path} if the corpus is the right one."
+            )
+
+
+def _sampled_ids(index: Index) -> list[np.ndarray]:
+    """Return blocks of the token ids, mapped."""
+    width = index.dtype.itemsize
+    size = bin_path(index.prefix).stat().st_size
+    ids = np.memmap(bin_path(index.prefix), index.dtype, "r")
+    return [ids[start // width : (start + BLOCK) // width] for start in block_starts(size, BLOCK)]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend
-from megatron_slm.data.corpus import check_corpus, check_tokenizer
-from megatron_slm.data.parts import check_parts, split_of, wants_split
+from megatron_slm.data.corpus import check_corpus, check_tokenizer, has_several_sequences
+from megatron_slm.data.fingerprints import corpus_identity
+from megatron_slm.data.parts import check_parts, split_matrix, split_of, wants_split
+from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
+
+MOCK: Blend = (["mock data"], None)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,13 @@ def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
         for prefix in prefixes:
             check_corpus(prefix, flag)
             check_tokenizer(prefix, tokenizer, flag)
+            if data.sentences == "refuse" and has_several_sequences(prefix):
+                raise ConfigError(
+                    f"{flag} {prefix}: its documents have several sequences, as --split-sentences makes them, and "
+                    "training would shuffle the sentences of a document. Make the corpus again without it, join the "
+                    "sentences of each document with --sentences join, or add --sentences separate to shuffle them as "
+                    "Megatron-LM does."
+                )
         whole = data.full_validation and not (flag == "--data-path" and data.valid_data_path)
         if whole and weights is not None and flag != "--train-data-path":
             raise ConfigError(
@@ -63,83 +76,146 @@ def build_datasets(
 ) -> Datasets:
     """Build, or read from the cache, the sample indices of all datasets. Collective over all ranks.
 
+    Rank 0 builds and writes first, the others then read.
+
     Args:
-        train_samples: samples of the whole run; the corpus is repeated as often as it takes.
+        train_samples: samples of the entire run; the corpus is repeated as often as it takes.
         valid_samples: samples of one evaluation of each set; with --full-validation one epoch is taken instead.
         seed: of the order of documents and samples.
 
     Raises:
-        ConfigError: the cache folder cannot be written, or a split is empty.
+        ConfigError: a corpus or a part of it is too small.
     """
-    build = partial(_build, data, tokenizer=tokenizer, seq_length=seq_length, seed=seed)
-    valid_size = None if data.full_validation else valid_samples
-    valid: dict[str, Dataset] = {}
-    check_parts(data, valid_samples=valid_samples, seq_length=seq_length)
-    blend = parse_blend(data.train_data_path or data.data_path)
-    if data.train_data_path:
-        train = build([blend, None, None], [train_samples, 0, 0])[0]
-    else:
-        want_split = wants_split(data, valid_samples)
-        sizes = [train_samples, valid_size if want_split else 0, 0]
-        train, held_out, _ = build(blend, sizes, split=split_of(data, valid_samples))
-        if want_split and held_out is not None:
-            valid["valid"] = held_out
-    if train is None:
-        raise ConfigError("the training split is empty. Check --data-path and --split.")
-    _check_size(train, train_samples, blend)
-    reports = [partial(drawn, "train", train, blend, train_samples, seq_length)]
-    for name, words in data.valid_data_path.items():
-        own = parse_blend(words)
-        built = build([None, own, None], [0, valid_size, 0])[1]
+    prefixes = dict.fromkeys(prefix for blend in blends(data).values() for prefix in blend[0])
+    builder = _Builder(
+        data=data,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        train_samples=train_samples,
+        valid_samples=valid_samples,
+        seed=seed,
+        identities=on_first_rank(lambda: {prefix: corpus_identity(prefix) for prefix in prefixes}),
+    )
+    built: list[Datasets] = []
+    on_first_rank(lambda: built.append(builder.build()))
+    return built[0] if built else builder.build()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Builder:
+    """Builds the datasets of a run on this rank."""
+
+    data: DataConfig
+    tokenizer: Tokenizer
+    seq_length: int
+    train_samples: int
+    valid_samples: int
+    seed: int
+    identities: dict[str, str]
+
+    def build(self) -> Datasets:
+        if self.data.mock_data:
+            return self._mock()
+        check_parts(self.data, valid_samples=self.valid_samples, seq_length=self.seq_length)
+        blend = parse_blend(self.data.train_data_path or self.data.data_path)
+        train, valid = self._train(blend)
+        reports = [partial(drawn, "train", train, blend, self.train_samples, self.seq_length)]
+        for name, words in self.data.valid_data_path.items():
+            held_out = parse_blend(words)
+            valid[name] = self._valid(name, held_out)
+            if len(held_out[0]) > 1:
+                size: int = len(valid[name])  # type: ignore[arg-type]
+                wanted = min(size, self._valid_size or size)
+                reports.append(partial(drawn, name, valid[name], held_out, wanted, self.seq_length))
+        return Datasets(train, valid, lambda: [row for report in reports for row in report()])
+
+    @property
+    def _valid_size(self) -> int | None:
+        return None if self.data.full_validation else self.valid_samples
+
+    def _mock(self) -> Datasets:
+        """Return Megatron-LM's mock data: a third of it each for training, validation and test."""
+        train, held_out, _ = self._split(None, [self.train_samples, self._valid_size, 0])
+        assert train is not None, "mock data have documents in every part"
+        valid = {"valid": held_out} if held_out is not None and self.valid_samples else {}
+        return Datasets(train, valid, partial(drawn, "train", train, MOCK, self.train_samples, self.seq_length))
+
+    def _train(self, blend: Blend) -> tuple[Dataset, dict[str, Dataset]]:
+        """Return the training set, and the validation set if --data-path gives it."""
+        valid: dict[str, Dataset] = {}
+        if self.data.train_data_path:
+            train = self._per_split([blend, None, None], [self.train_samples, 0, 0])[0]
+        else:
+            want_split = wants_split(self.data, self.valid_samples)
+            train, held_out, _ = self._split(blend, [self.train_samples, self._valid_size if want_split else 0, 0])
+            if want_split and held_out is not None:
+                valid["valid"] = held_out
+        if train is None:
+            raise ConfigError("the training split is empty. Check --data-path and --split.")
+        self._check_size(train, blend)
+        return train, valid
+
+    def _valid(self, name: str, blend: Blend) -> Dataset:
+        built = self._per_split([None, blend, None], [0, self._valid_size, 0])[1]
         if built is None or not len(built):  # type: ignore[arg-type]
-            raise ConfigError(f"--valid-data-path {name}: the corpus gives no sample of {seq_length} tokens.")
-        valid[name] = built
-        if len(own[0]) > 1:
-            size: int = len(built)  # type: ignore[arg-type]
-            reports.append(partial(drawn, name, built, own, min(size, valid_size or size), seq_length))
-    return Datasets(train, valid, lambda: [row for report in reports for row in report()])
+            raise ConfigError(f"--valid-data-path {name}: the corpus gives no sample of {self.seq_length} tokens.")
+        return built
 
+    def _check_size(self, train: Dataset, blend: Blend) -> None:
+        """Several corpora without weights are read once, so that a long run would end in the middle."""
+        size: int = len(train)  # type: ignore[arg-type]
+        if size < self.train_samples:
+            raise ConfigError(
+                f"the {len(blend[0])} corpora hold {size:,} samples in one epoch, and the run takes "
+                f"{self.train_samples:,}. Corpora without weights are read once: give weights (--data-path W1 P1 W2 "
+                "P2), or fewer --train-iters."
+            )
 
-def _check_size(train: Dataset, wanted: int, blend: Blend) -> None:
-    """Several corpora without weights are read once, so that a long run would end in the middle."""
-    size: int = len(train)  # type: ignore[arg-type]
-    if size < wanted:
-        raise ConfigError(
-            f"the {len(blend[0])} corpora hold {size:,} samples in one epoch, and the run takes {wanted:,}. Corpora "
-            "without weights are read once: give weights (--data-path W1 P1 W2 P2), or fewer --train-iters."
+    def _split(self, blend: Blend | None, sizes: list[int | None]) -> list[Dataset | None]:
+        """Build the parts of one blend, or of mock data."""
+        config = self._config(blend=blend, split=split_of(self.data))
+        matrix = config.split_matrix if blend is None else split_matrix(self.data)
+        # Parts that nobody reads are not built: of an empty one Megatron-Core would never make an end.
+        config.split_matrix = [None if size == 0 else part for part, size in zip(matrix, sizes, strict=True)]
+        return self._build(config, sizes)
+
+    def _per_split(self, blend_per_split: list[Blend | None], sizes: list[int | None]) -> list[Dataset | None]:
+        """Build parts of which each has its own blend."""
+        return self._build(self._config(blend_per_split=blend_per_split), sizes)
+
+    def _build(self, config: SamplesConfig, sizes: list[int | None]) -> list[Dataset | None]:
+        kind = MockSamples if config.mock else CorpusSamples
+        with _without_cache_warnings():
+            parts: list[Dataset | None] = LocalBuilder(kind, sizes, lambda: True, config).build()
+        return parts
+
+    def _config(self, **where: Any) -> SamplesConfig:
+        data = self.data
+        return SamplesConfig(
+            random_seed=self.seed,
+            sequence_length=self.seq_length,
+            tokenizer=self.tokenizer,
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=data.reset_attention_mask,
+            identities=self.identities,
+            cache_directory=data.data_cache_path,
+            data_order=data.data_order,
+            join_sentences=data.sentences == "join",
+            **where,
         )
 
 
-def _build(
-    data: DataConfig,
-    blend: Blend | list[Blend | None],
-    sizes: list[int | None],
-    *,
-    tokenizer: Tokenizer,
-    seq_length: int,
-    seed: int,
-    split: str | None = None,
-) -> list[Dataset | None]:
-    where = {"blend": blend, "split": split} if isinstance(blend, tuple) else {"blend_per_split": blend}
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        path_to_cache=data.data_cache_path,
-        tokenizer=tokenizer,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-        eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask,
-        **where,
-    )
-    if split is not None:  # parts that nobody reads are not built: of an empty one it would never make an end
-        config.split_matrix = [
-            None if size == 0 else part for part, size in zip(config.split_matrix, sizes, strict=True)
-        ]
+@contextmanager
+def _without_cache_warnings() -> Iterator[None]:
+    """Silence Megatron-Core's warnings that it writes no cache: data/index_cache.py does."""
+    loggers = [logging.getLogger(f"megatron.core.datasets.{name}") for name in ("gpt_dataset", "blended_dataset")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-    except PermissionError as error:
-        raise ConfigError(
-            f"the sample indices cannot be written to {error.filename}: {error.strerror}. "
-            "Give a folder that can be written with --data-cache-path."
-        ) from error
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slm.runtime.errors import ConfigError
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 VERSION = 1
@@ -118,6 +120,23 @@ def read_index(prefix: str) -> Index:
 
 def _mapped(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, (count,)) if count else np.zeros(0, dtype)
+
+
+def joined_documents(index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens, int32, and the first byte, int64, of each document of an index that has any.
+
+    Raises:
+        ConfigError: a document has more tokens than the format allows for a sequence.
+    """
+    begins = index.boundaries[:-1][np.diff(index.boundaries) > 0]
+    pointers = np.array(index.pointers[begins])
+    lengths = np.diff(pointers, append=index.tokens() * index.dtype.itemsize) // index.dtype.itemsize
+    if int(lengths.max(initial=0)) > np.iinfo(np.int32).max:
+        raise ConfigError(
+            f"--sentences join: {idx_path(index.prefix)} has a document of {int(lengths.max()):,} tokens, and a "
+            "sequence has at most 2^31 - 1. Split the document, or use --sentences separate."
+        )
+    return lengths.astype(np.int32), pointers
 
 
 def mapped_tokens(index: Index) -> np.ndarray:

@@ -49,14 +49,20 @@ def check_integrity(prefix: str, vocab_size: int | None = None) -> Integrity:
         index = read_index(prefix)
     except (ValueError, OSError) as error:
         return Integrity([Damage(str(error))], None)  # nothing behind the header can be trusted
-    found = [*_check_boundaries(index), *_check_lengths(index)]
+    found = check_index(index)
     if not found:
-        found = [*_check_pointers(index), *_check_size(index)]
+        found = [*_check_size(index)]
     vocab_size, of_metadata = _check_metadata(index, vocab_size)
     found += of_metadata
     if vocab_size is not None:
         found += _check_ids(index, vocab_size)
     return Integrity(found, vocab_size)
+
+
+def check_index(index: Index) -> list[Damage]:
+    """Return the damage of the boundaries, lengths and offsets of an index; reads all of it, in chunks."""
+    found = [*_check_boundaries(index), *_check_lengths(index)]
+    return found or list(_check_pointers(index))
 
 
 def _check_lengths(index: Index) -> Iterator[Damage]:

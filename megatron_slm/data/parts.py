@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
 
+from megatron_slm.config.blends import parse_split
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.blends import Blend, Drawn, expected, parse_blend
-from megatron_slm.data.index import read_index
+from megatron_slm.data.index import joined_documents, read_index
 from megatron_slm.runtime.errors import ConfigError
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's
@@ -24,13 +22,19 @@ PARTS = ("training", "validation")
 
 
 def wants_split(data: DataConfig, valid_samples: int) -> bool:
-    """Whether --data-path gives the validation set, too."""
+    """Return whether --data-path gives the validation set, too."""
     return not (data.train_data_path or data.valid_data_path) and valid_samples > 0
 
 
-def split_of(data: DataConfig, valid_samples: int) -> str:
-    """The shares of --data-path for training, validation and test."""
-    return data.split or (DEFAULT_SPLIT if wants_split(data, valid_samples) else "1, 0, 0")
+def split_of(data: DataConfig) -> str:
+    """Return the shares of --data-path for training, validation and test, as text."""
+    return data.split or ("1, 0, 0" if data.valid_data_path else DEFAULT_SPLIT)
+
+
+def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
+    """Return the first and last share of each part of --data-path; None for an empty part."""
+    matrix: list[tuple[float, float] | None] = convert_split_vector_to_split_matrix(list(parse_split(split_of(data))))
+    return matrix
 
 
 def expected_drawn(data: DataConfig, *, train_samples: int, valid_samples: int, seq_length: int) -> list[Drawn]:
@@ -39,6 +43,8 @@ def expected_drawn(data: DataConfig, *, train_samples: int, valid_samples: int, 
     Raises:
         ConfigError: a corpus holds too little to make a sample of.
     """
+    if data.mock_data:
+        return []
     tokens = check_parts(data, valid_samples=valid_samples, seq_length=seq_length)
     return expected("train", parse_blend(data.train_data_path or data.data_path), tokens, train_samples * seq_length)
 
@@ -52,50 +58,43 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int) -> lis
     for name, words in data.valid_data_path.items():
         flag = f"--valid-data-path {name}"
         blend = parse_blend(words, flag)
-        _check_epoch(flag, blend, [_tokens(prefix, (0.0, 1.0)) for prefix in blend[0]], seq_length)
+        _check_epoch(flag, blend, [_tokens(prefix, (0.0, 1.0), data) for prefix in blend[0]], seq_length)
     if data.train_data_path:
         flag, blend = "--train-data-path", parse_blend(data.train_data_path, "--train-data-path")
-        tokens = [_tokens(prefix, (0.0, 1.0)) for prefix in blend[0]]
+        tokens = [_tokens(prefix, (0.0, 1.0), data) for prefix in blend[0]]
     else:
         flag, blend = "--data-path", parse_blend(data.data_path)
-        tokens = _part_tokens(data, valid_samples, blend, 0)
-        bounds = convert_split_vector_to_split_matrix(_shares(split_of(data, valid_samples)))
-        if wants_split(data, valid_samples) and bounds[1] is not None:
-            _check_epoch(flag, blend, _part_tokens(data, valid_samples, blend, 1), seq_length)
+        tokens = _part_tokens(data, blend, 0)
+        if wants_split(data, valid_samples) and split_matrix(data)[1] is not None:
+            _check_epoch(flag, blend, _part_tokens(data, blend, 1), seq_length)
     _check_epoch(flag, blend, tokens, seq_length)
     return tokens
 
 
-def _shares(split: str) -> list[float]:
-    try:
-        with np.errstate(invalid="ignore"):
-            shares = parse_and_normalize_split(split)
-    except (AssertionError, ValueError):
-        shares = []
-    if not shares or not all(np.isfinite(shares)):
-        raise ConfigError(f"--split {split} should be up to three shares, not all 0, for example 969,30,1.")
-    return shares
-
-
-def _part_tokens(data: DataConfig, valid_samples: int, blend: Blend, part: int) -> list[int]:
-    split = split_of(data, valid_samples)
-    bounds = convert_split_vector_to_split_matrix(_shares(split))[part]
-    tokens = [_tokens(prefix, bounds or (0.0, 0.0)) for prefix in blend[0]]
+def _part_tokens(data: DataConfig, blend: Blend, part: int) -> list[int]:
+    bounds = split_matrix(data)[part]
+    tokens = [_tokens(prefix, bounds or (0.0, 0.0), data) for prefix in blend[0]]
     for prefix, count in zip(blend[0], tokens, strict=True):
         if not count:
             raise ConfigError(
-                f"--data-path {prefix}: --split {split} leaves no sequence of {len(read_index(prefix).lengths):,} for "
-                f"{PARTS[part]}. Give other shares, or all to training (--split 1,0,0) and held-out text with "
+                f"--data-path {prefix}: --split {split_of(data)} leaves no sequence of {_lengths(prefix, data).size:,} "
+                f"for {PARTS[part]}. Give other shares, or all to training (--split 1,0,0) and held-out text with "
                 "--valid-data-path."
             )
     return tokens
 
 
-def _tokens(prefix: str, bounds: tuple[float, float]) -> int:
-    """Tokens of a share of the sequences of a corpus, rounded as Megatron-Core rounds it."""
-    lengths = read_index(prefix).lengths
+def _tokens(prefix: str, bounds: tuple[float, float], data: DataConfig) -> int:
+    """Return the tokens of a share of the sequences of a corpus, rounded as Megatron-Core rounds it."""
+    lengths = _lengths(prefix, data)
     first, last = (round(bound * float(len(lengths))) for bound in bounds)
     return int(lengths[first:last].sum(dtype=np.int64))
+
+
+def _lengths(prefix: str, data: DataConfig) -> np.ndarray:
+    """Return the tokens of each sequence, or of each document with --sentences join."""
+    index = read_index(prefix)
+    return joined_documents(index)[0] if data.sentences == "join" else index.lengths
 
 
 def _check_epoch(flag: str, blend: Blend, tokens: Sequence[int], seq_length: int) -> None:

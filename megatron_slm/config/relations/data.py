@@ -11,8 +11,15 @@ from megatron_slm.config.schema import Config
 def training_corpora(config: Config, _: int) -> Iterator[str]:
     """One flag names the training corpora."""
     data = config.data
-    if not data.data_path and not data.train_data_path:
-        yield "no corpus to train on: give --data-path."
+    corpora = data.data_path or data.train_data_path
+    if not corpora and not data.mock_data:
+        yield "no corpus to train on: give --data-path, or --mock-data for generated data."
+    if data.mock_data:
+        yield from both_given("--mock-data", True, "--data-path", data.data_path)
+        yield from both_given("--mock-data", True, "--train-data-path", data.train_data_path)
+        yield from both_given("--mock-data", True, "--valid-data-path", data.valid_data_path)
+        yield from both_given("--mock-data", True, "--split", data.split, " (mock data are split evenly)")
+        yield from both_given("--mock-data", True, "--reference-scores", config.reference.reference_scores)
     if data.split is not None and data.train_data_path:
         yield "--split has no effect with --train-data-path."
     yield from both_given("--data-path", data.data_path, "--train-data-path", data.train_data_path)

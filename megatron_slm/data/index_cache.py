@@ -1,0 +1,88 @@
+"""Cache of index arrays: complete, unchanged files that were made from the same data, or a miss.
+
+An entry is one ``.npy`` file per array and a JSON file, written last, with the description of the data and the quick
+fingerprints of the arrays. Files are written atomically, so that a run that is killed leaves no part of one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_slm.data.fingerprints import quick_fingerprint
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import atomic_path, explained_write, write_text
+
+FLAG = "--data-cache-path"
+Arrays = tuple[np.ndarray, ...]
+
+
+def cached_arrays(
+    directory: str | None, key: str, description: str, names: Sequence[str], build: Callable[[], Arrays]
+) -> Arrays:
+    """Return the arrays of an entry, mapped; if it is missing or damaged, build them, and on rank 0 write them.
+
+    If they cannot be written, a warning names the flag, and every rank keeps the arrays in memory.
+
+    Args:
+        directory: of the cache; None keeps the arrays in memory.
+        key: the first part of the names of the files.
+        description: of the data that the arrays depend on.
+        names: of the arrays.
+        build: makes the arrays.
+    """
+    if directory is None:
+        return build()
+    base = Path(directory) / key
+    found = _read(base, description, names)
+    if found is not None:
+        return found
+    arrays = build()
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return arrays
+    try:
+        _write(base, description, dict(zip(names, arrays, strict=True)))
+    except ConfigError as error:
+        print(f"warning: {error} Until then every rank builds the sample indices in memory.", file=sys.stderr)
+        return arrays
+    return _read(base, description, names) or arrays
+
+
+def _read(base: Path, description: str, names: Sequence[str]) -> Arrays | None:
+    try:
+        entry: dict[str, Any] = json.loads(_entry_path(base).read_bytes())
+        if entry["description"] != description:
+            return None
+        paths = [_array_path(base, name) for name in names]
+        if [quick_fingerprint(path) for path in paths] != [entry["arrays"][name] for name in names]:
+            return None
+        return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(base: Path, description: str, arrays: dict[str, np.ndarray]) -> None:
+    flag = f"{FLAG} (sample indices)"
+    with explained_write(base.parent, flag):
+        base.parent.mkdir(parents=True, exist_ok=True)
+    fingerprints = {}
+    for name, array in arrays.items():
+        with atomic_path(_array_path(base, name), flag) as temporary:
+            np.save(temporary, array, allow_pickle=False)
+        fingerprints[name] = quick_fingerprint(_array_path(base, name))
+    entry = {"description": description, "arrays": fingerprints}
+    write_text(_entry_path(base), json.dumps(entry, indent=1) + "\n", flag)
+
+
+def _entry_path(base: Path) -> Path:
+    return base.with_name(f"{base.name}-entry.json")
+
+
+def _array_path(base: Path, name: str) -> Path:
+    return base.with_name(f"{base.name}-{name}.npy")

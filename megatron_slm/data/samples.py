@@ -1,0 +1,134 @@
+"""Megatron-Core's GPT dataset with sample indices that are cached by content, checked ids, and a choice of orders."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_slm.data.index import joined_documents, read_index
+from megatron_slm.data.index_cache import cached_arrays
+from megatron_slm.data.stable_order import stable_indices
+from megatron_slm.runtime.errors import ConfigError
+
+INDICES = ("document_index", "sample_index", "shuffle_index")
+BLEND_INDICES = ("dataset_index", "dataset_sample_index")
+IN_MEMORY = ""  # a cache path with which Megatron-Core reads and writes no cache
+
+
+@dataclass
+class SamplesConfig(GPTDatasetConfig):
+    """Settings of all corpora of a blend."""
+
+    identities: dict[str, str] = field(default_factory=dict)  # fingerprints of the corpora, by prefix
+    cache_directory: str | None = None  # None: beside each corpus
+    data_order: str = "megatron"
+    join_sentences: bool = False
+    corpus_identity: str = ""  # of one corpus; set by its dataset
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path_to_cache = IN_MEMORY
+
+
+class CorpusSamples(GPTDataset):
+    """Samples of one corpus.
+
+    The identity of the corpus is part of the description by which Megatron-Core names cached indices, so that a corpus
+    that was rebuilt under its name gets new ones.
+    """
+
+    def __init__(self, dataset: Any, prefix: str, indices: Any, num_samples: Any, split: Any, config: Any) -> None:
+        config = copy.copy(config)
+        config.corpus_identity = config.identities.get(prefix, "")
+        super().__init__(dataset, prefix, indices, num_samples, split, config)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*GPTDataset._key_config_attributes(), "corpus_identity", "data_order", "join_sentences"]
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: Any) -> IndexedDataset:
+        dataset = GPTDataset.build_low_level_dataset(dataset_path, config)
+        if config.join_sentences:
+            _join_sentences(dataset)
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def _cache_directory(self) -> str | None:
+        config = cast(SamplesConfig, self.config)
+        return config.cache_directory or str(Path(self.dataset.path_prefix) / "cache" / "sample_indices")
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        build = super()._build_document_sample_shuffle_indices
+        if self.config.data_order == "stable":
+            build = partial(stable_indices, self)
+        key = f"{self.unique_description_hash}-{self.index_split.name}"
+        arrays = cached_arrays(self._cache_directory(), key, self.unique_description, INDICES, build)
+        return cast(tuple[np.ndarray, np.ndarray, np.ndarray], arrays)
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        found = super()._query_document_sample_shuffle_indices(idx)
+        ids, size = found[0], self.config.tokenizer.vocab_size
+        if len(ids) and int(ids.max()) >= size:
+            raise ConfigError(
+                f"{self.dataset_path}: a document among the sequences {int(found[1][0])} to {int(found[1][-1])} holds "
+                f"the token id {int(ids.max())}, and the vocabulary has {size} entries. Use the tokenizer that made "
+                "the corpus; tools/inspect_dataset.py --check finds all such ids."
+            )
+        return found
+
+
+class MockSamples(CorpusSamples):
+    """Megatron-Core's mock data, which need no corpus: counting sequences of random lengths, always the same."""
+
+    numel_low_level_dataset = staticmethod(MockGPTDataset.numel_low_level_dataset)
+    build_low_level_dataset = staticmethod(MockGPTDataset.build_low_level_dataset)
+
+    def _cache_directory(self) -> str | None:
+        return cast(SamplesConfig, self.config).cache_directory
+
+
+class CorpusBlend(BlendedDataset):
+    """Samples of several corpora; the order is cached if there is a cache directory."""
+
+    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        key = f"{self.unique_description_hash}-{self.split.name}"
+        build, directory = super()._build_indices, self.config.cache_directory
+        arrays = cached_arrays(directory, key, self.unique_description, BLEND_INDICES, build)
+        return cast(tuple[np.ndarray, np.ndarray], arrays)
+
+
+class LocalBuilder(BlendedMegatronDatasetBuilder):
+    """Megatron-Core's builder on this rank alone: the caller decides which rank builds first, and shares its errors."""
+
+    @staticmethod
+    def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
+        return (CorpusBlend if cls is BlendedDataset else cls)(*args)
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: list[Any], sizes_per_dataset: list[list[Any]]
+    ) -> list[list[Any]]:
+        built = [
+            self._build_megatron_dataset_splits(prefix, split, sizes, False)
+            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+        ]
+        return [list(column) for column in zip(*built, strict=True)]
+
+
+def _join_sentences(dataset: IndexedDataset) -> None:
+    """Make each document one sequence of the dataset."""
+    index = dataset.index
+    index.sequence_lengths, index.sequence_pointers = joined_documents(read_index(dataset.path_prefix))
+    index.sequence_count = len(index.sequence_lengths)
+    index.document_indices = np.arange(index.sequence_count + 1, dtype=np.int64)
