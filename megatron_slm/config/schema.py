@@ -193,7 +193,7 @@ class DataConfig:
         "shuffles each epoch independently",
         choices=("megatron", "stable"),
     )
-    sentences: str = flag(
+    slm_sentences: str = flag(
         "refuse",
         "documents of several sequences, as --split-sentences of preprocess_data.py makes them: refuse them, join the "
         "sentences of a document, or shuffle sentences separately, as Megatron-LM does",

@@ -50,12 +50,12 @@ def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
         for prefix in prefixes:
             check_corpus(prefix, flag)
             check_tokenizer(prefix, tokenizer, flag)
-            if data.sentences == "refuse" and has_several_sequences(prefix):
+            if data.slm_sentences == "refuse" and has_several_sequences(prefix):
                 raise ConfigError(
                     f"{flag} {prefix}: its documents have several sequences, as --split-sentences makes them, and "
                     "training would shuffle the sentences of a document. Make the corpus again without it, join the "
-                    "sentences of each document with --sentences join, or add --sentences separate to shuffle them as "
-                    "Megatron-LM does."
+                    "sentences of each document with --slm-sentences join, or shuffle them as Megatron-LM does with "
+                    "--slm-sentences separate."
                 )
         whole = data.full_validation and not (flag == "--data-path" and data.valid_data_path)
         if whole and weights is not None and flag != "--train-data-path":
@@ -202,7 +202,7 @@ class _Builder:
             identities=self.identities,
             cache_directory=data.data_cache_path,
             data_order=data.data_order,
-            join_sentences=data.sentences == "join",
+            join_sentences=data.slm_sentences == "join",
             **where,
         )
 

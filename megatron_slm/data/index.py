@@ -133,8 +133,8 @@ def joined_documents(index: Index) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.diff(pointers, append=index.tokens() * index.dtype.itemsize) // index.dtype.itemsize
     if int(lengths.max(initial=0)) > np.iinfo(np.int32).max:
         raise ConfigError(
-            f"--sentences join: {idx_path(index.prefix)} has a document of {int(lengths.max()):,} tokens, and a "
-            "sequence has at most 2^31 - 1. Split the document, or use --sentences separate."
+            f"--slm-sentences join: {idx_path(index.prefix)} has a document of {int(lengths.max()):,} tokens, and a "
+            "sequence has at most 2^31 - 1. Split the document, or use --slm-sentences separate."
         )
     return lengths.astype(np.int32), pointers
 

@@ -92,9 +92,9 @@ def _tokens(prefix: str, bounds: tuple[float, float], data: DataConfig) -> int:
 
 
 def _lengths(prefix: str, data: DataConfig) -> np.ndarray:
-    """Return the tokens of each sequence, or of each document with --sentences join."""
+    """Return the tokens of each sequence, or of each document with --slm-sentences join."""
     index = read_index(prefix)
-    return joined_documents(index)[0] if data.sentences == "join" else index.lengths
+    return joined_documents(index)[0] if data.slm_sentences == "join" else index.lengths
 
 
 def _check_epoch(flag: str, blend: Blend, tokens: Sequence[int], seq_length: int) -> None:

@@ -149,10 +149,10 @@ def test_an_id_outside_the_vocabulary_ends_the_run_when_it_is_read(tmp_path: Pat
 def test_sentences_are_refused_joined_or_separate(tmp_path: Path) -> None:
     documents = [[[10 * document + sentence] * 3 for sentence in range(4)] for document in range(12)]
     prefix = build(tmp_path / "c", [*documents, []])
-    with pytest.raises(ConfigError, match=r"--data-path .*several sequences.*--sentences join"):
+    with pytest.raises(ConfigError, match=r"--data-path .*several sequences.*--slm-sentences join"):
         check_corpora(DataConfig(data_path=[prefix]), BYTES)
     for sentences in ("join", "separate"):
-        data = DataConfig(data_path=[prefix], split="1,0,0", sentences=sentences)
+        data = DataConfig(data_path=[prefix], split="1,0,0", slm_sentences=sentences)
         check_corpora(data, BYTES)
         train: Any = built(data, 17).train
         followers = {pair for sample in read(train, 17) for pair in itertools.pairwise(sample)}

@@ -100,7 +100,6 @@ CURATED: dict[str, str] = {
     "--memory-snapshot-path": _PROFILE,
     "--exit-signal": "use --exit-signal-handler: SIGTERM and SIGUSR1 save and end the run.",
     "--exit-signal-handler-for-training": "use --exit-signal-handler.",
-    "--mock-data": "make a corpus with tools/preprocess_data.py, of any text.",
     "--sft": "pretraining only. Mask the loss of documents with --eod-mask-loss, or use a finetuning tool.",
 }
 
