@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slm.data.document_ends import check_document_ends
 from megatron_slm.data.fingerprints import BLOCK, block_starts
 from megatron_slm.data.index import Index, bin_path, chunks, idx_path, read_index
 from megatron_slm.data.integrity import check_index
 from megatron_slm.data.metadata import find_metadata
+from megatron_slm.data.tokenizers.identity import identity_conflict
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
@@ -114,16 +116,13 @@ def _check_metadata(index: Index, tokenizer: Tokenizer, flag: str) -> None:
     if found is None:
         return
     path, metadata = found
-    theirs = metadata["tokenizer"]
-    for what, there, here in (
-        ("vocabulary size", theirs["vocab_size"], tokenizer.vocab_size),
-        ("fingerprint", theirs["fingerprint"], tokenizer.fingerprint),
-    ):
-        if there != here:
-            raise ConfigError(
-                f"{flag} {index.prefix} was made with {theirs['name']} of {what} {there}, and this run has "
-                f"{tokenizer.name} of {what} {here} (--tokenizer-model). Use the tokenizer that made the corpus."
-            )
+    if (conflict := identity_conflict(metadata["tokenizer"], tokenizer)) is not None:
+        theirs, ours, remedy = conflict
+        raise ConfigError(
+            f"{flag} {index.prefix} was made with {theirs}, and this run has {ours} (--tokenizer-model). {remedy}."
+        )
+    if "eod" not in metadata["tokenizer"]:
+        check_document_ends(index, tokenizer, flag)
     for what, count in (("documents", index.documents), ("tokens", index.tokens())):
         if isinstance(metadata.get(what), int) and metadata[what] != count:
             raise ConfigError(

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.files import check_replaceable, write_text
 
 MAX_BYTES = 1 << 20  # larger files are not ours, and are not read to find that out
@@ -57,11 +56,6 @@ def check_metadata_writable(prefix: str | Path, flag: str) -> None:
     """Raise ConfigError, before long work, if a file that is not corpus metadata has the name of the metadata."""
     if metadata_path(prefix).exists():
         check_replaceable(metadata_path(prefix), flag, is_ours=is_metadata)
-
-
-def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the entry "tokenizer" of the metadata."""
-    return {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
 
 
 def is_metadata(path: Path) -> bool:

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.config.recipe import write_config
 from megatron_slm.config.schema import Config
+from megatron_slm.data.tokenizers.identity import identity_conflict, tokenizer_identity
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.model.experts import AuxiliaryLosses
@@ -185,11 +186,11 @@ def _load_schedule(scheduler: OptimizerParamScheduler, state: dict[str, Any], di
 
 
 def _check_same_run(directory: Path, manifest: weights.Manifest, config: Config, trainable: Trainable) -> None:
-    theirs, ours = manifest.tokenizer["fingerprint"], trainable.tokenizer.fingerprint
-    if theirs != ours:
+    if (conflict := identity_conflict(manifest.tokenizer, trainable.tokenizer)) is not None:
+        theirs, ours, remedy = conflict
         raise ConfigError(
-            f"--load: {directory} was trained with the tokenizer {manifest.tokenizer['name']} {theirs}, and this "
-            f"run has {trainable.tokenizer.name} {ours}. Use the same tokenizer, or --finetune from a model of yours."
+            f"--load: {directory} was trained with the tokenizer {theirs}, and this run has {ours}. {remedy}, or "
+            "--finetune from a model of yours."
         )
     saved = weights.saved_config(directory)
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
@@ -259,15 +260,10 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 
 def _manifest(trainable: Trainable, position: Position, directory: Path) -> weights.Manifest:
-    tokenizer = trainable.tokenizer
     return weights.Manifest(
         step=position.step,
         consumed_samples=position.consumed_samples,
-        tokenizer={
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
+        tokenizer=tokenizer_identity(trainable.tokenizer),
         layout=trainable.layout(),
         files=weights.file_sizes(directory),
     )

@@ -19,7 +19,6 @@ from megatron_slm.data.metadata import (
     check_metadata_writable,
     read_metadata,
     remove_metadata,
-    tokenizer_identity,
     write_metadata,
 )
 from megatron_slm.data.preprocessing.corpus_writer import CorpusWriter
@@ -27,6 +26,7 @@ from megatron_slm.data.preprocessing.documents import Block
 from megatron_slm.data.preprocessing.encode import EncodedBlock
 from megatron_slm.data.preprocessing.job import Job, Summary
 from megatron_slm.data.preprocessing.journal import Journal, Progress
+from megatron_slm.data.tokenizers.identity import tokenizer_identity
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 

@@ -132,11 +132,12 @@ def _merged_metadata(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None
     known = [(info.prefix, metadata) for info, metadata in found if metadata is not None]
     for prefix, metadata in known[1:]:
         theirs, first = metadata["tokenizer"], known[0][1]["tokenizer"]
-        if (theirs["fingerprint"], theirs["vocab_size"]) != (first["fingerprint"], first["vocab_size"]):
-            raise ConfigError(
-                f"{prefix} was made with {theirs['name']} of fingerprint {theirs['fingerprint']}, and {known[0][0]} "
-                f"with {first['name']} of fingerprint {first['fingerprint']}. Make them again with one tokenizer."
-            )
+        for what in ("fingerprint", "vocab_size", "eod"):
+            if theirs.get(what) != first.get(what):
+                raise ConfigError(
+                    f"{prefix} was made with {theirs['name']} of {what} {theirs.get(what)}, and {known[0][0]} with "
+                    f"{first['name']} of {what} {first.get(what)}. Make them again with one tokenizer."
+                )
     if len(known) < len(found):
         return None, tuple(info.prefix for info, metadata in found if metadata is None)
     merged = {key: value for key, value in known[0][1].items() if all(r.get(key) == value for _, r in known)}

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_slm.data.preprocessing.corpus_writer import corpus_dtype
 from megatron_slm.data.preprocessing.documents import Block, Part, blocks_of, first_line
 from megatron_slm.data.preprocessing.encode import BlockEncoder, EncodedBlock
@@ -46,6 +48,12 @@ def preprocess(job: Job) -> Summary:
     """
     _check(job)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_files)
+    if job.append_eod and tokenizer.ends_texts:
+        print(
+            f"warning: {tokenizer.source} itself ends every text with the end-of-document token, and --append-eod adds "
+            "another. Leave out --append-eod to end documents once.",
+            file=sys.stderr,
+        )
     dtype = corpus_dtype(tokenizer.vocab_size)
     split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
@@ -59,7 +67,7 @@ def preprocess(job: Job) -> Summary:
     began = time.monotonic()
     with worker_processes(job.workers, encoder) as encode, JobOutput(job, dtype, settings) as output:
         if not output.place.is_complete:
-            _write_blocks(job, parts, encode, output)
+            _write_blocks(job, parts, encode, output, tokenizer)
         if not output.summary.documents and job.shard is None:  # of few documents some shards get none
             skipped = f" that can be read: {output.summary.errors[0]}" if output.summary.errors else ""
             raise ConfigError(f"--input: {', '.join(job.files)} holds no document{skipped}.")
@@ -107,7 +115,7 @@ def _settings(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _write_blocks(job: Job, parts: Sequence[Part], encode: Encode, output: JobOutput) -> None:
+def _write_blocks(job: Job, parts: Sequence[Part], encode: Encode, output: JobOutput, tokenizer: Tokenizer) -> None:
     summary, place, began = output.summary, output.place, time.monotonic()
     total = None if STDIN in job.files else sum(map(_bytes_of, parts))
     with progress("tokenizing", total, "B") as bar:
@@ -115,6 +123,7 @@ def _write_blocks(job: Job, parts: Sequence[Part], encode: Encode, output: JobOu
         for block, encoded in encode(_blocks(parts, job.keys, place)):
             _note_errors(job, block, encoded, output)
             before = summary.documents
+            _check_ids(block, encoded, output, tokenizer)
             output.add(block, encoded)
             bar.advance(block.read)
             if job.log_interval and summary.documents // job.log_interval > before // job.log_interval:
@@ -140,6 +149,21 @@ def _note_errors(job: Job, block: Block, encoded: EncodedBlock, output: JobOutpu
         errors.append(bad_document(block.part, first_line(block.part) + output.lines_before(block) + offset, reason))
         if not job.skip_errors:
             raise stop_at(errors[-1], is_damage=bool(block.damage))
+
+
+def _check_ids(block: Block, encoded: EncodedBlock, output: JobOutput, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if a block holds an id outside the vocabulary."""
+    for column in encoded.ids:
+        ids = np.frombuffer(column, output.dtype)
+        if len(ids) and (ids.max() >= tokenizer.vocab_size or ids.min() < 0):
+            first = first_line(block.part) + output.lines_before(block)
+            lines = f"lines {first} to {first + max(encoded.lines, 1) - 1}"
+            outside = ids[(ids >= tokenizer.vocab_size) | (ids < 0)][0]
+            raise ConfigError(
+                f"{block.part.file}, {lines}: {tokenizer.source} gives the id {outside}, outside its vocabulary of "
+                f"{tokenizer.vocab_size} ids. No corpus was written. Check the tokenizer's files: they contradict "
+                "each other."
+            )
 
 
 def _bytes_of(part: Part) -> int:

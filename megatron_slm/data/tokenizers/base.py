@@ -27,6 +27,11 @@ class Tokenizer(Protocol):
     fingerprint: str  # sha256 of the files that define it
 
     @property
+    def entries(self) -> int:
+        """The number of entries, which is less than ``vocab_size`` if the vocabulary has holes."""
+        ...
+
+    @property
     def unique_identifiers(self) -> OrderedDict[str, str]: ...
 
     @property
@@ -86,6 +91,7 @@ class TokenizerFiles:
 class BaseTokenizer:
     """Name, fingerprint and end-of-document id, by which caches are named and corpora compared."""
 
+    vocab_size: int
     eod: int
     special_ids: frozenset[int] = frozenset()
 
@@ -96,6 +102,10 @@ class BaseTokenizer:
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
         return OrderedDict(name=self.name, fingerprint=self.fingerprint, eod=str(self.eod))
+
+    @property
+    def entries(self) -> int:
+        return self.vocab_size
 
     @property
     def ends_texts(self) -> bool:

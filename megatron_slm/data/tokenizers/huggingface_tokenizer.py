@@ -29,6 +29,10 @@ class _TokenizersModel(BaseTokenizer):
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
 
     @property
+    def entries(self) -> int:
+        return self.model.get_vocab_size(with_added_tokens=True)
+
+    @property
     def ends_texts(self) -> bool:
         return self.encode("a")[-1:] == [self.eod]
 
