@@ -31,7 +31,7 @@ from benchmarks.lm_head import WAYS, Problem, Unavailable
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.console import make_console, progress
 from megatron_slm.runtime.files import write_text
 
 SIZES = {  # tokens N, hidden size H, vocabulary V
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = Problem.make(shape, arguments.ratio, arguments.device, DTYPES[arguments.dtype])
         print(peak_bytes(arguments.memory_of, problem))
         return 0
-    console = Console()
+    console = make_console()
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "CPU"
     facts = {"device": device, "torch": torch.__version__, "dtype": arguments.dtype, "threads": arguments.threads}
     facts |= {"ratio": arguments.ratio, "repeats": arguments.repeats}

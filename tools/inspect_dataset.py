@@ -33,10 +33,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    from rich.console import Console
+    from megatron_slm.runtime.console import make_console
 
     arguments = parse_arguments()
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     try:
         tokenizer = _tokenizer(arguments)
         if arguments.check and _check(arguments, tokenizer, console):

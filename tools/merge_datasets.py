@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import prepare_output
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,6 +19,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    prepare_output()
     arguments = parse_arguments()
     try:
         from megatron_slm.data.preprocessing.merge import merge_corpora

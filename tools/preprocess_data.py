@@ -19,6 +19,7 @@ from megatron_slm.data.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.data.preprocessing.shards import parse_shard
 from megatron_slm.data.tokenizers.base import TEXT, TOKENS, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import prepare_output
 
 SHARD = """make only part i (from 0) of n about equal ones, into the folder <output-prefix>_<key>_document;
 tools/merge_datasets.py --input <that folder> makes of all parts the corpus that one machine would have made"""
@@ -158,6 +159,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
 
 def main() -> int:
+    prepare_output()
     try:
         job = make_job(parse_arguments(sys.argv[1:]))
         summary = preprocess(job)

@@ -10,6 +10,7 @@ from megatron_slm.data.preprocessing.documents import find_inputs
 from megatron_slm.data.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.data.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import prepare_output
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    prepare_output()
     arguments = parse_arguments()
     try:
         job = TokenizerJob(

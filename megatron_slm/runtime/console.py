@@ -1,16 +1,19 @@
-"""What a person sees: lines on rank 0, and a bar with rate and time left for long work."""
+"""Output for people: lines on rank 0, warnings, and a progress bar with rate and time left for long work."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -21,7 +24,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from megatron_slm.runtime.output import prepare_output
+
 SECONDS_BETWEEN_LINES = 10.0  # of a bar that is not on a terminal
+UNBOUNDED = 10_000  # columns of an output that is not a terminal: tables and lines are not wrapped
+BYTES = "B"  # the unit of a bar whose rate is given in MB/s
 
 
 class Advance(Protocol):
@@ -37,12 +44,63 @@ class Silent:
 
 
 def make_console(enabled: bool = True) -> Console:
-    """The console of a run: standard output, colour on a terminal only, silent unless ``enabled``."""
-    return Console(quiet=not enabled, highlight=False, soft_wrap=True)
+    """Return the console of a run: standard output, colour on a terminal only, silent unless ``enabled``.
+
+    Lines are not wrapped, and without a terminal tables are not either (unless COLUMNS gives a width). An output that
+    fails, such as a log on a full disk or a closed pipe, does not end the run.
+    """
+    prepare_output()
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else UNBOUNDED
+    return Console(file=_fail_safe(sys.stdout), quiet=not enabled, highlight=False, soft_wrap=True, width=width)
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {message}", file=_fail_safe(sys.stderr), flush=True)
+
+
+def _fail_safe(stream: TextIO) -> TextIO:
+    return cast(TextIO, _FailSafe(stream))
+
+
+class _FailSafe:
+    """A text stream whose errors are ignored: there is no other place to report them to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return self._failed(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._failed(0)
+
+    def _failed(self, count: int) -> int:
+        atexit.unregister(_discard_unwritten)
+        atexit.register(_discard_unwritten)
+        return count
+
+
+def _discard_unwritten() -> None:
+    """Keep the interpreter from failing at exit because of lines that it still cannot write."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def duration(seconds: float) -> str:
-    """``seconds`` as people say it: 42s, 3m07s, 2h05m, 3d04h."""
+    """Format ``seconds`` for people: 42s, 3m07s, 2h05m, 3d04h."""
     whole = int(seconds)
     for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
@@ -52,7 +110,11 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(description: str, total: float | None, unit: str = "it") -> Iterator[Advance]:
-    """A bar with rate and time left on standard error; where that is no terminal, plain lines for work that lasts."""
+    """Show a bar with rate and time left on standard error; if that is no terminal, plain lines for work that lasts.
+
+    The unit :data:`BYTES` is shown in MB and MB/s.
+    """
+    prepare_output()
     if not sys.stderr.isatty():
         plain = _PlainProgress(description, total, unit)
         yield plain
@@ -62,12 +124,17 @@ def progress(description: str, total: float | None, unit: str = "it") -> Iterato
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        MofNCompleteColumn(),
+        DownloadColumn() if unit == BYTES else MofNCompleteColumn(),
         _Rate(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(file=_fail_safe(sys.stderr))) as bar:
         yield _RichProgress(bar, description, total)
+
+
+def amount(number: float, unit: str) -> str:
+    """Format a count with its unit: 1,200 tokens; bytes as 3.4 MB."""
+    return f"{number / 1e6:,.1f} MB" if unit == BYTES else f"{number:,.0f} {unit}"
 
 
 class _Rate(ProgressColumn):
@@ -76,7 +143,7 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {self.unit}/s" if task.speed else "")
+        return Text(f"{amount(task.speed, self.unit)}/s" if task.speed else "")
 
 
 class _RichProgress:
@@ -108,8 +175,8 @@ class _PlainProgress:
         self.printed = time.monotonic()
         self.has_printed = True
         rate = self.done / max(self.printed - self.began, 1e-9)
-        text = f"{self.description}: {self.done:,.0f}"
+        text = f"{self.description}: {amount(self.done, self.unit)}"
         if self.total:
             left = (self.total - self.done) / rate if rate else 0.0
-            text += f" of {self.total:,.0f} ({self.done / self.total:.0%}), {duration(max(left, 0))} left"
-        print(f"{text}, {rate:,.0f} {self.unit}/s", file=sys.stderr, flush=True)
+            text += f" of {amount(self.total, self.unit)} ({self.done / self.total:.0%}), {duration(max(left, 0))} left"
+        print(f"{text}, {amount(rate, self.unit)}/s", file=_fail_safe(sys.stderr), flush=True)

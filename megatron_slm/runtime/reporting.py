@@ -16,6 +16,7 @@ from typing import Protocol
 
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.launch import guess_launch, launched_rank
+from megatron_slm.runtime.output import prepare_output
 
 SECONDS_FOR_RANK_0 = 2.0  # to report an error before the other ranks do
 SECONDS_FOR_OTHERS = 1.0  # to ask, after that, whether rank 0 has reported
@@ -45,6 +46,7 @@ def run_command(action: Callable[[], None]) -> int:
     ConfigError and DivergedError become messages, any other error a traceback. The process groups are left after the
     report, because the other ranks fail as soon as one leaves.
     """
+    prepare_output()
     try:
         action()
     except (ConfigError, DivergedError) as error:

@@ -1,0 +1,69 @@
+"""Output on narrow terminals, in files, in ASCII, and on a full disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.table import Table
+
+from megatron_slm.runtime import console
+from megatron_slm.runtime.console import make_console, progress
+
+SCRIPT = """
+from megatron_slm.runtime.console import make_console, progress, warn
+console = make_console()
+for number in range(3000):
+    console.print(f"step {number} τ +1.00 − 日本")
+warn("τ")
+with progress("reading", 10, "B") as bar:
+    bar.advance(10)
+console.print("done τ")
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("console") / "script.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return f"{sys.executable} {path}"
+
+
+def run(command: str, **env: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["bash", "-c", command], env=os.environ | env, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_ascii(script: str, env: dict[str, str]) -> None:
+    ended = run(script, **env)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(b"step 0 tau +1.00 - ??\n") and ended.stdout.endswith(b"done tau\n")
+    assert ended.stderr == b"warning: tau\n"
+
+
+@pytest.mark.parametrize("redirected", [">/dev/full", ">/dev/full 2>&1", "| head -1"])
+def test_a_log_that_cannot_be_written_does_not_end_the_run(script: str, redirected: str) -> None:
+    ended = run(f"{script} {redirected}; exit ${{PIPESTATUS[0]}}")
+    assert (ended.returncode, b"Traceback" in ended.stderr) == (0, False), ended.stderr
+
+
+def test_tables_in_a_file_are_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table(*(f"column {number}" for number in range(20)))
+    table.add_row(*("some long cell" for _ in range(20)))
+    make_console().print(table)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 5 and lines[3].count("some long cell") == 20
+
+
+def test_byte_rates_are_in_megabytes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", -1)
+    with progress("reading", 4_000_000, "B") as bar:
+        bar.advance(1_000_000)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("reading: 1.0 MB of 4.0 MB (25%), ") and line.endswith(" MB/s")
