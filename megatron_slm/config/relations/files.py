@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slm.config.schema import Config
+from megatron_slm.runtime.append import is_stream
+from megatron_slm.runtime.metrics_file import METRICS_FLAG, foreign_message, is_foreign
 
 
 def checkpoints(config: Config, _: int) -> Iterator[str]:
@@ -14,6 +16,11 @@ def checkpoints(config: Config, _: int) -> Iterator[str]:
     checkpoint = config.checkpoint
     if checkpoint.save is None and checkpoint.save_interval is not None:
         yield "--save-interval needs --save, a folder."
+    interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
+    if retained is not None and (interval is None or retained % interval):
+        yield f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}."
+    if config.training.skip_train and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
+        yield "--skip-train evaluates a checkpoint: name it with --load."
     if checkpoint.load is None and checkpoint.finetune:
         yield "--finetune needs --load, the weights to begin from."
 
@@ -28,7 +35,20 @@ def output_directories(config: Config, _: int) -> Iterator[str]:
         if directory is not None:
             yield from _unwritable(flag, Path(directory))
     if config.logging.slm_metrics_file is not None:
-        yield from _unwritable("--slm-metrics-file", Path(config.logging.slm_metrics_file).parent)
+        yield from _metrics_file(Path(config.logging.slm_metrics_file))
+
+
+def _metrics_file(path: Path) -> Iterator[str]:
+    """Yield a message if ``path`` is someone else's file, or its directory cannot be written."""
+    try:
+        if is_stream(path):
+            return  # appended to; its directory, such as /dev, is not written
+        if is_foreign(path):
+            yield foreign_message(path)
+    except OSError as error:
+        yield f"{METRICS_FLAG} {path} cannot be read ({error.strerror}). Choose another path."
+    else:
+        yield from _unwritable(METRICS_FLAG, path.parent)
 
 
 def _unwritable(flag: str, directory: Path) -> Iterator[str]:

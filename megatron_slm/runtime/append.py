@@ -1,0 +1,163 @@
+"""Appending records to a file that may be full, a device or a pipe: no half records, and no loss while it is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_slm.runtime.files import explained_write
+
+MAX_WAITING = 10_000  # records that are kept in memory while they cannot be written
+_STANDARD = {"/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d+)")
+
+
+class AppendFile:
+    """A regular file, character device, pipe or standard stream that is only ever appended to.
+
+    Args:
+        path: its directory is created if needed.
+        what: the flag that names it, for error messages.
+
+    Raises:
+        ConfigError: it cannot be opened. A pipe that no process reads yet is not an error.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._rest = b""  # of a record that a pipe took in part
+        with explained_write(path, what):
+            if not is_stream(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open()
+            except OSError as error:
+                if not (error.errno == errno.ENXIO and path.is_fifo()):
+                    raise
+
+    def append(self, record: bytes) -> None:
+        """Write ``record`` to the end.
+
+        Raises:
+            OSError: nothing was written; a later call tries again.
+        """
+        try:
+            descriptor = self._open()
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and not is_stream(self.path):
+                _append_whole(descriptor, record)
+            else:
+                self._append_to_stream(descriptor, record)
+        except OSError:
+            self.close()
+            raise
+
+    def _append_to_stream(self, descriptor: int, record: bytes) -> None:
+        if self._rest:
+            self._rest = self._rest[os.write(descriptor, self._rest) :]
+            if self._rest:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self._rest = record[os.write(descriptor, record) :]
+
+    def _open(self) -> int:
+        if self._descriptor is not None and not os.fstat(self._descriptor).st_nlink:
+            self.close()  # deleted, or moved away by a log rotation
+        if self._descriptor is None:
+            self._descriptor = _open(self.path)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file; a later :meth:`append` opens it again."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _append_whole(descriptor: int, record: bytes) -> None:
+    size = os.fstat(descriptor).st_size
+    try:
+        while record:
+            record = record[os.write(descriptor, record) :]
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
+def is_stream(path: Path) -> bool:
+    """Return True for a device, a pipe and a standard stream, which hold no content to keep or to drop."""
+    return _standard_descriptor(path) is not None or (path.exists() and not path.is_file())
+
+
+def _standard_descriptor(path: Path) -> int | None:
+    match = _DESCRIPTOR.fullmatch(str(path))
+    return int(match.group(1)) if match else _STANDARD.get(str(path))
+
+
+def _open(path: Path) -> int:
+    standard = _standard_descriptor(path)
+    if standard is not None:
+        return os.dup(standard)  # the same position as that of the program's other output
+    if path.is_dir() or path.is_block_device() or path.is_socket():
+        raise OSError(errno.EINVAL, "it is not a file, a character device or a pipe")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
+    if is_stream(path):
+        flags |= os.O_NONBLOCK  # a pipe without a reader must not stop the run
+    return os.open(path, flags, 0o666)
+
+
+class PatientWriter:
+    """Appends records to a file; while it cannot be written, they wait in memory.
+
+    Args:
+        file: where the records go.
+        what: the flag that names the file.
+        warn: called with a line when writing fails for the first time, and when it works again.
+    """
+
+    def __init__(self, file: AppendFile, what: str, warn: Callable[[str], None]) -> None:
+        self._file = file
+        self._name = f"{what} {file.path}"
+        self._warn = warn
+        self._waiting: deque[bytes] = deque()
+        self._dropped = 0
+        self._is_failing = False
+
+    def write(self, record: bytes) -> None:
+        """Write the record, after those that wait."""
+        self._waiting.append(record)
+        if len(self._waiting) > MAX_WAITING:
+            self._waiting.popleft()
+            self._dropped += 1
+        self._drain()
+
+    def close(self) -> None:
+        """Write the records that wait, and report those that were lost."""
+        self._drain()
+        lost = len(self._waiting) + self._dropped
+        if lost:
+            self._warn(f"{self._name}: {lost:,} records were not written.")
+        self._file.close()
+
+    def _drain(self) -> None:
+        count = len(self._waiting)
+        try:
+            while self._waiting:
+                self._file.append(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._is_failing:
+                self._is_failing = True
+                self._warn(
+                    f"{self._name} cannot be written ({error.strerror or error}). The run continues; up to "
+                    f"{MAX_WAITING:,} records wait in memory until it can."
+                )
+            return
+        if self._is_failing:
+            self._is_failing = False
+            self._warn(f"{self._name} is written again: {count:,} records caught up, {self._dropped:,} lost.")
+            self._dropped = 0

@@ -1,0 +1,81 @@
+"""The JSONL file of training metrics: recognition of our own files, and preparation for a new or a resumed run."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+
+from megatron_slm.runtime.append import is_stream
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import atomic_path, explained_write
+
+METRICS_FLAG = "--slm-metrics-file"
+
+
+def begin_metrics_file(path: Path, resumed_step: int) -> Path | None:
+    """Prepare an existing metrics file for a run that has completed ``resumed_step`` steps.
+
+    A resumed run drops the lines of later steps and damaged lines. A new run keeps the earlier file under the name
+    NAME.1 (or the next free number). Devices and pipes are left alone.
+
+    Returns:
+        the new path of the earlier file, if it was kept.
+
+    Raises:
+        ConfigError: the file was not written by megatron_slm, or cannot be written.
+    """
+    if is_foreign(path):
+        raise ConfigError(foreign_message(path))
+    if is_stream(path) or not path.exists() or not path.stat().st_size:
+        return None
+    if not resumed_step:
+        return _keep(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
+    if len(kept) < len(lines):
+        with atomic_path(path, METRICS_FLAG) as temporary:
+            temporary.write_bytes(b"".join(kept))
+    return None
+
+
+def is_foreign(path: Path) -> bool:
+    """Return True for a regular file with content that megatron_slm did not write."""
+    if is_stream(path) or not path.exists():
+        return False
+    with path.open("rb") as file:
+        first = file.readline()
+    return bool(first) and not _is_ours(first)
+
+
+def foreign_message(path: Path) -> str:
+    """Return the error for a file that is not to be replaced."""
+    return (
+        f"{METRICS_FLAG}: {path} exists and is not a metrics file of megatron_slm. Choose another path, or remove the "
+        "file."
+    )
+
+
+def _keep(path: Path) -> Path:
+    """Move a metrics file to the first free numbered name."""
+    kept = next(other for number in count(1) if not (other := Path(f"{path}.{number}")).exists())
+    with explained_write(path, METRICS_FLAG):
+        path.rename(kept)
+    return kept
+
+
+def _is_ours(first_line: bytes) -> bool:
+    is_cut = not first_line.endswith(b"\n") and first_line.startswith(b'{"kind": "')
+    return is_cut or _step(first_line) is not None
+
+
+def _step(line: bytes) -> int | None:
+    """Return the step of a complete line of ours; None for any other."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    step = record.get("step")
+    return step if isinstance(step, int) else None

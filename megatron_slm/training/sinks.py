@@ -1,0 +1,197 @@
+"""Where training records go besides the console: a JSONL file, TensorBoard, Weights & Biases.
+
+A full disk or an unreachable service delays records and never ends the run; a path that cannot be opened at the start
+of the run is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_slm.config.recipe import to_flat_dict
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.append import AppendFile, PatientWriter
+from megatron_slm.runtime.console import warn
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import explained_write, write_text
+from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.metrics_file import METRICS_FLAG, begin_metrics_file
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_run_id.txt"
+
+
+class Sink(Protocol):
+    """A destination of records: dictionaries with "kind" ("train" or "eval"), "step" and figures."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FileSink:
+    """Encodes records and appends them to a file, which may be full for a time."""
+
+    def __init__(self, path: Path, flag: str, encode: Callable[[dict[str, Any]], bytes], head: bytes = b"") -> None:
+        file = AppendFile(path, flag)
+        if head:
+            with explained_write(path, flag):
+                file.append(head)
+        self.writer = PatientWriter(file, flag, warn)
+        self.encode = encode
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.writer.write(self.encode(record))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def open_sinks(config: Config, groups: Groups, resumed_step: int) -> list[Sink]:
+    """Open the files and services of the flags; none on ranks other than 0.
+
+    Args:
+        resumed_step: completed steps of the run. Records of later steps are dropped, because these steps run again.
+    """
+    if not groups.is_logging_rank:
+        return []
+    logging, evaluates_only = config.logging, config.training.skip_train
+    sinks: list[Sink] = []
+    if (path := metrics_file(config)) is not None:
+        if not evaluates_only:
+            kept = begin_metrics_file(path, resumed_step)
+            if kept is not None:
+                warn(f"{METRICS_FLAG} {path}: the metrics of an earlier run were kept as {kept}.")
+        sinks.append(FileSink(path, METRICS_FLAG, lambda record: json.dumps(record).encode() + b"\n"))
+    if logging.tensorboard_dir:
+        sinks.append(tensorboard_sink(Path(logging.tensorboard_dir), 0 if evaluates_only else resumed_step))
+    if logging.wandb_project:
+        sinks.append(WandbSink(config, resumed_step))
+    return sinks
+
+
+@contextmanager
+def closing_all(sinks: Sequence[Sink]) -> Iterator[None]:
+    """Close all sinks when the block ends, whatever ends it."""
+    with ExitStack() as stack:
+        for sink in sinks:
+            stack.callback(sink.close)
+        yield
+
+
+def metrics_file(config: Config) -> Path | None:
+    """Return the path of the JSONL file, if there is one."""
+    if config.logging.slm_metrics_file:
+        return Path(config.logging.slm_metrics_file)
+    return Path(config.checkpoint.save) / METRICS_FILE if config.checkpoint.save else None
+
+
+def tensorboard_sink(directory: Path, resumed_step: int) -> FileSink:
+    """Return a sink of scalars named kind/figure; the x axis is the step.
+
+    Event files are written here, not by torch's SummaryWriter: its thread dies of a full disk with a traceback, and
+    with it all later records.
+    """
+    seconds, fraction = divmod(time.time_ns(), 10**9)  # readers take the files of a directory in the order of names
+    name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{fraction:09d}"
+    return FileSink(directory / name, "--tensorboard-dir", _events, _event_head(resumed_step))
+
+
+def _event_head(resumed_step: int) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    events = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+    if resumed_step:  # TensorBoard forgets the events from here on
+        start = SessionLog(status=SessionLog.START)
+        events.append(Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
+    return _framed(events)
+
+
+def _events(record: dict[str, Any]) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
+    return _framed([Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))])
+
+
+def _framed(events: list[Any]) -> bytes:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    for event in events:
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record under the names that TensorBoard and W&B show."""
+    prefix = f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
+    return {
+        f"{prefix}/{name}": float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and name != "step"
+    }
+
+
+class WandbSink:
+    """Scalars to Weights & Biases; a resumed run continues its W&B run, whose id is kept beside the checkpoints."""
+
+    def __init__(self, config: Config, resumed_step: int) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("--wandb-project needs the package wandb: pip install wandb.") from error
+        logging, checkpoint = config.logging, config.checkpoint
+        identity = os.environ.get("WANDB_RUN_ID")
+        if identity is None and resumed_step:
+            identity = _saved_identity(checkpoint.save) or _saved_identity(checkpoint.load)
+        identity = identity or secrets.token_hex(4)
+        self.errors = (OSError, getattr(wandb, "Error", OSError))
+        try:
+            self.run = wandb.init(
+                project=logging.wandb_project,
+                name=logging.wandb_exp_name,
+                dir=logging.wandb_save_dir,
+                config=to_flat_dict(config),
+                id=identity,
+                resume="allow",
+            )
+        except self.errors as error:
+            raise ConfigError(
+                f"--wandb-project: W&B cannot be started: {error}. Check its login, or set WANDB_MODE=offline."
+            ) from error
+        if checkpoint.save and not config.training.skip_train:
+            with explained_write(checkpoint.save, "--save"):
+                Path(checkpoint.save).mkdir(parents=True, exist_ok=True)
+            write_text(Path(checkpoint.save) / WANDB_ID_FILE, f"{identity}\n", "--save")
+        self.has_failed = False
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self.run.log(scalars(record), step=record["step"])
+        except self.errors as error:
+            if not self.has_failed:
+                warn(f"--wandb-project: W&B takes no records ({error}). The run continues.")
+            self.has_failed = True
+
+    def close(self) -> None:
+        try:
+            self.run.finish()
+        except self.errors as error:
+            warn(f"--wandb-project: W&B cannot finish its run ({error}).")
+
+
+def _saved_identity(directory: str | None) -> str | None:
+    path = Path(directory or "") / WANDB_ID_FILE
+    return path.read_text(encoding="utf-8").strip() or None if directory and path.is_file() else None
