@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.flags import Command, parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
+from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.preflight import check_device, check_files, check_memory, check_values, default_device
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ def _run(argv: Sequence[str]) -> None:
     launch = read_launch()
     if command.action == "train":
         check_values(command.config, launch.world_size)
-        _train(command)
+        handles = command.config.training.exit_signal_handler
+        with StopSignals(announces=launch.rank == 0) if handles else nullcontext() as signals:
+            _train(command, signals)
     elif launch.rank == 0:
         if command.action == "print-config":
             print(dump_config(command.config), end="")
@@ -52,7 +56,7 @@ def _print_plan(command: Command, world_size: int) -> None:
     print_plan(console, config, tokenizer.vocab_size, world_size)
 
 
-def _train(command: Command) -> None:
+def _train(command: Command, signals: StopSignals | None) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_first_rank
@@ -61,6 +65,7 @@ def _train(command: Command) -> None:
     from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
     from megatron_slm.training.setup import build_run, parallel_layout
+    from megatron_slm.training.sinks import closing_all
 
     config = command.config
     groups = process.start(
@@ -78,9 +83,8 @@ def _train(command: Command) -> None:
     _print_note(command, console)
     print_settings(console, config)
     run = build_run(config, tokenizer, groups, console)
-    train(run)
-    for sink in run.sinks:
-        sink.close()
+    with closing_all(run.sinks):
+        train(run, signals)
 
 
 def _print_note(command: Command, console: Console) -> None:

@@ -117,7 +117,10 @@ class TrainingConfig:
     recompute_num_layers: int | None = flag(None, "layers in one recomputed unit", above=0)
     exit_interval: int | None = flag(None, "save and exit when the step is a multiple of this", above=0)
     exit_duration_in_mins: int | None = flag(None, "save and exit after this many minutes", above=0)
-    exit_signal_handler: bool = flag(False, "save and exit at SIGTERM or SIGUSR1")
+    exit_signal_handler: bool = flag(
+        True, "save and exit at SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 (Megatron-LM: off, SIGTERM only)"
+    )
+    skip_train: bool = flag(False, "only evaluate the checkpoint of --load; nothing is trained or saved")
 
 
 @dataclass(kw_only=True)
@@ -244,6 +247,9 @@ class CheckpointConfig:
     load: str | None = flag(None, "folder to resume from; with --finetune, another run's weights as base")
     pretrained_checkpoint: str | None = flag(None, "weights to begin from when --load holds no checkpoint")
     save_interval: int | None = flag(None, "steps between checkpoints; the last step is always saved", above=0)
+    save_retain_interval: int | None = flag(
+        None, "keep checkpoints of steps that are multiples of this, and the newest; default all", above=0
+    )
     finetune: bool = flag(False, "take only the weights of --load; begin at step 0")
     ckpt_step: int | None = flag(None, "step to load instead of the newest", at_least=0)
     save_optim: bool = flag(True, "save optimizer state")

@@ -1,29 +1,74 @@
-"""Turns SIGTERM and SIGUSR1 into a question that all ranks answer alike: should the run stop now?"""
+"""Stop signals: remembered when they arrive, so that a run can finish its step, save and exit.
+
+torchrun forwards SIGTERM, SIGINT, SIGHUP and SIGQUIT to its ranks and kills them 30 s later
+(``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``). It dies of SIGUSR1 unless that is ignored (``trap '' USR1``) or handled
+(``--signals-to-handle``); docs/slurm.md has the lines of a batch script.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
-from types import FrameType
+import time
+from types import FrameType, TracebackType
 
-import torch
-import torch.distributed as dist
+REMEMBERED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # also if ignored by the parent: a trap in a script
+UNLESS_IGNORED = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these for good
+SECONDS_BETWEEN_INTERRUPTS = 1.0  # a second Ctrl+C after this long aborts
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
-from megatron_slm.runtime.groups import Groups
 
+class StopSignals:
+    """Context manager that remembers the first stop signal instead of ending the process.
 
-class StopSignal:
-    """Remembers that this process was asked to stop (Slurm sends SIGUSR1 or SIGTERM before a time limit)."""
+    A second SIGINT raises KeyboardInterrupt. If torchrun dies, the ranks that it started get a SIGTERM.
 
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+    Args:
+        announces: write a line to standard error when a signal arrives.
+    """
+
+    def __init__(self, announces: bool = False) -> None:
+        self.number = 0  # of the first signal; 0 if there was none
+        self._announces = announces
+        self._arrived = 0.0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (*REMEMBERED, *UNLESS_IGNORED):
+            previous = signal.getsignal(number)
+            if previous is not signal.SIG_IGN or number in REMEMBERED:
+                self._previous[number] = previous
+                signal.signal(number, self._remember)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _signal_at_death_of_parent(signal.SIGTERM)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        now = time.monotonic()
+        if self.number and number == signal.SIGINT and now - self._arrived > SECONDS_BETWEEN_INTERRUPTS:
+            raise KeyboardInterrupt
+        if not self.number:
+            self.number, self._arrived = number, now
+            if self._announces:
+                again = "; a second Ctrl+C aborts" if number == signal.SIGINT else ""
+                line = f"{signal_name(number)} received: stopping after the step in progress{again}\n"
+                os.write(2, line.encode())  # print is not safe in a signal handler
 
-    def agreed(self, groups: Groups) -> bool:
-        """Whether any rank was asked to stop. Collective over all ranks."""
-        flag = torch.tensor(int(self.received), device=groups.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal: SIGTERM."""
+    return signal.Signals(number).name
+
+
+def _signal_at_death_of_parent(number: signal.Signals) -> None:
+    """Ask Linux for a signal when the parent process dies; orphaned ranks would train on unnoticed otherwise."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,17 +19,25 @@ from megatron_slm.training.step import StepSelection, token_sums
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean loss of all valid tokens of one set, nats."""
+    """Mean loss of all valid tokens of one set, nats."""
 
     loss: float
     tokens: int
 
 
 def evaluate(
-    trainable: Trainable, sets: dict[str, torch.utils.data.Dataset], config: Config, shape: BatchShape
+    trainable: Trainable,
+    sets: dict[str, torch.utils.data.Dataset],
+    config: Config,
+    shape: BatchShape,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Evaluation]:
-    """Evaluate every set on its first samples. Collective over all ranks; known on every rank."""
-    everything = StepSelection(Selector(policy=None, group=trainable.groups.dp_cp, context=trainable.groups.cp))
+    """Evaluate every set on its first samples. Collective over all ranks; the result is known on every rank.
+
+    Args:
+        must_stop: asked before each batch on every rank. If it answers True, on all of them, the evaluation ends, and
+            only the sets that are complete are returned.
+    """
     results = {}
     with evaluation_mode(trainable, config), torch.no_grad():
         for name, dataset in sets.items():
@@ -37,14 +45,27 @@ def evaluate(
             if config.data.full_validation:
                 batches = -(-len(dataset) // shape.global_batch_size)  # type: ignore[arg-type]
             stream = BatchStream(dataset, shape, device=trainable.groups.device, masks_missing=True)
-            parts: list[TokenSums] = []
             with _bar(name, batches, trainable) as bar:
-                for _ in range(batches):
-                    parts += token_sums(trainable.chunks, next(stream), everything, forward_only=True)
-                    bar.advance()
-            _, _, loss, tokens, _, _ = TokenSums.reduce(parts, trainable.groups).values.tolist()
-            results[name] = Evaluation(loss / max(tokens, 1), int(tokens))
+                result = _evaluate_set(trainable, stream, batches, bar, must_stop)
+            if result is None:
+                break
+            results[name] = result
     return results
+
+
+def _evaluate_set(
+    trainable: Trainable, stream: BatchStream, batches: int, bar: Advance, must_stop: Callable[[], bool]
+) -> Evaluation | None:
+    """Return the mean loss over ``batches`` batches; None if the evaluation was stopped."""
+    everything = StepSelection(Selector(policy=None, group=trainable.groups.dp_cp, context=trainable.groups.cp))
+    parts: list[TokenSums] = []
+    for _ in range(batches):
+        if must_stop():
+            return None
+        parts += token_sums(trainable.chunks, next(stream), everything, forward_only=True)
+        bar.advance()
+    _, _, loss, tokens, _, _ = TokenSums.reduce(parts, trainable.groups).values.tolist()
+    return Evaluation(loss / max(tokens, 1), int(tokens))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""The training loop: load, reference, step, log, evaluate, save."""
+"""The training loop: step, log, save, evaluate, until the last step or a reason to stop earlier."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -11,13 +12,17 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.objective.selective_loss import Selector
-from megatron_slm.runtime.console import duration
+from megatron_slm.runtime.console import UNBOUNDED, duration
 from megatron_slm.runtime.errors import DivergedError
-from megatron_slm.runtime.signals import StopSignal
+from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.checkpoint import Position, Trainable, save_checkpoint
+from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
-from megatron_slm.training.metrics import Sink, StepMetrics, Throughput, losses_of
+from megatron_slm.training.metrics import StepMetrics, Throughput, TokenSums, losses_of
+from megatron_slm.training.retention import Retention
+from megatron_slm.training.sinks import Sink
 from megatron_slm.training.step import ReferenceSource, Step, selection_ratio, train_step
+from megatron_slm.training.stopping import StopDecision
 
 
 @dataclass
@@ -41,58 +46,116 @@ class Run:
         return self.position.consumed_samples * (self.config.model.seq_length or 0)
 
 
-def train(run: Run) -> None:
+def train(run: Run, signals: StopSignals | None = None) -> None:
     """Train from ``run.position`` to --train-iters, or until there is a reason to stop earlier."""
-    config, position = run.config, run.position
-    iterations = config.training.train_iters or 0
-    stop_signal = StopSignal() if config.training.exit_signal_handler else None
-    clock = _Clock(position.step, iterations)
-    stream = BatchStream(
-        run.datasets.train,
-        run.shape,
-        device=run.trainable.groups.device,
-        start_sample=position.consumed_samples,
-        read_ahead=config.data.num_workers,
-    )
-    evaluated = saved = position.step
-    if position.step == 0:
-        evaluate_and_log(run)
-    try:
-        while position.step < iterations:
-            step = _one_step(run, stream)
-            clock.tick(position.step)
-            if position.step % config.logging.log_interval == 0 or position.step == iterations:
-                _log_step(run, step, clock)
-            if _due(position.step, config.logging.eval_interval):
-                evaluate_and_log(run)
-                evaluated = position.step
-                clock.pause_ends()
-            if config.checkpoint.save and _due(position.step, config.checkpoint.save_interval):
-                _save(run)
-                saved = position.step
-                clock.pause_ends()
-            if reason := _reason_to_stop(run, clock, stop_signal):
-                run.console.print(f"stopping after step {position.step}: {reason}")
-                break
-    finally:
-        stream.close()
-    if evaluated != position.step:
-        evaluate_and_log(run)
-    if config.checkpoint.save and saved != position.step:
-        _save(run)
-
-
-def evaluate_and_log(run: Run) -> None:
-    """Evaluate every validation set and write the result to the console and all sinks."""
-    if not run.datasets.valid or run.config.logging.eval_iters == 0:
+    stop = StopDecision(run.trainable.groups, signals, run.config.training.exit_duration_in_mins)
+    loop = _Loop(run, stop)
+    if run.config.training.skip_train:
+        loop.evaluate()
         return
-    results = evaluate(run.trainable, run.datasets.valid, run.config, run.shape)
-    line = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
-    run.console.print(f"held-out loss at step {run.position.step}: {line}", style="bold")
-    for name, result in results.items():
-        record = {"step": run.position.step, "tokens": run.tokens, "set": name, "loss": result.loss}
+    if run.position.step == 0:
+        loop.evaluate()
+    reason = loop.steps()
+    if reason is not None:
+        run.console.print(f"stopping after step {run.position.step}: {reason}")
+    loop.save()
+    if stop.reason is None:  # otherwise there may be no time left
+        loop.evaluate()
+
+
+class _Loop:
+    """The state of a run between its steps: what was logged, saved and evaluated last."""
+
+    def __init__(self, run: Run, stop: StopDecision) -> None:
+        training, logging, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
+        self.run, self.stop = run, stop
+        self.iterations = training.train_iters or 0
+        self.clock = StepClock(Schedule(self.iterations, logging.eval_interval, checkpoint.save_interval))
+        self.retention = Retention(checkpoint)
+        self.saved, self.evaluated = run.position.step, -1
+        self.unlogged: list[Step] = []
+
+    def steps(self) -> str | None:
+        """Run steps; return the reason why they ended before the last one, if they did."""
+        run, config = self.run, self.run.config
+        stream = self._stream()
+        self.clock.start()
+        try:
+            while run.position.step < self.iterations and not self.stop.agreed():
+                self.unlogged.append(_one_step(run, stream))
+                self.clock.tick()
+                step = run.position.step
+                if _is_due(step, config.logging.log_interval) or step == self.iterations:
+                    self._log()
+                if _is_due(step, config.checkpoint.save_interval):
+                    self.save()
+                if _is_due(step, config.logging.eval_interval):
+                    self.evaluate()
+                if _is_due(step, config.training.exit_interval) and step < self.iterations:
+                    return f"--exit-interval {config.training.exit_interval}"
+        finally:
+            stream.close()
+            if self.unlogged:
+                self._log()
+        return self.stop.reason
+
+    def evaluate(self) -> None:
+        """Evaluate every validation set, unless that was done at this step, and log the results."""
+        run, logging = self.run, self.run.config.logging
+        if self.evaluated == run.position.step or not run.datasets.valid or logging.eval_iters == 0:
+            return
+        with self.clock.evaluating():
+            results = evaluate(run.trainable, run.datasets.valid, run.config, run.shape, self.stop.agreed)
+        if not results:
+            return
+        self.evaluated = run.position.step
+        line = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
+        run.console.print(f"held-out loss at step {run.position.step}: {line}", style="bold", markup=False)
+        for name, result in results.items():
+            record = {"step": run.position.step, "tokens": run.tokens, "set": name, "loss": result.loss}
+            for sink in run.sinks:
+                sink.write({"kind": "eval", **record, "tokens_evaluated": result.tokens})
+
+    def save(self) -> None:
+        """Save a checkpoint, unless there is no --save or this step is saved."""
+        run = self.run
+        if run.config.checkpoint.save is None or self.saved == run.position.step:
+            return
+        began = time.perf_counter()
+        with self.clock.saving(), self.retention.around_save(run.position.step, run.trainable.groups):
+            where = save_checkpoint(run.trainable, run.position, run.config)
+        self.saved = run.position.step
+        run.console.print(f"saved {where} in {duration(time.perf_counter() - began)}", markup=False)
+
+    def _stream(self) -> BatchStream:
+        run = self.run
+        return BatchStream(
+            run.datasets.train,
+            run.shape,
+            device=run.trainable.groups.device,
+            start_sample=run.position.consumed_samples,
+            read_ahead=run.config.data.num_workers,
+        )
+
+    def _log(self) -> None:
+        """Log the steps since the last time: losses over all of their tokens, times per step."""
+        run, steps, last = self.run, self.unlogged, self.unlogged[-1]
+        ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
+        metrics = StepMetrics(
+            step=run.position.step,
+            tokens=run.tokens,
+            grad_norm=last.grad_norm,
+            lr=last.lr,
+            seconds_left=self.clock.seconds_left(run.position.step),
+            seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
+            **losses_of(TokenSums.add([step.sums for step in steps], run.trainable.groups.device)),
+            **run.throughput.of_step(self.clock.seconds_per_step()),
+        )
+        self.unlogged = []
+        width = run.console.width if run.console.width < UNBOUNDED else None
+        run.console.print(metrics.line(self.iterations, width), markup=False)
         for sink in run.sinks:
-            sink.write({"kind": "eval", **record, "tokens_evaluated": result.tokens})
+            sink.write({"kind": "train", **asdict(metrics)})
 
 
 def _one_step(run: Run, stream: BatchStream) -> Step:
@@ -115,76 +178,5 @@ def _one_step(run: Run, stream: BatchStream) -> Step:
     return step
 
 
-def _log_step(run: Run, step: Step, clock: _Clock) -> None:
-    seconds = clock.seconds_per_step()
-    metrics = StepMetrics(
-        step=run.position.step,
-        tokens=run.tokens,
-        grad_norm=step.grad_norm,
-        lr=step.lr,
-        seconds_left=clock.seconds_left(run.position.step),
-        seconds_ranking=step.seconds_ranking,
-        **losses_of(step.sums),
-        **run.throughput.of_step(seconds),
-    )
-    run.console.print(metrics.line(run.config.training.train_iters or 0))
-    for sink in run.sinks:
-        sink.write({"kind": "train", **asdict(metrics)})
-
-
-def _save(run: Run) -> None:
-    began = time.perf_counter()
-    where = save_checkpoint(run.trainable, run.position, run.config)
-    run.console.print(f"saved {where} in {duration(time.perf_counter() - began)}")
-
-
-def _due(step: int, interval: int | None) -> bool:
+def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _reason_to_stop(run: Run, clock: _Clock, stop_signal: StopSignal | None) -> str | None:
-    training = run.config.training
-    if _due(run.position.step, training.exit_interval):
-        return f"--exit-interval {training.exit_interval}"
-    limit = training.exit_duration_in_mins
-    if limit is not None and clock.minutes() > limit:
-        return f"--exit-duration-in-mins {limit}"
-    if stop_signal is not None and stop_signal.agreed(run.trainable.groups):
-        return "a signal asked for it"
-    return None
-
-
-class _Clock:
-    """Times steps; evaluations and checkpoints between them do not count."""
-
-    def __init__(self, first_step: int, iterations: int) -> None:
-        self.iterations = iterations
-        self.began = self.last = time.perf_counter()
-        self.first_step = first_step
-        self.logged_step, self.since_log = first_step, 0.0
-        self.spent, self.counted = 0.0, 0
-
-    def tick(self, step: int) -> None:
-        now = time.perf_counter()
-        self.since_log += now - self.last
-        if step > self.first_step + 1:  # the first step also warms up
-            self.spent += now - self.last
-            self.counted += 1
-        self.last = now
-        self.step = step
-
-    def pause_ends(self) -> None:
-        self.last = time.perf_counter()
-
-    def seconds_per_step(self) -> float:
-        """Mean since the last call."""
-        mean = self.since_log / max(self.step - self.logged_step, 1)
-        self.logged_step, self.since_log = self.step, 0.0
-        return mean
-
-    def seconds_left(self, step: int) -> float:
-        mean = self.spent / self.counted if self.counted else time.perf_counter() - self.began
-        return mean * (self.iterations - step)
-
-    def minutes(self) -> float:
-        return (time.perf_counter() - self.began) / 60

@@ -1,13 +1,11 @@
-"""What a run measures, and where it is written: the console, a JSONL file, TensorBoard, Weights & Biases."""
+"""Training metrics: sums over tokens, the figures of a step, its line on the console, and throughput."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +17,11 @@ from megatron_slm.config.schema import Config
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
 from megatron_slm.objective.selective_loss import SelectiveLoss, Tokens
 from megatron_slm.runtime.console import duration
-from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 
 # Dense bf16 peak of one device in TFLOP/s, from NVIDIA's data sheets; model FLOP utilisation is given for these.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+SETTINGS_WIDTH = 160  # columns of the settings that a run prints
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,31 @@ class TokenSums:
 
     @staticmethod
     def reduce(parts: list[TokenSums], groups: Groups) -> TokenSums:
-        """The sums over all micro-batches and data-parallel ranks, known on every pipeline stage."""
-        values = torch.zeros(6, dtype=torch.float64, device=groups.device)
-        fingerprint = torch.zeros((), dtype=torch.int64, device=groups.device)
+        """Return the sums over all micro-batches and data-parallel ranks, known on every pipeline stage."""
+        total = TokenSums.add(parts, groups.device)
+        for sums in (total.values, total.fingerprint):
+            dist.all_reduce(sums, group=groups.dp_cp)
+            dist.broadcast(sums, groups.last_stage_rank, group=groups.pp)
+        return total
+
+    @staticmethod
+    def add(parts: Iterable[TokenSums], device: torch.device) -> TokenSums:
+        """Return the sums of several micro-batches or steps."""
+        values = torch.zeros(6, dtype=torch.float64, device=device)
+        fingerprint = torch.zeros((), dtype=torch.int64, device=device)
         for part in parts:
             values += part.values
             fingerprint += part.fingerprint
-        for sums in (values, fingerprint):
-            dist.all_reduce(sums, group=groups.dp_cp)
-            dist.broadcast(sums, groups.last_stage_rank, group=groups.pp)
         return TokenSums(values, fingerprint)
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; losses in nats per token."""
+    """The figures of one optimizer step, or the mean over the steps of a log interval; losses in nats per token.
+
+    Losses, the selected share and the threshold are those of all tokens of the interval, times are per step; the
+    gradient norm and the learning rate are those of the last step, as in Megatron-LM.
+    """
 
     step: int
     tokens: int  # consumed by the run so far
@@ -89,17 +97,43 @@ class StepMetrics:
     seconds_left: float
     seconds_ranking: float | None = None  # of the forward pass that only ranks the global batch; part of seconds
 
-    def line(self, train_iters: int) -> str:
-        """One line of at most 160 columns."""
-        unselected = f" rest {self.loss_unselected:.4f}" if self.loss_unselected is not None else ""
-        threshold = f" τ {self.threshold:+.2f}" if self.threshold is not None else ""
-        mfu = f" MFU {self.mfu:.0%}" if self.mfu is not None else ""
-        return (
-            f"step {self.step:>{len(str(train_iters))}}/{train_iters} | loss {self.loss:.4f} all {self.loss_all:.4f}"
-            f"{unselected} | selected {self.share_selected:.1%}{threshold} | norm {self.grad_norm:.2f} "
-            f"lr {self.lr:.1e} | {short(self.tokens_per_second)} tok/s {self.tflops:.3g} TFLOP/s{mfu} | "
-            f"{duration(self.seconds_left)} left"
-        )
+    def line(self, train_iters: int, width: int | None = None) -> str:
+        """Return one line for the console; the least important figures are left out until it has ``width`` columns."""
+        figures = self._figures(train_iters)
+        while width is not None and len(_joined(figures)) > width and len(figures) > 2:
+            figures.remove(max(figures, key=lambda figure: figure.rank))
+        return _joined(figures)
+
+    def _figures(self, train_iters: int) -> list[_Figure]:
+        figures = [
+            _Figure(0, 0, f"step {self.step:>{len(str(train_iters))}}/{train_iters}"),
+            _Figure(1, 1, f"loss {self.loss:.4f}"),
+            _Figure(1, 6, f"all {self.loss_all:.4f}"),
+            _Figure(1, 9, f"rest {self.loss_unselected:.4f}") if self.loss_unselected is not None else None,
+            _Figure(2, 5, f"selected {self.share_selected:.1%}"),
+            _Figure(2, 8, f"τ {self.threshold:+.2f}") if self.threshold is not None else None,
+            _Figure(3, 7, f"norm {self.grad_norm:.2f}"),
+            _Figure(3, 4, f"lr {self.lr:.1e}"),
+            _Figure(4, 3, f"{short(self.tokens_per_second)} tok/s"),
+            _Figure(4, 10, f"{self.tflops:.3g} TFLOP/s"),
+            _Figure(4, 11, f"MFU {self.mfu:.0%}") if self.mfu is not None else None,
+            _Figure(5, 2, f"{duration(self.seconds_left)} left"),
+        ]
+        return [figure for figure in figures if figure is not None]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A part of a step's line: its group between bars, its rank in importance (0 first), its text."""
+
+    group: int
+    rank: int
+    text: str
+
+
+def _joined(figures: list[_Figure]) -> str:
+    groups = groupby(figures, key=lambda figure: figure.group)
+    return " | ".join(" ".join(figure.text for figure in group) for _, group in groups)
 
 
 def short(number: float) -> str:
@@ -154,127 +188,9 @@ class Throughput:
         return {"seconds": seconds, "tokens_per_second": rate, "tflops": tflops, "mfu": mfu}
 
 
-class Sink(Protocol):
-    """A place for records: dictionaries with "kind" ("train" or "eval"), "step" and figures."""
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonlSink:
-    """One JSON object a line; on a resume, lines of steps that will be run again are dropped first."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self.path = path
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(_lines_until(path, resumed_step)), encoding="utf-8")
-            partial.replace(path)
-            self.file = path.open("a", encoding="utf-8", buffering=1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        with self._explained():
-            self.file.write(json.dumps(record) + "\n")
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"--slm-metrics-file {self.path}: cannot be written ({error.strerror}). Is the disk full, or the "
-                "folder read-only?"
-            ) from error
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of an earlier run up to ``step``; one that a kill cut short is dropped with what follows it."""
-    kept: list[str] = []
-    if step and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:
-                break
-    return kept
-
-
-class TensorBoardSink:
-    """Scalars named kind/figure, evaluation also by set; the x axis is the step."""
-
-    def __init__(self, folder: str, resumed_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else None)
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name, value in scalars(record).items():
-            self.writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbSink:
-    """The same scalars to Weights & Biases."""
-
-    def __init__(self, config: Config) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("--wandb-project needs the package wandb: pip install wandb.") from error
-        own = config.logging
-        self.run = wandb.init(
-            project=own.wandb_project,
-            name=own.wandb_exp_name,
-            dir=own.wandb_save_dir,
-            config=to_flat_dict(config),
-        )
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.run.log(scalars(record), step=record["step"])
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record under the names that TensorBoard and W&B show."""
-    prefix = f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
-    return {
-        f"{prefix}/{name}": value for name, value in record.items() if isinstance(value, int | float) and name != "step"
-    }
-
-
-def metrics_file(config: Config) -> Path | None:
-    """Where the JSONL goes, if anywhere."""
-    if config.logging.slm_metrics_file:
-        return Path(config.logging.slm_metrics_file)
-    return Path(config.checkpoint.save) / "metrics.jsonl" if config.checkpoint.save else None
-
-
-def open_sinks(config: Config, groups: Groups, resumed_step: int) -> list[Sink]:
-    """The files and services that the flags ask for; none on ranks other than 0."""
-    if not groups.is_logging_rank:
-        return []
-    sinks: list[Sink] = []
-    if (path := metrics_file(config)) is not None:
-        sinks.append(JsonlSink(path, resumed_step))
-    if config.logging.tensorboard_dir:
-        sinks.append(TensorBoardSink(config.logging.tensorboard_dir, resumed_step))
-    if config.logging.wandb_project:
-        sinks.append(WandbSink(config))
-    return sinks
-
-
 def print_settings(console: Console, config: Config) -> None:
     """The settings that differ from the defaults, as a few wrapped lines."""
     defaults = to_flat_dict(Config())
     changed = {name: value for name, value in to_flat_dict(config).items() if value != defaults[name]}
-    console.print("  ".join(f"{name}={value}" for name, value in changed.items()), style="dim", soft_wrap=False)
+    text = "  ".join(f"{name}={value}" for name, value in changed.items())
+    console.print(text, style="dim", soft_wrap=False, width=min(console.width, SETTINGS_WIDTH), markup=False)

@@ -24,8 +24,9 @@ from megatron_slm.reference.sidecar import SidecarScores
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable, resume
 from megatron_slm.training.loop import Run
-from megatron_slm.training.metrics import Throughput, open_sinks
+from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_slm.training.sinks import open_sinks
 from megatron_slm.training.step import ReferenceSource
 
 

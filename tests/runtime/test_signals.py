@@ -1,0 +1,47 @@
+"""Stop signals are remembered, and left as they were afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_slm.runtime import signals
+from megatron_slm.runtime.signals import StopSignals
+
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_the_first_signal_is_remembered(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    with StopSignals(announces=True) as stop:
+        assert stop.number == 0
+        os.kill(os.getpid(), getattr(signal, name))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == getattr(signal, name)
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == before
+    assert capfd.readouterr().err.startswith(f"{name} received: stopping after the step in progress")
+
+
+def test_a_second_interrupt_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's, for one key
+        monkeypatch.setattr(signals, "SECONDS_BETWEEN_INTERRUPTS", -1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("name", "is_remembered"), [("SIGHUP", False), ("SIGINT", False), ("SIGUSR1", True)])
+def test_ignored_signals(name: str, is_remembered: bool) -> None:
+    """nohup ignores SIGHUP for good; a script ignores SIGUSR1 for torchrun, which its ranks inherit."""
+    number = getattr(signal, name)
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), number)
+            assert bool(stop.number) == is_remembered
+    finally:
+        signal.signal(number, previous)
