@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer, tokenizer_of
 from megatron_slm.runtime.errors import ConfigError
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("prefix", help="path of the corpus without .bin and .idx")
+    add("prefix", type=expanded_user, help="path of the corpus without .bin and .idx")
     add("--documents", nargs="+", type=int, default=[], metavar="N", help="show these; -1 is the last")
     add("--max-tokens", type=int, default=1000, help="tokens that are shown of each document; 0: all")
-    add("--plot", metavar="FILE.png", help="write the histogram of lengths as a plot")
+    add("--plot", type=expanded_user, metavar="FILE.png", help="write the histogram of lengths as a plot")
     add(
         "--check", action="store_true", help="read the whole corpus and tell all damage; exit code 2 where there is any"
     )

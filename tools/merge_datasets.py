@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.output import prepare_output
 
@@ -12,9 +13,19 @@ from megatron_slm.runtime.output import prepare_output
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", metavar="DIR", help="folder of corpora, merged in the order of their names")
-    source.add_argument("--input-prefixes", nargs="+", metavar="P", help="corpora, merged in this order")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the corpus without .bin and .idx")
+    source.add_argument(
+        "--input", type=expanded_user, metavar="DIR", help="folder of corpora, merged in the order of their names"
+    )
+    source.add_argument(
+        "--input-prefixes", type=expanded_user, nargs="+", metavar="P", help="corpora, merged in this order"
+    )
+    parser.add_argument(
+        "--output-prefix",
+        type=expanded_user,
+        required=True,
+        metavar="P",
+        help="path of the corpus without .bin and .idx",
+    )
     return parser.parse_args()
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import nearest
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
 from megatron_slm.data.preprocessing.documents import find_inputs
@@ -77,7 +78,12 @@ def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
         default="paragraph",
         help="a document of a .txt file is what stands between blank lines, or the whole file [paragraph]",
     )
-    add("--output-prefix", required=True, help="path of the corpora, one per key; _<key>_document is added")
+    add(
+        "--output-prefix",
+        type=expanded_user,
+        required=True,
+        help="path of the corpora, one per key; _<key>_document is added",
+    )
     add("--shard", metavar="I/N", help=SHARD)
 
 
@@ -93,7 +99,12 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
     add("--split-sentences", action="store_true", help="one sequence per sentence")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences when splitting")
     add("--lang", default="english", help="language of the sentence splitter [english]")
-    add("--nltk-data", metavar="DIR", help="where the splitter's data is, or is downloaded to, before NLTK_DATA")
+    add(
+        "--nltk-data",
+        type=expanded_user,
+        metavar="DIR",
+        help="where the splitter's data is, or is downloaded to, before NLTK_DATA",
+    )
 
 
 def _add_running(add: Callable[..., argparse.Action]) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
@@ -22,11 +23,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--reference-load", required=True, help="checkpoint of the reference model, made by this trainer")
+    add(
+        "--reference-load",
+        type=expanded_user,
+        required=True,
+        help="checkpoint of the reference model, made by this trainer",
+    )
     add("--reference-ckpt-step", type=int, help="step of the reference model; default the newest")
     add("--reference-precision", choices=("fp32", "bf16"), help="default that of the reference model's own run")
-    add("--data-path", nargs="+", required=True, help="corpora, or a blend as for training (its weights do not matter)")
-    add("--reference-scores", required=True, metavar="NAME", help="NAME makes CORPUS.NAME.scores; also FOLDER/NAME")
+    add(
+        "--data-path",
+        type=expanded_user,
+        nargs="+",
+        required=True,
+        help="corpora, or a blend as for training (its weights do not matter)",
+    )
+    add(
+        "--reference-scores",
+        type=expanded_user,
+        required=True,
+        metavar="NAME",
+        help="NAME makes CORPUS.NAME.scores; also FOLDER/NAME",
+    )
     add(
         "--context",
         choices=("document", "stream"),

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.data.preprocessing.documents import find_inputs
 from megatron_slm.data.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.data.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
@@ -17,7 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add_reading_flags(parser)
     add = parser.add_argument
-    add("--output-prefix", required=True, help="path of the model; .model and .vocab are added")
+    add("--output-prefix", type=expanded_user, required=True, help="path of the model; .model and .vocab are added")
     add("--vocab-size", type=int, default=32000, help="entries of the vocabulary [32000]")
     add("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model [bpe]")
     add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most [1000000]")

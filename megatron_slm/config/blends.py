@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_slm.config.paths import expanded_paths
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.runtime.errors import ConfigError
 
@@ -91,6 +92,8 @@ def resolve_blends(data: DataConfig) -> None:
     data.train_data_path = _from_file(data.train_data_path, "--train-data-path")
     for name, words in data.valid_data_path.items():
         data.valid_data_path[name] = _from_file(words, f"--valid-data-path {name}")
+    for setting in ("data_path", "train_data_path", "valid_data_path"):
+        setattr(data, setting, expanded_paths(getattr(data, setting)))
 
 
 def _resolve_splits(data: DataConfig, path: str) -> None:

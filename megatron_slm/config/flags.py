@@ -13,6 +13,7 @@ from megatron_slm.config import schema
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import assign, convert, read_recipe, refusal, settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
@@ -49,7 +50,7 @@ def parse(argv: Sequence[str]) -> Command:
     names = {setting.name: flag_name(setting) for _, setting, _ in settings()}
     sources: list[tuple[dict[str, Any], Label]] = [(typed, lambda name: names.get(name, name))]
     if recipe_path is not None:
-        recipe = read_recipe(Path(convert(recipe_path, str, "--config")))
+        recipe = read_recipe(Path(expanded_user(convert(recipe_path, str, "--config"))))
         sources.insert(0, (recipe, lambda name: f"{recipe_path}: {name}"))
     problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
     config, stated = Config(), dict[str, Any]()

@@ -14,6 +14,7 @@ import yaml
 from megatron_slm.config import schema
 from megatron_slm.config.blends import UniqueLoader, blend_words
 from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
+from megatron_slm.config.paths import PATH_SETTINGS, expanded_paths
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -63,6 +64,7 @@ def assign(config: Config, values: Mapping[str, Any], label: Callable[[str], str
         group, kind = known[positive if negated else name]
         try:
             converted = convert(value, kind, label(key))
+            converted = expanded_paths(converted) if name in PATH_SETTINGS else converted
             setattr(getattr(config, group), *((positive, not converted) if negated else (name, converted)))
         except ConfigError as error:
             problems.append(str(error))

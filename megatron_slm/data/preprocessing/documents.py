@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_slm.data.preprocessing.inputs import (
+    BYTE_ORDER_MARK,
     DamagedFile,
     Form,
+    check_encoding,
     chunks,
     find_inputs,
     is_seekable,
@@ -62,12 +64,14 @@ class Block:
     damage: str = ""  # what is wrong with the file behind this block, which then is empty
 
     def load(self) -> bytes:
-        """The bytes of its documents.
+        """Return the bytes of its documents, without the byte-order mark of the file.
 
         Raises:
             ConfigError: the file has become shorter.
         """
-        return read_range(self.part.file, self.begin, self.end) if self.content is None else self.content
+        content = read_range(self.part.file, self.begin, self.end) if self.content is None else self.content
+        begins_text = self.begin == 0 and self.part.form is not Form.TABLE
+        return content.removeprefix(BYTE_ORDER_MARK) if begins_text else content
 
     def lines(self, content: bytes) -> int:
         """Lines (or rows) in it, of which ``content`` is what :meth:`load` gave."""
@@ -152,6 +156,7 @@ def _range_blocks(part: Part, begin: int) -> Iterator[Block]:
     size = size_of(part.file) if part.end is None else part.end
     begin = max(begin, part.begin)
     with Path(part.file).open("rb") as file:
+        check_encoding(file.read(4))
         while begin < size:
             end = size if part.form is Form.WHOLE else min(size, aligned(file, begin + BLOCK, part.form))
             yield Block(part, begin, end, None, end - begin)
@@ -160,9 +165,12 @@ def _range_blocks(part: Part, begin: int) -> Iterator[Block]:
 
 def _stream_blocks(part: Part, begin: int) -> Iterator[Block]:
     held: list[bytes] = []
-    size, wanted, read, skip = 0, BLOCK, 0, begin
+    size, wanted, read, skip, position = 0, BLOCK, 0, begin, 0
     try:
         for data, taken in chunks(part.file):
+            if not position:
+                check_encoding(data)
+            position += len(data)
             read += taken
             data, skip = data[skip:], max(0, skip - len(data))
             held.append(data)

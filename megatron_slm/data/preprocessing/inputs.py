@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from megatron_slm.config.paths import expanded_user
 from megatron_slm.runtime.errors import ConfigError
 
 STDIN = "-"
@@ -45,25 +46,40 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
     ".zst": _zstd,
+    ".zstd": _zstd,
 }
-TABLES = (".parquet", ".arrow", ".feather")
+PARQUET = (".parquet", ".pq")
+TABLES = (*PARQUET, ".arrow", ".feather")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8
+FOREIGN_MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+    *((mark, "UTF-16") for mark in (b"{\0", b"\0{")),  # lines of JSON without a byte-order mark
+)
 
 
 def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """Files named by paths, globs and URLs, in the order given, each glob sorted.
+    """Return the files named by paths, globs and URLs, in the order given, each glob sorted.
+
+    A file that is named or matched twice is read once, with a warning.
 
     Raises:
         ConfigError: one that names nothing, a folder, a file that may not be read, or a kind that is not known.
     """
-    found: list[str] = []
+    found: dict[str, str] = {}  # name by the file that it leads to
     for pattern in patterns:
         names = _matches(pattern)
         if not names:
             raise ConfigError(f"--input {pattern}: there is no such file, and no file matches it.")
         for name in names:
             _check_name(name)
-        found += names
-    return found
+            file = name if name == STDIN or is_remote(name) else str(Path(name).resolve())
+            if file in found:
+                print(f"warning: --input {pattern} names {found[file]} again; it is read once.", file=sys.stderr)
+            found.setdefault(file, name)
+    return list(found.values())
 
 
 def _matches(pattern: str) -> list[str]:
@@ -71,7 +87,7 @@ def _matches(pattern: str) -> list[str]:
         return [pattern]
     if is_remote(pattern):
         return _remote_matches(pattern)
-    pattern = pattern.removeprefix("file://")
+    pattern = str(expanded_user(pattern.removeprefix("file://")))
     if Path(pattern).is_dir():
         raise ConfigError(f"--input {pattern} is a folder. Name its files: '{pattern.rstrip('/')}/*.jsonl'.")
     if Path(pattern).exists():
@@ -80,13 +96,13 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _check_name(name: str) -> None:
-    suffix = PurePosixPath(name).suffix
+    suffix = suffix_of(name)
     if suffix in PACKED:
         raise ConfigError(
             f"--input {name}: {suffix} files are not read. Unpack it, or compress its files by "
             f"{', '.join(DECOMPRESSORS)}."
         )
-    if suffix in DECOMPRESSORS and name.removesuffix(suffix).endswith(TABLES):
+    if suffix in DECOMPRESSORS and suffix_of(name[: -len(suffix)]) in TABLES:
         raise ConfigError(f"--input {name}: unpack it; tables are read as they are (they are compressed inside).")
     if name != STDIN and not is_remote(name) and not os.access(name, os.R_OK):
         raise ConfigError(f"--input {name} may not be read by this user. Look at its permissions (ls -l).")
@@ -97,20 +113,33 @@ def is_remote(name: str) -> bool:
     return "://" in name and not name.startswith("file://")
 
 
+def suffix_of(name: str) -> str:
+    """Return the last suffix of a name, in lower case."""
+    return PurePosixPath(name).suffix.lower()
+
+
 def compression(name: str) -> str | None:
-    """The suffix that says how a file is compressed, or None."""
-    suffix = PurePosixPath(name).suffix
+    """Return the suffix of a compressed file, in lower case, or None."""
+    suffix = suffix_of(name)
     return suffix if suffix in DECOMPRESSORS else None
 
 
 def form_of(name: str, text_document: str = "paragraph") -> Form:
     """How documents stand in a file, from its name; ``text_document`` tells of .txt files, "paragraph" or "file"."""
-    plain = name.removesuffix(compression(name) or "")
-    if plain.endswith(TABLES):
+    packed = compression(name) or ""
+    suffix = suffix_of(name[: len(name) - len(packed)])
+    if suffix in TABLES:
         return Form.TABLE
-    if plain.endswith(".txt"):
+    if suffix == ".txt":
         return Form.WHOLE if text_document == "file" else Form.PARAGRAPHS
     return Form.JSON
+
+
+def check_encoding(begin: bytes) -> None:
+    """Raise DamagedFile if the first bytes of a text file are those of UTF-16 or UTF-32."""
+    for mark, name in FOREIGN_MARKS:
+        if begin.startswith(mark):
+            raise DamagedFile(f"{name} text, not UTF-8. Convert it: iconv -f {name} -t UTF-8")
 
 
 def is_seekable(name: str) -> bool:

@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.data.preprocessing.inputs import DamagedFile, Form, form_of, is_remote, open_input
+from megatron_slm.data.preprocessing.inputs import (
+    PARQUET,
+    DamagedFile,
+    Form,
+    form_of,
+    is_remote,
+    open_input,
+    suffix_of,
+)
 from megatron_slm.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +42,8 @@ def batches(
     """
     with _reading(), _open(name) as file:
         reading = _parquet(file, name, keys, block, *groups) if is_parquet(name) else _arrow(file, name, keys)
-        for batch, share in reading:
+        for read, share in reading:
+            batch = _by_key(read, keys)
             if skip >= batch.num_rows:
                 skip -= batch.num_rows
                 continue
@@ -68,8 +77,27 @@ def _value(scalar: pa.Scalar) -> Any:
         return scalar.as_buffer().to_pybytes()
 
 
+def _by_key(batch: pa.RecordBatch, keys: Sequence[str]) -> pa.RecordBatch:
+    """Return a batch whose columns are named by ``keys``, those within structs too."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = []
+    for key in keys:
+        top, *inner = _path(batch.schema, key)
+        column = batch.column(top)
+        columns.append(pc.struct_field(column, inner) if inner else column)
+    return pa.RecordBatch.from_arrays(columns, names=list(keys))
+
+
+def _path(schema: pa.Schema, key: str) -> list[str]:
+    """Return the names that lead to a column: its own, or those that dots join in ``key``."""
+    return [key] if key in schema.names else key.split(".")
+
+
 def is_parquet(name: str) -> bool:
-    return name.endswith(".parquet")
+    """Return whether a name is that of a Parquet file."""
+    return suffix_of(name) in PARQUET
 
 
 def row_groups(name: str) -> list[tuple[int, int]]:
@@ -147,13 +175,12 @@ def _parquet(
 def _arrow(file: Any, name: str, keys: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
     reader = _open_arrow(file)
     _check_schema(name, reader.schema, keys)
-    columns = list(dict.fromkeys(keys))
     if hasattr(reader, "num_record_batches"):
         for place in range(reader.num_record_batches):
-            yield reader.get_batch(place).select(columns), 1 / reader.num_record_batches
+            yield reader.get_batch(place), 1 / reader.num_record_batches
     else:
         for batch in reader:  # a stream does not say how many there are: the bar ends in one step
-            yield batch.select(columns), 0.0
+            yield batch, 0.0
 
 
 def _open(name: str) -> Any:
@@ -175,17 +202,43 @@ def _check_schema(name: str, schema: pa.Schema, keys: Sequence[str]) -> None:
     import pyarrow.types as kinds
 
     for key in keys:
-        if key not in schema.names:
-            raise ConfigError(
-                f"--json-keys {key}: {name} has no such column. Its columns are {', '.join(schema.names)}."
-            )
-        kind = schema.field(key).type
+        kind = _type_of(name, schema, key)
         inner = kind.value_type if kinds.is_list(kind) or kinds.is_large_list(kind) else kind
         inner = inner.value_type if kinds.is_dictionary(inner) else inner
-        if not any(
-            is_it(inner) for is_it in (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
-        ):
-            raise ConfigError(f"--json-keys {key}: the column of {name} holds {kind}, and must hold text (string).")
+        texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
+        bytes_of_texts = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary)
+        if not any(is_it(inner) for is_it in (*texts, *bytes_of_texts)):
+            raise ConfigError(
+                f"--json-keys {key}: the column of {name} holds {kind}, and must hold text (string or binary)."
+            )
+
+
+def _type_of(name: str, schema: pa.Schema, key: str) -> pa.DataType:
+    """Return the type of a column, which may be within structs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import pyarrow.types as kinds
+
+    fields = {field.name: field.type for field in schema}
+    kind = None
+    for place in _path(schema, key):
+        if place not in fields:
+            raise ConfigError(f"--json-keys {key}: {name} has no such column. Its columns are {_columns(schema)}.")
+        kind = fields[place]
+        fields = {field.name: field.type for field in kind} if kinds.is_struct(kind) else {}
+    return kind
+
+
+def _columns(schema: pa.Schema) -> str:
+    import pyarrow.types as kinds
+
+    names = []
+    for field in schema:
+        inside = [f"{field.name}.{inner.name}" for inner in field.type] if kinds.is_struct(field.type) else []
+        names += inside or [field.name]
+    return ", ".join(names)
 
 
 def _serialised(batch: pa.RecordBatch) -> bytes:

@@ -55,13 +55,16 @@ class TextReader:
             raise
 
     def _text(self, key: str, value: Any) -> Text:
+        if isinstance(value, list) and self.lists:
+            return [self._one_text(key, text) for text in value]
+        return self._one_text(key, value)
+
+    def _one_text(self, key: str, value: Any) -> str:
         if isinstance(value, bytes):
             value = self._decoded(value)
-        if isinstance(value, str):
-            return self._valid(value)
-        if self.lists and isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return [self._valid(text) for text in value]
-        raise TypeError(f"the value of {key!r} is not a text")
+        if not isinstance(value, str):
+            raise TypeError(f"the value of {key!r} is not a text")
+        return self._valid(value)
 
     def _valid(self, text: str) -> str:
         if text.isascii() or not SURROGATE.search(text):

@@ -35,7 +35,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "array.jsonl": GOOD + b"[1]\n",
         "surrogate.jsonl": GOOD + b'{"text": "\\ud800"}\n',
         "deep.jsonl": GOOD + b"[" * 200_000 + b"\n",
-        "bom.jsonl": b"\xef\xbb\xbf" + GOOD,
+        "utf16.jsonl": GOOD.decode().encode("utf-16"),
+        "utf16be.jsonl": GOOD.decode().encode("utf-16-be"),
+        "utf16.txt": "one".encode("utf-16"),
+        "utf16.jsonl.gz": gzip.compress(GOOD.decode().encode("utf-16-le")),
+        "utf32.jsonl": GOOD.decode().encode("utf-32"),
         "not_utf8.txt": b"one\n\ntwo \xff\n",
         "cut.jsonl.gz": gzip.compress(GOOD)[:-12],
         "cut.jsonl.xz": lzma.compress(GOOD)[:-12],
@@ -77,6 +81,11 @@ LINES = [  # name, place, reason
     ("array.jsonl", ":3", "not a JSON object"),
     ("surrogate.jsonl", ":3", "half of a surrogate pair"),
     ("deep.jsonl", ":3", "nested too deeply"),
+    *(
+        (name, ":1", "the file is UTF-16 text, not UTF-8. Convert it: iconv -f UTF-16")
+        for name in ("utf16.jsonl", "utf16be.jsonl", "utf16.txt", "utf16.jsonl.gz")
+    ),
+    ("utf32.jsonl", ":1", "the file is UTF-32 text"),
     ("not_utf8.txt", ":3", "not UTF-8"),
     ("cut.jsonl.gz", ":", "cut short"),
     ("cut.jsonl.xz", ":", "cut short"),
