@@ -6,7 +6,8 @@ The job is one micro-batch of SLM at the selection ratio: token losses, exact se
 hidden states and weight. Ways that cannot select (their backward pass is done in their forward pass) train on all
 tokens. Ways that are not installed, or need a GPU, are skipped with the reason. Times are medians of repeats that
 take turns. Memory is the peak of a process of its own, without inputs and gradients. The matrix limit is the time
-that the way's FLOPs take as plain matrix products in the same run.
+that the way's FLOPs take as plain matrix products in the same run. The error of token losses is measured against
+float64, on a part of the tokens.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from benchmarks.lm_head import WAYS, Problem, Unavailable
 from rich.console import Console
 from rich.table import Table
 
+from megatron_slm.objective.linear_cross_entropy.head import LMHead
+from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
 from megatron_slm.runtime.console import make_console, progress
 from megatron_slm.runtime.files import write_text
 
@@ -40,6 +44,7 @@ SIZES = {  # tokens N, hidden size H, vocabulary V
     "7B": (4096, 4096, 32000),
     "llama3-8B": (4096, 4096, 128256),
 }
+ERROR_TOKENS, LOGIT_SCALE = 256, 4.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -157,6 +162,7 @@ def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     problem = Problem.make(shape, arguments.ratio, arguments.device, DTYPES[arguments.dtype])
     result = measure_times(arguments.ways, problem, arguments.repeats, size)
     measured = [way for way, figures in result["ways"].items() if "seconds" in figures]
+    result["loss_error_rms"] = loss_errors(problem)
     del problem
     with progress(f"memory of {size}", len(measured), "ways") as bar:
         for way in measured if arguments.memory else []:
@@ -173,6 +179,27 @@ def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
         if isinstance(figures.get("peak_bytes"), int):
             figures["peak_of_logits"] = figures["peak_bytes"] / logits
     return {"size": size, "shape": shape, **result}
+
+
+def loss_errors(problem: Problem) -> dict[str, float]:
+    """Return the rms error of token losses in nats, against float64, from logits in fp32 and in the weight's dtype.
+
+    Hidden states are scaled to logits of standard deviation LOGIT_SCALE, which is that of a trained model.
+    """
+    tokens = slice(0, min(ERROR_TOKENS, len(problem.labels)))
+    hidden, labels = problem.hidden.detach()[tokens] * LOGIT_SCALE, problem.labels[tokens]
+    weight = problem.weight.detach()
+
+    def exact(logits: torch.Tensor) -> torch.Tensor:
+        return -logits.double().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+
+    expected = exact(hidden.double() @ weight.double().t())
+    engine = "triton" if hidden.is_cuda else "chunked"
+    found = {
+        "fp32 logits (ours)": linear_cross_entropy(hidden, weight, labels, LMHead(engine=engine)).loss,
+        "logits in the weight's dtype": exact(F.linear(hidden, weight)),
+    }
+    return {name: float((loss - expected).square().mean().sqrt()) for name, loss in found.items()}
 
 
 def print_table(console: Console, result: dict[str, Any]) -> None:
@@ -195,6 +222,8 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
             f"{figures['peak_of_logits']:.3f}" if "peak_of_logits" in figures else "",
         )
     console.print(table)
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in result["loss_error_rms"].items())
+    console.print(f"error of token losses, nats rms: {errors}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] of every token; [b, s, V] and [b, s], float64."""
-    probabilities = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
-    return -probabilities.gather(-1, labels[..., None]).squeeze(-1).log()
+    return -logits.double().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
 
 def entropies(logits: Tensor) -> Tensor:
     probabilities = logits.double().softmax(-1)
-    return -(probabilities * probabilities.log()).sum(-1)
+    return torch.special.entr(probabilities).sum(-1)
 
 
 def select(scores: list[float], valid: list[bool], ratio: float, lowest: bool = False) -> list[bool]:

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from test_linear_cross_entropy import SELECTIONS, TOLERANCE, VARIANTS, VOCAB, assert_agrees, expected, make, run
+from test_shared_offsets import compared, shifted
 
 from megatron_slm.objective.linear_cross_entropy import triton_blocks
 
@@ -40,6 +41,8 @@ def test_agrees_with_the_definition(
     got = {name: value.cpu() for name, value in run(data, engine="triton", **MODES[mode], **VARIANTS[variant]).items()}
     assert_agrees(got, expected(make(dtype), **VARIANTS[variant]), TOLERANCE[dtype])
     assert bool((got["weight"][VOCAB:] == 0).all()), "the padding got a gradient"
+    for name in ("loss", "entropy"):  # exact for bf16 weights too
+        assert_agrees({name: got[name]}, {name: expected(make(dtype), **VARIANTS[variant])[name]}, 1e-5)
 
 
 @pytest.mark.parametrize("selection", ["all", "none"])
@@ -47,6 +50,25 @@ def test_everything_and_nothing_selected(selection: str) -> None:
     data = make(share=SELECTIONS[selection])
     got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton")
     assert_agrees({name: value.cpu() for name, value in got.items()}, expected(data), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["small blocks", "some early"])
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+def test_offset_changes_nothing(mode: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "LARGEST_TILE", 32)
+    data = shifted(offset)
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", **MODES[mode])
+    assert_agrees(compared({name: value.cpu() for name, value in got.items()}), compared(expected(data)), 2e-6)
+
+
+def test_impossible_entries() -> None:
+    data = shifted(1e3)
+    data["hidden"][..., -1] = 1.0
+    data["weight"][:40, -1] = -torch.inf
+    data["labels"].clamp_(min=40)
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", block_bytes=700)
+    wanted = {name: values for name, values in expected(data).items() if name in ("loss", "entropy")}
+    assert_agrees({name: got[name].cpu() for name in wanted}, wanted, 2e-6)
 
 
 def test_not_a_number_is_not_hidden() -> None:

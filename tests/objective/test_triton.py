@@ -42,12 +42,13 @@ def test_kernels_compile_for_hopper(dtype: str, softcap: bool, tmp_path: Path, m
 
     from megatron_slm.objective.linear_cross_entropy import triton_blocks
 
-    common = {"logits": f"*{dtype}", "labels": "*i64", "width": "i32", "stride": "i32", "softcap": "fp32"}
+    common = {"logits": "*fp32", "labels": "*i64", "width": "i32", "stride": "i32", "softcap": "fp32"}
     flags = {"HAS_SOFTCAP": softcap, "TILE": 4096}
-    outputs = {"lse_out": "*fp32", "label_logit_out": "*fp32", "mean_out": "*fp32"}
+    outputs = dict.fromkeys(("highest_out", "total_out", "label_logit_out", "weighted_out"), "*fp32")
+    factors = dict.fromkeys(("highest", "scale", "weight"), "*fp32")
     for kernel, arguments, constants in (
-        (triton_blocks._statistics_kernel, {**common, **outputs}, {**flags, "WITH_MEAN": softcap}),
-        (triton_blocks._gradient_kernel, {**common, "lse": "*fp32", "z_loss": "fp32"}, flags),
+        (triton_blocks._statistics_kernel, {**common, **outputs}, {**flags, "WITH_ENTROPY": softcap}),
+        (triton_blocks._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, flags),
     ):
         signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

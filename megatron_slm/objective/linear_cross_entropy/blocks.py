@@ -7,98 +7,106 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.shard import Statistics
+from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
+from megatron_slm.objective.linear_cross_entropy.shard import GradientRows, Statistics
 
 SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32: what stays in a core's cache between the operations
 
 
 class BlockMath(Protocol):
-    """What an engine does with a block of logits [n, w]; labels are counted from the block's first entry."""
+    """Arithmetic of an engine on a block of logits [n, w] fp32; labels are counted from the block's first entry."""
 
-    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
-        """The figures of the block's rows. Unless ``keep``, the logits may be overwritten."""
+    def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
+        """Return the statistics of the block's rows and overwrite the logits; with ``keep``, by what the gradient of
+        a saved block is computed from."""
         ...
 
-    def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-        """∂(lossᵢ + ζ · lseᵢ²) / ∂logits [n, w] in the dtype of the logits, whose memory it may take.
+    def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
+        """Return the gradient of the logits [n, w] in the dtype of the matrix products; it may take their memory.
 
-        ``lse`` [n] fp32 is that of the whole row.
+        Args:
+            saved: if the block went through :meth:`statistics` with ``keep``, its rows' largest logits then, [n].
         """
         ...
 
-    def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
-        """That of some rows alone, [p, w]; ``places`` [p] int64 ascend. The memory of all logits may be taken."""
+    def picked_gradient(
+        self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
+    ) -> Tensor:
+        """Return that of some rows of a saved block, [p, w], and overwrite the block.
+
+        Args:
+            places: [p] int64, ascending; labels, rows and ``saved`` are those of these rows.
+        """
         ...
 
 
 class TorchBlocks:
     """Block arithmetic of the engine ``chunked``; some rows at a time, so that one operation finds in the cache what
     the one before it left there, and no copy is larger than these rows. An object serves one pass: its memory for
-    these copies is used again, because fresh memory from the system costs as much as the arithmetic."""
+    these copies is used again, because fresh memory from the system costs as much as the arithmetic.
 
-    def __init__(self, softcap: float | None, z_loss: float) -> None:
-        self.softcap, self.z_loss = softcap, z_loss
+    A saved block holds exponentials relative to its rows' largest logits, or with a soft-cap the capped logits, which
+    the gradient needs.
+    """
+
+    def __init__(self, softcap: float | None, dtype: torch.dtype) -> None:
+        self.softcap, self.dtype = softcap, dtype
         self._memory: Tensor | None = None
 
-    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
+    def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
         place, here = _label_place(labels, logits.size(1))
-        first = self._cap(logits[:, 0].to(torch.float32, copy=True))
-        label_logit = self._cap(logits.gather(1, place).squeeze(1).float()).masked_fill_(~here, 0.0)
-        lse = torch.empty_like(first)
-        mean = torch.empty_like(first) if with_mean else None
+        result = Statistics.empty(len(logits), logits.device, with_entropy)
+        result.label_logit = self._cap(logits.gather(1, place).squeeze(1)).masked_fill_(~here, 0.0)
         for rows in _few_rows(logits, len(logits)):
-            values = self._capped(logits[rows])
-            # torch's only fused pass that finds maximum and sum together; the lse follows from any entry.
-            out = self._scratch(values) if keep and self._is_in_place(logits) else values
-            log_p = torch._log_softmax(values, -1, False, out=out)
-            lse[rows] = first[rows] - log_p[:, 0]
-            if mean is not None:
-                mean[rows] = (log_p.exp() * log_p).sum(1) + lse[rows]
-        return Statistics(lse, label_logit, mean)
+            values = self._cap(logits[rows])
+            result.highest[rows] = values.amax(1)
+            shift = result.highest[rows].clamp(min=torch.finfo(torch.float32).min)[:, None]  # no -inf - -inf
+            shifted = values - shift if keep and self.softcap is not None else values.sub_(shift)
+            if result.weighted is None:
+                result.total[rows] = shifted.exp_().sum(1)
+                continue
+            exponentials = torch.exp(shifted, out=self._scratch(values))
+            result.total[rows] = exponentials.sum(1)
+            result.weighted[rows] = shifted.clamp_(min=LOWEST_LOGIT).mul_(exponentials).sum(1)  # 0 x -inf is NaN
+            if keep and self.softcap is None:
+                values.copy_(exponentials)
+        return result
 
-    def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-        place, here = _label_place(labels, logits.size(1))
-        for rows in _few_rows(logits, len(logits)):
-            part = logits[rows]
-            change = self._gradient(part, place[rows], here[rows], lse[rows])
-            if not self._is_in_place(logits):
-                part.copy_(change)
-        return logits
+    def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
+        for part in _few_rows(logits, len(logits)):
+            self._gradient(logits[part], labels[part], rows.select(part), None if saved is None else saved[part])
+        return logits.to(self.dtype)
 
-    def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
-        lse = lse[places]
-        place, here = _label_place(labels[places], logits.size(1))
-        for rows in _few_rows(logits, len(places)):
-            leading = logits[rows]
-            out = self._scratch(leading) if self._is_in_place(logits) else None
-            picked = torch.index_select(logits, 0, places[rows], out=out)
+    def picked_gradient(
+        self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
+    ) -> Tensor:
+        for part in _few_rows(logits, len(places)):
+            leading = logits[part]
+            picked = torch.index_select(logits, 0, places[part], out=self._scratch(leading))
             # No row is written before it is read: the places ascend, so the i-th is i or more.
-            leading.copy_(self._gradient(picked, place[rows], here[rows], lse[rows]))
-        return logits[: len(places)]
+            leading.copy_(self._gradient(picked, labels[part], rows.select(part), saved[part]))
+        return logits[: len(places)].to(self.dtype)
 
-    def _gradient(self, logits: Tensor, place: Tensor, here: Tensor, lse: Tensor) -> Tensor:
-        """The gradient of a few rows, in fp32; the same memory where :meth:`_is_in_place`."""
-        values = self._capped(logits)
+    def _gradient(self, values: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
+        """Turn a few rows of logits, or of a saved block, into their gradient in place."""
+        place, here = _label_place(labels, values.size(1))
+        if saved is None:
+            self._cap(values)
         slope = 1 - (values / self.softcap).square() if self.softcap is not None else None
-        values.sub_(lse[:, None]).exp_()
-        if self.z_loss:
-            values.mul_((1 + 2 * self.z_loss * lse)[:, None])
-        values.scatter_add_(1, place, -here.float()[:, None])
+        if saved is not None and slope is None:
+            scale = (saved - rows.highest).clamp(min=LOWEST_LOGIT).exp() * rows.scale
+        else:
+            values.sub_(rows.highest[:, None]).exp_()
+            scale = rows.scale
+        values.mul_(scale[:, None]).scatter_add_(1, place, -(rows.weight * here)[:, None])
         return values if slope is None else values.mul_(slope)
 
-    def _capped(self, logits: Tensor) -> Tensor:
-        """A few rows of logits in fp32 with the soft-cap on; the same memory where :meth:`_is_in_place`."""
-        return logits if self._is_in_place(logits) else self._cap(self._scratch(logits).copy_(logits))
-
     def _cap(self, values: Tensor) -> Tensor:
-        """``values`` in fp32 with the soft-cap on, in place where there is one."""
+        """Apply the soft-cap, if there is one, in place."""
         return values if self.softcap is None else values.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def _is_in_place(self, logits: Tensor) -> bool:
-        return logits.dtype == torch.float32 and self.softcap is None
-
     def _scratch(self, rows: Tensor) -> Tensor:
-        """Memory for a copy of a few rows in fp32; what it held is lost."""
+        """Memory for a copy of a few rows; what it held is lost."""
         if self._memory is None or self._memory.numel() < rows.numel():
             self._memory = torch.empty(rows.numel(), device=rows.device)
         return self._memory[: rows.numel()].view(rows.shape)

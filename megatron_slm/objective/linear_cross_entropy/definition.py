@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
 from megatron_slm.objective.linear_cross_entropy.head import LMHead
+from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
 from megatron_slm.objective.linear_cross_entropy.shard import Shard, gather_sequence, reduce_hidden_gradient
 from megatron_slm.objective.threshold import all_reduce_sum
 
@@ -20,7 +20,7 @@ def full_token_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Token losses and entropies as the one function describes them."""
     whole = _WholeHidden.apply(hidden, head.group, head.sequence_parallel)
-    logits = F.linear(whole, weight)
+    logits = linear_in_fp32(whole, weight)
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     loss = vocab_parallel_token_loss(logits, labels, head.group, shard.vocab_size)
@@ -35,7 +35,7 @@ def full_token_loss(
 def _label_logit(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
     here = labels - shard.first
     elsewhere = (here < 0) | (here >= shard.size)
-    taken = logits.float().gather(-1, here.masked_fill(elsewhere, 0)[..., None]).squeeze(-1)
+    taken = logits.gather(-1, here.masked_fill(elsewhere, 0)[..., None]).squeeze(-1)
     return _SumOverShards.apply(taken.masked_fill(elsewhere, 0.0), shard.group)
 
 

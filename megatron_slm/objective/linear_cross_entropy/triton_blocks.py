@@ -8,66 +8,72 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.shard import Statistics
+from megatron_slm.objective.linear_cross_entropy.shard import GradientRows, Statistics
 
 LARGEST_TILE = 4096  # entries of a row that one step of a program works on
 
 
 @dataclass(frozen=True)
 class TritonBlocks:
-    """Block arithmetic of the engine ``triton``; arguments and results as :class:`blocks.BlockMath` says."""
+    """Block arithmetic of the engine ``triton`` as :class:`blocks.BlockMath` describes it. Statistics leave the
+    logits as they are, so a saved block holds logits."""
 
     softcap: float | None
-    z_loss: float
+    dtype: torch.dtype  # of the gradient
 
-    def statistics(self, logits: Tensor, labels: Tensor, *, with_mean: bool, keep: bool) -> Statistics:
+    def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
         rows, width = logits.shape
-        result = Statistics.empty(rows, logits.device, with_mean)
+        result = Statistics.empty(rows, logits.device, with_entropy)
         if not rows or not width:
             return result
-        mean = result.mean if result.mean is not None else result.lse
+        weighted = result.weighted if result.weighted is not None else result.total
         tile = _tile(width)
         _statistics_kernel[(rows,)](
             logits,
             labels,
-            result.lse,
+            result.highest,
+            result.total,
             result.label_logit,
-            mean,
+            weighted,
             width,
             logits.stride(0),
             self.softcap or 0.0,
             HAS_SOFTCAP=self.softcap is not None,
-            WITH_MEAN=with_mean,
+            WITH_ENTROPY=with_entropy,
             TILE=tile,
             num_warps=_warps(tile),
         )
         return result
 
-    def gradient(self, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-        rows, width = logits.shape
-        if not rows or not width:
-            return logits
+    def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
+        count, width = logits.shape
+        result = logits if logits.dtype == self.dtype else torch.empty_like(logits, dtype=self.dtype)
+        if not count or not width:
+            return result
         tile = _tile(width)
-        _gradient_kernel[(rows, triton.cdiv(width, tile))](
+        _gradient_kernel[(count, triton.cdiv(width, tile))](
             logits,
+            result,
             labels,
-            lse,
+            *rows,
             width,
             logits.stride(0),
             self.softcap or 0.0,
-            self.z_loss,
             HAS_SOFTCAP=self.softcap is not None,
             TILE=tile,
             num_warps=_warps(tile),
         )
-        return logits
+        return result
 
-    def picked_gradient(self, logits: Tensor, labels: Tensor, lse: Tensor, places: Tensor) -> Tensor:
-        return self.gradient(logits.index_select(0, places), labels[places], lse[places])
+    def picked_gradient(
+        self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
+    ) -> Tensor:
+        return self.gradient(logits.index_select(0, places), labels, rows, saved)
 
 
 def _tile(width: int) -> int:
@@ -88,17 +94,18 @@ def _capped(values, softcap):  # type: ignore[no-untyped-def]
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits,
     labels,
-    lse_out,
+    highest_out,
+    total_out,
     label_logit_out,
-    mean_out,
+    weighted_out,
     width,
     stride,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_MEAN: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per row: log-sum-exp, the label's logit, and the expected logit."""
+    """One program per row: the largest logit, the sums relative to it, and the label's logit."""
     row = tl.program_id(0).to(tl.int64)
     begin = logits + row * stride
     highest = -float("inf")
@@ -110,16 +117,20 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         values = tl.load(begin + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
             values = _capped(values, softcap)
-        new_highest = tl.maximum(highest, tl.max(tl.where(inside, values, -float("inf")), axis=0))
-        weights = tl.where(inside, tl.exp(values - new_highest), 0.0)
-        rescale = tl.exp(highest - new_highest)
+        values = tl.where(inside, values, -float("inf"))
+        new_highest = tl.maximum(highest, tl.max(values, axis=0))
+        base = tl.maximum(new_highest, -3.0e38)  # no -inf - -inf
+        weights = tl.exp(values - base)
+        rescale = tl.exp(highest - base)
+        if WITH_ENTROPY:  # 0 x -inf is NaN
+            weighted = (weighted + total * tl.maximum(highest - base, -1000.0)) * rescale
+            weighted += tl.sum(weights * tl.maximum(values - base, -1000.0), axis=0)
         total = total * rescale + tl.sum(weights, axis=0)
-        if WITH_MEAN:
-            weighted = weighted * rescale + tl.sum(weights * values, axis=0)
         highest = new_highest
-    tl.store(lse_out + row, highest + tl.log(total))
-    if WITH_MEAN:
-        tl.store(mean_out + row, weighted / total)
+    tl.store(highest_out + row, highest)
+    tl.store(total_out + row, total)
+    if WITH_ENTROPY:
+        tl.store(weighted_out + row, weighted)
     label = tl.load(labels + row)
     here = (label >= 0) & (label < width)
     label_logit = tl.load(begin + label, mask=here, other=0.0).to(tl.float32)
@@ -131,28 +142,29 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     logits,
+    gradient_out,
     labels,
-    lse,
+    highest,
+    scale,
+    weight,
     width,
     stride,
     softcap,
-    z_loss,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per row and tile: logits become their gradient, in place."""
+    """One program per row and tile: the gradient of logits, which may take their place."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < width
-    place = logits + row * stride + columns
-    values = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    place = row * stride + columns
+    values = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         values = _capped(values, softcap)
-    row_lse = tl.load(lse + row)
     label = tl.load(labels + row)
-    gradient = tl.exp(values - row_lse) * (1.0 + 2.0 * z_loss * row_lse)
-    gradient = tl.where(columns == label, gradient - 1.0, gradient)
+    gradient = tl.exp(values - tl.load(highest + row)) * tl.load(scale + row)
+    gradient = tl.where(columns == label, gradient - tl.load(weight + row), gradient)
     if HAS_SOFTCAP:
         share = values / softcap
         gradient = gradient * (1.0 - share * share)
-    tl.store(place, gradient.to(logits.dtype.element_ty), mask=inside)
+    tl.store(gradient_out + place, gradient.to(gradient_out.dtype.element_ty), mask=inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CPU_ROWS = 4096  # of a bf16 product that is added to an fp32 sum on a CPU
+from megatron_slm.objective.linear_cross_entropy.product import add_product
 
 
 class WeightGradient:
@@ -29,9 +29,9 @@ class WeightGradient:
             self._sum = torch.zeros_like(self.weight)
         return self._sum
 
-    def add_product(self, entries: slice, logit_gradient: Tensor, hidden: Tensor, factor: float = 1.0) -> None:
-        """Add factor · [n, w]ᵀ [n, h] to the rows ``entries`` of the gradient."""
-        add_product(self.sum[entries], logit_gradient.t(), hidden, factor)
+    def add_product(self, entries: slice, logit_gradient: Tensor, hidden: Tensor) -> None:
+        """Add [n, w]ᵀ [n, h] to the rows ``entries`` of the gradient."""
+        add_product(self.sum[entries], logit_gradient.t(), hidden)
 
     def add(self, part: Tensor, factor: float) -> None:
         """Add ``factor`` times a whole gradient [V / tp, h]; what comes first gives its memory and dtype to the sum."""
@@ -47,14 +47,3 @@ class WeightGradient:
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
-    """total [m, h] += factor · left [m, n] · right [n, h]; ``total`` may be fp32 where the factors are bf16."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, alpha=factor)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
-    else:  # in parts, so that the product takes little memory
-        for start in range(0, total.size(0), CPU_ROWS):
-            total[start : start + CPU_ROWS].add_(left[start : start + CPU_ROWS] @ right, alpha=factor)
