@@ -15,6 +15,7 @@ setup(
         "megatron-core>=0.16.1",
         "numpy",
         "psutil",
+        "xxhash",
         "pyyaml",
         "rich",
         "sentencepiece",

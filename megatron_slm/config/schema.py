@@ -257,6 +257,10 @@ class CheckpointConfig:
     load_optim: bool = flag(True, "load optimizer state")
     load_rng: bool = flag(True, "load random number states")
     exit_on_missing_checkpoint: bool = flag(False, "an error where --load holds no checkpoint")
+    use_checkpoint_args: bool = flag(False, "take the model settings from the checkpoint of --load, not from the flags")
+    slm_verify_checksums: bool = flag(
+        True, "compare the content of checkpoints and score sidecars with their checksums before use"
+    )
 
 
 @dataclass(kw_only=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.model.size import ffn_size
-from megatron_slm.model.weights import checkpoint_directory, load_weights, read_manifest, saved_config
+from megatron_slm.model.weights import find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.objective.selective_loss import ReferenceScores
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
@@ -41,8 +42,10 @@ class ReferenceReplica:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
-        directory, own = check_reference(config, tokenizer)
-        self.config = own
+        path, step = config.reference.reference_load, config.reference.reference_ckpt_step
+        assert path is not None, "checked by config.checks"
+        directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
+        self.config = own = _fitting_config(directory, config, tokenizer)
         stages = virtual_stages(config.model, config.parallel)
         layers = (own.model.num_layers or 0) // (config.parallel.pipeline_model_parallel_size * (stages or 1))
         precision = config.reference.reference_precision
@@ -76,19 +79,23 @@ class ReferenceReplica:
         return output.sum(), batch.loss_mask.sum(), scores
 
 
-def check_reference(config: Config, tokenizer: Tokenizer) -> tuple[Path, Config]:
-    """Return the checkpoint of the reference model and its configuration.
+def check_reference(config: Config, tokenizer: Tokenizer) -> None:
+    """Check the reference model's checkpoint, all but the content of its files. On this rank alone.
 
     Raises:
         ConfigError: the checkpoint is missing or incomplete, or the model does not fit the run.
     """
     path = config.reference.reference_load
     assert path is not None, "checked by config.checks"
-    directory = checkpoint_directory(path, config.reference.reference_ckpt_step, FLAG)
-    _check_tokenizer(read_manifest(directory).tokenizer, tokenizer)
+    _fitting_config(find_checkpoint(path, config.reference.reference_ckpt_step, FLAG), config, tokenizer)
+
+
+def _fitting_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Config:
+    """Return the configuration of the reference model, checked against the run's."""
+    _check_tokenizer(read_manifest(directory, FLAG).tokenizer, tokenizer)
     reference = saved_config(directory)
     _check_shape(reference, config)
-    return directory, reference
+    return reference
 
 
 def _check_tokenizer(theirs: dict[str, object], ours: Tokenizer) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from rich.console import Console
 
+from megatron_slm.config.checkpoint_files import locate_checkpoint, saved_config
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
 from megatron_slm.data.fingerprints import corpus_fingerprint
@@ -29,7 +30,7 @@ from megatron_slm.data.scores.sets import tokenizer_identity
 from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
 from megatron_slm.data.scores.writer import Progress, SidecarWriter, finish, is_finished, record_progress, reserve
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
-from megatron_slm.model.weights import checkpoint_directory, checkpoint_fingerprint, saved_config
+from megatron_slm.model.weights import checkpoint_fingerprint
 from megatron_slm.objective.selective_loss import ReferenceScores
 from megatron_slm.reference.calibration import Found, count_losses, sample_rows, sample_size
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
@@ -83,7 +84,7 @@ class ScoringJob:
     def directory(self) -> Path:
         """The folder of the reference model's checkpoint."""
         own = self.reference
-        return checkpoint_directory(own.reference_load or "", own.reference_ckpt_step, FLAG)
+        return locate_checkpoint(own.reference_load or "", own.reference_ckpt_step, FLAG)
 
     def rule(self, window: int) -> ContextRule:
         """The context of every token, for a model that was trained on ``window`` tokens."""
@@ -114,7 +115,7 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
     """
     config = reference_config(job)
     model = ReferenceReplica(config, tokenizer, groups, with_entropy=job.with_entropy)
-    fingerprint = checkpoint_fingerprint(job.directory())
+    fingerprint = checkpoint_fingerprint(job.directory(), FLAG)
     paths = []
     for prefix in job.corpora:
         corpus = check_corpus(prefix, "--data-path")

@@ -180,3 +180,9 @@ class _PlainProgress:
             left = (self.total - self.done) / rate if rate else 0.0
             text += f" of {amount(self.total, self.unit)} ({self.done / self.total:.0%}), {duration(max(left, 0))} left"
         print(f"{text}, {amount(rate, self.unit)}/s", file=_fail_safe(sys.stderr), flush=True)
+
+
+def notice(message: str) -> None:
+    """Print a remark on standard error, on rank 0."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(f"note: {message}", file=_fail_safe(sys.stderr), flush=True)

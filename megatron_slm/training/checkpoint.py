@@ -1,7 +1,7 @@
-"""Saves and resumes a run in Megatron-Core's distributed checkpoint format.
+"""Saves a run in Megatron-Core's distributed checkpoint format.
 
-A checkpoint is written under a temporary name and renamed when it is whole; the tracker file is moved last. So a run
-that dies while saving leaves the checkpoint before it as the newest.
+A checkpoint is written under a temporary name and renamed when it is complete; the tracker file is moved last. So a
+run that dies while saving leaves the checkpoint before it as the newest.
 """
 
 from __future__ import annotations
@@ -9,36 +9,45 @@ from __future__ import annotations
 import queue
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_slm.config.recipe import write_config
+from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
+from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import Config
-from megatron_slm.data.tokenizers.identity import identity_conflict, tokenizer_identity
+from megatron_slm.data.tokenizers.identity import tokenizer_identity
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.objective.early_rule import EarlyRule, ThresholdGuess
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.checksums import file_checksums, text_checksum
+from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
+from megatron_slm.runtime.errors import ConfigError, refuse
+from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.training.optimizer import allocate_adam_state, gather_parameters, separate_adam_steps
+from megatron_slm.training.optimizer import gather_parameters
+from megatron_slm.training.optimizer_state import sharded_optimizer_state
+from megatron_slm.training.schedule import schedule_state
 
-# The one sharding of the optimizer state that can be read back in any layout.
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+RNG = "rng"
 GUESS = "guess"  # the guessed threshold of each data-parallel rank; not in every checkpoint
+CARRIED = "carried"
 
 
 @dataclass
@@ -77,36 +86,95 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
     """Write the checkpoint of ``position`` below --save. Collective over all ranks.
 
     Raises:
-        ConfigError: the folder cannot be written, for example because the disk is full; what was there stays.
+        ConfigError: the directory cannot be written, for example because the disk is full; on every rank. Earlier
+            checkpoints are unchanged.
     """
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save)
-    final = weights.step_directory(root, position.step)
+    final = step_directory(root, position.step)
     partial = final.with_name(f"{final.name}.partial")
-    logging_rank = trainable.groups.is_logging_rank
     gather_parameters(trainable.chunks)
     try:
-        if logging_rank:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        state = _state(trainable, config, is_loading=False, with_rng=config.checkpoint.save_rng, with_guess=True)
-        _hand_results_over_in_memory()
-        dist_checkpointing.save(state, str(partial))
-        dist.barrier()
-        if logging_rank:
-            write_config(config, partial / weights.CONFIG_FILE)
-            _manifest(trainable, position, partial).write(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _move_tracker(root, position.step)
-    except weights.CHECKPOINT_ERRORS as error:
+        on_first_rank(lambda: _prepare(partial))
+        _save_state(_whole_state(trainable, config), partial)
+        names = on_first_rank(lambda: _complete(partial, config))
+        checksums = file_checksums([partial / name for name in names], "--save")
+        manifest = _manifest(trainable, position, partial, dict(zip(names, checksums, strict=True)))
+        on_first_rank(lambda: _publish(manifest, partial, final))
+    except ConfigError as error:
         raise ConfigError(
-            f"--save {root}: the checkpoint of step {position.step} could not be written: {weights.brief(error)}. "
+            f"--save {root}: the checkpoint of step {position.step} could not be written: {error} "
             "Is the disk full, or the folder read-only? Earlier checkpoints are untouched."
         ) from error
-    dist.barrier()
     return final
+
+
+def _prepare(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    with explained_write(partial, "--save"):
+        partial.mkdir(parents=True)
+
+
+def _save_state(state: dict[str, Any], directory: Path) -> None:
+    """Write sharded state; an error of one rank is raised on every rank."""
+    _hand_results_over_in_memory()
+    with _deferred_errors() as errors:
+        try:
+            dist_checkpointing.save(state, str(directory))
+        except weights.CHECKPOINT_ERRORS as error:
+            errors.append(error)
+    reasons = gather_on_first_rank(weights.brief(errors[0]) if errors else None)
+    on_first_rank(lambda: refuse([f"{reason}." for reason in reasons if reason is not None][:1]))
+
+
+@contextmanager
+def _deferred_errors() -> Iterator[list[BaseException]]:
+    """Collect the errors of files that Megatron-Core 0.16.1 writes on rank 0 alone.
+
+    Raised in place they would leave the other ranks waiting in the next collective until its timeout.
+    """
+    errors: list[BaseException] = []
+
+    def deferring(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*positional: Any, **options: Any) -> Any:
+            try:
+                return function(*positional, **options)
+            except weights.CHECKPOINT_ERRORS as error:
+                errors.append(error)
+
+        return run
+
+    places = (
+        (TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    )
+    with ExitStack() as stack:
+        for owner, name in places:
+            stack.enter_context(mock.patch.object(owner, name, deferring(getattr(owner, name))))
+        yield errors
+
+
+def _complete(partial: Path, config: Config) -> list[str]:
+    """Add the configuration; returns the names of all files."""
+    write_text(partial / CONFIG_FILE, dump_config(config), "--save")
+    return list(file_sizes(partial))
+
+
+def _publish(manifest: Manifest, partial: Path, final: Path) -> None:
+    """Write the manifest, give the checkpoint its name, and move the tracker. A checkpoint of that name is replaced."""
+    manifest.write(partial, text_checksum)
+    with explained_write(final, "--save"):
+        for name in manifest.files:
+            sync(partial / name)
+        replaced = final.with_name(f"{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    write_text(final.parent / TRACKER, f"{manifest.step}\n", "--save")
 
 
 def _hand_results_over_in_memory() -> None:
@@ -119,104 +187,13 @@ def _hand_results_over_in_memory() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
-def resume(trainable: Trainable, config: Config) -> tuple[Position, str | None]:
-    """Begin where the flags say: from scratch, from another run's weights, or where this run stopped.
-
-    Returns:
-        the position, and the folder that was read (None from scratch). Collective over all ranks.
-    """
-    own = config.checkpoint
-    resumable = own.load is not None and not own.finetune
-    if resumable and _has_checkpoint(own.load, own.ckpt_step):
-        directory = weights.checkpoint_directory(str(own.load), own.ckpt_step, "--load")
-        return _resume_from(directory, trainable, config), str(directory)
-    if resumable and own.exit_on_missing_checkpoint:
-        raise ConfigError(f"--load {own.load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
-    base, flag = (own.load, "--load") if own.finetune else (own.pretrained_checkpoint, "--pretrained-checkpoint")
-    if base is None:
-        return Position(), None
-    directory = weights.checkpoint_directory(base, own.ckpt_step if own.finetune else None, flag)
-    weights.load_weights(_plain(trainable.chunks), directory, flag)
-    trainable.optimizer.reload_model_params()
-    return Position(), str(directory)
-
-
-def _has_checkpoint(path: str | None, step: int | None) -> bool:
-    return path is not None and (
-        weights.latest_step(Path(path)) is not None
-        or (Path(path) / weights.MANIFEST_FILE).is_file()
-        or (step is not None and weights.step_directory(Path(path), step).is_dir())
-    )
-
-
-def _resume_from(directory: Path, trainable: Trainable, config: Config) -> Position:
-    own = config.checkpoint
-    manifest = weights.read_manifest(directory)
-    _check_same_run(directory, manifest, config, trainable)
-    same_layout = manifest.layout == trainable.layout()
-    with_rng = own.load_rng and same_layout
-    with_guess = same_layout and trainable.guess is not None and weights.holds(directory, GUESS, "--load")
-    state = _state(trainable, config, is_loading=True, with_rng=with_rng, with_guess=with_guess)
-    loaded = weights.load_state(state, directory, "--load")
-    weights.put_weights(_plain(trainable.chunks), loaded)
-    if own.load_optim:
-        trainable.optimizer.load_state_dict(loaded["optimizer"])
-        separate_adam_steps(trainable.optimizer)
-        _load_schedule(trainable.scheduler, loaded["scheduler"], directory)
-    else:
-        trainable.optimizer.reload_model_params()
-    if trainable.carried is not None and "carried" in loaded:
-        trainable.carried.load_state_dict(loaded["carried"])
-    if trainable.guess is not None and GUESS in loaded:
-        trainable.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
-    if "rng" in loaded:
-        _set_random_states(loaded["rng"])
-    return Position(manifest.step, manifest.consumed_samples)
-
-
-def _load_schedule(scheduler: OptimizerParamScheduler, state: dict[str, Any], directory: Path) -> None:
-    try:
-        scheduler.load_state_dict(state)
-    except AssertionError as error:  # Megatron-Core's way to say that the schedules differ
-        raise ConfigError(
-            f"--load: the schedule of {directory} is not that of the flags ({error}). Give the same --lr, --min-lr, "
-            "--lr-decay-*, --lr-warmup-* and --train-iters, or choose one with --override-opt_param-scheduler (the "
-            "flags') or --use-checkpoint-opt_param-scheduler (the checkpoint's)."
-        ) from error
-
-
-def _check_same_run(directory: Path, manifest: weights.Manifest, config: Config, trainable: Trainable) -> None:
-    if (conflict := identity_conflict(manifest.tokenizer, trainable.tokenizer)) is not None:
-        theirs, ours, remedy = conflict
-        raise ConfigError(
-            f"--load: {directory} was trained with the tokenizer {theirs}, and this run has {ours}. {remedy}, or "
-            "--finetune from a model of yours."
-        )
-    saved = weights.saved_config(directory)
-    if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
-        raise ConfigError(
-            f"--load: {directory} holds no optimizer state (it was saved with --no-save-optim). "
-            "Add --no-load-optim, or --finetune to begin anew from its weights."
-        )
-
-
-def _state(
-    trainable: Trainable, config: Config, *, is_loading: bool, with_rng: bool, with_guess: bool
-) -> dict[str, Any]:
-    """Everything that a checkpoint holds, as Megatron-Core's sharded state."""
+def run_state(trainable: Trainable, *, with_rng: bool, with_guess: bool) -> dict[str, Any]:
+    """Return each rank's random state and guessed threshold, as Megatron-Core's sharded state."""
     groups = trainable.groups
-    state: dict[str, Any] = weights.model_state(_plain(trainable.chunks))
-    own = config.checkpoint
-    if own.load_optim if is_loading else own.save_optim:
-        allocate_adam_state(trainable.optimizer)
-        optimizer = trainable.optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT
-        )
-        state["optimizer"] = optimizer
-        state["scheduler"] = trainable.scheduler.state_dict()
+    state: dict[str, Any] = {}
     if with_rng:
-        state["rng"] = ShardedObject(
-            "rng",
+        state[RNG] = ShardedObject(
+            RNG,
             _random_states(groups.device),
             (groups.pp_size, groups.tp_size),
             (groups.pp_rank, groups.tp_rank),
@@ -230,13 +207,23 @@ def _state(
             (groups.pp_rank, groups.dp_cp.rank()),
             replica_id=groups.tp_rank,
         )
-    if trainable.carried is not None and not is_loading:
-        state["carried"] = trainable.carried.state_dict()
     return state
 
 
-def _plain(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The chunks without their data-parallel wrapper, which has no part in a checkpoint."""
+def _whole_state(trainable: Trainable, config: Config) -> dict[str, Any]:
+    """Return the complete content of a checkpoint, as Megatron-Core's sharded state."""
+    state: dict[str, Any] = weights.model_state(plain_chunks(trainable.chunks))
+    if config.checkpoint.save_optim:
+        state["optimizer"] = sharded_optimizer_state(trainable.optimizer, state, is_loading=False)
+        state["scheduler"] = schedule_state(trainable.scheduler)
+    state |= run_state(trainable, with_rng=config.checkpoint.save_rng, with_guess=True)
+    if trainable.carried is not None:
+        state[CARRIED] = trainable.carried.state_dict()
+    return state
+
+
+def plain_chunks(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Return the chunks without their data-parallel wrapper, which has no part in a checkpoint."""
     return [chunk.module for chunk in chunks]  # type: ignore[misc]
 
 
@@ -250,26 +237,12 @@ def _random_states(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-def _manifest(trainable: Trainable, position: Position, directory: Path) -> weights.Manifest:
-    return weights.Manifest(
+def _manifest(trainable: Trainable, position: Position, directory: Path, checksums: dict[str, str]) -> Manifest:
+    return Manifest(
         step=position.step,
         consumed_samples=position.consumed_samples,
         tokenizer=tokenizer_identity(trainable.tokenizer),
         layout=trainable.layout(),
-        files=weights.file_sizes(directory),
+        files=on_first_rank(lambda: file_sizes(directory)),
+        checksums=checksums,
     )
-
-
-def _move_tracker(root: Path, step: int) -> None:
-    new = root / f"{weights.TRACKER}.partial"
-    new.write_text(f"{step}\n", encoding="utf-8")
-    new.replace(root / weights.TRACKER)

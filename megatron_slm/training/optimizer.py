@@ -58,7 +58,7 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> Megatr
         ),
         list(chunks),
     )
-    _repair_loading_of_torch_adam(optimizer)
+    _repair_loading(optimizer)
     schedule = model_config(list(chunks))
     schedule.finalize_model_grads_func = finalize_model_grads
     schedule.grad_scale_func = optimizer.scale_loss
@@ -113,38 +113,45 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
     )
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers that Megatron-Core has chained, or the one that it made."""
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers that Megatron-Core has chained, or the one that it made."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _repair_loading_of_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Let the distributed optimizer load a checkpoint when torch's AdamW is underneath (no apex, no TE).
+def _repair_loading(optimizer: MegatronOptimizer) -> None:
+    """Repair two faults of Megatron-Core 0.16.1 in loading optimizer state.
 
-    Megatron-Core copies every entry of the optimizer's state from the checkpoint, but does not save ``step``, and
-    fails with KeyError. Its present value is passed along; :func:`separate_adam_steps` does the rest.
+    The distributed optimizer copies every entry of a parameter's state from the checkpoint and fails with KeyError
+    for entries that the checkpoint does not hold, such as the ``step`` of torch's AdamW: such entries keep their
+    values. For SGD there is no function that allocates the state to load.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
+        if getattr(part, "init_state_fn", None) is None:
+            part.init_state_fn = allocate_momentum
         copy = getattr(part, "_set_main_param_and_optimizer_states", None)
         if copy is None:
             continue
 
         @wraps(copy)
-        def with_step(
+        def with_present_values(
             model_param: torch.nn.Parameter, tensors: dict[str, Any], part: Any = part, copy: Any = copy
         ) -> None:
-            group, place = part.model_param_group_index_map[model_param]
-            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
-            if "step" in state and "step" not in tensors:
-                tensors = {**tensors, "step": state["step"]}
-            copy(model_param, tensors)
+            copy(model_param, {**part._get_main_param_and_optimizer_states(model_param), **tensors})
 
-        part._set_main_param_and_optimizer_states = with_step
+        part._set_main_param_and_optimizer_states = with_present_values
+
+
+def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give SGD with momentum its buffers; buffers of zeros give the same first update as none."""
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW its state before the first step; the distributed optimizer cannot describe it otherwise."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.Adam):
             continue
         for group in part.optimizer.param_groups:
@@ -159,7 +166,7 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
 def separate_adam_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter its own ``step`` after loading; Megatron-Core hands all of them one tensor, which the
     next update would count up once per parameter."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

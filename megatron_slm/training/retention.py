@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_slm.config.checkpoint_files import latest_step, step_directory
 from megatron_slm.config.schema import CheckpointConfig
-from megatron_slm.model.weights import latest_step, step_directory
 from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups

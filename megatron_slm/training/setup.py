@@ -22,10 +22,11 @@ from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
 from megatron_slm.runtime.groups import Groups, ParallelLayout
-from megatron_slm.training.checkpoint import Trainable, resume
+from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_slm.training.resume import resume
 from megatron_slm.training.sinks import open_sinks
 from megatron_slm.training.step import ReferenceSource
 
@@ -103,7 +104,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     schedule = build_scheduler(optimizer, config)
     early = EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative")
     trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, early, carried, auxiliary)
-    position, loaded = resume(trainable, config)
+    position, loaded = resume(trainable, config, console)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
     reference, reference_config = _build_reference(config, tokenizer, groups)

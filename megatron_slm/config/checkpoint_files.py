@@ -1,0 +1,154 @@
+"""Files of a checkpoint directory that are read without torch: the tracker, the manifest, the configuration.
+
+A checkpoint is a directory in Megatron-Core's distributed format (``torch_dist``) with two further files:
+``config.yaml``, the resolved configuration of the run that wrote it, and ``manifest.json``, written last, with the
+size and the content checksum of every file and a checksum of the manifest itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.config.recipe import read_config
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import write_text
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name for "the newest step"
+CONFIG_FILE = "config.yaml"
+MANIFEST_FILE = "manifest.json"
+OTHER = "Copy the checkpoint again, or choose another step with --ckpt-step."
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of a complete checkpoint."""
+
+    step: int
+    consumed_samples: int
+    tokenizer: dict[str, Any]  # name, fingerprint (sha256 of the model file), vocab_size
+    layout: dict[str, int]  # tensor, pipeline and data parallel sizes of the run that wrote it
+    files: dict[str, int]  # path below the checkpoint's directory -> size in bytes
+    checksums: dict[str, str] = field(default_factory=dict)  # the same paths; empty in checkpoints of version 0.1
+
+    def write(self, directory: Path, checksum: Callable[[str], str]) -> None:
+        """Write the manifest with the checksum of its content."""
+        content = asdict(self)
+        text = json.dumps({**content, "checksum": checksum(_canonical(content))}, indent=1)
+        write_text(directory / MANIFEST_FILE, text, "--save")
+
+
+def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | None = None) -> Manifest:
+    """Return the manifest of a checkpoint directory.
+
+    Args:
+        flag: the flag that named the checkpoint, for error messages.
+        checksum: verify the content with this function.
+
+    Raises:
+        ConfigError: the manifest is missing, cannot be read, or is damaged.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        recorded = content.pop("checksum", None)
+        manifest = Manifest(**content)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{flag}: {directory} is not a complete checkpoint ({MANIFEST_FILE}, which is written last, is "
+            "missing). Choose another step with --ckpt-step."
+        ) from error
+    except OSError as error:
+        raise _unreadable(path, flag, error) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{flag}: {path} is damaged ({error}). {OTHER}") from error
+    expected = recorded is not None or bool(manifest.checksums)
+    if checksum is not None and expected and recorded != checksum(_canonical(content)):
+        raise ConfigError(f"{flag}: {path} is damaged: its content does not match its checksum. {OTHER}")
+    return manifest
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Return the directory of one step, named as Megatron-LM names it."""
+    return root / f"iter_{step:07d}"
+
+
+def latest_step(root: Path) -> int | None:
+    """Return the newest complete step below ``root``, or None if there is no checkpoint."""
+    tracker = root / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{tracker} cannot be read ({error.strerror}). Check its permissions.") from error
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(
+            f"{tracker} should hold the number of the newest step, but holds {text[:40]!r}. "
+            "Write the number of a complete iter_* folder into it."
+        )
+    return int(text)
+
+
+def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
+    """Return the checkpoint directory of ``step``, or the newest below ``path``; its files are not checked.
+
+    Args:
+        path: a directory with a tracker file, or one ``iter_*`` directory itself.
+        step: a step that the user asked for, or None.
+        flag: the flag that gave ``path``, for error messages.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise ConfigError(f"{flag} {path}: there is no such folder. Give the --save folder of an earlier run.")
+    if (root / MANIFEST_FILE).is_file() and step is None:
+        return root
+    found = step if step is not None else latest_step(root)
+    if found is None:
+        raise ConfigError(
+            f"{flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). "
+            "Give the --save folder of an earlier run."
+        )
+    return step_directory(root, found)
+
+
+def saved_config(directory: Path) -> Config:
+    """Return the resolved configuration of the run that wrote the checkpoint."""
+    return read_config(directory / CONFIG_FILE)
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Return the size in bytes of every file below ``directory``, in a fixed order."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+
+
+def check_sizes(directory: Path, manifest: Manifest, flag: str) -> None:
+    """Raise ConfigError if a file that the manifest names is missing or has another size."""
+    try:
+        there = file_sizes(directory)
+    except OSError as error:
+        raise _unreadable(directory, flag, error) from error
+    for name, size in manifest.files.items():
+        if there.get(name) != size:
+            got = "is missing" if name not in there else f"has {there[name]} bytes"
+            raise ConfigError(
+                f"{flag}: the checkpoint {directory} is damaged: {name} {got}, and was written with {size}. {OTHER}"
+            )
+
+
+def _unreadable(path: Path, flag: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{flag}: {path} cannot be read ({error.strerror or error}). Check its permissions and the disk."
+    )

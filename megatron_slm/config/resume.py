@@ -1,0 +1,216 @@
+"""Settings on resume: one table decides what a difference between the flags and the checkpoint means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.config.flags import flag_name
+from megatron_slm.config.recipe import settings
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import refuse
+
+
+class Rule(Enum):
+    """Consequence of a setting that differs from the checkpoint's."""
+
+    STRUCTURE = auto()  # an error for a resumed run and for one that begins with the weights: they would not mean it
+    ERROR = auto()  # an error for a resumed run; one that begins with the weights (--finetune) takes the flag
+    SCHEDULE = auto()  # an error, or one of --override-... and --use-checkpoint-opt_param-scheduler decides
+    OPTIMIZER = auto()  # an error if the optimizer state is loaded, else takes the flag
+    FLAG = auto()  # takes the flag, and the run prints the difference
+    CHECKPOINT = auto()  # takes the checkpoint: the setting has no effect after the first step
+    LOCAL = auto()  # belongs to this start of the run; not compared
+
+
+_TABLE: dict[Rule, tuple[str, ...]] = {
+    Rule.STRUCTURE: (
+        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
+        *("num_query_groups", "kv_channels", "position_embedding_type", "normalization", "swiglu"),
+        *("disable_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "qk_layernorm"),
+        *("num_experts", "moe_ffn_hidden_size"),
+    ),
+    Rule.ERROR: (
+        *("seq_length", "rotary_base", "rotary_percent", "norm_epsilon", "slm_logit_softcap", "mtp_num_layers"),
+        "moe_router_topk",
+    ),
+    Rule.SCHEDULE: (
+        *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction"),
+        *("lr_warmup_init", "lr_wsd_decay_style", "lr_wsd_decay_iters", "weight_decay", "start_weight_decay"),
+        *("end_weight_decay", "weight_decay_incr_style"),
+    ),
+    Rule.OPTIMIZER: ("optimizer",),
+    Rule.FLAG: (
+        *("max_position_embeddings", "attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by"),
+        *("vocab_size", "attention_softmax_in_fp32", "mtp_loss_scaling_factor", "moe_router_load_balancing_type"),
+        *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_token_dispatcher_type", "moe_grouped_gemm"),
+        *("transformer_impl", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+        *("context_parallel_size", "expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+        *("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
+        *("micro_batch_size", "global_batch_size", "train_iters", "seed", "bf16"),
+        *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+        *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
+        "accumulate_allreduce_grads_in_fp32",
+        *("data_order", "slm_sentences", "mock_data"),
+        *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path", "split"),
+        *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"),  # fingerprints are compared elsewhere
+        *("tiktoken_pattern", "tiktoken_num_special_tokens", "eod_id", "null_tokenizer_eod_id"),
+        *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+        *("objective", "slm_selection_ratio", "slm_score", "slm_scope", "slm_threshold"),
+        *("slm_selection_ratio_start", "slm_selection_ratio_warmup_iters", "slm_mix", "slm_mtp_selection"),
+        *("slm_gumbel_temperature", "slm_cross_entropy", "slm_exact_mode", "slm_kept_logits_mb", "slm_z_loss"),
+        *("reference_load", "reference_ckpt_step", "reference_precision", "reference_scores", "reference_combine"),
+    ),
+    Rule.CHECKPOINT: ("init_method_std",),
+    Rule.LOCAL: (
+        *("distributed_backend", "distributed_timeout_minutes"),
+        *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train"),
+        *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
+        *("data_cache_path", "num_workers", "full_validation"),
+        *(
+            "save",
+            "load",
+            "pretrained_checkpoint",
+            "save_interval",
+            "save_retain_interval",
+            "finetune",
+            "ckpt_step",
+            "save_optim",
+        ),
+        *("save_rng", "load_optim", "load_rng", "exit_on_missing_checkpoint", "use_checkpoint_args"),
+        "slm_verify_checksums",
+        *("log_interval", "eval_interval", "eval_iters", "tensorboard_dir"),
+        *("wandb_project", "wandb_exp_name", "wandb_save_dir", "slm_metrics_file"),
+    ),
+}
+RULES: dict[str, Rule] = {name: rule for rule, names in _TABLE.items() for name in names}
+
+# Settings that decide which scores are compared with a saved threshold.
+SCORE_SETTINGS: tuple[str, ...] = (
+    "objective",
+    "slm_score",
+    "slm_scope",
+    "reference_load",
+    "reference_ckpt_step",
+    "reference_precision",
+)
+SCORE_SETTINGS += ("reference_scores", "reference_combine")
+DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # None: follows from others
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting whose value differs from the checkpoint's."""
+
+    group: str
+    name: str
+    flag: str
+    ours: Any
+    theirs: Any
+    rule: Rule
+
+
+def differences(config: Config, saved: Config) -> list[Difference]:
+    """Return the settings that differ and have an effect, in the order of the help; local ones are left out."""
+    found = []
+    for group, setting, _ in settings():
+        rule = RULES.get(setting.name, Rule.FLAG)
+        ours, theirs = (getattr(getattr(each, group), setting.name) for each in (config, saved))
+        if rule is not Rule.LOCAL and ours != theirs and _has_effect(setting.name, config, ours, theirs):
+            flag = flag_name(setting)
+            found.append(Difference(group, setting.name, flag, ours, theirs, rule))
+    return found
+
+
+def reconcile(config: Config, saved: Config, directory: Path, flag: str) -> str:
+    """Apply the table to a run that resumes from ``directory``; settings that take the checkpoint are changed.
+
+    Returns:
+        one line that names the differences, for the log; empty if there are none.
+
+    Raises:
+        ConfigError: settings that must not differ do; all of them, with the remedy.
+    """
+    found = differences(config, saved)
+    wrong = {Rule.STRUCTURE, Rule.ERROR} | ({Rule.OPTIMIZER} if config.checkpoint.load_optim else set())
+    refuse([_refusal(each, directory, flag) for each in found if each.rule in wrong])
+    adopted = {Rule.CHECKPOINT}
+    if config.optimizer.use_checkpoint_opt_param_scheduler and config.checkpoint.load_optim:
+        adopted.add(Rule.SCHEDULE)
+    for each in found:
+        if each.rule in adopted:
+            setattr(getattr(config, each.group), each.name, each.theirs)
+    if Rule.SCHEDULE in adopted:
+        _fix_decay(config, saved)
+    return _line(found, adopted, directory)
+
+
+def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str) -> str:
+    """Apply the table to a run that begins with the weights of ``directory``; returns and raises as above."""
+    found = [each for each in differences(config, saved) if each.rule in (Rule.STRUCTURE, Rule.ERROR)]
+    refuse(
+        [
+            f"{flag}: {each.flag} {_show(each.ours)} differs from the model in {directory} ({_show(each.theirs)}), "
+            f"whose weights do not fit. Give {each.flag} {_show(each.theirs)}, or add --use-checkpoint-args."
+            for each in found
+            if each.rule is Rule.STRUCTURE
+        ]
+    )
+    return _line(found, set(), directory)
+
+
+def score_changed(config: Config, saved: Config) -> bool:
+    """Whether scores of the run are not comparable with those of the checkpoint."""
+    return any(each.name in SCORE_SETTINGS for each in differences(config, saved))
+
+
+def _refusal(each: Difference, directory: Path, flag: str) -> str:
+    remedy = f"Give {each.flag} {_show(each.theirs)}"
+    if each.rule is Rule.OPTIMIZER:
+        remedy += ", or add --no-load-optim to start with a new optimizer state"
+    elif each.rule is Rule.ERROR:
+        remedy += ", add --use-checkpoint-args, or start a new run from the weights with --finetune"
+    else:
+        remedy += ", or add --use-checkpoint-args"
+    values = f"{_show(each.ours)} differs from the checkpoint {directory} ({_show(each.theirs)})"
+    return f"{flag}: {each.flag} {values}. {remedy}."
+
+
+def _line(found: list[Difference], adopted: set[Rule], directory: Path) -> str:
+    if not found:
+        return ""
+    shown = [
+        f"{each.flag} {_show(each.theirs)} -> {_show(each.ours)}"
+        if each.rule not in adopted
+        else f"{each.flag} {_show(each.ours)} ignored, {_show(each.theirs)} kept"
+        for each in found
+    ]
+    return f"differences from {directory}: {'; '.join(shown)}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={' '.join(words)}" for name, words in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return {None: "unset", True: "on", False: "off"}.get(value, str(value)) if not _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _has_effect(name: str, config: Config, ours: Any, theirs: Any) -> bool:
+    if name in DERIVED and (ours is None or theirs is None):
+        return False
+    if name in ("rotary_base", "rotary_percent"):
+        return config.model.position_embedding_type == "rope"
+    return name != "moe_router_topk" or config.model.num_experts is not None
+
+
+def _fix_decay(config: Config, saved: Config) -> None:
+    """A schedule without --lr-decay-iters ends with the run that began it, not with a longer one."""
+    if config.optimizer.lr_decay_iters is None:
+        config.optimizer.lr_decay_iters = saved.training.train_iters

@@ -1,0 +1,176 @@
+"""Optimizer state in checkpoints, in a form that every optimizer of a run can read.
+
+Megatron-Core stores the state of its three optimizers (plain fp32, bf16 with fp32 master weights, distributed) under
+the same tensor names, but with different structures around them, and on loading lets the checkpoint's parameter groups
+replace those of the flags. Here tensors are read by name, and parameter groups remain those of the flags, with the
+checkpoint's step count. So a run can resume with another of these optimizers, with other betas, or with Transformer
+Engine's or apex's fused Adam in the place of torch's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.training.optimizer import allocate_adam_state, optimizer_parts, separate_adam_steps
+
+# The one sharding of the optimizer state that can be read back in any layout.
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+MASTERS = {"param", "fp32_param"}  # names of master weights: of the distributed optimizer, of the bf16 optimizer
+MOMENTUM = "momentum_buffer"
+_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<name>\w+?)\.(?P<parameter>.+)")
+
+Reader = Callable[[dict[str, Any]], dict[str, Any]]  # reads sharded state from the checkpoint
+
+
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool
+) -> dict[Any, Any]:
+    """Return Megatron-Core's sharded state of the optimizer."""
+    allocate_adam_state(optimizer)
+    return optimizer.sharded_state_dict(dict(model_state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+
+
+def load_optimizer_state(
+    optimizer: MegatronOptimizer,
+    model_state: dict[str, Any],
+    saved: Iterable[str],
+    step: float,
+    read: Reader,
+    flag: str,
+) -> None:
+    """Load the optimizer's tensors and set its step count. The model's weights must have been loaded.
+
+    Args:
+        model_state: sharded state of the model chunks.
+        saved: keys of the checkpoint.
+        step: updates that the saved optimizer had made.
+        read: reads sharded state from the checkpoint; collective.
+        flag: the flag that named the checkpoint, for error messages.
+
+    Raises:
+        ConfigError: the checkpoint holds the state of an optimizer of another kind.
+    """
+    names = {match["name"] for key in saved if (match := _KEY.match(key))}
+    request = _select(sharded_optimizer_state(optimizer, model_state, is_loading=True), _tensor)
+    _check_names(request, names, step, flag)
+    optimizer.reload_model_params()  # for master weights that the checkpoint does not hold
+    loaded = read({"tensors": found})["tensors"] if (found := _select(request, _saved_as(names))) else {}
+    if not names & MASTERS and (weights := _select(request, _master_as_weight)):
+        merge(loaded, read({"tensors": weights})["tensors"])
+    parts = optimizer_parts(optimizer)
+    for number, part in enumerate(parts):
+        part.load_state_dict(_restore(part, loaded if len(parts) == 1 else loaded.get(number, {}), step))
+    separate_adam_steps(optimizer)
+
+
+def saved_step(state: Any) -> float:
+    """Return the number of updates recorded in a saved optimizer state: shared, or in its parameter groups."""
+    if isinstance(state, dict):
+        for key in ("common_step", "step"):
+            if state.get(key) is not None:
+                return float(state[key])
+        state = list(state.values())
+    return max(map(saved_step, state), default=0.0) if isinstance(state, list) else 0.0
+
+
+def master_weight_request(model_state: dict[str, Any], saved: Iterable[str]) -> dict[str, Any]:
+    """Return a request for the fp32 master weights of a bf16 checkpoint in the place of its weights."""
+    masters = {match["parameter"]: key for key in saved if (match := _KEY.match(key)) and match["name"] in MASTERS}
+
+    def as_master(leaf: ShardedBase) -> ShardedBase | None:
+        key = masters.get(leaf.key)
+        return replace(leaf, key=key) if key is not None and _tensor(leaf) else None
+
+    return _select(model_state, as_master) or {}
+
+
+def _check_names(request: Any, names: set[str], step: float, flag: str) -> None:
+    """Master weights can be made from weights, and momentum can begin at zero; Adam's moments cannot be missing."""
+    wanted: set[str] = set()
+    _select(request, lambda leaf: wanted.add(_KEY.match(leaf.key)["name"]))  # type: ignore[index]
+    missing = wanted - names - MASTERS - {MOMENTUM}
+    if missing and step > 0:
+        raise ConfigError(
+            f"{flag}: the checkpoint holds the optimizer state {', '.join(sorted(names)) or 'of no optimizer'}, and "
+            f"--optimizer needs {', '.join(sorted(wanted))}. Give the --optimizer of the checkpoint, or add "
+            "--no-load-optim to start with a new optimizer state."
+        )
+
+
+def _select(tree: Any, choose: Callable[[Any], Any]) -> Any:
+    """Return the tree with each sharded leaf replaced by ``choose(leaf)``; other leaves and empty branches go."""
+    if isinstance(tree, ShardedBase):
+        return choose(tree)
+    if isinstance(tree, dict):
+        branches = {key: _select(value, choose) for key, value in tree.items()}
+        return {key: value for key, value in branches.items() if value is not None} or None
+    if isinstance(tree, list):
+        return [value for value in (_select(each, choose) for each in tree) if value is not None] or None
+    return None
+
+
+def _tensor(leaf: ShardedBase) -> ShardedBase | None:
+    return leaf if isinstance(leaf, ShardedTensor | ShardedTensorFactory) else None
+
+
+def _saved_as(names: set[str]) -> Callable[[ShardedBase], ShardedBase | None]:
+    """Request a tensor under its name in the checkpoint; master weights have two."""
+
+    def choose(leaf: ShardedBase) -> ShardedBase | None:
+        match = _KEY.match(leaf.key)
+        assert match is not None, leaf.key
+        name = match["name"]
+        saved = next(iter(names & MASTERS), None) if name in MASTERS else name
+        if saved is None or saved not in names:
+            return None
+        return replace(leaf, key=leaf.key.replace(f"optimizer.state.{name}.", f"optimizer.state.{saved}.", 1))
+
+    return choose
+
+
+def _master_as_weight(leaf: ShardedBase) -> ShardedBase | None:
+    """Request the model's weight for a master weight; a plain fp32 optimizer saves no other copy."""
+    match = _KEY.match(leaf.key)
+    return replace(leaf, key=match["parameter"]) if match and match["name"] in MASTERS else None
+
+
+def _restore(part: Any, tensors: dict[Any, Any], step: float) -> dict[str, Any]:
+    """Return the state dictionary of one optimizer: loaded tensors, and the groups of the flags with the step."""
+    inner = part.optimizer.state_dict()
+    groups = [dict(group) for group in inner["param_groups"]]
+    counts_per_parameter = isinstance(part.optimizer, torch.optim.Adam)
+    if not counts_per_parameter and not isinstance(part.optimizer, torch.optim.SGD):
+        groups = [{**group, "step": int(step)} for group in groups]  # fused Adam counts per group
+    if isinstance(part, DistributedOptimizer):
+        shown = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        if counts_per_parameter:
+            shown = [{**group, "step": step} for group in shown]
+        state: dict[str, Any] = {"optimizer": {**inner, "param_groups": shown}}
+        state["optimizer"].pop("state")
+        if "param_state" in tensors:
+            state["param_state"] = tensors["param_state"]
+            state["param_state_sharding_type"] = OPTIMIZER_FORMAT["distrib_optim_sharding_type"]
+        return state
+    is_bf16 = isinstance(part, Float16OptimizerWithFloat16Params)
+    found = (tensors.get("optimizer", {}) if is_bf16 else tensors).get("state", {})
+    states = {number: {**own, **found.get(number, {})} for number, own in inner["state"].items()}
+    if counts_per_parameter:
+        states = {number: {**state, "step": torch.tensor(float(step))} for number, state in states.items()}
+    plain = {"state": states, "param_groups": groups}
+    masters = part.state_dict()["fp32_from_fp16_params"] if is_bf16 else None
+    return (
+        {"optimizer": plain, "fp32_from_fp16_params": tensors.get("fp32_from_fp16_params", masters)}
+        if is_bf16
+        else plain
+    )

@@ -1,0 +1,156 @@
+"""Starts a run where the flags say: from scratch, from another run's weights, or where the run stopped."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from rich.console import Console
+
+from megatron_slm.config.checkpoint_files import (
+    MANIFEST_FILE,
+    Manifest,
+    latest_step,
+    read_manifest,
+    saved_config,
+    step_directory,
+)
+from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
+from megatron_slm.config.schema import Config
+from megatron_slm.data.tokenizers.identity import identity_conflict
+from megatron_slm.model import weights
+from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.training.checkpoint import CARRIED, GUESS, RNG, Position, Trainable, plain_chunks, run_state
+from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
+from megatron_slm.training.schedule import resume_schedule
+
+OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
+
+
+def resume(trainable: Trainable, config: Config, console: Console) -> tuple[Position, str | None]:
+    """Load what the flags name, and print where it differs from them. Collective over all ranks.
+
+    Returns:
+        the position, and the directory that was read (None from scratch).
+    """
+    settings = config.checkpoint
+    resumable = settings.load is not None and not settings.finetune
+    if resumable and on_first_rank(lambda: _has_checkpoint(settings.load, settings.ckpt_step)):
+        directory = weights.open_checkpoint(
+            str(settings.load), settings.ckpt_step, "--load", verify=settings.slm_verify_checksums
+        )
+        return _resume_from(directory, trainable, config, console, "--load"), str(directory)
+    if resumable and settings.exit_on_missing_checkpoint:
+        raise ConfigError(f"--load {settings.load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
+    base, flag, step = settings.pretrained_checkpoint, "--pretrained-checkpoint", None
+    if settings.finetune:
+        base, flag, step = settings.load, "--load", settings.ckpt_step
+    if base is None:
+        return Position(), None
+    directory = weights.open_checkpoint(base, step, flag, verify=settings.slm_verify_checksums)
+    _print(console, check_weights_fit(config, saved_config(directory), directory, flag))
+    weights.load_weights(plain_chunks(trainable.chunks), directory, flag)
+    trainable.optimizer.reload_model_params()
+    return Position(), str(directory)
+
+
+def _has_checkpoint(path: str | None, step: int | None) -> bool:
+    return path is not None and (
+        latest_step(Path(path)) is not None
+        or (Path(path) / MANIFEST_FILE).is_file()
+        or (step is not None and step_directory(Path(path), step).is_dir())
+    )
+
+
+def _print(console: Console, line: str) -> None:
+    if line:
+        console.print(line, markup=False)
+
+
+def _resume_from(directory: Path, trainable: Trainable, config: Config, console: Console, flag: str) -> Position:
+    settings = config.checkpoint
+    manifest, saved = read_manifest(directory, flag), saved_config(directory)
+    _check_tokenizer(directory, manifest, trainable, flag)
+    if settings.load_optim and not saved.checkpoint.save_optim:
+        raise ConfigError(
+            f"{flag}: {directory} holds no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
+        )
+    _print(console, reconcile(config, saved, directory, flag))
+    keys = weights.saved_keys(directory, flag)
+    loaded = _load(flag, directory, trainable, config, keys, same_layout=manifest.layout == trainable.layout())
+    _load_model(flag, directory, trainable, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)
+    if settings.load_optim:
+        load_optimizer_state(
+            trainable.optimizer,
+            weights.model_state(plain_chunks(trainable.chunks)),
+            keys,
+            saved_step(loaded.get("optimizer")),
+            lambda request: weights.load_state(request, directory, flag),
+            flag,
+        )
+    else:
+        trainable.optimizer.reload_model_params()
+    schedule = loaded.get("scheduler") if settings.load_optim else None
+    resume_schedule(trainable.scheduler, schedule, manifest.consumed_samples, directory, flag)
+    if not score_changed(config, saved):
+        _load_thresholds(trainable, loaded)
+    if RNG in loaded:
+        _set_random_states(loaded[RNG])
+    return Position(manifest.step, manifest.consumed_samples)
+
+
+def _load(
+    flag: str, directory: Path, trainable: Trainable, config: Config, keys: frozenset[str], *, same_layout: bool
+) -> dict[str, Any]:
+    """Read weights, random states and thresholds, and everything that is not sharded."""
+    with_rng = config.checkpoint.load_rng and same_layout and _holds(keys, RNG)
+    with_guess = same_layout and trainable.guess is not None and _holds(keys, GUESS)
+    request = run_state(trainable, with_rng=with_rng, with_guess=with_guess)
+    request |= weights.loadable_model_state(plain_chunks(trainable.chunks))
+    return weights.load_state(request, directory, flag)
+
+
+def _holds(keys: frozenset[str], name: str) -> bool:
+    return any(key.startswith(f"{name}/") for key in keys)
+
+
+def _load_model(
+    flag: str, directory: Path, trainable: Trainable, loaded: dict[str, Any], keys: frozenset[str], *, exact: bool
+) -> None:
+    """Copy weights into the model; with ``exact``, the fp32 master weights of a bf16 checkpoint."""
+    chunks = plain_chunks(trainable.chunks)
+    if exact and (request := master_weight_request(weights.loadable_model_state(chunks), keys)):
+        for chunk, masters in weights.load_state(request, directory, flag).items():
+            if chunk in request:
+                loaded[chunk].update(masters)
+    weights.put_weights(chunks, loaded)
+
+
+def _load_thresholds(trainable: Trainable, loaded: dict[str, Any]) -> None:
+    if trainable.carried is not None and CARRIED in loaded:
+        trainable.carried.load_state_dict(loaded[CARRIED])
+    if trainable.guess is not None and GUESS in loaded:
+        trainable.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
+
+
+def _check_tokenizer(directory: Path, manifest: Manifest, trainable: Trainable, flag: str) -> None:
+    if (conflict := identity_conflict(manifest.tokenizer, trainable.tokenizer)) is not None:
+        theirs, ours, remedy = conflict
+        raise ConfigError(
+            f"{flag}: {directory} was trained with the tokenizer {theirs}, and this run has {ours}. {remedy}, or "
+            "--finetune from a model of yours."
+        )
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

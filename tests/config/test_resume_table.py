@@ -1,0 +1,102 @@
+"""The table of settings on resume: every setting has a rule, and differences are refused, adopted or reported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.config.recipe import from_flat_dict, settings, to_flat_dict
+from megatron_slm.config.resume import RULES, Rule, check_weights_fit, differences, reconcile, score_changed
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import ConfigError
+
+RUN = Path("run/iter_0000001")
+SAVED = {"num_layers": 4, "num_attention_heads": 4, "seq_length": 32, "position_embedding_type": "rope", "lr": 1e-3}
+
+
+def config(**changes: Any) -> Config:
+    return from_flat_dict({**SAVED, **changes})
+
+
+def test_every_setting_has_one_rule() -> None:
+    assert sorted(RULES) == sorted(setting.name for _, setting, _ in settings())
+
+
+def test_equal_settings_give_no_line() -> None:
+    assert reconcile(config(), config(), RUN, "--load") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("num_attention_heads", 8, "Give --num-attention-heads 4, or add --use-checkpoint-args"),
+        ("rotary_base", 500000, "Give --rotary-base 10000, add --use-checkpoint-args, or start a new run"),
+        ("seq_length", 64, "Give --seq-length 32"),
+        ("swiglu", True, "--swiglu on differs"),
+        ("optimizer", "sgd", "add --no-load-optim"),
+    ],
+)
+def test_difference_is_refused_with_a_remedy(name: str, value: Any, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        reconcile(config(**{name: value}), config(), RUN, "--load")
+    assert remedy in str(refusal.value) and str(RUN) in str(refusal.value)
+
+
+def test_all_refusals_are_named_together() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*--seq-length.*--rotary-base"):
+        reconcile(config(rotary_base=5, seq_length=64), config(), RUN, "--load")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("slm_selection_ratio", 0.5, "--slm-selection-ratio 0.6 -> 0.5"),
+        ("slm_scope", "sequence", "--slm-scope data-parallel -> sequence"),
+        ("reference_load", "other", "--reference-load unset -> other"),
+        ("seed", 7, "--seed 1234 -> 7"),
+        ("split", "9,1,0", "--split unset -> 9,1,0"),
+        ("adam_beta1", 0.8, "--adam-beta1 0.9 -> 0.8"),
+        ("bf16", True, "--bf16 off -> on"),
+        ("data_path", ["0.5", "a", "0.5", "b"], "--data-path none -> 0.5 a 0.5 b"),
+    ],
+)
+def test_flag_is_taken_and_reported_in_one_line(name: str, value: Any, shown: str) -> None:
+    ours = config(**{name: value})
+    line = reconcile(ours, config(), RUN, "--load")
+    assert shown in line and "\n" not in line
+    assert to_flat_dict(ours)[name] == value
+
+
+def test_settings_without_effect_are_not_compared() -> None:
+    ours = config(save="here", log_interval=5, ffn_hidden_size=128, moe_router_topk=1)
+    assert reconcile(ours, config(), RUN, "--load") == ""
+    learned = {"position_embedding_type": "learned_absolute"}
+    assert reconcile(config(**learned, rotary_base=5), config(**learned), RUN, "--load") == ""
+
+
+def test_the_checkpoint_is_taken_where_the_table_or_a_flag_demands_it() -> None:
+    saved = config(train_iters=10, init_method_std=0.01)
+    ours = config(train_iters=20, lr=5e-3, use_checkpoint_opt_param_scheduler=True)
+    line = reconcile(ours, saved, RUN, "--load")
+    assert ours.optimizer.lr == 1e-3 and ours.optimizer.lr_decay_iters == 10 and ours.model.init_method_std == 0.01
+    assert "--lr 0.005 ignored, 0.001 kept" in line
+
+
+def test_weights_alone_must_have_the_structure() -> None:
+    line = check_weights_fit(config(rotary_base=5, seed=3), config(), RUN, "--load")
+    assert "--rotary-base 10000 -> 5" in line and "seed" not in line
+    with pytest.raises(ConfigError, match="--pretrained-checkpoint: --num-attention-heads 8 differs"):
+        check_weights_fit(config(num_attention_heads=8), config(), RUN, "--pretrained-checkpoint")
+
+
+def test_another_score_is_known() -> None:
+    assert score_changed(config(slm_score="token-loss"), config())
+    assert not score_changed(config(seed=2), config())
+
+
+def test_differences_name_the_rule() -> None:
+    found = differences(replace(config(), optimizer=config(lr=2e-3).optimizer), config())
+    assert [(each.name, each.rule) for each in found] == [("lr", Rule.SCHEDULE)]
