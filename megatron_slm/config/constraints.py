@@ -42,7 +42,7 @@ class Bounds:
 
 
 def _number(value: float) -> str:
-    return f"{value:g}" if abs(value) < 1e6 else str(value)
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def flag(

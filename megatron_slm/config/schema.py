@@ -56,6 +56,7 @@ class ModelConfig:
     num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP", above=0)
     moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP", above=0)
     moe_router_topk: int = flag(2, "experts that each token passes", above=0)
+    moe_router_pre_softmax: bool = flag(False, "softmax over all experts before the top k are chosen, not after")
     moe_router_load_balancing_type: str = flag(
         "aux_loss", "how experts are kept in balance", choices=("aux_loss", "seq_aux_loss", "none")
     )
@@ -128,7 +129,7 @@ class OptimizerConfig:
     """Optimizer and schedule"""
 
     optimizer: str = flag("adam", "optimizer (adam is AdamW: decoupled weight decay)", choices=("adam", "sgd"))
-    lr: float | None = flag(None, "peak learning rate", at_least=0)
+    lr: float | None = flag(None, "peak learning rate", at_least=0, at_most=1e6)
     min_lr: float = flag(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: str = flag(
         "linear",

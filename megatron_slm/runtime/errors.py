@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LONGEST_NAME = 200  # characters of a path in a message
+
 
 class ConfigError(Exception):
     """The user's mistake (flag, recipe, file, layout). The message names it and the remedy; exit code 2."""
@@ -23,3 +25,20 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def explain(error: Exception) -> ConfigError | None:
+    """Return a message for an error of the machine, which needs no traceback: a file or a lack of memory; else None."""
+    if isinstance(error, OSError) and error.filename is not None:
+        name = str(error.filename)
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+        return ConfigError(
+            f"{shown}: {error.strerror}. Check the path, its permissions, and the free space of the disk."
+        )
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or "can't allocate memory" in str(error):  # torch's message on a CPU
+        return ConfigError(
+            f"out of memory: {str(error).strip() or 'the machine has no more'}. Choose a smaller --micro-batch-size or "
+            "model, --recompute-granularity full, or more tensor or pipeline parallelism."
+        )
+    return None

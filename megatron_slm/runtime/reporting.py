@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron_slm.runtime.errors import ConfigError, DivergedError
+from megatron_slm.runtime.errors import ConfigError, DivergedError, explain
 from megatron_slm.runtime.launch import guess_launch, launched_rank
 from megatron_slm.runtime.output import prepare_output
 
@@ -43,8 +43,8 @@ def share_reports(store: Store | None) -> None:
 def run_command(action: Callable[[], None]) -> int:
     """Run a command and return the exit code of the process; report an error, if there is one, once over all ranks.
 
-    ConfigError and DivergedError become messages, any other error a traceback. The process groups are left after the
-    report, because the other ranks fail as soon as one leaves.
+    ConfigError, DivergedError and errors of the machine become messages, any other error a traceback. The process
+    groups are left after the report, because the other ranks fail as soon as one leaves.
     """
     prepare_output()
     try:
@@ -57,6 +57,10 @@ def run_command(action: Callable[[], None]) -> int:
             _print("interrupted")
         return INTERRUPTED
     except Exception as error:
+        if (explained := explain(error)) is not None:
+            explained.__cause__ = error
+            report_error(explained)
+            return explained.exit_code
         if _claim("failure"):
             _print_failure(error)
         return 1

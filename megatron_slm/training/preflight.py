@@ -73,13 +73,17 @@ def check_files(config: Config, tokenizer: Tokenizer) -> None:
 def _check_index_memory(config: Config) -> None:
     import psutil
 
-    samples = (config.training.train_iters or 0) * (config.training.global_batch_size or 0)
-    size, memory = samples * BYTES_PER_SAMPLE, psutil.virtual_memory().total
-    if size > memory:
-        raise ConfigError(
-            f"--train-iters {config.training.train_iters} x --global-batch-size {config.training.global_batch_size} "
-            f"samples need an index of {gib(size)}, and this machine has {gib(memory)}. Choose fewer."
-        )
+    batch, memory = config.training.global_batch_size or 0, psutil.virtual_memory().total
+    for flag, steps in (
+        ("--train-iters", config.training.train_iters or 0),
+        ("--eval-iters", config.logging.eval_iters),
+    ):
+        size = steps * batch * BYTES_PER_SAMPLE
+        if size > memory:
+            raise ConfigError(
+                f"{flag} {steps} x --global-batch-size {batch} samples need an index of {gib(size)}, and this machine "
+                f"has {gib(memory)}. Choose fewer."
+            )
 
 
 def check_device(config: Config, device: torch.device) -> None:

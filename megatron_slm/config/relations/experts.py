@@ -21,6 +21,7 @@ def without_experts(config: Config, _: int) -> Iterator[str]:
             ("--moe-aux-loss-coeff", model.moe_aux_loss_coeff > 0),
             ("--moe-z-loss-coeff", model.moe_z_loss_coeff is not None),
             ("--moe-grouped-gemm", model.moe_grouped_gemm),
+            ("--moe-router-pre-softmax", model.moe_router_pre_softmax),
         )
         if is_given
     ]
@@ -36,6 +37,11 @@ def with_experts(config: Config, world_size: int) -> Iterator[str]:
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     if model.moe_router_topk > model.num_experts:
         yield f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}."
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        yield (
+            "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one expert alone is constant, and "
+            "the router would get no gradient."
+        )
     yield from not_dividing(expert, "--expert-model-parallel-size", model.num_experts, "--num-experts")
     ranks = world_size // (tensor * parallel.pipeline_model_parallel_size)
     shared = "ranks that hold the same layers, CP x DP ="

@@ -61,6 +61,11 @@ def recomputation(config: Config, _: int) -> Iterator[str]:
     if training.recompute_granularity == "full":
         if method is None or layers is None:
             yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers."
+        elif method == "uniform":
+            parallel = config.parallel
+            stage = (config.model.num_layers or 0) // parallel.pipeline_model_parallel_size
+            stage = parallel.num_layers_per_virtual_pipeline_stage or stage
+            yield from not_dividing(layers, "--recompute-num-layers", stage, "layers per pipeline stage,")
     elif method is not None or layers is not None:
         given = "--recompute-method" if method is not None else "--recompute-num-layers"
         yield f"{given} has no effect without --recompute-granularity full. Add it, or leave {given} out."

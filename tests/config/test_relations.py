@@ -1,0 +1,174 @@
+"""Single settings and relations that once crashed or hung, empty text, and all problems in one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_checks import run_check
+
+from megatron_slm.config.constraints import Bounds
+from megatron_slm.config.flags import parse
+from megatron_slm.runtime.errors import ConfigError
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (1, {**FULL, "recompute_num_layers": 0}, "--recompute-num-layers is 0, and must be above 0"),
+        (
+            1,
+            {**FULL, "recompute_num_layers": 3},
+            "--recompute-num-layers 3 does not divide layers per pipeline stage, 4",
+        ),
+        (1, {"recompute_num_layers": 1}, "--recompute-num-layers has no effect without --recompute-granularity full"),
+        (1, {"lr_warmup_fraction": 1}, "--lr-warmup-fraction is 1.0, and must be in [0, 1)"),
+        (1, {"adam_beta1": 1}, "--adam-beta1 is 1.0, and must be in [0, 1)"),
+        (1, {"adam_beta2": 1}, "--adam-beta2 is 1.0, and must be in [0, 1)"),
+        (1, {"sgd_momentum": -1}, "--sgd-momentum is -1.0"),
+        (1, {"seed": 2**64}, "--seed is 18446744073709551616, and must be in [0, 4294967295]"),
+        (1, {"seed": 2**32}, "--seed is 4294967296"),
+        (1, {"start_weight_decay": 0.1, "end_weight_decay": 0.05}, "--end-weight-decay 0.05 is below --start-weight"),
+        (1, {"start_weight_decay": 0.1, "end_weight_decay": 0.2}, "--weight-decay-incr-style is constant"),
+        (1, {"weight_decay_incr_style": "linear"}, "needs --start-weight-decay and --end-weight-decay"),
+        (1, {"num_experts": 2, "moe_router_topk": 1}, "--moe-router-topk 1 needs --moe-router-pre-softmax"),
+        (2, {"tensor_model_parallel_size": 2, "ffn_hidden_size": 33}, "does not divide --ffn-hidden-size 33"),
+        (
+            1,
+            {"override_opt_param_scheduler": True, "use_checkpoint_opt_param_scheduler": True},
+            "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler were both given",
+        ),
+        (1, {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "--lr-wsd-decay-iters 11 is more than the 10 steps"),
+        (1, {"lr_wsd_decay_iters": 1}, "--lr-wsd-decay-iters has no effect without --lr-decay-style WSD"),
+        (1, {"lr_decay_iters": 0}, "--lr-decay-iters is 0, and must be above 0"),
+        (1, {"position_embedding_type": "rope", "rotary_percent": 0.1}, "rotates pairs of channels"),
+        (1, {"position_embedding_type": "rope", "kv_channels": 3}, "of 3 channels per head is 3"),
+        (1, {"ckpt_step": -1}, "--ckpt-step is -1, and must be 0 or more"),
+        (1, {"exit_duration_in_mins": 0}, "--exit-duration-in-mins is 0, and must be above 0"),
+        (1, {"train_iters": 2**31}, "--train-iters is 2147483648, and must be at most 2147483647"),
+        (1, {"attention_dropout": 1}, "--attention-dropout is 1.0, and must be in [0, 1)"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_setting_is_refused(world_size: int, changes: dict[str, Any], message: str) -> None:
+    words = {name.replace("opt_param", "opt-param"): value for name, value in changes.items()}
+    with pytest.raises(ConfigError) as error:
+        run_check(world_size, **words)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--save", "--load", "--data-path", "--lr", "--config", "--tokenizer-model", "--split"]
+)
+@pytest.mark.parametrize("value", ["", " ", "\t"])
+def test_empty_text_is_refused(flag: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is empty"):
+        parse([f"{flag}={value}"])
+
+
+@pytest.mark.parametrize("argument", ["clean=", "=path", "clean= path", "clean=a raw="])
+def test_validation_set_without_a_name_or_prefix_is_refused(argument: str) -> None:
+    with pytest.raises(ConfigError, match=r"lacks a (prefix|name)"):
+        parse(["--valid-data-path", *argument.split()])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("save:\n", "save is empty"),
+        ("save: ''\n", "save is empty"),
+        ("train_iters:\n", "train_iters is empty"),
+        ("data_path: [a, '']\n", "data_path is empty"),
+        ("data_path:\n  a: 1\n  b:\n", "data_path.b is empty"),
+        ("valid_data_path: {clean: }\n", "valid_data_path.clean is empty"),
+        ("valid_data_path: {clean: []}\n", "valid_data_path.clean is empty"),
+        ("lr: 1\nlr: 2\n", "lr is named twice"),
+        ("num-layers: 1\nnum_layers: 2\n", "num_layers is given twice"),
+        ("lr: 2020-13-45\n", "not valid YAML"),
+        ("? [a]\n: 1\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ('save: "\\0"\n', "not valid UTF-8"),
+    ],
+)
+def test_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", str(recipe)])
+    assert message in str(error.value) and str(recipe) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"lr: \xff", b"\x00\x01", b"\x80PNG"])
+def test_recipe_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"the recipe is not (UTF-8 text|valid YAML)"):
+        parse(["--config", str(recipe)])
+    with pytest.raises(ConfigError, match="the recipe cannot be read: Is a directory"):
+        parse(["--config", str(tmp_path)])
+
+
+def test_null_in_a_recipe_is_the_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("save: null\ntrain_iters: ~\n")
+    assert parse(["--config", str(recipe)]).config.checkpoint.save is None
+
+
+def test_all_problems_are_in_one_message() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(["--lr", "x", "--num-layers", "0", "--fp16", "--nonsense", "--save="])
+    assert str(error.value).startswith("5 problems:")
+    with pytest.raises(ConfigError) as error:
+        run_check(1, min_lr=1, finetune=True)
+    for message in ("--min-lr 1.0 is above --lr 0.001", "--finetune needs --load"):
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [
+        (Bounds(above=0), "above 0"),
+        (Bounds(at_least=2), "2 or more"),
+        (Bounds(at_most=2), "at most 2"),
+        (Bounds(below=2.5), "below 2.5"),
+        (Bounds(above=0, at_most=1), "in (0, 1]"),
+        (Bounds(at_least=0, below=1), "in [0, 1)"),
+        (Bounds(at_least=0, at_most=2**32), "in [0, 4294967296]"),
+        (Bounds(), "finite"),
+    ],
+)
+def test_bounds_are_described(bounds: Bounds, text: str) -> None:
+    assert bounds.describe() == text
+    assert not bounds.contain(float("nan")) and not bounds.contain(float("inf"))
+
+
+BAD_VALUES = [
+    ["--lr", "x"],
+    ["--seed", str(2**64)],
+    ["--no-such-flag"],
+    ["--ckpt-format", "torch"],
+    ["--slm-score", "exess"],
+    ["--min-lr", "2"],
+]
+
+
+def test_values_are_validated_before_torch_is_imported() -> None:
+    good = "--num-layers 2 --hidden-size 8 --num-attention-heads 1 --seq-length 8 --micro-batch-size 1 --train-iters 1"
+    good += " --lr 1 --tokenizer-type ByteTokenizer --data-path x"
+    code = f"""
+import sys
+from megatron_slm.pretrain import main
+for words in {BAD_VALUES!r}:
+    assert main([*{good.split()!r}, *words]) == 2, words
+    assert not {{"torch", "megatron.core"}} & set(sys.modules), words
+"""
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - began < 10  # 0.6 s on an idle machine
