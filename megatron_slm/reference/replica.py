@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import MicroBatch
+from megatron_slm.data.tokenizers.identity import identity_conflict
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.pipeline import run_pipeline
@@ -98,17 +99,13 @@ def _fitting_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Co
     return reference
 
 
-def _check_tokenizer(theirs: dict[str, object], ours: Tokenizer) -> None:
-    pairs = (
-        ("vocabulary size", theirs["vocab_size"], ours.vocab_size),
-        ("tokenizer", f"{theirs['name']} {theirs['fingerprint']}", f"{ours.name} {ours.fingerprint}"),
-    )
-    for what, reference, training in pairs:
-        if reference != training:
-            raise ConfigError(
-                f"{FLAG}: the reference model has another {what} ({reference}) than the training model "
-                f"({training}). Both must be trained with the same tokenizer."
-            )
+def _check_tokenizer(recorded: dict[str, object], tokenizer: Tokenizer) -> None:
+    if (conflict := identity_conflict(recorded, tokenizer)) is not None:
+        theirs, ours, remedy = conflict
+        raise ConfigError(
+            f"{FLAG}: the reference model was trained with {theirs}, and the training model has {ours}. {remedy} for "
+            "both models."
+        )
 
 
 def _check_shape(own: Config, config: Config) -> None:

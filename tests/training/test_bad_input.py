@@ -79,7 +79,7 @@ def test_flag_is_refused(
     [
         ("empty", "not a checkpoint"),
         ("rm-long", "--seq-length 64, and this run has 32"),
-        ("rm-null", "another vocabulary size (300) than the training model (257)"),
+        ("rm-null", "trained with NullTokenizer of vocabulary size 300, and the training model has ByteTokenizer of vocabulary"),
     ],
 )
 def test_reference_is_refused(

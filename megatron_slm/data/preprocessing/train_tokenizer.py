@@ -24,6 +24,7 @@ from megatron_slm.runtime.files import (
 
 LONGEST_LINE = 4096  # characters; longer ones are cut, which sentencepiece would leave out
 LEAST_LINES = 101  # that sentencepiece takes as the size of a sample
+TRIAL = 4096  # bytes that are written before the long work, to notice a full disk
 FLAG = "--output-prefix"
 
 
@@ -86,7 +87,8 @@ def _check(job: TokenizerJob) -> None:
     directory = Path(f"{job.output_prefix}.model").resolve().parent
     with explained_write(job.output_prefix, FLAG):
         directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+        with tempfile.TemporaryFile(dir=directory) as trial:
+            trial.write(bytes(TRIAL))
 
 
 def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
