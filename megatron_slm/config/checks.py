@@ -41,10 +41,11 @@ def value_violations(config: Config) -> list[str]:
 
 
 def _missing(config: Config) -> list[str]:
+    needed = set(REQUIRED) - ({"train_iters", "lr"} if config.training.skip_train else set())
     unset = [
         flag_name(setting)
         for group, setting, _ in settings()
-        if setting.name in REQUIRED and getattr(getattr(config, group), setting.name) is None
+        if setting.name in needed and getattr(getattr(config, group), setting.name) is None
     ]
     return [f"these settings are needed and were not given: {' '.join(unset)}"] if unset else []
 
@@ -53,6 +54,9 @@ def _fill_in(config: Config, world_size: int) -> None:
     training, model, parallel = config.training, config.model, config.parallel
     if parallel.tensor_model_parallel_size == 1:
         parallel.sequence_parallel = False  # nothing to split, as in Megatron-LM
+    if training.skip_train:  # the optimizer state is not needed; a learning rate and a length are, to build it
+        config.checkpoint.load_optim = config.checkpoint.load_rng = False
+        training.train_iters, config.optimizer.lr = training.train_iters or 1, config.optimizer.lr or 0.0
     if training.global_batch_size is None:
         training.global_batch_size = (training.micro_batch_size or 1) * max(1, data_parallel_size(config, world_size))
     if model.max_position_embeddings is None:

@@ -79,7 +79,8 @@ def build_datasets(
     Rank 0 builds and writes first, the others then read.
 
     Args:
-        train_samples: samples of the entire run; the corpus is repeated as often as it takes.
+        train_samples: samples of the entire run; the corpus is repeated as often as it takes. With 0, no training set
+            is built, and the test part of --data-path is one of the validation sets.
         valid_samples: samples of one evaluation of each set; with --full-validation one epoch is taken instead.
         seed: of the order of documents and samples.
 
@@ -101,6 +102,13 @@ def build_datasets(
     return built[0] if built else builder.build()
 
 
+class NoSamples(Dataset):
+    """The training set of a run that only evaluates."""
+
+    def __len__(self) -> int:
+        return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
     """Builds the datasets of a run on this rank."""
@@ -116,7 +124,11 @@ class _Builder:
     def build(self) -> Datasets:
         if self.data.mock_data:
             return self._mock()
-        check_parts(self.data, valid_samples=self.valid_samples, seq_length=self.seq_length)
+        check_parts(
+            self.data, valid_samples=self.valid_samples, seq_length=self.seq_length, trains=self.train_samples > 0
+        )
+        if not self.train_samples:
+            return Datasets(NoSamples(), self._held_out())
         blend = parse_blend(self.data.train_data_path or self.data.data_path)
         train, valid = self._train(blend)
         reports = [partial(drawn, "train", train, blend, self.train_samples, self.seq_length)]
@@ -154,6 +166,14 @@ class _Builder:
             raise ConfigError("the training split is empty. Check --data-path and --split.")
         self._check_size(train, blend)
         return train, valid
+
+    def _held_out(self) -> dict[str, Dataset]:
+        """Return the sets of --valid-data-path, or the validation and the test part of --data-path."""
+        if not wants_split(self.data, self.valid_samples):
+            return {name: self._valid(name, parse_blend(words)) for name, words in self.data.valid_data_path.items()}
+        sizes = [0, self._valid_size, self._valid_size]
+        _, valid, test = self._split(parse_blend(self.data.data_path), sizes)
+        return {name: part for name, part in (("valid", valid), ("test", test)) if part is not None}
 
     def _valid(self, name: str, blend: Blend) -> Dataset:
         built = self._per_split([None, blend, None], [0, self._valid_size, 0])[1]

@@ -18,7 +18,7 @@ from megatron_slm.data.index import joined_documents, read_index
 from megatron_slm.runtime.errors import ConfigError
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's
-PARTS = ("training", "validation")
+PARTS = ("training", "validation", "test")
 
 
 def wants_split(data: DataConfig, valid_samples: int) -> bool:
@@ -49,8 +49,11 @@ def expected_drawn(data: DataConfig, *, train_samples: int, valid_samples: int, 
     return expected("train", parse_blend(data.train_data_path or data.data_path), tokens, train_samples * seq_length)
 
 
-def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int) -> list[int]:
+def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains: bool = True) -> list[int]:
     """Make sure that samples can be made of all that the run reads; tokens of each corpus for training.
+
+    Args:
+        trains: False for a run that only evaluates: it reads the validation and the test part.
 
     Raises:
         ConfigError: a part of a corpus holds too little.
@@ -59,6 +62,9 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int) -> lis
         flag = f"--valid-data-path {name}"
         blend = parse_blend(words, flag)
         _check_epoch(flag, blend, [_tokens(prefix, (0.0, 1.0), data) for prefix in blend[0]], seq_length)
+    if not trains:
+        _check_held_out(data, valid_samples, seq_length)
+        return []
     if data.train_data_path:
         flag, blend = "--train-data-path", parse_blend(data.train_data_path, "--train-data-path")
         tokens = [_tokens(prefix, (0.0, 1.0), data) for prefix in blend[0]]
@@ -69,6 +75,14 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int) -> lis
             _check_epoch(flag, blend, _part_tokens(data, blend, 1), seq_length)
     _check_epoch(flag, blend, tokens, seq_length)
     return tokens
+
+
+def _check_held_out(data: DataConfig, valid_samples: int, seq_length: int) -> None:
+    if wants_split(data, valid_samples):
+        blend, matrix = parse_blend(data.data_path), split_matrix(data)
+        for part in (1, 2):
+            if matrix[part] is not None:
+                _check_epoch("--data-path", blend, _part_tokens(data, blend, part), seq_length)
 
 
 def _part_tokens(data: DataConfig, blend: Blend, part: int) -> list[int]:

@@ -18,6 +18,8 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
     for row in plan(config, vocab_size, world_size):
         table.add_row(*row)
     console.print(table)
+    if config.training.skip_train:
+        return
     rows = expected_drawn(
         config.data,
         train_samples=(config.training.train_iters or 0) * (config.training.global_batch_size or 0),

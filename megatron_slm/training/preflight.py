@@ -63,7 +63,10 @@ def check_files(config: Config, tokenizer: Tokenizer) -> None:
     from megatron_slm.training.setup import needs_reference, read_scores
 
     check_corpora(config.data, tokenizer)
-    check_parts(config.data, valid_samples=config.logging.eval_iters, seq_length=config.model.seq_length or 0)
+    trains, length = not config.training.skip_train, config.model.seq_length or 0
+    check_parts(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)
+    if not trains:
+        return
     _check_index_memory(config)
     read_scores(config, tokenizer)
     if needs_reference(config.objective) and config.reference.reference_load is not None:

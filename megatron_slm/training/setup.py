@@ -21,6 +21,7 @@ from megatron_slm.objective.policy import needs_reference_entropy, needs_referen
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.loop import Run
@@ -68,18 +69,27 @@ def batch_shape(config: Config, groups: Groups) -> BatchShape:
 
 
 def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
-    """Build everything and load what --load, --finetune or --pretrained-checkpoint name. Collective."""
+    """Build everything and load what --load, --finetune or --pretrained-checkpoint name. Collective.
+
+    With --skip-train there is no training set, no reference model and no sidecar.
+    """
     shape = batch_shape(config, groups)
-    scores = read_scores(config, tokenizer)
+    trains = not config.training.skip_train
+    scores = read_scores(config, tokenizer) if trains else None
     datasets = build_datasets(
         config.data,
         tokenizer=tokenizer,
         seq_length=config.model.seq_length or 0,
-        train_samples=(config.training.train_iters or 0) * shape.global_batch_size,
+        train_samples=(config.training.train_iters or 0) * shape.global_batch_size if trains else 0,
         valid_samples=config.logging.eval_iters * shape.global_batch_size,
         seed=config.training.seed,
     )
-    if groups.is_logging_rank:
+    if not trains and not (datasets.valid and config.logging.eval_iters):
+        raise ConfigError(
+            "--skip-train has nothing to evaluate: give --valid-data-path, or --data-path with a validation share of "
+            "--split, and --eval-iters above 0."
+        )
+    if trains and groups.is_logging_rank:
         console.print("what the run draws:", *lines_of(datasets.drawn()), sep="\n", markup=False)
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
@@ -107,7 +117,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     position, loaded = resume(trainable, config, console)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
-    reference, reference_config = _build_reference(config, tokenizer, groups)
+    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
     return Run(
         config=config,
         trainable=trainable,

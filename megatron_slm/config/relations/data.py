@@ -11,7 +11,7 @@ from megatron_slm.config.schema import Config
 def training_corpora(config: Config, _: int) -> Iterator[str]:
     """One flag names the training corpora."""
     data = config.data
-    corpora = data.data_path or data.train_data_path
+    corpora = data.data_path or data.train_data_path or (config.training.skip_train and data.valid_data_path)
     if not corpora and not data.mock_data:
         yield "no corpus to train on: give --data-path, or --mock-data for generated data."
     if data.mock_data:

@@ -1,0 +1,124 @@
+"""Runs that stop early save first, on all ranks together; torchrun and signals are real here."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from ranks import run_ranks
+from tiny import _main, command, launch, losses, make_corpus, records
+
+from megatron_slm.model.weights import latest_step
+from megatron_slm.training import stopping
+
+FOREVER = ["--train-iters", "1000000", "--lr-decay-iters", "1000"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("stopping") / "corpus", 1)
+
+
+class Torchrun:
+    """The trainer under torchrun on two ranks."""
+
+    def __init__(self, argv: list[str], log: Path, ignores: signal.Signals | None = None) -> None:
+        self.log = log
+        trap = f"trap '' {ignores.name[3:]}; " if ignores is not None else ""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                ["bash", "-c", f'{trap}exec "$0" "$@"', *torchrun, "-m", "megatron_slm.pretrain", *argv],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+
+def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path, corpus: str) -> None:
+    """As Slurm sends it: to the processes of a step, of which torchrun ignores it."""
+    save = tmp_path / "run"
+    launch(command(corpus, save, dp=2, exit_interval=1) + FOREVER, 2)
+    endless = ["--eval-interval", "3", "--eval-iters", "1000000", "--load", str(save)]
+    run = Torchrun(command(corpus, save, dp=2) + FOREVER + endless, tmp_path / "log", ignores=signal.SIGUSR1)
+    run.wait_for(lambda: len(losses(save)) == 3)  # evaluates now, for hours
+    for process in (run.process, run.ranks()[1]):
+        process.send_signal(signal.SIGUSR1)
+    assert run.process.wait(60) == 0, run.text()
+    assert latest_step(save) == 3, run.text()
+    assert "stopping after step 3: SIGUSR1" in run.text()
+    assert [record["step"] for record in records(save, "eval")] == [0, 1]
+
+
+def test_the_ranks_save_if_torchrun_dies(tmp_path: Path, corpus: str) -> None:
+    """Of SIGUSR1, which it neither ignores nor forwards."""
+    save = tmp_path / "run"
+    run = Torchrun(command(corpus, save, dp=2) + FOREVER, tmp_path / "log")
+    run.wait_for(lambda: (save / "metrics.jsonl").is_file() and len(losses(save)) > 1)
+    ranks = run.ranks()
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.process.wait(60) == -signal.SIGUSR1
+    _, alive = psutil.wait_procs(ranks, 60)
+    assert not alive
+    assert latest_step(save) == len(losses(save)), run.text()
+
+
+def test_a_time_limit_that_has_passed_on_one_rank_stops_all(tmp_path: Path, corpus: str) -> None:
+    argv = command(corpus, tmp_path / "run", dp=2, exit_duration_in_mins=60) + FOREVER
+    results = run_ranks(_with_a_fast_clock, 2, argv, initialise=False)
+    assert [code for code, _ in results] == [0, 0], results
+    assert latest_step(tmp_path / "run") == len(losses(tmp_path / "run")) > 0
+    assert [record["step"] for record in records(tmp_path / "run", "eval")] == [0]  # no time for another
+
+
+def _with_a_fast_clock(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+    """Rank 1's clock jumps two hours ahead after the process was asked for the time some twenty times."""
+    if rank == 1:
+        monotonic, calls = time.monotonic, itertools.count()
+        clock = SimpleNamespace(time=time.time, monotonic=lambda: monotonic() + 7200 * (next(calls) > 20))
+        stopping.time = clock  # type: ignore[assignment]
+    return _main(rank, world_size, argv)
+
+
+def test_a_signal_before_the_first_step_ends_the_run(tmp_path: Path, corpus: str) -> None:
+    argv = command(corpus, tmp_path / "run") + FOREVER
+    ((code, errors),) = run_ranks(_signalled_while_building, 1, argv, initialise=False)
+    assert code == 0 and "SIGTERM received" in errors
+    assert latest_step(tmp_path / "run") is None and not records(tmp_path / "run")
+
+
+def _signalled_while_building(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+    from megatron_slm.training import setup
+
+    build = setup.build_run
+
+    def signalled(*args: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*args)  # type: ignore[arg-type]
+
+    setup.build_run = signalled  # type: ignore[assignment]
+    write, written = os.write, []
+    os.write = lambda descriptor, data: written.append(data) or write(descriptor, data)  # type: ignore[assignment]
+    code, errors = _main(rank, world_size, argv)
+    return code, errors + b"".join(written).decode(errors="replace")
