@@ -52,7 +52,8 @@ def counts(index: Index, lengths: Lengths) -> list[tuple[str, str]]:
         rows.append(("tokenizer", "not recorded"))
     else:
         own = metadata["tokenizer"]
-        rows.append(("tokenizer", f"{own['name']}, {own['vocab_size']:,} entries, {own['fingerprint']}"))
+        end = f"end of document {own['eod']}, " if "eod" in own else ""
+        rows.append(("tokenizer", f"{own['name']}, {own['vocab_size']:,} entries, {end}{own['fingerprint']}"))
         rows += [(str(key), str(value)) for key, value in metadata.items() if key not in ("tokenizer", *dict(rows))]
     if lengths.total:
         shares = " ".join(f"{lengths.quantile(share):,}" for share in (0, 0.1, 0.5, 0.9, 0.99, 1))

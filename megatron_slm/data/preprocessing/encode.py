@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_slm.data.preprocessing.documents import Block, Values, documents_in, is_blank
 from megatron_slm.data.preprocessing.inputs import Form
-from megatron_slm.data.preprocessing.texts import SHOWN_ERRORS, UNREADABLE, Text, TextReader, reason_of
+from megatron_slm.data.preprocessing.text_reader import SHOWN_ERRORS, UNREADABLE, Text, TextReader, reason_of
 
 LONGEST_SEQUENCE = (1 << 31) - 1  # tokens: .idx holds lengths as int32
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from megatron_slm.data.preprocessing.encode import EncodedBlock
 from megatron_slm.data.preprocessing.shards import Shard
-from megatron_slm.data.preprocessing.texts import ERROR
+from megatron_slm.data.preprocessing.text_reader import ERROR
 from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles
 
 

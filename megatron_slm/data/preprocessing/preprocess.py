@@ -23,7 +23,7 @@ from megatron_slm.data.preprocessing.journal import Progress
 from megatron_slm.data.preprocessing.sentences import prepare_punkt, sentence_splitter
 from megatron_slm.data.preprocessing.shards import plan
 from megatron_slm.data.preprocessing.tables import check_tables
-from megatron_slm.data.preprocessing.texts import SHOWN_ERRORS, TextReader, bad_document, stop_at
+from megatron_slm.data.preprocessing.text_reader import SHOWN_ERRORS, TextReader, bad_document, stop_at
 from megatron_slm.data.preprocessing.word_cache import fast_encoder, plain_encoder
 from megatron_slm.data.preprocessing.workers import worker_processes
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_slm.data.preprocessing.texts import ERROR, REPLACE
+from megatron_slm.data.preprocessing.text_reader import ERROR, REPLACE
 
 INPUT = """files, globs, URLs that fsspec opens (s3://, gs://, hdfs://), or - for lines of JSON on standard input.
 Lines of JSON (.jsonl or any other name) and plain text (.txt), each also as .gz, .bz2, .xz or .zst; tables (.parquet,

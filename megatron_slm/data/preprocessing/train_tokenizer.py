@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_slm.data.preprocessing.documents import total_bytes
 from megatron_slm.data.preprocessing.tables import check_tables
-from megatron_slm.data.preprocessing.texts import ERROR, BadDocuments, TextReader, read_texts
+from megatron_slm.data.preprocessing.text_reader import ERROR, BadDocuments, TextReader, read_texts
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import (

@@ -31,7 +31,7 @@ from megatron_slm.data.preprocessing.documents import (
 )
 from megatron_slm.data.preprocessing.inputs import Form, form_of
 from megatron_slm.data.preprocessing.shards import plan
-from megatron_slm.data.preprocessing.texts import BadDocuments, TextReader, read_texts
+from megatron_slm.data.preprocessing.text_reader import BadDocuments, TextReader, read_texts
 from megatron_slm.runtime.errors import ConfigError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
