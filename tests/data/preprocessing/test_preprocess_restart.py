@@ -202,6 +202,11 @@ def test_resume_is_refused_where_something_differs(tmp_path: Path) -> None:
     assert run_until(job, 60) is None
     for other, message in (
         (replace(job, append_eod=False), "had --append-eod True, and this one has False"),
+        (
+            replace(job, tokenizer_files=TokenizerFiles(eod_id=7)),
+            "had a tokenizer with the end-of-document id 256, and this one has 7",
+        ),
+        (replace(job, lone_surrogates="replace"), "had --lone-surrogates error, and this one has replace"),
         (replace(job, text_document="file"), "had --text-document paragraph, and this one has file"),
         (
             replace(job, tokenizer_type="NullTokenizer", tokenizer_files=TokenizerFiles(vocab_size=9)),
