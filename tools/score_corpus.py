@@ -54,6 +54,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--stride", type=int, help="tokens between scoring windows; default half the model's --seq-length")
     add("--score-bytes", type=int, choices=(1, 2), default=1, help="bytes of one value")
     add("--entropy", action="store_true", help="also the entropies, which --slm-score reference-entropy needs")
+    add(
+        "--slm-verify-checksums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the content of the checkpoint with its checksums before use",
+    )
     add("--micro-batch-size", type=int, default=8, help="sequences in one forward pass of one data-parallel rank")
     add("--tensor-model-parallel-size", type=int, default=1)
     add("--pipeline-model-parallel-size", type=int, default=1)
@@ -97,6 +103,7 @@ def score(arguments: argparse.Namespace) -> None:
         stride=arguments.stride,
         score_bytes=arguments.score_bytes,
         with_entropy=arguments.entropy,
+        verify_checksums=arguments.slm_verify_checksums,
     )
     job.check()
     config = reference_config(job)

@@ -34,7 +34,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     ),
     Rule.ERROR: (
         *("seq_length", "rotary_base", "rotary_percent", "norm_epsilon", "slm_logit_softcap", "mtp_num_layers"),
-        "moe_router_topk",
+        *("moe_router_topk", "moe_router_pre_softmax"),
     ),
     Rule.SCHEDULE: (
         *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction"),
@@ -207,7 +207,7 @@ def _has_effect(name: str, config: Config, ours: Any, theirs: Any) -> bool:
         return False
     if name in ("rotary_base", "rotary_percent"):
         return config.model.position_embedding_type == "rope"
-    return name != "moe_router_topk" or config.model.num_experts is not None
+    return not name.startswith("moe_router_") or config.model.num_experts is not None
 
 
 def _fix_decay(config: Config, saved: Config) -> None:

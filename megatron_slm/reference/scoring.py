@@ -28,7 +28,15 @@ from megatron_slm.data.scores.code import ScoreCode
 from megatron_slm.data.scores.codebooks import Codebooks, TokenCode, fit, loss_code
 from megatron_slm.data.scores.sets import tokenizer_identity
 from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
-from megatron_slm.data.scores.writer import Progress, SidecarWriter, finish, is_finished, record_progress, reserve
+from megatron_slm.data.scores.writer import (
+    Progress,
+    SidecarWriter,
+    content_checksum,
+    finish,
+    is_finished,
+    record_progress,
+    reserve,
+)
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.weights import checkpoint_fingerprint
 from megatron_slm.objective.selective_loss import ReferenceScores
@@ -57,6 +65,7 @@ class ScoringJob:
     stride: int | None = None  # default: half the window
     score_bytes: int = 1
     with_entropy: bool = False
+    verify_checksums: bool = True  # of the reference model's checkpoint
     chunk_tokens: int = CHUNK_TOKENS
     seconds_between_records: float = SECONDS_BETWEEN_RECORDS
 
@@ -101,7 +110,10 @@ def reference_config(job: ScoringJob) -> Config:
     model = saved.model
     if job.context == "document":  # rows hold several documents, and Transformer Engine takes no mask for that
         model = replace(model, transformer_impl="local")
-    return replace(saved, model=model, training=training, parallel=job.parallel, reference=job.reference)
+    checkpoint = replace(saved.checkpoint, slm_verify_checksums=job.verify_checksums)
+    return replace(
+        saved, model=model, training=training, parallel=job.parallel, reference=job.reference, checkpoint=checkpoint
+    )
 
 
 def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console: Console) -> list[Path]:
@@ -175,8 +187,9 @@ class _Scorer:
                     self._record()
         self._record()
         self.writer.close()
+        checksum = content_checksum(self.path)
         if self.groups.is_logging_rank:
-            header = finish(self.path, self.header, self.at)
+            header = finish(self.path, self.header, self.at, checksum)
             console.print(_summary(self.path, header, time.monotonic() - began, header.tokens - before))
         dist.barrier()
 

@@ -11,7 +11,7 @@ from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import build_datasets
 from megatron_slm.data.scores.samples import ScoredSamples
-from megatron_slm.data.scores.sets import ScoreSet, open_scores
+from megatron_slm.data.scores.sets import ScoreSet, open_scores, verify_scores
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
@@ -76,6 +76,8 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     shape = batch_shape(config, groups)
     trains = not config.training.skip_train
     scores = read_scores(config, tokenizer) if trains else None
+    if scores is not None and config.checkpoint.slm_verify_checksums:
+        verify_scores(scores)
     datasets = build_datasets(
         config.data,
         tokenizer=tokenizer,

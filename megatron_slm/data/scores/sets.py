@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from megatron_slm.config.schema import DataConfig, ReferenceConfig
 from megatron_slm.data.blends import parse_blend
 from megatron_slm.data.fingerprints import corpus_fingerprint
-from megatron_slm.data.scores.sidecar import FLAG, TOOL, ScoresHeader, Sidecar, sidecar_path
+from megatron_slm.data.scores.sidecar import FLAG, HEADER_BYTES, TOOL, ScoresHeader, Sidecar, sidecar_path
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+from megatron_slm.runtime.checksums import file_checksums
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 
 COMBINE = "--reference-combine"
@@ -101,6 +103,28 @@ def open_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeniz
         for ours, theirs in zip(first.sidecars, scores.sidecars, strict=True):
             _check_alike(ours, theirs)
     return found
+
+
+def verify_scores(scores: ScoreSet) -> None:
+    """Compare the content of all sidecars with their checksums. Collective over all ranks, which share the reading.
+
+    Raises:
+        ConfigError: a sidecar is damaged or cannot be read; on every rank.
+    """
+    sidecars = [sidecar for corpus in scores.values() for sidecar in corpus.sidecars]
+    for sidecar in sidecars:
+        if sidecar.header.checksum is None:
+            notice(
+                f"{FLAG}: {sidecar.path} has no checksum (written by an earlier version); its content is not verified."
+            )
+    sealed = [sidecar for sidecar in sidecars if sidecar.header.checksum is not None]
+    found = file_checksums([sidecar.path for sidecar in sealed], FLAG, start=HEADER_BYTES)
+    for sidecar, checksum in zip(sealed, found, strict=True):
+        if sidecar.header.checksum != checksum:
+            raise ConfigError(
+                f"{FLAG}: {sidecar.path} is damaged: its content does not match its checksum. Copy it again, or make "
+                f"it again with {TOOL}. --no-slm-verify-checksums skips this check."
+            )
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 
 from megatron_slm.data.scores.code import ScoreCode
 from megatron_slm.data.scores.codebooks import Codebooks, TokenCode
+from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
 
 MAGIC = b"SLMSCORE"
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)  # version 2 has no checksums
 HEADER_BYTES = 4096
 FLAG = "--reference-scores"
 TOOL = "tools/score_corpus.py"
@@ -61,6 +63,7 @@ class ScoresHeader:
     entropy: ScoreCode | None
     clamped: int = 0  # losses above the ceiling of their code
     complete: bool = False
+    checksum: str | None = None  # of everything after the header; None while unfinished, and in version 2
 
     @property
     def file_bytes(self) -> int:
@@ -80,12 +83,13 @@ class ScoresHeader:
 
     def unfinished(self) -> ScoresHeader:
         """The same without what is known only at the end: what identifies a scoring job."""
-        return replace(self, clamped=0, complete=False)
+        return replace(self, clamped=0, complete=False, checksum=None)
 
     def pack(self) -> bytes:
         """The header's 4,096 bytes."""
         facts = {"version": VERSION, **asdict(self)}
         facts |= {"max_error_nats": self.loss.max_error, "codebook_bytes": self.loss.table_bytes}
+        facts["header_checksum"] = _checksum(facts)
         text = json.dumps(facts, indent=1).encode("ascii")
         assert len(text) < HEADER_BYTES - len(MAGIC), "a header has a fixed size"
         return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
@@ -103,8 +107,10 @@ class ScoresHeader:
             raise ValueError("is not a score sidecar")
         try:
             facts: dict[str, Any] = json.loads(block[len(MAGIC) :])
+            if facts["version"] == VERSION and facts.pop("header_checksum") != _checksum(facts):
+                raise ValueError("its content does not match its checksum")
             version = facts.pop("version")
-            if version == VERSION:
+            if version in READABLE:
                 facts.pop("max_error_nats"), facts.pop("codebook_bytes")
                 loss, entropy = facts.pop("loss"), facts.pop("entropy")
                 return ScoresHeader(
@@ -115,7 +121,11 @@ class ScoresHeader:
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"has a damaged header ({error})") from error
-        raise ValueError(f"is of version {version}, and this program reads {VERSION}")
+        raise ValueError(f"is of version {version}, and this program reads {READABLE[0]} to {READABLE[-1]}")
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    return text_checksum(json.dumps(facts, sort_keys=True))
 
 
 def sidecar_path(prefix: str, name: str) -> Path:
@@ -182,10 +192,11 @@ def read_header(path: Path) -> ScoresHeader:
         if partial_path(path).is_file():
             raise ConfigError(f"{FLAG}: {path} is not finished yet. Run {TOOL} with the same flags again: it goes on.")
         raise ConfigError(f"{FLAG}: {path} is missing. Make it with {TOOL}.")
-    with path.open("rb") as file:
-        block = file.read(HEADER_BYTES)
     try:
-        header = ScoresHeader.unpack(block)
+        with path.open("rb") as file:
+            header = ScoresHeader.unpack(file.read(HEADER_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{FLAG}: {path} cannot be read ({error.strerror}). Check its permissions.") from error
     except ValueError as error:
         raise ConfigError(f"{FLAG}: {path} {error}. Make it again with {TOOL}.") from error
     size = path.stat().st_size

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.data.scores.codebooks import Codebooks
-from megatron_slm.data.scores.sidecar import HEADER_BYTES, ScoresHeader, partial_path, read_header
+from megatron_slm.data.scores.sidecar import FLAG, HEADER_BYTES, ScoresHeader, partial_path, read_header
+from megatron_slm.runtime.checksums import file_checksums
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -121,9 +122,14 @@ def record_progress(path: Path, progress: Progress) -> None:
     partial.replace(record)
 
 
-def finish(path: Path, header: ScoresHeader, progress: Progress) -> ScoresHeader:
-    """Write the final header, give the file its name, and remove the record of progress."""
-    final = replace(header, clamped=progress.clamped, complete=True)
+def content_checksum(path: Path) -> str:
+    """Return the checksum of what has been written, the header left out. Collective over all ranks."""
+    return file_checksums([partial_path(path)], FLAG, start=HEADER_BYTES)[0]
+
+
+def finish(path: Path, header: ScoresHeader, progress: Progress, checksum: str) -> ScoresHeader:
+    """Write the final header with the content's checksum, give the file its name, and remove the progress record."""
+    final = replace(header, clamped=progress.clamped, complete=True, checksum=checksum)
     partial = partial_path(path)
     with partial.open("r+b") as file:
         file.write(final.pack())

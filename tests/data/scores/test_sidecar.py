@@ -16,9 +16,17 @@ from megatron_slm.data.fingerprints import BLOCK, BLOCKS, files_fingerprint
 from megatron_slm.data.scores import writer as score_writer
 from megatron_slm.data.scores.code import ScoreCode
 from megatron_slm.data.scores.codebooks import Codebooks, fit, loss_code
-from megatron_slm.data.scores.sets import Combine
+from megatron_slm.data.scores.sets import Combine, CorpusScores, ScoreSet, verify_scores
 from megatron_slm.data.scores.sidecar import HEADER_BYTES, ContextRule, ScoresHeader, Sidecar, read_header, sidecar_path
-from megatron_slm.data.scores.writer import Progress, SidecarWriter, finish, is_finished, record_progress, reserve
+from megatron_slm.data.scores.writer import (
+    Progress,
+    SidecarWriter,
+    content_checksum,
+    finish,
+    is_finished,
+    record_progress,
+    reserve,
+)
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -61,7 +69,7 @@ def write(path: Path, wanted: ScoresHeader, losses: np.ndarray, entropies: np.nd
             writer.write_entropies(start, wanted.entropy.encode(entropies[start:stop]))
         writer.sync()
         writer.close()
-    finish(path, wanted, Progress(clamped=3))
+    finish(path, wanted, Progress(clamped=3), content_checksum(path))
 
 
 @settings(max_examples=25, deadline=None)
@@ -76,7 +84,7 @@ def test_what_is_written_is_read(
     entropies = chance.uniform(0, math.log(257), tokens).astype(np.float32)
     write(path, wanted, losses, entropies)
     sidecar = Sidecar(path)
-    assert sidecar.header == replace(wanted, clamped=3, complete=True)
+    assert sidecar.header == replace(wanted, clamped=3, complete=True, checksum=sidecar.header.checksum)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     start, stop = sorted(chance.integers(0, tokens + 1, 2).tolist())
     read = sidecar.losses(start, stop, labels(wanted)[start:stop])
@@ -99,6 +107,10 @@ def _edit(path: Path, **facts: object) -> None:
     path.write_bytes(block[:8] + json.dumps(there).encode().ljust(HEADER_BYTES - 8) + block[HEADER_BYTES:])
 
 
+def _unfinish(path: Path) -> None:
+    path.write_bytes(replace(read_header(path), complete=False).pack() + path.read_bytes()[HEADER_BYTES:])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -108,9 +120,11 @@ def _edit(path: Path, **facts: object) -> None:
         (lambda path: path.write_bytes(b"x" * 9000), "is not a score sidecar"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"{" * 9000), "has a damaged header"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"[1] ".ljust(9000)), "has a damaged header"),
-        (lambda path: _edit(path, version=1), "is of version 1, and this program reads 2"),
+        (lambda path: _edit(path, version=1), "is of version 1, and this program reads 2 to 3"),
         (lambda path: _edit(path, colour="red"), "has a damaged header"),
-        (lambda path: _edit(path, complete=False), "was never finished"),
+        (lambda path: _edit(path, tokens=99), "has a damaged header (its content does not match its checksum)"),
+        (lambda path: _edit(path, header_checksum=None), "has a damaged header"),
+        (lambda path: _unfinish(path), "was never finished"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 12519 bytes, and its header promises 12520"),
         (lambda path: path.write_bytes(path.read_bytes() + b"1"), "has 12521 bytes"),
     ],
@@ -132,6 +146,33 @@ def test_damaged_codebooks_are_refused(tmp_path: Path, place: int, byte: int) ->
     path.write_bytes(bytes(content))
     with pytest.raises(ConfigError, match=r"corpus.rm.scores has damaged codebooks"):
         Sidecar(path)
+
+
+def _scores(path: Path) -> ScoreSet:
+    return {"corpus": CorpusScores((Sidecar(path),), Combine.parse("mean", 1), with_entropy=True)}
+
+
+@pytest.mark.parametrize("place", [HEADER_BYTES + 257 * 32, -1, -101])
+def test_one_flipped_bit_is_refused(tmp_path: Path, place: int) -> None:
+    """In the codes of losses and entropies, where every byte is a valid code."""
+    path = finished(tmp_path)
+    verify_scores(_scores(path))
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"corpus.rm.scores is damaged: its content does not match its checksum"):
+        verify_scores(_scores(path))
+
+
+def test_sidecar_of_an_earlier_version_is_read_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = finished(tmp_path)
+    block = path.read_bytes()
+    facts = json.loads(block[8:HEADER_BYTES])
+    del facts["checksum"], facts["header_checksum"]
+    facts["version"] = 2
+    path.write_bytes(block[:8] + json.dumps(facts).encode().ljust(HEADER_BYTES - 8) + block[HEADER_BYTES:])
+    verify_scores(_scores(path))
+    assert "has no checksum" in capsys.readouterr().err
 
 
 def test_names() -> None:
