@@ -17,7 +17,8 @@ from ranks import run_ranks
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.datasets import Datasets, build_datasets, check_corpora
 from megatron_slm.data.index import read_index
-from megatron_slm.data.scores.samples import label_places
+from megatron_slm.data.overlap import order_overlap
+from megatron_slm.data.places import label_places
 from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
 
@@ -276,3 +277,35 @@ def test_the_index_is_validated_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="negative lengths"):
         check_corpora(DataConfig(data_path=[prefix]), BYTES)
     assert index.sequences == 3
+
+
+# Overlap of orders
+
+
+def counted(before: Any, consumed: int, after: Any, stop: int) -> int:
+    """The tokens of the next samples that were read before, by their ids, which are all different."""
+    read_before = set(seen(before, 0, consumed))
+    return sum(count for token, count in seen(after, consumed, stop).items() if token in read_before)
+
+
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+def test_tokens_that_were_read_before_are_counted_exactly(tmp_path: Path, order: str) -> None:
+    a, b = numbered(tmp_path / "a", [13, 50, 1, 70, 30, 9, 40]), numbered(tmp_path / "b", [45] * 5, first=1000)
+    alone = DataConfig(data_path=[a], split="1,0,0", data_order=order)
+    blend = DataConfig(data_path=["1", a, "1", b], split="1,0,0", data_order=order)
+    for before, first, after, second, consumed, stop in (
+        (alone, (20, 3), alone, (100, 3), 20, 26),
+        (alone, (20, 3), alone, (20, 4), 10, 20),
+        (alone, (20, 3), blend, (60, 3), 20, 60),
+        (blend, (60, 3), alone, (60, 3), 30, 60),
+        (blend, (40, 3), blend, (200, 3), 40, 70),
+        (alone, (90, 3), alone, (150, 3), 90, 100),
+    ):
+        old, new = (
+            built(data, samples, seed=seed, tokenizer=NUMBERS).train
+            for data, (samples, seed) in ((before, first), (after, second))
+        )
+        found = order_overlap(old, consumed, new, stop)
+        assert (found.tokens, found.seen) == ((stop - consumed) * LENGTH, counted(old, consumed, new, stop))
+        assert found.is_exact
+    assert order == "megatron" or order_overlap(old, 90, new, 90).tokens == 0

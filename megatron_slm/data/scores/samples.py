@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_slm.data.places import label_places, locate_sample
 from megatron_slm.data.scores.sets import ScoreSet
 
 
@@ -34,7 +33,7 @@ class ScoredSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample: dict[str, Tensor] = self.dataset[index]
-        corpus, own_index = self._locate(index)
+        corpus, own_index = locate_sample(self.dataset, index)
         scores = self.scores[corpus.dataset.path_prefix]
         labels = sample["labels"].numpy()
         loss, entropy = (np.zeros(len(labels), np.float32) for _ in range(2))  # 0 beyond the end of the corpus
@@ -49,31 +48,3 @@ class ScoredSamples(Dataset):
         if scores.with_entropy:
             sample["reference_entropy"] = torch.from_numpy(entropy)
         return sample
-
-    def _locate(self, index: int) -> tuple[Any, int]:
-        """The dataset of one corpus that a sample comes from, and its number there."""
-        if not isinstance(self.dataset, BlendedDataset):
-            return self.dataset, index
-        corpus = self.dataset.datasets[self.dataset.dataset_index[index]]
-        return corpus, int(self.dataset.dataset_sample_index[index])
-
-
-def label_places(corpus: Any, index: int) -> Iterator[tuple[int, int]]:
-    """The places [start, stop) in ``.bin`` of the labels of one sample, counted in tokens, in the sample's order.
-
-    A sample is the text from one (document, offset) of Megatron-Core's sample index to the next and one token more;
-    its labels are that text without the first token.
-    """
-    row = int(corpus.shuffle_index[index])
-    (first, offset), (last, end) = corpus.sample_index[row : row + 2].tolist()
-    pointers, lengths = corpus.dataset.index.sequence_pointers, corpus.dataset.index.sequence_lengths
-    width = np.dtype(corpus.dataset.index.dtype).itemsize
-    skip = 1  # the first token of the sample is no label
-    for number in range(first, last + 1):
-        sequence = corpus.document_index[number]
-        begin = int(pointers[sequence]) // width
-        start = begin + (offset if number == first else 0)
-        stop = begin + (end + 1 if number == last else int(lengths[sequence]))
-        if skip < stop - start:
-            yield start + skip, stop
-        skip = max(0, skip - (stop - start))
