@@ -47,6 +47,8 @@ def _missing(config: Config) -> list[str]:
         for group, setting, _ in settings()
         if setting.name in needed and getattr(getattr(config, group), setting.name) is None
     ]
+    if config.training.train_samples is not None and "--train-iters" in unset:
+        unset.remove("--train-iters")
     return [f"these settings are needed and were not given: {' '.join(unset)}"] if unset else []
 
 
@@ -59,5 +61,7 @@ def _fill_in(config: Config, world_size: int) -> None:
         training.train_iters, config.optimizer.lr = training.train_iters or 1, config.optimizer.lr or 0.0
     if training.global_batch_size is None:
         training.global_batch_size = (training.micro_batch_size or 1) * max(1, data_parallel_size(config, world_size))
+    if training.train_samples is not None and training.train_iters is None:
+        training.train_iters = training.train_samples // training.global_batch_size
     if model.max_position_embeddings is None:
         model.max_position_embeddings = model.seq_length

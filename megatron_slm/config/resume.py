@@ -39,6 +39,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.SCHEDULE: (
         *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction"),
         *("lr_warmup_init", "lr_wsd_decay_style", "lr_wsd_decay_iters", "weight_decay", "start_weight_decay"),
+        *("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"),
         *("end_weight_decay", "weight_decay_incr_style"),
     ),
     Rule.OPTIMIZER: ("optimizer",),
@@ -49,7 +50,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("transformer_impl", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
         *("context_parallel_size", "expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
         *("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
-        *("micro_batch_size", "global_batch_size", "train_iters", "seed", "bf16"),
+        *("micro_batch_size", "global_batch_size", "train_iters", "train_samples", "seed", "bf16"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
         *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
         "accumulate_allreduce_grads_in_fp32",
@@ -68,7 +69,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("distributed_backend", "distributed_timeout_minutes"),
         *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train"),
         *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
-        *("data_cache_path", "num_workers", "full_validation"),
+        *("data_cache_path", "num_workers", "full_validation", "slm_accept_changed_corpora"),
         *(
             "save",
             "load",

@@ -107,6 +107,12 @@ class TrainingConfig:
         None, "samples in one optimizer step over all ranks; default micro-batch size x DP", above=0
     )
     train_iters: int | None = flag(None, "optimizer steps of the run", above=0)
+    train_samples: int | None = flag(
+        None,
+        "samples of the run, instead of --train-iters; the schedule is then given in samples",
+        above=0,
+        at_most=2**53,
+    )
     seed: int = flag(1234, "seed of weights, dropout, data order and random selection", at_least=0, at_most=2**32 - 1)
     bf16: bool = flag(False, "bfloat16 weights and activations with fp32 master weights")
     recompute_granularity: str | None = flag(
@@ -137,6 +143,10 @@ class OptimizerConfig:
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
     lr_decay_iters: int | None = flag(None, "steps of the decay, warm-up included; default --train-iters", above=0)
+    lr_decay_samples: int | None = flag(
+        None, "samples of the decay, warm-up included; default --train-samples", above=0, at_most=2**53
+    )
+    lr_warmup_samples: int = flag(0, "samples of linear warm-up", at_least=0, at_most=2**53)
     lr_warmup_iters: int = flag(0, "steps of linear warm-up", at_least=0)
     lr_warmup_fraction: float | None = flag(None, "warm-up as a share of --lr-decay-iters", at_least=0, below=1)
     lr_warmup_init: float = flag(0.0, "learning rate at the first step of the warm-up", at_least=0)
@@ -146,6 +156,7 @@ class OptimizerConfig:
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
     lr_wsd_decay_iters: int | None = flag(None, "steps of the decay phase of WSD", at_least=0)
+    lr_wsd_decay_samples: int | None = flag(None, "samples of the decay phase of WSD", above=0, at_most=2**53)
     weight_decay: float = flag(0.01, "weight decay (not on biases and normalisation)", at_least=0)
     start_weight_decay: float | None = flag(None, "weight decay at the start, where it changes", at_least=0)
     end_weight_decay: float | None = flag(None, "weight decay at the end, where it changes", at_least=0)
@@ -202,6 +213,9 @@ class DataConfig:
         "documents of several sequences, as --split-sentences of preprocess_data.py makes them: refuse them, join the "
         "sentences of a document, or shuffle sentences separately, as Megatron-LM does",
         choices=("refuse", "join", "separate"),
+    )
+    slm_accept_changed_corpora: bool = flag(
+        False, "resume although a corpus has another content than when the checkpoint was saved"
     )
     data_cache_path: str | None = flag(None, "directory for the sample indices; default beside the corpus")
     reset_position_ids: bool = flag(False, "positions begin anew after each end of document")

@@ -65,6 +65,31 @@ def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
+def corpus_identities(data: DataConfig) -> dict[str, str]:
+    """Return the fingerprints of all corpora of the run, by prefix. Collective over all ranks; rank 0 reads."""
+    prefixes = dict.fromkeys(prefix for blend in blends(data).values() for prefix in blend[0])
+    return on_first_rank(lambda: {prefix: corpus_identity(prefix) for prefix in prefixes})
+
+
+def training_samples(data: DataConfig, *, tokenizer: Tokenizer, seq_length: int, samples: int, seed: int) -> Dataset:
+    """Build the training dataset of a run on this rank alone, for comparison.
+
+    Raises:
+        ConfigError: a corpus or a part of it is too small.
+    """
+    blend = parse_blend(data.train_data_path or data.data_path)
+    builder = _Builder(
+        data=data,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        train_samples=samples,
+        valid_samples=0,
+        seed=seed,
+        identities={prefix: corpus_identity(prefix) for prefix in blend[0]},
+    )
+    return builder.train(blend)[0]
+
+
 def build_datasets(
     data: DataConfig,
     *,
@@ -73,6 +98,7 @@ def build_datasets(
     train_samples: int,
     valid_samples: int,
     seed: int,
+    identities: dict[str, str] | None = None,
 ) -> Datasets:
     """Build, or read from the cache, the sample indices of all datasets. Collective over all ranks.
 
@@ -83,11 +109,11 @@ def build_datasets(
             is built, and the test part of --data-path is one of the validation sets.
         valid_samples: samples of one evaluation of each set; with --full-validation one epoch is taken instead.
         seed: of the order of documents and samples.
+        identities: :func:`corpus_identities`, if they are known.
 
     Raises:
         ConfigError: a corpus or a part of it is too small.
     """
-    prefixes = dict.fromkeys(prefix for blend in blends(data).values() for prefix in blend[0])
     builder = _Builder(
         data=data,
         tokenizer=tokenizer,
@@ -95,7 +121,7 @@ def build_datasets(
         train_samples=train_samples,
         valid_samples=valid_samples,
         seed=seed,
-        identities=on_first_rank(lambda: {prefix: corpus_identity(prefix) for prefix in prefixes}),
+        identities=corpus_identities(data) if identities is None else identities,
     )
     built: list[Datasets] = []
     on_first_rank(lambda: built.append(builder.build()))
@@ -130,7 +156,7 @@ class _Builder:
         if not self.train_samples:
             return Datasets(NoSamples(), self._held_out())
         blend = parse_blend(self.data.train_data_path or self.data.data_path)
-        train, valid = self._train(blend)
+        train, valid = self.train(blend)
         reports = [partial(drawn, "train", train, blend, self.train_samples, self.seq_length)]
         for name, words in self.data.valid_data_path.items():
             held_out = parse_blend(words)
@@ -147,12 +173,14 @@ class _Builder:
 
     def _mock(self) -> Datasets:
         """Return Megatron-LM's mock data: a third of it each for training, validation and test."""
-        train, held_out, _ = self._split(None, [self.train_samples, self._valid_size, 0])
-        assert train is not None, "mock data have documents in every part"
-        valid = {"valid": held_out} if held_out is not None and self.valid_samples else {}
+        test_size = 0 if self.train_samples else self._valid_size
+        train, *held_out = self._split(None, [self.train_samples, self._valid_size, test_size])
+        valid = {name: part for name, part in zip(("valid", "test"), held_out, strict=True) if part is not None}
+        if train is None:
+            return Datasets(NoSamples(), valid)
         return Datasets(train, valid, partial(drawn, "train", train, MOCK, self.train_samples, self.seq_length))
 
-    def _train(self, blend: Blend) -> tuple[Dataset, dict[str, Dataset]]:
+    def train(self, blend: Blend) -> tuple[Dataset, dict[str, Dataset]]:
         """Return the training set, and the validation set if --data-path gives it."""
         valid: dict[str, Dataset] = {}
         if self.data.train_data_path:

@@ -43,10 +43,12 @@ def expected_drawn(data: DataConfig, *, train_samples: int, valid_samples: int, 
     Raises:
         ConfigError: a corpus holds too little to make a sample of.
     """
-    if data.mock_data:
-        return []
     tokens = check_parts(data, valid_samples=valid_samples, seq_length=seq_length)
-    return expected("train", parse_blend(data.train_data_path or data.data_path), tokens, train_samples * seq_length)
+    return (
+        []
+        if data.mock_data
+        else expected("train", parse_blend(data.train_data_path or data.data_path), tokens, train_samples * seq_length)
+    )
 
 
 def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains: bool = True) -> list[int]:
@@ -58,6 +60,8 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains
     Raises:
         ConfigError: a part of a corpus holds too little.
     """
+    if data.mock_data:
+        return []
     for name, words in data.valid_data_path.items():
         flag = f"--valid-data-path {name}"
         blend = parse_blend(words, flag)

@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,6 +41,7 @@ from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.optimizer_state import sharded_optimizer_state
 from megatron_slm.training.schedule import schedule_state
@@ -70,6 +71,7 @@ class Trainable:
     early: EarlyRule | None = None  # tells which tokens may get their gradient at once; without it, none do
     carried: CarriedThreshold | None = None
     auxiliary: AuxiliaryLosses | None = None  # of a model with experts
+    data: DataRecord = field(default_factory=DataRecord)
 
     @property
     def guess(self) -> ThresholdGuess | None:
@@ -97,7 +99,7 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
     try:
         on_first_rank(lambda: _prepare(partial))
         _save_state(_whole_state(trainable, config), partial)
-        names = on_first_rank(lambda: _complete(partial, config))
+        names = on_first_rank(lambda: _complete(partial, trainable, config))
         checksums = file_checksums([partial / name for name in names], "--save")
         manifest = _manifest(trainable, position, partial, dict(zip(names, checksums, strict=True)))
         on_first_rank(lambda: _publish(manifest, partial, final))
@@ -155,8 +157,9 @@ def _deferred_errors() -> Iterator[list[BaseException]]:
         yield errors
 
 
-def _complete(partial: Path, config: Config) -> list[str]:
-    """Add the configuration; returns the names of all files."""
+def _complete(partial: Path, trainable: Trainable, config: Config) -> list[str]:
+    """Add the configuration and the record of the data; returns the names of all files."""
+    trainable.data.write(partial)
     write_text(partial / CONFIG_FILE, dump_config(config), "--save")
     return list(file_sizes(partial))
 

@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.config.schema import Config
 from megatron_slm.model.gpt import model_config
+from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 
 def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
@@ -85,32 +86,35 @@ def _single_or_list(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
-    """The schedule, counted in samples as Megatron-LM counts it."""
-    own = config.optimizer
-    batch, iterations = config.training.global_batch_size, config.training.train_iters
-    assert batch and iterations and own.lr is not None, "checked by config.checks"
-    decay = (own.lr_decay_iters or iterations) * batch
-    warmup = own.lr_warmup_iters * batch
-    if own.lr_warmup_fraction is not None:
-        warmup = int(own.lr_warmup_fraction * decay)
+def build_scheduler(optimizer: MegatronOptimizer, config: Config, length: RunLength) -> OptimizerParamScheduler:
+    """Return the schedule of a run of ``length``, counted in samples as Megatron-LM counts it."""
+    own, phases = config.optimizer, ScheduleLength.of(config, length)
+    assert own.lr is not None, "checked by config.checks"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=own.lr_warmup_init,
         max_lr=own.lr,
         min_lr=own.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
+        lr_warmup_steps=phases.warmup,
+        lr_decay_steps=phases.decay,
         lr_decay_style=own.lr_decay_style,
         start_wd=own.weight_decay if own.start_weight_decay is None else own.start_weight_decay,
         end_wd=own.weight_decay if own.end_weight_decay is None else own.end_weight_decay,
-        wd_incr_steps=iterations * batch,
+        wd_incr_steps=phases.weight_decay,
         wd_incr_style=own.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=own.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=own.override_opt_param_scheduler,
-        wsd_decay_steps=None if own.lr_wsd_decay_iters is None else own.lr_wsd_decay_iters * batch,
+        wsd_decay_steps=phases.wsd_decay,
         lr_wsd_decay_style=own.lr_wsd_decay_style,
     )
+
+
+def set_schedule_length(scheduler: OptimizerParamScheduler, config: Config, length: RunLength) -> None:
+    """Give a resumed schedule the phases of a run whose global batch has changed."""
+    phases = ScheduleLength.of(config, length)
+    scheduler.lr_warmup_steps, scheduler.lr_decay_steps = phases.warmup, phases.decay
+    scheduler.wsd_decay_steps, scheduler.wd_incr_steps = phases.wsd_decay, phases.weight_decay
+    scheduler.step(0)
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -40,7 +40,7 @@ def resume(trainable: Trainable, config: Config, console: Console) -> tuple[Posi
     """
     settings = config.checkpoint
     resumable = settings.load is not None and not settings.finetune
-    if resumable and on_first_rank(lambda: _has_checkpoint(settings.load, settings.ckpt_step)):
+    if resumable and on_first_rank(lambda: has_checkpoint(settings.load, settings.ckpt_step)):
         directory = weights.open_checkpoint(
             str(settings.load), settings.ckpt_step, "--load", verify=settings.slm_verify_checksums
         )
@@ -59,7 +59,8 @@ def resume(trainable: Trainable, config: Config, console: Console) -> tuple[Posi
     return Position(), str(directory)
 
 
-def _has_checkpoint(path: str | None, step: int | None) -> bool:
+def has_checkpoint(path: str | None, step: int | None) -> bool:
+    """Return whether a directory holds a checkpoint, or that of ``step``."""
     return path is not None and (
         latest_step(Path(path)) is not None
         or (Path(path) / MANIFEST_FILE).is_file()

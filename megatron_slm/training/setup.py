@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from megatron_slm.config.checkpoint_files import locate_checkpoint
 from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
-from megatron_slm.data.datasets import build_datasets
+from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identities
 from megatron_slm.data.scores.samples import ScoredSamples
 from megatron_slm.data.scores.sets import ScoreSet, open_scores, verify_scores
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
@@ -21,13 +22,27 @@ from megatron_slm.objective.policy import needs_reference_entropy, needs_referen
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
+from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable
+from megatron_slm.training.data_order import (
+    DataRecord,
+    SavedRun,
+    check_corpora_unchanged,
+    read_saved_run,
+    repetition_report,
+)
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
-from megatron_slm.training.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_slm.training.resume import resume
+from megatron_slm.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    set_schedule_length,
+    wrap_data_parallel,
+)
+from megatron_slm.training.resume import has_checkpoint, resume
+from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sinks import open_sinks
 from megatron_slm.training.step import ReferenceSource
 
@@ -78,23 +93,8 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     scores = read_scores(config, tokenizer) if trains else None
     if scores is not None and config.checkpoint.slm_verify_checksums:
         verify_scores(scores)
-    datasets = build_datasets(
-        config.data,
-        tokenizer=tokenizer,
-        seq_length=config.model.seq_length or 0,
-        train_samples=(config.training.train_iters or 0) * shape.global_batch_size if trains else 0,
-        valid_samples=config.logging.eval_iters * shape.global_batch_size,
-        seed=config.training.seed,
-    )
-    if not trains and not (datasets.valid and config.logging.eval_iters):
-        raise ConfigError(
-            "--skip-train has nothing to evaluate: give --valid-data-path, or --data-path with a validation share of "
-            "--split, and --eval-iters above 0."
-        )
-    if trains and groups.is_logging_rank:
-        console.print("what the run draws:", *lines_of(datasets.drawn()), sep="\n", markup=False)
-    if scores is not None:
-        datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
+    corpora = corpus_identities(config.data)
+    saved = on_first_rank(lambda: _saved_run(config, corpora, console)) if trains else None
     chunks = wrap_data_parallel(
         build_model(
             config.model,
@@ -113,12 +113,24 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     selector = build_selector(config, groups)
     carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
     auxiliary = AuxiliaryLosses(chunks, groups) if config.model.num_experts else None
-    schedule = build_scheduler(optimizer, config)
+    milestones = saved.milestones if saved is not None else START
+    # The schedules of flags and checkpoint are compared with the checkpoint's global batch.
+    batch = saved.config.training.global_batch_size if saved is not None else None
+    schedule = build_scheduler(optimizer, config, RunLength.of(config, milestones, batch))
     early = EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative")
-    trainable = Trainable(chunks, optimizer, schedule, groups, tokenizer, early, carried, auxiliary)
+    trainable = Trainable(
+        chunks, optimizer, schedule, groups, tokenizer, early, carried, auxiliary, DataRecord(corpora, milestones)
+    )
     position, loaded = resume(trainable, config, console)
     if loaded is not None:
         console.print(f"loaded {loaded} (step {position.step})")
+    length = RunLength.of(config, milestones)
+    config.training.train_iters = length.iterations
+    if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
+        set_schedule_length(schedule, config, length)
+    datasets = _build_datasets(config, tokenizer, shape, length, saved, corpora, console)
+    if scores is not None:
+        datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
     reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
     return Run(
         config=config,
@@ -132,6 +144,62 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         console=console,
         position=position,
     )
+
+
+def _saved_run(config: Config, corpora: dict[str, str], console: Console) -> SavedRun | None:
+    """Return the run that is resumed, if any.
+
+    Raises:
+        ConfigError: one of its corpora has changed.
+    """
+    own = config.checkpoint
+    if own.load is None or own.finetune or not has_checkpoint(own.load, own.ckpt_step):
+        return None
+    saved = read_saved_run(locate_checkpoint(own.load, own.ckpt_step, "--load"))
+    for line in check_corpora_unchanged(saved, corpora, config):
+        console.print(line, markup=False)
+    return saved
+
+
+def _build_datasets(
+    config: Config,
+    tokenizer: Tokenizer,
+    shape: BatchShape,
+    length: RunLength,
+    saved: SavedRun | None,
+    corpora: dict[str, str],
+    console: Console,
+) -> Datasets:
+    """Build the datasets, and print the corpora that they are drawn from and the text that is read again.
+
+    Raises:
+        ConfigError: with --skip-train, nothing to evaluate.
+    """
+    trains = not config.training.skip_train
+    datasets = build_datasets(
+        config.data,
+        tokenizer=tokenizer,
+        seq_length=config.model.seq_length or 0,
+        train_samples=length.samples if trains else 0,
+        valid_samples=config.logging.eval_iters * shape.global_batch_size,
+        seed=config.training.seed,
+        identities=corpora,
+    )
+
+    if not trains:
+        if not (datasets.valid and config.logging.eval_iters):
+            raise ConfigError(
+                "--skip-train has nothing to evaluate: give --valid-data-path, or --data-path with a validation share "
+                "of --split, and --eval-iters above 0."
+            )
+        return datasets
+
+    def lines() -> list[str]:
+        drawn = ["what the run draws:", *lines_of(datasets.drawn())]
+        return drawn + (repetition_report(saved, corpora, config, tokenizer, datasets.train) if saved else [])
+
+    console.print(*on_first_rank(lines), sep="\n", markup=False)
+    return datasets
 
 
 def read_scores(config: Config, tokenizer: Tokenizer) -> ScoreSet | None:

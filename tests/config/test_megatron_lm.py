@@ -60,9 +60,7 @@ MIXTRAL_8X7B = """
     --log-interval 1 --save-interval 10000 --eval-interval 1000 --eval-iters 10 --save checkpoints --load checkpoints
     --tensorboard-dir logs --no-load-optim --no-load-rng --wandb-project Mixtral --wandb-exp-name Mixtral_8x7B
 """
-NOT_SETTINGS_YET = {"--mock-data", "--train-samples", "--lr-decay-samples", "--lr-warmup-samples"} | {
-    *("--tiktoken-pattern", "--log-throughput")
-}
+NOT_SETTINGS_YET = {"--log-throughput"}
 
 
 def refused(argv: list[str]) -> set[str]:

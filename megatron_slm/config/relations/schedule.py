@@ -20,13 +20,13 @@ def learning_rates(config: Config, _: int) -> Iterator[str]:
 def warmup(config: Config, _: int) -> Iterator[str]:
     """Warm-up is given once and ends before the schedule."""
     optimizer, steps = config.optimizer, schedule_steps(config)
-    yield from both_given(
-        "--lr-warmup-iters",
-        optimizer.lr_warmup_iters > 0,
-        "--lr-warmup-fraction",
-        optimizer.lr_warmup_fraction is not None,
-    )
-    if optimizer.lr_warmup_iters >= steps:
+    has_fraction = optimizer.lr_warmup_fraction is not None
+    for flag, value in (
+        ("--lr-warmup-iters", optimizer.lr_warmup_iters),
+        ("--lr-warmup-samples", optimizer.lr_warmup_samples),
+    ):
+        yield from both_given(flag, value > 0, "--lr-warmup-fraction", has_fraction)
+    if optimizer.lr_warmup_iters >= steps > 0:
         yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} is not below the {steps} steps of the schedule."
 
 
@@ -34,12 +34,17 @@ def wsd(config: Config, _: int) -> Iterator[str]:
     """The decay phase of WSD fits into the schedule."""
     optimizer, steps = config.optimizer, schedule_steps(config)
     decay = optimizer.lr_wsd_decay_iters
+    unit = "iters" if config.training.train_samples is None else "samples"
     if optimizer.lr_decay_style != "WSD":
-        if decay is not None:
-            yield "--lr-wsd-decay-iters has no effect without --lr-decay-style WSD."
-    elif decay is None:
-        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters."
-    elif decay > steps:
+        for flag, value in (
+            ("--lr-wsd-decay-iters", decay),
+            ("--lr-wsd-decay-samples", optimizer.lr_wsd_decay_samples),
+        ):
+            if value is not None:
+                yield f"{flag} has no effect without --lr-decay-style WSD."
+    elif decay is None and optimizer.lr_wsd_decay_samples is None:
+        yield f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}."
+    elif decay is not None and decay > steps:
         yield (
             f"--lr-wsd-decay-iters {decay} is more than the {steps} steps of the schedule "
             "(--lr-decay-iters, or --train-iters without it)."
@@ -80,9 +85,43 @@ def scheduler_source(config: Config, _: int) -> Iterator[str]:
     )
 
 
+def units(config: Config, _: int) -> Iterator[str]:
+    """The run and its schedule are given in one unit, iterations or samples."""
+    training, optimizer = config.training, config.optimizer
+    in_iterations = {
+        "--lr-decay-iters": optimizer.lr_decay_iters,
+        "--lr-warmup-iters": optimizer.lr_warmup_iters,
+        "--lr-wsd-decay-iters": optimizer.lr_wsd_decay_iters,
+    }
+    in_samples = {
+        "--lr-decay-samples": optimizer.lr_decay_samples,
+        "--lr-warmup-samples": optimizer.lr_warmup_samples,
+        "--lr-wsd-decay-samples": optimizer.lr_wsd_decay_samples,
+    }
+    if training.train_samples is None:
+        for flag, value in in_samples.items():
+            if value:
+                yield f"{flag} needs --train-samples. With --train-iters, give {flag.replace('samples', 'iters')}."
+        return
+    for flag, value in in_iterations.items():
+        if value:
+            yield f"{flag} needs --train-iters. With --train-samples, give {flag.replace('iters', 'samples')}."
+    total, batch = training.train_samples, training.global_batch_size or 1
+    if total < batch:
+        yield f"--train-samples {total} is less than --global-batch-size {batch}, one step."
+    elif training.train_iters != total // batch:
+        yield "--train-iters and --train-samples were both given. Give one."
+    decay = optimizer.lr_decay_samples or total
+    if optimizer.lr_warmup_samples >= decay:
+        yield f"--lr-warmup-samples {optimizer.lr_warmup_samples} is not below the {decay} samples of the schedule."
+    wsd_decay = optimizer.lr_wsd_decay_samples or 0
+    if wsd_decay > decay:
+        yield f"--lr-wsd-decay-samples {wsd_decay} is more than the {decay} samples of the schedule."
+
+
 def schedule_steps(config: Config) -> int:
     """Return the steps of the learning-rate schedule."""
     return config.optimizer.lr_decay_iters or config.training.train_iters or 0
 
 
-RELATIONS = (learning_rates, warmup, wsd, weight_decay, scheduler_source)
+RELATIONS = (learning_rates, units, warmup, wsd, weight_decay, scheduler_source)

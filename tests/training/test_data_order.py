@@ -1,0 +1,136 @@
+"""Resumed runs: other batches and lengths, repeated text in numbers, changed corpora; runs counted in samples."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus_files import build
+from ranks import run_ranks
+from tiny import command, losses, records
+
+from megatron_slm.config.schema import Config
+from megatron_slm.pretrain import main
+from megatron_slm.training.run_length import RunLength, ScheduleLength
+
+
+def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    results = []
+    for argv in commands:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(argv)
+        results.append((code, out.getvalue(), err.getvalue()))
+    return results
+
+
+def run_each(*commands: list[str]) -> list[tuple[int, str, str]]:
+    """Run the trainer several times in one process: exit code, standard output and standard error of each."""
+    [results] = run_ranks(_main_each, 1, list(commands), initialise=False)
+    return results
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    text = [[[(7 * document + place) % 251 for place in range(40)]] for document in range(60)]
+    return build(tmp_path_factory.mktemp("order") / "corpus", text)
+
+
+def resumed(corpus: str, save: Path, *, override: bool = False, **flags: Any) -> list[str]:
+    """A run without evaluation that resumes itself; ``override`` lets its schedule have another length."""
+    argv = command(corpus, save, load=save, eval_iters=0, **flags)
+    return [*argv, "--override-opt_param-scheduler"] if override else argv
+
+
+def batch_of(argv: list[str], batch: int) -> list[str]:
+    return [*argv, "--global-batch-size", str(batch)]
+
+
+def test_a_run_resumes_late_with_another_batch(tmp_path: Path, corpus: str) -> None:
+    """Its schedule ends with its last step."""
+    flags = {"train_iters": 6, "lr_decay_style": "linear", "lr_warmup_iters": 2}
+    first = resumed(corpus, tmp_path / "run", **flags)
+    results = run_each(
+        [*first, "--exit-interval", "4"],
+        batch_of([*first, "--exit-interval", "5"], 8),
+        batch_of([*first, "--exit-interval", "100"], 32),
+    )
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    steps = records(tmp_path / "run")
+    assert [step["tokens"] // 32 for step in steps] == [16, 32, 48, 64, 72, 104]
+    rates = [step["lr"] for step in steps]
+    assert rates[0] < rates[1] < rates[2] > rates[3]
+    assert rates[4:] == pytest.approx([1e-2 * (80 - 64) / (80 - 32), 1e-2 * (104 - 72) / (104 - 32)])
+
+
+def test_repeated_text_is_reported_in_numbers(tmp_path: Path, corpus: str) -> None:
+    """64 samples of the first epoch's 74 are read; a longer run shuffles two epochs together."""
+    first = resumed(corpus, tmp_path / "run", train_iters=4)
+    longer = resumed(corpus, tmp_path / "run", train_iters=8, exit_interval=5, override=True)
+    stable = [resumed(corpus, tmp_path / "stable", train_iters=n, data_order="stable", override=True) for n in (4, 6)]
+    seeded = [*stable[1], "--seed", "5", "--train-iters", "7"]
+    results = run_each(first, longer, longer, *stable, seeded)
+    assert [code for code, _, _ in results] == [0] * 6, results
+    reports = [[line for line in out.splitlines() if "were read before" in line] for _, out, _ in results]
+    assert [len(lines) for lines in reports] == [0, 1, 0, 0, 0, 1]
+    [line] = reports[1]
+    tokens, seen = (int(word.replace(",", "")) for word in line.split("of the next ")[1].split()[:3:2])
+    assert tokens == 64 * 32 and 0.3 * tokens < seen < tokens
+    assert "--data-order stable" in line
+
+
+def test_a_corpus_that_changed_since_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    prefix = build(tmp_path / "corpus", [[[1, 2, 3, 4] * 10]] * 60)
+    assert run_each(resumed(prefix, tmp_path / "run", train_iters=2))[0][0] == 0
+    build(tmp_path / "corpus", [[[4, 3, 2, 1] * 10]] * 60)
+    again = resumed(prefix, tmp_path / "run", train_iters=4, override=True)
+    refused, accepted = run_each(again, [*again, "--slm-accept-changed-corpora"])
+    assert refused[0] == 2 and f"{prefix} changed since the checkpoint" in refused[2]
+    assert "--slm-accept-changed-corpora" in refused[2]
+    assert accepted[0] == 0 and "may be read again" in accepted[1], accepted
+
+
+def test_a_run_in_samples_is_the_run_in_iterations(tmp_path: Path, corpus: str) -> None:
+    iterations = resumed(corpus, tmp_path / "iters", train_iters=4, lr_warmup_iters=1, lr_decay_iters=3)
+    samples = resumed(corpus, tmp_path / "samples", train_samples=70, lr_warmup_samples=16, lr_decay_samples=48)
+    smaller = batch_of([*samples, "--train-samples", "90"], 8)
+    results = run_each(iterations, samples, [*smaller, "--override-opt_param-scheduler"])
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    steps = losses(tmp_path / "samples")
+    assert steps[:4] == losses(tmp_path / "iters")
+    assert [record["tokens"] // 32 for record in records(tmp_path / "samples")] == [16, 32, 48, 64, 72, 80, 88]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train-samples", "64", "--train-iters", "3"], "--train-iters and --train-samples were both given"),
+        (["--train-samples", "8"], "--train-samples 8 is less than --global-batch-size 16"),
+        (["--train-samples", "64", "--lr-warmup-iters", "1"], "With --train-samples, give --lr-warmup-samples"),
+        (["--train-iters", "4", "--lr-decay-samples", "9"], "With --train-iters, give --lr-decay-iters"),
+        (["--train-samples", "64", "--lr-warmup-samples", "64"], "is not below the 64 samples of the schedule"),
+        (["--train-samples", "64", "--lr-decay-style", "WSD"], "needs --lr-wsd-decay-samples"),
+        (["--mock-data", "--train-iters", "1"], "--mock-data and --data-path were both given"),
+    ],
+)
+def test_contradicting_lengths_are_refused(
+    corpus: str, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main([*command(corpus), *flags, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lengths_of_a_run_whose_batch_changed() -> None:
+    config = Config()
+    config.training.train_iters, config.training.global_batch_size = 100, 4
+    config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters = 10, 90
+    config.optimizer.lr_wsd_decay_iters = 20
+    length = RunLength.of(config, [(0, 0), (80, 640)])
+    assert (length.samples, length.samples_at(10), length.samples_at(90)) == (720, 80, 680)
+    assert ScheduleLength.of(config, length) == ScheduleLength(80, 680, 680 - 560, 720)
+    again = RunLength.of(config, [(0, 0), (80, 640), (90, 700)])
+    assert [again.samples_at(step) for step in (0, 10, 80, 85, 90, 100)] == [0, 80, 640, 670, 700, 740]
+    assert ScheduleLength.of(config, RunLength.of(config)) == ScheduleLength(40, 360, 80, 400)
