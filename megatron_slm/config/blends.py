@@ -117,7 +117,7 @@ def _exclude(flag: str, others: dict[str, Any]) -> None:
 
 
 def _from_file(words: list[str], flag: str) -> list[str]:
-    if len(words) != 1 or not words[0].endswith(BLEND_FILES):
+    if len(words) != 1 or not words[0].lower().endswith(BLEND_FILES):
         return words
     where = f"{flag} {words[0]}"
     found = blend_words(_read(Path(words[0]), flag), where)
@@ -129,7 +129,7 @@ def _from_file(words: list[str], flag: str) -> list[str]:
 def _read(path: Path, flag: str) -> Any:
     text = _text(path, flag)
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             return json.loads(text, object_pairs_hook=_unique)
         return yaml.load(text, UniqueLoader)
     except (ValueError, yaml.YAMLError) as error:

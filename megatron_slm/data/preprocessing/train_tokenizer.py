@@ -82,6 +82,8 @@ def _check(job: TokenizerJob) -> None:
         raise ConfigError(f"--model-type should be bpe or unigram, not {job.model_type!r}.")
     check_tables(job.files, job.json_keys)
     check_output_prefix(job.output_prefix, FLAG)
+    if job.output_prefix.endswith((".model", ".vocab")):
+        raise ConfigError(f"{FLAG} {job.output_prefix}: give the prefix without {job.output_prefix[-6:]}.")
     for suffix, is_ours in ((".model", _is_model), (".vocab", _is_vocabulary)):
         check_replaceable(f"{job.output_prefix}{suffix}", FLAG, is_ours=is_ours)
     directory = Path(f"{job.output_prefix}.model").resolve().parent
@@ -117,6 +119,8 @@ def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
     except (RuntimeError, OSError) as error:
         if interrupted:
             raise interrupted[0] from None
+        if "ocabulary" not in str(error):
+            raise ConfigError(f"sentencepiece could not train on the --input: {error}.") from error
         raise ConfigError(
             f"--vocab-size {job.vocab_size}: sentencepiece could not train: {error}. Byte fallback alone takes 259 "
             "entries, and a small text cannot fill a large vocabulary."

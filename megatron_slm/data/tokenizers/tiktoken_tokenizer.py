@@ -41,7 +41,7 @@ class TikTokenizer(BaseTokenizer):
         import tiktoken
 
         path = required_file(files.model, "--tokenizer-model", "TikTokenizer")
-        is_megatrons = path.suffix == ".json"
+        is_megatrons = path.suffix.lower() == ".json"
         settings = f"{files.tiktoken_pattern} {files.tiktoken_num_special_tokens}" if is_megatrons else ""
         digest = hashlib.sha256(f"{fingerprint_of(path)} {settings}".encode()).hexdigest()
         super().__init__(digest if settings else fingerprint_of(path), f"--tokenizer-model {path}")

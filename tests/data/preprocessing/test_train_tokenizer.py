@@ -93,6 +93,7 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
         "y.model exists and was not",
     ),
     ("foreign words", lambda f: (f / "y.vocab").write_text("a\nb\n"), ["--output-prefix", "{}/y"], "y.vocab exists"),
+    ("suffix", lambda f: None, ["--output-prefix", "{}/tok.model"], "tok.model: give the prefix without .model"),
     ("no vocabulary", lambda f: None, ["--vocab-size", "0"], "--vocab-size is 0, and must be at least 1"),
     ("no lines", lambda f: None, ["--max-lines", "-1"], "--max-lines is -1, and must be at least 101"),
     ("no threads", lambda f: None, ["--threads", "0"], "--threads is 0, and must be at least 1"),
