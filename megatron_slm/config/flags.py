@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_slm.config import schema
+from megatron_slm.config.checkpoint_args import adopt_checkpoint_args
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
@@ -28,7 +29,7 @@ class Command:
 
     config: Config
     action: str
-    note: str = ""  # about flags of Megatron-LM's that were accepted and set nothing
+    note: str = ""  # about flags that set nothing, and settings that come from a checkpoint
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,8 +59,11 @@ def parse(argv: Sequence[str]) -> Command:
         given, flags, wrong = split(values, label)
         stated |= flags
         problems += [*wrong, *assign(config, given, label)]
+    notes = [describe(stated)]
+    if config.checkpoint.use_checkpoint_args and not problems:
+        notes.append(adopt_checkpoint_args(config))
     refuse([*problems, *value_violations(config), *contradictions(config, stated)])
-    return Command(config, action, describe(stated))
+    return Command(config, action, "\n".join(filter(None, notes)))
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.flags import flag_name
+from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.recipe import settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import refuse
