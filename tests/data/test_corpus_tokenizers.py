@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import preprocess_data
 import pytest
 
 from megatron_slm.data.corpus import check_tokenizer
@@ -16,6 +17,7 @@ from megatron_slm.data.preprocessing.merge import merge_corpora
 from megatron_slm.data.preprocessing.preprocess import preprocess
 from megatron_slm.data.tokenizers.plain_tokenizers import ByteTokenizer
 from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
+from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -142,3 +144,20 @@ def test_a_corpus_with_ids_outside_the_vocabulary_is_refused_whatever_its_metada
     Path(f"{prefix}.bin").write_bytes(content)
     with pytest.raises(ConfigError, match="holds the token id 60000"):
         check_tokenizer(prefix, build_tokenizer(KIND, files), "--data-path")
+
+
+def test_the_trainer_takes_the_flags_that_made_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "one two three four"}\n' * 50)
+    kind = ["--tokenizer-type", "TikTokenizer", "--tokenizer-model", str(FIXTURES / "tiktoken.json")]
+    kind += ["--vocab-size", "300", "--tiktoken-num-special-tokens", "10"]
+    pattern = ["--tiktoken-pattern", "v1"]
+    flags = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out"), *kind, *pattern]
+    preprocess(preprocess_data.make_job(preprocess_data.parse_arguments(flags)))
+    model = ["--num-layers", "1", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"]
+    run = ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3", "--split", "1,0,0", "--eval-iters", "0"]
+    command = [*model, *run, "--data-path", str(tmp_path / "out_text_document"), *kind, "--dry-run"]
+    assert main([*command, *pattern]) == 0
+    assert main(command) == 2
+    assert "was made with TikTokenizer of fingerprint" in capsys.readouterr().err
+    assert main([*command, *pattern, "--eod-id", "5"]) == 2
+    assert "end-of-document id 2, and this run has TikTokenizer of end-of-document id 5" in capsys.readouterr().err
