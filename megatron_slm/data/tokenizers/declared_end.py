@@ -28,11 +28,11 @@ def declared_end(path: Path, token_to_id: Callable[[str], int | None]) -> int:
         ConfigError: a file that cannot be read, a declared token that is not in the vocabulary, no token, or several.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = _settings(path.with_name(name))
+        settings = json_settings(path.with_name(name))
         for key in ("eos_token", "sep_token"):
             if (content := _content(settings.get(key), path.with_name(name), key)) is not None:
                 return _known(content, token_to_id, path.with_name(name), key)
-    declared = _settings(path.with_name("generation_config.json")).get("eos_token_id")
+    declared = json_settings(path.with_name("generation_config.json")).get("eos_token_id")
     ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
     where = f"{path.with_name('generation_config.json')}: eos_token_id"
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
@@ -50,8 +50,12 @@ def declared_end(path: Path, token_to_id: Callable[[str], int | None]) -> int:
     return ids[0]
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """Return the settings of a JSON file; none if there is no such file."""
+def json_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of a JSON file; none if there is no such file.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold a JSON object.
+    """
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

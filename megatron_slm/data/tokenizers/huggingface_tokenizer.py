@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.data.tokenizers.base import TEXT, BaseTokenizer, TokenizerFiles, fingerprint_of, no_eod, required_file
-from megatron_slm.data.tokenizers.declared_end import declared_end
+from megatron_slm.data.tokenizers.declared_end import declared_end, json_settings
 from megatron_slm.data.tokenizers.pretoken_cuts import huggingface_cuts
 from megatron_slm.data.tokenizers.word_cuts import WordCuts
 from megatron_slm.runtime.errors import ConfigError
@@ -101,16 +101,26 @@ class GPT2BPETokenizer(_TokenizersModel):
 
 
 def _check_declared_ids(path: Path, declared: Sequence[dict[str, Any]], model: Any) -> None:
-    """Raise ConfigError if the library loads an added token under another id than the file declares.
+    """Raise ConfigError if the library loads an added token under another id than a file declares.
 
     The library numbers added tokens behind the count of entries, so that a vocabulary with holes gives them ids of
     other tokens.
     """
     for token in declared:
-        loaded = model.token_to_id(token["content"])
-        if loaded != token["id"]:
-            raise ConfigError(
-                f"--tokenizer-model {path} declares the added token {token['content']!r} with id {token['id']}, and "
-                f"the tokenizers library loads it with id {loaded}: the vocabulary has holes below it. Put the token "
-                "into the vocabulary under its id, or fill the holes with unused entries."
-            )
+        if (loaded := model.token_to_id(token["content"])) != token["id"]:
+            raise _other_id(path, token["content"], token["id"], loaded)
+    config = path.with_name("tokenizer_config.json")
+    decoder = json_settings(config).get("added_tokens_decoder")
+    for name, token in decoder.items() if isinstance(decoder, dict) else ():
+        content = token.get("content") if isinstance(token, dict) else None
+        loaded = model.token_to_id(content) if isinstance(content, str) else None
+        if loaded is not None and name != str(loaded):
+            raise _other_id(config, content, name, loaded)
+
+
+def _other_id(path: Path, token: Any, declared: Any, loaded: int | None) -> ConfigError:
+    return ConfigError(
+        f"--tokenizer-model: {path} declares the added token {token!r} with id {declared}, and the tokenizers library "
+        f"loads it with id {loaded}. Put the token into the vocabulary of tokenizer.json under its id, and fill holes "
+        "of the vocabulary with unused entries."
+    )

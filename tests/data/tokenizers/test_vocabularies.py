@@ -63,6 +63,19 @@ def test_an_added_token_that_is_loaded_with_another_id_is_refused(tmp_path: Path
         build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(path), eod_id=1))
 
 
+@pytest.mark.parametrize(("declared", "refused"), [("7", True), ("2", False)])
+def test_ids_of_tokenizer_config_are_compared(tmp_path: Path, declared: str, refused: bool) -> None:
+    tokenizer_json(tmp_path)
+    decoder = {declared: {"content": "</s>"}, "9000": {"content": "<not there>"}, "3": None}
+    settings = {"eos_token": "</s>", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if refused:
+        with pytest.raises(ConfigError, match=r"tokenizer_config.json declares the .* '</s>' with id 7, and .* 2"):
+            build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path)))
+    else:
+        assert build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path))).eod == 2
+
+
 def test_the_size_of_a_gpt2_vocabulary_with_holes(tmp_path: Path) -> None:
     vocab = json.loads((FIXTURES / "gpt2/vocab.json").read_text(encoding="utf-8"))
     rare = max(vocab, key=vocab.__getitem__)
@@ -152,6 +165,8 @@ def test_the_end_of_a_document_comes_from_the_files_or_the_flag(tmp_path: Path, 
     else:
         tokenizer = build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path)))
         assert expected in (tokenizer.eod, tokenizer.decode([tokenizer.eod]))
+    if case.startswith("not "):  # the remedy is to remove the file
+        (tmp_path / "tokenizer_config.json").unlink()
     assert build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path), eod_id=7)).eod == 7
 
 
