@@ -50,7 +50,7 @@ def _print_plan(command: Command, world_size: int) -> None:
 
     config, console = command.config, make_console()
     tokenizer = tokenizer_of(config)
-    check_files(config, tokenizer)
+    check_files(config, tokenizer, verify=True)
     check_device(config, default_device())
     _print_note(command, console)
     print_plan(console, config, tokenizer.vocab_size, world_size)

@@ -50,7 +50,9 @@ def check_corpus(prefix: str, flag: str) -> CorpusInfo:
     except ValueError as error:
         raise ConfigError(f"{flag} {prefix}: {error} {MAKE_AGAIN}") from error
     except OSError as error:
-        raise ConfigError(f"{flag} {prefix}: {error.filename} cannot be read: {error.strerror}.") from error
+        raise ConfigError(
+            f"{flag} {prefix}: {error.filename or idx_path(prefix)} cannot be read: {error.strerror}."
+        ) from error
     if damage:
         raise ConfigError(f"{flag} {prefix}: {'; '.join(damage[0].lines())}. {MAKE_AGAIN}")
     if info.tokens == 0:

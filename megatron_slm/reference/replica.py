@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,15 +81,19 @@ class ReferenceReplica:
         return output.sum(), batch.loss_mask.sum(), scores
 
 
-def check_reference(config: Config, tokenizer: Tokenizer) -> None:
-    """Check the reference model's checkpoint, all but the content of its files. On this rank alone.
+def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
+    """Check the reference model's checkpoint. On this rank alone.
+
+    Args:
+        verify: compare the content of its files with their checksums, too; a run does so when it loads them.
 
     Raises:
         ConfigError: the checkpoint is missing or incomplete, or the model does not fit the run.
     """
     path = config.reference.reference_load
     assert path is not None, "checked by config.checks"
-    _fitting_config(find_checkpoint(path, config.reference.reference_ckpt_step, FLAG), config, tokenizer)
+    find = partial(open_checkpoint, verify=config.checkpoint.slm_verify_checksums) if verify else find_checkpoint
+    _fitting_config(find(path, config.reference.reference_ckpt_step, FLAG), config, tokenizer)
 
 
 def _fitting_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Config:

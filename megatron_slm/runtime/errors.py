@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
+FILE_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a read or write, which know no path
 LONGEST_NAME = 200  # characters of a path in a message
 
 
@@ -29,8 +31,8 @@ def refuse(problems: Sequence[str]) -> None:
 
 def explain(error: Exception) -> ConfigError | None:
     """Return a message for an error of the machine, which needs no traceback: a file or a lack of memory; else None."""
-    if isinstance(error, OSError) and error.filename is not None:
-        name = str(error.filename)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FILE_ERRORS):
+        name = "a file" if error.filename is None else str(error.filename)
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
         return ConfigError(
             f"{shown}: {error.strerror}. Check the path, its permissions, and the free space of the disk."

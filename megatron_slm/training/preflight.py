@@ -51,8 +51,11 @@ def _score_violations(config: Config) -> Iterator[str]:
         )
 
 
-def check_files(config: Config, tokenizer: Tokenizer) -> None:
-    """Check all files that the run reads: corpora, score sidecars, reference model and initial checkpoint.
+def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
+    """Check the files that the run reads: corpora, score sidecars and the reference model.
+
+    Args:
+        verify: compare checkpoints with their checksums, too; a run does so when it loads them.
 
     Raises:
         ConfigError: a file is missing, damaged, or does not fit the run.
@@ -70,7 +73,7 @@ def check_files(config: Config, tokenizer: Tokenizer) -> None:
     _check_index_memory(config)
     read_scores(config, tokenizer)
     if needs_reference(config.objective) and config.reference.reference_load is not None:
-        check_reference(config, tokenizer)
+        check_reference(config, tokenizer, verify=verify)
 
 
 def _check_index_memory(config: Config) -> None:

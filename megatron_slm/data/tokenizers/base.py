@@ -134,7 +134,8 @@ def required_file(path: str | None, flag: str, kind: str) -> Path:
     if not Path(path).is_file():
         raise ConfigError(f"{flag} {path}: there is no such file.")
     try:
-        with Path(path).open("rb"):
+        with Path(path).open("rb") as file:
+            file.read(1)
             return Path(path)
     except OSError as error:
         raise ConfigError(f"{flag} {path} cannot be read ({error.strerror}). Check its permissions (ls -l).") from error

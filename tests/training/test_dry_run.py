@@ -1,0 +1,67 @@
+"""A dry run refuses all that a run refuses, with the same message, and prints the same note."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import command, launch, make_corpus
+
+from megatron_slm.pretrain import main
+
+TAIL = 40  # bytes at the end of a file, in the data of its last tensor
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dry")
+    make_corpus(folder / "corpus", 1)
+    launch(command(corpus(folder), folder / "rm", train_iters=1))
+    launch(command(corpus(folder), folder / "changed", train_iters=1))
+    data = next((folder / "changed" / "iter_0000001").glob("__0_0.distcp"))
+    data.write_bytes(data.read_bytes()[:-TAIL] + bytes(TAIL))
+    (folder / "eio").symlink_to("/proc/self/mem")  # a regular file that cannot be read
+    return folder
+
+
+def corpus(folder: Path) -> str:
+    return str(folder / "corpus_text_document")
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"objective": "slm"}, "needs a reference model"),
+    ({"objective": "slm", "reference_load": "rm", "seq_length": 16}, "--reference-load"),
+    ({"objective": "slm", "reference_load": "changed"}, "does not match its checksum"),
+    ({"objective": "slm", "reference_load": "rm", "reference_ckpt_step": 7}, "--reference-load"),
+    ({"slm_cross_entropy": "triton"}, "--slm-cross-entropy triton: "),
+    ({"transformer_impl": "transformer_engine"}, "--transformer-impl transformer_engine"),
+    ({"distributed_backend": "nccl"}, "--distributed-backend nccl needs a GPU"),
+    ({"num_experts": 2, "moe_token_dispatcher_type": "alltoall"}, "alltoall needs GPUs"),
+    ({"train_iters": 2**31 - 1}, "--train-iters 2147483647"),
+    ({"eval_iters": 2**31 - 1}, "--eval-iters 2147483647"),
+    ({"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "eio"}, "eio cannot be read (Input/output error)"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), CASES, ids=lambda value: str(value)[:60])
+def test_dry_run_refuses_as_a_run_does(
+    workspace: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], message: str
+) -> None:
+    paths = ("reference_load", "tokenizer_model")
+    given = {name: workspace / str(value) if name in paths else value for name, value in flags.items()}
+    argv = command(corpus(workspace), **{"train_iters": 1, **given})
+    errors = []
+    for action in ([], ["--dry-run"]):
+        assert main([*argv, *action]) == 2
+        errors.append(capsys.readouterr().err)
+    assert message in errors[0] and "Traceback" not in errors[0], errors[0]
+    assert errors[1] == errors[0]
+
+
+def test_note_is_printed(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*command(corpus(workspace), train_iters=1), "--use-mcore-models", "--log-params-norm"]
+    for action in ([], ["--dry-run"]):
+        assert main([*argv, *action]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "true of every run: --use-mcore-models; without effect: --log-params-norm" in shown
