@@ -1,4 +1,4 @@
-"""Flags about reading text, the same for all tools that read it."""
+"""Flags of the text that a tool reads, the same for all tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Lines of JSON (.jsonl or any other name) and plain text (.txt), each also as .gz
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name the input and say how to read it."""
+    """Add the flags of the input and of its reading."""
     parser.add_argument("--input", nargs="+", required=True, help=INPUT)
     parser.add_argument(
         *("--json-keys", "--json-key"),

@@ -30,7 +30,7 @@ FLAG = "--output-prefix"
 
 @dataclass(frozen=True)
 class TokenizerJob:
-    """What to train on, and what to train."""
+    """Input, output and settings of a training job."""
 
     files: Sequence[str]
     output_prefix: str
@@ -129,7 +129,7 @@ def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
 
 
 def _noting_errors(lines: Iterator[str], interrupted: list[BaseException]) -> Iterator[str]:
-    """Yield lines, and note the error that ends them, which sentencepiece turns into one of its own."""
+    """Yield lines, and note the error that ends them, which sentencepiece turns into a RuntimeError."""
     try:
         yield from lines
     except BaseException as error:

@@ -68,21 +68,23 @@ class TokenizerFiles:
         Raises:
             ConfigError: flags that contradict each other.
         """
-        own = config.tokenizer
-        eod_id = own.eod_id if own.null_tokenizer_eod_id is None else own.null_tokenizer_eod_id
-        if own.null_tokenizer_eod_id is not None and own.tokenizer_type != "NullTokenizer":
+        given = config.tokenizer
+        eod_id = given.eod_id if given.null_tokenizer_eod_id is None else given.null_tokenizer_eod_id
+        if given.null_tokenizer_eod_id is not None and given.tokenizer_type != "NullTokenizer":
             raise ConfigError(
-                f"--null-tokenizer-eod-id has no effect with --tokenizer-type {own.tokenizer_type}. Give --eod-id."
+                f"--null-tokenizer-eod-id has no effect with --tokenizer-type {given.tokenizer_type}. Give --eod-id."
             )
-        if own.eod_id not in (None, eod_id):
-            raise ConfigError(f"--eod-id {own.eod_id} contradicts --null-tokenizer-eod-id {eod_id}. Give one of them.")
+        if given.eod_id not in (None, eod_id):
+            raise ConfigError(
+                f"--eod-id {given.eod_id} contradicts --null-tokenizer-eod-id {eod_id}. Give one of them."
+            )
         return cls(
-            own.tokenizer_model,
-            own.vocab_file,
-            own.merge_file,
+            given.tokenizer_model,
+            given.vocab_file,
+            given.merge_file,
             config.model.vocab_size,
-            own.tiktoken_pattern,
-            own.tiktoken_num_special_tokens,
+            given.tiktoken_pattern,
+            given.tiktoken_num_special_tokens,
             eod_id,
             special_tokens,
         )

@@ -34,14 +34,14 @@ def declared_end(path: Path, token_to_id: Callable[[str], int | None]) -> int:
                 return _known(content, token_to_id, path.with_name(name), key)
     declared = json_settings(path.with_name("generation_config.json")).get("eos_token_id")
     ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    where = f"{path.with_name('generation_config.json')}: eos_token_id"
+    place = f"{path.with_name('generation_config.json')}: eos_token_id"
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ConfigError(f"{where} is {declared!r}, and must be one id or a list of ids. {REMEDY}")
+        raise ConfigError(f"{place} is {declared!r}, and must be one id or a list of ids. {REMEDY}")
     if not ids:
-        where = f"--tokenizer-model {path}, which no eos_token accompanies"
+        place = f"--tokenizer-model {path}, which no eos_token accompanies"
         ids = [token for name in USUAL_NAMES if (token := token_to_id(name)) is not None]
     if len(set(ids)) > 1:
-        raise ConfigError(f"{where}: any of the ids {', '.join(map(str, ids))} may end a document. {REMEDY}")
+        raise ConfigError(f"{place}: any of the ids {', '.join(map(str, ids))} may end a document. {REMEDY}")
     if not ids:
         raise ConfigError(
             f"--tokenizer-model {path} has no token that ends a document (no eos_token in tokenizer_config.json, none "

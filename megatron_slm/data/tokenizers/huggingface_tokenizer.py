@@ -15,8 +15,10 @@ from megatron_slm.runtime.errors import ConfigError
 
 
 class _TokenizersModel(BaseTokenizer):
-    """A tokenizer of the library ``tokenizers``. Special tokens in a text are text, unless ``special_tokens`` says
-    otherwise; Megatron-LM reads them as tokens."""
+    """A tokenizer of the library ``tokenizers``.
+
+    Special tokens in a text are text, or with ``special_tokens`` "tokens" the tokens, as Megatron-LM reads them.
+    """
 
     model: Any
 

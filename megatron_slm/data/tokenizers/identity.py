@@ -25,11 +25,11 @@ def identity_conflict(recorded: Mapping[str, Any], tokenizer: Tokenizer) -> tupl
     """
     eod = recorded.get("eod", tokenizer.eod)
     sizes = (tokenizer.vocab_size,) if "eod" in recorded else (tokenizer.vocab_size, tokenizer.entries)
-    for what, theirs, ours, remedy in (
+    for field, theirs, ours, remedy in (
         ("vocabulary size", recorded["vocab_size"], sizes, "Use the same tokenizer"),
         ("fingerprint", recorded["fingerprint"], (tokenizer.fingerprint,), "Use the same tokenizer"),
         ("end-of-document id", eod, (tokenizer.eod,), f"Give --eod-id {eod}, or use the same tokenizer"),
     ):
         if theirs not in ours:
-            return f"{recorded['name']} of {what} {theirs}", f"{tokenizer.name} of {what} {ours[0]}", remedy
+            return f"{recorded['name']} of {field} {theirs}", f"{tokenizer.name} of {field} {ours[0]}", remedy
     return None
