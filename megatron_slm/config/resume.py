@@ -7,6 +7,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.config.activation import activation_name
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.recipe import settings
 from megatron_slm.config.schema import Config
@@ -29,6 +30,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.STRUCTURE: (
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
         *("num_query_groups", "kv_channels", "position_embedding_type", "normalization", "swiglu"),
+        "activation",
         *("disable_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "qk_layernorm"),
         *("num_experts", "moe_ffn_hidden_size"),
     ),
@@ -49,6 +51,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_token_dispatcher_type", "moe_grouped_gemm"),
         *("transformer_impl", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
         *("context_parallel_size", "expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+        *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
         *("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
         *("micro_batch_size", "global_batch_size", "train_iters", "train_samples", "seed", "bf16"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
@@ -119,7 +122,7 @@ def differences(config: Config, saved: Config) -> list[Difference]:
     for group, setting, _ in settings():
         rule = RULES.get(setting.name, Rule.FLAG)
         ours, theirs = (getattr(getattr(each, group), setting.name) for each in (config, saved))
-        if rule is not Rule.LOCAL and ours != theirs and _has_effect(setting.name, config, ours, theirs):
+        if rule is not Rule.LOCAL and ours != theirs and _has_effect(setting.name, config, saved):
             flag = flag_name(setting)
             found.append(Difference(group, setting.name, flag, ours, theirs, rule))
     return found
@@ -203,9 +206,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _has_effect(name: str, config: Config, ours: Any, theirs: Any) -> bool:
-    if name in DERIVED and (ours is None or theirs is None):
+def _has_effect(name: str, config: Config, saved: Config) -> bool:
+    if name in DERIVED and None in (getattr(config.model, name), getattr(saved.model, name)):
         return False
+    if name in ("swiglu", "activation"):
+        return activation_name(config.model) != activation_name(saved.model)
     if name in ("rotary_base", "rotary_percent"):
         return config.model.position_embedding_type == "rope"
     return not name.startswith("moe_router_") or config.model.num_experts is not None

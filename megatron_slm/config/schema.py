@@ -19,7 +19,7 @@ class ModelConfig:
     num_layers: int | None = flag(None, "number of transformer layers", above=0)
     hidden_size: int | None = flag(None, "width of the residual stream", above=0)
     ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s with --swiglu", above=0
+        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s if the MLP is gated", above=0
     )
     num_attention_heads: int | None = flag(None, "number of attention heads", above=0)
     group_query_attention: bool = flag(False, "grouped-query attention; needs --num-query-groups")
@@ -34,7 +34,13 @@ class ModelConfig:
     rotary_percent: float = flag(1.0, "share of a head's width that is rotated", above=0, at_most=1)
     normalization: str = flag("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", above=0)
-    swiglu: bool = flag(False, "gated SiLU in the MLP instead of GELU")
+    swiglu: bool = flag(False, "use gated linear units and SiLU activation instead of GELU (--activation swiglu)")
+    activation: str | None = flag(
+        None,
+        "activation of the MLP, the same function on every device; default swiglu with --swiglu, else gelu, which is "
+        "exact (Megatron-LM's fused GELU is gelu_tanh, as in GPT-2)",
+        choices=("gelu", "gelu_tanh", "swiglu", "geglu", "squared_relu"),
+    )
     disable_bias_linear: bool = flag(False, "no bias in linear layers")
     add_qkv_bias: bool = flag(False, "bias in the query/key/value projection only")
     untie_embeddings_and_output_weights: bool = flag(False, "an LM head of its own")
@@ -83,6 +89,14 @@ class ParallelConfig:
     expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)", above=0)
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on", above=0
+    )
+    decoder_first_pipeline_num_layers: int | None = flag(
+        None,
+        "number of transformer layers on the first pipeline stage; default even split over all stages",
+        above=0,
+    )
+    decoder_last_pipeline_num_layers: int | None = flag(
+        None, "number of transformer layers on the last pipeline stage; default even split over all stages", above=0
     )
     sequence_parallel: bool = flag(False, "shard activations between tensor-parallel regions; no effect if TP is 1")
     use_distributed_optimizer: bool = flag(False, "shard optimizer state over data-parallel ranks")

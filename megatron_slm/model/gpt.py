@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig, multi_token_prediction
@@ -17,6 +16,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.model.activation import activation_settings
+from megatron_slm.model.positions import RotaryByPosition
 from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
 from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
@@ -44,6 +45,8 @@ class GPT(GPTModel):
         self, *inputs: Any, labels: Tensor | None = None, early: EarlySelection | None = None, **more: Any
     ) -> Tensor:
         """Megatron-Core's forward pass; ``early`` names tokens whose gradient may be computed at once."""
+        if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
+            rotary.position_ids = inputs[1]
         if labels is None or not self.post_process:
             return super().forward(*inputs, labels=labels, **more)
         self._early, self._further = early, ()
@@ -121,6 +124,7 @@ def build_model(
     groups: Groups,
     bf16: bool,
     reports_entropy: bool = False,
+    resets_positions: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, on its device: one, or one per virtual pipeline stage.
 
@@ -128,6 +132,7 @@ def build_model(
         vocab_size: the tokenizer's size; it is padded to a multiple of --make-vocab-size-divisible-by x TP.
         bf16: bfloat16 weights, each chunk wrapped in Megatron-Core's Float16Module.
         reports_entropy: the last stage also reports entropies (for a reference model).
+        resets_positions: position ids differ from sample to sample (--reset-position-ids).
 
     Raises:
         ConfigError: an implementation or a dispatcher of tokens that this machine does not have.
@@ -135,12 +140,15 @@ def build_model(
     implementation = choose_implementation(model.transformer_impl, groups.device)
     check_dispatcher(model, groups.device)
     config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
+    rotates_by_id = resets_positions and model.position_embedding_type == "rope"
+    if rotates_by_id:
+        config.apply_rope_fusion = False  # the fused kernel takes one position per row of all samples
     head = lm_head(model, parallel, objective, vocab_size, groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual_stages):
         vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
-        layers = layer_spec(model, config, implementation)
+        layers = layer_spec(model, config, implementation, vp_stage, groups.pp_rank)
         chunk = GPT(
             config=config,
             transformer_layer_spec=layers,
@@ -161,6 +169,8 @@ def build_model(
         )
         chunk.reports_entropy = reports_entropy
         chunk.lm_head = head
+        if rotates_by_id:
+            chunk.rotary_pos_emb = RotaryByPosition(chunk.rotary_pos_emb)
         chunk.to(groups.device)
         chunks.append(Float16Module(config, chunk) if bf16 else chunk)
     return chunks
@@ -228,8 +238,7 @@ def transformer_config(
         kv_channels=model.kv_channels,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        **activation_settings(model, groups.device),
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
@@ -243,6 +252,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         mtp_num_layers=model.mtp_num_layers,
@@ -255,7 +266,6 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         masked_softmax_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=on_gpu,
         apply_rope_fusion=implementation == "transformer_engine",
         persist_layer_norm=implementation == "transformer_engine",
         gradient_accumulation_fusion=on_gpu and _has_fused_gradient_accumulation(),

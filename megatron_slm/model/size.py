@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from megatron_slm.config.activation import is_gated
 from megatron_slm.config.schema import ModelConfig
 
 
 def ffn_size(model: ModelConfig) -> int:
-    """Width of the MLP: as given, else 4h, or with SwiGLU 8h/3 rounded down to a multiple of 64 (as Megatron-LM)."""
+    """Width of the MLP: as given, else 4h, or if it is gated 8h/3 rounded down to a multiple of 64 (as Megatron-LM)."""
     hidden = model.hidden_size or 0
     if model.ffn_hidden_size is not None:
         return model.ffn_hidden_size
-    return max(hidden * 8 // 3 // 64 * 64, 64) if model.swiglu else 4 * hidden
+    return max(hidden * 8 // 3 // 64 * 64, 64) if is_gated(model) else 4 * hidden
 
 
 def expert_size(model: ModelConfig) -> int:
@@ -39,7 +40,7 @@ def matrix_parameters(model: ModelConfig, *, passed: bool = True) -> int:
     hidden = model.hidden_size or 0
     query, key = _head_sizes(model)
     attention = hidden * (query + 2 * key) + query * hidden
-    matrices = 3 if model.swiglu else 2
+    matrices = 3 if is_gated(model) else 2
     if model.num_experts is None:
         mlp = matrices * hidden * ffn_size(model)
     else:
@@ -61,7 +62,7 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     per_layer = 2 * norm + (head_norm if model.qk_layernorm else 0)
     if not model.disable_bias_linear:
         width = ffn_size(model) if model.num_experts is None else expert_size(model)
-        per_layer += hidden + (model.num_experts or 1) * (hidden + width * (2 if model.swiglu else 1))
+        per_layer += hidden + (model.num_experts or 1) * (hidden + width * (2 if is_gated(model) else 1))
     if not model.disable_bias_linear or model.add_qkv_bias:
         per_layer += query + 2 * key
     heads = model.mtp_num_layers or 0

@@ -23,7 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_slm.config.schema import ModelConfig
@@ -141,7 +141,7 @@ def choose_implementation(wanted: str | None, device: torch.device) -> str:
 
 
 def layer_spec(
-    model: ModelConfig, config: TransformerConfig, implementation: str
+    model: ModelConfig, config: TransformerConfig, implementation: str, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The specification of the transformer layers of one model chunk."""
     if implementation == "transformer_engine":
@@ -159,8 +159,7 @@ def layer_spec(
     attention.core_attention = TorchAttention
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
-    count = config.num_layers // config.pipeline_model_parallel_size
-    count //= config.virtual_pipeline_model_parallel_size or 1
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=TorchNorm)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.relations.wording import has_uneven_stages
+from megatron_slm.config.schema import Config, ParallelConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.tokenizers.identity import identity_conflict
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
@@ -39,8 +40,8 @@ class ReferenceReplica:
         with_entropy: also report the entropies of the next-token distributions.
 
     Raises:
-        ConfigError: no whole checkpoint, another tokenizer, vocabulary or sequence length, or a size that the
-            layout does not divide.
+        ConfigError: no whole checkpoint, another tokenizer or vocabulary, a shorter sequence length, or a size that
+            the layout does not divide.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
@@ -48,20 +49,19 @@ class ReferenceReplica:
         assert path is not None, "checked by config.checks"
         directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
         self.config = own = _fitting_config(directory, config, tokenizer)
-        stages = virtual_stages(config.model, config.parallel)
-        layers = (own.model.num_layers or 0) // (config.parallel.pipeline_model_parallel_size * (stages or 1))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
         with preserved_random_state():
             self.chunks = build_model(
                 replace(own.model, transformer_impl=config.model.transformer_impl, mtp_num_layers=None),
                 vocab_size=tokenizer.vocab_size,
-                parallel=replace(config.parallel, num_layers_per_virtual_pipeline_stage=layers if stages else None),
+                parallel=_layout(own, config),
                 training=replace(config.training, recompute_granularity=None),
                 objective=config.objective,
                 groups=groups,
                 bf16=config.training.bf16 if precision is None else precision == "bf16",
                 reports_entropy=with_entropy,
+                resets_positions=config.data.reset_position_ids,
             )
         load_weights(self.chunks, directory, FLAG)
         for chunk in self.chunks:
@@ -113,11 +113,28 @@ def _check_tokenizer(recorded: dict[str, object], tokenizer: Tokenizer) -> None:
         )
 
 
+def _layout(own: Config, config: Config) -> ParallelConfig:
+    """Return the layout of the reference model: that of the training model, with its layers split evenly if it has
+    another number of layers."""
+    parallel = config.parallel
+    if own.model.num_layers == config.model.num_layers:
+        return parallel
+    stages = virtual_stages(config.model, parallel)
+    layers = (own.model.num_layers or 0) // (parallel.pipeline_model_parallel_size * (stages or 1))
+    return replace(
+        parallel,
+        num_layers_per_virtual_pipeline_stage=layers if stages else None,
+        decoder_first_pipeline_num_layers=None,
+        decoder_last_pipeline_num_layers=None,
+    )
+
+
 def _check_shape(own: Config, config: Config) -> None:
-    if own.model.seq_length != config.model.seq_length:
+    length, longest = config.model.seq_length or 0, own.model.seq_length or 0
+    if length > longest:
         raise ConfigError(
-            f"{FLAG}: the reference model was trained with --seq-length {own.model.seq_length}, and this run has "
-            f"{config.model.seq_length}. Train both with the same length."
+            f"{FLAG}: the reference model was trained with --seq-length {longest}, and this run has {length}. Train "
+            f"the reference model with at least {length}, or this run with at most {longest}."
         )
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size * (virtual_stages(config.model, parallel) or 1)
@@ -127,6 +144,8 @@ def _check_shape(own: Config, config: Config) -> None:
         ("key/value heads", groups, parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
         ("MLP channels", ffn_size(own.model), parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
     ):
+        if what == "layers" and size == config.model.num_layers and has_uneven_stages(parallel):
+            continue  # split as the training model's
         if (size or 0) % divisor:
             raise ConfigError(
                 f"{FLAG}: the reference model has {size} {what}, which {flag} = {divisor} does not divide. "

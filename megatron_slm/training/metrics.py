@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -173,7 +173,8 @@ class Throughput:
         """For a training model and, where there is one, the forward pass of a reference model."""
         flops = training_flops_per_token(config.model, padded_vocab_size(config.model, vocab_size, 1))
         if reference is not None:
-            flops += forward_flops_per_token(reference.model, padded_vocab_size(reference.model, vocab_size, 1))
+            model = replace(reference.model, seq_length=config.model.seq_length)  # which may be shorter than its own
+            flops += forward_flops_per_token(model, padded_vocab_size(model, vocab_size, 1))
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
         peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
         batch, length = config.training.global_batch_size, config.model.seq_length

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import check
+from megatron_slm.config.relations.model import MASK_IGNORED
 from megatron_slm.config.schema import Config
 from megatron_slm.objective.policy import Joined, needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.runtime.errors import ConfigError, refuse
@@ -101,7 +102,9 @@ def check_device(config: Config, device: torch.device) -> None:
     from megatron_slm.model.gpt import check_dispatcher, choose_cross_entropy
     from megatron_slm.model.specs import choose_implementation
 
-    choose_implementation(config.model.transformer_impl, device)
+    implementation = choose_implementation(config.model.transformer_impl, device)
+    if implementation == "transformer_engine" and config.data.reset_attention_mask:
+        raise ConfigError(MASK_IGNORED)
     choose_cross_entropy(config.objective.slm_cross_entropy, device)
     check_dispatcher(config.model, device)
     if config.parallel.distributed_backend == "nccl" and device.type == "cpu":

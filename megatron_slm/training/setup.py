@@ -104,6 +104,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
             objective=config.objective,
             groups=groups,
             bf16=config.training.bf16,
+            resets_positions=config.data.reset_position_ids,
         ),
         config,
     )

@@ -38,6 +38,40 @@ def test_what_follows_is_filled_in() -> None:
     assert config.training.global_batch_size == 4 and config.model.max_position_embeddings == 32
 
 
+FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers", "sizes"),
+    [(2, 4, {FIRST: 1}), (2, 5, {FIRST: 2, LAST: 3}), (3, 7, {LAST: 1}), (4, 8, {FIRST: 1, LAST: 3})],
+)
+def test_uneven_pipelines(stages: int, layers: int, sizes: dict[str, int]) -> None:
+    run_check(stages, pipeline_model_parallel_size=stages, num_layers=layers, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("stages", "layers", "more", "message"),
+    [
+        (1, 4, {FIRST: 1}, "--decoder-first-pipeline-num-layers 1 needs --pipeline-model-parallel-size above 1"),
+        (2, 4, {FIRST: 0}, "--decoder-first-pipeline-num-layers is 0"),
+        (2, 4, {FIRST: 4}, "leaves 0 of --num-layers 4 for 1 other pipeline stages"),
+        (2, 4, {LAST: 5}, "leaves -1 of --num-layers 4"),
+        (2, 5, {FIRST: 2, LAST: 2}, "leaves 1 of --num-layers 5 for 0 other pipeline stages"),
+        (2, 5, {FIRST: 3, LAST: 3}, "leaves -1 of --num-layers 5"),
+        (3, 8, {FIRST: 1}, "leaves 7 of --num-layers 8 for 2 other pipeline stages"),
+        (4, 5, {FIRST: 2, LAST: 2}, "leaves 1 of --num-layers 5 for 2 other pipeline stages"),
+        (
+            *(2, 8),
+            {FIRST: 2, "num_layers_per_virtual_pipeline_stage": 2, "micro_batch_size": 1, "global_batch_size": 2},
+            "cannot be combined with --num-layers-per-virtual-pipeline-stage",
+        ),
+    ],
+)
+def test_uneven_pipelines_that_do_not_fit(stages: int, layers: int, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_check(stages, pipeline_model_parallel_size=stages, num_layers=layers, **more)
+
+
 @pytest.mark.parametrize("name", [name for name in GOOD if name != "data_path"])
 def test_needed_settings_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):

@@ -36,6 +36,7 @@ def test_equal_settings_give_no_line() -> None:
         ("rotary_base", 500000, "Give --rotary-base 10000, add --use-checkpoint-args, or start a new run"),
         ("seq_length", 64, "Give --seq-length 32"),
         ("swiglu", True, "--swiglu on differs"),
+        ("activation", "gelu_tanh", "--activation gelu_tanh differs"),
         ("optimizer", "sgd", "add --no-load-optim"),
     ],
 )
@@ -73,6 +74,8 @@ def test_flag_is_taken_and_reported_in_one_line(name: str, value: Any, shown: st
 def test_settings_without_effect_are_not_compared() -> None:
     ours = config(save="here", log_interval=5, ffn_hidden_size=128, moe_router_topk=1)
     assert reconcile(ours, config(), RUN, "--load") == ""
+    assert reconcile(config(activation="swiglu"), config(swiglu=True), RUN, "--load") == ""
+    assert reconcile(config(activation="gelu"), config(), RUN, "--load") == ""
     learned = {"position_embedding_type": "learned_absolute"}
     assert reconcile(config(**learned, rotary_base=5), config(**learned), RUN, "--load") == ""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MODEL, command, launch, make_corpus, records
+from tiny import MODEL, command, launch, launch_and_fail, make_corpus, records
 
 LAYOUTS = [
     *[(1, 1, 2), (1, 2, 1), (2, 1, 1)],
@@ -70,6 +70,52 @@ def test_sequence_parallel_agrees(workspace: Path) -> None:
 def test_interleaved_pipeline_agrees(workspace: Path) -> None:
     launch(slm(workspace, "interleaved", pp=2, num_layers_per_virtual_pipeline_stage=1), 2)
     assert_same(workspace, "interleaved")
+
+
+@pytest.mark.parametrize(
+    ("stages", "flags"),
+    [(2, {"decoder_first_pipeline_num_layers": 1}), (3, {"decoder_last_pipeline_num_layers": 2})],
+    ids=["1+3", "1+1+2"],
+)
+def test_uneven_pipeline_agrees(workspace: Path, stages: int, flags: dict[str, int]) -> None:
+    """The reference model has as many layers, and is split alike."""
+    launch(slm(workspace, f"uneven-{stages}", pp=stages, **flags), stages)
+    assert_same(workspace, f"uneven-{stages}")
+
+
+def test_reference_model_of_another_depth_in_an_uneven_pipeline(workspace: Path) -> None:
+    """Its layers are split evenly; if they cannot be, that is an error on every rank."""
+    corpus = str(workspace / "clean_text_document")
+    launch(command(corpus, workspace / "rm2", train_iters=2, num_layers=2))
+    for name, flags in (("flat", {}), ("deep", {"pp": 2, "decoder_last_pipeline_num_layers": 1})):
+        launch(
+            [*slm(workspace, f"rm2-{name}", **flags), "--reference-load", str(workspace / "rm2")], flags.get("pp", 1)
+        )
+    assert_same(workspace, "rm2-deep", "rm2-flat")
+    uneven = slm(workspace, "rm2-three", pp=3, decoder_last_pipeline_num_layers=2)
+    code, errors = launch_and_fail([*uneven, "--reference-load", str(workspace / "rm2")], 3)
+    assert code == 2 and "the reference model has 2 layers, which" in errors
+
+
+def test_reference_model_with_a_longer_sequence_length(workspace: Path) -> None:
+    """Untrained weights are the same for every sequence length, and so are their losses; θ may not be longer."""
+    corpus = str(workspace / "clean_text_document")
+    for length in (32, 64):
+        untrained = {"train_iters": 1, "lr": 0, "seq_length": length}
+        launch(command(corpus, workspace / f"rm-{length}", **untrained))
+        launch([*slm(workspace, f"with-{length}"), "--reference-load", str(workspace / f"rm-{length}")])
+    assert_same(workspace, "with-64", "with-32")
+    longer = [*slm(workspace, "longer"), "--reference-load", str(workspace / "rm-32"), "--seq-length", "64"]
+    for action in ([], ["--dry-run"]):
+        code, errors = launch_and_fail([*longer, *action])
+        assert code == 2 and "was trained with --seq-length 32, and this run has 64" in errors
+
+
+def test_reference_model_with_more_learned_positions(workspace: Path) -> None:
+    positions = {"position_embedding_type": "learned_absolute", "seq_length": 64}
+    launch(command(str(workspace / "clean_text_document"), workspace / "rm-learned", train_iters=1, **positions))
+    launch([*slm(workspace, "learned"), "--reference-load", str(workspace / "rm-learned")])
+    assert len(records(workspace / "learned")) == 3
 
 
 WAYS = {

@@ -29,6 +29,8 @@ class Fact:
 # Flag -> setting and value that it stands for, by Megatron-LM's definition.
 IMPLIED: dict[str, tuple[str, Any]] = {
     "--use-rotary-position-embeddings": ("position_embedding_type", "rope"),
+    "--squared-relu": ("activation", "squared_relu"),
+    "--openai-gelu": ("activation", "gelu_tanh"),
     "--recompute-activations": ("recompute_granularity", "selective"),
     "--grad-reduce-in-bf16": ("accumulate_allreduce_grads_in_fp32", False),
     "--override-opt-param-scheduler": ("override_opt_param_scheduler", True),

@@ -41,9 +41,7 @@ CURATED: dict[str, str] = {
     "--override-ckpt-iteration": "the step comes from the checkpoint. Choose one with --ckpt-step.",
     # model
     "--apply-layernorm-1p": "norm weights are stored as such, not as an offset from 1. Leave the flag out.",
-    "--squared-relu": "the activation is GELU, or SwiGLU with --swiglu.",
-    "--quick-geglu": "the activation is GELU, or SwiGLU with --swiglu.",
-    "--openai-gelu": "the activation is GELU, or SwiGLU with --swiglu.",
+    "--quick-geglu": "the sigmoid approximation of GELU is not offered. Use --activation geglu.",
     "--init-method-xavier-uniform": "initial weights are normal. Set --init-method-std.",
     "--rotary-interleaved": "rotary embeddings rotate the halves of a head, as in Llama. Leave the flag out.",
     "--use-rope-scaling": _SCALED_ROPE,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_slm.config.relations.wording import PIPELINE, TENSOR, data_parallel_size, not_dividing
+from megatron_slm.config.relations.wording import (
+    PIPELINE,
+    TENSOR,
+    data_parallel_size,
+    has_uneven_stages,
+    not_dividing,
+)
 from megatron_slm.config.schema import Config
 
 
@@ -53,7 +59,11 @@ def context_parallel(config: Config, _: int) -> Iterator[str]:
 
 
 def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
-    """Layers are split evenly over pipeline stages and virtual stages."""
+    """Layers are split evenly over pipeline stages and virtual stages, apart from a first and last stage of given
+    sizes."""
+    if has_uneven_stages(config.parallel):
+        yield from _uneven_pipeline(config)
+        return
     pipeline, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers or 0
     yield from not_dividing(pipeline, PIPELINE, layers, "--num-layers")
     per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
@@ -65,6 +75,32 @@ def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
     yield from not_dividing(per_stage, flag, layers // pipeline, "layers per pipeline rank, --num-layers / PP =")
     if per_stage == layers // pipeline and pipeline > 1:
         yield f"{flag} {per_stage} leaves one stage per rank: leave it out."
+
+
+def _uneven_pipeline(config: Config) -> Iterator[str]:
+    """Yield violations of --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."""
+    parallel, layers = config.parallel, config.model.num_layers or 0
+    sizes = {
+        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
+    }
+    given = {flag: size for flag, size in sizes.items() if size is not None}
+    named = " and ".join(f"{flag} {size}" for flag, size in given.items())
+    pipeline = parallel.pipeline_model_parallel_size
+    if pipeline == 1:
+        yield f"{named} needs {PIPELINE} above 1."
+        return
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        yield (
+            f"{named} cannot be combined with --num-layers-per-virtual-pipeline-stage, which splits layers evenly. "
+            "Leave one of them out."
+        )
+    left, stages = layers - sum(given.values()), pipeline - len(given)
+    if left < stages or (not stages and left) or (stages and left % stages):
+        yield (
+            f"{named} leaves {left} of --num-layers {layers} for {stages} other pipeline stages, and each needs as "
+            "many as the others, at least one. Change the number of layers of the first or last stage."
+        )
 
 
 def global_batch(config: Config, world_size: int) -> Iterator[str]:

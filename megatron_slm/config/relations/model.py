@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from megatron_slm.config.relations.wording import not_dividing
 from megatron_slm.config.schema import Config
 
+MASK_IGNORED = (
+    "--reset-attention-mask: Transformer Engine takes no mask of documents and would attend across them. Use "
+    "--transformer-impl local, or leave --reset-attention-mask out."
+)
+
 
 def heads(config: Config, _: int) -> Iterator[str]:
     """Attention heads divide the hidden size, and query groups the heads."""
@@ -40,6 +45,19 @@ def positions(config: Config, _: int) -> Iterator[str]:
         )
 
 
+def activation(config: Config, _: int) -> Iterator[str]:
+    """--swiglu and --activation name the same function."""
+    model = config.model
+    if model.swiglu and model.activation not in (None, "swiglu"):
+        yield f"--swiglu contradicts the activation {model.activation}. Leave --swiglu out (--no-swiglu)."
+
+
+def documents(config: Config, _: int) -> Iterator[str]:
+    """Attention that ends at documents needs a layer that takes a mask."""
+    if config.data.reset_attention_mask and config.model.transformer_impl == "transformer_engine":
+        yield MASK_IGNORED
+
+
 def prediction_heads(config: Config, _: int) -> Iterator[str]:
     """Multi-token prediction fits the sequence and the pipeline."""
     model, count = config.model, config.model.mtp_num_layers
@@ -71,4 +89,4 @@ def recomputation(config: Config, _: int) -> Iterator[str]:
         yield f"{given} has no effect without --recompute-granularity full. Add it, or leave {given} out."
 
 
-RELATIONS = (heads, positions, prediction_heads, recomputation)
+RELATIONS = (heads, positions, activation, documents, prediction_heads, recomputation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import Config, ParallelConfig
 
 TENSOR = "--tensor-model-parallel-size"
 PIPELINE = "--pipeline-model-parallel-size"
@@ -20,6 +20,11 @@ def both_given(first: str, has_first: object, second: str, has_second: object, h
     """Yield a message if two flags that exclude each other were given."""
     if has_first and has_second:
         yield f"{first} and {second} were both given. Give one{hint}."
+
+
+def has_uneven_stages(parallel: ParallelConfig) -> bool:
+    """Return whether the first or last pipeline stage has a given number of layers."""
+    return bool(parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

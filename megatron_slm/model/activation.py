@@ -1,0 +1,48 @@
+"""The activation of the MLP: one function on every device.
+
+Megatron-Core's fusion of bias and activation (``bias_activation_fusion``) replaces GELU by its tanh approximation, so a
+fused activation is used only if it computes the function that the setting names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_slm.config.activation import activation_name, is_gated
+from megatron_slm.config.schema import ModelConfig
+
+
+def gelu_tanh(values: Tensor) -> Tensor:
+    """Tanh approximation of GELU, as in GPT-2."""
+    return F.gelu(values, approximate="tanh")
+
+
+def squared_relu(values: Tensor) -> Tensor:
+    """Square of ReLU."""
+    return F.relu(values).square()
+
+
+FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "squared_relu": squared_relu,
+}
+
+
+def activation_settings(model: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Return the fields of Megatron-Core's configuration that choose the activation."""
+    name = activation_name(model)
+    # Megatron-Core takes its fused tanh approximation if the function is GELU; only in a plain MLP, and with a bias.
+    has_fused_gelu = name == "gelu_tanh" and model.num_experts is None and not model.disable_bias_linear
+    is_fused = device.type == "cuda" and (name == "swiglu" or has_fused_gelu)
+    return {
+        "gated_linear_unit": is_gated(model),
+        "activation_func": F.gelu if is_fused and has_fused_gelu else FUNCTIONS[name],
+        "bias_activation_fusion": is_fused,
+    }

@@ -1,0 +1,99 @@
+"""Rotary embeddings follow the position ids; attention across documents is refused where no mask is seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from megatron_slm.config.checks import check
+from megatron_slm.config.flags import parse
+from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.training.preflight import check_device
+
+LENGTH, BREAK, VOCAB = 12, 5, 64  # a document of 5 tokens, then one of 7
+
+
+def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Tensor]:
+    """Return token losses of one sample with every use of its position ids."""
+    from megatron_slm.model.gpt import build_model
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.groups import ParallelLayout
+
+    groups = process.start(ParallelLayout(), seed=1)
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        seq_length=LENGTH,
+        position_embedding_type=position_embedding,
+        init_method_std=0.5,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    chunks: dict[bool, Any] = {}
+    for resets in (False, True):
+        (chunks[resets],) = build_model(
+            model,
+            vocab_size=VOCAB,
+            parallel=ParallelConfig(),
+            training=TrainingConfig(),
+            objective=ObjectiveConfig(),
+            groups=groups,
+            bf16=False,
+            resets_positions=resets,
+        )
+    chunks[True].load_state_dict(chunks[False].state_dict())
+    generator = torch.Generator().manual_seed(3)
+    tokens, labels = (torch.randint(0, VOCAB, (2, LENGTH), generator=generator) for _ in range(2))
+    straight = torch.arange(LENGTH).repeat(2, 1)
+    restarted = straight.clone()
+    restarted[:, BREAK:] -= BREAK
+    document = (straight >= BREAK).long()
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1) | (document[:, :, None] != document[:, None, :])
+
+    def losses(chunk: Any, ids: Tensor, attention_mask: Tensor | None, columns: slice = slice(None)) -> Tensor:
+        with torch.no_grad():
+            return chunk(tokens[:, columns], ids, attention_mask, labels=labels[:, columns])
+
+    second = slice(BREAK, LENGTH)
+    found = {
+        "plain": losses(chunks[False], straight, None),
+        "by id, straight": losses(chunks[True], straight, None),
+        "by id, restarted": losses(chunks[True], restarted, None),
+        "by id, restarted, masked": losses(chunks[True], restarted, mask[:, None])[:, second],
+        "second document alone": losses(chunks[False], straight[:, : LENGTH - BREAK], None, second),
+    }
+    process.stop()
+    return found
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "learned_absolute"])
+def test_position_ids_are_followed(position_embedding: str) -> None:
+    (found,) = run_ranks(_losses, 1, position_embedding, initialise=False)
+    torch.testing.assert_close(found["by id, straight"], found["plain"], rtol=0, atol=1e-5)
+    changed = (found["by id, restarted"] - found["plain"]).abs()
+    assert float(changed[:, :BREAK].max()) < 1e-5
+    assert float(changed[:, BREAK:].max()) > 0.1, "the restart has no effect"
+    masked, alone = found["by id, restarted, masked"], found["second document alone"]
+    torch.testing.assert_close(masked, alone, rtol=0, atol=2e-5)
+
+
+def test_transformer_engine_with_a_mask_of_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is asked for, before torch is loaded; and on a GPU that has it by default."""
+    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3"
+    words += " --train-iters 1 --tokenizer-type ByteTokenizer --data-path corpus --reset-attention-mask"
+    message = "would attend across them. Use --transformer-impl local"
+    with pytest.raises(ConfigError, match=message):
+        check(parse([*words.split(), "--transformer-impl", "transformer_engine"]).config, 1)
+    config = parse(words.split()).config
+    check(config, 1)
+    check_device(config, torch.device("cpu"))
+    monkeypatch.setattr("megatron_slm.model.specs.choose_implementation", lambda *_: "transformer_engine")
+    with pytest.raises(ConfigError, match=message):
+        check_device(config, torch.device("cuda"))
+    check_device(Config(data=DataConfig(reset_position_ids=True)), torch.device("cuda"))
