@@ -46,6 +46,23 @@ class _Step:
     local: int
 
 
+@dataclass(frozen=True)
+class SlurmJob:
+    """Slurm job of a process, and how often the job was requeued; without Slurm the id is empty."""
+
+    job_id: str = ""
+    restarts: int = 0
+
+    def is_restart_of(self, earlier: SlurmJob) -> bool:
+        """Return whether this is the same job after a requeue, which Slurm does when all its processes have ended."""
+        return bool(self.job_id) and self.job_id == earlier.job_id and self.restarts > earlier.restarts
+
+
+def slurm_job(env: Variables = os.environ) -> SlurmJob:
+    """Return the Slurm job of this process."""
+    return SlurmJob(env.get("SLURM_JOB_ID", "").strip(), _first_readable(env, "SLURM_RESTART_COUNT"))
+
+
 def read_launch(env: Variables = os.environ) -> Launch:
     """Return the place of this process from the launcher's variables; an empty variable counts as unset.
 

@@ -54,7 +54,7 @@ def run_command(action: Callable[[], None]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         if launched_rank() == 0:
-            _print("interrupted")
+            print_error("interrupted")
         return INTERRUPTED
     except Exception as error:
         if (explained := explain(error)) is not None:
@@ -76,7 +76,7 @@ def report_error(error: Exception) -> None:
     rank = launched_rank()
     if rank == 0:
         _claim_message(error)
-        _print(f"error: {error}")
+        print_error(f"error: {error}")
         if _store is not None:
             time.sleep(SECONDS_FOR_RANK_0 + SECONDS_FOR_OTHERS)  # the store may end with this process
         return
@@ -84,7 +84,7 @@ def report_error(error: Exception) -> None:
         return
     time.sleep(SECONDS_FOR_RANK_0)
     if _claim_message(error):
-        _print(f"error on rank {rank}: {error}")
+        print_error(f"error on rank {rank}: {error}")
 
 
 def _claim_message(error: Exception) -> bool:
@@ -113,10 +113,11 @@ def _print_failure(error: Exception) -> None:
     where = f"error on rank {rank}" if rank else "error"
     if any(phrase in str(error) for phrase in LOST_PEER):
         reason = str(error).strip().splitlines()[0]
-        _print(f"{where}: another rank ended without a report, for example because it was killed ({reason})")
+        print_error(f"{where}: another rank ended without a report, for example because it was killed ({reason})")
     else:
-        _print(f"{traceback.format_exc()}{where}: see the traceback above")
+        print_error(f"{traceback.format_exc()}{where}: see the traceback above")
 
 
-def _print(text: str) -> None:
+def print_error(text: str) -> None:
+    """Print a line to standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,217 @@
+"""Directory lock: one active run per directory.
+
+The lock is a file that names its owner, and that the owner touches while it lives. It expires if the owner is dead: on
+the owner's machine if the process is gone, for a requeued Slurm job with the job's restart, and elsewhere after
+``SECONDS_TO_EXPIRY`` without a touch. Only the order of events in the directory counts, not the clocks of two hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import explained_write
+from megatron_slm.runtime.launch import SlurmJob, slurm_job
+from megatron_slm.runtime.reporting import print_error
+
+LOCK_FILE = ".slm_run.lock"
+SECONDS_BETWEEN_TOUCHES = 10.0
+SECONDS_TO_EXPIRY = 120.0
+SECONDS_TO_SETTLE = 0.5  # after an expired lock is replaced, for other processes that replace it too
+CLOCK_TOLERANCE = 2.0  # seconds by which two readings of a process's start time may differ
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Identity of the process that holds a lock."""
+
+    token: str
+    host: str
+    machine: str  # the kernel and process namespace in which ``pid`` is unique
+    pid: int
+    started: float  # start time of the process, since process ids are reused
+    job: SlurmJob
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job.job_id}" if self.job.job_id else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+class DirectoryLock:
+    """Lock of one directory, which is created if it does not exist.
+
+    Args:
+        directory: the directory to lock.
+        flag: the flag that named it, for error messages.
+    """
+
+    def __init__(self, directory: str | Path, flag: str) -> None:
+        self.directory, self.flag = Path(directory), flag
+        self.path = self.directory / LOCK_FILE
+        self._owner: Owner | None = None
+        self._created: list[Path] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="directory-lock", daemon=True)
+
+    def acquire(self) -> None:
+        """Take the lock, from an owner that is dead if need be.
+
+        Raises:
+            ConfigError: another run is active in the directory, or the directory cannot be written.
+        """
+        owner = _this_process()
+        with explained_write(self.directory, self.flag):
+            self._create_directory()
+            while not self._create(owner):
+                self._remove_expired()
+        self._owner = owner
+        self._thread.start()
+
+    def release(self) -> None:
+        """Remove the lock, and the directory if it was created for the lock and holds nothing; idempotent."""
+        if self._owner is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if _read_owner(self.path) == self._owner:
+                self.path.unlink()
+            for directory in self._created:
+                directory.rmdir()
+        self._owner = None
+
+    def _create_directory(self) -> None:
+        missing = [self.directory, *self.directory.parents]
+        self._created = [directory for directory in missing if not directory.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _create(self, owner: Owner) -> bool:
+        """Return whether the lock file was created, which fails if it exists."""
+        try:
+            file = self.path.open("x", encoding="utf-8")
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                file.write(json.dumps(asdict(owner)))
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _remove_expired(self) -> None:
+        """Remove the lock of a dead owner.
+
+        Raises:
+            ConfigError: the owner is alive.
+        """
+        try:
+            touched = self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        owner = _read_owner(self.path)
+        dead = _is_dead(owner) if owner is not None else None
+        if dead is None:
+            dead = self._expires(touched, owner)
+        if not dead:
+            raise ConfigError(
+                f"{self.flag} {self.directory}: another run is active there ({owner or 'owner unknown'}). Wait for its "
+                f"end, stop it, or choose another directory. If it is dead, remove {self.path}."
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if _read_owner(self.path) == owner:
+                self.path.unlink()
+        time.sleep(SECONDS_TO_SETTLE)
+
+    def _expires(self, touched: int, owner: Owner | None) -> bool:
+        """Return whether the lock is not touched for long; waits for that."""
+        waited = time.monotonic() + SECONDS_TO_EXPIRY - self._age(touched)
+        if waited > time.monotonic():
+            print_error(
+                f"{self.flag} {self.directory} is locked by {owner or 'an unknown process'}: waiting up to "
+                f"{waited - time.monotonic():.0f} s for a sign of life"
+            )
+        while time.monotonic() < waited:
+            time.sleep(min(1.0, SECONDS_BETWEEN_TOUCHES))
+            try:
+                if self.path.stat().st_mtime_ns != touched:
+                    return False
+            except FileNotFoundError:
+                return True
+        return True
+
+    def _age(self, touched: int) -> float:
+        """Return the seconds since the last touch by the clock of the file system."""
+        with tempfile.NamedTemporaryFile(dir=self.directory, prefix=".clock-") as probe:
+            return max(0.0, (Path(probe.name).stat().st_mtime_ns - touched) / 1e9)
+
+    def _keep_alive(self) -> None:
+        """Touch the lock until it is released; end the process if another run has taken the lock over."""
+        while not self._ended.wait(SECONDS_BETWEEN_TOUCHES):
+            with contextlib.suppress(OSError):
+                owner = _read_owner(self.path)
+                if owner is not None and owner != self._owner:
+                    print_error(
+                        f"error: {self.flag} {self.directory} was taken over by {owner}, because this run gave no "
+                        f"sign of life for {SECONDS_TO_EXPIRY:.0f} s. This run ends, so that the two do not mix."
+                    )
+                    os._exit(ConfigError.exit_code)
+                os.utime(self.path)
+
+
+def _this_process() -> Owner:
+    return Owner(
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        job=slurm_job(),
+    )
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _read_owner(path: Path) -> Owner | None:
+    """Return the owner that a lock file names; None if it is missing or unreadable."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Owner(**{**content, "job": SlurmJob(**content["job"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _is_dead(owner: Owner) -> bool | None:
+    """Return whether the owner's process has ended; None if that cannot be determined here."""
+    if owner.machine == _machine():
+        return not _is_running(owner)
+    return True if slurm_job().is_restart_of(owner.job) else None
+
+
+def _is_running(owner: Owner) -> bool:
+    try:
+        process = psutil.Process(owner.pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return False
+        return abs(process.create_time() - owner.started) < CLOCK_TOLERANCE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
