@@ -47,12 +47,17 @@ def _print_plan(command: Command, world_size: int) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime.console import make_console
     from megatron_slm.training.plan import print_plan
+    from megatron_slm.training.resume import check_start
+    from megatron_slm.training.start import plan_start
 
     config, console = command.config, make_console()
     tokenizer = tokenizer_of(config)
     check_files(config, tokenizer, verify=True)
     check_device(config, default_device())
     _print_note(command, console)
+    start = plan_start(config)
+    differences = check_start(start, start.adjusted(config), tokenizer)
+    console.print(*filter(None, (start.describe(config.checkpoint.save), differences)), sep="\n", markup=False)
     print_plan(console, config, tokenizer.vocab_size, world_size)
 
 
@@ -64,6 +69,7 @@ def _train(command: Command, signals: StopSignals | None) -> None:
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
+    from megatron_slm.training.save_directory import locked_save
     from megatron_slm.training.setup import build_run, parallel_layout
     from megatron_slm.training.sinks import closing_all
 
@@ -82,9 +88,10 @@ def _train(command: Command, signals: StopSignals | None) -> None:
     console.print(describe_software(groups))
     _print_note(command, console)
     print_settings(console, config)
-    run = build_run(config, tokenizer, groups, console)
-    with closing_all(run.sinks):
-        train(run, signals)
+    with locked_save(None if config.training.skip_train else config.checkpoint.save):
+        run = build_run(config, tokenizer, groups, console)
+        with closing_all(run.sinks):
+            train(run, signals)
 
 
 def _print_note(command: Command, console: Console) -> None:

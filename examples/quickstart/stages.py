@@ -97,6 +97,7 @@ def training_command(folder: Path, name: str, corpus_name: str, flags: Sequence[
         *("--tokenizer-model", str(folder / "tokenizer.model"), "--data-path", corpus(folder, corpus_name)),
         *("--valid-data-path", f"clean={corpus(folder, 'clean_valid')}", f"raw={corpus(folder, 'raw_valid')}"),
         *("--data-cache-path", str(folder / "cache"), "--save", str(folder / name)),
+        "--slm-overwrite-save",  # a stage with other settings replaces the earlier one
         *flags,
     ]
 

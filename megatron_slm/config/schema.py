@@ -285,7 +285,8 @@ class CheckpointConfig:
     save_rng: bool = flag(True, "save random number states")
     load_optim: bool = flag(True, "load optimizer state")
     load_rng: bool = flag(True, "load random number states")
-    exit_on_missing_checkpoint: bool = flag(False, "an error where --load holds no checkpoint")
+    slm_overwrite_save: bool = flag(False, "remove the run that --save holds, and begin a new one")
+    exit_on_missing_checkpoint: bool = flag(False, "exit with an error if --load holds no checkpoint")
     use_checkpoint_args: bool = flag(False, "take the model settings from the checkpoint of --load, not from the flags")
     slm_verify_checksums: bool = flag(
         True, "compare the content of checkpoints and score sidecars with their checksums before use"

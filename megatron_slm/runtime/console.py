@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from megatron_slm.runtime.launch import launched_rank
 from megatron_slm.runtime.output import prepare_output
 
 SECONDS_BETWEEN_LINES = 10.0  # of a bar that is not on a terminal
@@ -184,5 +185,5 @@ class _PlainProgress:
 
 def notice(message: str) -> None:
     """Print a remark on standard error, on rank 0."""
-    if int(os.environ.get("RANK") or 0) == 0:
+    if launched_rank() == 0:
         print(f"note: {message}", file=_fail_safe(sys.stderr), flush=True)

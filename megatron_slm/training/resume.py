@@ -1,8 +1,9 @@
-"""Starts a run where the flags say: from scratch, from another run's weights, or where the run stopped."""
+"""Loads the checkpoint that a run begins from."""
 
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,77 +12,73 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from rich.console import Console
 
-from megatron_slm.config.checkpoint_files import (
-    MANIFEST_FILE,
-    Manifest,
-    latest_step,
-    read_manifest,
-    saved_config,
-    step_directory,
-)
+from megatron_slm.config.checkpoint_files import Manifest, read_manifest, saved_config
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizers.identity import identity_conflict
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
-from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import CARRIED, GUESS, RNG, Position, Trainable, plain_chunks, run_state
 from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.training.schedule import resume_schedule
+from megatron_slm.training.start import Start
 
 OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
 
 
-def resume(trainable: Trainable, config: Config, console: Console) -> tuple[Position, str | None]:
-    """Load what the flags name, and print where it differs from them. Collective over all ranks.
+def resume(trainable: Trainable, config: Config, start: Start, console: Console) -> Position:
+    """Load the checkpoint that the run begins from, print where it differs from the flags, and return the position.
 
-    Returns:
-        the position, and the directory that was read (None from scratch).
+    Collective over all ranks.
     """
-    settings = config.checkpoint
-    resumable = settings.load is not None and not settings.finetune
-    if resumable and on_first_rank(lambda: has_checkpoint(settings.load, settings.ckpt_step)):
-        directory = weights.open_checkpoint(
-            str(settings.load), settings.ckpt_step, "--load", verify=settings.slm_verify_checksums
-        )
-        return _resume_from(directory, trainable, config, console, "--load"), str(directory)
-    if resumable and settings.exit_on_missing_checkpoint:
-        raise ConfigError(f"--load {settings.load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
-    base, flag, step = settings.pretrained_checkpoint, "--pretrained-checkpoint", None
-    if settings.finetune:
-        base, flag, step = settings.load, "--load", settings.ckpt_step
-    if base is None:
-        return Position(), None
-    directory = weights.open_checkpoint(base, step, flag, verify=settings.slm_verify_checksums)
-    _print(console, check_weights_fit(config, saved_config(directory), directory, flag))
+    if start.checkpoint is None:
+        return Position()
+    path, step, flag = start.checkpoint.path, start.checkpoint.step, start.checkpoint.flag
+    directory = weights.open_checkpoint(path, step, flag, verify=config.checkpoint.slm_verify_checksums)
+    differences = _compare(start, directory, config, trainable.tokenizer)
+    if differences:
+        console.print(differences, markup=False)
+    if not start.weights_only:
+        return _resume_from(directory, trainable, config, flag)
     weights.load_weights(plain_chunks(trainable.chunks), directory, flag)
     trainable.optimizer.reload_model_params()
-    return Position(), str(directory)
+    return Position()
 
 
-def has_checkpoint(path: str | None, step: int | None) -> bool:
-    """Return whether a directory holds a checkpoint, or that of ``step``."""
-    return path is not None and (
-        latest_step(Path(path)) is not None
-        or (Path(path) / MANIFEST_FILE).is_file()
-        or (step is not None and step_directory(Path(path), step).is_dir())
-    )
+def check_start(start: Start, config: Config, tokenizer: Tokenizer) -> str:
+    """Check that a run can begin from its checkpoint, but for the content of files; for --dry-run.
+
+    Returns:
+        one line that names the differences from the flags, or nothing.
+
+    Raises:
+        ConfigError: the checkpoint is incomplete, or does not fit the run.
+    """
+    if start.checkpoint is None:
+        return ""
+    path, step, flag = start.checkpoint.path, start.checkpoint.step, start.checkpoint.flag
+    directory = weights.open_checkpoint(path, step, flag, verify=False)
+    return _compare(start, directory, deepcopy(config), tokenizer)
 
 
-def _print(console: Console, line: str) -> None:
-    if line:
-        console.print(line, markup=False)
-
-
-def _resume_from(directory: Path, trainable: Trainable, config: Config, console: Console, flag: str) -> Position:
-    settings = config.checkpoint
-    manifest, saved = read_manifest(directory, flag), saved_config(directory)
-    _check_tokenizer(directory, manifest, trainable, flag)
-    if settings.load_optim and not saved.checkpoint.save_optim:
+def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer) -> str:
+    """Compare a checkpoint with the flags; settings that a resumed run takes from it are changed in ``config``."""
+    assert start.checkpoint is not None
+    flag, saved = start.checkpoint.flag, saved_config(directory)
+    if start.weights_only:
+        return check_weights_fit(config, saved, directory, flag)
+    _check_tokenizer(directory, read_manifest(directory, flag), tokenizer, flag)
+    if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
         raise ConfigError(
             f"{flag}: {directory} holds no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
         )
-    _print(console, reconcile(config, saved, directory, flag))
+    return reconcile(config, saved, directory, flag)
+
+
+def _resume_from(directory: Path, trainable: Trainable, config: Config, flag: str) -> Position:
+    settings = config.checkpoint
+    manifest, saved = read_manifest(directory, flag), saved_config(directory)
     keys = weights.saved_keys(directory, flag)
     loaded = _load(flag, directory, trainable, config, keys, same_layout=manifest.layout == trainable.layout())
     _load_model(flag, directory, trainable, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)
@@ -139,8 +136,8 @@ def _load_thresholds(trainable: Trainable, loaded: dict[str, Any]) -> None:
         trainable.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
 
 
-def _check_tokenizer(directory: Path, manifest: Manifest, trainable: Trainable, flag: str) -> None:
-    if (conflict := identity_conflict(manifest.tokenizer, trainable.tokenizer)) is not None:
+def _check_tokenizer(directory: Path, manifest: Manifest, tokenizer: Tokenizer, flag: str) -> None:
+    if (conflict := identity_conflict(manifest.tokenizer, tokenizer)) is not None:
         theirs, ours, remedy = conflict
         raise ConfigError(
             f"{flag}: {directory} was trained with the tokenizer {theirs}, and this run has {ours}. {remedy}, or "

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from megatron_slm.config.checkpoint_files import locate_checkpoint
 from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
@@ -41,9 +40,10 @@ from megatron_slm.training.optimizer import (
     set_schedule_length,
     wrap_data_parallel,
 )
-from megatron_slm.training.resume import has_checkpoint, resume
+from megatron_slm.training.resume import resume
 from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sinks import open_sinks
+from megatron_slm.training.start import Start, plan_start, prepare_save
 from megatron_slm.training.step import ReferenceSource
 
 
@@ -86,15 +86,19 @@ def batch_shape(config: Config, groups: Groups) -> BatchShape:
 def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
     """Build everything and load what --load, --finetune or --pretrained-checkpoint name. Collective.
 
-    With --skip-train there is no training set, no reference model and no sidecar.
+    With --skip-train there is no training set, no reference model and no sidecar. The directory of --save changes last,
+    when nothing of the run can be refused any more.
     """
+    start = on_first_rank(lambda: plan_start(config))
+    console.print(start.describe(config.checkpoint.save), style="bold", markup=False)
+    config = start.adjusted(config)
     shape = batch_shape(config, groups)
     trains = not config.training.skip_train
     scores = read_scores(config, tokenizer) if trains else None
     if scores is not None and config.checkpoint.slm_verify_checksums:
         verify_scores(scores)
     corpora = corpus_identities(config.data)
-    saved = on_first_rank(lambda: _saved_run(config, corpora, console)) if trains else None
+    saved = on_first_rank(lambda: _saved_run(start, config, corpora, console)) if trains else None
     chunks = wrap_data_parallel(
         build_model(
             config.model,
@@ -122,9 +126,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     trainable = Trainable(
         chunks, optimizer, schedule, groups, tokenizer, early, carried, auxiliary, DataRecord(corpora, milestones)
     )
-    position, loaded = resume(trainable, config, console)
-    if loaded is not None:
-        console.print(f"loaded {loaded} (step {position.step})")
+    position = resume(trainable, config, start, console)
     length = RunLength.of(config, milestones)
     config.training.train_iters = length.iterations
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
@@ -133,6 +135,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
     reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
+    on_first_rank(lambda: prepare_save(config, start))
     return Run(
         config=config,
         trainable=trainable,
@@ -147,16 +150,15 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     )
 
 
-def _saved_run(config: Config, corpora: dict[str, str], console: Console) -> SavedRun | None:
+def _saved_run(start: Start, config: Config, corpora: dict[str, str], console: Console) -> SavedRun | None:
     """Return the run that is resumed, if any.
 
     Raises:
         ConfigError: one of its corpora has changed.
     """
-    own = config.checkpoint
-    if own.load is None or own.finetune or not has_checkpoint(own.load, own.ckpt_step):
+    if start.checkpoint is None or start.weights_only:
         return None
-    saved = read_saved_run(locate_checkpoint(own.load, own.ckpt_step, "--load"))
+    saved = read_saved_run(start.checkpoint.directory)
     for line in check_corpora_unchanged(saved, corpora, config):
         console.print(line, markup=False)
     return saved

@@ -70,7 +70,6 @@ def test_a_run_may_begin_to_guess_when_resumed(tmp_path: Path, corpus: str) -> N
 
 def test_resume_in_another_layout_goes_on(tmp_path: Path, corpus: str) -> None:
     """Saved on two pipeline stages, resumed on two tensor-parallel ranks."""
-    launch(command(corpus, tmp_path / "whole", train_iters=4))
     first = command(corpus, tmp_path / "part", train_iters=4, load=tmp_path / "part", use_distributed_optimizer=True)
     base = command(corpus, tmp_path / "base", train_iters=1)
     launch(base)

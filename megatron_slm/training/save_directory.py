@@ -1,0 +1,131 @@
+"""The directory of --save: which run it holds, and its preparation for a start."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
+from megatron_slm.config.schema import CheckpointConfig
+from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.files import explained_write, write_text
+from megatron_slm.runtime.launch import SlurmJob, slurm_job
+from megatron_slm.runtime.lock import DirectoryLock
+from megatron_slm.training.sinks import METRICS_FILE, WANDB_ID_FILE
+
+RECORD_FILE = "slm_run.json"
+STEP_DIRECTORY = re.compile(r"iter_(\d{7,})")
+PARTIAL_DIRECTORY = re.compile(r"iter_\d{7,}\.partial")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Checkpoint outside of --save that a run began from."""
+
+    flag: str  # --load or --pretrained-checkpoint
+    path: str  # absolute
+    step: int | None  # of --ckpt-step
+    weights_only: bool
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Identity of the run in a --save directory."""
+
+    run_id: str
+    origin: Origin | None  # None: from scratch
+    job: SlurmJob = field(default_factory=slurm_job)  # that started it last
+
+    @staticmethod
+    def new(origin: Origin | None) -> RunRecord:
+        """Return the record of a run that begins now."""
+        return RunRecord(uuid.uuid4().hex, origin)
+
+
+def read_record(directory: Path) -> RunRecord | None:
+    """Return the run in ``directory``; None if there is no record, or the file is not one of ours."""
+    try:
+        content: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
+        origin = content["origin"]
+        return RunRecord(content["run_id"], None if origin is None else Origin(**origin), SlurmJob(**content["job"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def write_record(directory: Path, record: RunRecord) -> None:
+    """Write the identity of the run in ``directory``."""
+    text = json.dumps(asdict(record), indent=1) + "\n"
+    write_text(directory / RECORD_FILE, text, "--save", is_ours=lambda path: read_record(path.parent) is not None)
+
+
+def step_directories(directory: Path) -> dict[int, Path]:
+    """Return the checkpoint directories below ``directory`` by step, complete or not."""
+    if not directory.is_dir():
+        return {}
+    found = ((STEP_DIRECTORY.fullmatch(path.name), path) for path in directory.iterdir())
+    return {int(match.group(1)): path for match, path in sorted(found, key=str) if match and path.is_dir()}
+
+
+def newest_complete_step(directory: Path) -> int | None:
+    """Return the newest step with a manifest, which is written last."""
+    steps = (step for step, path in step_directories(directory).items() if (path / MANIFEST_FILE).is_file())
+    return max(steps, default=None)
+
+
+def holds_checkpoints(directory: Path) -> bool:
+    """Return whether a run has saved checkpoints below ``directory``."""
+    return (directory / TRACKER).is_file() or bool(step_directories(directory))
+
+
+def remove_run(directory: Path) -> None:
+    """Remove checkpoints, metrics and identity of the run in ``directory``; other files stay."""
+    with explained_write(directory, "--save"):
+        for name in (TRACKER, RECORD_FILE, METRICS_FILE, WANDB_ID_FILE):
+            (directory / name).unlink(missing_ok=True)
+        for path in directory.iterdir():
+            if STEP_DIRECTORY.fullmatch(path.name) or PARTIAL_DIRECTORY.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def belongs_to(path: str | None, directory: str | None) -> bool:
+    """Return whether ``path`` is ``directory`` or one of its checkpoints."""
+    if path is None or directory is None:
+        return False
+    resolved, run = Path(path).resolve(), Path(directory).resolve()
+    return resolved == run or (resolved.parent == run and STEP_DIRECTORY.fullmatch(resolved.name) is not None)
+
+
+def outside_origin(checkpoint: CheckpointConfig) -> Origin | None:
+    """Return the checkpoint outside of --save that the flags name as the beginning of the run."""
+    if checkpoint.load is not None and not belongs_to(checkpoint.load, checkpoint.save):
+        path = str(Path(checkpoint.load).resolve())
+        return Origin("--load", path, checkpoint.ckpt_step, weights_only=checkpoint.finetune)
+    if checkpoint.pretrained_checkpoint is not None and checkpoint.load is None:
+        path = str(Path(checkpoint.pretrained_checkpoint).resolve())
+        return Origin("--pretrained-checkpoint", path, None, weights_only=True)
+    return None
+
+
+@contextmanager
+def locked_save(save: str | None) -> Iterator[None]:
+    """Hold the lock of --save on rank 0 while a run is active. Collective over all ranks.
+
+    Raises:
+        ConfigError: another run is active there; on every rank.
+    """
+    if save is None:
+        yield
+        return
+    lock = DirectoryLock(save, "--save")
+    on_first_rank(lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()

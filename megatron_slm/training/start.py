@@ -1,0 +1,234 @@
+"""Decides where a run begins: from scratch, from a checkpoint's weights, or where a run stopped.
+
+Flags name a directory, and files decide: the decision reads them on one rank, before anything is built, and is printed.
+
+    --load X --save X                    resume X; a new run while X holds no checkpoint
+    --load B --save X                    continue B in X; resume X when it holds a checkpoint of that run
+    --load B --finetune --save X         begin from the weights of B; resume X when it holds a checkpoint of that run
+    --pretrained-checkpoint B --save X   the same
+    --save X                             a new run; refused if X holds a run
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_directory
+from megatron_slm.config.schema import CheckpointConfig, Config
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.launch import slurm_job
+from megatron_slm.training.save_directory import (
+    Origin,
+    RunRecord,
+    belongs_to,
+    holds_checkpoints,
+    newest_complete_step,
+    outside_origin,
+    read_record,
+    remove_run,
+    step_directories,
+    write_record,
+)
+
+OVERWRITE = "--slm-overwrite-save"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to load: the arguments that find it on every rank."""
+
+    flag: str
+    path: str
+    step: int | None  # None: ``path`` is the checkpoint's directory itself
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the checkpoint."""
+        return Path(self.path) if self.step is None else step_directory(Path(self.path), self.step)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The beginning of a run."""
+
+    checkpoint: Checkpoint | None = None  # None: from scratch
+    weights_only: bool = False  # begin at step 0 with the checkpoint's weights
+    record: RunRecord | None = None  # identity to write into --save
+    overwrites: bool = False  # remove the run in --save first
+    note: str = ""  # why this checkpoint, if that is not plain from the flags
+
+    def describe(self, save: str | None) -> str:
+        """Return one line for the log."""
+        into = f", saved in {save}" if save else ", not saved (no --save)"
+        if self.checkpoint is None:
+            text = f"new run{into}"
+        elif self.weights_only:
+            text = f"new run from the weights of {self.checkpoint.directory}{into}"
+        else:
+            text = f"resuming from {self.checkpoint.directory}{into}"
+        removed = f"; the run that {save} holds is removed ({OVERWRITE})" if self.overwrites else ""
+        return f"{text}{removed}{f' ({self.note})' if self.note else ''}"
+
+    def adjusted(self, config: Config) -> Config:
+        """Return the settings of the run: --no-load-optim and --no-load-rng concern the origin, not a resume of it."""
+        record, flags = self.record, config.checkpoint
+        if record is None or record.origin is None or self.checkpoint is None or self.checkpoint.flag != "--save":
+            return config
+        loads = replace(
+            flags, load_optim=flags.load_optim or flags.save_optim, load_rng=flags.load_rng or flags.save_rng
+        )
+        return replace(config, checkpoint=loads)
+
+
+def plan_start(config: Config) -> Start:
+    """Return where the run of these flags begins; reads directories, and changes nothing.
+
+    Raises:
+        ConfigError: a checkpoint that does not exist, or a --save that holds another run.
+    """
+    _check_overwrite(config)
+    start = _plan(config.checkpoint)
+    if start.checkpoint is None and config.training.skip_train:
+        raise ConfigError(f"--skip-train evaluates a checkpoint, and --load {config.checkpoint.load} holds none.")
+    return start
+
+
+def prepare_save(config: Config, start: Start) -> None:
+    """Make the directory of --save ready for a run that is about to begin."""
+    save = config.checkpoint.save
+    if save is None or start.record is None or config.training.skip_train:
+        return
+    if start.overwrites:
+        remove_run(Path(save))
+    write_record(Path(save), start.record)
+
+
+def _check_overwrite(config: Config) -> None:
+    flags = config.checkpoint
+    if not flags.slm_overwrite_save:
+        return
+    if flags.save is None:
+        raise ConfigError(f"{OVERWRITE} needs --save, the directory of the run to overwrite.")
+    read = {
+        "--load": flags.load,
+        "--pretrained-checkpoint": flags.pretrained_checkpoint,
+        "--reference-load": config.reference.reference_load,
+    }
+    for flag, path in read.items():
+        if belongs_to(path, flags.save):
+            raise ConfigError(
+                f"{OVERWRITE} would remove {path}, which {flag} reads. Leave out {OVERWRITE}, or choose another --save."
+            )
+
+
+def _plan(flags: CheckpointConfig) -> Start:
+    if flags.load is not None and Path(flags.load).exists() and not Path(flags.load).is_dir():
+        raise ConfigError(f"--load {flags.load} is a file. Give the --save directory of a run.")
+    if flags.load is not None and belongs_to(flags.load, flags.save):
+        return _plan_in_save(flags, flags.load)
+    origin = outside_origin(flags)
+    if flags.save is not None and holds_checkpoints(Path(flags.save)):
+        return _plan_occupied(flags, flags.save, origin)
+    return _plan_from(flags, origin)
+
+
+def _plan_in_save(flags: CheckpointConfig, load: str) -> Start:
+    """--load names the directory of --save, or a checkpoint in it."""
+    if flags.finetune:
+        raise ConfigError(
+            f"--finetune with --load {load} and --save {flags.save}: a new run in the directory of its base would "
+            "replace the base. Choose another --save."
+        )
+    found = _find(load, flags.ckpt_step, "--load")
+    record = read_record(Path(flags.save or load))
+    if found is not None:
+        checkpoint, note = found
+        known = record or RunRecord.new(None)
+        return Start(checkpoint, record=replace(known, job=slurm_job()), note=note)
+    if flags.exit_on_missing_checkpoint:
+        raise ConfigError(f"--load {load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
+    start = _plan_from(replace(flags, load=None), outside_origin(replace(flags, load=None)))
+    return replace(start, note=_join(f"--load {load} holds no checkpoint yet", start.note))
+
+
+def _plan_occupied(flags: CheckpointConfig, save: str, origin: Origin | None) -> Start:
+    """--save holds checkpoints, and --load does not name it."""
+    record = read_record(Path(save))
+    is_same = record is not None and record.origin == origin
+    is_requeued = record is not None and slurm_job().is_restart_of(record.job)
+    if flags.slm_overwrite_save and not (is_same and is_requeued):
+        return replace(_plan_from(flags, origin), overwrites=True)
+    if record is not None and is_same and (origin is not None or is_requeued):
+        found = _find(save, None, "--save")
+        assert found is not None, "it holds checkpoints"
+        begun = f"begun from {origin.path}" if origin is not None else "begun by this job before it was requeued"
+        return Start(found[0], record=replace(record, job=slurm_job()), note=_join(begun, found[1]))
+    began = "" if record is None or record.origin is None else f", begun from {record.origin.path}"
+    raise ConfigError(
+        f"--save {save} holds another run{began}. To resume it, give --load {save} without --finetune; else choose "
+        f"another --save, or {OVERWRITE} to remove it."
+    )
+
+
+def _plan_from(flags: CheckpointConfig, origin: Origin | None) -> Start:
+    """The run begins here: from its origin, or from scratch."""
+    record = RunRecord.new(origin)
+    if origin is None:
+        return Start(record=record)
+    path = flags.load if origin.flag == "--load" else flags.pretrained_checkpoint
+    assert path is not None, "the origin is one of them"
+    if not Path(path).exists():
+        remedy = "" if origin.weights_only else f" A run that is to resume itself later needs --save {path} too."
+        raise ConfigError(
+            f"{origin.flag} {path}: there is no such directory. Give the --save directory of an earlier run.{remedy}"
+        )
+    found = _find(path, origin.step, origin.flag)
+    if found is not None:
+        return Start(found[0], weights_only=origin.weights_only, record=record, note=found[1])
+    if not origin.weights_only and flags.pretrained_checkpoint is not None:
+        start = _plan_from(replace(flags, load=None), outside_origin(replace(flags, load=None)))
+        return replace(start, record=record, note=_join(f"--load {path} holds no checkpoint", start.note))
+    raise ConfigError(
+        f"{origin.flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). Give the --save "
+        "directory of an earlier run."
+    )
+
+
+def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | None:
+    """Return the checkpoint of ``step``, or the newest, and a note; None if the directory holds none.
+
+    Raises:
+        ConfigError: the step does not exist, or there are checkpoints and none is known to be complete.
+    """
+    root = Path(path)
+    if step is None and (root / MANIFEST_FILE).is_file():
+        return Checkpoint(flag, path, None), ""
+    steps = step_directories(root)
+    complete = newest_complete_step(root)
+    wanted = latest_step(root) if step is None else step
+    if wanted is not None:
+        if wanted not in steps:
+            raise ConfigError(f"{flag} {path}: step {wanted} ({_why(root, step)}) does not exist. {_choice(steps)}")
+        return Checkpoint(flag, path, wanted), ""
+    if complete is not None:
+        return Checkpoint(flag, path, complete), f"{TRACKER} is missing; this is the newest complete step"
+    if steps:
+        raise ConfigError(
+            f"{flag} {path}: {TRACKER} is missing, and no iter_* directory has a {MANIFEST_FILE}: none is known to "
+            "be complete. Write the number of a complete step into the file, or choose one with --ckpt-step."
+        )
+    return None
+
+
+def _why(root: Path, step: int | None) -> str:
+    return "--ckpt-step" if step is not None else f"named by {root / TRACKER}"
+
+
+def _choice(steps: dict[int, Path]) -> str:
+    there = ", ".join(map(str, steps)) or "none"
+    return f"Steps there: {there}. Choose one with --ckpt-step, or write its number into {TRACKER}."
+
+
+def _join(*notes: str) -> str:
+    return "; ".join(filter(None, notes))

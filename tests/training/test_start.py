@@ -1,0 +1,221 @@
+"""The beginning of a run: flags name directories, and their content decides; nothing is lost, and nothing is silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import command, launch, launch_and_fail, make_corpus, records
+
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.launch import SlurmJob
+from megatron_slm.training.save_directory import Origin, RunRecord, read_record, write_record
+from megatron_slm.training.start import Start, plan_start, prepare_save
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def save_steps(directory: Path, *steps: int, record: RunRecord | None = None, tracker: bool = True) -> Path:
+    """Write a directory as a run leaves it after saving ``steps``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        (directory / f"iter_{step:07d}").mkdir()
+        (directory / f"iter_{step:07d}" / "manifest.json").write_text("{}")
+    if tracker and steps:
+        (directory / TRACKER).write_text(f"{steps[-1]}\n")
+    if record is not None:
+        write_record(directory, record)
+    return directory
+
+
+def plan(**flags: Any) -> Start:
+    config = Config()
+    for name, value in flags.items():
+        groups = {"reference_load": config.reference, "skip_train": config.training}
+        setattr(groups.get(name, config.checkpoint), name, str(value) if isinstance(value, Path) else value)
+    return plan_start(config)
+
+
+def directory_of(start: Start) -> Path | None:
+    return None if start.checkpoint is None else start.checkpoint.directory
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_steps(tmp_path / "base", 5, 10)
+
+
+def from_base(base: Path, weights_only: bool = True, flag: str = "--load") -> RunRecord:
+    return RunRecord.new(Origin(flag, str(base.resolve()), None, weights_only))
+
+
+def test_first_start_of_a_run_that_resumes_itself_is_new(tmp_path: Path) -> None:
+    start = plan(load=tmp_path / "run", save=f"{tmp_path}/other/../run/")
+    assert start.checkpoint is None and "new run" in start.describe("run") and "no checkpoint yet" in start.note
+    (tmp_path / "run" / "iter_0000005.partial").mkdir(parents=True)  # killed in its first save
+    assert plan(load=tmp_path / "run", save=tmp_path / "run").checkpoint is None
+
+
+@pytest.mark.parametrize("step", [None, 5])
+def test_run_resumes_itself(tmp_path: Path, base: Path, step: int | None) -> None:
+    (tmp_path / "link").symlink_to(base)
+    for path in (base, tmp_path / "link"):
+        start = plan(load=path, save=base, ckpt_step=step)
+        assert (directory_of(start) or Path()).resolve() == base / f"iter_{step or 10:07d}" and not start.weights_only
+        assert "resuming from" in start.describe(str(base))
+    assert directory_of(plan(load=base / "iter_0000005", save=base)) == base / "iter_0000005"
+
+
+def test_lost_tracker_file_is_noticed(tmp_path: Path, base: Path) -> None:
+    """The newest step with a manifest, which is written last, is complete."""
+    (base / TRACKER).unlink()
+    (base / "iter_0000015").mkdir()
+    for flags in ({"load": base, "save": base}, {"load": base}, {"load": base, "save": tmp_path / "new"}):
+        start = plan(**flags)
+        assert directory_of(start) == base / "iter_0000010" and f"{TRACKER} is missing" in start.describe(None)
+    assert directory_of(plan(load=base, ckpt_step=5)) == base / "iter_0000005"
+
+
+def test_weights_start_a_run_and_its_requeue_resumes_it(tmp_path: Path, base: Path) -> None:
+    for flags in ({"load": base, "finetune": True}, {"pretrained_checkpoint": base}):
+        save = tmp_path / next(iter(flags))
+        start = plan(**flags, save=save)
+        assert directory_of(start) == base / "iter_0000010" and start.weights_only
+        assert start.record is not None and "from the weights of" in start.describe("run")
+        save_steps(save, record=start.record)
+        assert plan(**flags, save=save).weights_only, "killed before its first checkpoint"
+        save_steps(save, 3)
+        again = plan(**flags, save=save)
+        assert directory_of(again) == save / "iter_0000003" and not again.weights_only
+        assert again.record == start.record and f"begun from {base}" in again.describe(str(save))
+
+
+def test_requeue_keeps_the_optimizer_state_that_was_not_wanted_of_the_base(tmp_path: Path, base: Path) -> None:
+    config = Config()
+    flags = config.checkpoint
+    flags.load, flags.save, flags.finetune = str(base), str(tmp_path / "run"), True
+    flags.load_optim = flags.load_rng = False
+    start = plan_start(config)
+    assert not start.adjusted(config).checkpoint.load_optim
+    save_steps(tmp_path / "run", 3, record=start.record)
+    adjusted = plan_start(config).adjusted(config).checkpoint
+    assert adjusted.load_optim and adjusted.load_rng
+    flags.load, flags.finetune = flags.save, False
+    assert not plan_start(config).adjusted(config).checkpoint.load_optim, "here the flag concerns the run itself"
+
+
+def test_continuation_in_another_directory_resumes_itself(tmp_path: Path, base: Path) -> None:
+    start = plan(load=base, save=tmp_path / "run")
+    assert directory_of(start) == base / "iter_0000010" and not start.weights_only
+    save_steps(tmp_path / "run", 12, record=start.record)
+    assert directory_of(plan(load=base, save=tmp_path / "run")) == tmp_path / "run" / "iter_0000012"
+
+
+def test_pretrained_weights_serve_until_the_run_has_a_checkpoint(tmp_path: Path, base: Path) -> None:
+    flags = {"load": tmp_path / "run", "save": tmp_path / "run", "pretrained_checkpoint": base}
+    start = plan(**flags)
+    assert directory_of(start) == base / "iter_0000010" and start.weights_only
+    save_steps(tmp_path / "run", 2, record=start.record)
+    assert directory_of(plan(**flags)) == tmp_path / "run" / "iter_0000002"
+
+
+def test_requeued_job_without_load_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    start = plan(save=tmp_path / "run")
+    save_steps(tmp_path / "run", 2, record=start.record)
+    with pytest.raises(ConfigError, match="holds another run"):
+        plan(save=tmp_path / "run")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for overwrite in (False, True):
+        again = plan(save=tmp_path / "run", slm_overwrite_save=overwrite)
+        assert directory_of(again) == tmp_path / "run" / "iter_0000002" and not again.overwrites
+    assert again.record is not None and again.record.job == SlurmJob("77", 1)
+
+
+REFUSED = [
+    ({"load": "typo"}, "--load .*typo: there is no such directory"),
+    ({"load": "typo", "save": "run"}, "--load .*typo: there is no such directory.*needs --save"),
+    ({"load": "typo", "save": "run", "finetune": True}, "--load .*typo: there is no such directory"),
+    ({"load": "typo", "save": "run", "pretrained_checkpoint": "base"}, "--load .*typo: there is no such directory"),
+    ({"pretrained_checkpoint": "typo"}, "--pretrained-checkpoint .*typo: there is no such directory"),
+    ({"load": "file"}, "--load .*file is a file"),
+    ({"load": ".", "save": "run"}, "not a checkpoint .neither latest_checkpointed"),
+    ({"load": "base", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Steps there: 5, 10"),
+    ({"load": "new", "save": "new", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Steps there: none"),
+    ({"load": "stale"}, "step 10 .named by .*latest_checkpointed.* does not exist. Steps there: 5"),
+    ({"load": "megatron"}, "latest_checkpointed_iteration.txt is missing, and no iter_. directory has a manifest"),
+    ({"load": "new", "save": "new", "exit_on_missing_checkpoint": True}, "there is no checkpoint"),
+    ({"load": "base", "save": "base", "finetune": True}, "would replace the base"),
+    ({"save": "base"}, "--save .*base holds another run. To resume it, give --load .*base without --finetune"),
+    ({"save": "tuned"}, "holds another run, begun from .*base"),
+    ({"save": "tuned", "load": "other"}, "holds another run, begun from .*base"),
+    ({"save": "tuned", "load": "base"}, "holds another run, begun from .*base"),
+    ({"save": "tuned", "load": "other", "finetune": True}, "holds another run, begun from .*base"),
+    ({"save": "tuned", "load": "base", "finetune": True, "ckpt_step": 5}, "holds another run, begun from .*base"),
+    ({"save": "lost"}, "holds another run"),
+    ({"load": "new", "save": "new", "skip_train": True}, "--skip-train evaluates a checkpoint"),
+    ({"slm_overwrite_save": True}, "--slm-overwrite-save needs --save"),
+    ({"save": "base", "load": "base", "slm_overwrite_save": True}, "would remove .*base, which --load reads"),
+    ({"save": "base", "reference_load": "base/iter_0000005", "slm_overwrite_save": True}, "which --reference-load"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED, ids=str)
+def test_start_is_refused(tmp_path: Path, base: Path, flags: dict[str, Any], message: str) -> None:
+    (tmp_path / "file").touch()
+    save_steps(tmp_path / "other", 10)
+    save_steps(tmp_path / "tuned", 3, record=from_base(base))
+    save_steps(tmp_path / "lost", 3, tracker=False)
+    save_steps(tmp_path / "stale", 5)
+    (tmp_path / "stale" / TRACKER).write_text("10")
+    (tmp_path / "megatron" / "iter_0000010").mkdir(parents=True)
+    paths = {name: tmp_path / value if isinstance(value, str) else value for name, value in flags.items()}
+    with pytest.raises(ConfigError, match=message):
+        plan(**paths)
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    run = save_steps(tmp_path / "run", 5, 10, record=RunRecord.new(None))
+    (run / "iter_0000015.partial").mkdir()
+    for name in ("metrics.jsonl", "notes.txt", "iter_notes"):
+        (run / name).write_text("text")
+    config = Config()
+    config.checkpoint.save, config.checkpoint.slm_overwrite_save = str(run), True
+    start = plan_start(config)
+    assert start.checkpoint is None and start.overwrites and "is removed" in start.describe(str(run))
+    assert len(list(run.iterdir())) == 8, "planning changes nothing"
+    prepare_save(config, start)
+    assert sorted(path.name for path in run.iterdir()) == ["iter_notes", "notes.txt", "slm_run.json"]
+    assert read_record(run) == start.record
+
+
+def test_record_of_another_program_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "slm_run.json").write_text('{"theirs": 1}')
+    config = Config()
+    config.checkpoint.save = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"slm_run.json exists and was not written by megatron_slm"):
+        prepare_save(config, plan_start(config))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("start") / "corpus", 1)
+
+
+def test_requeued_run_continues_as_if_undisturbed(tmp_path: Path, corpus: str) -> None:
+    """On two ranks: weights of a base, a stop after two steps, the same command again, then no --load at all."""
+    launch(command(corpus, tmp_path / "base", train_iters=1))
+    flags = {"dp": 2, "train_iters": 4, "load": tmp_path / "base", "finetune": True, "no_load_optim": True}
+    launch(command(corpus, tmp_path / "whole", **flags), 2)
+    launch(command(corpus, tmp_path / "run", **flags, exit_interval=2), 2)
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    launch(command(corpus, tmp_path / "run", **flags), 2)
+    whole, run = ([record["loss"] for record in records(tmp_path / name)] for name in ("whole", "run"))
+    assert run == whole
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, errors = launch_and_fail(command(corpus, tmp_path / "run", dp=2, train_iters=4), 2)
+    assert code == 2 and "holds another run" in errors
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert not list(tmp_path.rglob(".slm_run.lock"))
