@@ -39,6 +39,14 @@ def begin_metrics_file(path: Path, resumed_step: int) -> Path | None:
     return None
 
 
+def has_evaluation(path: Path | None, step: int) -> bool:
+    """Return whether a metrics file holds the evaluation after ``step``."""
+    if path is None or is_stream(path) or not path.exists():
+        return False
+    lines = path.read_bytes().splitlines(keepends=True)
+    return any(_step(line) == step and json.loads(line)["kind"] == "eval" for line in lines)
+
+
 def is_foreign(path: Path) -> bool:
     """Return True for a regular file with content that megatron_slm did not write."""
     if is_stream(path) or not path.exists():

@@ -12,15 +12,17 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.objective.selective_loss import Selector
+from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED, duration
 from megatron_slm.runtime.errors import DivergedError
+from megatron_slm.runtime.metrics_file import has_evaluation
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.checkpoint import Position, Trainable, save_checkpoint
 from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.metrics import StepMetrics, Throughput, TokenSums, losses_of
 from megatron_slm.training.retention import Retention
-from megatron_slm.training.sinks import Sink
+from megatron_slm.training.sinks import Sink, metrics_file
 from megatron_slm.training.step import ReferenceSource, Step, selection_ratio, train_step
 from megatron_slm.training.stopping import StopDecision
 
@@ -53,7 +55,7 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
     if run.config.training.skip_train:
         loop.evaluate()
         return
-    if run.position.step == 0:
+    if run.position.step == 0 or loop.lacks_evaluation():
         loop.evaluate()
     reason = loop.steps()
     if reason is not None:
@@ -98,6 +100,13 @@ class _Loop:
             if self.unlogged:
                 self._log()
         return self.stop.reason
+
+    def lacks_evaluation(self) -> bool:
+        """Return whether the run that is resumed was stopped before the evaluation after its last step. Collective."""
+        step, interval = self.run.position.step, self.run.config.logging.eval_interval
+        return _is_due(step, interval) and not on_first_rank(
+            lambda: has_evaluation(metrics_file(self.run.config), step)
+        )
 
     def evaluate(self) -> None:
         """Evaluate every validation set, unless that was done at this step, and log the results."""

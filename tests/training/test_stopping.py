@@ -17,7 +17,7 @@ import pytest
 from ranks import run_ranks
 from tiny import _main, command, launch, losses, make_corpus, records
 
-from megatron_slm.model.weights import latest_step
+from megatron_slm.config.checkpoint_files import latest_step
 from megatron_slm.training import stopping
 
 FOREVER = ["--train-iters", "1000000", "--lr-decay-iters", "1000"]
@@ -69,6 +69,10 @@ def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path,
     assert latest_step(save) == 3, run.text()
     assert "stopping after step 3: SIGUSR1" in run.text()
     assert [record["step"] for record in records(save, "eval")] == [0, 1]
+    again = command(corpus, save, dp=2, load=save, eval_interval=3)
+    for last in ("4", "5"):  # the second time, there is nothing to make up for
+        launch([*again, *FOREVER, "--exit-interval", last], 2)
+    assert [record["step"] for record in records(save, "eval")] == [0, 1, 3, 4, 5]
 
 
 def test_the_ranks_save_if_torchrun_dies(tmp_path: Path, corpus: str) -> None:
