@@ -50,7 +50,7 @@ class Torchrun:
         return self.log.read_text(encoding="utf-8")
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.05)
