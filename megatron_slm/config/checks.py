@@ -56,12 +56,12 @@ def _fill_in(config: Config, world_size: int) -> None:
     training, model, parallel = config.training, config.model, config.parallel
     if parallel.tensor_model_parallel_size == 1:
         parallel.sequence_parallel = False  # nothing to split, as in Megatron-LM
-    if training.skip_train:  # the optimizer state is not needed; a learning rate and a length are, to build it
-        config.checkpoint.load_optim = config.checkpoint.load_rng = False
-        training.train_iters, config.optimizer.lr = training.train_iters or 1, config.optimizer.lr or 0.0
     if training.global_batch_size is None:
         training.global_batch_size = (training.micro_batch_size or 1) * max(1, data_parallel_size(config, world_size))
     if training.train_samples is not None and training.train_iters is None:
         training.train_iters = training.train_samples // training.global_batch_size
+    if training.skip_train:  # the optimizer state is not needed; a learning rate and a length are, to build it
+        config.checkpoint.load_optim = config.checkpoint.load_rng = False
+        training.train_iters, config.optimizer.lr = training.train_iters or 1, config.optimizer.lr or 0.0
     if model.max_position_embeddings is None:
         model.max_position_embeddings = model.seq_length

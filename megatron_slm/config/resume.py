@@ -217,6 +217,8 @@ def _has_effect(name: str, config: Config, saved: Config) -> bool:
 
 
 def _fix_decay(config: Config, saved: Config) -> None:
-    """A schedule without --lr-decay-iters ends with the run that began it, not with a longer one."""
-    if config.optimizer.lr_decay_iters is None:
+    """A schedule without its own length ends with the run that began it, not with a longer one."""
+    if saved.training.train_samples is not None:
+        config.optimizer.lr_decay_samples = config.optimizer.lr_decay_samples or saved.training.train_samples
+    elif config.optimizer.lr_decay_iters is None:
         config.optimizer.lr_decay_iters = saved.training.train_iters

@@ -12,6 +12,8 @@ from corpus_files import build
 from ranks import run_ranks
 from tiny import command, losses, records
 
+from megatron_slm.config.checks import check
+from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import Config
 from megatron_slm.pretrain import main
 from megatron_slm.training.run_length import RunLength, ScheduleLength
@@ -134,3 +136,10 @@ def test_lengths_of_a_run_whose_batch_changed() -> None:
     again = RunLength.of(config, [(0, 0), (80, 640), (90, 700)])
     assert [again.samples_at(step) for step in (0, 10, 80, 85, 90, 100)] == [0, 80, 640, 670, 700, 740]
     assert ScheduleLength.of(config, RunLength.of(config)) == ScheduleLength(40, 360, 80, 400)
+
+
+def test_steps_follow_from_samples_also_to_evaluate(corpus: str, tmp_path: Path) -> None:
+    for further in ([], ["--skip-train", "--load", str(tmp_path)]):
+        config = parse([*command(corpus), "--train-samples", "70", *further]).config
+        check(config, 1)
+        assert config.training.train_iters == 4
