@@ -20,7 +20,7 @@ setup(
         "rich",
         "sentencepiece",
         "tokenizers",
-        "regex",
+        "gigatoken>=0.10",
         "protobuf",
         "tiktoken",
         "nltk",

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA_3 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # expression of the pre-tokens
 ALPHABETS = ["abcde", "éüñe\u0301", "日本語中文", "0123456789", ".,;:'!?()[]/_-=+<>", "абв", "🙂👩🏽‍🚀"]
 HARD = [
     *[

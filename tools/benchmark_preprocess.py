@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from benchmarks.corpora import drawn_anew, natural_texts, shuffled, source_texts, unique, write_jsonl
 
 from megatron_slm.config.tokenizer_flags import (
@@ -35,7 +36,7 @@ from megatron_slm.config.tokenizer_flags import (
     config_of_tokenizer_flags,
     given_tokenizer_settings,
 )
-from megatron_slm.data.preprocessing.word_cache import why_plain
+from megatron_slm.data.preprocessing.engines import build_engine
 from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
@@ -79,7 +80,8 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    report |= {"word_cache": why_plain(tokenizer) or "exact", "flags": sys.argv[1:], "cpus": os.cpu_count()}
+    engine, reason = build_engine(tokenizer, np.dtype(np.int32))
+    report |= {"engine": engine.name, "reason": reason, "flags": sys.argv[1:], "cpus": os.cpu_count()}
     report |= {"python": platform.python_version(), "machine": platform.machine()}
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -237,7 +239,7 @@ def show(report: dict[str, Any]) -> None:
     corpus = report["corpus"]
     print(
         f"{corpus['name']}: {corpus['documents']:,} documents, {corpus['text_bytes'] / 1e6:,.0f} MB of text, "
-        f"{report['tokens']:,} tokens, {report['workers']} workers; word cache: {report['word_cache']}"
+        f"{report['tokens']:,} tokens, {report['workers']} workers; {report['engine']}"
     )
     print(f"{'':12} {'documents/s':>12} {'MB/s':>8} {'tokens/s':>12} {'of the tokenizer':>17} {'start-up':>9}")
     for name, result in report["results"].items():

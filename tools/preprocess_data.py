@@ -45,7 +45,6 @@ REFUSED = {  # flags of Megatron-LM's tool that are not taken, and what to do
     "--trust-remote-code": "No code of others is run: give a tokenizer.json.",
     "--null-tokenizer-pad-id": "Corpora hold no padding.",
     "--chat-template": "Format conversations before, into one text each.",
-    "--use-gigatoken": "The word cache is used wherever it is exact.",
 }
 
 
@@ -109,7 +108,12 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
 
 def _add_running(add: Callable[..., argparse.Action]) -> None:
     add("--workers", type=int, default=1, help="processes that tokenize [1]")
-    add("--no-word-cache", action="store_true", help="encode every text as a whole; slower, and the same ids")
+    add(
+        "--use-gigatoken",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="encode with gigatoken if it gives the tokenizer's ids, else or if refused with the tokenizer's library",
+    )
     add(
         "--resume", action="store_true", help="go on where a stopped job was, if there is one; keep what an error stops"
     )
@@ -159,7 +163,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         language=arguments.lang,
         nltk_data=arguments.nltk_data,
         workers=arguments.workers,
-        word_cache=not arguments.no_word_cache,
+        use_gigatoken=arguments.use_gigatoken,
         skip_errors=arguments.on_error == "skip",
         lone_surrogates=arguments.lone_surrogates,
         text_document=arguments.text_document,

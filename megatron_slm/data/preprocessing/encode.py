@@ -1,26 +1,17 @@
-"""Encodes blocks of documents to the bytes of a corpus: what a worker process does."""
+"""Encodes blocks of documents to the bytes of a corpus: the work of a worker process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_slm.data.preprocessing.documents import Block, Values, documents_in, is_blank
-from megatron_slm.data.preprocessing.inputs import Form
-from megatron_slm.data.preprocessing.text_reader import SHOWN_ERRORS, UNREADABLE, Text, TextReader, reason_of
+from megatron_slm.data.preprocessing.documents import Block
+from megatron_slm.data.preprocessing.engines import Engine
+from megatron_slm.data.preprocessing.text_reader import SHOWN_ERRORS, UNREADABLE, TextReader, reason_of
+from megatron_slm.data.preprocessing.texts import Column, Split, Texts, texts_of_block
 
 LONGEST_SEQUENCE = (1 << 31) - 1  # tokens: .idx holds lengths as int32
-
-
-@dataclass
-class EncodedColumn:
-    """The documents of one JSON key, back to back."""
-
-    ids: list[bytes] = field(default_factory=list)  # of the corpus' dtype
-    lengths: list[int] = field(default_factory=list)  # tokens of each sequence
-    sequences: list[int] = field(default_factory=list)  # of each document; 0: it gave no token
 
 
 @dataclass
@@ -36,7 +27,16 @@ class EncodedBlock:
     blank_lines: int = 0
     text_bytes: int = 0  # of the texts as UTF-8
     skipped: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)  # the first ones: line in the block, what is wrong
+    bad: list[tuple[int, str]] = field(default_factory=list)  # the first ones: line in the block, reason
+
+
+@dataclass
+class EncodedColumn:
+    """The documents of one key, back to back."""
+
+    ids: np.ndarray  # of the corpus' dtype
+    lengths: np.ndarray  # tokens of each sequence
+    sequences: np.ndarray  # of each document; 0: it gave no token
 
 
 class BlockEncoder:
@@ -46,88 +46,66 @@ class BlockEncoder:
     sequence; the end-of-document token ends the last sequence of a document that has one.
 
     Args:
-        read: reads the texts of a document.
-        encode: from a text to its ids as bytes of ``dtype``.
-        dtype: of the corpus.
+        reader: reads the texts of a document.
+        engine: encodes texts to ids of the corpus' dtype.
         eod: the id that ends a document, or None.
         split: from a text to its sentences, or None.
     """
 
-    def __init__(
-        self,
-        read: TextReader,
-        encode: Callable[[str], bytes],
-        dtype: np.dtype,
-        eod: int | None = None,
-        split: Callable[[str], list[str]] | None = None,
-    ) -> None:
-        self.read, self.encode, self.split = read, encode, split
-        self.keys = read.keys
-        self.width = dtype.itemsize
-        self.eod = None if eod is None else np.array([eod], dtype).tobytes()
+    def __init__(self, reader: TextReader, engine: Engine, eod: int | None = None, split: Split | None = None) -> None:
+        self.reader, self.engine, self.eod, self.split = reader, engine, eod, split
 
     def __call__(self, block: Block) -> EncodedBlock:
         """
         Raises:
-            ConfigError: the file has changed, or the encoder found itself wrong.
+            ConfigError: the file has changed, or the engine found itself wrong.
         """
-        done = EncodedBlock()
-        columns = [EncodedColumn() for _ in self.keys]
         content = block.load()
-        done.lines = block.lines(content)
         if block.damage:
-            done.skipped, done.bad = 1, [(0, f"the file is {block.damage}")]
-        else:
-            for line, document in documents_in(content, block.part.form, self.keys):
-                if isinstance(document, bytes) and is_blank(document):
-                    done.blank_lines += 1
-                else:
-                    self._add(document, block.part.form is Form.JSON, line, columns, done)
-        done.ids = tuple(b"".join(column.ids) for column in columns)
-        done.lengths = tuple(np.array(column.lengths, np.int32).tobytes() for column in columns)
-        done.sequences = tuple(np.array(column.sequences, np.int32).tobytes() for column in columns)
-        return done
-
-    def _add(
-        self, document: Values | bytes, is_json: bool, line: int, columns: list[EncodedColumn], done: EncodedBlock
-    ) -> None:
+            empty = (b"",) * len(self.reader.keys)
+            bad = [(0, f"the file is {block.damage}")]
+            return EncodedBlock(empty, empty, empty, block.lines(content), skipped=1, bad=bad)
+        texts = texts_of_block(content, block.part.form, self.reader, self.split)
         try:
-            texts = self.read(document, is_json)
-            encoded = [self._encode(text) for text in texts]
-        except UNREADABLE as error:
-            done.skipped += 1
-            if len(done.bad) < SHOWN_ERRORS:
-                done.bad.append((line, reason_of(error)))
-            return
-        done.documents += 1
-        done.empty += not any(lengths for _, lengths in encoded)
-        done.text_bytes += sum(_utf8_bytes(text) for text in texts)
-        for column, (ids, lengths) in zip(columns, encoded, strict=True):
-            column.ids += ids
-            column.lengths += lengths
-            column.sequences.append(len(lengths))
+            columns = [self._encode(column) for column in texts.columns]
+        except UNREADABLE:
+            texts = self._without_bad(texts)
+            columns = [self._encode(column) for column in texts.columns]
+        has_tokens = np.any([column.sequences > 0 for column in columns], axis=0)
+        return EncodedBlock(
+            ids=tuple(column.ids.tobytes() for column in columns),
+            lengths=tuple(column.lengths.astype(np.int32).tobytes() for column in columns),
+            sequences=tuple(column.sequences.astype(np.int32).tobytes() for column in columns),
+            lines=block.lines(content),
+            documents=len(texts),
+            empty=len(texts) - int(has_tokens.sum()),
+            blank_lines=texts.blank_lines,
+            text_bytes=texts.bytes(),
+            skipped=len(texts.bad),
+            bad=sorted(texts.bad)[:SHOWN_ERRORS],
+        )
 
-    def _encode(self, text: Text) -> tuple[list[bytes], list[int]]:
-        pieces: list[bytes] = []
-        lengths: list[int] = []
-        for sequence in self._sequences(text):
-            if ids := self.encode(sequence):
-                pieces.append(ids)
-                lengths.append(len(ids) // self.width)
-        if pieces and self.eod is not None:
-            pieces.append(self.eod)
-            lengths[-1] += 1
-        if max(lengths, default=0) > LONGEST_SEQUENCE:
-            raise ValueError(f"{max(lengths):,} tokens in one sequence, more than .idx files can tell (2^31 - 1)")
-        return pieces, lengths
+    def _without_bad(self, texts: Texts) -> Texts:
+        """Return the documents that can be encoded; the others are noted with their reason."""
+        good = []
+        for place in range(len(texts)):
+            try:
+                for column in texts.columns:
+                    self._encode(column.document(place))
+                good.append(place)
+            except UNREADABLE as error:
+                texts.bad.append((texts.lines[place], reason_of(error)))
+        return texts.select(good)
 
-    def _sequences(self, text: Text) -> list[str]:
-        if isinstance(text, list):
-            return text
-        return [text] if self.split is None else self.split(text)
-
-
-def _utf8_bytes(text: Text) -> int:
-    if isinstance(text, list):
-        return sum(map(_utf8_bytes, text))
-    return len(text) if text.isascii() else len(text.encode("utf-8"))
+    def _encode(self, column: Column) -> EncodedColumn:
+        ids, lengths = self.engine.encode(column.texts)
+        if lengths.max(initial=0) >= LONGEST_SEQUENCE:
+            raise ValueError(f"{lengths.max():,} tokens in one sequence, more than .idx files can tell (2^31 - 1)")
+        documents = np.repeat(np.arange(len(column.counts)), column.counts)[lengths > 0]
+        sequences = np.bincount(documents, minlength=len(column.counts))
+        lengths = lengths[lengths > 0]
+        if self.eod is not None:
+            last = np.cumsum(sequences)[sequences > 0] - 1  # sequence of each document that has one
+            ids = np.insert(ids, np.cumsum(lengths)[last], self.eod)
+            lengths[last] += 1
+        return EncodedColumn(ids, lengths, sequences)

@@ -27,7 +27,7 @@ class Job:
     language: str = "english"
     nltk_data: str | None = None  # folder of nltk's data, before nltk's own
     workers: int = 1
-    word_cache: bool = True  # where the tokenizer allows an exact one; the ids are the same without
+    use_gigatoken: bool = True  # if it gives the tokenizer's ids
     skip_errors: bool = False
     text_document: str = "paragraph"  # what of a .txt file is a document; or "file"
     lone_surrogates: str = ERROR  # or "replace"

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_slm.data.preprocessing.corpus_writer import corpus_dtype
 from megatron_slm.data.preprocessing.documents import Block, Part, blocks_of, first_line
 from megatron_slm.data.preprocessing.encode import BlockEncoder, EncodedBlock
+from megatron_slm.data.preprocessing.engines import build_engine
 from megatron_slm.data.preprocessing.inputs import STDIN, Form, identity_of, is_seekable, size_of
 from megatron_slm.data.preprocessing.job import Job, Summary
 from megatron_slm.data.preprocessing.job_output import JobOutput, finished
@@ -24,7 +25,6 @@ from megatron_slm.data.preprocessing.sentences import prepare_punkt, sentence_sp
 from megatron_slm.data.preprocessing.shards import plan
 from megatron_slm.data.preprocessing.tables import check_tables
 from megatron_slm.data.preprocessing.text_reader import SHOWN_ERRORS, TextReader, bad_document, stop_at
-from megatron_slm.data.preprocessing.word_cache import fast_encoder, plain_encoder
 from megatron_slm.data.preprocessing.workers import worker_processes
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megatron_slm.runtime.console import progress
@@ -57,9 +57,13 @@ def preprocess(job: Job) -> Summary:
     dtype = corpus_dtype(tokenizer.vocab_size)
     split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
-    encode_text = (fast_encoder if job.word_cache else plain_encoder)(tokenizer, dtype)
+    engine, reason = build_engine(tokenizer, dtype, job.use_gigatoken)
+    if reason:
+        print(
+            f"{tokenizer.source}: encoded by its own library, which is slower than gigatoken: {reason}", file=sys.stderr
+        )
     reader = TextReader(job.keys, lists=split is None, lone_surrogates=job.lone_surrogates)
-    encoder = BlockEncoder(reader, encode_text, dtype, eod, split)
+    encoder = BlockEncoder(reader, engine, eod, split)
     parts = plan(job.files, job.text_document, job.shard)
     settings = _settings(job, tokenizer)
     if job.resume and (done := finished(job, settings)):

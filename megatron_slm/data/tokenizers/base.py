@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_slm.config.schema import Config
-from megatron_slm.data.tokenizers.word_cuts import Uncuttable, WordCuts
+from megatron_slm.data.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 from megatron_slm.runtime.errors import ConfigError
 
 TEXT, TOKENS = "text", "tokens"  # how special tokens that occur in a text are encoded
@@ -43,8 +43,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def word_cuts(self) -> WordCuts:
-        """Where a text may be cut with the same ids; raises Uncuttable, with the reason, where that is not known."""
+    def fast_model(self) -> FastModel:
+        """Return the same tokenizer for gigatoken, or raise UnsupportedTokenizer with the reason."""
         ...
 
 
@@ -113,8 +113,8 @@ class BaseTokenizer:
     def ends_texts(self) -> bool:
         return False
 
-    def word_cuts(self) -> WordCuts:
-        raise Uncuttable(f"{self.name} is as fast without")
+    def fast_model(self) -> FastModel:
+        raise UnsupportedTokenizer("")  # it is fast
 
 
 def fingerprint_of(*paths: Path) -> str:

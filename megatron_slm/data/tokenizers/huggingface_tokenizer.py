@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_slm.data.tokenizers.base import TEXT, BaseTokenizer, TokenizerFiles, fingerprint_of, no_eod, required_file
 from megatron_slm.data.tokenizers.declared_end import declared_end, json_settings
-from megatron_slm.data.tokenizers.pretoken_cuts import huggingface_cuts
-from megatron_slm.data.tokenizers.word_cuts import WordCuts
+from megatron_slm.data.tokenizers.fast_model import FastModel
+from megatron_slm.data.tokenizers.huggingface_fast import huggingface_fast_model
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -44,8 +44,8 @@ class _TokenizersModel(BaseTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
 
-    def word_cuts(self) -> WordCuts:
-        return huggingface_cuts(self.model)
+    def fast_model(self) -> FastModel:
+        return huggingface_fast_model(self.model)
 
 
 class HuggingFaceTokenizer(_TokenizersModel):

@@ -13,8 +13,8 @@ from megatron_slm.data.tokenizers.base import (
     no_eod,
     required_file,
 )
-from megatron_slm.data.tokenizers.sentencepiece_cuts import sentencepiece_cuts
-from megatron_slm.data.tokenizers.word_cuts import SPACE, Uncuttable, WordCuts
+from megatron_slm.data.tokenizers.fast_model import SPACE, FastModel, UnsupportedTokenizer
+from megatron_slm.data.tokenizers.sentencepiece_fast import sentencepiece_fast_model
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -61,7 +61,7 @@ class SentencePieceTokenizer(BaseTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
 
-    def word_cuts(self) -> WordCuts:
+    def fast_model(self) -> FastModel:
         if self._specials:
-            raise Uncuttable("special tokens in texts are read as tokens")
-        return sentencepiece_cuts(self.model)
+            raise UnsupportedTokenizer("special tokens in texts are read as tokens")
+        return sentencepiece_fast_model(self.model)

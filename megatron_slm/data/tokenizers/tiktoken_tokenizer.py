@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from megatron_slm.data.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles, fingerprint_of, required_file
-from megatron_slm.data.tokenizers.word_cuts import Uncuttable, WordCuts
+from megatron_slm.data.tokenizers.fast_model import FastModel
+from megatron_slm.data.tokenizers.tiktoken_fast import tiktoken_fast_model
 from megatron_slm.runtime.errors import ConfigError
 
 Vocabulary = tuple[dict[bytes, int], dict[str, int], str]  # ranks, special tokens, pattern
@@ -47,7 +48,7 @@ class TikTokenizer(BaseTokenizer):
         super().__init__(digest if settings else fingerprint_of(path), f"--tokenizer-model {path}")
         read = _read_megatron_format if is_megatrons else _read_tiktoken_format
         try:
-            ranks, specials, pattern = read(path, files)
+            self._vocabulary = ranks, specials, pattern = read(path, files)
             self.vocab_size = max(*specials.values(), *ranks.values()) + 1
             self.model = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -63,8 +64,10 @@ class TikTokenizer(BaseTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
 
-    def word_cuts(self) -> WordCuts:
-        raise Uncuttable("tiktoken is faster than a word cache that is filling")
+    def fast_model(self) -> FastModel:
+        ranks, specials, pattern = self._vocabulary
+        found = {name: token for name, token in specials.items() if name in self.specials}
+        return tiktoken_fast_model(ranks, found, pattern)
 
 
 def _read_tiktoken_format(path: Path, files: TokenizerFiles) -> Vocabulary:

@@ -18,7 +18,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 RUNS = json.loads((FIXTURES / "megatron_lm.json").read_text(encoding="utf-8"))["runs"]
 
 
-@pytest.mark.parametrize("more", [[], ["--no-word-cache"]], ids=["word cache", "plain"])
+@pytest.mark.parametrize("more", [[], ["--no-use-gigatoken"]], ids=["gigatoken", "plain"])
 @pytest.mark.parametrize("run", RUNS, ids=[" ".join(run["flags"]) for run in RUNS])
 def test_bytes_are_those_of_megatron_lms_tool(
     run: dict[str, Any], more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

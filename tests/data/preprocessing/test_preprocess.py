@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import zstandard
@@ -31,6 +32,7 @@ from test_documents import lines, write_table
 from megatron_slm.data.corpus import check_corpus, check_tokenizer
 from megatron_slm.data.preprocessing import documents as blocks
 from megatron_slm.data.preprocessing import preprocess as module
+from megatron_slm.data.preprocessing.engines import Engine
 from megatron_slm.data.preprocessing.preprocess import Job, preprocess
 from megatron_slm.data.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_slm.data.preprocessing.workers import AHEAD, worker_processes
@@ -238,13 +240,29 @@ def test_a_text_file_as_one_document(tmp_path: Path) -> None:
     assert documents(done.prefix("text")) == [list(b"one.txt\n\nmore\n"), list(b"two.txt\n\nmore\n")]
 
 
+class StandIn:
+    """An engine that gives a character for an id, unless ``action`` ends it at the text "bad"."""
+
+    name = "stand-in"
+
+    def __init__(self, dtype: np.dtype, action: Callable[[], object] = lambda: None) -> None:
+        self.dtype, self.action = dtype, action
+
+    def encode(self, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
+        if "bad" in texts.to_pylist():
+            self.action()
+        _, offsets, data = texts.slice(0).buffers()
+        lengths = np.diff(np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1])
+        return np.frombuffer(data, np.uint8).astype(self.dtype), lengths
+
+
 def test_a_document_of_100_mb_is_one_like_others(tmp_path: Path) -> None:
     """Its bytes go through as they are; only the stand-in for the tokenizer is quick."""
     text = "x" * 100_000_000
     (tmp_path / "in.jsonl").write_bytes(lines(["before", text, "after"]))
     done = job(tmp_path / "in.jsonl", tmp_path / "out", workers=2, append_eod=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "fast_encoder", lambda tokenizer, dtype: lambda text: text.encode("utf-16-le"))
+        patch.setattr(module, "build_engine", lambda tokenizer, dtype, _: (StandIn(dtype), ""))
         assert preprocess(done).documents == 3
     assert check_corpus(done.prefix("text"), "x").tokens == 100_000_000 + 11 + 3
 
@@ -316,22 +334,19 @@ def test_no_more_items_are_under_way_than_promised() -> None:
 
 
 def test_errors_of_workers_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(action: Callable[[], object]) -> Callable[..., Callable[[str], bytes]]:
-        def make(tokenizer: object, dtype: object) -> Callable[[str], bytes]:
-            return lambda text: action() if text == "bad" else b"a\0"  # type: ignore[return-value]
-
-        return make
+    def broken(action: Callable[[], object]) -> Callable[..., tuple[Engine, str]]:
+        return lambda tokenizer, dtype, _: (StandIn(dtype, action), "")
 
     def differs() -> None:
-        raise ConfigError("the word cache differs")
+        raise ConfigError("gigatoken differs")
 
     source = write(tmp_path / "in.jsonl", ["good"] * 50 + ["bad"] + ["good"] * 50)
     monkeypatch.setattr(blocks, "BLOCK", 100)
     for action, message in (
-        (differs, "the word cache differs"),
+        (differs, "gigatoken differs"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "--workers: a worker process was killed"),
     ):
-        monkeypatch.setattr(module, "fast_encoder", broken(action))
+        monkeypatch.setattr(module, "build_engine", broken(action))
         with pytest.raises(ConfigError, match=message):
             preprocess(job(source, tmp_path / "out", workers=2, skip_errors=True))
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "something half-written was left"

@@ -310,11 +310,13 @@ RUN = """
 import os, runpy, sys, time
 import megatron_slm.data.preprocessing.documents as documents, megatron_slm.data.preprocessing.preprocess as preprocess
 documents.BLOCK = 3000
-plain = preprocess.fast_encoder
-def slow_encoder(tokenizer, dtype):
-    encode, seconds = plain(tokenizer, dtype), float(os.environ["SECONDS"])
-    return lambda text: time.sleep(seconds) or encode(text)
-preprocess.fast_encoder = slow_encoder
+build_engine = preprocess.build_engine
+def build_slow_engine(*arguments):
+    engine, reason = build_engine(*arguments)
+    encode, seconds = engine.encode, float(os.environ["SECONDS"])
+    engine.encode = lambda texts: time.sleep(seconds * len(texts)) or encode(texts)
+    return engine, reason
+preprocess.build_engine = build_slow_engine
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 from hypothesis import given, settings
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Model
 
 from megatron_slm.data.corpus import check_tokenizer
+from megatron_slm.data.preprocessing.engines import build_engine
 from megatron_slm.data.preprocessing.preprocess import Job, preprocess
-from megatron_slm.data.preprocessing.word_cache import fast_encoder, why_plain
 from megatron_slm.data.tokenizers.tokenizer import KINDS, TikTokenizer, Tokenizer, TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.errors import ConfigError
 
@@ -84,11 +85,15 @@ def test_end_of_document_and_size(kind: str, eod: str, vocab_size: int) -> None:
     assert tokenizer.eod == known[kind]()
 
 
-def test_fast_kinds_go_the_plain_way() -> None:
-    plain = {"TikTokenizer", "ByteTokenizer", "NullTokenizer"}
-    assert {kind for kind in FILES if why_plain(build(kind))} == plain
-    for kind in ("ByteTokenizer", "NullTokenizer"):
-        assert fast_encoder(build(kind), np.uint16)("1 2") == np.array(build(kind).encode("1 2"), np.uint16).tobytes()
+def test_kinds_that_need_no_other_library_are_encoded_by_their_own() -> None:
+    for kind in FILES:
+        engine, reason = build_engine(build(kind), np.dtype(np.uint16))
+        assert engine.name == ("plain" if kind in ("ByteTokenizer", "NullTokenizer") else "gigatoken"), reason
+        ids, lengths = engine.encode(pa.array(["1 2", "", "3"], pa.large_string()))
+        wanted = [build(kind).encode(text) for text in ("1 2", "", "3")]
+        assert ids.tolist() == [token for text in wanted for token in text] and lengths.tolist() == list(
+            map(len, wanted)
+        )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,8 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_left_out(tmp_path: Path)
     tokenizer = build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path)))
     text = "one two three " * 9
     assert tokenizer.encode(text) == build("HuggingFaceTokenizer").encode(text)
-    assert fast_encoder(tokenizer, np.uint16)(text) == np.array(tokenizer.encode(text), np.uint16).tobytes()
+    engine, _ = build_engine(tokenizer, np.dtype(np.uint16))
+    assert engine.encode(pa.array([text], pa.large_string()))[0].tolist() == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(
