@@ -45,6 +45,7 @@ FACTS: dict[str, Fact] = {
     "--use-flash-attn": Fact("attention never stores its scores for the sequence."),
     "--calculate-per-token-loss": Fact("the loss is always normalised over the tokens of the global batch."),
     "--cross-entropy-loss-fusion": Fact("the loss is always computed together with the LM head."),
+    "--log-throughput": Fact("every step line has tokens/s and TFLOP/s."),
     "--use-dist-ckpt": Fact(_FORMAT),
     "--auto-detect-ckpt-format": Fact(_FORMAT),
     "--dist-ckpt-optim-fully-reshardable": Fact("optimizer state is always fully reshardable."),
