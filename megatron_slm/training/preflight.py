@@ -56,13 +56,14 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
     """Check the files that the run reads: corpora, score sidecars and the reference model.
 
     Args:
-        verify: compare checkpoints with their checksums, too; a run does so when it loads them.
+        verify: compare checkpoints and sidecars with their checksums, too; a run does so when it loads them.
 
     Raises:
         ConfigError: a file is missing, damaged, or does not fit the run.
     """
     from megatron_slm.data.datasets import check_corpora
     from megatron_slm.data.parts import check_parts
+    from megatron_slm.data.scores.sets import verify_scores
     from megatron_slm.reference.replica import check_reference
     from megatron_slm.training.setup import needs_reference, read_scores
 
@@ -72,7 +73,9 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
     if not trains:
         return
     _check_index_memory(config)
-    read_scores(config, tokenizer)
+    scores = read_scores(config, tokenizer)
+    if verify and scores is not None and config.checkpoint.slm_verify_checksums:
+        verify_scores(scores)
     if needs_reference(config.objective) and config.reference.reference_load is not None:
         check_reference(config, tokenizer, verify=verify)
 

@@ -47,18 +47,18 @@ def resume(trainable: Trainable, config: Config, start: Start, console: Console)
 
 
 def check_start(start: Start, config: Config, tokenizer: Tokenizer) -> str:
-    """Check that a run can begin from its checkpoint, but for the content of files; for --dry-run.
+    """Check that a run can begin from its checkpoint; for --dry-run.
 
     Returns:
         one line that names the differences from the flags, or nothing.
 
     Raises:
-        ConfigError: the checkpoint is incomplete, or does not fit the run.
+        ConfigError: the checkpoint is incomplete or damaged, or does not fit the run.
     """
     if start.checkpoint is None:
         return ""
     path, step, flag = start.checkpoint.path, start.checkpoint.step, start.checkpoint.flag
-    directory = weights.open_checkpoint(path, step, flag, verify=False)
+    directory = weights.open_checkpoint(path, step, flag, verify=config.checkpoint.slm_verify_checksums)
     return _compare(start, directory, deepcopy(config), tokenizer)
 
 
