@@ -165,9 +165,12 @@ def _plan_occupied(flags: CheckpointConfig, save: str, origin: Origin | None) ->
         begun = f"begun from {origin.path}" if origin is not None else "begun by this job before it was requeued"
         return Start(found[0], record=replace(record, job=slurm_job()), note=_join(begun, found[1]))
     began = "" if record is None or record.origin is None else f", begun from {record.origin.path}"
+    missing = (
+        f"--load {flags.load}: there is no such directory. " if flags.load and not Path(flags.load).exists() else ""
+    )
     raise ConfigError(
-        f"--save {save} holds another run{began}. To resume it, give --load {save} without --finetune; else choose "
-        f"another --save, or {OVERWRITE} to remove it."
+        f"{missing}--save {save} holds another run{began}. To resume it, give --load {save} without --finetune; else "
+        f"choose another --save, or {OVERWRITE} to remove it."
     )
 
 

@@ -105,7 +105,7 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize(("suffix", "damage", "message"), DAMAGE, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("suffix", "damage", "message"), DAMAGE, ids=[message for _, _, message in DAMAGE])
 def test_damaged_corpus_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, damage: Any, message: str
 ) -> None:

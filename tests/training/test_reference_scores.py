@@ -177,7 +177,7 @@ DAMAGE: list[tuple[Any, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "messages"), DAMAGE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("damage", "messages"), DAMAGE, ids=[messages[0] for _, messages in DAMAGE])
 def test_what_does_not_belong_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, messages: list[str]
 ) -> None:
