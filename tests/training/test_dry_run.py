@@ -31,7 +31,7 @@ def corpus(folder: Path) -> str:
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"objective": "slm"}, "needs a reference model"),
-    ({"objective": "slm", "reference_load": "rm", "seq_length": 16}, "--reference-load"),
+    ({"objective": "slm", "reference_load": "rm", "seq_length": 64}, "--reference-load"),
     ({"objective": "slm", "reference_load": "changed"}, "does not match its checksum"),
     ({"objective": "slm", "reference_load": "rm", "reference_ckpt_step": 7}, "--reference-load"),
     ({"slm_cross_entropy": "triton"}, "--slm-cross-entropy triton: "),
