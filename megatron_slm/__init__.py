@@ -8,3 +8,6 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 # It warns of its own default.
 warnings.filterwarnings("ignore", message="full scope is deprecated.*")
+# It loads checkpoints through functions that torch has deprecated; every rank of a resumed run says so.
+warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
