@@ -41,6 +41,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"train_iters": 2**31 - 1}, "--train-iters 2147483647"),
     ({"eval_iters": 2**31 - 1}, "--eval-iters 2147483647"),
     ({"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "eio"}, "eio cannot be read (Input/output error)"),
+    ({"load": "/nowhere"}, "--load /nowhere"),
+    ({"load": "rm", "hidden_size": 64}, "--hidden-size 64"),
+    ({"load": "changed", "train_iters": 2}, "does not match its checksum"),
+    ({"load": "rm", "ckpt_step": 3}, "--load"),
 ]
 
 
@@ -48,7 +52,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
 def test_dry_run_refuses_as_a_run_does(
     workspace: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], message: str
 ) -> None:
-    paths = ("reference_load", "tokenizer_model")
+    paths = ("reference_load", "load", "tokenizer_model")
     given = {name: workspace / str(value) if name in paths else value for name, value in flags.items()}
     argv = command(corpus(workspace), **{"train_iters": 1, **given})
     errors = []
