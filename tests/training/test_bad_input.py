@@ -18,7 +18,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     make_corpus(folder / "corpus", 1)
     launch(command(corpus(folder), folder / "rm", train_iters=1))
-    launch(command(corpus(folder), folder / "rm-long", train_iters=1, seq_length=64))
+    launch(command(corpus(folder), folder / "rm-short", train_iters=1, seq_length=16))
     other = ["NullTokenizer" if word == "ByteTokenizer" else word for word in MODEL]
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{corpus(folder)}{suffix}", f"{folder}/numbers{suffix}")
@@ -78,7 +78,7 @@ def test_flag_is_refused(
     ("reference", "message"),
     [
         ("empty", "not a checkpoint"),
-        ("rm-long", "--seq-length 64, and this run has 32"),
+        ("rm-short", "--seq-length 16, and this run has 32"),
         ("rm-null", "NullTokenizer of vocabulary size 300, and the training model has ByteTokenizer"),
     ],
 )
