@@ -1,12 +1,11 @@
-"""Preprocessing speed in one run: this tool, the plain tokenizer, and Megatron-LM's tool where it is at hand.
+"""Preprocessing speed side by side: this tool, and Megatron-LM's preprocess_data.py and preprocess_data_fast.py.
 
-All take the same corpus, tokenizer, flags and number of workers; repeats are interleaved, and medians are shown. The
-start-up of a tool (its time for one document) is taken off, which favours the slower starter. The tokenizer's own limit
-is that of as many processes as workers that do nothing but encode. Flags that are not known here go to both tools, for
-example --append-eod.
+All take the same corpus, tokenizer and flags; runs are interleaved, and medians are shown, start-up included. A
+tokenizer without a file is trained once, with 32,000 entries, and kept with the corpora in ``--work``. Flags that are
+not known here go to all tools.
 
-    python tools/benchmark_preprocess.py --corpus natural --work bench --workers 2 --tokenizer-type \\
-        SentencePieceTokenizer --tokenizer-model tok.model --megatron-lm DIR --megatron-python EXE --output result.json
+    python tools/benchmark_preprocess.py --corpus source --draw-megabytes 300 --work bench --workers 2 --append-eod \\
+        --tokenizer-type HuggingFaceTokenizer --megatron-lm DIR --megatron-python EXE --fast-only
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -22,9 +20,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +34,12 @@ from megatron_slm.config.tokenizer_flags import (
     given_tokenizer_settings,
 )
 from megatron_slm.data.preprocessing.engines import build_engine
+from megatron_slm.data.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 
+ENTRIES, TRAINING_BYTES = 32_000, 30_000_000  # of a tokenizer that is trained here
 TOOL = Path(__file__).parent / "preprocess_data.py"
 
 
@@ -55,7 +54,7 @@ class Corpus:
 
 @dataclass
 class Result:
-    """Seconds of each repeat, without the start-up, and what follows from their median."""
+    """Seconds of the start-up and of each repeat, start-up included, and the rates of their median."""
 
     start_up: float
     seconds: list[float]
@@ -74,8 +73,10 @@ def main() -> int:
     arguments, flags = parse_arguments()
     try:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        tokenizer = build_tokenizer(arguments.tokenizer_type, tokenizer_files(arguments))
         corpus = make_corpus(arguments)
+        if arguments.tokenizer_model is None and arguments.vocab_file is None:
+            arguments.tokenizer_model = str(trained_tokenizer(corpus, arguments))
+        tokenizer = build_tokenizer(arguments.tokenizer_type, tokenizer_files(arguments))
         report = measure(corpus, arguments, flags)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,13 +99,14 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--input", type=Path, help="a corpus of JSON lines with the key text")
     what.add_argument("--corpus", choices=("natural", "source"), help="made of what is installed, each document once")
     add("--roots", type=Path, nargs="+", default=default_roots(), help="where text is looked for [this environment]")
-    add("--draw-megabytes", type=int, help="draw new documents from the natural text's paragraphs up to this size")
+    add("--draw-megabytes", type=int, help="draw new documents from the corpus' paragraphs up to this size")
     add("--megabytes", type=int, help="use no more than this much text of the corpus")
     add("--work", type=Path, required=True, help="folder for corpora and outputs; corpora in it are used again")
-    add("--workers", type=int, default=1, help="of every contestant [1]")
-    add("--repeats", type=int, default=3, help="of every contestant, interleaved [3]")
+    add("--workers", type=int, default=1, help="of every tool that takes them [1]")
+    add("--repeats", type=int, default=3, help="of every tool, interleaved [3]")
     add("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
     add("--megatron-python", default=sys.executable, help="a Python that can run it [this one]")
+    add("--fast-only", action="store_true", help="leave out preprocess_data.py beside preprocess_data_fast.py")
     add("--output", type=Path, help="JSON file for the result")
     add_tokenizer_flags(parser, required=True)
     return parser.parse_known_args()
@@ -140,45 +142,99 @@ def make_corpus(arguments: argparse.Namespace) -> Corpus:
     return counted(path)
 
 
-def counted(path: Path) -> Corpus:
-    documents = size = 0
+def texts_of(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         for line in file:
-            documents += 1
-            size += len(json.loads(line)["text"].encode("utf-8"))
+            yield json.loads(line)["text"]
+
+
+def counted(path: Path) -> Corpus:
+    documents = size = 0
+    for text in texts_of(path):
+        documents += 1
+        size += len(text.encode("utf-8"))
     return Corpus(path, documents, size)
 
 
-def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """Time every contestant ``--repeats`` times, in turn."""
-    one = arguments.work / "one.jsonl"
-    write_jsonl(one, ["One document."])
-    commands = {"ours": [sys.executable, str(TOOL)]}
-    if arguments.megatron_lm is not None:
-        commands["megatron_lm"] = [arguments.megatron_python, str(arguments.megatron_lm / "tools/preprocess_data.py")]
-    shared = ["--workers", str(arguments.workers), *flags]
+def trained_tokenizer(corpus: Corpus, arguments: argparse.Namespace) -> Path:
+    """Return the tokenizer of an earlier run in the folder, or train one of 32,000 entries on the corpus' beginning."""
+    kind = arguments.tokenizer_type
+    path = arguments.work / ("huggingface" if kind == "HuggingFaceTokenizer" else "sentencepiece.model")
+    if kind not in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):
+        raise ConfigError(f"--tokenizer-type {kind}: give its files; others are trained if they have none.")
+    if not path.exists():
+        print(f"training {path}: a minute or two", file=sys.stderr)
+        sample = arguments.work / "sample.jsonl"
+        write_jsonl(sample, texts_of(corpus.path), TRAINING_BYTES)
+        if kind == "HuggingFaceTokenizer":
+            train_huggingface(texts_of(sample), path)
+        else:
+            train_tokenizer(TokenizerJob([str(sample)], str(path.with_suffix("")), ENTRIES))
+    return path
+
+
+def train_huggingface(texts: Iterator[str], folder: Path) -> None:
+    """Train a byte-level BPE tokenizer with GPT-2's expression."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=ENTRIES, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    model.save(str(partial / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (partial / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    partial.rename(folder)
+
+
+def commands_of(arguments: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
+    """Return the command of each tool, without input and output."""
+    shared, workers = list(flags), ["--workers", str(arguments.workers)]
     for name, value in given_tokenizer_settings(arguments).items():
         shared += [f"--{name.replace('_', '-')}", str(value)]
+    is_huggingface = arguments.tokenizer_type == "HuggingFaceTokenizer"
+    as_megatron = ["--special-tokens-in-text", "tokens"] if is_huggingface else []
+    commands = {"ours": [sys.executable, str(TOOL), *shared, *workers, *as_megatron]}
+    if arguments.megatron_lm is not None:
+        tools = arguments.megatron_lm.resolve() / "tools"
+        if is_huggingface:  # the only kind that it reads
+            fast = [arguments.megatron_python, str(tools / "preprocess_data_fast.py"), "--use-gigatoken"]
+            commands["preprocess_data_fast"] = [*fast, *shared]
+        if not (is_huggingface and arguments.fast_only):
+            slow = [arguments.megatron_python, str(tools / "preprocess_data.py")]
+            commands["preprocess_data"] = [*slow, *shared, *workers]
+    return commands
+
+
+def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    """Time every tool ``--repeats`` times, in turn, and its start-up: one document."""
+    one = arguments.work / "one.jsonl"
+    write_jsonl(one, ["One document."])
+    commands = commands_of(arguments, flags)
 
     def run(name: str, source: Path, prefix: str) -> float:
         output = arguments.work / f"{name}-{prefix}"
         # the checkout before a megatron-core that may be installed
-        home = {"PYTHONPATH": str(arguments.megatron_lm.resolve())} if name == "megatron_lm" else {}
-        return timed([*commands[name], "--input", str(source), "--output-prefix", str(output), *shared], home)
+        home = {} if name == "ours" else {"PYTHONPATH": str(arguments.megatron_lm.resolve())}
+        return timed([*commands[name], "--input", str(source), "--output-prefix", str(output)], home)
 
-    contestants: dict[str, Callable[[], float]] = {name: partial(run, name, corpus.path, "out") for name in commands}
-    contestants["tokenizer"] = partial(tokenizer_alone, corpus, arguments)
-    results = {name: Result(run(name, one, "one") if name in commands else 0.0, []) for name in contestants}
-    with progress("measuring", arguments.repeats * len(contestants), "runs") as bar:
+    results = {name: Result(run(name, one, "one"), []) for name in commands}
+    with progress("measuring", arguments.repeats * len(commands), "runs") as bar:
         for _ in range(arguments.repeats):
-            for name, contestant in contestants.items():
-                results[name].seconds.append(max(contestant() - results[name].start_up, 1e-9))
+            for name, result in results.items():
+                result.seconds.append(run(name, corpus.path, "out"))
                 bar.advance()
     return compared(corpus, results, arguments)
 
 
 def timed(command: list[str], environment: dict[str, str]) -> float:
-    """Seconds of a command that must succeed."""
+    """Return the seconds of a command, which must succeed."""
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
@@ -186,72 +242,49 @@ def timed(command: list[str], environment: dict[str, str]) -> float:
     return time.monotonic() - began
 
 
-def tokenizer_alone(corpus: Corpus, arguments: argparse.Namespace) -> float:
-    """Seconds that ``--workers`` processes need to encode all texts and do nothing else: those of the slowest."""
-    kind, files, workers = arguments.tokenizer_type, tokenizer_files(arguments), arguments.workers
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool:
-        return max(pool.starmap(_encode_share, [(corpus.path, kind, files, i, workers) for i in range(workers)], 1))
-
-
-def _encode_share(path: Path, kind: str, files: TokenizerFiles, place: int, workers: int) -> float:
-    tokenizer = build_tokenizer(kind, files)
-    seconds = 0.0
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if number % workers == place:
-                text = json.loads(line)["text"]
-                began = time.perf_counter()
-                tokenizer.encode(text)
-                seconds += time.perf_counter() - began
-    return seconds
-
-
 def compared(corpus: Corpus, results: dict[str, Result], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rates, ratios, and whether the files are equal."""
-    outputs = {name: sorted(arguments.work.glob(f"{name}-out_*.[bi][id][nx]")) for name in results}
-    record = json.loads(next(arguments.work.glob("ours-out_*.json")).read_text(encoding="utf-8"))
+    """Return rates, ratios, and whether the files are equal."""
+    metadata = json.loads(next(arguments.work.glob("ours-out_*.corpus.json")).read_text(encoding="utf-8"))
     for result in results.values():
-        result.rate(corpus, record["tokens"])
+        result.rate(corpus, metadata["tokens"])
     medians = {name: statistics.median(result.seconds) for name, result in results.items()}
-    equal = None
-    if "megatron_lm" in results:
-        equal = [*map(digest, outputs["ours"])] == [*map(digest, outputs["megatron_lm"])] and bool(outputs["ours"])
+    digests = {name: digests_of(arguments.work, name) for name in results}
+    others = [name for name in results if name != "ours"]
     return {
         "corpus": {"name": corpus.path.stem, "documents": corpus.documents, "text_bytes": corpus.text_bytes},
-        "tokens": record["tokens"],
+        "tokens": metadata["tokens"],
         "workers": arguments.workers,
         "results": {name: asdict(result) for name, result in results.items()},
-        "times_megatron_lm": medians["megatron_lm"] / medians["ours"] if "megatron_lm" in medians else None,
-        "share_of_tokenizer_limit": {
-            name: medians["tokenizer"] / median for name, median in medians.items() if name != "tokenizer"
-        },
-        "equal": equal,
+        "times": {name: medians[name] / medians["ours"] for name in others},
+        "equal": all(digests[name] == digests["ours"] for name in others) if others else None,
     }
 
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digests_of(work: Path, name: str) -> list[str]:
+    """Return the sha256 of the .bin and .idx files that a tool wrote."""
+    digests = []
+    for path in sorted(work.glob(f"{name}-out_*.[bi][id][nx]")):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
 
 
 def show(report: dict[str, Any]) -> None:
     corpus = report["corpus"]
     print(
         f"{corpus['name']}: {corpus['documents']:,} documents, {corpus['text_bytes'] / 1e6:,.0f} MB of text, "
-        f"{report['tokens']:,} tokens, {report['workers']} workers; {report['engine']}"
+        f"{report['tokens']:,} tokens, {report['workers']} workers; engine: {report['engine']}"
     )
-    print(f"{'':12} {'documents/s':>12} {'MB/s':>8} {'tokens/s':>12} {'of the tokenizer':>17} {'start-up':>9}")
+    print(f"{'':20} {'seconds':>8} {'start-up':>9} {'MB/s':>8} {'documents/s':>12} {'times slower':>13}")
     for name, result in report["results"].items():
-        share = report["share_of_tokenizer_limit"].get(name)
+        times = report["times"].get(name)
         print(
-            f"{name:12} {result['documents_per_second']:12,.0f} {result['megabytes_per_second']:8.2f} "
-            f"{result['tokens_per_second']:12,.0f} {'' if share is None else format(share, '.2f'):>17} "
-            f"{result['start_up']:8.1f}s"
+            f"{name:20} {statistics.median(result['seconds']):8.1f} {result['start_up']:8.1f}s "
+            f"{result['megabytes_per_second']:8.2f} {result['documents_per_second']:12,.0f} "
+            f"{'' if times is None else format(times, '.2f'):>13}"
         )
-    if report["times_megatron_lm"] is not None:
-        same = "byte-equal" if report["equal"] else "DIFFERENT: the comparison is void"
-        print(f"{report['times_megatron_lm']:.2f} times Megatron-LM's speed; .bin and .idx are {same}")
+    if report["equal"] is not None:
+        print(f".bin and .idx are {'byte-equal' if report['equal'] else 'DIFFERENT: the comparison is void'}")
 
 
 if __name__ == "__main__":
