@@ -74,7 +74,7 @@ def main() -> int:
     try:
         arguments.work.mkdir(parents=True, exist_ok=True)
         corpus = make_corpus(arguments)
-        if arguments.tokenizer_model is None and arguments.vocab_file is None:
+        if not given_tokenizer_settings(arguments).keys() & {"tokenizer_model", "vocab_file", "vocab_size"}:
             arguments.tokenizer_model = str(trained_tokenizer(corpus, arguments))
         tokenizer = build_tokenizer(arguments.tokenizer_type, tokenizer_files(arguments))
         report = measure(corpus, arguments, flags)

@@ -3,8 +3,8 @@
 * natural: docstrings, README, METADATA, .rst, .md and .txt files of environments, and /usr/share/doc.
 * source: Python source of standard libraries and site-packages.
 
-Where a benchmark needs more natural text than there is, :func:`drawn_anew` makes new documents of known paragraphs.
-Their words are known sooner than those of new text, which flatters a word cache: report the text once through as well.
+If a benchmark needs more text than there is, :func:`drawn_anew` makes new documents of known paragraphs.
+Their words are known sooner than those of new text, which flatters all caches of words: measure new text as well.
 """
 
 from __future__ import annotations
