@@ -70,7 +70,7 @@ def print_document(console: Console, index: Index, number: int, tokenizer: Token
     ids = document_ids(index, number)
     shown = ids[:max_tokens] if max_tokens else ids
     more = f", the first {len(shown):,} shown" if len(shown) < len(ids) else ""
-    console.rule(f"document {number}: {len(ids):,} tokens{more}", align="left")
+    console.print(f"── document {number}: {len(ids):,} tokens{more} ──", style="bold")
     if tokenizer is None:
         console.print(" ".join(map(str, shown.tolist())), markup=False)
         return

@@ -69,6 +69,7 @@ def test_what_the_tool_prints(tmp_path: Path, run: Callable[..., tuple[Any, str,
     assert "A" * 21 not in out
     assert plot.read_bytes()[:4] == b"\x89PNG" and plot.stat().st_size > 5000
     code, out, _ = run(prefix, "--documents", 1, 2)
+    assert max(map(len, out.splitlines())) < 200, "headings fit a line of a file"
     assert code == 0 and "99 97 102 195 169 256" in out and "not recorded" in out
 
 
