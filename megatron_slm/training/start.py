@@ -19,6 +19,7 @@ from megatron_slm.config.schema import CheckpointConfig, Config
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import slurm_job
 from megatron_slm.training.save_directory import (
+    STEP_DIRECTORY,
     Origin,
     RunRecord,
     belongs_to,
@@ -146,6 +147,11 @@ def _plan_in_save(flags: CheckpointConfig, load: str) -> Start:
         checkpoint, note = found
         known = record or RunRecord.new(None)
         return Start(checkpoint, record=replace(known, job=slurm_job()), note=note)
+    if STEP_DIRECTORY.fullmatch(Path(load).resolve().name):
+        raise ConfigError(
+            f"--load {load}: not a complete checkpoint ({MANIFEST_FILE}, which is written last, is not there). Give "
+            f"--load {flags.save} for the newest step, with --ckpt-step for another."
+        )
     if flags.exit_on_missing_checkpoint:
         raise ConfigError(f"--load {load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
     start = _plan_from(replace(flags, load=None), outside_origin(replace(flags, load=None)))
