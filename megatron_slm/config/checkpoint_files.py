@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import Config
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, unreadable
 from megatron_slm.runtime.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name for "the newest step"
@@ -63,7 +63,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
             "missing). Choose another step with --ckpt-step."
         ) from error
     except OSError as error:
-        raise _unreadable(path, flag, error) from error
+        raise unreadable(flag, path, error) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{flag}: {path} is damaged ({error}). {OTHER}") from error
     expected = recorded is not None or bool(manifest.checksums)
@@ -139,16 +139,10 @@ def check_sizes(directory: Path, manifest: Manifest, flag: str) -> None:
     try:
         there = file_sizes(directory)
     except OSError as error:
-        raise _unreadable(directory, flag, error) from error
+        raise unreadable(flag, directory, error) from error
     for name, size in manifest.files.items():
         if there.get(name) != size:
             got = "is missing" if name not in there else f"has {there[name]} bytes"
             raise ConfigError(
                 f"{flag}: the checkpoint {directory} is damaged: {name} {got}, and was written with {size}. {OTHER}"
             )
-
-
-def _unreadable(path: Path, flag: str, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{flag}: {path} cannot be read ({error.strerror or error}). Check its permissions and the disk."
-    )

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import filesystem as torch_filesystem
+
+from megatron_slm.runtime.patching import replaced_attributes
 
 ALLOWED: dict[str, frozenset[str]] = {
     "builtins": frozenset({"set", "frozenset", "complex"}),
@@ -102,11 +103,11 @@ def restricted_pickles() -> Iterator[None]:
         _Reader.file = getattr(file, "name", None)
         return slice_file(reader, file, info)
 
-    with (
-        mock.patch.object(torch, "load", load),
-        mock.patch.object(torch.jit, "load", _refuse_torchscript),
-        mock.patch.object(torch_filesystem, "pickle", PICKLE),
-        mock.patch.object(FileSystemReader, "_slice_file", slice_of),
+    with replaced_attributes(
+        (torch, "load", load),
+        (torch.jit, "load", _refuse_torchscript),
+        (torch_filesystem, "pickle", PICKLE),
+        (FileSystemReader, "_slice_file", slice_of),
     ):
         yield
 

@@ -28,7 +28,7 @@ from megatron_slm.model.pickles import UnsafePickleError, restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import notice
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, unreadable
 
 # Exceptions of Megatron-Core and torch for a checkpoint that cannot be read or written; torch's is no Exception.
 CHECKPOINT_ERRORS = (
@@ -120,7 +120,10 @@ def explained_load(directory: Path, flag: str) -> Iterator[None]:
         with restricted_pickles():
             yield
     except CHECKPOINT_ERRORS as error:
-        raise ConfigError(f"{flag}: {_explain(_root_cause(error), directory)}") from error
+        cause = _root_cause(error)
+        if isinstance(cause, OSError):
+            raise unreadable(flag, cause.filename or directory, cause) from error
+        raise ConfigError(f"{flag}: {_explain(cause, directory)}") from error
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -135,11 +138,6 @@ def _explain(error: BaseException, directory: Path) -> str:
         return (
             f"{error}. It could run code and was not loaded. Use a checkpoint of a source that you trust, written by "
             "megatron_slm or Megatron-LM."
-        )
-    if isinstance(error, OSError):
-        return (
-            f"{error.filename or directory} cannot be read ({error.strerror or error}). Check its permissions and "
-            "the disk."
         )
     if isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error):
         return f"the checkpoint {directory} is damaged: {brief(error)}. {OTHER}"

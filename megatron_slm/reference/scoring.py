@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,8 @@ from megatron_slm.objective.selective_loss import ReferenceScores
 from megatron_slm.reference.calibration import Found, count_losses, sample_rows, sample_size
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_plan, scored_places
-from megatron_slm.runtime.console import Advance, Silent, duration, progress
+from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.console import Advance, duration, progress
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.files import check_output_prefix
 from megatron_slm.runtime.groups import Groups
@@ -194,17 +195,8 @@ class _Scorer:
         dist.barrier()
 
     def _reserve(self) -> Progress:
-        """The first rank prepares the file, and tells the others how far it is."""
-        found: list[Progress | str] = [Progress()]
-        if self.groups.is_logging_rank:
-            try:
-                found = [reserve(self.path, self.header)]
-            except ConfigError as error:
-                found = [str(error)]
-        dist.broadcast_object_list(found, 0)
-        if isinstance(found[0], str):
-            raise ConfigError(found[0])
-        return found[0]
+        """Prepare the file on the first rank; return the progress of an earlier job on all."""
+        return on_first_rank(lambda: reserve(self.path, self.header))
 
     def _rounds(self) -> Iterator[tuple[list[Row], int, int]]:
         """The rows that all ranks score together, and the chunk and the row that come next."""
@@ -307,13 +299,9 @@ class _Scorer:
             record_progress(self.path, self.at)
         self.clamped, self.recorded = 0, time.monotonic()
 
-    @contextmanager
-    def _bar(self, work: str, tokens: int) -> Iterator[Advance]:
-        if self.groups.is_logging_rank:
-            with progress(f"{work} {Path(self.corpus.prefix).name}", tokens, "tokens") as bar:
-                yield bar
-        else:
-            yield Silent()
+    def _bar(self, work: str, tokens: int) -> AbstractContextManager[Advance]:
+        name = Path(self.corpus.prefix).name
+        return progress(f"{work} {name}", tokens, "tokens", enabled=self.groups.is_logging_rank)
 
 
 def _summary(path: Path, header: ScoresHeader, seconds: float, tokens: int) -> str:

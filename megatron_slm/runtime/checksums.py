@@ -15,7 +15,7 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import unreadable
 
 BLOCK_BYTES = 16 << 20
 THREADS = 8
@@ -53,7 +53,7 @@ def _size(path: Path, what: str) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise _read_error(path, what, error.strerror or str(error)) from error
+        raise unreadable(what, path, error) from error
 
 
 def _hash_block(path: Path, offset: int) -> bytes | str:
@@ -71,10 +71,6 @@ def _combine(paths: Sequence[Path], blocks: list[_Block], hashes: dict[_Block, b
     for number, offset in blocks:
         digest = hashes[number, offset]
         if isinstance(digest, str):
-            raise _read_error(paths[number], what, digest)
+            raise unreadable(what, paths[number], digest)
         combined[number].update(digest)
     return [f"xxh3:{each.hexdigest()}" for each in combined]
-
-
-def _read_error(path: Path, what: str, reason: str) -> ConfigError:
-    return ConfigError(f"{what}: {path} cannot be read ({reason}). Check its permissions and the disk.")

@@ -38,7 +38,7 @@ class Advance(Protocol):
     def advance(self, amount: float = 1) -> None: ...
 
 
-class Silent:
+class _Silent:
     """Counts nothing, for ranks that print nothing."""
 
     def advance(self, amount: float = 1) -> None: ...
@@ -58,6 +58,12 @@ def make_console(enabled: bool = True) -> Console:
 def warn(message: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {message}", file=_fail_safe(sys.stderr), flush=True)
+
+
+def notice(message: str) -> None:
+    """Print a remark on standard error, on rank 0."""
+    if launched_rank() == 0:
+        print(f"note: {message}", file=_fail_safe(sys.stderr), flush=True)
 
 
 def _fail_safe(stream: TextIO) -> TextIO:
@@ -110,11 +116,14 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "it") -> Iterator[Advance]:
+def progress(description: str, total: float | None, unit: str = "it", *, enabled: bool = True) -> Iterator[Advance]:
     """Show a bar with rate and time left on standard error; if that is no terminal, plain lines for work that lasts.
 
-    The unit :data:`BYTES` is shown in MB and MB/s.
+    The unit :data:`BYTES` is shown in MB and MB/s. Nothing is shown unless ``enabled``.
     """
+    if not enabled:
+        yield _Silent()
+        return
     prepare_output()
     if not sys.stderr.isatty():
         plain = _PlainProgress(description, total, unit)
@@ -181,9 +190,3 @@ class _PlainProgress:
             left = (self.total - self.done) / rate if rate else 0.0
             text += f" of {amount(self.total, self.unit)} ({self.done / self.total:.0%}), {duration(max(left, 0))} left"
         print(f"{text}, {amount(rate, self.unit)}/s", file=_fail_safe(sys.stderr), flush=True)
-
-
-def notice(message: str) -> None:
-    """Print a remark on standard error, on rank 0."""
-    if launched_rank() == 0:
-        print(f"note: {message}", file=_fail_safe(sys.stderr), flush=True)

@@ -29,6 +29,12 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
+def unreadable(what: str, path: object, reason: OSError | str) -> ConfigError:
+    """Return the error for a file that cannot be read; ``what`` is the flag or the role of the file."""
+    shown = reason if isinstance(reason, str) else reason.strerror or reason
+    return ConfigError(f"{what}: {path} cannot be read ({shown}). Check its permissions and the disk.")
+
+
 def explain(error: Exception) -> ConfigError | None:
     """Return a message for an error of the machine, which needs no traceback: a file or a lack of memory; else None."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FILE_ERRORS):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_slm.runtime.append import is_stream
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import atomic_path, explained_write
+from megatron_slm.runtime.files import explained_write, write_bytes
 
 METRICS_FLAG = "--slm-metrics-file"
 
@@ -34,8 +34,7 @@ def begin_metrics_file(path: Path, resumed_step: int) -> Path | None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
     if len(kept) < len(lines):
-        with atomic_path(path, METRICS_FLAG) as temporary:
-            temporary.write_bytes(b"".join(kept))
+        write_bytes(path, b"".join(kept), METRICS_FLAG)
     return None
 
 

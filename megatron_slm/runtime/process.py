@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +47,7 @@ def start(
         raise ConfigError(
             f"{world_size} processes were started, which is not a multiple of --tensor-model-parallel-size "
             f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --context-parallel-size "
-            f"{layout.context}. "
-            "Start a multiple of their product."
+            f"{layout.context}. Start a multiple of their product."
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -101,9 +99,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _choose_device(backend: str | None, launch: Launch) -> torch.device:
-    if backend == "nccl" and not torch.cuda.is_available():
+def check_backend(backend: str | None, *, has_gpu: bool) -> None:
+    """Raise ConfigError if the communication backend needs a GPU and there is none."""
+    if backend == "nccl" and not has_gpu:
         raise ConfigError("--distributed-backend nccl needs a GPU, and torch sees none. Use gloo, or leave it out.")
+
+
+def _choose_device(backend: str | None, launch: Launch) -> torch.device:
+    check_backend(backend, has_gpu=torch.cuda.is_available())
     if torch.cuda.is_available():
         device = _device_index(launch, torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -167,7 +170,7 @@ def _not_joined(launch: Launch, timeout: timedelta, error: Exception) -> str:
 def _notice_while_waiting(launch: Launch) -> Iterator[None]:
     """Print where rank 0 waits if the other ranks take long."""
     text = f"waiting for {launch.world_size} ranks at {launch.address}:{launch.port} ({launch.launcher})"
-    timer = threading.Timer(SECONDS_BEFORE_NOTICE, print, [text], {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(SECONDS_BEFORE_NOTICE, reporting.print_error, [text])
     timer.daemon = True
     if launch.rank == 0:
         timer.start()

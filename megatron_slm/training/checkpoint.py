@@ -10,11 +10,10 @@ import queue
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.patching import replaced_attributes
 from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.optimizer_state import sharded_optimizer_state
@@ -151,9 +151,7 @@ def _deferred_errors() -> Iterator[list[BaseException]]:
         (filesystem_async.FileSystemWriterAsync, "finish"),
         (serialization, "save_config"),
     )
-    with ExitStack() as stack:
-        for owner, name in places:
-            stack.enter_context(mock.patch.object(owner, name, deferring(getattr(owner, name))))
+    with replaced_attributes(*((owner, name, deferring(getattr(owner, name))) for owner, name in places)):
         yield errors
 
 

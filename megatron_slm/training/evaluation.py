@@ -11,7 +11,7 @@ import torch
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.objective.selective_loss import Selector
-from megatron_slm.runtime.console import Advance, Silent, progress
+from megatron_slm.runtime.console import Advance, progress
 from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.step import StepSelection, token_sums
@@ -45,7 +45,8 @@ def evaluate(
             if config.data.full_validation:
                 batches = -(-len(dataset) // shape.global_batch_size)  # type: ignore[arg-type]
             stream = BatchStream(dataset, shape, device=trainable.groups.device, masks_missing=True)
-            with _bar(name, batches, trainable) as bar:
+            shown = trainable.groups.is_logging_rank
+            with progress(f"evaluating {name}", batches, "batches", enabled=shown) as bar:
                 result = _evaluate_set(trainable, stream, batches, bar, must_stop)
             if result is None:
                 break
@@ -66,15 +67,6 @@ def _evaluate_set(
         bar.advance()
     _, _, loss, tokens, _, _ = TokenSums.reduce(parts, trainable.groups).values.tolist()
     return Evaluation(loss / max(tokens, 1), int(tokens))
-
-
-@contextmanager
-def _bar(name: str, batches: int, trainable: Trainable) -> Iterator[Advance]:
-    if trainable.groups.is_logging_rank:
-        with progress(f"evaluating {name}", batches, "batches") as bar:
-            yield bar
-    else:
-        yield Silent()
 
 
 @contextmanager

@@ -104,14 +104,14 @@ def check_device(config: Config, device: torch.device) -> None:
     """
     from megatron_slm.model.gpt import check_dispatcher, choose_cross_entropy
     from megatron_slm.model.specs import choose_implementation
+    from megatron_slm.runtime.process import check_backend
 
     implementation = choose_implementation(config.model.transformer_impl, device)
     if implementation == "transformer_engine" and config.data.reset_attention_mask:
         raise ConfigError(MASK_IGNORED)
     choose_cross_entropy(config.objective.slm_cross_entropy, device)
     check_dispatcher(config.model, device)
-    if config.parallel.distributed_backend == "nccl" and device.type == "cpu":
-        raise ConfigError("--distributed-backend nccl needs a GPU, and torch sees none. Use gloo, or leave it out.")
+    check_backend(config.parallel.distributed_backend, has_gpu=device.type == "cuda")
 
 
 def check_memory(config: Config, vocab_size: int, device: torch.device) -> None:
