@@ -134,7 +134,13 @@ def repetition_report(
 
 
 def _changed(saved: SavedRun, corpora: dict[str, str]) -> list[str]:
-    return [prefix for prefix, identity in corpora.items() if saved.corpora.get(prefix, identity) != identity]
+    before = {_file_of(prefix): identity for prefix, identity in saved.corpora.items()}
+    return [prefix for prefix, identity in corpora.items() if before.get(_file_of(prefix), identity) != identity]
+
+
+def _file_of(prefix: str) -> Path:
+    """Return the same file for every spelling of a prefix: relative, absolute, through links."""
+    return Path(f"{prefix}.bin").resolve()
 
 
 def _prefixes(config: Config) -> Iterable[str]:

@@ -89,7 +89,9 @@ def test_a_corpus_that_changed_since_the_checkpoint_is_refused(tmp_path: Path) -
     assert run_each(resumed(prefix, tmp_path / "run", train_iters=2))[0][0] == 0
     build(tmp_path / "corpus", [[[4, 3, 2, 1] * 10]] * 60)
     again = resumed(prefix, tmp_path / "run", train_iters=4, override=True)
-    refused, accepted = run_each(again, [*again, "--slm-accept-changed-corpora"])
+    spelled = resumed(f"{tmp_path}/run/../{Path(prefix).name}", tmp_path / "run", train_iters=4, override=True)
+    refused, respelled, accepted = run_each(again, spelled, [*again, "--slm-accept-changed-corpora"])
+    assert respelled[0] == 2 and "changed since the checkpoint" in respelled[2]
     assert refused[0] == 2 and f"{prefix} changed since the checkpoint" in refused[2]
     assert "--slm-accept-changed-corpora" in refused[2]
     assert accepted[0] == 0 and "may be read again" in accepted[1], accepted
