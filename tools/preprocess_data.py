@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
+from megatron_slm.config.flags import Parser
 from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import nearest
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
@@ -48,17 +48,12 @@ REFUSED = {  # flags of Megatron-LM's tool that are not taken, and what to do
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists all flags)")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     Raises:
         ConfigError: an unknown flag, one of Megatron-LM's that is not taken, or a bad value.
     """
-    parser = _Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reading_flags(parser)
     _add_input_and_output(parser.add_argument)
     add_tokenizer_flags(parser, required=True)
@@ -132,7 +127,7 @@ def _refusal(argument: str, parser: argparse.ArgumentParser) -> ConfigError:
     if flag in REFUSED:
         return ConfigError(f"{flag} is a flag of Megatron-LM's tool that is not taken here. {REFUSED[flag]}")
     if not flag.startswith("-"):
-        return ConfigError(f"{flag!r} stands alone on the command line: no flag before it takes it.")
+        return ConfigError(f"unexpected positional argument {flag!r}.")
     return ConfigError(f"unknown flag {flag}.{nearest(flag, list(parser._option_string_actions))}")
 
 

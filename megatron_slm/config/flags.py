@@ -32,7 +32,9 @@ class Command:
     note: str = ""  # about flags that set nothing, and settings that come from a checkpoint
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ConfigErrors, without the usage text."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (--help lists all flags)")
 
@@ -67,7 +69,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="megatron_slm.pretrain",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
-from megatron_slm.data.index import bin_path
+from megatron_slm.config.schema import DataConfig
+from megatron_slm.data.index import bin_path, chunks
 from megatron_slm.runtime.errors import ConfigError
 
 Blend = tuple[list[str], list[float] | None]
-COUNTED_AT_ONCE = 1 << 24  # samples
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> Blend:
         name, sum_before = merged.get(_file_identity(prefix), (prefix, 0.0))
         merged[_file_identity(prefix)] = name, sum_before + (weight or 0.0)
     return [name for name, _ in merged.values()], [weight for _, weight in merged.values()]
+
+
+def training_blend(data: DataConfig) -> Blend:
+    """Return the blend that a run trains on: of --train-data-path, else of --data-path. Errors as above."""
+    if data.train_data_path:
+        return parse_blend(data.train_data_path, "--train-data-path")
+    return parse_blend(data.data_path)
 
 
 def _refuse_repeats(prefixes: Sequence[str], flag: str) -> None:
@@ -104,7 +111,7 @@ def drawn(name: str, dataset: Any, blend: Blend, samples: int, seq_length: int) 
         blend: what it was built from.
     """
     if isinstance(dataset, BlendedDataset):
-        parts, counts = dataset.datasets, _counts(dataset.dataset_index[:samples], len(dataset.datasets))
+        parts, counts = dataset.datasets, samples_per_corpus(dataset, samples)
     else:
         parts, counts = [dataset], [samples]
     total = max(sum(counts), 1)
@@ -114,10 +121,11 @@ def drawn(name: str, dataset: Any, blend: Blend, samples: int, seq_length: int) 
     ]
 
 
-def _counts(dataset_index: np.ndarray, parts: int) -> list[int]:
-    counts = np.zeros(parts, np.int64)
-    for start in range(0, len(dataset_index), COUNTED_AT_ONCE):
-        counts += np.bincount(dataset_index[start : start + COUNTED_AT_ONCE], minlength=parts)
+def samples_per_corpus(blend: BlendedDataset, samples: int) -> list[int]:
+    """Return how many of the first ``samples`` samples of a built blend come from each corpus."""
+    counts = np.zeros(len(blend.datasets), np.int64)
+    for part in chunks(blend.dataset_index[:samples]):
+        counts += np.bincount(part, minlength=len(counts))
     return counts.tolist()
 
 

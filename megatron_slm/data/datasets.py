@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend
+from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend, training_blend
 from megatron_slm.data.corpus import check_corpus, check_tokenizer, has_several_sequences
 from megatron_slm.data.fingerprints import corpus_identity
 from megatron_slm.data.parts import check_parts, split_matrix, split_of, wants_split
@@ -77,7 +77,7 @@ def training_samples(data: DataConfig, *, tokenizer: Tokenizer, seq_length: int,
     Raises:
         ConfigError: a corpus or a part of it is too small.
     """
-    blend = parse_blend(data.train_data_path or data.data_path)
+    blend = training_blend(data)
     builder = _Builder(
         data=data,
         tokenizer=tokenizer,
@@ -155,7 +155,7 @@ class _Builder:
         )
         if not self.train_samples:
             return Datasets(NoSamples(), self._held_out())
-        blend = parse_blend(self.data.train_data_path or self.data.data_path)
+        blend = training_blend(self.data)
         train, valid = self.train(blend)
         reports = [partial(drawn, "train", train, blend, self.train_samples, self.seq_length)]
         for name, words in self.data.valid_data_path.items():

@@ -7,15 +7,15 @@ fingerprints of the arrays. Files are written atomically, so that a run that is 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_slm.data.fingerprints import quick_fingerprint
+from megatron_slm.runtime.collective import is_first_rank
+from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import atomic_path, explained_write, write_text
 
@@ -44,12 +44,12 @@ def cached_arrays(
     if found is not None:
         return found
     arrays = build()
-    if dist.is_initialized() and dist.get_rank() != 0:
+    if not is_first_rank():
         return arrays
     try:
         _write(base, description, dict(zip(names, arrays, strict=True)))
     except ConfigError as error:
-        print(f"warning: {error} Until then every rank builds the sample indices in memory.", file=sys.stderr)
+        warn(f"{error} Until then every rank builds the sample indices in memory.")
         return arrays
     return _read(base, description, names) or arrays
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
+from megatron_slm.data.blends import samples_per_corpus
 from megatron_slm.data.index import chunks
 from megatron_slm.data.places import label_places, locate_sample
 
@@ -63,10 +64,7 @@ def _corpora(dataset: Any, consumed: int) -> list[tuple[Any, int]]:
     """Return the datasets of the corpora, and how many samples of each are among the first ``consumed`` ones."""
     if not isinstance(dataset, BlendedDataset):
         return [(dataset, consumed)]
-    counts = np.zeros(len(dataset.datasets), np.int64)
-    for part in chunks(dataset.dataset_index[:consumed]):
-        counts += np.bincount(part, minlength=len(counts))
-    return list(zip(dataset.datasets, counts.tolist(), strict=True))
+    return list(zip(dataset.datasets, samples_per_corpus(dataset, consumed), strict=True))
 
 
 def _read_before(corpus: Any, samples: int, places: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import convert_split
 
 from megatron_slm.config.blends import parse_split
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.data.blends import Blend, Drawn, expected, parse_blend
+from megatron_slm.data.blends import Blend, Drawn, expected, parse_blend, training_blend
 from megatron_slm.data.index import joined_documents, read_index
 from megatron_slm.runtime.errors import ConfigError
 
@@ -44,11 +44,7 @@ def expected_drawn(data: DataConfig, *, train_samples: int, valid_samples: int, 
         ConfigError: a corpus holds too little to make a sample of.
     """
     tokens = check_parts(data, valid_samples=valid_samples, seq_length=seq_length)
-    return (
-        []
-        if data.mock_data
-        else expected("train", parse_blend(data.train_data_path or data.data_path), tokens, train_samples * seq_length)
-    )
+    return [] if data.mock_data else expected("train", training_blend(data), tokens, train_samples * seq_length)
 
 
 def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains: bool = True) -> list[int]:
@@ -69,11 +65,12 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains
     if not trains:
         _check_held_out(data, valid_samples, seq_length)
         return []
+    blend = training_blend(data)
     if data.train_data_path:
-        flag, blend = "--train-data-path", parse_blend(data.train_data_path, "--train-data-path")
+        flag = "--train-data-path"
         tokens = [_tokens(prefix, (0.0, 1.0), data) for prefix in blend[0]]
     else:
-        flag, blend = "--data-path", parse_blend(data.data_path)
+        flag = "--data-path"
         tokens = _part_tokens(data, blend, 0)
         if wants_split(data, valid_samples) and split_matrix(data)[1] is not None:
             _check_epoch(flag, blend, _part_tokens(data, blend, 1), seq_length)

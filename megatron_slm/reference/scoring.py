@@ -26,7 +26,7 @@ from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
 from megatron_slm.data.fingerprints import corpus_fingerprint
 from megatron_slm.data.scores.code import ScoreCode
 from megatron_slm.data.scores.codebooks import Codebooks, TokenCode, fit, loss_code
-from megatron_slm.data.scores.sets import tokenizer_identity
+from megatron_slm.data.scores.sets import recorded_tokenizer
 from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
 from megatron_slm.data.scores.writer import (
     Progress,
@@ -135,7 +135,7 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
         header = ScoresHeader(
             tokens=corpus.tokens,
             corpus=corpus_fingerprint(prefix),
-            tokenizer=tokenizer_identity(tokenizer),
+            tokenizer=recorded_tokenizer(tokenizer),
             reference=fingerprint,
             context=job.rule(config.model.seq_length or 0),
             loss=loss_code(tokenizer.vocab_size, job.score_bytes),

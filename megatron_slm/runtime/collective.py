@@ -12,6 +12,11 @@ from megatron_slm.runtime.errors import ConfigError
 T = TypeVar("T")
 
 
+def is_first_rank() -> bool:
+    """Return whether this is rank 0, or there is no process group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def on_first_rank(function: Callable[[], T]) -> T:
     """Run ``function`` on rank 0; every rank returns its result, or raises its ConfigError. Collective.
 
@@ -20,7 +25,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if not dist.is_initialized():
         return function()
     verdict: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if is_first_rank():
         try:
             verdict[0] = function()
         except ConfigError as error:
@@ -35,6 +40,6 @@ def gather_on_first_rank(value: T) -> list[T]:
     """Return every rank's ``value`` on rank 0, and an empty list elsewhere. Collective."""
     if not dist.is_initialized():
         return [value]
-    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    gathered: list[Any] | None = [None] * dist.get_world_size() if is_first_rank() else None
     dist.gather_object(value, gathered, 0)
     return gathered or []

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.schema import Config
-from megatron_slm.data.blends import parse_blend
+from megatron_slm.data.blends import training_blend
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.data.overlap import order_overlap
 from megatron_slm.data.places import label_places, locate_sample
@@ -23,7 +23,7 @@ from megatron_slm.training.run_length import START, Milestone, RunLength
 
 DATA_FILE = "data.json"  # of a checkpoint: its DataRecord
 ACCEPT = "--slm-accept-changed-corpora"
-SAMPLES_COMPARED = 64  # to find out whether two orders are the same
+SAMPLES_PROBED = 64  # to determine if two orders are the same
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,13 @@ def _file_of(prefix: str) -> Path:
 
 
 def _prefixes(config: Config) -> Iterable[str]:
-    return parse_blend(config.data.train_data_path or config.data.data_path)[0]
+    return training_blend(config.data)[0]
 
 
 def _is_same_order(before: Any, after: Any, consumed: int) -> bool:
     """Return whether the samples that were consumed are the first ones of ``after`` as well."""
     stop = min(consumed, len(before), len(after))
-    indices = np.linspace(0, stop - 1, min(stop, SAMPLES_COMPARED)).round().astype(np.int64).tolist()
+    indices = np.linspace(0, stop - 1, min(stop, SAMPLES_PROBED)).round().astype(np.int64).tolist()
     return all(_places(before, index) == _places(after, index) for index in indices)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
+from megatron_slm.data.preprocessing.texts import text_offsets
 from megatron_slm.data.tokenizers.base import Tokenizer
 from megatron_slm.data.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 from megatron_slm.runtime.errors import ConfigError
@@ -101,7 +102,7 @@ class GigatokenEngine:
         self.gigatoken = model.load()
         self.batches = 0
         self.most_memory: int | None = None  # bytes of this process; set by the first batch, after a fork
-        self.chance = random.Random(0)
+        self.rng = random.Random(0)
         if (found := self._difference([*PROBES, *model.probes])) is not None:
             raise UnsupportedTokenizer(f"gigatoken gives other ids for {found[0][:SHOWN]!r}")
 
@@ -154,7 +155,7 @@ class GigatokenEngine:
             raise ConfigError(self._explained(*found))
 
     def _excerpt(self, text: str) -> str:
-        begin = self.chance.randint(0, max(0, len(text) - SAMPLED_CHARACTERS))
+        begin = self.rng.randint(0, max(0, len(text) - SAMPLED_CHARACTERS))
         return text[begin : begin + SAMPLED_CHARACTERS]
 
     def _difference(self, batch: Sequence[str]) -> tuple[str, list[int], list[int]] | None:
@@ -202,8 +203,7 @@ def _as_awkward(texts: pa.LargeStringArray) -> Any:
     """Return the texts as an awkward Array on the same memory, which gigatoken reads without an object per text."""
     import awkward as ak
 
-    _, offsets, data = texts.buffers()
-    begins = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    data, begins = texts.buffers()[2], text_offsets(texts)
     content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     characters = ak.contents.NumpyArray(content, parameters={"__array__": "char"})
     return ak.Array(
@@ -212,8 +212,7 @@ def _as_awkward(texts: pa.LargeStringArray) -> Any:
 
 
 def _joined(texts: pa.LargeStringArray) -> str:
-    _, offsets, data = texts.buffers()
-    begins = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    data, begins = texts.buffers()[2], text_offsets(texts)
     if data is None:
         return ""
     content = data[int(begins[0]) : int(begins[-1])].to_pybytes()

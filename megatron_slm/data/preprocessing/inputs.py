@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from megatron_slm.config.paths import expanded_user
+from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 
 STDIN = "-"
@@ -77,7 +78,7 @@ def find_inputs(patterns: Sequence[str]) -> list[str]:
             _check_name(name)
             file = name if name == STDIN or is_remote(name) else str(Path(name).resolve())
             if file in found:
-                print(f"warning: --input {pattern} names {found[file]} again; it is read once.", file=sys.stderr)
+                warn(f"--input {pattern} names {found[file]} again; it is read once.")
             found.setdefault(file, name)
     return list(found.values())
 

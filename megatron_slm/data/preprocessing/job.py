@@ -79,11 +79,11 @@ class Summary:
         self.tokens += tokens
 
     def counts(self) -> tuple[int, ...]:
-        """What the journal keeps."""
+        """Return the counts for the journal."""
         return tuple(self.record().values())
 
     def record(self) -> dict[str, int]:
-        """What the record beside a corpus keeps."""
+        """Return the counts for the corpus metadata."""
         return {name: getattr(self, name) for name in self.COUNTS}
 
     def restore(self, counts: Sequence[int], tokens: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from megatron_slm.data.preprocessing.journal import Journal, Progress
 from megatron_slm.data.tokenizers.identity import tokenizer_identity
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.reporting import print_error
 
 
 class JobOutput:
@@ -115,7 +115,7 @@ class JobOutput:
         if found is None:
             if was_there:
                 hint = "has no whole block" if self.job.resume else "is not used (--resume goes on with it)"
-                print(f"{self.journal.path}: what a stopped job left {hint}; beginning anew", file=sys.stderr)
+                print_error(f"{self.journal.path}: what a stopped job left {hint}; beginning anew")
             for corpus in self.corpora:
                 corpus.remove()
                 corpus.open()

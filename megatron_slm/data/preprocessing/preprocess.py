@@ -6,7 +6,6 @@ text or of one longer document, with their ids, beside what a tokenizer takes in
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -27,9 +26,10 @@ from megatron_slm.data.preprocessing.tables import check_tables
 from megatron_slm.data.preprocessing.text_reader import SHOWN_ERRORS, TextReader, bad_document, stop_at
 from megatron_slm.data.preprocessing.workers import worker_processes
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.console import progress, warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_output_prefix
+from megatron_slm.runtime.reporting import print_error
 
 __all__ = ["Job", "Summary", "preprocess"]
 
@@ -49,19 +49,16 @@ def preprocess(job: Job) -> Summary:
     _check(job)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_files)
     if job.append_eod and tokenizer.ends_texts:
-        print(
-            f"warning: {tokenizer.source} itself ends every text with the end-of-document token, and --append-eod adds "
-            "another. Leave out --append-eod to end documents once.",
-            file=sys.stderr,
+        warn(
+            f"{tokenizer.source} itself ends every text with the end-of-document token, and --append-eod adds another. "
+            "Leave out --append-eod to end documents once."
         )
     dtype = corpus_dtype(tokenizer.vocab_size)
     split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
     engine, reason = build_engine(tokenizer, dtype, job.use_gigatoken)
     if reason:
-        print(
-            f"{tokenizer.source}: encoded by its own library, which is slower than gigatoken: {reason}", file=sys.stderr
-        )
+        print_error(f"{tokenizer.source}: encoded by its own library, which is slower than gigatoken: {reason}")
     reader = TextReader(job.keys, lists=split is None, lone_surrogates=job.lone_surrogates)
     encoder = BlockEncoder(reader, engine, eod, split)
     parts = plan(job.files, job.text_document, job.shard)
@@ -187,4 +184,4 @@ def _bytes_before(parts: Sequence[Part], place: Progress) -> int:
 
 def _log(summary: Summary, seconds: float) -> None:
     done = summary.documents - summary.resumed
-    print(f"{summary.documents:,} documents, {done / max(seconds, 1e-9):,.0f} documents/s", file=sys.stderr, flush=True)
+    print_error(f"{summary.documents:,} documents, {done / max(seconds, 1e-9):,.0f} documents/s")

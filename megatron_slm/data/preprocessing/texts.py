@@ -158,8 +158,13 @@ def _sequences(text: Text, split: Split | None) -> list[bytes]:
     return [sequence.encode("utf-8") for sequence in text]
 
 
+def text_offsets(texts: pa.LargeStringArray) -> np.ndarray:
+    """Return the first byte of each text in the array's buffer, and the end of the last, int64."""
+    return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
 def _utf8_bytes(texts: pa.LargeStringArray) -> int:
     if not len(texts):
         return 0
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    offsets = text_offsets(texts)
     return int(offsets[-1] - offsets[0])

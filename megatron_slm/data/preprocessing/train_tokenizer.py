@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_slm.runtime.files import (
     check_replaceable,
     explained_write,
 )
+from megatron_slm.runtime.reporting import print_error
 
 LONGEST_LINE = 4096  # characters; longer ones are cut, which sentencepiece would leave out
 LEAST_LINES = 101  # that sentencepiece takes as the size of a sample
@@ -150,7 +150,7 @@ def _lines(job: TokenizerJob, bad: BadDocuments, advance: Callable[[float], None
         skipped = f" that can be read: {bad.messages[0]}" if bad.messages else ""
         raise ConfigError(f"--input: {', '.join(job.files)} holds no text{skipped}.")
     used = min(count, job.max_lines)
-    print(f"read {count:,} lines; training on {used:,}, which may take minutes", file=sys.stderr, flush=True)
+    print_error(f"read {count:,} lines; training on {used:,}, which may take minutes")
 
 
 def _split(text: str | list[str]) -> Iterator[str]:

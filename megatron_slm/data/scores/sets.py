@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.config.schema import DataConfig, ReferenceConfig
-from megatron_slm.data.blends import parse_blend
+from megatron_slm.data.blends import training_blend
 from megatron_slm.data.fingerprints import corpus_fingerprint
 from megatron_slm.data.scores.sidecar import FLAG, HEADER_BYTES, TOOL, ScoresHeader, Sidecar, sidecar_path
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def open_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeniz
     names = reference.reference_scores
     combine = Combine.parse(reference.reference_combine, len(names))
     found: ScoreSet = {}
-    for prefix in dict.fromkeys(parse_blend(data.train_data_path or data.data_path)[0]):
+    for prefix in dict.fromkeys(training_blend(data)[0]):
         sidecars = tuple(Sidecar(sidecar_path(prefix, name)) for name in names)
         corpus = corpus_fingerprint(prefix)
         for sidecar in sidecars:
@@ -127,8 +127,8 @@ def verify_scores(scores: ScoreSet) -> None:
             )
 
 
-def tokenizer_identity(tokenizer: Tokenizer) -> str:
-    """How a sidecar names the tokenizer of its corpus."""
+def recorded_tokenizer(tokenizer: Tokenizer) -> str:
+    """Return the name of a tokenizer in a sidecar's header."""
     return f"{tokenizer.name} {tokenizer.fingerprint}"
 
 
@@ -139,7 +139,7 @@ def _check_belongs(sidecar: Sidecar, prefix: str, corpus: str, tokenizer: Tokeni
             f"{FLAG}: {path} was made for a corpus of fingerprint {header.corpus}, and {prefix} has {corpus}. "
             f"Score the corpus as it is now with {TOOL}."
         )
-    ours = tokenizer_identity(tokenizer)
+    ours = recorded_tokenizer(tokenizer)
     if header.tokenizer != ours:
         raise ConfigError(
             f"{FLAG}: {path} was made with the tokenizer {header.tokenizer}, and this run has {ours}. "

@@ -12,6 +12,7 @@ from typing import Any
 
 MOST_PROBES = 400
 SPACE = "▁"  # in SentencePiece vocabularies
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}  # entries of byte fallback
 SplitMerges = Iterable[tuple[str, str]]
 
 

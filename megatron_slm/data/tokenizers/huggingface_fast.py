@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_slm.data.tokenizers.fast_model import FastModel, UnsupportedTokenizer, overlap_probes, unstable_under_nfc
+from megatron_slm.data.tokenizers.fast_model import (
+    BYTES,
+    FastModel,
+    UnsupportedTokenizer,
+    overlap_probes,
+    unstable_under_nfc,
+)
 
 Settings = dict[str, Any]
-BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 CONTEXTS = ("{}", "a{}b", " {} ", "  {}\n{}{}", "1{}.")  # in which added tokens are tried
 PLAIN_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))  # written as their own character
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_slm.data.tokenizers.fast_model import SPACE, FastModel, UnsupportedTokenizer, overlap_probes
-
-BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+from megatron_slm.data.tokenizers.fast_model import BYTES, SPACE, FastModel, UnsupportedTokenizer, overlap_probes
 
 
 def sentencepiece_fast_model(model: Any) -> FastModel:

@@ -159,7 +159,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("megatron's value", ["--vocab-extra-ids=3"], ["--vocab-extra-ids is a flag of Megatron-LM", "not taken"]),
     ("unknown flag", ["--append-eos"], ["unknown flag --append-eos", "Did you mean --append-eod?"]),
     ("abbreviation", ["--append"], ["unknown flag --append"]),
-    ("stray word", ["--append-eod", "yes"], ["'yes' stands alone"]),
+    ("stray word", ["--append-eod", "yes"], ["unexpected positional argument 'yes'"]),
     ("tokenizer", ["--tokenizer-type", "Bert"], ["--tokenizer-type should be one of", "not 'Bert'"]),
     ("tokenizer file", ["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model"]),
     (
