@@ -36,6 +36,7 @@ def huggingface_fast_model(model: Any) -> FastModel:
     """
     settings = json.loads(model.to_str())
     before, after = _special_ids(settings.pop("post_processor"))
+    names = [token["content"] for token in settings["added_tokens"]]  # those that remain text may hide others
     if model.encode_special_tokens:  # spelled out in a text, special tokens remain text
         settings["added_tokens"] = [token for token in settings["added_tokens"] if not token["special"]]
     _check_model(settings["model"])
@@ -44,7 +45,7 @@ def huggingface_fast_model(model: Any) -> FastModel:
     else:
         _check_byte_level(settings)
     _check_added_tokens(settings)
-    probes = [context.replace("{}", token["content"]) for token in settings["added_tokens"] for context in CONTEXTS]
+    probes = [context.replace("{}", name) for name in names for context in CONTEXTS]
     decode = dict(zip(byte_characters(), range(256), strict=True))
     for text in overlap_probes(_pairs(settings["model"]["merges"])):
         is_bytes = not settings["model"].get("byte_fallback") and all(character in decode for character in text)
@@ -95,6 +96,12 @@ def _check_added_tokens(settings: Settings) -> None:
             raise UnsupportedTokenizer(
                 f"its added token {token['content']!r} is looked for in normalized text or words"
             )
+    if any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"]):
+        spaced = [
+            token["content"] for token in settings["added_tokens"] if token["content"].strip() != token["content"]
+        ]
+        if spaced:  # the libraries divide white space between neighbours differently
+            raise UnsupportedTokenizer(f"its added token {spaced[0]!r} has spaces that other added tokens take along")
 
 
 def _special_ids(processor: Settings | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

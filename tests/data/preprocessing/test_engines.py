@@ -182,6 +182,8 @@ def test_tiktoken_v2(special_tokens: str, tmp_path: Path) -> None:
         (lambda: of_huggingface(with_changes(merges_bytes)), "merges bytes"),
         (lambda: of_huggingface(with_changes(lacks_a_byte)), "incomplete"),
         (lambda: of_huggingface(with_changes(whole_words)), "looked for in normalized text or words"),
+        (lambda: of_huggingface(added("\xa0", "<r>", rstrip=True)), "spaces that other added tokens take"),
+        (lambda: of_huggingface(added("e\u0301", "e", special=True)), "gigatoken gives other ids"),
         (lambda: of_huggingface(with_changes(splits_digits)), "pre-tokenizer is Digits and ByteLevel"),
         (lambda: of_huggingface(with_changes(has_suffix)), "end_of_word_suffix"),
     ],
@@ -231,6 +233,15 @@ def lacks_a_byte(content: dict[str, Any]) -> None:
 def whole_words(content: dict[str, Any]) -> None:
     flags = {"single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     content["added_tokens"].append({"id": 6000, "content": "tag", **flags})
+
+
+def added(first: str, second: str, *, rstrip: bool = False, special: bool = False) -> Tokenizer:
+    """A model in which special tokens are text, with two added tokens: the first is special, or the second strips."""
+    model = Tokenizer.from_str(metaspace_model(1, "always").to_str())
+    model.add_tokens([AddedToken(second, rstrip=rstrip, normalized=False)])
+    (model.add_special_tokens if special else model.add_tokens)([AddedToken(first, normalized=False)])
+    model.encode_special_tokens = True
+    return model
 
 
 def splits_digits(content: dict[str, Any]) -> None:
