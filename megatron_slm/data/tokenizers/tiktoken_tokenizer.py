@@ -14,6 +14,7 @@ from megatron_slm.data.tokenizers.fast_model import FastModel
 from megatron_slm.data.tokenizers.tiktoken_fast import tiktoken_fast_model
 from megatron_slm.runtime.errors import ConfigError
 
+UTF8_BYTES: Final = (*range(0xC0), *range(0xC2, 0xF5))  # that occur in text
 Vocabulary = tuple[dict[bytes, int], dict[str, int], str]  # ranks, special tokens, pattern
 
 
@@ -50,6 +51,7 @@ class TikTokenizer(BaseTokenizer):
         try:
             self._vocabulary = ranks, specials, pattern = read(path, files)
             self.vocab_size = max(*specials.values(), *ranks.values()) + 1
+            _check_bytes(ranks)
             self.model = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"--tokenizer-model {path} is not a tiktoken file: {error}") from error
@@ -68,6 +70,16 @@ class TikTokenizer(BaseTokenizer):
         ranks, specials, pattern = self._vocabulary
         found = {name: token for name, token in specials.items() if name in self.specials}
         return tiktoken_fast_model(ranks, found, pattern)
+
+
+def _check_bytes(ranks: dict[bytes, int]) -> None:
+    """Raise ValueError if a byte of UTF-8 is no token: tiktoken ends the process at the first text with such a byte."""
+    missing = [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"of the {len(ranks)} tokens none is the byte 0x{missing[0]:02X}. In Megatron-LM's format --vocab-size less "
+            "--tiktoken-num-special-tokens tokens are taken: give a larger --vocab-size, or leave it out"
+        )
 
 
 def _read_tiktoken_format(path: Path, files: TokenizerFiles) -> Vocabulary:

@@ -199,6 +199,12 @@ def test_foreign_files_are_refused(kind: str, content: str | None, message: str,
         build_tokenizer(kind, TokenizerFiles(str(path)))
 
 
+@pytest.mark.parametrize("size", [1100, 1240])
+def test_a_tiktoken_vocabulary_without_all_bytes_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=r"none is the byte 0x.*give a larger --vocab-size"):
+        build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=size))
+
+
 @pytest.mark.parametrize("size", [None, 1400, 5000])
 def test_a_vocabulary_that_is_smaller_than_declared_is_padded(size: int | None) -> None:
     tokenizer = build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=size))
