@@ -27,7 +27,8 @@ tools/merge_datasets.py --input <that folder> makes of all parts the corpus that
 
 MEASURE = "tools/benchmark_preprocess.py measures speed."
 FROM_FILE = "The tokenizer's own file says it."
-REFUSED = {  # flags of Megatron-LM's tool that are not taken, and what to do
+REFUSED = {  # flags of Megatron-LM's tool, or of earlier versions, that are not taken, and what to do
+    "--no-word-cache": "The word cache is gone. --no-use-gigatoken encodes by the tokenizer's library alone.",
     "--find-optimal-num-workers": MEASURE,
     "--workers-to-check": MEASURE,
     "--max-documents": MEASURE,
@@ -125,7 +126,7 @@ def _add_running(add: Callable[..., argparse.Action]) -> None:
 def _refusal(argument: str, parser: argparse.ArgumentParser) -> ConfigError:
     flag = argument.partition("=")[0]
     if flag in REFUSED:
-        return ConfigError(f"{flag} is a flag of Megatron-LM's tool that is not taken here. {REFUSED[flag]}")
+        return ConfigError(f"{flag} is not taken here. {REFUSED[flag]}")
     if not flag.startswith("-"):
         return ConfigError(f"unexpected positional argument {flag!r}.")
     return ConfigError(f"unknown flag {flag}.{nearest(flag, list(parser._option_string_actions))}")

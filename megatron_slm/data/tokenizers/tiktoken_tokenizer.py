@@ -77,7 +77,7 @@ def _check_bytes(ranks: dict[bytes, int]) -> None:
     missing = [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
-            f"of the {len(ranks)} tokens none is the byte 0x{missing[0]:02X}. In Megatron-LM's format --vocab-size less "
+            f"of the {len(ranks)} tokens none is byte 0x{missing[0]:02X}. In Megatron-LM's format --vocab-size minus "
             "--tiktoken-num-special-tokens tokens are taken: give a larger --vocab-size, or leave it out"
         )
 

@@ -201,7 +201,7 @@ def test_foreign_files_are_refused(kind: str, content: str | None, message: str,
 
 @pytest.mark.parametrize("size", [1100, 1240])
 def test_a_tiktoken_vocabulary_without_all_bytes_is_refused(size: int) -> None:
-    with pytest.raises(ConfigError, match=r"none is the byte 0x.*give a larger --vocab-size"):
+    with pytest.raises(ConfigError, match=r"none is byte 0x.*give a larger --vocab-size"):
         build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=size))
 
 
