@@ -209,8 +209,3 @@ def read_config(path: Path) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, itself a valid recipe."""
     return yaml.safe_dump(to_flat_dict(config), sort_keys=False)
-
-
-def write_config(config: Config, path: Path) -> None:
-    """Save the resolved configuration."""
-    path.write_text(dump_config(config), encoding="utf-8")

@@ -73,17 +73,8 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train"),
         *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
         *("data_cache_path", "num_workers", "full_validation", "slm_accept_changed_corpora"),
-        *(
-            "save",
-            "load",
-            "pretrained_checkpoint",
-            "save_interval",
-            "save_retain_interval",
-            "finetune",
-            "ckpt_step",
-            "save_optim",
-        ),
-        *("save_rng", "load_optim", "load_rng", "exit_on_missing_checkpoint", "use_checkpoint_args"),
+        *("save", "load", "pretrained_checkpoint", "save_interval", "save_retain_interval", "finetune", "ckpt_step"),
+        *("save_optim", "save_rng", "load_optim", "load_rng", "exit_on_missing_checkpoint", "use_checkpoint_args"),
         *("slm_verify_checksums", "slm_overwrite_save"),
         *("log_interval", "eval_interval", "eval_iters", "tensorboard_dir"),
         *("wandb_project", "wandb_exp_name", "wandb_save_dir", "slm_metrics_file"),
@@ -99,8 +90,9 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_load",
     "reference_ckpt_step",
     "reference_precision",
+    "reference_scores",
+    "reference_combine",
 )
-SCORE_SETTINGS += ("reference_scores", "reference_combine")
 DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # None: follows from others
 
 
@@ -166,7 +158,7 @@ def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str)
 
 
 def score_changed(config: Config, saved: Config) -> bool:
-    """Whether scores of the run are not comparable with those of the checkpoint."""
+    """Return whether scores of the run are not comparable with those of the checkpoint."""
     return any(each.name in SCORE_SETTINGS for each in differences(config, saved))
 
 

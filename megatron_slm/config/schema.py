@@ -91,9 +91,7 @@ class ParallelConfig:
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on", above=0
     )
     decoder_first_pipeline_num_layers: int | None = flag(
-        None,
-        "number of transformer layers on the first pipeline stage; default even split over all stages",
-        above=0,
+        None, "number of transformer layers on the first pipeline stage; default even split over all stages", above=0
     )
     decoder_last_pipeline_num_layers: int | None = flag(
         None, "number of transformer layers on the last pipeline stage; default even split over all stages", above=0
@@ -152,9 +150,7 @@ class OptimizerConfig:
     lr: float | None = flag(None, "peak learning rate", at_least=0, at_most=1e6)
     min_lr: float = flag(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: str = flag(
-        "linear",
-        "shape of the decay",
-        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+        "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
     )
     lr_decay_iters: int | None = flag(None, "steps of the decay, warm-up included; default --train-iters", above=0)
     lr_decay_samples: int | None = flag(
@@ -165,9 +161,7 @@ class OptimizerConfig:
     lr_warmup_fraction: float | None = flag(None, "warm-up as a share of --lr-decay-iters", at_least=0, below=1)
     lr_warmup_init: float = flag(0.0, "learning rate at the first step of the warm-up", at_least=0)
     lr_wsd_decay_style: str = flag(
-        "exponential",
-        "shape of the decay phase of WSD",
-        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+        "exponential", "shape of the decay phase of WSD", choices=("exponential", "linear", "cosine", "minus_sqrt")
     )
     lr_wsd_decay_iters: int | None = flag(None, "steps of the decay phase of WSD", at_least=0)
     lr_wsd_decay_samples: int | None = flag(None, "samples of the decay phase of WSD", above=0, at_most=2**53)
@@ -186,14 +180,10 @@ class OptimizerConfig:
         True, "add up and reduce gradients in fp32 (Megatron-LM: off without bf16)"
     )
     override_opt_param_scheduler: bool = flag(
-        False,
-        "schedule from the flags, not from the checkpoint",
-        spelling="--override-opt_param-scheduler",
+        False, "schedule from the flags, not from the checkpoint", spelling="--override-opt_param-scheduler"
     )
     use_checkpoint_opt_param_scheduler: bool = flag(
-        False,
-        "schedule from the checkpoint, not from the flags",
-        spelling="--use-checkpoint-opt_param-scheduler",
+        False, "schedule from the checkpoint, not from the flags", spelling="--use-checkpoint-opt_param-scheduler"
     )
 
 

@@ -174,7 +174,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "pipeline microbatch-group",
-        "layers are split evenly by --pipeline-model-parallel-size and --num-layers-per-virtual-pipeline-stage.",
+        "stages have the settings --pipeline-model-parallel-size, --decoder-first-pipeline-num-layers and the like.",
     ),
     (
         "^--ddp- align- nccl sharp symmetric all-gather high-priority p2p process-group mpu comm-type "
@@ -200,7 +200,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "samples train-sync phase",
-        "a run is counted in steps: --train-iters, --lr-decay-iters and --lr-warmup-iters.",
+        "a run has the settings --train-iters or --train-samples, --lr-decay-* and --lr-warmup-*.",
     ),
     (
         "timeout",
@@ -208,7 +208,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "fus jit rng-tracker norm residual activation glu- initialization init-method heterogeneous relative- "
-        "attention matmul attention onnx invariant scatter-output chunks freeze",
+        "attention matmul onnx invariant scatter-output chunks freeze",
         "layers are Megatron-Core's standard ones, and all weights are trained. Leave the flag out.",
     ),
 )
