@@ -53,7 +53,7 @@ CARRIED = "carried"
 
 @dataclass
 class Position:
-    """Where in its run a run is."""
+    """Training progress: completed steps and consumed samples."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -61,21 +61,21 @@ class Position:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What a checkpoint holds besides the position."""
+    """Training state that checkpoints hold besides the position."""
 
     chunks: Sequence[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     groups: Groups
     tokenizer: Tokenizer
-    early: EarlyRule | None = None  # tells which tokens may get their gradient at once; without it, none do
+    early: EarlyRule | None = None  # selects tokens whose gradient is computed in the forward pass; None: none
     carried: CarriedThreshold | None = None
     auxiliary: AuxiliaryLosses | None = None  # of a model with experts
     data: DataRecord = field(default_factory=DataRecord)
 
     @property
     def guess(self) -> ThresholdGuess | None:
-        """The guessed threshold, where the run guesses."""
+        """Estimated threshold of a speculative run."""
         return self.early.guess if self.early is not None and self.early.speculate else None
 
     def layout(self) -> dict[str, int]:
@@ -181,8 +181,8 @@ def _publish(manifest: Manifest, partial: Path, final: Path) -> None:
 def _hand_results_over_in_memory() -> None:
     """Give Megatron-Core's writer a plain queue for its results.
 
-    It starts a process to hold that queue otherwise, for saves that go on beside training. It would import torch anew
-    on every rank, seconds and hundreds of MB, and a save that is waited for puts and gets in one process.
+    It would otherwise start a process that holds the queue, for asynchronous saves. That process imports torch on every
+    rank, which takes seconds and hundreds of MB; a synchronous save puts and gets in one process.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

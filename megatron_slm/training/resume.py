@@ -22,7 +22,7 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import CARRIED, GUESS, RNG, Position, Trainable, plain_chunks, run_state
 from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.training.schedule import resume_schedule
-from megatron_slm.training.start import Start
+from megatron_slm.training.start import Checkpoint, Start
 
 OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
 
@@ -34,8 +34,7 @@ def resume(trainable: Trainable, config: Config, start: Start, console: Console)
     """
     if start.checkpoint is None:
         return Position()
-    path, step, flag = start.checkpoint.path, start.checkpoint.step, start.checkpoint.flag
-    directory = weights.open_checkpoint(path, step, flag, verify=config.checkpoint.slm_verify_checksums)
+    flag, directory = start.checkpoint.flag, _open(start.checkpoint, config)
     differences = _compare(start, directory, config, trainable.tokenizer)
     if differences:
         console.print(differences, markup=False)
@@ -57,9 +56,13 @@ def check_start(start: Start, config: Config, tokenizer: Tokenizer) -> str:
     """
     if start.checkpoint is None:
         return ""
-    path, step, flag = start.checkpoint.path, start.checkpoint.step, start.checkpoint.flag
-    directory = weights.open_checkpoint(path, step, flag, verify=config.checkpoint.slm_verify_checksums)
-    return _compare(start, directory, deepcopy(config), tokenizer)
+    return _compare(start, _open(start.checkpoint, config), deepcopy(config), tokenizer)
+
+
+def _open(checkpoint: Checkpoint, config: Config) -> Path:
+    """Return the directory of a complete checkpoint. Collective over all ranks."""
+    verify = config.checkpoint.slm_verify_checksums
+    return weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
 
 
 def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer) -> str:

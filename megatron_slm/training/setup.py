@@ -99,38 +99,18 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         verify_scores(scores)
     corpora = corpus_identities(config.data)
     saved = on_first_rank(lambda: _saved_run(start, config, corpora, console)) if trains else None
-    chunks = wrap_data_parallel(
-        build_model(
-            config.model,
-            vocab_size=tokenizer.vocab_size,
-            parallel=config.parallel,
-            training=config.training,
-            objective=config.objective,
-            groups=groups,
-            bf16=config.training.bf16,
-            resets_positions=config.data.reset_position_ids,
-        ),
-        config,
-    )
-    for chunk in chunks:
-        chunk.train()
-    optimizer = build_optimizer(chunks, config)
-    selector = build_selector(config, groups)
-    carried = CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None
-    auxiliary = AuxiliaryLosses(chunks, groups) if config.model.num_experts else None
     milestones = saved.milestones if saved is not None else START
     # The schedules of flags and checkpoint are compared with the checkpoint's global batch.
     batch = saved.config.training.global_batch_size if saved is not None else None
-    schedule = build_scheduler(optimizer, config, RunLength.of(config, milestones, batch))
-    early = EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative")
-    trainable = Trainable(
-        chunks, optimizer, schedule, groups, tokenizer, early, carried, auxiliary, DataRecord(corpora, milestones)
+    selector = build_selector(config, groups)
+    trainable = _build_trainable(
+        config, tokenizer, groups, selector, RunLength.of(config, milestones, batch), DataRecord(corpora, milestones)
     )
     position = resume(trainable, config, start, console)
     length = RunLength.of(config, milestones)
     config.training.train_iters = length.iterations
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
-        set_schedule_length(schedule, config, length)
+        set_schedule_length(trainable.scheduler, config, length)
     datasets = _build_datasets(config, tokenizer, shape, length, saved, corpora, console)
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
@@ -147,6 +127,39 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         sinks=open_sinks(config, groups, position.step),
         console=console,
         position=position,
+    )
+
+
+def _build_trainable(
+    config: Config, tokenizer: Tokenizer, groups: Groups, selector: Selector, length: RunLength, data: DataRecord
+) -> Trainable:
+    """Build the model, the optimizer and the schedule of a run of ``length``, with initial state."""
+    chunks = wrap_data_parallel(
+        build_model(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            parallel=config.parallel,
+            training=config.training,
+            objective=config.objective,
+            groups=groups,
+            bf16=config.training.bf16,
+            resets_positions=config.data.reset_position_ids,
+        ),
+        config,
+    )
+    for chunk in chunks:
+        chunk.train()
+    optimizer = build_optimizer(chunks, config)
+    return Trainable(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config, length),
+        groups=groups,
+        tokenizer=tokenizer,
+        early=EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative"),
+        carried=CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None,
+        auxiliary=AuxiliaryLosses(chunks, groups) if config.model.num_experts else None,
+        data=data,
     )
 
 

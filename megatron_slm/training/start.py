@@ -154,7 +154,7 @@ def _plan_in_save(flags: CheckpointConfig, load: str) -> Start:
         )
     if flags.exit_on_missing_checkpoint:
         raise ConfigError(f"--load {load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
-    start = _plan_from(replace(flags, load=None), outside_origin(replace(flags, load=None)))
+    start = _plan_without_load(flags)
     return replace(start, note=_join(f"--load {load} holds no checkpoint yet", start.note))
 
 
@@ -196,12 +196,18 @@ def _plan_from(flags: CheckpointConfig, origin: Origin | None) -> Start:
     if found is not None:
         return Start(found[0], weights_only=origin.weights_only, record=record, note=found[1])
     if not origin.weights_only and flags.pretrained_checkpoint is not None:
-        start = _plan_from(replace(flags, load=None), outside_origin(replace(flags, load=None)))
+        start = _plan_without_load(flags)
         return replace(start, record=record, note=_join(f"--load {path} holds no checkpoint", start.note))
     raise ConfigError(
         f"{origin.flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). Give the --save "
         "directory of an earlier run."
     )
+
+
+def _plan_without_load(flags: CheckpointConfig) -> Start:
+    """The run begins from --pretrained-checkpoint, or from scratch."""
+    flags = replace(flags, load=None)
+    return _plan_from(flags, outside_origin(flags))
 
 
 def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | None:
