@@ -64,7 +64,8 @@ def foreign_message(path: Path) -> str:
 
 
 def _keep(path: Path) -> Path:
-    """Move a metrics file to the first free numbered name."""
+    """Move a metrics file to the first free numbered name; a link to it stays."""
+    path = path.resolve()
     kept = next(other for number in count(1) if not (other := Path(f"{path}.{number}")).exists())
     with explained_write(path, METRICS_FLAG):
         path.rename(kept)

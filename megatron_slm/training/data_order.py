@@ -126,7 +126,8 @@ def repetition_report(
         return []
     stop = min(RunLength.of(config, saved.milestones).samples, saved.consumed + _epoch_samples(train))
     found = order_overlap(before, saved.consumed, train, stop)
-    hint = "" if config.data.data_order == "stable" else " A run with --data-order stable can be extended without that."
+    advised = found.seen and config.data.data_order != "stable"
+    hint = " A run with --data-order stable can be extended without that." if advised else ""
     return [
         f"the order of samples is not that of the checkpoint: of the next {found.tokens:,} tokens, "
         f"{'' if found.is_exact else 'about '}{found.seen:,} ({found.share:.1%}) were read before.{hint}"

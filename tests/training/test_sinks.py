@@ -70,6 +70,14 @@ def test_a_new_run_keeps_the_metrics_of_an_earlier_one(tmp_path: Path, capsys: p
     assert f"kept as {path}.1" in capsys.readouterr().err
 
 
+def test_a_link_to_a_metrics_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "metrics.jsonl")
+    for steps in ([1, 2], [1]):
+        write(tmp_path / "link.jsonl", 0, steps)
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert (steps_of(tmp_path / "metrics.jsonl"), steps_of(tmp_path / "metrics.jsonl.1")) == ([1], [1, 2])
+
+
 def test_an_evaluation_of_an_older_checkpoint_drops_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [1, 2, 3])
