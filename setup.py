@@ -32,6 +32,7 @@ setup(
     extras_require={
         "test": [
             "pytest",
+            "pytest-xdist[psutil]",
             "hypothesis",
             "ruff",
             "mypy",
