@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from rich.console import Console
 
-from megatron_slm.config.checkpoint_files import locate_checkpoint, saved_config
+from megatron_slm.config.checkpoint_files import saved_config
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
 from megatron_slm.data.fingerprints import corpus_fingerprint
@@ -38,7 +38,7 @@ from megatron_slm.data.scores.writer import (
     reserve,
 )
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
-from megatron_slm.model.weights import checkpoint_fingerprint
+from megatron_slm.model.weights import checkpoint_fingerprint, find_checkpoint
 from megatron_slm.objective.selective_loss import ReferenceScores
 from megatron_slm.reference.calibration import Found, count_losses, sample_rows, sample_size
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
@@ -94,7 +94,7 @@ class ScoringJob:
     def directory(self) -> Path:
         """The folder of the reference model's checkpoint."""
         own = self.reference
-        return locate_checkpoint(own.reference_load or "", own.reference_ckpt_step, FLAG)
+        return find_checkpoint(own.reference_load or "", own.reference_ckpt_step, FLAG)
 
     def rule(self, window: int) -> ContextRule:
         """The context of every token, for a model that was trained on ``window`` tokens."""

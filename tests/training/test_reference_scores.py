@@ -17,6 +17,7 @@ from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.pretrain import main
 from megatron_slm.reference.scoring import ScoringJob, score_corpora
 from megatron_slm.runtime import process
+from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import ParallelLayout
 
@@ -155,6 +156,8 @@ def test_flags_are_refused(
 def _edit_header(path: Path, **facts: Any) -> None:
     block = path.read_bytes()
     header = json.loads(block[8:HEADER_BYTES]) | facts
+    del header["header_checksum"]
+    header["header_checksum"] = text_checksum(json.dumps(header, sort_keys=True))
     path.write_bytes(block[:8] + json.dumps(header).encode().ljust(HEADER_BYTES - 8) + block[HEADER_BYTES:])
 
 
