@@ -8,6 +8,7 @@ size and the content checksum of every file and a checksum of the manifest itsel
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,7 +70,18 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
     expected = recorded is not None or bool(manifest.checksums)
     if checksum is not None and expected and recorded != checksum(_canonical(content)):
         raise ConfigError(f"{flag}: {path} is damaged: its content does not match its checksum. {OTHER}")
+    _check_name(directory, manifest.step, flag)
     return manifest
+
+
+def _check_name(directory: Path, step: int, flag: str) -> None:
+    """Raise ConfigError if the directory is named after another step than it holds."""
+    named = re.fullmatch(r"iter_(\d+)", directory.name)
+    if named is not None and int(named[1]) != step:
+        raise ConfigError(
+            f"{flag}: {directory} holds step {step} by its {MANIFEST_FILE}. Rename it to "
+            f"{step_directory(directory, step).name}, or choose another step with --ckpt-step."
+        )
 
 
 def _canonical(content: dict[str, Any]) -> str:
@@ -124,8 +136,15 @@ def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
 
 
 def saved_config(directory: Path) -> Config:
-    """Return the resolved configuration of the run that wrote the checkpoint."""
-    return read_config(directory / CONFIG_FILE)
+    """Return the resolved configuration of the run that wrote the checkpoint.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    try:
+        return read_config(directory / CONFIG_FILE)
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint {directory} is damaged: {error} {OTHER}") from error
 
 
 def file_sizes(directory: Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ import torch
 from tiny import command, launch, launch_and_fail, make_corpus
 from torch.distributed.checkpoint import filesystem
 
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, Manifest, file_sizes, read_manifest
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, Manifest, file_sizes, read_manifest, saved_config
 from megatron_slm.model import weights
 from megatron_slm.model.pickles import UnsafePickleError, restricted_loads, restricted_pickles
 from megatron_slm.model.weights import explained_load, open_checkpoint
@@ -79,6 +79,20 @@ def test_file_of_another_step_is_refused(checkpoint: Path) -> None:
     (checkpoint / "__0_0.distcp").write_bytes(bytes(1001))
     with pytest.raises(ConfigError, match=r"__0_0\.distcp does not match"):
         opened(checkpoint)
+
+
+def test_a_directory_named_after_another_step_is_refused(checkpoint: Path) -> None:
+    renamed = checkpoint.rename(checkpoint.with_name("iter_0000004"))
+    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("4\n")
+    with pytest.raises(ConfigError, match=r"iter_0000004 holds step 3 .* Rename it to iter_0000003"):
+        opened(renamed)
+
+
+def test_a_damaged_configuration_is_damage_of_the_checkpoint(checkpoint: Path) -> None:
+    for damage in (lambda path: path.write_bytes(b"\xff"), Path.unlink):
+        damage(checkpoint / "config.yaml")
+        with pytest.raises(ConfigError, match=r"iter_0000003 is damaged: .*config\.yaml.* Copy the checkpoint again"):
+            saved_config(checkpoint)
 
 
 @pytest.mark.parametrize(
