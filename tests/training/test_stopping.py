@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -49,6 +50,12 @@ class Torchrun:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
+    def kill(self) -> None:
+        """End everything that still runs."""
+        if self.process.poll() is None:
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                process.kill()
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300
         while not condition():
@@ -56,12 +63,28 @@ class Torchrun:
             time.sleep(0.05)
 
 
-def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path, corpus: str) -> None:
+@pytest.fixture
+def torchrun() -> Iterator[Callable[..., Torchrun]]:
+    """A function that starts the trainer under torchrun; a test that fails leaves no run behind."""
+    runs: list[Torchrun] = []
+
+    def start(*arguments: Any, **options: Any) -> Torchrun:
+        runs.append(Torchrun(*arguments, **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(
+    tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]
+) -> None:
     """As Slurm sends it: to the processes of a step, of which torchrun ignores it."""
     save = tmp_path / "run"
     launch(command(corpus, save, dp=2, exit_interval=1) + FOREVER, 2)
     endless = ["--eval-interval", "3", "--eval-iters", "1000000", "--load", str(save)]
-    run = Torchrun(command(corpus, save, dp=2) + FOREVER + endless, tmp_path / "log", ignores=signal.SIGUSR1)
+    run = torchrun(command(corpus, save, dp=2) + FOREVER + endless, tmp_path / "log", ignores=signal.SIGUSR1)
     run.wait_for(lambda: len(losses(save)) == 3)  # evaluates now, for hours
     for process in (run.process, run.ranks()[1]):
         process.send_signal(signal.SIGUSR1)
@@ -75,10 +98,10 @@ def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path,
     assert [record["step"] for record in records(save, "eval")] == [0, 1, 3, 4, 5]
 
 
-def test_the_ranks_save_if_torchrun_dies(tmp_path: Path, corpus: str) -> None:
+def test_the_ranks_save_if_torchrun_dies(tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]) -> None:
     """Of SIGUSR1, which it neither ignores nor forwards."""
     save = tmp_path / "run"
-    run = Torchrun(command(corpus, save, dp=2) + FOREVER, tmp_path / "log")
+    run = torchrun(command(corpus, save, dp=2) + FOREVER, tmp_path / "log")
     run.wait_for(lambda: (save / "metrics.jsonl").is_file() and len(losses(save)) > 1)
     ranks = run.ranks()
     run.process.send_signal(signal.SIGUSR1)
