@@ -12,6 +12,7 @@ from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, WITHOUT_EFF
 from megatron_slm.config.megatron_lm.refused import CURATED, NO_REMEDY, megatron_flags, remedy
 from megatron_slm.config.megatron_lm.statements import ACCEPTED
 from megatron_slm.config.recipe import settings
+from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
 
 SETTINGS = {flag_name(setting) for _, setting, _ in settings()}
@@ -133,6 +134,15 @@ def test_untrue_statements_are_refused(argv: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(argv.split())
     assert message in str(error.value)
+
+
+def test_refused_flags_that_a_recipe_leaves_off_are_absent(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("fp16: false\nuse-torch-fsdp2: false\ndecoupled_lr: null\nbf16: false\n")
+    assert parse(["--config", str(recipe)]).config == Config()
+    recipe.write_text("fp17: false\n")
+    with pytest.raises(ConfigError, match="fp17 is unknown"):
+        parse(["--config", str(recipe)])
 
 
 def test_recipe_with_megatrons_names(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, INTEGER, NUMBER, SWITCH, WITHOUT_EFFECT
+from megatron_slm.config.megatron_lm.refused import megatron_flags
 from megatron_slm.config.recipe import convert
+from megatron_slm.config.recipe import settings as all_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
 
@@ -40,7 +42,8 @@ def split(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], dict
     for name, value in values.items():
         flag = name if name.startswith("--") else "--" + name.replace("_", "-")
         if flag not in ACCEPTED:
-            settings[name] = value
+            if not _is_left_out(flag, value):
+                settings[name] = value
             continue
         try:
             if (converted := _convert(flag, value, label(name))) is not False:
@@ -53,6 +56,14 @@ def split(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], dict
         if str(settings.setdefault(name, implied)).lower() != str(implied).lower():
             problems.append(f"{flag} contradicts {label(name)} {settings[name]}. Leave one of them out.")
     return settings, stated, problems
+
+
+def _is_left_out(flag: str, value: Any) -> bool:
+    """Return whether a recipe sets a refused flag of Megatron-LM's to off or null, as if it were absent."""
+    name = flag.removeprefix("--").replace("-", "_")
+    names = {setting.name for _, setting, _ in all_settings()}
+    is_setting = name in names or name.removeprefix("no_") in names
+    return (value is False or value is None) and flag in megatron_flags() and not is_setting
 
 
 def _values(flag: str) -> tuple[str, ...]:
