@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are ConfigErrors, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists all flags)")
+        hint = "a switch takes no value" if "ignored explicit argument" in message else "--help lists all flags"
+        raise ConfigError(f"{message} ({hint})")
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -89,3 +89,8 @@ def test_abbreviations_are_refused() -> None:
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_read(recipe: Path) -> None:
     assert parse(["--config", str(recipe)]).config.model.num_layers
+
+
+def test_a_switch_with_a_value_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"--swiglu.*a switch takes no value"):
+        parse(["--swiglu=true"])
