@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_directory
 from megatron_slm.config.schema import CheckpointConfig, Config
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import explained_write
 from megatron_slm.runtime.launch import slurm_job
 from megatron_slm.training.save_directory import (
     STEP_DIRECTORY,
@@ -102,6 +103,8 @@ def prepare_save(config: Config, start: Start) -> None:
         return
     if start.overwrites:
         remove_run(Path(save))
+    with explained_write(save, "--save"):
+        Path(save).mkdir(parents=True, exist_ok=True)
     write_record(Path(save), start.record)
 
 

@@ -10,7 +10,7 @@ from tiny import command, launch_and_fail, make_corpus
 def test_divergence_names_step_rank_and_place(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", 1)
     argv = command(corpus, tmp_path / "run", train_iters=20, optimizer="sgd", clip_grad=0)
-    code, errors = launch_and_fail([*argv, "--lr", "1e30"])
-    assert code == 3
+    code, errors = launch_and_fail([*argv, "--lr", "1e6"])
+    assert code == 3, errors
     assert "error: step " in errors and "rank 0" in errors and ("position" in errors or "gradient norm" in errors)
     assert not list((tmp_path / "run").glob("iter_*"))

@@ -156,7 +156,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("stdin resume", ["--input", "-", "--resume"], ["--resume", "standard input"]),
     ("stdin shard", ["--input", "-", "--shard", "0/2"], ["--shard", "standard input"]),
     ("megatron's flag", ["--find-optimal-num-workers"], ["--find-optimal-num-workers", "benchmark_preprocess.py"]),
-    ("megatron's value", ["--vocab-extra-ids=3"], ["--vocab-extra-ids is a flag of Megatron-LM", "not taken"]),
+    ("megatron's value", ["--vocab-extra-ids=3"], ["--vocab-extra-ids is not taken here. Add the tokens"]),
     ("unknown flag", ["--append-eos"], ["unknown flag --append-eos", "Did you mean --append-eod?"]),
     ("abbreviation", ["--append"], ["unknown flag --append"]),
     ("stray word", ["--append-eod", "yes"], ["unexpected positional argument 'yes'"]),
