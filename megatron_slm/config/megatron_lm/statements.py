@@ -60,10 +60,11 @@ def split(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], dict
 
 def _is_left_out(flag: str, value: Any) -> bool:
     """Return whether a recipe sets a refused flag of Megatron-LM's to off or null, as if it were absent."""
+    if not (value is False or value is None) or flag not in megatron_flags():
+        return False
     name = flag.removeprefix("--").replace("-", "_")
     names = {setting.name for _, setting, _ in all_settings()}
-    is_setting = name in names or name.removeprefix("no_") in names
-    return (value is False or value is None) and flag in megatron_flags() and not is_setting
+    return name not in names and name.removeprefix("no_") not in names
 
 
 def _values(flag: str) -> tuple[str, ...]:
