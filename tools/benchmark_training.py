@@ -74,10 +74,9 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured: a run with these flags; altered; or with steps by another loop than the trainer's."""
+    """A measured run: its flags, and the loop of its steps if that is not the trainer's."""
 
     flags: list[str]
-    alter: Callable[[Any], None] | None = None  # given the run
     loop: Callable[[Any], Any] | None = None  # the loop of a run, which has a method ``step``
 
 
@@ -95,7 +94,6 @@ def variants(folder: Path) -> dict[str, Variant]:
         "SLM, sidecar, speculative": Variant([*sidecar, "--slm-exact-mode", "speculative"]),
         "SLM, sidecar, carried": Variant([*sidecar, *whole, "--slm-threshold", "carried"]),
         "SLM, sidecar, global batch": Variant([*sidecar, *whole]),
-        "SLM, sidecar, rows dropped in the last block": Variant(sidecar, alter=drop_rows),
         "SLM, RM of a quarter": Variant([*SLM, "--reference-load", str(folder / "quarter")]),
         "SLM, RM of the same size": Variant(beside),
         "SLM, RM of the same size, speculative": Variant([*beside, "--slm-exact-mode", "speculative"]),
@@ -108,13 +106,6 @@ def bare_loop(run: Any, *, fused: bool = False) -> Any:
     from benchmarks.bare_loop import BareLoop
 
     return BareLoop(run, fused=fused)
-
-
-def drop_rows(run: Any) -> None:
-    """The last block without the rows of unselected tokens."""
-    from benchmarks.last_block import drop_unselected_rows
-
-    drop_unselected_rows(run)
 
 
 def model_flags(size: str, *, quarter: bool = False) -> list[str]:
@@ -202,8 +193,6 @@ class Contestant:
         self.run = bench.run(variant.flags)
         self.stream = BatchStream(self.run.datasets.train, self.run.shape, device=bench.groups.device)
         self.loop = None if variant.loop is None else variant.loop(self.run)
-        if variant.alter is not None:
-            variant.alter(self.run)
         self.seconds: list[float] = []
         self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
         optimizer, reference = self.run.trainable.optimizer, self.run.reference

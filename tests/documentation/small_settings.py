@@ -31,7 +31,6 @@ ELSEWHERE = {  # command -> why it does not run here
     "benchmark_objective.py": "runs in tests/objective",
     "benchmark_threshold.py": "runs in tests/objective",
     "pytest": "runs tests that need a GPU",
-    "context.py": "takes an hour; its parts are tested with the quickstart",
 }
 
 
