@@ -1,8 +1,9 @@
-"""Overlap of two sample orders: how many of the next tokens of a run its first samples have already read."""
+"""Overlap of sample orders: how many of the next tokens of a run it has read before, in this or another order."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_slm.data.blends import samples_per_corpus
 from megatron_slm.data.index import chunks
-from megatron_slm.data.places import label_places, locate_sample
+from megatron_slm.data.places import corpus_file, label_places, locate_sample
 
 SAMPLES_COMPARED = 4096  # of more, evenly spaced ones are compared
 
@@ -30,51 +31,58 @@ class Overlap:
         return self.seen / max(self.tokens, 1)
 
 
-def order_overlap(before: Any, consumed: int, after: Any, stop: int) -> Overlap:
-    """Return how many label tokens of the samples [consumed, stop) of ``after`` are among the first ``consumed`` ones
-    of ``before``.
+@dataclass(frozen=True)
+class ReadSamples:
+    """Samples [first, stop) of a training dataset, which a run has read."""
+
+    dataset: Any
+    first: int
+    stop: int
+
+
+def order_overlap(read: Iterable[ReadSamples], dataset: Any, first: int, stop: int) -> Overlap:
+    """Return how many label tokens of the samples [first, stop) of ``dataset`` were labels of samples read before.
 
     Args:
-        before: the training dataset that the consumed samples were read from.
-        after: the training dataset from now on; corpora are compared by their paths.
+        read: the samples read before, in any number of orders; a token that is in several of them counts once.
+        dataset: the training dataset from now on; corpora are compared by their paths.
     """
-    count = min(stop - consumed, SAMPLES_COMPARED)
-    indices = np.linspace(consumed, stop - 1, count).round().astype(np.int64).tolist() if count > 0 else []
+    count = min(stop - first, SAMPLES_COMPARED)
+    indices = np.linspace(first, stop - 1, count).round().astype(np.int64).tolist() if count > 0 else []
     places: dict[Path, list[np.ndarray]] = defaultdict(list)
     for index in indices:
-        corpus, number = locate_sample(after, index)
+        corpus, number = locate_sample(dataset, index)
         for start, end in label_places(corpus, number):
-            places[_path(corpus)].append(np.arange(start, end))
+            places[corpus_file(corpus)].append(np.arange(start, end))
     found = {path: np.concatenate(parts) for path, parts in places.items()}
-    seen = sum(
-        int(_read_before(corpus, samples, found[_path(corpus)]).sum())
-        for corpus, samples in _corpora(before, consumed)
-        if _path(corpus) in found
-    )
+    seen = {path: np.zeros(len(each), bool) for path, each in found.items()}
+    for samples in read:
+        for corpus, begin, end in _corpora(samples):
+            if (path := corpus_file(corpus)) in found:
+                seen[path] |= _read_before(corpus, begin, end, found[path])
     tokens = sum(len(part) for part in found.values())
-    scale = (stop - consumed) / max(count, 1)
-    return Overlap(round(tokens * scale), round(seen * scale), count == stop - consumed)
+    scale = (stop - first) / max(count, 1)
+    is_exact = count == stop - first
+    return Overlap(round(tokens * scale), round(sum(int(each.sum()) for each in seen.values()) * scale), is_exact)
 
 
-def _path(corpus: Any) -> Path:
-    return Path(f"{corpus.dataset.path_prefix}.bin").resolve()
-
-
-def _corpora(dataset: Any, consumed: int) -> list[tuple[Any, int]]:
-    """Return the datasets of the corpora, and how many samples of each are among the first ``consumed`` ones."""
+def _corpora(samples: ReadSamples) -> list[tuple[Any, int, int]]:
+    """Return the datasets of the corpora, and the first and last sample of each that is among ``samples``."""
+    dataset = samples.dataset
     if not isinstance(dataset, BlendedDataset):
-        return [(dataset, consumed)]
-    return list(zip(dataset.datasets, samples_per_corpus(dataset, consumed), strict=True))
+        return [(dataset, samples.first, samples.stop)]
+    firsts, stops = (samples_per_corpus(dataset, count) for count in (samples.first, samples.stop))
+    return list(zip(dataset.datasets, firsts, stops, strict=True))
 
 
-def _read_before(corpus: Any, samples: int, places: np.ndarray) -> np.ndarray:
-    """Return which tokens of a corpus are labels of its first ``samples`` samples, [places] bool."""
+def _read_before(corpus: Any, first: int, stop: int, places: np.ndarray) -> np.ndarray:
+    """Return which tokens of a corpus are labels of its samples [first, stop), [places] bool."""
     width = np.dtype(corpus.dataset.index.dtype).itemsize
     pointers = corpus.dataset.index.sequence_pointers
     sequences = np.searchsorted(pointers, places * width, side="right") - 1
     offsets = places - np.asarray(pointers[sequences]) // width
     is_read = np.zeros(len(corpus.sample_index), bool)  # by row of the sample index
-    for part in chunks(corpus.shuffle_index[:samples]):
+    for part in chunks(corpus.shuffle_index[first:stop]):
         is_read[part] = True
     seen = np.zeros(len(places), bool)
     for queries, positions in _occurrences(corpus.document_index, sequences):

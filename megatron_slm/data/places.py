@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ def locate_sample(dataset: Any, index: int) -> tuple[Any, int]:
         return dataset, index
     corpus = dataset.datasets[dataset.dataset_index[index]]
     return corpus, int(dataset.dataset_sample_index[index])
+
+
+def corpus_file(corpus: Any) -> Path:
+    """Return the ``.bin`` of the dataset of one corpus, the same for every spelling of its prefix."""
+    return Path(f"{corpus.dataset.path_prefix}.bin").resolve()
 
 
 def label_places(corpus: Any, index: int) -> Iterator[tuple[int, int]]:

@@ -25,13 +25,7 @@ from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable
-from megatron_slm.training.data_order import (
-    DataRecord,
-    SavedRun,
-    check_corpora_unchanged,
-    read_saved_run,
-    repetition_report,
-)
+from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import (
@@ -42,6 +36,7 @@ from megatron_slm.training.optimizer import (
 )
 from megatron_slm.training.resume import resume
 from megatron_slm.training.run_length import START, RunLength
+from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder, continue_orders, repetition_report
 from megatron_slm.training.sinks import open_sinks
 from megatron_slm.training.start import Start, plan_start, prepare_save
 from megatron_slm.training.step import ReferenceSource
@@ -103,15 +98,17 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     # The schedules of flags and checkpoint are compared with the checkpoint's global batch.
     batch = saved.config.training.global_batch_size if saved is not None else None
     selector = build_selector(config, groups)
-    trainable = _build_trainable(
-        config, tokenizer, groups, selector, RunLength.of(config, milestones, batch), DataRecord(corpora, milestones)
-    )
+    trainable = _build_trainable(config, tokenizer, groups, selector, RunLength.of(config, milestones, batch))
     position = resume(trainable, config, start, console)
     length = RunLength.of(config, milestones)
     config.training.train_iters = length.iterations
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(trainable.scheduler, config, length)
-    datasets = _build_datasets(config, tokenizer, shape, length, saved, corpora, console)
+    datasets = _build_datasets(config, tokenizer, shape, length, corpora)
+    if trains:
+        builder = OrderBuilder(config.data, tokenizer, corpora)
+        record = on_first_rank(lambda: _report_data(config, length, saved, datasets, builder, console))
+        trainable = replace(trainable, data=record)
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
     reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
@@ -131,7 +128,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
 
 
 def _build_trainable(
-    config: Config, tokenizer: Tokenizer, groups: Groups, selector: Selector, length: RunLength, data: DataRecord
+    config: Config, tokenizer: Tokenizer, groups: Groups, selector: Selector, length: RunLength
 ) -> Trainable:
     """Build the model, the optimizer and the schedule of a run of ``length``, with initial state."""
     chunks = wrap_data_parallel(
@@ -159,7 +156,6 @@ def _build_trainable(
         early=EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative"),
         carried=CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None,
         auxiliary=AuxiliaryLosses(chunks, groups) if config.model.num_experts else None,
-        data=data,
     )
 
 
@@ -178,15 +174,9 @@ def _saved_run(start: Start, config: Config, corpora: dict[str, str], console: C
 
 
 def _build_datasets(
-    config: Config,
-    tokenizer: Tokenizer,
-    shape: BatchShape,
-    length: RunLength,
-    saved: SavedRun | None,
-    corpora: dict[str, str],
-    console: Console,
+    config: Config, tokenizer: Tokenizer, shape: BatchShape, length: RunLength, corpora: dict[str, str]
 ) -> Datasets:
-    """Build the datasets, and print the corpora that they are drawn from and the text that is read again.
+    """Build the datasets. Collective over all ranks.
 
     Raises:
         ConfigError: with --skip-train, nothing to evaluate.
@@ -201,21 +191,31 @@ def _build_datasets(
         seed=config.training.seed,
         identities=corpora,
     )
-
-    if not trains:
-        if not (datasets.valid and config.logging.eval_iters):
-            raise ConfigError(
-                "--skip-train has nothing to evaluate: give --valid-data-path, or --data-path with a validation share "
-                "of --split, and --eval-iters above 0."
-            )
-        return datasets
-
-    def lines() -> list[str]:
-        drawn = ["what the run draws:", *lines_of(datasets.drawn())]
-        return drawn + (repetition_report(saved, corpora, config, tokenizer, datasets.train) if saved else [])
-
-    console.print(*on_first_rank(lines), sep="\n", markup=False)
+    if not trains and not (datasets.valid and config.logging.eval_iters):
+        raise ConfigError(
+            "--skip-train has nothing to evaluate: give --valid-data-path, or --data-path with a validation share "
+            "of --split, and --eval-iters above 0."
+        )
     return datasets
+
+
+def _report_data(
+    config: Config,
+    length: RunLength,
+    saved: SavedRun | None,
+    datasets: Datasets,
+    builder: OrderBuilder,
+    console: Console,
+) -> DataRecord:
+    """Print the corpora that the run draws from and the text that it reads again; return the record of its data."""
+    console.print("what the run draws:", *lines_of(datasets.drawn()), sep="\n", markup=False)
+    order = SampleOrder.of(config, length.samples, builder.identities)
+    if saved is None:
+        return DataRecord(builder.identities, orders=(order,))
+    orders, has_changed = continue_orders(saved.orders, saved.consumed, order, datasets.train, builder)
+    if has_changed and not order.is_mock:
+        console.print(*repetition_report(orders, datasets.train, length.samples, builder), sep="\n", markup=False)
+    return DataRecord(builder.identities, saved.milestones, orders)
 
 
 def read_scores(config: Config, tokenizer: Tokenizer) -> ScoreSet | None:

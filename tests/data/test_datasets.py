@@ -17,7 +17,7 @@ from ranks import run_ranks
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.datasets import Datasets, build_datasets, check_corpora
 from megatron_slm.data.index import read_index
-from megatron_slm.data.overlap import order_overlap
+from megatron_slm.data.overlap import ReadSamples, order_overlap
 from megatron_slm.data.places import label_places
 from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
@@ -305,7 +305,24 @@ def test_tokens_that_were_read_before_are_counted_exactly(tmp_path: Path, order:
             built(data, samples, seed=seed, tokenizer=NUMBERS).train
             for data, (samples, seed) in ((before, first), (after, second))
         )
-        found = order_overlap(old, consumed, new, stop)
+        found = order_overlap([ReadSamples(old, 0, consumed)], new, consumed, stop)
         assert (found.tokens, found.seen) == ((stop - consumed) * LENGTH, counted(old, consumed, new, stop))
         assert found.is_exact
-    assert order == "megatron" or order_overlap(old, 90, new, 90).tokens == 0
+    assert order == "megatron" or order_overlap([ReadSamples(old, 0, 90)], new, 90, 90).tokens == 0
+
+
+def test_tokens_that_were_read_in_several_orders_count_once(tmp_path: Path) -> None:
+    a, b = numbered(tmp_path / "a", [13, 50, 1, 70, 30, 9, 40]), numbered(tmp_path / "b", [45] * 5, first=1000)
+    alone = DataConfig(data_path=[a], split="1,0,0")
+    blend = DataConfig(data_path=["1", a, "1", b], split="1,0,0")
+    orders: list[Any] = [
+        built(data, samples, seed=seed, tokenizer=NUMBERS).train
+        for data, samples, seed in ((alone, 60, 3), (blend, 60, 3), (blend, 60, 4), (alone, 60, 5))
+    ]
+    bounds = [0, 10, 25, 30]
+    parts = list(itertools.starmap(ReadSamples, zip(orders, bounds, bounds[1:], strict=False)))
+    read_before = set().union(*(seen(part.dataset, part.first, part.stop) for part in parts))
+    expected = sum(count for token, count in seen(orders[3], 30, 50).items() if token in read_before)
+    found = order_overlap(iter(parts), orders[3], 30, 50)
+    assert (found.tokens, found.seen) == (20 * LENGTH, expected)
+    assert expected > order_overlap(parts[2:], orders[3], 30, 50).seen > 0

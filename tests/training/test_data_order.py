@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from corpus_files import build
+from numbered import write_numbered_corpus
 from ranks import run_ranks
 from tiny import command, losses, records
 
 from megatron_slm.config.checks import check
 from megatron_slm.config.flags import parse
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import Config, DataConfig
+from megatron_slm.data.datasets import training_samples
+from megatron_slm.data.tokenizers.plain_tokenizers import NullTokenizer
+from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles
 from megatron_slm.pretrain import main
 from megatron_slm.training.run_length import RunLength, ScheduleLength
+
+NUMBERS = NullTokenizer(TokenizerFiles(vocab_size=5000))
 
 
 def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
@@ -82,6 +90,87 @@ def test_repeated_text_is_reported_in_numbers(tmp_path: Path, corpus: str) -> No
     tokens, seen = (int(word.replace(",", "")) for word in line.split("of the next ")[1].split()[:3:2])
     assert tokens == 64 * 32 and 0.3 * tokens < seen < tokens
     assert "--data-order stable" in line
+
+
+def _reported(output: str) -> tuple[int, int]:
+    """Tokens that the report counts, and those of them that were read before."""
+    [line] = [line for line in output.splitlines() if "were read before" in line]
+    tokens, seen = (int(word.replace(",", "")) for word in line.split("of the next ")[1].split()[:3:2])
+    return tokens, seen
+
+
+def _labels(corpus: str, samples: int, seed: int, first: int, stop: int) -> list[int]:
+    """Labels of the samples [first, stop) in Megatron-LM's order; all ids of the corpus are different."""
+    data = DataConfig(data_path=[corpus], split="1,0,0")
+    train: Any = training_samples(data, tokenizer=NUMBERS, seq_length=32, samples=samples, seed=seed)
+    return [label for index in range(first, stop) for label in train[index]["labels"].tolist()]
+
+
+def test_text_that_was_read_in_any_earlier_order_is_counted(tmp_path: Path) -> None:
+    """A run that is extended, given another seed, extended again, and whose corpus moves to another directory."""
+    corpus = write_numbered_corpus(tmp_path / "numbers", [[40]] * 60)
+    save = tmp_path / "run"
+    numbers = {"tokenizer_type": "NullTokenizer", "vocab_size": 5000, "override": True}
+
+    def part(stop: int, train_iters: int, seed: int, corpus: str = corpus) -> list[str]:
+        return resumed(corpus, save, train_iters=train_iters, exit_interval=stop, seed=seed, **numbers)
+
+    results = run_each(part(4, 4, 1), part(5, 8, 1), part(6, 8, 2), part(7, 20, 2))
+    assert [code for code, _, _ in results] == [0] * 4, results
+    orders = [(64, 1), (128, 1), (128, 2), (320, 2)]  # samples of the order, seed
+    bounds = [0, 64, 80, 96, 112]
+    read = set()
+    for number, (order, begin, end) in enumerate(zip(orders, bounds, bounds[1:], strict=False)):
+        if number:
+            following = _labels(corpus, *order, begin, min(order[0], begin + 2400 // 32))
+            expected = sum(label in read for label in following)
+            assert _reported(results[number][1]) == (len(following), expected) and expected
+        read |= set(_labels(corpus, *order, begin, end))
+
+    (tmp_path / "moved").mkdir()
+    moved = str(tmp_path / "moved" / "numbers")
+    for suffix in (".bin", ".idx"):
+        shutil.move(corpus + suffix, moved + suffix)
+    record = save / "iter_0000007" / "data.json"
+    content = json.loads(record.read_text())
+    assert [order["first"] for order in content["orders"]] == bounds[:-1]
+    accepted = [*part(9, 20, 3, moved), "--no-slm-verify-checksums"]
+    [(code, output, errors)] = run_each(accepted)
+    following = _labels(moved, 320, 3, 112, 187)
+    assert code == 0, errors
+    assert _reported(output) == (len(following), sum(label in read for label in following))
+
+
+def test_checkpoints_without_a_history_of_orders_are_resumed(tmp_path: Path, corpus: str) -> None:
+    """They record the corpora and milestones alone; all samples count as read in the order of their settings."""
+    assert run_each(resumed(corpus, tmp_path / "run", train_iters=4))[0][0] == 0
+    record = tmp_path / "run" / "iter_0000004" / "data.json"
+    content = json.loads(record.read_text())
+    outputs = []
+    for orders in (content.pop("orders"), None):
+        record.write_text(json.dumps(content | ({"orders": orders} if orders else {})).ljust(record.stat().st_size))
+        shutil.copytree(tmp_path / "run", tmp_path / f"copy{len(outputs)}")
+        longer = resumed(corpus, tmp_path / f"copy{len(outputs)}", train_iters=8, exit_interval=5, override=True)
+        [(code, output, errors)] = run_each([*longer, "--no-slm-verify-checksums"])
+        assert code == 0, errors
+        outputs.append(_reported(output))
+    assert outputs[0] == outputs[1]
+
+
+def test_samples_of_a_corpus_that_changed_are_named_as_not_counted(tmp_path: Path) -> None:
+    prefix = build(tmp_path / "corpus", [[[1, 2, 3, 4] * 10]] * 60)
+    run = tmp_path / "run"
+    assert run_each(resumed(prefix, run, train_iters=2))[0][0] == 0
+    build(tmp_path / "corpus", [[[4, 3, 2, 1] * 10]] * 60)
+    flags = {"override": True, "slm_accept_changed_corpora": True}
+    accepted, seeded = run_each(
+        resumed(prefix, run, train_iters=4, exit_interval=3, **flags),
+        resumed(prefix, run, train_iters=4, seed=7, **flags),
+    )
+    assert accepted[0] == seeded[0] == 0, (accepted, seeded)
+    for output in (accepted[1], seeded[1]):
+        assert f"32 samples that were read earlier are not counted as read before: the corpus {prefix} has" in output
+    assert _reported(accepted[1])[1] == 0 < _reported(seeded[1])[1]
 
 
 def test_a_corpus_that_changed_since_the_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""The orders in which a run has read its samples, and the text of the next samples that it has read before.
+
+An order is recorded by the settings that it follows from, so that it can be built again: a run that was extended twice,
+or whose seed changed twice, has read samples in three orders.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.config.schema import Config, DataConfig
+from megatron_slm.data.blends import training_blend
+from megatron_slm.data.datasets import training_samples
+from megatron_slm.data.fingerprints import corpus_identity
+from megatron_slm.data.overlap import ReadSamples, order_overlap
+from megatron_slm.data.parts import split_of
+from megatron_slm.data.places import corpus_file, label_places, locate_sample
+from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+from megatron_slm.runtime.errors import ConfigError
+
+SAMPLES_PROBED = 64  # to determine if two orders are the same
+DATA_SETTINGS = ("data_path", "train_data_path", "data_order", "slm_sentences", "mock_data")  # and the split
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """An order of samples, and the first one that a run has read in it."""
+
+    first: int
+    samples: int  # of the entire dataset, on which Megatron-LM's order depends
+    seq_length: int
+    seed: int
+    data: dict[str, Any]  # the data settings on which the order depends
+    corpora: dict[str, str]  # identities by prefix
+
+    @staticmethod
+    def of(config: Config, samples: int, identities: dict[str, str], first: int = 0) -> SampleOrder:
+        """Return the order of a run of ``samples`` samples.
+
+        Args:
+            identities: of at least the corpora that the run trains on, by prefix.
+            first: the first sample that is read in this order.
+        """
+        data = {name: getattr(config.data, name) for name in DATA_SETTINGS} | {"split": split_of(config.data)}
+        prefixes = [] if config.data.mock_data else training_blend(config.data)[0]
+        corpora = {prefix: identities[prefix] for prefix in prefixes if prefix in identities}
+        return SampleOrder(first, samples, config.model.seq_length or 0, config.training.seed, data, corpora)
+
+    def begins_at(self, first: int) -> SampleOrder:
+        """Return the same order, read from sample ``first`` on."""
+        return replace(self, first=first)
+
+    @property
+    def is_mock(self) -> bool:
+        """Return whether the samples are of no corpus."""
+        return bool(self.data["mock_data"])
+
+
+Orders = tuple[SampleOrder, ...]  # by their first sample; each ends where the next one begins
+
+
+@dataclass(frozen=True)
+class OrderBuilder:
+    """Builds the datasets of recorded orders, on this rank alone.
+
+    Args:
+        data: settings of the run from now on; those of an order replace them.
+        identities: of the corpora of the run, by prefix.
+    """
+
+    data: DataConfig
+    tokenizer: Tokenizer
+    identities: dict[str, str]
+
+    def build(self, order: SampleOrder) -> Any:
+        """Return the training dataset of an order. A corpus that has moved is found by its content.
+
+        Raises:
+            ConfigError: a corpus is missing, or has another content now.
+        """
+        moved = {prefix: self._locate(prefix, identity) for prefix, identity in order.corpora.items()}
+        paths = {
+            name: [moved.get(word, word) for word in order.data[name]] for name in ("data_path", "train_data_path")
+        }
+        data = replace(self.data, **{**order.data, **paths}, valid_data_path={})
+        return training_samples(
+            data, tokenizer=self.tokenizer, seq_length=order.seq_length, samples=order.samples, seed=order.seed
+        )
+
+    def _locate(self, prefix: str, identity: str) -> str:
+        if self.identities.get(prefix) == identity:
+            return prefix
+        found = next((name for name, content in self.identities.items() if content == identity), None)
+        if found is not None:
+            return found
+        if not all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
+            raise ConfigError(f"the corpus {prefix} is not there")
+        if corpus_identity(prefix) != identity:
+            raise ConfigError(f"the corpus {prefix} has another content now")
+        return prefix
+
+
+def continue_orders(
+    orders: Orders, consumed: int, order: SampleOrder, dataset: Any, builder: OrderBuilder
+) -> tuple[Orders, bool]:
+    """Return the orders of a run that continues in ``order``, and whether that is another order than before.
+
+    Args:
+        orders: of the run so far.
+        consumed: samples that the run has read.
+        dataset: the training dataset of ``order``.
+    """
+    orders = tuple(each for each in orders if each.first < consumed)
+    if not orders:
+        return (order.begins_at(consumed),), False
+    last = orders[-1]
+    if order.begins_at(last.first) == last:
+        return orders, False
+    if _reads_the_same(last, order, dataset, consumed, builder):
+        return (*orders[:-1], order.begins_at(last.first)), False
+    return (*orders, order.begins_at(consumed)), True
+
+
+def repetition_report(orders: Orders, dataset: Any, stop: int, builder: OrderBuilder) -> list[str]:
+    """Return lines that count the next tokens that a run has read before.
+
+    Args:
+        orders: of the run; the last one begins now.
+        dataset: the training dataset of the last order.
+        stop: the last sample of the run; at most one epoch from now on is counted.
+    """
+    lines: list[str] = []
+    first = orders[-1].first
+    stop = min(stop, first + _epoch_samples(dataset))
+    found = order_overlap(_rebuilt(orders, builder, lines), dataset, first, stop)
+    advised = found.seen and builder.data.data_order != "stable"
+    hint = " A run with --data-order stable can be extended without that." if advised else ""
+    return [
+        *lines,
+        f"the order of samples is not that of the checkpoint: of the next {found.tokens:,} tokens, "
+        f"{'' if found.is_exact else 'about '}{found.seen:,} ({found.share:.1%}) were read before.{hint}",
+    ]
+
+
+def _rebuilt(orders: Orders, builder: OrderBuilder, lines: list[str]) -> Iterator[ReadSamples]:
+    """Yield the samples read in each order but the last; append a line for an order that cannot be built again."""
+    for order, following in itertools.pairwise(orders):
+        if order.is_mock:
+            continue
+        try:
+            yield ReadSamples(builder.build(order), order.first, following.first)
+        except (ConfigError, OSError) as error:
+            count, reason = following.first - order.first, str(error).rstrip(".")
+            lines.append(f"{count:,} samples that were read earlier are not counted as read before: {reason}.")
+
+
+def _reads_the_same(last: SampleOrder, order: SampleOrder, dataset: Any, consumed: int, builder: OrderBuilder) -> bool:
+    """Return whether the samples that were read in the last order are those of the new one as well."""
+    if last.is_mock or order.is_mock:
+        return False
+    try:
+        before = builder.build(last)
+    except (ConfigError, OSError):
+        return False
+    stop = min(consumed, len(before), len(dataset))
+    count = min(stop - last.first, SAMPLES_PROBED)
+    indices: Sequence[int] = np.linspace(last.first, stop - 1, count).round().astype(np.int64).tolist()
+    return all(_places(before, index) == _places(dataset, index) for index in indices)
+
+
+def _places(dataset: Any, index: int) -> tuple[Path, list[tuple[int, int]]]:
+    corpus, number = locate_sample(dataset, index)
+    return corpus_file(corpus), list(label_places(corpus, number))
+
+
+def _epoch_samples(dataset: Any) -> int:
+    """Return the samples of one epoch of all corpora."""
+    corpora = getattr(dataset, "datasets", [dataset])
+    tokens = sum(int(c.dataset.sequence_lengths[c.indices].sum(dtype=np.int64)) for c in corpora)
+    return max(tokens // corpora[0].config.sequence_length, 1)
