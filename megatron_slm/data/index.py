@@ -69,6 +69,16 @@ def partial_prefix(prefix: str | Path) -> str:
     return f"{prefix}.partial"
 
 
+def is_index(path: Path) -> bool:
+    """Return whether a file begins as an index, or is empty, as a full disk leaves one."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(MAGIC))
+    except OSError:
+        return False
+    return begin in (b"", MAGIC)
+
+
 def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
     """``array`` in pieces of at most ``size`` entries."""
     for start in range(0, len(array), size):

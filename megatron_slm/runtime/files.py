@@ -48,13 +48,22 @@ def atomic_path(path: str | Path, what: str = "the file", *, is_ours: IsOurs | N
     try:
         with explained_write(path, what):
             yield temporary
-            sync(temporary)
             if target.exists():
                 shutil.copymode(target, temporary)
-            temporary.replace(target)
-            sync(target.parent)
+            publish(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a complete file its name: flush it, rename it, and flush the directory.
+
+    Raises:
+        OSError: the file cannot be flushed or renamed; :func:`explained_write` explains it.
+    """
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 def write_text(path: str | Path, text: str, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
@@ -103,12 +112,18 @@ def check_output_prefix(prefix: str, flag: str, *, directory_allowed: bool = Fal
 
 
 @contextmanager
-def explained_write(path: str | Path, what: str = "the file") -> Iterator[None]:
-    """Turn an OSError of the block into a ConfigError that names ``what``, the path, the reason and a remedy."""
+def explained_write(path: str | Path, what: str = "the file", note: str = "") -> Iterator[None]:
+    """Turn an OSError of the block into a ConfigError that names ``what``, the path, the reason and a remedy.
+
+    Args:
+        path: as it was given.
+        what: the flag or the role of the file.
+        note: a sentence that ends the message.
+    """
     try:
         yield
     except OSError as error:
-        raise _write_error(path, what, error) from error
+        raise _write_error(path, what, error, note) from error
 
 
 def sync(path: Path) -> None:
@@ -120,8 +135,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_error(path: str | Path, what: str, error: OSError) -> ConfigError:
+def _write_error(path: str | Path, what: str, error: OSError, note: str = "") -> ConfigError:
     return ConfigError(
         f"{what} {path} cannot be written: {error.strerror or error}. Free space on the disk, or choose a path that "
-        "this user may write."
+        f"this user may write.{' ' if note else ''}{note}"
     )

@@ -57,6 +57,17 @@ def test_another_error_of_the_block_passes_and_leaves_the_previous_file(tmp_path
     assert path.read_text() == "old" and names(tmp_path) == ["a"]
 
 
+def test_publishing_flushes_the_file_before_and_the_directory_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, final = tmp_path / "partial", tmp_path / "final"
+    partial.write_text("new")
+    flushed: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(files, "sync", lambda path: flushed.append((path, final.exists())))
+    files.publish(partial, final)
+    assert flushed == [(partial, False), (tmp_path, True)] and final.read_text() == "new"
+
+
 @pytest.mark.parametrize("kind", ["device", "pipe", "directory"])
 def test_only_regular_files_are_replaced(tmp_path: Path, kind: str) -> None:
     path = Path(os.devnull) if kind == "device" else tmp_path / "target"

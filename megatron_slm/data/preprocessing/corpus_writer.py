@@ -6,14 +6,15 @@ Beside ``.bin``, the length of each sequence and the number of sequences of each
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from megatron_slm.data.index import bin_path, byte_offsets, idx_path, packed_header
+from megatron_slm.data.index import bin_path, byte_offsets, idx_path, is_index, packed_header, partial_prefix
+from megatron_slm.data.metadata import check_metadata_writable
+from megatron_slm.runtime.files import check_replaceable, publish, sync
 
 AT_ONCE = 1 << 20  # numbers that are held in memory while the index is composed
 SMALL_VOCABULARY = 65500  # below it ids are stored as uint16
@@ -23,6 +24,17 @@ Sizes = tuple[int, ...]  # bytes of .bin, of the lengths' file and of the sequen
 def corpus_dtype(vocab_size: int) -> np.dtype:
     """The dtype in which Megatron-Core stores the ids of a vocabulary (its ``DType.optimal_dtype``)."""
     return np.dtype(np.uint16 if vocab_size < SMALL_VOCABULARY else np.int32)
+
+
+def check_corpus_writable(prefix: str, flag: str) -> None:
+    """Raise ConfigError, before long work, if a file that belongs to no corpus has a name that a new corpus takes.
+
+    A ``.bin`` belongs to the ``.idx`` beside it, which may be missing if a job was killed between their renames.
+    """
+    check_replaceable(idx_path(prefix), flag, is_ours=is_index)
+    is_published = any(is_index(idx_path(name)) for name in (prefix, partial_prefix(prefix)))
+    check_replaceable(bin_path(prefix), flag, is_ours=lambda path: is_published or path.stat().st_size == 0)
+    check_metadata_writable(prefix, flag)
 
 
 class CorpusWriter:
@@ -35,7 +47,7 @@ class CorpusWriter:
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
         self.prefix, self.dtype = prefix, dtype
-        partial = f"{prefix}.partial"
+        partial = partial_prefix(prefix)
         self.partial_idx = idx_path(partial)
         self.paths = (bin_path(partial), Path(f"{partial}.lengths"), Path(f"{partial}.sequences"))
         self.files: list[IO[bytes]] = []  # without buffers, so that a failed write is the end of it
@@ -65,16 +77,16 @@ class CorpusWriter:
 
     def compose(self) -> None:
         """Put everything on the disk, the index too, still under temporary names."""
-        for file in self.files:
-            os.fsync(file.fileno())
         self.close()
+        for path in self.paths:
+            sync(path)
         write_index(self.partial_idx, self.dtype, self.paths[1], self.paths[2])
 
     def publish(self) -> None:
         """Give the corpus its name; may be called again after it was interrupted."""
         for partial, path in ((self.paths[0], bin_path(self.prefix)), (self.partial_idx, idx_path(self.prefix))):
             if partial.is_file():
-                partial.replace(path)
+                publish(partial, path)
 
     def close(self) -> None:
         while self.files:
@@ -122,8 +134,7 @@ def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> 
             boundaries = documents + np.cumsum(chunk, dtype=np.int64)
             index.write(boundaries.tobytes())
             documents = int(boundaries[-1])
-        index.flush()
-        os.fsync(index.fileno())
+    sync(path)
 
 
 def _read(path: Path) -> Iterator[np.ndarray]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,19 +14,18 @@ import numpy as np
 
 from megatron_slm.data.index import bin_path, idx_path
 from megatron_slm.data.metadata import (
-    check_metadata_writable,
     read_metadata,
     remove_metadata,
     write_metadata,
 )
-from megatron_slm.data.preprocessing.corpus_writer import CorpusWriter
+from megatron_slm.data.preprocessing.corpus_writer import CorpusWriter, check_corpus_writable
 from megatron_slm.data.preprocessing.documents import Block
 from megatron_slm.data.preprocessing.encode import EncodedBlock
 from megatron_slm.data.preprocessing.job import Job, Summary
-from megatron_slm.data.preprocessing.journal import Journal, Progress
+from megatron_slm.data.preprocessing.journal import OUTPUT, Journal, Progress
 from megatron_slm.data.tokenizers.identity import tokenizer_identity
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import explained_write
 from megatron_slm.runtime.reporting import print_error
 
 
@@ -54,7 +52,7 @@ class JobOutput:
 
     def __enter__(self) -> JobOutput:
         for corpus in self.corpora:
-            check_metadata_writable(corpus.prefix, "--output-prefix")
+            check_corpus_writable(corpus.prefix, OUTPUT)
         try:
             with self._writing():
                 self.journal.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,16 +137,9 @@ class JobOutput:
             corpus.close()
         self.journal.close()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kept = " What is done is kept: the same command goes on with it." if self.job.resume else ""
-            raise ConfigError(
-                f"--output-prefix {self.job.output_prefix} cannot be written: {error}. Is the disk full, or the folder "
-                f"read-only?{kept}"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        kept = "What is done is kept: the same command continues it." if self.job.resume else ""
+        return explained_write(self.job.output_prefix, OUTPUT, kept)
 
 
 def finished(job: Job, settings: dict[str, Any]) -> Summary | None:

@@ -18,7 +18,10 @@ from typing import IO, Any
 
 from megatron_slm.data.preprocessing.corpus_writer import write_all
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_replaceable
 
+OUTPUT = "--output-prefix"
+FIRST = b'{"--tokenizer-type": '  # bytes of every journal
 TAIL = 1 << 20  # bytes of the file that are looked at: thousands of blocks, where one is enough after a kill
 
 
@@ -57,10 +60,12 @@ class Journal:
             None where the job begins anew.
 
         Raises:
-            ConfigError: another process has it, or other settings than this job's are in it.
+            ConfigError: another process has it, it is no journal, or other settings than this job's are in it.
         """
-        self.file = self.path.open("a+b", buffering=0)
-        self._lock()
+        check_replaceable(self.path, OUTPUT, is_ours=_is_journal)
+        file = self.path.open("a+b", buffering=0)
+        lock_output(file)
+        self.file = file
         self.file.seek(0)
         if resume and self.file.read(1):
             self.file.seek(0)
@@ -97,19 +102,6 @@ class Journal:
         assert self.file is not None, "open() comes first"
         write_all(self.file, line.encode() + b"\n")
 
-    def _lock(self) -> None:
-        assert self.file is not None, "open() comes first"
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self.close()
-                raise ConfigError(
-                    f"--output-prefix: another process is writing there ({self.path} is locked). Wait for it, or give "
-                    "another prefix."
-                ) from error
-            # a file system without locks: then the user takes care
-
     def _last(self, holds: Callable[[Progress], bool]) -> tuple[Progress, int] | None:
         """The last progress that is whole and that the output files bear out, and where its line ends."""
         assert self.file is not None, "open() comes first"
@@ -134,6 +126,27 @@ class Journal:
                 f"--resume: the stopped job had {name} {there}, and this one has {here}. Resume it with the settings "
                 "and files that it began with, or leave --resume away to begin anew."
             )
+
+
+def lock_output(file: IO[bytes]) -> None:
+    """Lock an output file until it is closed, or close it and raise ConfigError if another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ConfigError(
+                f"{OUTPUT}: another process is writing there ({file.name} is locked). Wait for it, or give another "
+                "prefix."
+            ) from error
+        # a file system without locks: then the user takes care
+
+
+def _is_journal(path: Path) -> bool:
+    """Return whether a file begins with the settings of a job, which may be cut short, or is empty."""
+    with path.open("rb") as file:
+        begin = file.read(len(FIRST))
+    return FIRST.startswith(begin)
 
 
 def _first_difference(there: list[Any], here: list[Any]) -> tuple[Any, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,10 +23,12 @@ from megatron_slm.data.index import (
     partial_prefix,
     read_index,
 )
-from megatron_slm.data.metadata import check_metadata_writable, read_metadata, remove_metadata, write_metadata
+from megatron_slm.data.metadata import read_metadata, remove_metadata, write_metadata
+from megatron_slm.data.preprocessing.corpus_writer import check_corpus_writable, write_all
+from megatron_slm.data.preprocessing.journal import OUTPUT, lock_output
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_output_prefix
+from megatron_slm.runtime.files import check_output_prefix, explained_write, publish
 
 COPIED_AT_ONCE = 1 << 26  # bytes
 # Counts in the metadata are summed; the rest is kept if all agree.
@@ -53,48 +54,55 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
             cannot be written. What stood under the output's name is then as it was.
     """
     _check_names(prefixes, output_prefix)
-    check_metadata_writable(output_prefix, "--output-prefix")
+    check_corpus_writable(output_prefix, OUTPUT)
     infos = [_checked(prefix) for prefix in prefixes]
     metadata, unrecorded = _merged_metadata(infos)
     _check_kinds(infos)
-    partial = partial_prefix(output_prefix)
-    try:
-        _check_space(infos, output_prefix)
+    _check_space(infos, output_prefix)
+    with explained_write(output_prefix, OUTPUT):
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        write_merged_index(infos, idx_path(partial))
-        with progress("merging", sum(bin_path(prefix).stat().st_size for prefix in prefixes), "B") as bar:
-            _copy_tokens(prefixes, bin_path(partial), bar.advance)
-        for path in (bin_path, idx_path):
-            os.replace(path(partial), path(output_prefix))  # noqa: PTH105
+        _write(infos, output_prefix)
         remove_metadata(output_prefix)
-        if metadata is not None:
-            write_metadata(output_prefix, metadata)
-    except OSError as error:
-        raise ConfigError(
-            f"--output-prefix {output_prefix} cannot be written: {error}. Is the disk full, or the folder read-only? "
-            "The inputs are as they were."
-        ) from error
-    finally:
-        for path in (bin_path, idx_path):
-            with suppress(OSError):
-                path(partial).unlink()
+    if metadata is not None:
+        write_metadata(output_prefix, metadata)
     return Merged(len(infos), sum(i.documents for i in infos), sum(i.tokens for i in infos), unrecorded)
 
 
+def _write(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
+    """Write the merged corpus under temporary names, and give it its name."""
+    tokens, index = (path(partial_prefix(output_prefix)) for path in (bin_path, idx_path))
+    tokens.touch()
+    with tokens.open("r+b", buffering=0) as output:
+        lock_output(output)
+        try:
+            write_merged_index(infos, index)
+            _copy_tokens(infos, output)
+            publish(tokens, bin_path(output_prefix))
+            publish(index, idx_path(output_prefix))
+        finally:
+            for path in (tokens, index):
+                path.unlink(missing_ok=True)
+
+
 def _check_names(prefixes: Sequence[str], output_prefix: str) -> None:
-    check_output_prefix(output_prefix, "--output-prefix", directory_allowed=True)  # of the shards, as a rule
+    check_output_prefix(output_prefix, OUTPUT, directory_allowed=True)  # of the shards, as a rule
     seen: set[str] = set()
     for prefix in prefixes:
         if _same(prefix, output_prefix):
-            raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs. Give it another name.")
+            raise ConfigError(f"{OUTPUT} {output_prefix} is one of the inputs. Give it another name.")
         if (real := os.path.realpath(bin_path(prefix))) in seen:
             raise ConfigError(
                 f"{prefix} is named twice. To draw from a corpus more often, give it more weight in the blend "
                 "(--data-path)."
             )
         seen.add(real)
+    if Path(f"{output_prefix}.journal").is_file():
+        raise ConfigError(
+            f"{OUTPUT} {output_prefix}: a preprocessing job is writing there, or was killed. Let it end (--resume), or "
+            f"remove {output_prefix}.journal."
+        )
     if output_prefix.endswith((".bin", ".idx")):
-        raise ConfigError(f"--output-prefix {output_prefix}: give the prefix without {output_prefix[-4:]}.")
+        raise ConfigError(f"{OUTPUT} {output_prefix}: give the prefix without {output_prefix[-4:]}.")
 
 
 def _same(prefix: str, other: str) -> bool:
@@ -156,23 +164,23 @@ def _check_space(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
     free = shutil.disk_usage(place).free
     if wanted > free:
         raise ConfigError(
-            f"--output-prefix {output_prefix} needs {wanted:,} bytes, and {free:,} are free there. Free some, or give "
+            f"{OUTPUT} {output_prefix} needs {wanted:,} bytes, and {free:,} are free there. Free some, or give "
             "another disk."
         )
 
 
-def _copy_tokens(prefixes: Sequence[str], target: Path, advance: Callable[[float], None]) -> None:
-    with target.open("wb", buffering=0) as output:
-        for prefix in prefixes:
-            with bin_path(prefix).open("rb", buffering=0) as source:
+def _copy_tokens(infos: Sequence[CorpusInfo], output: IO[bytes]) -> None:
+    output.truncate(0)
+    with progress("merging", sum(bin_path(info.prefix).stat().st_size for info in infos), "B") as bar:
+        for info in infos:
+            with bin_path(info.prefix).open("rb", buffering=0) as source:
                 left = os.fstat(source.fileno()).st_size
                 while left:
                     done = _copy(source, output, min(left, COPIED_AT_ONCE))
                     if done == 0:
-                        raise OSError(errno.EIO, f"{bin_path(prefix)} became shorter while it was copied")
+                        raise OSError(errno.EIO, f"{source.name} became shorter while it was copied")
                     left -= done
-                    advance(done)
-        os.fsync(output.fileno())
+                    bar.advance(done)
 
 
 def _copy(source: IO[bytes], output: IO[bytes], count: int) -> int:
@@ -184,9 +192,7 @@ def _copy(source: IO[bytes], output: IO[bytes], count: int) -> int:
             if error.errno not in NO_RANGE_COPY:
                 raise
     data = source.read(count)
-    view = memoryview(data)
-    while view:
-        view = view[output.write(view) :]
+    write_all(output, data)
     return len(data)
 
 
@@ -211,8 +217,6 @@ def write_merged_index(infos: Sequence[CorpusInfo], target: Path) -> None:
             for part in chunks(read_index(info.prefix).boundaries[1:]):
                 file.write((part + first).tobytes())
             first += info.sequences
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_pointers(index: Index, begin: int, file: IO[bytes]) -> int:

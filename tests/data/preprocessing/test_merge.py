@@ -158,9 +158,24 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, fails, full)
-    with pytest.raises(ConfigError, match=r"--output-prefix .*No space left on device.*Is the disk full"):
+    with pytest.raises(ConfigError, match=r"--output-prefix .*cannot be written: No space left on device. Free space"):
         merge_corpora(prefixes, str(tmp_path / "out"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_merges_do_not_write_one_corpus(tmp_path: Path) -> None:
+    prefixes = [build(tmp_path / name, [[[1, 2, 3]]]) for name in "ab"]
+    partial = tmp_path / "out.partial.bin"
+    hold = f"import fcntl, sys; f = open({str(partial)!r}, 'w+b'); f.write(b'theirs'); f.flush()"
+    hold += "; fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="another process is writing there"):
+            merge_corpora(prefixes, str(tmp_path / "out"))
+        assert partial.read_bytes() == b"theirs"
+        holder.communicate(b"")
+    merge_corpora(prefixes, str(tmp_path / "out"))  # what was left is written again
+    assert len(IndexedDataset(str(tmp_path / "out"))) == 2 and not partial.exists()
 
 
 def cut(path: Path) -> None:
@@ -177,6 +192,7 @@ def other_tokenizer(folder: Path) -> None:
     build(folder / "b", [[[4, 5]]], tokenizer="bb22")
 
 
+OURS = "was not written by megatron_slm"
 BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("no folder", lambda f: None, ["--input", "nowhere"], "--input {}/nowhere: there is no such folder"),
     ("empty folder", lambda f: (f / "e").mkdir(), ["--input", "e"], "the folder holds no corpus"),
@@ -198,7 +214,31 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("end missing", lambda f: [build(f / f"s{n}-of-3", []) for n in (1, 2)] and strip(f), ["--input", "."], "# = 0"),
     ("two jobs", lambda f: [build(f / f"{n}0-of-1", []) for n in "st"] and strip(f), ["--input", "."], "2 corpora"),
     ("stranger", lambda f: [build(f / "s0-of-1", [])], ["--input", "."], "holds numbered shards, and"),
-    ("no output", lambda f: None, ["--input", ".", "--output-prefix", "a.bin/out"], "a.bin/out cannot be written"),
+    ("no output", lambda f: None, ["--input", ".", "--output-prefix", "a.bin/out"], "a.bin/out.idx cannot be written"),
+    (
+        "foreign .bin",
+        lambda f: (f / "m.bin").write_bytes(b"PK" * 9),
+        ["--input-prefixes", "a", "--output-prefix", "m"],
+        OURS,
+    ),
+    (
+        "foreign .idx",
+        lambda f: (f / "m.idx").write_bytes(b"PK" * 9),
+        ["--input-prefixes", "a", "--output-prefix", "m"],
+        OURS,
+    ),
+    (
+        "device",
+        lambda f: (f / "m.bin").symlink_to("/dev/null"),
+        ["--input-prefixes", "a", "--output-prefix", "m"],
+        "m.bin is a device",
+    ),
+    (
+        "stopped job",
+        lambda f: (f / "m.journal").write_text("x"),
+        ["--input-prefixes", "a", "--output-prefix", "m"],
+        "a preprocessing job is writing there, or was killed",
+    ),
     ("no room", lambda f: None, ["--input", ".", "--output-prefix", "/proc/x/out"], "and 0 are free there"),
     ("no input", lambda f: None, [], "one of the arguments --input --input-prefixes is required"),
     ("both inputs", lambda f: None, ["--input", ".", "--input-prefixes", "a"], "not allowed with argument --input"),

@@ -176,7 +176,11 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("directory prefix", ["--output-prefix", "sub/"], ["--output-prefix sub/ names a directory"]),
     ("existing prefix", ["--output-prefix", "sub"], ["--output-prefix sub is an existing directory"]),
     ("dots", ["--output-prefix", "sub/.."], ["--output-prefix sub/.. names a directory"]),
-    ("output", ["--output-prefix", "good.jsonl/out"], ["--output-prefix good.jsonl/out cannot be written"]),
+    (
+        "output",
+        ["--output-prefix", "good.jsonl/out"],
+        ["--output-prefix good.jsonl/out_text_document.idx cannot be written"],
+    ),
     ("package", ["--input", "s3://bucket/in.jsonl"], ["--input s3://bucket/in.jsonl", "pip install s3fs"]),
     ("protocol", ["--input", "nonsense://in.jsonl"], ["nonsense:// is no protocol"]),
 ]

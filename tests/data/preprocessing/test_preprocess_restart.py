@@ -272,7 +272,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(
     earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, earlier[1]))
     try:
-        with pytest.raises(ConfigError, match=r"--output-prefix .*cannot be written.*Is the disk full"):
+        with pytest.raises(ConfigError, match=r"--output-prefix .*cannot be written: File too large. Free space"):
             preprocess(job)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
@@ -286,6 +286,17 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(
         expected = replace(job, output_prefix=str(tmp_path / "expected"))
         preprocess(expected)
         assert corpus_bytes(job) == corpus_bytes(expected)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".journal"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_foreign_file_is_not_replaced(tmp_path: Path, suffix: str, resume: bool) -> None:
+    (tmp_path / "in.jsonl").write_bytes(lines(TEXTS))
+    foreign = tmp_path / f"out_text_document{suffix}"
+    foreign.write_bytes(b"PK weights")
+    with pytest.raises(ConfigError, match=f"--output-prefix .*{suffix} exists and was not written by megatron_slm"):
+        preprocess(make_job([str(tmp_path / "in.jsonl")], tmp_path / "out", resume=resume))
+    assert foreign.read_bytes() == b"PK weights"
 
 
 def test_two_jobs_do_not_write_one_corpus(tmp_path: Path) -> None:
