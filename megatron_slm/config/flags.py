@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +14,10 @@ from megatron_slm.config import schema
 from megatron_slm.config.checkpoint_args import adopt_checkpoint_args
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
+from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.recipe import assign, convert, read_recipe, refusal, settings
+from megatron_slm.config.recipe import assign, convert, refusal, settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -41,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Read the command line and the recipe that it names.
+    """Read the command line and the recipes that it names.
 
     Raises:
         ConfigError: all unknown flags and settings, flags of Megatron-LM's that are not taken, and bad values.
@@ -50,12 +52,10 @@ def parse(argv: Sequence[str]) -> Command:
     parser = _build_parser()
     namespace, unknown = parser.parse_known_args(list(argv))
     typed = vars(namespace)
-    recipe_path, action = typed.pop("config", None), typed.pop("action", "train")
+    recipes, action = typed.pop("config", []), typed.pop("action", "train")
     names = {setting.name: flag_name(setting) for _, setting, _ in settings()}
-    sources: list[tuple[dict[str, Any], Label]] = [(typed, lambda name: names.get(name, name))]
-    if recipe_path is not None:
-        recipe = read_recipe(Path(expanded_user(convert(recipe_path, str, "--config"))))
-        sources.insert(0, (recipe, lambda name: f"{recipe_path}: {name}"))
+    sources = _recipe_sources(recipes)
+    sources.append((typed, lambda name: names.get(name, name)))
     problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
     config, stated = Config(), dict[str, Any]()
     for values, label in sources:
@@ -69,6 +69,12 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(config, action, "\n".join(filter(None, notes)))
 
 
+def _recipe_sources(recipes: Sequence[str]) -> list[tuple[dict[str, Any], Label]]:
+    """Return the settings of the recipes and their bases, in the order in which they apply."""
+    layers = read_layers([Path(expanded_user(convert(recipe, str, "--config"))) for recipe in recipes])
+    return [(values, partial("{}: {}".format, path)) for path, values in layers]
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="megatron_slm.pretrain",
@@ -77,7 +83,13 @@ def _build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="settings in YAML, by the flags' names; flags win")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        metavar="RECIPE.yaml",
+        help="settings in YAML, by the flags' names; of several recipes later ones win, and flags win over recipes",
+    )
     for name, text in (
         ("print-config", "print the resolved settings as a recipe and exit"),
         ("dry-run", "check everything, print the plan and exit"),
