@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -51,9 +52,9 @@ class TikTokenizer(BaseTokenizer):
         try:
             self._vocabulary = ranks, specials, pattern = read(path, files)
             self.vocab_size = max(*specials.values(), *ranks.values()) + 1
-            _check_bytes(ranks)
+            _check_ranks(ranks, specials)
             self.model = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"--tokenizer-model {path} is not a tiktoken file: {error}") from error
         self.special_ids = frozenset(specials.values())
         self.specials = frozenset(specials if files.special_tokens == TOKENS else ())  # looked for in texts
@@ -72,8 +73,15 @@ class TikTokenizer(BaseTokenizer):
         return tiktoken_fast_model(ranks, found, pattern)
 
 
-def _check_bytes(ranks: dict[bytes, int]) -> None:
-    """Raise ValueError if a byte of UTF-8 is no token: tiktoken ends the process at the first text with such a byte."""
+def _check_ranks(ranks: dict[bytes, int], specials: dict[str, int]) -> None:
+    """Raise ValueError for tokens that tiktoken cannot hold.
+
+    tiktoken ends the process at the first text with a byte that is no token, and if two tokens have one id.
+    """
+    counts = Counter([*ranks.values(), *specials.values()])
+    for token, count in counts.items():
+        if token < 0 or count > 1:
+            raise ValueError(f"the id {token} is " + ("negative" if token < 0 else "that of two tokens"))
     missing = [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
@@ -83,9 +91,16 @@ def _check_bytes(ranks: dict[bytes, int]) -> None:
 
 
 def _read_tiktoken_format(path: Path, files: TokenizerFiles) -> Vocabulary:
-    from tiktoken.load import load_tiktoken_bpe
-
-    ranks = load_tiktoken_bpe(str(path))
+    ranks = {}  # tiktoken's reader keeps local files in a cache by their names, and would read an earlier content
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not a token in base64 and its rank") from error
+    if not ranks:
+        raise ValueError("it holds no tokens")
     end = max(ranks.values()) + 1 if files.eod_id is None else files.eod_id
     return ranks, {} if end in ranks.values() else {"<|endoftext|>": end}, TikTokenizer.OWN_PATTERN
 

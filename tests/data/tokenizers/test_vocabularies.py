@@ -100,6 +100,35 @@ def test_tiktoken_ranks_with_holes_and_an_end_beyond_them(tmp_path: Path) -> Non
     assert all(tokenizer.encode("ab") == [900] for tokenizer in built)
 
 
+def tiktoken_lines(*more: tuple[bytes, int]) -> bytes:
+    tokens = [*((bytes([byte]), byte) for byte in range(256)), *more]
+    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in tokens)
+
+
+def test_a_tiktoken_file_is_read_again_under_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.tiktoken"
+    for more in ([(b"ab", 256)], [(b"xy", 256), (b"ab", 257)]):
+        path.write_bytes(tiktoken_lines(*more))
+        assert build_tokenizer("TikTokenizer", TokenizerFiles(str(path))).encode("ab") == [255 + len(more)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tiktoken_lines((b"ab", 7)), "the id 7 is that of two tokens"),
+        (tiktoken_lines((b"ab", -1)), "the id -1 is negative"),
+        (tiktoken_lines() + b"YWI=\n", "line 257 is not a token in base64 and its rank"),
+        (tiktoken_lines() + b"Y*I= 300\n", "line 257 is not a token in base64 and its rank"),
+        (b"\n", "it holds no tokens"),
+    ],
+)
+def test_a_damaged_tiktoken_file_is_explained(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.tiktoken"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"x.tiktoken is not a tiktoken file: {message}"):
+        build_tokenizer("TikTokenizer", TokenizerFiles(str(path)))
+
+
 @pytest.mark.parametrize("size", [7, 6, 3, 1400])
 def test_special_tokens_that_do_not_fit_are_refused(size: int) -> None:
     files = TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=1400, tiktoken_num_special_tokens=size)
