@@ -156,7 +156,7 @@ def _range_blocks(part: Part, begin: int) -> Iterator[Block]:
     size = size_of(part.file) if part.end is None else part.end
     begin = max(begin, part.begin)
     with Path(part.file).open("rb") as file:
-        check_encoding(file.read(4))
+        check_encoding(file.read(16))
         while begin < size:
             end = size if part.form is Form.WHOLE else min(size, aligned(file, begin + BLOCK, part.form))
             yield Block(part, begin, end, None, end - begin)

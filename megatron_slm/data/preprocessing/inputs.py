@@ -20,6 +20,7 @@ from megatron_slm.runtime.errors import ConfigError
 
 STDIN = "-"
 STEP = 1 << 16  # bytes that are read from a file at once
+OTHER_FORMATS = (".csv", ".tsv", ".xls", ".xlsx", ".avro", ".orc", ".warc", ".html", ".xml", ".pdf", ".bin", ".idx")
 PACKED = (".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar", ".br", ".lzo")  # not read here
 
 
@@ -58,6 +59,15 @@ FOREIGN_MARKS = (
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
     *((mark, "UTF-16") for mark in (b"{\0", b"\0{")),  # lines of JSON without a byte-order mark
+)
+PACKED_MARKS = (
+    (b"\x1f\x8b", ".gz"),
+    (b"BZh91AY&SY", ".bz2"),
+    (b"\xfd7zXZ", ".xz"),
+    (b"\x28\xb5\x2f\xfd", ".zst"),
+    (b"PK\x03\x04", ".zip"),
+    (b"PAR1\x15", ".parquet"),
+    (b"ARROW1\0\0", ".arrow"),
 )
 
 
@@ -103,7 +113,13 @@ def _check_name(name: str) -> None:
             f"--input {name}: {suffix} files are not read. Unpack it, or compress its files by "
             f"{', '.join(DECOMPRESSORS)}."
         )
-    if suffix in DECOMPRESSORS and suffix_of(name[: -len(suffix)]) in TABLES:
+    inner = suffix_of(name[: -len(suffix)]) if suffix in DECOMPRESSORS else suffix
+    if inner in OTHER_FORMATS:
+        raise ConfigError(
+            f"--input {name}: {inner} files are not read. Convert it to lines of JSON (.jsonl), one object a document, "
+            "or to Parquet."
+        )
+    if suffix in DECOMPRESSORS and inner in TABLES:
         raise ConfigError(f"--input {name}: unpack it; tables are read as they are (they are compressed inside).")
     if name != STDIN and not is_remote(name) and not os.access(name, os.R_OK):
         raise ConfigError(f"--input {name} may not be read by this user. Look at its permissions (ls -l).")
@@ -137,10 +153,13 @@ def form_of(name: str, text_document: str = "paragraph") -> Form:
 
 
 def check_encoding(begin: bytes) -> None:
-    """Raise DamagedFile if the first bytes of a text file are those of UTF-16 or UTF-32."""
+    """Raise DamagedFile if the first bytes of a text file are those of UTF-16, UTF-32, or of no text."""
     for mark, name in FOREIGN_MARKS:
         if begin.startswith(mark):
             raise DamagedFile(f"{name} text, not UTF-8. Convert it: iconv -f {name} -t UTF-8")
+    for mark, suffix in PACKED_MARKS:
+        if begin.startswith(mark):
+            raise DamagedFile(f"a {suffix} file by its content. Name it so, or unpack it (standard input, before)")
 
 
 def is_seekable(name: str) -> bool:

@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_slm.data.preprocessing.arrow_columns import json_columns
 from megatron_slm.data.preprocessing.documents import Part, Values, blocks_of, documents_in, is_blank
-from megatron_slm.data.preprocessing.inputs import Form, form_of
+from megatron_slm.data.preprocessing.inputs import BYTE_ORDER_MARK, Form, form_of
 from megatron_slm.runtime.errors import ConfigError
 
 ERROR, REPLACE = "error", "replace"  # --lone-surrogates
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # of one document
 SHOWN_ERRORS = 5
+OPENINGS = ("{", "[", "[{")  # of JSON that takes several lines
+ONE_LINE = (
+    "; each line must be one object, which jq makes of a list (jq -c '.[]' FILE) or of longer objects (jq -c . FILE)"
+)
 Text = str | list[str]  # one sequence, or one for each text of a JSON list
 
 
@@ -40,11 +45,20 @@ class TextReader:
         elif not is_json:
             return [self._valid(self._decoded(document))] * len(self.keys)
         else:
-            record = json.loads(self._decoded(document).removeprefix("\ufeff"))
-            if not isinstance(record, dict):
-                raise TypeError("not a JSON object")
-            values = [_value_at(record, key) for key in self.keys]
+            values = self._values(document.removeprefix(BYTE_ORDER_MARK))
         return [self._text(key, value) for key, value in zip(self.keys, values, strict=True)]
+
+    def _values(self, line: bytes) -> list[Any]:
+        try:
+            record = json.loads(self._decoded(line), parse_int=float)  # an int has at most 4,300 digits
+        except (ValueError, RecursionError):
+            columns = json_columns(line, self.keys)
+            if columns is None:
+                raise
+            return [column[0].as_py() for column in columns]
+        if not isinstance(record, dict):
+            raise TypeError("not a JSON object" + (ONE_LINE if isinstance(record, list) else ""))
+        return [_value_at(record, key) for key in self.keys]
 
     def _decoded(self, document: bytes) -> str:
         try:
@@ -90,7 +104,7 @@ def _value_at(record: dict[str, Any], key: str) -> Any:
 def reason_of(error: Exception) -> str:
     """Return in words why a document cannot be read."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg})"
+        return f"not JSON ({error.msg})" + (ONE_LINE if error.doc.strip() in OPENINGS else "")
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
     if isinstance(error, UnicodeEncodeError):

@@ -1,8 +1,7 @@
-"""The texts of a block as Arrow arrays: at a stroke where every line is in order, else document by document.
+"""The texts of a block as Arrow arrays: read by Arrow if every line is in order, else document by document.
 
-Blocks of JSON lines are read by Arrow's JSON reader, which is as strict as Python's. It may only be stricter: whatever
-it refuses, and whatever is not one object per line with a text under each key, is read again line by line, for the
-exact reason and place.
+A document has the same texts, or is bad for the same reason, whatever the other lines of its block: Arrow reads only
+blocks of lines that are all in order, and :class:`TextReader` asks it about lines that Python's JSON reader refuses.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from megatron_slm.data.preprocessing.arrow_columns import json_columns, table_columns
 from megatron_slm.data.preprocessing.documents import documents_in, is_blank
 from megatron_slm.data.preprocessing.inputs import Form
 from megatron_slm.data.preprocessing.text_reader import UNREADABLE, Text, TextReader, reason_of
 
 Split = Callable[[str], list[str]]
-LARGEST = (1 << 31) - 2  # bytes of a block that Arrow's JSON reader takes
 
 
 @dataclass
@@ -70,59 +69,11 @@ def texts_of_block(content: bytes, form: Form, reader: TextReader, split: Split 
         split: from a text to its sentences, each of which is a sequence then; None: a text, or each text of a list.
     """
     if split is None:
-        arrays = {Form.JSON: _json_arrays, Form.TABLE: _table_arrays}.get(form, lambda *_: None)(content, reader.keys)
+        arrays = {Form.JSON: json_columns, Form.TABLE: table_columns}.get(form, lambda *_: None)(content, reader.keys)
         if arrays is not None:
             ones = np.ones(len(arrays[0]), np.int64)
             return Texts([Column(array, ones) for array in arrays], range(len(arrays[0])))
     return _one_by_one(content, form, reader, split)
-
-
-def _json_arrays(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArray] | None:
-    """Return the values by key; None if a line is not exactly one JSON object with a text under each key."""
-    import pyarrow.json
-
-    if any("." in key for key in keys):
-        return None  # may be a path into an object
-    body = content.removesuffix(b"\n").removesuffix(b"\r")
-    lines = body.count(b"\n") + 1
-    separated = body.count(b"}\n{") + body.count(b"}\r\n{") + 1
-    if len(content) > LARGEST or separated != lines or not (body.startswith(b"{") and body.endswith(b"}")):
-        return None
-    try:
-        if not content.isascii():
-            content.decode("utf-8")  # Arrow does not look at values that it leaves out
-        table = pyarrow.json.read_json(
-            pa.BufferReader(content),
-            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
-            parse_options=pyarrow.json.ParseOptions(
-                explicit_schema=pa.schema([(key, pa.string()) for key in keys]), unexpected_field_behavior="ignore"
-            ),
-        )
-    except (pa.ArrowInvalid, UnicodeDecodeError):
-        return None
-    return _checked(table, keys, lines)
-
-
-def _table_arrays(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArray] | None:
-    table = pa.ipc.open_stream(content).read_all()
-    return _checked(table, keys, table.num_rows)
-
-
-def _checked(table: pa.Table, keys: Sequence[str], rows: int) -> list[pa.LargeStringArray] | None:
-    """Return the columns, if all are texts in UTF-8 without gaps."""
-    if table.num_rows != rows or not set(keys) <= set(table.column_names):
-        return None
-    arrays = []
-    for key in keys:
-        column = table.column(key)
-        if column.type not in (pa.string(), pa.large_string()) or column.null_count:
-            return None
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid:
-            return None
-        arrays.append(pa.concat_arrays(column.cast(pa.large_string()).chunks))
-    return arrays
 
 
 def _one_by_one(content: bytes, form: Form, reader: TextReader, split: Split | None) -> Texts:

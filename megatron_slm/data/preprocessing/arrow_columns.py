@@ -1,0 +1,61 @@
+"""Texts of many JSON lines or table rows as Arrow arrays, without a Python object per document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+LARGEST = (1 << 31) - 2  # bytes of a block that Arrow's JSON reader takes
+
+
+def json_columns(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArray] | None:
+    """Return the values by key; None if a line is not exactly one JSON object with a text under each key.
+
+    Arrow's reader differs from Python's: it refuses repeated keys and lone surrogates, and accepts integers and nesting
+    of any size under keys that are not read.
+    """
+    import pyarrow.json
+
+    if any("." in key for key in keys):
+        return None  # may be a path into an object
+    body = content.removesuffix(b"\n").removesuffix(b"\r")
+    lines = body.count(b"\n") + 1
+    separated = body.count(b"}\n{") + body.count(b"}\r\n{") + 1
+    if len(content) > LARGEST or separated != lines or not (body.startswith(b"{") and body.endswith(b"}")):
+        return None
+    try:
+        if not content.isascii():
+            content.decode("utf-8")  # Arrow does not look at values that it leaves out
+        table = pyarrow.json.read_json(
+            pa.BufferReader(content),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
+            parse_options=pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema([(key, pa.string()) for key in keys]), unexpected_field_behavior="ignore"
+            ),
+        )
+    except (pa.ArrowInvalid, UnicodeDecodeError):
+        return None
+    return _checked(table, keys, lines)
+
+
+def table_columns(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArray] | None:
+    """Return the columns of an Arrow stream; None if they are not texts in UTF-8 without gaps."""
+    table = pa.ipc.open_stream(content).read_all()
+    return _checked(table, keys, table.num_rows)
+
+
+def _checked(table: pa.Table, keys: Sequence[str], rows: int) -> list[pa.LargeStringArray] | None:
+    if table.num_rows != rows or not set(keys) <= set(table.column_names):
+        return None
+    arrays = []
+    for key in keys:
+        column = table.column(key)
+        if column.type not in (pa.string(), pa.large_string()) or column.null_count:
+            return None
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            return None
+        arrays.append(pa.concat_arrays(column.cast(pa.large_string()).chunks))
+    return arrays
