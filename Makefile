@@ -25,7 +25,7 @@ compare: $(READY)
 setup: $(TEST_READY)
 
 # torch is pinned: this version has the small CPU build where the index offers one, and the CUDA build elsewhere.
-$(READY): setup.py Makefile
+$(READY): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch 2.13.0, megatron-core and the rest: about a minute"
