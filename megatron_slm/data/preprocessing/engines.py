@@ -128,6 +128,8 @@ class GigatokenEngine:
         layout = self.gigatoken.encode_batch(_as_awkward(texts), parallel=False).layout
         lengths = np.diff(np.asarray(layout.offsets.data)).astype(np.int64, copy=False)
         ids = np.asarray(layout.content.data)[: int(lengths.sum())]
+        if self.model.unknown is not None:
+            ids, lengths = _with_unknown(ids, lengths, *self.model.unknown)
         if ids.size and (most := int(ids.max())) >= self.tokenizer.vocab_size:
             raise ConfigError(f"{self.tokenizer.source}: gigatoken gave the id {most}. Run with --no-use-gigatoken.")
         return ids.astype(self.dtype), lengths
@@ -185,6 +187,19 @@ class GigatokenEngine:
             self.gigatoken = None  # frees the old one first
             self.gigatoken = self.model.load()
             self.most_memory = _resident() + MOST_CACHE
+
+
+def _with_unknown(ids: np.ndarray, lengths: np.ndarray, first: int, unknown: int) -> tuple[np.ndarray, np.ndarray]:
+    """Replace each run of ids from ``first`` on, within a text, by the id ``unknown``."""
+    is_unknown = ids >= first
+    if not is_unknown.any():
+        return ids, lengths
+    continues = np.zeros(len(ids), bool)
+    continues[1:] = is_unknown[1:] & is_unknown[:-1]
+    ends = np.cumsum(lengths)
+    continues[(ends - lengths)[lengths > 0]] = False  # a text begins
+    kept = np.concatenate([[0], np.cumsum(~continues)])
+    return np.where(is_unknown, unknown, ids)[~continues], kept[ends] - kept[ends - lengths]
 
 
 def _surrounded(

@@ -30,6 +30,8 @@ class FastModel:
         before: ids put before each text.
         after: ids put after each text.
         avoid: texts with a match are left to the plain tokenizer.
+        unknown: the first of 256 ids for bytes, which the tokenizer does not have, and the id that replaces each run of
+            them; or None.
         probes: texts that would reveal a difference.
     """
 
@@ -38,6 +40,7 @@ class FastModel:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     avoid: re.Pattern[str] | None = None
+    unknown: tuple[int, int] | None = None
     probes: tuple[str, ...] = ()
 
     def load(self) -> Any:

@@ -51,7 +51,7 @@ def huggingface_fast_model(model: Any) -> FastModel:
         is_bytes = not settings["model"].get("byte_fallback") and all(character in decode for character in text)
         probes.append(bytes(map(decode.__getitem__, text)).decode("utf-8", "replace") if is_bytes else text)
     avoid = unstable_under_nfc() if "NFC" in _kinds(settings["normalizer"], "normalizers") else None
-    return FastModel(settings, None, before, after, avoid, tuple(probes))
+    return FastModel(settings, before=before, after=after, avoid=avoid, probes=tuple(probes))
 
 
 def _check_model(model: Settings) -> None:

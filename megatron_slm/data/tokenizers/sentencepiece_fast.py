@@ -3,10 +3,14 @@
 sentencepiece merges the adjacent pair whose piece has the highest score, the leftmost of equals; as a list of merges
 this is every split of every piece, in the order of the scores. Only normal pieces are merged: a control piece such as
 ``<s>``, spelled out in a text, remains text.
+
+gigatoken needs an entry for every byte. A model without byte fallback gets some behind its own: a run of their ids is a
+run of characters that the model does not have, for which sentencepiece gives one unknown id.
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from megatron_slm.data.tokenizers.fast_model import BYTES, SPACE, FastModel, UnsupportedTokenizer, overlap_probes
@@ -40,20 +44,23 @@ def sentencepiece_fast_model(model: Any) -> FastModel:
             "unk_token": "<unk>",
             "fuse_unk": True,
             "byte_fallback": True,
-            "vocab": {p.piece: place for place, p in enumerate(proto.pieces) if p.piece in pieces or p.type == p.BYTE},
+            "vocab": _vocabulary(proto, pieces),
             "merges": merges,
         },
     }
     probes = [text.replace(SPACE, " ") for text in overlap_probes(merges)] + [piece for _, piece in symbols]
-    return FastModel(settings, prepare=None if is_native else model.normalize, probes=tuple(probes))
+    return FastModel(
+        settings,
+        prepare=None if is_native else model.normalize,
+        unknown=None if proto.trainer_spec.byte_fallback else (len(proto.pieces), model.unk_id()),
+        probes=tuple(probes),
+    )
 
 
 def _check(proto: Any) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE:
         raise UnsupportedTokenizer("the SentencePiece model is not BPE")
-    if not trainer.byte_fallback or not {p.piece for p in proto.pieces if p.type == p.BYTE} >= BYTES:
-        raise UnsupportedTokenizer("the SentencePiece model has no byte fallback")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise UnsupportedTokenizer("the SentencePiece model does not write spaces as ▁ before words")
     if any(piece.type == piece.UNUSED for piece in proto.pieces):
@@ -63,6 +70,14 @@ def _check(proto: Any) -> None:
         raise UnsupportedTokenizer("the SentencePiece model has pieces of equal score")
     if not set("".join(longer)) <= {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}:
         raise UnsupportedTokenizer("the SentencePiece model merges characters that are no pieces")
+
+
+def _vocabulary(proto: Any, pieces: Container[str]) -> dict[str, int]:
+    """Return the ids of the pieces that occur in texts, and of bytes."""
+    found = {p.piece: place for place, p in enumerate(proto.pieces) if p.piece in pieces or p.type == p.BYTE}
+    if not proto.trainer_spec.byte_fallback:
+        found |= {name: place for place, name in enumerate(sorted(BYTES), start=len(proto.pieces))}
+    return found
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -105,6 +105,9 @@ def expect_equal(subject: Any, *more: str) -> None:
         {"user_defined_symbols": "<tag>,▁▁▁,\n\n,//", "split_by_unicode_script": False, "split_by_number": False},
         {"allow_whitespace_only_pieces": False, "user_defined_symbols": "é,.b,a b", "control_symbols": "<x>"},
         {"split_by_whitespace": False},
+        {"byte_fallback": False},
+        {"byte_fallback": False, "remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc"},
+        {"byte_fallback": False, "user_defined_symbols": "<tag>,\n\n,日x", "unk_id": 3, "pad_id": 0},
     ],
     ids=str,
 )
@@ -172,7 +175,6 @@ def test_tiktoken_v2(special_tokens: str, tmp_path: Path) -> None:
     ("make", "reason"),
     [
         (lambda: of_sentencepiece(sentencepiece_model(1, model_type="unigram")), "not BPE"),
-        (lambda: of_sentencepiece(sentencepiece_model(1, byte_fallback=False)), "no byte fallback"),
         (lambda: of_sentencepiece(sentencepiece_model(1, treat_whitespace_as_suffix=True)), "before words"),
         (lambda: of_sentencepiece(changed(sentencepiece_model(1), unused_piece)), "unused"),
         (lambda: of_sentencepiece(changed(sentencepiece_model(1), equal_scores)), "equal score"),
