@@ -64,7 +64,7 @@ def _print_plan(command: Command, world_size: int) -> None:
 def _train(command: Command, signals: StopSignals | None) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime import process
-    from megatron_slm.runtime.collective import on_first_rank
+    from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.training.loop import train
@@ -80,10 +80,10 @@ def _train(command: Command, signals: StopSignals | None) -> None:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.training.seed,
     )
-    tokenizer = tokenizer_of(config)
+    tokenizer = on_every_rank(lambda: tokenizer_of(config))
     on_first_rank(lambda: check_files(config, tokenizer))
-    check_device(config, groups.device)
-    check_memory(config, tokenizer.vocab_size, groups.device)
+    on_every_rank(lambda: check_device(config, groups.device))
+    on_every_rank(lambda: check_memory(config, tokenizer.vocab_size, groups.device))
     console = make_console(groups.is_logging_rank)
     console.print(describe_software(groups))
     _print_note(command, console)

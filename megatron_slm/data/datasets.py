@@ -18,7 +18,7 @@ from megatron_slm.data.fingerprints import corpus_identity
 from megatron_slm.data.parts import check_parts, split_matrix, split_of, wants_split
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
-from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 
 MOCK: Blend = (["mock data"], None)
@@ -125,7 +125,7 @@ def build_datasets(
     )
     built: list[Datasets] = []
     on_first_rank(lambda: built.append(builder.build()))
-    return built[0] if built else builder.build()
+    return on_every_rank(lambda: built[0] if built else builder.build())
 
 
 class NoSamples(Dataset):

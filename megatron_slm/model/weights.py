@@ -10,6 +10,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
@@ -19,14 +20,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_slm.config.checkpoint_files import (
     MANIFEST_FILE,
     OTHER,
+    Manifest,
     check_sizes,
     locate_checkpoint,
     read_manifest,
 )
 from megatron_slm.data.fingerprints import files_fingerprint
 from megatron_slm.model.pickles import UnsafePickleError, restricted_pickles
-from megatron_slm.runtime.checksums import file_checksums, text_checksum
-from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
+from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, unreadable
 
@@ -54,20 +56,32 @@ def open_checkpoint(path: str, step: int | None, flag: str, *, verify: bool = Tr
     """
     directory = on_first_rank(lambda: find_checkpoint(path, step, flag))
     manifest = on_first_rank(lambda: read_manifest(directory, flag))
+    _check_copies(directory, manifest, flag)
     if not verify:
         return directory
     if not manifest.checksums:
         notice(f"{flag}: {directory} has no checksums (written by an earlier version); only file sizes were verified.")
         return directory
     names = sorted(manifest.files)
-    found = file_checksums([directory / name for name in names], flag)
-    for name, checksum in zip(names, found, strict=True):
+    found = dict(zip(names, file_checksums([directory / name for name in names], flag), strict=True))
+    on_every_rank(lambda: _compare_checksums(directory, manifest, found, flag))
+    return directory
+
+
+def _check_copies(directory: Path, manifest: Manifest, flag: str) -> None:
+    """Check the sizes of the files of hosts that have their own copy of the directory. Collective over all ranks."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    is_first = rank == ranks_with_same_files([directory], flag)[0]
+    on_every_rank(lambda: check_sizes(directory, manifest, flag) if is_first and rank else None)
+
+
+def _compare_checksums(directory: Path, manifest: Manifest, found: dict[str, str], flag: str) -> None:
+    for name, checksum in found.items():
         if manifest.checksums.get(name) != checksum:
             raise ConfigError(
                 f"{flag}: the checkpoint {directory} is damaged: the content of {name} does not match its checksum. "
                 f"{OTHER} {VERIFY_FLAG} skips this check."
             )
-    return directory
 
 
 def find_checkpoint(path: str, step: int | None, flag: str) -> Path:
@@ -96,21 +110,34 @@ def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, Any]:
     """Read ``state`` (sharded, as Megatron-Core describes it) from a checkpoint directory. Collective over all ranks.
 
+    torch shares errors of its reading among the ranks. Files that Megatron-Core reads on each rank before that are read
+    by :func:`saved_keys`, which the caller calls first.
+
     Raises:
-        ConfigError: the checkpoint cannot be read, or does not hold what the model needs, for example another size.
+        ConfigError: the checkpoint cannot be read, or does not hold what the model needs, for example another size; on
+            every rank.
     """
-    with explained_load(directory, flag):
-        return dist_checkpointing.load(state, str(directory))
+
+    def load() -> dict[str, Any]:
+        with explained_load(directory, flag):
+            return dist_checkpointing.load(state, str(directory))
+
+    return on_every_rank(load)
 
 
 def saved_keys(directory: Path, flag: str) -> frozenset[str]:
-    """Return the keys of all tensors and objects of a checkpoint.
+    """Return the keys of all tensors and objects of a checkpoint. Collective over all ranks.
 
     Raises:
-        ConfigError: the checkpoint cannot be read.
+        ConfigError: a file that describes the checkpoint cannot be read on some rank; on every rank.
     """
-    with explained_load(directory, flag):
-        return frozenset(load_sharded_metadata(str(directory)))
+
+    def read() -> frozenset[str]:
+        with explained_load(directory, flag):
+            dist_checkpointing.load_common_state_dict(str(directory))
+            return frozenset(load_sharded_metadata(str(directory)))
+
+    return on_every_rank(read)
 
 
 @contextmanager
@@ -173,4 +200,5 @@ def put_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> No
 
 def load_weights(chunks: Sequence[torch.nn.Module], directory: Path, flag: str) -> None:
     """Load the weights alone, for any layout that wrote them. Collective over all ranks."""
+    saved_keys(directory, flag)
     put_weights(chunks, load_state(loadable_model_state(chunks), directory, flag))

@@ -21,6 +21,7 @@ from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.model.size import ffn_size
 from megatron_slm.model.weights import find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.objective.selective_loss import ReferenceScores
+from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.process import preserved_random_state
@@ -48,7 +49,7 @@ class ReferenceReplica:
         path, step = config.reference.reference_load, config.reference.reference_ckpt_step
         assert path is not None, "checked by config.checks"
         directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
-        self.config = own = _fitting_config(directory, config, tokenizer)
+        self.config = own = on_first_rank(lambda: _fitting_config(directory, config, tokenizer))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
         with preserved_random_state():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -34,6 +34,35 @@ def on_first_rank(function: Callable[[], T]) -> T:
     if verdict[1] is not None:
         raise ConfigError(verdict[1])
     return verdict[0]
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Run ``function`` on every rank and return its result; if one rank raises ConfigError, all do. Collective.
+
+    For files that each rank reads by itself, and that may be missing or unreadable on one host alone.
+    """
+    if not dist.is_initialized():
+        return function()
+    result, error = None, None
+    try:
+        result = function()
+    except ConfigError as caught:
+        error = caught
+    messages = gather_on_every_rank(None if error is None else str(error))
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        where = f"rank {failed[0]}: " if failed[0] else ""
+        raise ConfigError(f"{where}{messages[failed[0]]}") from error
+    return cast(T, result)
+
+
+def gather_on_every_rank(value: T) -> list[T]:
+    """Return every rank's ``value``, by rank. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def gather_on_first_rank(value: T) -> list[T]:

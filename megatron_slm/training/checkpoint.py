@@ -100,7 +100,7 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
         on_first_rank(lambda: _prepare(partial))
         _save_state(_whole_state(trainable, config), partial)
         names = on_first_rank(lambda: _complete(partial, trainable, config))
-        checksums = file_checksums([partial / name for name in names], "--save")
+        checksums = file_checksums([partial / name for name in names], "--save", just_written=True)
         manifest = _manifest(trainable, position, partial, dict(zip(names, checksums, strict=True)))
         on_first_rank(lambda: _publish(manifest, partial, final))
     except ConfigError as error:

@@ -18,6 +18,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizers.identity import identity_conflict
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
+from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import CARRIED, GUESS, RNG, Position, Trainable, plain_chunks, run_state
 from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
@@ -65,13 +66,19 @@ def _open(checkpoint: Checkpoint, config: Config) -> Path:
     return weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
 
 
+def _read(directory: Path, flag: str) -> tuple[Manifest, Config]:
+    """Return the manifest and the configuration of a checkpoint. Collective over all ranks."""
+    return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory)))
+
+
 def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer) -> str:
     """Compare a checkpoint with the flags; settings that a resumed run takes from it are changed in ``config``."""
     assert start.checkpoint is not None
-    flag, saved = start.checkpoint.flag, saved_config(directory)
+    flag = start.checkpoint.flag
+    manifest, saved = _read(directory, flag)
     if start.weights_only:
         return check_weights_fit(config, saved, directory, flag)
-    _check_tokenizer(directory, read_manifest(directory, flag), tokenizer, flag)
+    _check_tokenizer(directory, manifest, tokenizer, flag)
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
         raise ConfigError(
             f"{flag}: {directory} holds no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
@@ -81,7 +88,7 @@ def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer
 
 def _resume_from(directory: Path, trainable: Trainable, config: Config, flag: str) -> Position:
     settings = config.checkpoint
-    manifest, saved = read_manifest(directory, flag), saved_config(directory)
+    manifest, saved = _read(directory, flag)
     keys = weights.saved_keys(directory, flag)
     loaded = _load(flag, directory, trainable, config, keys, same_layout=manifest.layout == trainable.layout())
     _load_model(flag, directory, trainable, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)

@@ -21,7 +21,7 @@ from megatron_slm.objective.policy import needs_reference_entropy, needs_referen
 from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
-from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.training.checkpoint import Trainable
@@ -89,7 +89,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     config = start.adjusted(config)
     shape = batch_shape(config, groups)
     trains = not config.training.skip_train
-    scores = read_scores(config, tokenizer) if trains else None
+    scores = on_every_rank(lambda: read_scores(config, tokenizer)) if trains else None
     if scores is not None and config.checkpoint.slm_verify_checksums:
         verify_scores(scores)
     corpora = corpus_identities(config.data)
@@ -121,7 +121,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         selector=selector,
         reference=reference,
         throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
-        sinks=open_sinks(config, groups, position.step),
+        sinks=on_every_rank(lambda: open_sinks(config, groups, position.step)),
         console=console,
         position=position,
     )

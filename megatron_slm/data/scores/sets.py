@@ -16,6 +16,7 @@ from megatron_slm.data.fingerprints import corpus_fingerprint
 from megatron_slm.data.scores.sidecar import FLAG, HEADER_BYTES, TOOL, ScoresHeader, Sidecar, sidecar_path
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.checksums import file_checksums
+from megatron_slm.runtime.collective import on_every_rank
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 
@@ -119,7 +120,11 @@ def verify_scores(scores: ScoreSet) -> None:
             )
     sealed = [sidecar for sidecar in sidecars if sidecar.header.checksum is not None]
     found = file_checksums([sidecar.path for sidecar in sealed], FLAG, start=HEADER_BYTES)
-    for sidecar, checksum in zip(sealed, found, strict=True):
+    on_every_rank(lambda: _compare_checksums(sealed, found))
+
+
+def _compare_checksums(sidecars: Sequence[Sidecar], checksums: Sequence[str]) -> None:
+    for sidecar, checksum in zip(sidecars, checksums, strict=True):
         if sidecar.header.checksum != checksum:
             raise ConfigError(
                 f"{FLAG}: {sidecar.path} is damaged: its content does not match its checksum. Copy it again, or make "

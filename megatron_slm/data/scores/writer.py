@@ -124,7 +124,7 @@ def record_progress(path: Path, progress: Progress) -> None:
 
 def content_checksum(path: Path) -> str:
     """Return the checksum of what has been written, the header left out. Collective over all ranks."""
-    return file_checksums([partial_path(path)], FLAG, start=HEADER_BYTES)[0]
+    return file_checksums([partial_path(path)], FLAG, start=HEADER_BYTES, just_written=True)[0]
 
 
 def finish(path: Path, header: ScoresHeader, progress: Progress, checksum: str) -> ScoresHeader:

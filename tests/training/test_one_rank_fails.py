@@ -1,0 +1,120 @@
+"""A checkpoint that one rank alone cannot read, for example on its host's disk, is refused on every rank."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from ranks import run_ranks
+from tiny import command, launch, make_corpus
+
+from megatron_slm.pretrain import main
+from megatron_slm.runtime import process, reporting
+
+SKIP = "--no-slm-verify-checksums"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2000] ^= 4  # in a tensor: torch would read it
+    path.write_bytes(content)
+
+
+def _overwrite(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def _deny(path: Path) -> None:
+    path.with_name(f"{path.name}.denied").touch()
+
+
+# file, damage, further flags, part of the message
+DAMAGES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
+    ("__0_0.distcp", _flip, [], "content of __0_0.distcp does not match its checksum"),
+    ("__0_0.distcp", _cut, [], "is damaged: __0_0.distcp has"),
+    ("common.pt", Path.unlink, [SKIP], "is damaged: common.pt is missing"),
+    (".metadata", _overwrite, [SKIP], "is damaged"),
+    ("common.pt", _overwrite, [SKIP], "is damaged"),
+    ("common.pt", _deny, [], "common.pt cannot be read (Permission denied)"),
+    ("common.pt", _deny, [SKIP], "common.pt cannot be read (Permission denied)"),
+    (".metadata", _deny, [SKIP], ".metadata cannot be read (Permission denied)"),
+    ("__0_0.distcp", _deny, [], "__0_0.distcp cannot be read (Permission denied)"),
+    ("__0_0.distcp", _deny, [SKIP], "__0_0.distcp cannot be read (Permission denied)"),
+    ("__0_0.distcp", _overwrite, [SKIP], "is damaged"),
+]
+USES = {"--load": {}, "--reference-load": {"objective": "slm"}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("trained")
+    corpus = make_corpus(folder / "corpus", 1)
+    launch(command(corpus, folder / "run", train_iters=1, eval_iters=0))
+    return corpus, folder / "run"
+
+
+@pytest.mark.parametrize("flag", USES)
+def test_a_checkpoint_that_one_rank_cannot_read(tmp_path: Path, trained: tuple[str, Path], flag: str) -> None:
+    """Each rank has a copy, as on local disks of two hosts."""
+    corpus, run = trained
+    commands = []
+    for number, (name, damage, flags, _) in enumerate(DAMAGES):
+        for rank in (0, 1):
+            shutil.copytree(run, tmp_path / str(rank) / str(number))
+        damage(tmp_path / "1" / str(number) / "iter_0000001" / name)
+        argv = command(corpus, dp=2, train_iters=2, eval_iters=0, **USES[flag])
+        commands.append([*argv, flag, str(number), *flags])
+    first, second = run_ranks(_main_in_directory_of_rank, 2, tmp_path, commands, initialise=False, timeout=100)
+    for (name, damage, flags, message), one, other in zip(DAMAGES, first, second, strict=True):
+        case = (name, damage.__name__, flags, one, other)
+        assert one[0] == other[0] == 2, case
+        assert message in one[1] and flag in one[1] and "Traceback" not in one[1] + other[1], case
+
+
+def _main_in_directory_of_rank(
+    rank: int, world_size: int, folder: Path, commands: list[list[str]]
+) -> list[tuple[int, str]]:
+    """Run the trainer several times within one process group."""
+    os.chdir(folder / str(rank))
+    reporting.SECONDS_FOR_RANK_0 = reporting.SECONDS_FOR_OTHERS = 0.0
+    started: list[Any] = []
+    start, stop = process.start, process.stop
+
+    def start_once(*arguments: Any, **options: Any) -> Any:
+        if not started:
+            started.append(start(*arguments, **options))
+        return started[0]
+
+    results = []
+    denying = mock.patch.object(io, "open", _denying(io.open)), mock.patch.object(builtins, "open", _denying(open))
+    with mock.patch.multiple(process, start=start_once, stop=lambda: None), denying[0], denying[1]:
+        for argv in commands:
+            errors = io.StringIO()
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                code = main(argv)
+            results.append((code, errors.getvalue()))
+    stop()
+    return results
+
+
+def _denying(plain: Any) -> Any:
+    """Return a function open() without access to the files that a test denies; permissions do not bind root."""
+
+    def denying(path: Any, *positional: Any, **options: Any) -> Any:
+        if isinstance(path, str | os.PathLike) and Path(f"{os.fspath(path)}.denied").exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *positional, **options)
+
+    return denying
