@@ -99,8 +99,8 @@ class JobOutput:
                 remove_metadata(corpus.prefix)
                 corpus.publish()
                 counts = {**self.summary.record(), "tokens": ids // self.dtype.itemsize}
-                identity = {"tokenizer": tokenizer_identity(tokenizer)}
-                write_metadata(corpus.prefix, {**identity, **counts, "job": _digest(self.settings)})
+                flags = {"append_eod": self.job.append_eod, "job": _digest(self.settings)}
+                write_metadata(corpus.prefix, {"tokenizer": tokenizer_identity(tokenizer), **counts, **flags})
             self.remove()
 
     def remove(self) -> None:

@@ -33,6 +33,7 @@ from megatron_slm.runtime.files import check_output_prefix, explained_write, pub
 COPIED_AT_ONCE = 1 << 26  # bytes
 # Counts in the metadata are summed; the rest is kept if all agree.
 COUNTS = ("documents", "tokens", "text_bytes", "empty", "blank_lines", "skipped")
+TOKENIZER_FIELDS = {"fingerprint": "fingerprint", "vocab_size": "vocabulary size", "eod": "end-of-document id"}
 NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -134,26 +135,44 @@ def _merged_metadata(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None
     """Return the metadata of the merged corpus, or None and the inputs that have none.
 
     Raises:
-        ConfigError: two inputs were made with different tokenizers.
+        ConfigError: two inputs were made with different tokenizers, or one of them without end-of-document tokens.
     """
-    found = [(info, read_metadata(info.prefix)) for info in infos]
-    known = [(info.prefix, metadata) for info, metadata in found if metadata is not None]
-    for prefix, metadata in known[1:]:
-        theirs, first = metadata["tokenizer"], known[0][1]["tokenizer"]
-        for what in ("fingerprint", "vocab_size", "eod"):
-            if theirs.get(what) != first.get(what):
-                raise ConfigError(
-                    f"{prefix} was made with {theirs['name']} of {what} {theirs.get(what)}, and {known[0][0]} with "
-                    f"{first['name']} of {what} {first.get(what)}. Make them again with one tokenizer."
-                )
+    found = [(info.prefix, read_metadata(info.prefix)) for info in infos]
+    known = [(prefix, metadata) for prefix, metadata in found if metadata is not None]
+    _check_metadata(known)
     if len(known) < len(found):
-        return None, tuple(info.prefix for info, metadata in found if metadata is None)
-    merged = {key: value for key, value in known[0][1].items() if all(r.get(key) == value for _, r in known)}
+        return None, tuple(prefix for prefix, metadata in found if metadata is None)
+    all_metadata = [metadata for _, metadata in known]
+    merged = {key: value for key, value in all_metadata[0].items() if all(m.get(key) == value for m in all_metadata)}
     for key in COUNTS:
-        if all(isinstance(metadata.get(key), int) for _, metadata in known):
-            merged[key] = sum(metadata[key] for _, metadata in known)
+        if all(isinstance(metadata.get(key), int) for metadata in all_metadata):
+            merged[key] = sum(metadata[key] for metadata in all_metadata)
+    merged["tokenizer"] = max((metadata["tokenizer"] for metadata in all_metadata), key=len)  # with most fields
     merged |= {"documents": sum(info.documents for info in infos), "tokens": sum(info.tokens for info in infos)}
     return merged, ()
+
+
+def _check_metadata(known: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Raise ConfigError if two corpora record different values of a field; earlier releases recorded fewer fields."""
+    for field, words in TOKENIZER_FIELDS.items():
+        values = [
+            (prefix, m["tokenizer"]["name"], m["tokenizer"][field]) for prefix, m in known if field in m["tokenizer"]
+        ]
+        for prefix, name, value in values:
+            first = values[0]
+            if value != first[2]:
+                raise ConfigError(
+                    f"{prefix} was made with {name} of {words} {value}, and {first[0]} with {first[1]} of {words} "
+                    f"{first[2]}. Make them again with one tokenizer."
+                )
+    ended = [(prefix, metadata["append_eod"]) for prefix, metadata in known if "append_eod" in metadata]
+    with_end = next((prefix for prefix, value in ended if value), None)
+    without = next((prefix for prefix, value in ended if not value), None)
+    if with_end is not None and without is not None:
+        raise ConfigError(
+            f"{with_end} was made with --append-eod, and {without} without, so that its documents have no end. Make "
+            "them again with the same flags, or draw from both in a blend (--data-path)."
+        )
 
 
 def _check_space(infos: Sequence[CorpusInfo], output_prefix: str) -> None:

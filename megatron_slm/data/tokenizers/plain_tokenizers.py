@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 from megatron_slm.data.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
+
+NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
+SHOWN = 40  # characters of a text, in a message
 
 
 class ByteTokenizer(BaseTokenizer):
@@ -41,11 +45,14 @@ class NullTokenizer(BaseTokenizer):
         self.eod = files.vocab_size - 1 if files.eod_id is None else files.eod_id
 
     def encode(self, text: str) -> list[int]:
-        ids = [int(word) for word in text.split()]
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"the id {token} is outside the vocabulary of {self.vocab_size} (--vocab-size)")
-        return ids
+        return [self._id(word) for word in text.split()]
+
+    def _id(self, word: str) -> int:
+        if not NUMBER.fullmatch(word):
+            raise ValueError(f"{word[:SHOWN]!r} is no token id")
+        if not 0 <= (token := int(word)) < self.vocab_size:
+            raise ValueError(f"the id {token} is outside the vocabulary of {self.vocab_size} (--vocab-size)")
+        return token
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in ids)

@@ -193,6 +193,29 @@ def other_tokenizer(folder: Path) -> None:
 
 
 OURS = "was not written by megatron_slm"
+
+
+def change_metadata(folder: Path, name: str, **changes: Any) -> None:
+    """Change fields of the metadata of a corpus, or of its tokenizer's identity; None removes one."""
+    path = folder / f"{name}.corpus.json"
+    metadata = json.loads(path.read_text())
+    for field, value in changes.items():
+        place = metadata["tokenizer"] if field in ("eod", "vocab_size") else metadata
+        place[field] = value
+        if value is None:
+            del place[field]
+    path.write_text(json.dumps(metadata))
+
+
+def test_corpora_of_an_earlier_release_record_fewer_fields(tmp_path: Path) -> None:
+    prefixes = [build(tmp_path / name, [[[1, 2, 3]]], tokenizer="aa") for name in "abc"]
+    change_metadata(tmp_path, "a", append_eod=None)
+    change_metadata(tmp_path, "b", eod=2)
+    merge_corpora(prefixes, str(tmp_path / "out"))
+    metadata = json.loads((tmp_path / "out.corpus.json").read_text())
+    assert metadata["tokenizer"]["eod"] == 2 and metadata["documents"] == 3 and "append_eod" not in metadata
+
+
 BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("no folder", lambda f: None, ["--input", "nowhere"], "--input {}/nowhere: there is no such folder"),
     ("empty folder", lambda f: (f / "e").mkdir(), ["--input", "e"], "the folder holds no corpus"),
@@ -206,6 +229,18 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("odd offsets", odd_offsets, ["--input", "."], "are not those of its lengths"),
     ("dtypes", lambda f: build(f / "b", [[[1]]], np.int32), ["--input", "."], "dtype int32, and {}/a of uint16"),
     ("tokenizers", other_tokenizer, ["--input", "."], "fingerprint bb22, and {}/a with"),
+    (
+        "ends",
+        lambda f: [change_metadata(f, "a", eod=1), change_metadata(f, "b", eod=2)],
+        ["--input", "."],
+        "b was made with SentencePieceTokenizer of end-of-document id 2, and {}/a with SentencePieceTokenizer of",
+    ),
+    (
+        "no ends",
+        lambda f: change_metadata(f, "a", append_eod=False),
+        ["--input", "."],
+        "b was made with --append-eod, and {}/a without",
+    ),
     ("twice", lambda f: None, ["--input-prefixes", "a", "b", "./a"], "a is named twice"),
     ("output is input", lambda f: None, ["--input-prefixes", "a", "out"], "out is one of the inputs"),
     ("output in folder", lambda f: build(f / "out", []), ["--input", "."], "out is one of the inputs"),

@@ -179,7 +179,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     (
         "no words",
         ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--input", "words.jsonl"],
-        ["words.jsonl:1"],
+        ["words.jsonl:1: 'x' is no token id"],
     ),
     (
         "id too large",
