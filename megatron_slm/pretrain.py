@@ -69,7 +69,7 @@ def _train(command: Command, signals: StopSignals | None) -> None:
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
-    from megatron_slm.training.save_directory import locked_save
+    from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
     from megatron_slm.training.setup import build_run, parallel_layout
     from megatron_slm.training.sinks import closing_all
 
@@ -88,8 +88,10 @@ def _train(command: Command, signals: StopSignals | None) -> None:
     console.print(describe_software(groups))
     _print_note(command, console)
     print_settings(console, config)
-    with locked_save(None if config.training.skip_train else config.checkpoint.save):
-        run = build_run(config, tokenizer, groups, console)
+    save = None if config.training.skip_train else config.checkpoint.save
+    with locked_save(save):
+        with unchanged_if_refused(save):
+            run = build_run(config, tokenizer, groups, console)
         with closing_all(run.sinks):
             train(run, signals)
 

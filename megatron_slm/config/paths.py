@@ -1,10 +1,14 @@
-"""Paths that begin with ``~``, which a shell leaves as they are in recipes and behind ``--flag=``."""
+"""Paths of the flags: the default of --slm-metrics-file, and ``~``, which a shell leaves in recipes and ``--flag=``."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from megatron_slm.config.schema import Config
+
+METRICS_FILE = "metrics.jsonl"
 PATH_SETTINGS = frozenset(
     {
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path"),
@@ -12,6 +16,13 @@ PATH_SETTINGS = frozenset(
         *("tensorboard_dir", "wandb_save_dir", "slm_metrics_file", "reference_load", "reference_scores"),
     }
 )
+
+
+def metrics_file(config: Config) -> Path | None:
+    """Return the path of the JSONL file of metrics, if there is one."""
+    if config.logging.slm_metrics_file:
+        return Path(config.logging.slm_metrics_file)
+    return Path(config.checkpoint.save) / METRICS_FILE if config.checkpoint.save else None
 
 
 def expanded_user(path: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_slm.runtime.files import explained_write
 
 MAX_WAITING = 10_000  # records that are kept in memory while they cannot be written
+NOT_APPENDABLE = "it is not a file, a character device or a pipe"
 _STANDARD = {"/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d+)")
 
@@ -93,6 +94,11 @@ def is_stream(path: Path) -> bool:
     return _standard_descriptor(path) is not None or (path.exists() and not path.is_file())
 
 
+def can_be_appended_to(path: Path) -> bool:
+    """Return False for a directory, a block device and a socket."""
+    return not (path.is_dir() or path.is_block_device() or path.is_socket())
+
+
 def _standard_descriptor(path: Path) -> int | None:
     match = _DESCRIPTOR.fullmatch(str(path))
     return int(match.group(1)) if match else _STANDARD.get(str(path))
@@ -102,8 +108,8 @@ def _open(path: Path) -> int:
     standard = _standard_descriptor(path)
     if standard is not None:
         return os.dup(standard)  # the same position as that of the program's other output
-    if path.is_dir() or path.is_block_device() or path.is_socket():
-        raise OSError(errno.EINVAL, "it is not a file, a character device or a pipe")
+    if not can_be_appended_to(path):
+        raise OSError(errno.EINVAL, NOT_APPENDABLE)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
     if is_stream(path):
         flags |= os.O_NONBLOCK  # a pipe without a reader must not stop the run

@@ -71,10 +71,14 @@ class DirectoryLock:
             ConfigError: another run is active in the directory, or the directory cannot be written.
         """
         owner = _this_process()
-        with explained_write(self.directory, self.flag):
-            self._create_directory()
-            while not self._create(owner):
-                self._remove_expired()
+        try:
+            with explained_write(self.directory, self.flag):
+                self._create_directory()
+                while not self._create(owner):
+                    self._remove_expired()
+        except ConfigError:
+            self._remove_directory()
+            raise
         self._owner = owner
         self._thread.start()
 
@@ -87,14 +91,19 @@ class DirectoryLock:
         with contextlib.suppress(OSError):
             if _read_owner(self.path) == self._owner:
                 self.path.unlink()
-            for directory in self._created:
-                directory.rmdir()
+        self._remove_directory()
         self._owner = None
 
     def _create_directory(self) -> None:
         missing = [self.directory, *self.directory.parents]
         self._created = [directory for directory in missing if not directory.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _remove_directory(self) -> None:
+        """Remove the directories that were created for the lock, unless they hold something."""
+        with contextlib.suppress(OSError):
+            for directory in self._created:
+                directory.rmdir()
 
     def _create(self, owner: Owner) -> bool:
         """Return whether the lock file was created, which fails if it exists."""

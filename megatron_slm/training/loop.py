@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 
+from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
@@ -22,7 +23,7 @@ from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.metrics import StepMetrics, Throughput, TokenSums, losses_of
 from megatron_slm.training.retention import Retention
-from megatron_slm.training.sinks import Sink, metrics_file
+from megatron_slm.training.sinks import Sink
 from megatron_slm.training.step import ReferenceSource, Step, selection_ratio, train_step
 from megatron_slm.training.stopping import StopDecision
 

@@ -7,18 +7,19 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
+from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.config.schema import CheckpointConfig
-from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.files import explained_write, write_text
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.lock import DirectoryLock
-from megatron_slm.training.sinks import METRICS_FILE, WANDB_ID_FILE
+from megatron_slm.training.sinks import WANDB_ID_FILE
 
 RECORD_FILE = "slm_run.json"
 STEP_DIRECTORY = re.compile(r"iter_(\d{7,})")
@@ -129,3 +130,20 @@ def locked_save(save: str | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def unchanged_if_refused(save: str | None) -> Iterator[None]:
+    """Remove the files that a start puts into --save, on rank 0, if the block that starts the run fails."""
+    created = [
+        Path(save or "") / name
+        for name in (RECORD_FILE, METRICS_FILE, WANDB_ID_FILE)
+        if save is not None and is_first_rank() and not (Path(save) / name).exists()
+    ]
+    try:
+        yield
+    except BaseException:
+        for path in created:
+            with suppress(OSError):
+                path.unlink()
+        raise

@@ -104,6 +104,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     config.training.train_iters = length.iterations
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(trainable.scheduler, config, length)
+    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
@@ -111,7 +112,6 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         trainable = replace(trainable, data=record)
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
-    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
     on_first_rank(lambda: prepare_save(config, start))
     return Run(
         config=config,

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.recipe import to_flat_dict
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.append import AppendFile, PatientWriter
@@ -26,7 +27,6 @@ from megatron_slm.runtime.files import explained_write, write_text
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.metrics_file import METRICS_FLAG, begin_metrics_file
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_run_id.txt"
 
 
@@ -86,13 +86,6 @@ def closing_all(sinks: Sequence[Sink]) -> Iterator[None]:
         for sink in sinks:
             stack.callback(sink.close)
         yield
-
-
-def metrics_file(config: Config) -> Path | None:
-    """Return the path of the JSONL file, if there is one."""
-    if config.logging.slm_metrics_file:
-        return Path(config.logging.slm_metrics_file)
-    return Path(config.checkpoint.save) / METRICS_FILE if config.checkpoint.save else None
 
 
 def tensorboard_sink(directory: Path, resumed_step: int) -> FileSink:

@@ -65,6 +65,19 @@ def test_release_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_lock_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, directories can often still be created."""
+    (tmp_path / "there").mkdir()
+
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(ConfigError, match=r"--save .*run cannot be written: No space left on device"):
+        DirectoryLock(tmp_path / "there" / "new" / "run", "--save").acquire()
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
     """Also as long as its parent has not fetched its exit code."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -317,7 +317,9 @@ def test_checkpoint_of_another_step_is_not_mixed_in(tmp_path: Path, trained: tup
     content = bytearray(data.read_bytes())
     content[-2000] ^= 4  # in a tensor: torch would read it
     data.write_bytes(content)
+    cache = tmp_path / "cache"
     slm = {"objective": "slm", "reference_load": tmp_path / "run", "train_iters": 1, "eval_iters": 0}
-    code, errors = launch_and_fail(command(corpus, **slm))
+    code, errors = launch_and_fail(command(corpus, **slm, data_cache_path=cache))
+    assert not cache.exists(), "no index is built before the reference model is verified"
     assert code == 2 and "--reference-load: " in errors and "the content of __0_0.distcp does not match" in errors
     launch(command(corpus, **slm, no_slm_verify_checksums=True))

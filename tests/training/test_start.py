@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from tiny import command, launch, launch_and_fail, make_corpus, records
 
+from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import Config
+from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import SlurmJob
+from megatron_slm.training.preflight import check_values
 from megatron_slm.training.save_directory import Origin, RunRecord, read_record, write_record
 from megatron_slm.training.start import Start, plan_start, prepare_save
 
@@ -205,6 +210,39 @@ def test_record_of_another_program_is_not_replaced(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_corpus(tmp_path_factory.mktemp("start") / "corpus", 1)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_refused_start_leaves_nothing_in_save(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """Here W&B refuses the run, after the identity of the run and the metrics file were written."""
+    wandb = ModuleType("wandb")
+
+    def refuse(**_: Any) -> None:
+        raise OSError("no login")
+
+    wandb.init = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    save = tmp_path / "runs" / "new"
+    if exists:
+        save.mkdir(parents=True)
+        (save / "notes.txt").touch()
+    assert main(command(corpus, save, train_iters=1, wandb_project="p")) == 2
+    assert [path.name for path in tmp_path.rglob("*")] == (["runs", "new", "notes.txt"] if exists else [])
+
+
+@pytest.mark.parametrize("given", ["--save", "--slm-metrics-file"])
+@pytest.mark.parametrize("kind", ["directory", "foreign"])
+def test_an_unsuitable_metrics_file_is_refused_before_torch_is_loaded(
+    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str], given: str, kind: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if kind == "directory" else path.write_text("their text\n")
+    argv = [*command(corpus, train_iters=1), given, str(tmp_path if given == "--save" else path)]
+    with pytest.raises(ConfigError, match=r"--slm-metrics-file:? .*metrics\.jsonl"):
+        check_values(parse(argv).config, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_requeued_run_continues_as_if_undisturbed(tmp_path: Path, corpus: str) -> None:

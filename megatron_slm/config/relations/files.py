@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import Config
-from megatron_slm.runtime.append import is_stream
+from megatron_slm.runtime.append import NOT_APPENDABLE, can_be_appended_to, is_stream
 from megatron_slm.runtime.metrics_file import METRICS_FLAG, foreign_message, is_foreign
 
 
@@ -34,13 +35,16 @@ def output_directories(config: Config, _: int) -> Iterator[str]:
     ):
         if directory is not None:
             yield from _unwritable(flag, Path(directory))
-    if config.logging.slm_metrics_file is not None:
-        yield from _metrics_file(Path(config.logging.slm_metrics_file))
+    if (path := metrics_file(config)) is not None:
+        yield from _metrics_file(path)
 
 
 def _metrics_file(path: Path) -> Iterator[str]:
-    """Yield a message if ``path`` is someone else's file, or its directory cannot be written."""
+    """Yield a message if ``path`` is someone else's file or no file, or its directory cannot be written."""
     try:
+        if not can_be_appended_to(path):
+            yield f"{METRICS_FLAG} {path}: {NOT_APPENDABLE}. Choose another path."
+            return
         if is_stream(path):
             return  # appended to; its directory, such as /dev, is not written
         if is_foreign(path):
