@@ -19,6 +19,7 @@ DENSE = 16  # batches that are sampled at 0, 1, 2, 4, 8; later ones at each mult
 FIRST_SAMPLE = 24  # texts of the first batch that are compared; one of each later sample
 SAMPLED_CHARACTERS = 2000  # of a text: the plain tokenizer may be 100 times slower
 MOST_CACHE = 128 << 20  # bytes; past them the tokenizer is made again. Its cache grows by doubling: the peak is twice
+LARGEST_ID = 1 << 24  # gigatoken holds 16 bytes for each id up to the highest, and ends the process if they do not fit
 SHOWN = 60  # characters of a text, in a message
 PROBES = (
     *("", " ", "  ", "     ", "\n", "\n\n", "\r\n", "\t", " \n", "\n  \n", "\0", "\x1c", "\x85", "\xa0", "\u2028"),
@@ -61,6 +62,8 @@ def build_engine(tokenizer: Tokenizer, dtype: np.dtype, use_gigatoken: bool = Tr
     plain = PlainEngine(tokenizer, dtype)
     if not use_gigatoken:
         return plain, ""
+    if tokenizer.vocab_size > LARGEST_ID:
+        return plain, f"its ids reach {tokenizer.vocab_size - 1}, and gigatoken holds an entry for each"
     try:
         return GigatokenEngine(tokenizer, tokenizer.fast_model(), dtype), ""
     except UnsupportedTokenizer as reason:

@@ -21,7 +21,7 @@ from megatron_slm.runtime.errors import ConfigError
 STDIN = "-"
 STEP = 1 << 16  # bytes that are read from a file at once
 OTHER_FORMATS = (".csv", ".tsv", ".xls", ".xlsx", ".avro", ".orc", ".warc", ".html", ".xml", ".pdf", ".bin", ".idx")
-PACKED = (".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar", ".br", ".lzo")  # not read here
+PACKED = (".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar", ".br", ".lzo", ".lzma", ".z")  # not read here
 
 
 class DamagedFile(Exception):

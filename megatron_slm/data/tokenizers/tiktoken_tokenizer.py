@@ -116,7 +116,10 @@ def _read_megatron_format(path: Path, files: TokenizerFiles) -> Vocabulary:
         raise ConfigError(
             f"--tiktoken-pattern should be one of {', '.join(TikTokenizer.PATTERNS)}, not {files.tiktoken_pattern!r}."
         )
-    tokens = json.loads(path.read_text(encoding="utf-8"))[: most - reserved]
+    tokens = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(tokens, list):
+        raise ValueError("it should hold a list of tokens, each with rank and token_bytes")
+    tokens = tokens[: most - reserved]
     names = [*TikTokenizer.SPECIALS, *(f"<SPECIAL_{place}>" for place in range(least, reserved))]
     ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + reserved for token in tokens}
     if not ranks:

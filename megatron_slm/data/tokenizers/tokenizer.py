@@ -28,6 +28,7 @@ __all__ = [
     "tokenizer_of",
 ]
 
+MOST_IDS = 1 << 31  # of a corpus, as int32
 KINDS: dict[str, Callable[[TokenizerFiles], Any]] = {
     **{
         kind.__name__: kind
@@ -50,8 +51,8 @@ def build_tokenizer(kind: str | None, files: TokenizerFiles) -> Tokenizer:
     """Return the tokenizer that the settings define.
 
     Raises:
-        ConfigError: an unknown kind, a file that is missing or foreign, a --vocab-size below the highest id + 1, or an
-            end-of-document id outside the vocabulary.
+        ConfigError: an unknown kind, a file that is missing or foreign, a --vocab-size below the highest id + 1, an id
+            that corpora cannot hold, or an end-of-document id outside the vocabulary.
     """
     if kind not in KINDS:
         raise ConfigError(f"--tokenizer-type {kind} is not known. Kinds are {', '.join(KINDS)}.")
@@ -62,6 +63,8 @@ def build_tokenizer(kind: str | None, files: TokenizerFiles) -> Tokenizer:
             f"--vocab-size {files.vocab_size} is below the size of {tokenizer.source}, whose highest id is {size - 1}. "
             f"Give at least {size}, or leave it out."
         )
+    if size > MOST_IDS:
+        raise ConfigError(f"{tokenizer.source} has the id {size - 1}, and corpora hold ids below 2^31. Check its file.")
     if not 0 <= tokenizer.eod < size:
         raise ConfigError(
             f"the end-of-document id {tokenizer.eod} is outside the vocabulary of {tokenizer.source}, ids 0 to "

@@ -337,6 +337,14 @@ def fill(engine: GigatokenEngine, words: int) -> int:
 LETTERS = str.maketrans("0123456789", "qrstuvwxyz")
 
 
+def test_a_vocabulary_with_a_far_id_is_not_given_to_gigatoken() -> None:
+    """It would allocate 16 bytes for each id up to the highest, and end the process if that fails."""
+    subject = of_huggingface(byte_level_model(1))
+    subject.vocab_size = 1 << 30
+    engine, reason = build_engine(subject, INT32)
+    assert engine.name == "plain" and "its ids reach 1073741823" in reason
+
+
 def test_ids_beyond_the_dtype_are_an_error_of_the_text() -> None:
     def unsupported() -> FastModel:
         raise UnsupportedTokenizer("a stand-in")

@@ -100,6 +100,22 @@ def test_tiktoken_ranks_with_holes_and_an_end_beyond_them(tmp_path: Path) -> Non
     assert all(tokenizer.encode("ab") == [900] for tokenizer in built)
 
 
+def test_ids_that_corpora_cannot_hold_are_refused(tmp_path: Path) -> None:
+    def with_huge_id(content: dict[str, Any]) -> None:
+        vocab = content["model"]["vocab"]
+        vocab[max(vocab, key=vocab.__getitem__)] = 1 << 31
+
+    path = tokenizer_json(tmp_path, with_huge_id)
+    with pytest.raises(ConfigError, match=r"tokenizer.json has the id 2147483648, and corpora hold ids below"):
+        build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(path), eod_id=2))
+
+
+def test_a_json_file_of_another_tokenizer_is_no_tiktoken_file(tmp_path: Path) -> None:
+    path = tokenizer_json(tmp_path)
+    with pytest.raises(ConfigError, match="is not a tiktoken file: it should hold a list of tokens"):
+        build_tokenizer("TikTokenizer", TokenizerFiles(str(path)))
+
+
 def tiktoken_lines(*more: tuple[bytes, int]) -> bytes:
     tokens = [*((bytes([byte]), byte) for byte in range(256)), *more]
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in tokens)
