@@ -80,6 +80,8 @@ def _train(command: Command, signals: StopSignals | None) -> None:
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.training.seed,
     )
+    if signals is not None:
+        signals.remember_all()
     tokenizer = on_every_rank(lambda: tokenizer_of(config))
     on_first_rank(lambda: check_files(config, tokenizer))
     on_every_rank(lambda: check_device(config, groups.device))

@@ -14,7 +14,7 @@ from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
-from megatron_slm.runtime.launch import launched_rank
+from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
 
 
@@ -85,6 +85,7 @@ def score(arguments: argparse.Namespace) -> None:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.groups import ParallelLayout
 
+    launch = read_launch()
     job = ScoringJob(
         reference=ReferenceConfig(
             reference_load=arguments.reference_load,
@@ -116,7 +117,7 @@ def score(arguments: argparse.Namespace) -> None:
         backend=arguments.distributed_backend,
         timeout_minutes=arguments.distributed_timeout_minutes,
     )
-    score_corpora(job, tokenizer, groups, make_console(launched_rank() == 0))
+    score_corpora(job, tokenizer, groups, make_console(launch.rank == 0))
 
 
 def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Any:

@@ -5,6 +5,7 @@ Everything that needs the rank before the process group exists reads it here. Th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -89,12 +90,16 @@ def launched_rank(env: Variables = os.environ) -> int:
 
 
 def guess_launch(env: Variables = os.environ) -> Launch:
-    """Return the place of this process; if the variables are malformed, ranks that are readable, else 0."""
-    try:
+    """Return the place of this process; if the variables contradict each other, that in the srun step, or in RANK."""
+    with contextlib.suppress(ConfigError):
         return read_launch(env)
-    except ConfigError:
-        rank = _first_readable(env, "RANK", "SLURM_PROCID")
-        return Launch("none", rank, rank + 1, _first_readable(env, "LOCAL_RANK", "SLURM_LOCALID"))
+    if "TORCHELASTIC_RUN_ID" not in env:
+        with contextlib.suppress(ConfigError):
+            launch = read_launch({name: value for name, value in env.items() if name.startswith("SLURM_")})
+            if launch.launcher == "srun":
+                return launch
+    rank = _first_readable(env, "RANK", "SLURM_PROCID")
+    return Launch("none", rank, rank + 1, _first_readable(env, "LOCAL_RANK", "SLURM_LOCALID"))
 
 
 def first_host(nodes: str) -> str:

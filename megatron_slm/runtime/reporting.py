@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Protocol
 
+from megatron_slm.runtime import early_reports
 from megatron_slm.runtime.errors import ConfigError, DivergedError, explain
 from megatron_slm.runtime.launch import guess_launch, launched_rank
 from megatron_slm.runtime.output import prepare_output
@@ -61,8 +62,7 @@ def run_command(action: Callable[[], None]) -> int:
             explained.__cause__ = error
             report_error(explained)
             return explained.exit_code
-        if _claim("failure"):
-            _print_failure(error)
+        _report_failure(error)
         return 1
     finally:
         process = sys.modules.get("megatron_slm.runtime.process")  # not imported for a mistake found before torch is
@@ -73,24 +73,30 @@ def run_command(action: Callable[[], None]) -> int:
 
 def report_error(error: Exception) -> None:
     """Print an error message once over all ranks: rank 0's, and those of other ranks that differ from it."""
-    rank = launched_rank()
-    if rank == 0:
-        _claim_message(error)
-        print_error(f"error: {error}")
-        if _store is not None:
+    launch, message = guess_launch(), str(error)
+    if launch.rank == 0:
+        print_error(f"error: {message}")
+        if _store is None:
+            early_reports.announce(launch, message)
+        else:
+            _claim_message(message)
             time.sleep(SECONDS_FOR_RANK_0 + SECONDS_FOR_OTHERS)  # the store may end with this process
         return
-    if _store is None and not _may_be_of_this_node(error):
-        return
-    time.sleep(SECONDS_FOR_RANK_0)
-    if _claim_message(error):
-        print_error(f"error on rank {rank}: {error}")
+    if _store is None:
+        is_first = not early_reports.is_reported(launch, message)
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)
+        is_first = _claim_message(message)
+    if is_first:
+        print_error(f"error on rank {launch.rank}: {message}")
+    else:
+        early_reports.leave_quietly(launch)
 
 
-def _claim_message(error: Exception) -> bool:
+def _claim_message(message: str) -> bool:
     """Return whether this rank is the first with this message."""
     _claim("failure")
-    return _claim(hashlib.sha256(str(error).encode()).hexdigest())
+    return _claim(hashlib.sha256(message.encode()).hexdigest())
 
 
 def _claim(key: str) -> bool:
@@ -103,13 +109,12 @@ def _claim(key: str) -> bool:
         return True
 
 
-def _may_be_of_this_node(error: Exception) -> bool:
-    """Return whether an error before the process group exists may have missed rank 0: a file of this node alone."""
-    return isinstance(error.__cause__, OSError) and guess_launch().local_rank == 0
-
-
-def _print_failure(error: Exception) -> None:
+def _report_failure(error: Exception) -> None:
+    """Print an unexpected error, unless another rank has reported one: it ended, and this rank failed with it."""
     rank = launched_rank()
+    if not _claim("failure"):
+        early_reports.leave_quietly(guess_launch())
+        return
     where = f"error on rank {rank}" if rank else "error"
     if any(phrase in str(error) for phrase in LOST_PEER):
         reason = str(error).strip().splitlines()[0]

@@ -17,6 +17,7 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 def test_the_first_signal_is_remembered(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     with StopSignals(announces=True) as stop:
+        stop.remember_all()
         assert stop.number == 0
         os.kill(os.getpid(), getattr(signal, name))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -26,12 +27,21 @@ def test_the_first_signal_is_remembered(name: str, capfd: pytest.CaptureFixture[
 
 
 def test_a_second_interrupt_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
-    with StopSignals():
+    with StopSignals() as stop:
+        stop.remember_all()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's, for one key
         monkeypatch.setattr(signals, "SECONDS_BETWEEN_INTERRUPTS", -1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_start_that_waits_for_other_ranks_can_be_ended() -> None:
+    """A signal that is remembered would not be seen before the library's wait ends."""
+    with StopSignals() as stop:
+        assert all(signal.getsignal(number) is signal.SIG_DFL for number in signals.ENDINGS)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.number == signal.SIGUSR1, "a warning, for which a job script requeues the job"
 
 
 @pytest.mark.parametrize(("name", "is_remembered"), [("SIGHUP", False), ("SIGINT", False), ("SIGUSR1", True)])
@@ -41,6 +51,7 @@ def test_ignored_signals(name: str, is_remembered: bool) -> None:
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
+            stop.remember_all()
             os.kill(os.getpid(), number)
             assert bool(stop.number) == is_remembered
     finally:

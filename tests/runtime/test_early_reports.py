@@ -1,0 +1,122 @@
+"""A mistake that is found before the process group exists: one message over all ranks, and none is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.runtime import early_reports
+from megatron_slm.runtime.launch import Launch
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = ["-m", "megatron_slm.pretrain"]
+SCORE = [str(ROOT / "tools" / "score_corpus.py"), "--reference-load=x", "--data-path=x", "--reference-scores=rm"]
+BAD = ["--lr", "fast"]
+MESSAGE = "--lr should be a number"
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = int(probe.getsockname()[1])
+    yield free
+
+
+def start(arguments: list[str], **variables: object) -> subprocess.Popen[str]:
+    """Start a command with the variables of a launcher, and no others."""
+    prefixes = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM_", "TORCHELASTIC_", "GROUP_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    env |= {"PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
+    return subprocess.Popen([sys.executable, *arguments], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
+    outputs = [process.communicate(timeout=60)[1] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def by_hand(rank: int, port: int, world_size: int = 2) -> dict[str, object]:
+    return {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def by_srun(rank: int, **changes: object) -> dict[str, object]:
+    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_ID": 0, "SLURM_NNODES": 1, "SLURM_NTASKS": 3}
+    return {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, **changes}
+
+
+def by_torchrun(rank: int, port: int) -> dict[str, object]:
+    return {**by_hand(rank, port), "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "test"}
+
+
+def test_the_same_mistake_is_reported_by_rank_0(port: int) -> None:
+    results = finish(*(start([*PRETRAIN, *BAD], **by_hand(rank, port, 3)) for rank in (2, 1, 0)))
+    assert [code for code, _ in results] == [2, 2, 2]
+    assert [output.count(MESSAGE) for _, output in results] == [0, 0, 1], results
+
+
+@pytest.mark.parametrize("changes", [{"MASTER_PORT": "abc"}, {"WORLD_SIZE": "8"}])
+def test_mistake_under_srun_is_one_message(changes: dict[str, object]) -> None:
+    results = finish(*(start(PRETRAIN, **by_srun(rank, **changes)) for rank in (2, 1, 0)))
+    assert [code for code, _ in results] == [2, 2, 2]
+    assert [output.count("error") for _, output in results] == [0, 0, 1], results
+
+
+def test_mistake_of_one_rank_is_reported_while_rank_0_waits(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):  # as the rendezvous of rank 0
+        ((code, output),) = finish(start([*PRETRAIN, *BAD], **by_hand(1, port)))
+    assert code == 2 and output.startswith("error on rank 1:") and MESSAGE in output
+
+
+def test_mistake_of_one_rank_is_reported_under_torchrun(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):  # as the agent
+        ((code, output),) = finish(start([*PRETRAIN, *BAD], **by_torchrun(1, port)))
+    assert code == 2 and output.startswith("error on rank 1:") and MESSAGE in output
+
+
+def test_rank_of_a_node_is_silent_if_the_agent_of_rank_0_has_ended() -> None:
+    assert finish(start([*PRETRAIN, *BAD], **by_torchrun(1, port=1))) == [(2, "")]
+
+
+def test_silent_rank_that_torchrun_ends_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun lists every rank that ends with another code than 0, after the one that failed first."""
+    codes: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setattr(early_reports.os, "_exit", codes.append)
+    monkeypatch.setattr(early_reports.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        early_reports.leave_quietly(Launch("torchrun", 1, 2, 1))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert codes == [0]
+
+
+ENVIRONMENTS = [
+    ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE is not set"),
+    ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3, and must be below WORLD_SIZE 2"),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+    ({**by_hand(1, 4711), "LOCAL_RANK": "abc"}, "LOCAL_RANK is 'abc'"),
+    ({**by_hand(1, 4711), "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK is not set"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "neither MASTER_ADDR nor SLURM_JOB_NODELIST is set"),
+    ({"SLURM_PROCID": "1"}, "SLURM_PROCID is 1, and SLURM_NTASKS is not set"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "message"),
+    [*((PRETRAIN, *case) for case in ENVIRONMENTS), *((SCORE, *case) for case in ENVIRONMENTS[:2])],
+    ids=str,
+)
+def test_contradictory_environment_is_one_message(command: list[str], variables: dict[str, str], message: str) -> None:
+    ((code, output),) = finish(start(command, **variables))
+    assert code == 2 and output.count("error") == 1 and message in output, output
