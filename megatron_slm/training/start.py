@@ -58,10 +58,14 @@ class Start:
     weights_only: bool = False  # begin at step 0 with the checkpoint's weights
     record: RunRecord | None = None  # identity to write into --save
     overwrites: bool = False  # remove the run in --save first
+    trains: bool = True  # False with --skip-train
+    ignores_save: bool = False  # --save does not hold the run that is evaluated
     note: str = ""  # why this checkpoint, if that is not plain from the flags
 
     def describe(self, save: str | None) -> str:
         """Return one line for the log."""
+        if not self.trains and self.checkpoint is not None:
+            return f"evaluating {self.checkpoint.directory}, nothing is trained or saved{self._shown_note}"
         into = f", saved in {save}" if save else ", not saved (no --save)"
         if self.checkpoint is None:
             text = f"new run{into}"
@@ -70,11 +74,20 @@ class Start:
         else:
             text = f"resuming from {self.checkpoint.directory}{into}"
         removed = f"; the run that {save} holds is removed ({OVERWRITE})" if self.overwrites else ""
-        return f"{text}{removed}{f' ({self.note})' if self.note else ''}"
+        return f"{text}{removed}{self._shown_note}"
+
+    @property
+    def _shown_note(self) -> str:
+        return f" ({self.note})" if self.note else ""
 
     def adjusted(self, config: Config) -> Config:
-        """Return the settings of the run: --no-load-optim and --no-load-rng concern the origin, not a resume of it."""
+        """Return the settings of the run: --no-load-optim and --no-load-rng concern the origin, not a resume of it.
+
+        An evaluation has no --save, unless that holds the run: its metrics take the result.
+        """
         record, flags = self.record, config.checkpoint
+        if self.ignores_save:
+            return replace(config, checkpoint=replace(flags, save=None))
         if record is None or record.origin is None or self.checkpoint is None or self.checkpoint.flag != "--save":
             return config
         loads = replace(
@@ -89,11 +102,10 @@ def plan_start(config: Config) -> Start:
     Raises:
         ConfigError: a checkpoint that does not exist, or a --save that holds another run.
     """
+    if config.training.skip_train:
+        return _plan_evaluation(config.checkpoint)
     _check_overwrite(config)
-    start = _plan(config.checkpoint)
-    if start.checkpoint is None and config.training.skip_train:
-        raise ConfigError(f"--skip-train evaluates a checkpoint, and --load {config.checkpoint.load} holds none.")
-    return start
+    return _plan(config.checkpoint)
 
 
 def prepare_save(config: Config, start: Start) -> None:
@@ -135,6 +147,21 @@ def _plan(flags: CheckpointConfig) -> Start:
     if flags.save is not None and holds_checkpoints(Path(flags.save)):
         return _plan_occupied(flags, flags.save, origin)
     return _plan_from(flags, origin)
+
+
+def _plan_evaluation(flags: CheckpointConfig) -> Start:
+    """Return the checkpoint to evaluate: that of --load, or of this run if --save holds it.
+
+    A --save that holds another run, or none, is left alone.
+    """
+    origin, record = outside_origin(flags), read_record(Path(flags.save)) if flags.save is not None else None
+    continues = origin is None and not flags.finetune
+    is_same = origin is not None and record is not None and record.origin == origin
+    ignores_save = not (continues or is_same)
+    start = _plan(replace(flags, save=None) if ignores_save else flags)
+    if start.checkpoint is None:
+        raise ConfigError(f"--skip-train evaluates a checkpoint, and --load {flags.load} holds none.")
+    return replace(start, trains=False, ignores_save=ignores_save)
 
 
 def _plan_in_save(flags: CheckpointConfig, load: str) -> Start:

@@ -139,6 +139,27 @@ def test_requeued_job_without_load_resumes_its_run(tmp_path: Path, monkeypatch: 
     assert again.record is not None and again.record.job == SlurmJob("77", 1)
 
 
+def test_evaluation_needs_no_directory_of_its_own(tmp_path: Path, base: Path) -> None:
+    """With --skip-train nothing is written, whatever --save holds; a run of its base is evaluated itself."""
+    save_steps(tmp_path / "other", 3)
+    tuned = save_steps(tmp_path / "tuned", 4, record=from_base(base))
+    for name, flags, step in (
+        ("other", {"load": base}, base / "iter_0000010"),
+        ("other", {"load": base, "finetune": True}, base / "iter_0000010"),
+        ("other", {"load": base, "slm_overwrite_save": True}, base / "iter_0000010"),
+        ("other", {"pretrained_checkpoint": base}, base / "iter_0000010"),
+        ("base", {"load": base, "finetune": True}, base / "iter_0000010"),
+        ("base", {"load": base, "ckpt_step": 5}, base / "iter_0000005"),
+        ("new", {"load": base}, base / "iter_0000010"),
+        ("tuned", {"load": base, "finetune": True}, tuned / "iter_0000004"),
+        ("tuned", {"load": base}, base / "iter_0000010"),
+    ):
+        start = plan(**flags, save=tmp_path / name, skip_train=True)
+        assert directory_of(start) == step, (name, flags)
+        assert start.describe(str(tmp_path / name)).startswith(f"evaluating {step}, nothing is trained or saved")
+    assert not (tmp_path / "new").exists()
+
+
 REFUSED = [
     ({"load": "typo"}, "--load .*typo: there is no such directory"),
     ({"load": "typo", "save": "run"}, "--load .*typo: there is no such directory.*needs --save"),
@@ -255,8 +276,11 @@ def test_requeued_run_continues_as_if_undisturbed(tmp_path: Path, corpus: str) -
     launch(command(corpus, tmp_path / "run", **flags), 2)
     whole, run = ([record["loss"] for record in records(tmp_path / name)] for name in ("whole", "run"))
     assert run == whole
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    evaluation = {name: value for name, value in flags.items() if name != "finetune"}
+    launch(command(corpus, tmp_path / "run", **evaluation, skip_train=True), 2)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     code, errors = launch_and_fail(command(corpus, tmp_path / "run", dp=2, train_iters=4), 2)
     assert code == 2 and "holds another run" in errors
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before[tmp_path / "run" / "metrics.jsonl"]
     assert not list(tmp_path.rglob(".slm_run.lock"))
