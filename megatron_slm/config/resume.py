@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -87,6 +88,7 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "objective",
     "slm_score",
     "slm_scope",
+    "slm_gumbel_temperature",
     "reference_load",
     "reference_ckpt_step",
     "reference_precision",
@@ -120,8 +122,11 @@ def differences(config: Config, saved: Config) -> list[Difference]:
     return found
 
 
-def reconcile(config: Config, saved: Config, directory: Path, flag: str) -> str:
+def reconcile(config: Config, saved: Config, directory: Path, flag: str, further: Sequence[str] = ()) -> str:
     """Apply the table to a run that resumes from ``directory``; settings that take the checkpoint are changed.
+
+    Args:
+        further: differences that the settings do not show, to be named with the others.
 
     Returns:
         one line that names the differences, for the log; empty if there are none.
@@ -140,7 +145,7 @@ def reconcile(config: Config, saved: Config, directory: Path, flag: str) -> str:
             setattr(getattr(config, each.group), each.name, each.theirs)
     if Rule.SCHEDULE in adopted:
         _fix_decay(config, saved)
-    return _line(found, adopted, directory)
+    return _line(found, adopted, directory, further)
 
 
 def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str) -> str:
@@ -174,8 +179,8 @@ def _refusal(each: Difference, directory: Path, flag: str) -> str:
     return f"{flag}: {each.flag} {values}. {remedy}."
 
 
-def _line(found: list[Difference], adopted: set[Rule], directory: Path) -> str:
-    if not found:
+def _line(found: list[Difference], adopted: set[Rule], directory: Path, further: Sequence[str] = ()) -> str:
+    if not found and not further:
         return ""
     shown = [
         f"{each.flag} {_show(each.theirs)} -> {_show(each.ours)}"
@@ -183,7 +188,7 @@ def _line(found: list[Difference], adopted: set[Rule], directory: Path) -> str:
         else f"{each.flag} {_show(each.ours)} ignored, {_show(each.theirs)} kept"
         for each in found
     ]
-    return f"differences from {directory}: {'; '.join(shown)}"
+    return f"differences from {directory}: {'; '.join([*shown, *further])}"
 
 
 def _show(value: Any) -> str:

@@ -25,6 +25,7 @@ class DataRecord:
     corpora: dict[str, str] = field(default_factory=dict)  # identities by prefix
     milestones: tuple[Milestone, ...] = START  # the start of the run, and where it was resumed
     orders: Orders = ()  # in which samples were read; empty in checkpoints of an earlier release
+    reference: str | None = None  # identity of the reference model; None: there is none, or it is not known
 
     def write(self, directory: Path) -> None:
         """Write the record into a checkpoint directory."""
@@ -44,7 +45,7 @@ class DataRecord:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             milestones = tuple((int(step), int(samples)) for step, samples in content["milestones"])
             orders = tuple(SampleOrder(**order) for order in content.get("orders", ()))
-            return DataRecord(dict(content["corpora"]), milestones, orders)
+            return DataRecord(dict(content["corpora"]), milestones, orders, content.get("reference"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"--load: {path} cannot be read: {error}. Choose another step.") from error
 

@@ -21,6 +21,7 @@ from megatron_slm.model import weights
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import CARRIED, GUESS, RNG, Position, Trainable, plain_chunks, run_state
+from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.training.schedule import resume_schedule
 from megatron_slm.training.start import Checkpoint, Start
@@ -28,25 +29,28 @@ from megatron_slm.training.start import Checkpoint, Start
 OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
 
 
-def resume(trainable: Trainable, config: Config, start: Start, console: Console) -> Position:
+def resume(trainable: Trainable, config: Config, start: Start, reference: str | None, console: Console) -> Position:
     """Load the checkpoint that the run begins from, print where it differs from the flags, and return the position.
 
     Collective over all ranks.
+
+    Args:
+        reference: identity of the reference model.
     """
     if start.checkpoint is None:
         return Position()
     flag, directory = start.checkpoint.flag, _open(start.checkpoint, config)
-    differences = _compare(start, directory, config, trainable.tokenizer)
+    differences = _compare(start, directory, config, trainable.tokenizer, reference)
     if differences:
         console.print(differences, markup=False)
     if not start.weights_only:
-        return _resume_from(directory, trainable, config, flag)
+        return _resume_from(directory, trainable, config, reference, flag)
     weights.load_weights(plain_chunks(trainable.chunks), directory, flag)
     trainable.optimizer.reload_model_params()
     return Position()
 
 
-def check_start(start: Start, config: Config, tokenizer: Tokenizer) -> str:
+def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
     """Check that a run can begin from its checkpoint; for --dry-run.
 
     Returns:
@@ -57,7 +61,7 @@ def check_start(start: Start, config: Config, tokenizer: Tokenizer) -> str:
     """
     if start.checkpoint is None:
         return ""
-    return _compare(start, _open(start.checkpoint, config), deepcopy(config), tokenizer)
+    return _compare(start, _open(start.checkpoint, config), deepcopy(config), tokenizer, reference)
 
 
 def _open(checkpoint: Checkpoint, config: Config) -> Path:
@@ -66,16 +70,16 @@ def _open(checkpoint: Checkpoint, config: Config) -> Path:
     return weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
 
 
-def _read(directory: Path, flag: str) -> tuple[Manifest, Config]:
-    """Return the manifest and the configuration of a checkpoint. Collective over all ranks."""
-    return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory)))
+def _read(directory: Path, flag: str) -> tuple[Manifest, Config, DataRecord]:
+    """Return manifest, configuration and record of the data of a checkpoint. Collective over all ranks."""
+    return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory), DataRecord.read(directory)))
 
 
-def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer) -> str:
+def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
     """Compare a checkpoint with the flags; settings that a resumed run takes from it are changed in ``config``."""
     assert start.checkpoint is not None
     flag = start.checkpoint.flag
-    manifest, saved = _read(directory, flag)
+    manifest, saved, record = _read(directory, flag)
     if start.weights_only:
         return check_weights_fit(config, saved, directory, flag)
     _check_tokenizer(directory, manifest, tokenizer, flag)
@@ -83,12 +87,21 @@ def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer
         raise ConfigError(
             f"{flag}: {directory} holds no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
         )
-    return reconcile(config, saved, directory, flag)
+    return reconcile(config, saved, directory, flag, _reference_difference(config, saved, record, reference))
 
 
-def _resume_from(directory: Path, trainable: Trainable, config: Config, flag: str) -> Position:
+def _reference_difference(config: Config, saved: Config, record: DataRecord, reference: str | None) -> list[str]:
+    """Return a difference if the reference model of the same flags has another content than in the checkpoint."""
+    ours, theirs = config.reference, saved.reference
+    named = {"--reference-load": ours.reference_load, "--reference-scores": " ".join(ours.reference_scores)}
+    if None in (reference, record.reference) or reference == record.reference or ours != theirs:
+        return []
+    return [f"{flag} {value} has another content now" for flag, value in named.items() if value][-1:]
+
+
+def _resume_from(directory: Path, trainable: Trainable, config: Config, reference: str | None, flag: str) -> Position:
     settings = config.checkpoint
-    manifest, saved = _read(directory, flag)
+    manifest, saved, record = _read(directory, flag)
     keys = weights.saved_keys(directory, flag)
     loaded = _load(flag, directory, trainable, config, keys, same_layout=manifest.layout == trainable.layout())
     _load_model(flag, directory, trainable, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)
@@ -105,7 +118,7 @@ def _resume_from(directory: Path, trainable: Trainable, config: Config, flag: st
         trainable.optimizer.reload_model_params()
     schedule = loaded.get("scheduler") if settings.load_optim else None
     resume_schedule(trainable.scheduler, schedule, manifest.consumed_samples, directory, flag)
-    if not score_changed(config, saved):
+    if not (score_changed(config, saved) or _reference_difference(config, saved, record, reference)):
         _load_thresholds(trainable, loaded)
     if RNG in loaded:
         _set_random_states(loaded[RNG])

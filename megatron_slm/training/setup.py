@@ -19,6 +19,7 @@ from megatron_slm.objective.carried import CarriedThreshold
 from megatron_slm.objective.early_rule import EarlyRule
 from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
 from megatron_slm.objective.selective_loss import Selector
+from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
@@ -99,7 +100,8 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     batch = saved.config.training.global_batch_size if saved is not None else None
     selector = build_selector(config, groups)
     trainable = _build_trainable(config, tokenizer, groups, selector, RunLength.of(config, milestones, batch))
-    position = resume(trainable, config, start, console)
+    identity = on_first_rank(lambda: find_reference(config, scores)) if trains else None
+    position = resume(trainable, config, start, identity, console)
     length = RunLength.of(config, milestones)
     config.training.train_iters = length.iterations
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
@@ -109,7 +111,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
         record = on_first_rank(lambda: _report_data(config, length, saved, datasets, builder, console))
-        trainable = replace(trainable, data=record)
+        trainable = replace(trainable, data=replace(record, reference=identity))
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
     on_first_rank(lambda: prepare_save(config, start))
@@ -228,6 +230,11 @@ def read_scores(config: Config, tokenizer: Tokenizer) -> ScoreSet | None:
     if not (needs_loss or needs_entropy) or not config.reference.reference_scores:
         return None
     return open_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
+
+
+def find_reference(config: Config, scores: ScoreSet | None) -> str | None:
+    """Return the identity of the reference model, if the score needs one. On this rank alone."""
+    return reference_identity(config.reference, scores) if needs_reference(config.objective) else None
 
 
 def needs_reference(objective: ObjectiveConfig) -> bool:

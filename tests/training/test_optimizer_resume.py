@@ -149,3 +149,40 @@ def test_another_schedule_is_refused_unless_a_flag_decides(tmp_path: Path, corpu
     assert rates["without"] == whole[2:]  # no new warm-up
     assert rates["override"][0] > 1.5 * whole[2] and len(rates["override"]) == 6
     assert "--lr 0.02 ignored, 0.01 kept" in checkpoint.output
+
+
+def test_states_that_are_left_out(tmp_path: Path, corpus: str) -> None:
+    """Random states and optimizer states that are not saved, or saved and not loaded."""
+    dropout = {"hidden_dropout": 0.3, "train_iters": 4}
+    whole = [*command(corpus, tmp_path / "whole", **dropout), *SCHEDULE]
+    first = [*command(corpus, tmp_path / "run", **dropout, exit_interval=2), *SCHEDULE]
+    bare = [*command(corpus, tmp_path / "bare", **dropout, exit_interval=2), *SCHEDULE, "--no-save-rng"]
+
+    def again(name: str, save: str, *flags: str) -> list[str]:
+        return [*command(corpus, tmp_path / save, load=tmp_path / name, **dropout), *SCHEDULE, *flags]
+
+    outcomes = run_each(
+        [
+            whole,
+            first,
+            [*bare, "--no-save-optim"],
+            again("run", "same"),
+            again("run", "rng", "--no-load-rng"),
+            again("bare", "refused"),
+            again("bare", "started", "--no-load-optim"),
+            again("run", "tuned", "--finetune", "--no-load-optim", "--lr", "2e-2", "--optimizer", "sgd"),
+            again("run", "both", "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
+            again("run", "kept", "--use-checkpoint-opt_param-scheduler", "--no-load-optim", "--lr", "2e-2"),
+        ]
+    )
+    codes = dict(zip(("same", "rng", "refused", "started", "tuned", "both", "kept"), outcomes[3:], strict=True))
+    assert {name: outcome.code for name, outcome in codes.items()} == {
+        **dict.fromkeys(("same", "rng", "started", "tuned", "kept"), 0),
+        **dict.fromkeys(("refused", "both"), 2),
+    }, outcomes
+    assert losses(tmp_path / "same") == losses(tmp_path / "whole")[2:]
+    assert losses(tmp_path / "rng") != losses(tmp_path / "whole")[2:], "other dropout"
+    assert "holds no optimizer state" in codes["refused"].errors and "--no-load-optim" in codes["refused"].errors
+    assert [record["step"] for record in records(tmp_path / "started")] == [3, 4]
+    assert [record["step"] for record in records(tmp_path / "tuned")] == [1, 2, 3, 4]
+    assert "--lr 0.01 -> 0.02" in codes["kept"].output and "ignored" not in codes["kept"].output

@@ -1,0 +1,126 @@
+"""Selection settings and the reference model may change on resume: each change is printed, and the run continues."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny import command, losses, make_corpus, records
+
+from megatron_slm.pretrain import main
+
+
+def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    results = []
+    for argv in commands:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(argv)
+        results.append((code, out.getvalue(), err.getvalue()))
+    return results
+
+
+def run_each(*commands: list[str]) -> list[tuple[int, str, str]]:
+    [results] = run_ranks(_main_each, 1, list(commands), initialise=False)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two reference models, and runs of four steps that also stopped after two."""
+    folder = tmp_path_factory.mktemp("selection")
+    corpus = make_corpus(folder / "corpus", 1)
+    commands = [command(corpus, folder / name, train_iters=1, eval_iters=0, seed=n) for n, name in enumerate("ab", 1)]
+    for name, flags in RUNS.items():
+        whole = [*command(corpus, folder / f"{name}-whole", train_iters=4, eval_iters=0), *flags]
+        part = [*command(corpus, folder / name, train_iters=4, eval_iters=0, exit_interval=2), *flags]
+        commands += [_placed(whole, folder), _placed(part, folder)]
+    for code, _, errors in run_each(*commands):
+        assert code == 0, errors
+    return folder
+
+
+TOKENS = 16 * 32  # of a global batch
+SLM = ["--objective", "slm", "--reference-load", "FOLDER/a", "--slm-selection-ratio", "0.5"]
+CARRIED = [*SLM, "--slm-threshold", "carried", "--slm-scope", "global-batch"]
+RUNS = {"clm": [], "exact": SLM, "carried": CARRIED}
+# saved run, flags on resume, differences to be printed, selection of the first step (None: that of the undisturbed run)
+CHANGES: list[tuple[str, list[str], list[str], str | None]] = [
+    ("carried", CARRIED, [], None),
+    ("exact", SLM, [], None),
+    ("clm", SLM, ["--objective clm -> slm", "--reference-load unset ->"], "exact"),
+    ("carried", [], ["--objective slm -> clm", "--slm-threshold carried -> exact"], "all"),
+    ("exact", [*SLM, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
+    ("carried", [*CARRIED, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
+    ("exact", [*SLM, "--slm-scope", "sequence"], ["--slm-scope data-parallel -> sequence"], "exact"),
+    ("exact", [*SLM, "--slm-exact-mode", "speculative"], ["--slm-exact-mode recompute -> speculative"], "exact"),
+    ("exact", CARRIED, ["--slm-threshold exact -> carried", "--slm-scope data-parallel -> global-batch"], "exact"),
+    ("carried", SLM, ["--slm-threshold carried -> exact"], "exact"),
+    ("carried", [*CARRIED, "--slm-selection-ratio", "0.3"], ["--slm-selection-ratio 0.5 -> 0.3"], "exact"),
+    (
+        "exact",
+        [*SLM, "--slm-score", "stochastic-excess"],
+        ["--slm-score excess -> stochastic-excess"],
+        "exact",
+    ),
+    ("carried", [*CARRIED, "--slm-mix", "0.1"], ["--slm-mix 0.0 -> 0.1"], "carried"),
+    ("carried", [*CARRIED, "--reference-load", "FOLDER/b"], ["--reference-load FOLDER/a -> FOLDER/b"], "exact"),
+    ("carried", [*CARRIED, "--reference-precision", "bf16"], ["--reference-precision unset -> bf16"], "exact"),
+]
+
+
+def kind(save: Path, number: int) -> str:
+    """Return the kind of selection of a step: only a carried threshold selects another share than was asked for."""
+    share = records(save)[number]["share_selected"]
+    if share == 1:
+        return "all"
+    ratio = 0.3 if share < 0.4 else 0.5
+    return "exact" if share == pytest.approx(math.ceil(ratio * TOKENS) / TOKENS, abs=1e-9) else "carried"
+
+
+def _placed(argv: list[str], folder: Path) -> list[str]:
+    return [word.replace("FOLDER", str(folder)) for word in argv]
+
+
+def test_selection_changes_on_resume(folder: Path, tmp_path: Path) -> None:
+    corpus = str(folder / "corpus_text_document")
+    commands = [
+        [*command(corpus, tmp_path / str(number), train_iters=4, eval_iters=0, load=folder / name), *flags]
+        for number, (name, flags, _, _) in enumerate(CHANGES)
+    ]
+    results = run_each(*(_placed(argv, folder) for argv in commands))
+    for number, ((name, flags, shown, selection), (code, output, errors)) in enumerate(
+        zip(CHANGES, results, strict=True)
+    ):
+        assert code == 0, (flags, errors)
+        lines = [line for line in output.splitlines() if line.startswith("differences from")]
+        assert len(lines) == bool(shown) and all(part in lines[0] for part in _placed(shown, folder)), (flags, lines)
+        steps = losses(tmp_path / str(number))
+        if selection is None:
+            assert steps == losses(folder / f"{name}-whole")[2:], flags
+        else:
+            assert kind(tmp_path / str(number), 0) == selection, flags
+
+
+def test_another_reference_model_under_the_same_path_is_noticed(folder: Path, tmp_path: Path) -> None:
+    """Its losses cannot be compared with the threshold of the checkpoint."""
+    corpus = str(folder / "corpus_text_document")
+    shutil.copytree(folder / "a", tmp_path / "rm")
+    flags = [*CARRIED, "--reference-load", str(tmp_path / "rm")]
+    argv = _placed(
+        [*command(corpus, tmp_path / "run", load=tmp_path / "run", train_iters=6, eval_iters=0), *flags], folder
+    )
+    first, second = run_each([*argv, "--exit-interval", "2"], [*argv, "--exit-interval", "4"])
+    shutil.rmtree(tmp_path / "rm")
+    shutil.copytree(folder / "b", tmp_path / "rm")
+    dry, third = run_each([*argv, "--dry-run"], argv)
+    assert [code for code, _, _ in (first, second, dry, third)] == [0] * 4, (first, second, dry, third)
+    assert "another content" not in second[1]
+    for _, output, _ in (dry, third):
+        assert f"--reference-load {tmp_path / 'rm'} has another content now" in output
+    assert [kind(tmp_path / "run", step) for step in range(6)] == ["exact", *["carried"] * 3, "exact", "carried"]
