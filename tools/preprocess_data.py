@@ -10,9 +10,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_slm.config.flags import Parser
+from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.recipe import nearest
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
 from megatron_slm.data.preprocessing.documents import find_inputs
 from megatron_slm.data.preprocessing.preprocess import Job, preprocess
@@ -60,10 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_tokenizer_flags(parser, required=True)
     _add_encoding(parser.add_argument)
     _add_running(parser.add_argument)
-    arguments, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise _refusal(unknown[0], parser)
-    return arguments
+    return parse_strictly(parser, argv, REFUSED)
 
 
 def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
@@ -121,15 +117,6 @@ def _add_running(add: Callable[..., argparse.Action]) -> None:
         help="of Megatron-LM: must divide --workers; more than 1 needs --keep-sequential-samples, and changes nothing",
     )
     add("--keep-sequential-samples", action="store_true", help="of Megatron-LM: the order of the input, as always here")
-
-
-def _refusal(argument: str, parser: argparse.ArgumentParser) -> ConfigError:
-    flag = argument.partition("=")[0]
-    if flag in REFUSED:
-        return ConfigError(f"{flag} is not taken here. {REFUSED[flag]}")
-    if not flag.startswith("-"):
-        return ConfigError(f"unexpected positional argument {flag!r}.")
-    return ConfigError(f"unknown flag {flag}.{nearest(flag, list(parser._option_string_actions))}")
 
 
 def make_job(arguments: argparse.Namespace) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.recipe import assign, convert, refusal, settings
+from megatron_slm.config.recipe import assign, convert, nearest, refusal, settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -40,6 +40,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = "a switch takes no value" if "ignored explicit argument" in message else "--help lists all flags"
         raise ConfigError(f"{message} ({hint})")
+
+
+def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, str]) -> argparse.Namespace:
+    """Return the values of a tool's flags.
+
+    Args:
+        refused: remedies by flag: flags of Megatron-LM's tool, or of earlier releases, that are not accepted.
+
+    Raises:
+        ConfigError: an unknown or refused flag, or a bad value.
+    """
+    arguments, unknown = parser.parse_known_args(list(argv))
+    if not unknown:
+        return arguments
+    flag = unknown[0].partition("=")[0]
+    if flag in refused:
+        raise ConfigError(f"{flag} is not taken here. {refused[flag]}")
+    if not flag.startswith("-"):
+        raise ConfigError(f"unexpected positional argument {flag!r}.")
+    raise ConfigError(f"unknown flag {flag}.{nearest(flag, list(parser._option_string_actions))}")
 
 
 def parse(argv: Sequence[str]) -> Command:
