@@ -48,7 +48,7 @@ def _print_plan(command: Command, world_size: int) -> None:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.training.plan import print_plan
     from megatron_slm.training.resume import check_start
-    from megatron_slm.training.setup import find_reference, read_scores
+    from megatron_slm.training.setup import find_reference, score_headers
     from megatron_slm.training.start import plan_start
 
     config, console = command.config, make_console()
@@ -58,7 +58,7 @@ def _print_plan(command: Command, world_size: int) -> None:
     _print_note(command, console)
     start = plan_start(config)
     trains = not config.training.skip_train
-    reference = find_reference(config, read_scores(config, tokenizer)) if trains else None
+    reference = find_reference(config, score_headers(config, tokenizer)) if trains else None
     differences = check_start(start, start.adjusted(config), tokenizer, reference)
     console.print(*filter(None, (start.describe(config.checkpoint.save), differences)), sep="\n", markup=False)
     print_plan(console, config, tokenizer.vocab_size, world_size)

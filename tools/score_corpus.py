@@ -1,6 +1,6 @@
 """Score corpora once with a reference model: a sidecar of reference losses beside each, for --reference-scores.
 
-Runs as one process or under torchrun, in any layout. What was begun goes on when the same command is given again.
+Runs as one process or under torchrun, in any layout. The same command continues a job that was stopped.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
@@ -17,11 +18,20 @@ from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_token
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
 
+if TYPE_CHECKING:
+    from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+REFUSED = {"--score-bytes": "Values have two bytes; leave the flag out."}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the values of the flags.
+
+    Raises:
+        ConfigError: an unknown or removed flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--reference-load",
@@ -43,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=expanded_user,
         required=True,
         metavar="NAME",
-        help="NAME makes CORPUS.NAME.scores; also FOLDER/NAME",
+        help="NAME makes CORPUS.NAME.scores; also DIRECTORY/NAME",
     )
     add(
         "--context",
@@ -52,7 +62,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="text before a token: its document's, or the corpus's",
     )
     add("--stride", type=int, help="tokens between scoring windows; default half the model's --seq-length")
-    add("--score-bytes", type=int, choices=(1, 2), default=1, help="bytes of one value")
     add("--entropy", action="store_true", help="also the entropies, which --slm-score reference-entropy needs")
     add(
         "--slm-verify-checksums",
@@ -68,20 +77,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--distributed-timeout-minutes", type=int, default=10)
     group = parser.add_argument_group("tokenizer", "default: that of the reference model's run")
     add_tokenizer_flags(group)
-    return parser.parse_args(argv)
+    return parse_strictly(parser, argv, REFUSED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    return run_command(lambda: score(arguments))
+    return run_command(lambda: score(parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
 def score(arguments: argparse.Namespace) -> None:
-    """Do what the flags say."""
-    from megatron_slm.data.corpus import check_corpus, check_tokenizer
+    """Score the corpora of the flags."""
     from megatron_slm.data.datasets import parse_blend
     from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
     from megatron_slm.runtime import process
+    from megatron_slm.runtime.collective import on_first_rank
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.groups import ParallelLayout
 
@@ -102,25 +110,30 @@ def score(arguments: argparse.Namespace) -> None:
         micro_batch_size=arguments.micro_batch_size,
         context=arguments.context,
         stride=arguments.stride,
-        score_bytes=arguments.score_bytes,
         with_entropy=arguments.entropy,
         verify_checksums=arguments.slm_verify_checksums,
     )
-    job.check()
-    config = reference_config(job)
-    tokenizer = find_tokenizer(config, arguments)
-    for prefix in job.corpora:
-        check_corpus(prefix, "--data-path")
-        check_tokenizer(prefix, tokenizer, "--data-path")
+    job.check_values()
     groups = process.start(
         ParallelLayout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size),
         backend=arguments.distributed_backend,
         timeout_minutes=arguments.distributed_timeout_minutes,
     )
+    tokenizer = find_tokenizer(on_first_rank(lambda: reference_config(job)), arguments)
+    on_first_rank(lambda: check_data(job.corpora, tokenizer))
     score_corpora(job, tokenizer, groups, make_console(launch.rank == 0))
 
 
-def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Any:
+def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Raise ConfigError for a corpus that is missing, damaged, or of another tokenizer, before the model is loaded."""
+    from megatron_slm.data.corpus import check_corpus, check_tokenizer
+
+    for prefix in prefixes:
+        check_corpus(prefix, "--data-path")
+        check_tokenizer(prefix, tokenizer, "--data-path")
+
+
+def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Tokenizer:
     """Return the tokenizer of the reference model's run, with the settings that the flags replace."""
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
 

@@ -1,16 +1,16 @@
-"""Scores corpora once with a reference model: the sidecars that ``--reference-scores`` reads.
+"""Scoring of corpora with a reference model, for the sidecars that ``--reference-scores`` reads.
 
-The model runs in the layout that the flags ask for, with the trainer's own code; data-parallel ranks share the rows
-of a corpus, and the last pipeline stage's first tensor-parallel rank of each writes what it found to its places of
-the file. A row's scores depend on the row alone, so the file is the same for any number of data-parallel ranks.
+The model runs in the layout of the flags, with the trainer's code; data-parallel ranks share the rows of a corpus, and
+on each the first tensor-parallel rank of the last pipeline stage writes the scores to their positions in the file. The
+scores of a row depend on the row alone, so that the file is the same for any number of data-parallel ranks.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,10 +24,9 @@ from megatron_slm.config.checkpoint_files import saved_config
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
 from megatron_slm.data.fingerprints import corpus_fingerprint
-from megatron_slm.data.scores.code import ScoreCode
-from megatron_slm.data.scores.codebooks import Codebooks, TokenCode, fit, loss_code
+from megatron_slm.data.scores.quantization import Quantization
 from megatron_slm.data.scores.sets import recorded_tokenizer
-from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, partial_path, read_loss_code, sidecar_path
+from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, sidecar_path
 from megatron_slm.data.scores.writer import (
     Progress,
     SidecarWriter,
@@ -35,16 +34,15 @@ from megatron_slm.data.scores.writer import (
     finish,
     is_finished,
     record_progress,
-    reserve,
+    reserved,
 )
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.weights import checkpoint_fingerprint, find_checkpoint
 from megatron_slm.objective.selective_loss import ReferenceScores
-from megatron_slm.reference.calibration import Found, count_losses, sample_rows, sample_size
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
-from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_plan, scored_places
+from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_row_source, scored_places
 from megatron_slm.runtime.collective import on_first_rank
-from megatron_slm.runtime.console import Advance, duration, progress
+from megatron_slm.runtime.console import duration, progress
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.files import check_output_prefix
 from megatron_slm.runtime.groups import Groups
@@ -55,7 +53,7 @@ SECONDS_BETWEEN_RECORDS = 20.0
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What the flags of tools/score_corpus.py say."""
+    """Settings of a scoring job, from the flags of tools/score_corpus.py."""
 
     reference: ReferenceConfig  # which checkpoint, in which precision
     corpora: list[str]  # prefixes
@@ -64,17 +62,16 @@ class ScoringJob:
     micro_batch_size: int = 8
     context: str = "document"  # or "stream"
     stride: int | None = None  # default: half the window
-    score_bytes: int = 1
     with_entropy: bool = False
     verify_checksums: bool = True  # of the reference model's checkpoint
     chunk_tokens: int = CHUNK_TOKENS
     seconds_between_records: float = SECONDS_BETWEEN_RECORDS
 
-    def check(self) -> None:
-        """Refuse what can be known to be wrong from the flags and the model's settings alone.
+    def check_values(self) -> None:
+        """Validate the flags without reading files.
 
         Raises:
-            ConfigError: the flag, its value, and what would be right.
+            ConfigError: the flag, its value, and the valid values.
         """
         parallel = self.parallel
         for flag, value in (
@@ -89,15 +86,17 @@ class ScoringJob:
         check_output_prefix(self.name, "--reference-scores", directory_allowed=True)
         if self.name.endswith(".scores"):
             raise ConfigError(f"--reference-scores {self.name}: give the name alone; NAME makes CORPUS.NAME.scores.")
-        self.rule(saved_config(self.directory()).model.seq_length or 0)
 
     def directory(self) -> Path:
-        """The folder of the reference model's checkpoint."""
-        own = self.reference
-        return find_checkpoint(own.reference_load or "", own.reference_ckpt_step, FLAG)
+        """Return the checkpoint directory of the reference model."""
+        return find_checkpoint(self.reference.reference_load or "", self.reference.reference_ckpt_step, FLAG)
 
     def rule(self, window: int) -> ContextRule:
-        """The context of every token, for a model that was trained on ``window`` tokens."""
+        """Return the context rule for a model that was trained on ``window`` tokens.
+
+        Raises:
+            ConfigError: a --stride that does not fit the window.
+        """
         stride = max(1, window // 2) if self.stride is None else self.stride
         if not 1 <= stride <= window:
             raise ConfigError(f"--stride is {stride}, and must be from 1 to {window}, the model's --seq-length.")
@@ -105,8 +104,13 @@ class ScoringJob:
 
 
 def reference_config(job: ScoringJob) -> Config:
-    """The configuration of the reference model, in the job's layout."""
+    """Return the configuration of the reference model, in the job's layout.
+
+    Raises:
+        ConfigError: the checkpoint is missing, or its --seq-length does not fit the job.
+    """
     saved = saved_config(job.directory())
+    job.rule(saved.model.seq_length or 0)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
     model = saved.model
     if job.context == "document":  # rows hold several documents, and Transformer Engine takes no mask for that
@@ -118,40 +122,51 @@ def reference_config(job: ScoringJob) -> Config:
 
 
 def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console: Console) -> list[Path]:
-    """Make a sidecar for every corpus of the job, and tell where they are. Collective over all ranks.
+    """Make a sidecar for every corpus of the job, and return their paths. Collective over all ranks.
 
-    What is finished is kept, what was begun goes on.
+    Finished sidecars are kept, and unfinished ones continued.
 
     Raises:
         ConfigError: a model, corpus, or layout that does not fit, another job's sidecar, no room on the disk.
         DivergedError: the model gives a loss that is NaN or infinite.
     """
-    config = reference_config(job)
+    config = on_first_rank(lambda: reference_config(job))
+    rule = job.rule(config.model.seq_length or 0)
     model = ReferenceReplica(config, tokenizer, groups, with_entropy=job.with_entropy)
-    fingerprint = checkpoint_fingerprint(job.directory(), FLAG)
+    fingerprint = on_first_rank(lambda: checkpoint_fingerprint(job.directory(), FLAG))
     paths = []
     for prefix in job.corpora:
-        corpus = check_corpus(prefix, "--data-path")
-        header = ScoresHeader(
-            tokens=corpus.tokens,
-            corpus=corpus_fingerprint(prefix),
-            tokenizer=recorded_tokenizer(tokenizer),
-            reference=fingerprint,
-            context=job.rule(config.model.seq_length or 0),
-            loss=loss_code(tokenizer.vocab_size, job.score_bytes),
-            entropy=ScoreCode.for_entropy(tokenizer.vocab_size, job.score_bytes) if job.with_entropy else None,
-        )
         path = sidecar_path(prefix, job.name)
+        corpus, header, finished = on_first_rank(partial(_open_job, job, tokenizer, prefix, rule, fingerprint))
         paths.append(path)
-        if is_finished(path, header):
-            console.print(f"{path}: done before, kept")
-        else:
-            _Scorer(job, model, tokenizer.eod, groups, corpus, path, header).run(console)
+        if finished:
+            console.print(f"{path}: complete, kept")
+            continue
+        with reserved(path, header) as begun:
+            _Scorer(job, model, tokenizer.eod, groups, corpus, path, header, begun).run(console)
     return paths
 
 
+def _open_job(
+    job: ScoringJob, tokenizer: Tokenizer, prefix: str, rule: ContextRule, fingerprint: str
+) -> tuple[CorpusInfo, ScoresHeader, bool]:
+    """Return the corpus, the header of its sidecar, and whether that is finished."""
+    corpus, size = check_corpus(prefix, "--data-path"), tokenizer.vocab_size
+    header = ScoresHeader(
+        tokens=corpus.tokens,
+        corpus=corpus_fingerprint(prefix),
+        tokenizer=recorded_tokenizer(tokenizer),
+        reference=fingerprint,
+        context=rule,
+        loss=Quantization.for_losses(size),
+        entropy=Quantization.for_entropies(size) if job.with_entropy else None,
+        eod=tokenizer.eod,
+    )
+    return corpus, header, is_finished(sidecar_path(prefix, job.name), header)
+
+
 class _Scorer:
-    """The work on one corpus, from where it is to the end."""
+    """The scoring of one corpus, from the recorded progress to the end."""
 
     def __init__(
         self,
@@ -162,21 +177,21 @@ class _Scorer:
         corpus: CorpusInfo,
         path: Path,
         header: ScoresHeader,
+        at: Progress,
     ) -> None:
         self.job, self.model, self.eod, self.groups = job, model, eod, groups
-        self.corpus, self.path, self.header = corpus, path, header
-        self.plan = make_plan(corpus, header.context, job.chunk_tokens)
+        self.corpus, self.path, self.header, self.at = corpus, path, header, at
+        self.source = make_row_source(corpus, header.context, job.chunk_tokens)
         self.ids = np.memmap(bin_path(corpus.prefix), corpus.dtype, "r")
-        self.at = self._reserve()
         self.clamped, self.recorded = 0, time.monotonic()
         self.writer = SidecarWriter(path, header)
         self.together = MICRO_BATCHES * job.micro_batch_size * groups.dp_size  # rows in one pass of all ranks
-        self.code = self._calibrated()
 
     def run(self, console: Console) -> None:
-        """Score what is left, and give the file its name. Collective over all ranks."""
+        """Score the remaining rows, and give the file its name. Collective over all ranks."""
         began, before = time.monotonic(), self.at.tokens
-        with self._bar("scoring", self.corpus.tokens) as bar:
+        name = Path(self.corpus.prefix).name
+        with progress(f"scoring {name}", self.corpus.tokens, "tokens", enabled=self.groups.is_logging_rank) as bar:
             bar.advance(before)
             for rows, chunk, row in self._rounds():
                 for part, scores in self._run(rows):
@@ -189,72 +204,28 @@ class _Scorer:
         self._record()
         self.writer.close()
         checksum = content_checksum(self.path)
-        if self.groups.is_logging_rank:
-            header = finish(self.path, self.header, self.at, checksum)
-            console.print(_summary(self.path, header, time.monotonic() - began, header.tokens - before))
-        dist.barrier()
-
-    def _reserve(self) -> Progress:
-        """Prepare the file on the first rank; return the progress of an earlier job on all."""
-        return on_first_rank(lambda: reserve(self.path, self.header))
+        header = on_first_rank(lambda: finish(self.path, self.header, self.at, checksum))
+        console.print(_summary(self.path, header, time.monotonic() - began, header.tokens - before))
 
     def _rounds(self) -> Iterator[tuple[list[Row], int, int]]:
-        """The rows that all ranks score together, and the chunk and the row that come next."""
+        """Yield the rows that all ranks score together, and the chunk and the row that come next."""
         at = self.at
         left = (
             (row, chunk, number + 1)
-            for chunk in range(at.chunk, self.plan.chunks)
-            for number, row in enumerate(self.plan.rows(chunk))
+            for chunk in range(at.chunk, self.source.chunks)
+            for number, row in enumerate(self.source.rows(chunk))
             if chunk > at.chunk or number >= at.rows
         )
         while found := list(islice(left, self.together)):
             yield [row for row, _, _ in found], *found[-1][1:]
 
-    def _calibrated(self) -> Codebooks | ScoreCode:
-        """What encodes the losses: codebooks are fitted first, if the file has none yet. Collective over all ranks."""
-        code = self.header.loss
-        if isinstance(code, TokenCode) and not self.at.calibrated:
-            self._calibrate(code)
-        return read_loss_code(partial_path(self.path), self.header)
-
-    def _calibrate(self, code: TokenCode) -> None:
-        rows = sample_rows(self.corpus, self.header.context)
-        with self._bar("calibrating", sample_size(self.corpus.tokens)) as bar:
-
-            def score(part: Sequence[Row]) -> Found:
-                found = self._found(part)
-                bar.advance(sum(each.stop - each.first for spans in part for each in spans))
-                return found
-
-            counts = count_losses(code, rows, self.together, score, self.groups.device)
-        self.at = replace(self.at, calibrated=True)
-        if self.groups.is_logging_rank:
-            self.writer.write_codebooks(fit(code, counts))
-            self.writer.sync()
-            record_progress(self.path, self.at)
-        dist.barrier()
-
-    def _found(self, rows: Sequence[Row]) -> Found:
-        """Losses and ids of the tokens that this rank scores and reports."""
-        losses, ids = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
-        for part, scores in self._run(rows):
-            own = scores.loss.cpu().numpy()
-            for row, columns, each in scored_places(part):
-                self._check_finite(own[row, columns], each)
-                losses.append(own[row, columns])
-                ids.append(self._labels(each))
-        return np.concatenate(losses), np.concatenate(ids)
-
-    def _labels(self, scored: Span) -> NDArray[np.int64]:
-        return self.ids[scored.first : scored.stop].astype(np.int64)
-
     def _run(self, rows: Sequence[Row]) -> list[tuple[Sequence[Row], ReferenceScores]]:
-        """Run the model on this rank's part of the rows: what it says of them, on the one rank that reports it."""
+        """Return the scores of this replica's micro-batches on the rank that writes them, and none on the others."""
         size, stride = self.job.micro_batch_size, self.job.micro_batch_size * self.groups.dp_size
         mine = [
             rows[start : start + size] for start in range(self.groups.dp_rank * size, MICRO_BATCHES * stride, stride)
         ]
-        window, packed = self.header.context.window, self.plan.packed
+        window, packed = self.header.context.window, self.source.packed
         micro_batches = [
             as_micro_batch(part, self.ids, size, window, self.eod, packed=packed).to(self.groups.device)
             for part in mine
@@ -266,10 +237,10 @@ class _Scorer:
     def _write(self, rows: Sequence[Row], scores: ReferenceScores) -> None:
         losses = scores.loss.cpu().numpy()
         for row, columns, each in scored_places(rows):
-            own = losses[row, columns]
-            self._check_finite(own, each)
-            self.clamped += int((own > self.header.loss.ceiling).sum())
-            self.writer.write_losses(each.first, self.code.encode(own, self._labels(each)))
+            scored = losses[row, columns]
+            self._check_finite(scored, each)
+            self.clamped += int((scored > self.header.loss.ceiling).sum())
+            self.writer.write_losses(each.first, self.header.loss.encode(scored))
         if self.header.entropy is not None and scores.entropy is not None:
             codes = self.header.entropy.encode(scores.entropy.cpu().numpy())
             for row, columns, each in scored_places(rows):
@@ -279,29 +250,24 @@ class _Scorer:
         if not np.isfinite(losses).all():
             raise DivergedError(
                 f"rank {self.groups.rank}: the reference model gives a loss that is NaN or infinite, for a token "
-                f"in the places {scored.first} to {scored.stop - 1} of {self.corpus.prefix}."
+                f"at the positions {scored.first} to {scored.stop - 1} of {self.corpus.prefix}."
             )
 
     def _record_is_due(self) -> bool:
-        """Whether it is time to record progress, as the first rank's clock says. Collective over all ranks."""
+        """Return whether it is time to record progress, by the first rank's clock. Collective over all ranks."""
         late = time.monotonic() - self.recorded >= self.job.seconds_between_records
         due = torch.tensor(int(late), device=self.groups.device)
         dist.broadcast(due, 0)
         return bool(due.item())
 
     def _record(self) -> None:
-        """Bring everything to disk on every rank, then record it. Collective over all ranks."""
+        """Flush everything to disk on every rank, then record the progress. Collective over all ranks."""
         self.writer.sync()
         clamped = torch.tensor(self.clamped, device=self.groups.device)
         dist.all_reduce(clamped)
         self.at = replace(self.at, clamped=self.at.clamped + int(clamped))
-        if self.groups.is_logging_rank:
-            record_progress(self.path, self.at)
+        on_first_rank(lambda: record_progress(self.path, self.at))
         self.clamped, self.recorded = 0, time.monotonic()
-
-    def _bar(self, work: str, tokens: int) -> AbstractContextManager[Advance]:
-        name = Path(self.corpus.prefix).name
-        return progress(f"{work} {name}", tokens, "tokens", enabled=self.groups.is_logging_rank)
 
 
 def _summary(path: Path, header: ScoresHeader, seconds: float, tokens: int) -> str:

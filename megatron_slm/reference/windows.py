@@ -1,4 +1,4 @@
-"""Which text the reference model sees when a token of a corpus is scored: windows over documents or the whole corpus.
+"""Scoring windows over the documents of a corpus, or over the corpus as one text.
 
 A text of n tokens is covered by windows of w tokens that begin every s tokens. The first window scores all its tokens,
 every later one its last s, so that each token is scored once, with all the text before it or at least w − s + 1
@@ -54,7 +54,7 @@ def span(begin: int, end: int, number: int, rule: ContextRule) -> Span:
     return Span(start, first, min(start + rule.window, end), number == 0)
 
 
-class Plan(Protocol):
+class RowSource(Protocol):
     """The rows that score a corpus, chunk by chunk; what a chunk holds does not depend on who scores it."""
 
     chunks: int
@@ -63,8 +63,8 @@ class Plan(Protocol):
     def rows(self, chunk: int) -> list[Row]: ...
 
 
-class StreamPlan:
-    """The corpus as one text: a token sees what stands before it, whatever document that is from."""
+class StreamRows:
+    """The corpus as one text: a token sees the text before it, of any document."""
 
     packed = False
 
@@ -102,7 +102,7 @@ class Documents:
                 yield begin, end
 
 
-class DocumentPlan:
+class DocumentRows:
     """Every document is a text of its own: a token sees its own document alone.
 
     Spans of several documents share a row. Documents are dealt with by the chunk in which they begin.
@@ -141,11 +141,11 @@ def pack(spans: list[Span], window: int) -> list[Row]:
     return rows
 
 
-def make_plan(corpus: CorpusInfo, rule: ContextRule, chunk_tokens: int = CHUNK_TOKENS) -> Plan:
-    """The plan that ``rule`` asks for."""
+def make_row_source(corpus: CorpusInfo, rule: ContextRule, chunk_tokens: int = CHUNK_TOKENS) -> RowSource:
+    """Return the rows of a corpus by ``rule``."""
     if rule.kind == "stream":
-        return StreamPlan(corpus.tokens, rule, chunk_tokens)
-    return DocumentPlan(Documents(corpus), rule, chunk_tokens)
+        return StreamRows(corpus.tokens, rule, chunk_tokens)
+    return DocumentRows(Documents(corpus), rule, chunk_tokens)
 
 
 def as_micro_batch(

@@ -53,10 +53,10 @@ def _score_violations(config: Config) -> Iterator[str]:
 
 
 def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
-    """Check the files that the run reads: corpora, score sidecars and the reference model.
+    """Check the files that the run reads: corpora and the reference model.
 
     Args:
-        verify: compare checkpoints and sidecars with their checksums, too; a run does so when it loads them.
+        verify: also check score sidecars, and compare checkpoints with their checksums; a run does so on opening them.
 
     Raises:
         ConfigError: a file is missing, damaged, or does not fit the run.
@@ -65,7 +65,7 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
     from megatron_slm.data.parts import check_parts
     from megatron_slm.data.scores.sets import verify_scores
     from megatron_slm.reference.replica import check_reference
-    from megatron_slm.training.setup import needs_reference, read_scores
+    from megatron_slm.training.setup import needs_reference, score_headers
 
     check_corpora(config.data, tokenizer)
     trains, length = not config.training.skip_train, config.model.seq_length or 0
@@ -73,9 +73,10 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
     if not trains:
         return
     _check_index_memory(config)
-    scores = read_scores(config, tokenizer)
-    if verify and scores is not None and config.checkpoint.slm_verify_checksums:
-        verify_scores(scores)
+    if verify:
+        headers = score_headers(config, tokenizer)
+        if config.checkpoint.slm_verify_checksums:
+            verify_scores(headers)
     if needs_reference(config.objective) and config.reference.reference_load is not None:
         check_reference(config, tokenizer, verify=verify)
 

@@ -11,7 +11,7 @@ from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identities
 from megatron_slm.data.scores.samples import ScoredSamples
-from megatron_slm.data.scores.sets import ScoreSet, open_scores, verify_scores
+from megatron_slm.data.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
@@ -90,9 +90,8 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     config = start.adjusted(config)
     shape = batch_shape(config, groups)
     trains = not config.training.skip_train
-    scores = on_every_rank(lambda: read_scores(config, tokenizer)) if trains else None
-    if scores is not None and config.checkpoint.slm_verify_checksums:
-        verify_scores(scores)
+    headers = on_first_rank(lambda: score_headers(config, tokenizer)) if trains else {}
+    scores = _open_scores(config, headers)
     corpora = corpus_identities(config.data)
     saved = on_first_rank(lambda: _saved_run(start, config, corpora, console)) if trains else None
     milestones = saved.milestones if saved is not None else START
@@ -100,7 +99,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     batch = saved.config.training.global_batch_size if saved is not None else None
     selector = build_selector(config, groups)
     trainable = _build_trainable(config, tokenizer, groups, selector, RunLength.of(config, milestones, batch))
-    identity = on_first_rank(lambda: find_reference(config, scores)) if trains else None
+    identity = on_first_rank(lambda: find_reference(config, headers)) if trains else None
     position = resume(trainable, config, start, identity, console)
     length = RunLength.of(config, milestones)
     config.training.train_iters = length.iterations
@@ -220,21 +219,31 @@ def _report_data(
     return DataRecord(builder.identities, saved.milestones, orders)
 
 
-def read_scores(config: Config, tokenizer: Tokenizer) -> ScoreSet | None:
-    """The sidecars that the score reads, opened and checked; None where it needs none, or has a model.
+def score_headers(config: Config, tokenizer: Tokenizer) -> Headers:
+    """Return the headers of the sidecars that the score reads, validated; none if it needs none or has a model.
 
     Raises:
         ConfigError: a sidecar that is missing, damaged, unfinished, or not this run's.
     """
     needs_loss, needs_entropy = _needs(config.objective)
     if not (needs_loss or needs_entropy) or not config.reference.reference_scores:
+        return {}
+    return check_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
+
+
+def _open_scores(config: Config, headers: Headers) -> ScoreSet | None:
+    """Open the sidecars that the score reads, if any. Collective over all ranks."""
+    if not headers:
         return None
-    return open_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
+    if config.checkpoint.slm_verify_checksums:
+        verify_scores(headers)
+    with_entropy = _needs(config.objective)[1]
+    return on_every_rank(lambda: open_scores(config.reference, headers, config.data, with_entropy=with_entropy))
 
 
-def find_reference(config: Config, scores: ScoreSet | None) -> str | None:
+def find_reference(config: Config, headers: Headers) -> str | None:
     """Return the identity of the reference model, if the score needs one. On this rank alone."""
-    return reference_identity(config.reference, scores) if needs_reference(config.objective) else None
+    return reference_identity(config.reference, headers) if needs_reference(config.objective) else None
 
 
 def needs_reference(objective: ObjectiveConfig) -> bool:
@@ -243,7 +252,7 @@ def needs_reference(objective: ObjectiveConfig) -> bool:
 
 
 def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
-    """Whether reference losses and reference entropies are needed."""
+    """Return whether reference losses and reference entropies are needed."""
     if objective.objective != "slm":
         return False, False
     policy = parse_policy(objective.slm_score)

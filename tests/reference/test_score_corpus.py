@@ -13,7 +13,7 @@ import pytest
 import score_corpus
 from tiny import command, launch, make_corpus, records
 
-from megatron_slm.data.scores.sidecar import Sidecar
+from megatron_slm.data.scores.sidecar import read_header
 
 TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
 
@@ -43,7 +43,7 @@ def test_score_then_train(workspace: Path) -> None:
     path = workspace / "corpus_text_document.once.scores"
     tokens = (workspace / "corpus_text_document.bin").stat().st_size // 2
     assert f"{path}: {tokens:,} tokens" in made.stdout and "tokens/s" in made.stdout
-    assert Sidecar(path).header.tokens == tokens
+    assert read_header(path).tokens == tokens
     corpus = str(workspace / "corpus_text_document")
     launch(command(corpus, workspace / "slm", train_iters=2, objective="slm", reference_scores="once"))
     assert [record["share_selected"] for record in records(workspace / "slm")] == pytest.approx([0.6, 0.6], abs=0.01)
@@ -58,6 +58,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"micro_batch_size": 0}, "--micro-batch-size is 0, and must be above 0"),
     ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size is -1"),
     ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: give the name alone"),
+    ({"score_bytes": 1}, "--score-bytes is not taken here. Values have two bytes; leave the flag out."),
+    ({"score_byte": 2}, "unknown flag --score-byte"),
     ({"tensor_model_parallel_size": 2}, "1 processes were started"),
     ({"reference_scores": "/proc/rm"}, "/proc/corpus_text_document.rm.scores.partial cannot be written"),
 ]

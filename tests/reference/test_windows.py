@@ -12,7 +12,7 @@ from numbered import write_numbered_corpus
 
 from megatron_slm.data.corpus import check_corpus
 from megatron_slm.data.scores.sidecar import ContextRule
-from megatron_slm.reference.windows import as_micro_batch, make_plan, pack, scored_places, span, span_count
+from megatron_slm.reference.windows import as_micro_batch, make_row_source, pack, scored_places, span, span_count
 
 EOD = 999
 
@@ -41,11 +41,11 @@ def test_every_token_is_scored_once_with_its_own_context(
     corpus = check_corpus(prefix, "--data-path")
     ids = np.fromfile(f"{prefix}.bin", np.int32)
     begins = np.cumsum([0] + [sum(document) for document in documents]) if kind == "document" else np.zeros(1, int)
-    plan = make_plan(corpus, rule, chunk_tokens)
+    source = make_row_source(corpus, rule, chunk_tokens)
     seen = np.zeros(corpus.tokens, int)
-    for chunk in range(plan.chunks):
-        for row in plan.rows(chunk):
-            batch = as_micro_batch([row], ids, 2, rule.window, EOD, packed=plan.packed)
+    for chunk in range(source.chunks):
+        for row in source.rows(chunk):
+            batch = as_micro_batch([row], ids, 2, rule.window, EOD, packed=source.packed)
             for line, columns, each in scored_places([row]):
                 seen[each.first : each.stop] += 1
                 for column, place in zip(

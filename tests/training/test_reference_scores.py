@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import score_corpus
+from former_sidecars import make_former
 from ranks import run_ranks
 from tiny import command, launch, launch_each, make_corpus, records
 
@@ -175,6 +178,10 @@ DAMAGE: list[tuple[Any, list[str]]] = [
         lambda path: _edit_header(path, tokenizer="ByteTokenizer beef"),
         ["the tokenizer ByteTokenizer beef, and this run"],
     ),
+    (
+        lambda path: _edit_header(path, eod=5),
+        ["was made with the end-of-document id 5, and this run has 256. Give --eod-id 5, or"],
+    ),
     (_touch_corpus, ["was made for a corpus of fingerprint", "one_text_document has"]),
     (lambda path: path.write_bytes(b"\x89PNG" * 2000), ["is not a score sidecar"]),
 ]
@@ -197,6 +204,25 @@ def test_what_does_not_belong_is_refused(
     expect_refusal(capsys, messages, argv, tmp_path)
     if damage is _touch_corpus:
         assert len({word for word in capsys_words(argv, capsys) if len(word.strip(".,")) == 64}) == 2, "both hashes"
+
+
+def test_one_byte_sidecar_is_refused_with_the_command_that_replaces_it(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for suffix in (".bin", ".idx", ".corpus.json", ".rm.scores"):
+        shutil.copy(workspace / f"one_text_document{suffix}", tmp_path)
+    sidecar, corpus = tmp_path / "one_text_document.rm.scores", tmp_path / "one_text_document"
+    content = sidecar.read_bytes()
+    make_former(sidecar, 3, width=1)
+    argv = slm(workspace, None, data_path=[str(corpus)], reference_scores=["rm"], reference_combine=None, dry_run=True)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "one byte per value" in error
+    program, tool, *words = shlex.split(error.strip().splitlines()[-1])
+    assert (program, tool) == ("python", "tools/score_corpus.py")
+    assert score_corpus.main([str(workspace / "rm") if word == "CHECKPOINT" else word for word in words]) == 0
+    assert sidecar.read_bytes() == content
+    assert main(argv) == 0
 
 
 def capsys_words(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:

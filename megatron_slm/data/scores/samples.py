@@ -14,11 +14,11 @@ from megatron_slm.data.scores.sets import ScoreSet
 
 
 class ScoredSamples(Dataset):
-    """The samples of ``dataset``, unchanged and in its order, and what the sidecars say of their labels.
+    """The samples of ``dataset``, unchanged and in its order, with the reference scores of their labels.
 
     A sample has two more entries: ``reference_loss`` [s] fp32 and, with entropies, ``reference_entropy`` [s] fp32.
-    Megatron-Core's own indices tell which places of the corpus a sample holds, so that it does not matter how they
-    came about: seed, epoch, blend, sequence length, or split.
+    The positions in the corpus come from Megatron-Core's sample indices, so that seed, epoch, blend, sequence length
+    and split do not matter.
 
     Args:
         dataset: one corpus, or a blend of several.
@@ -33,14 +33,13 @@ class ScoredSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample: dict[str, Tensor] = self.dataset[index]
-        corpus, own_index = locate_sample(self.dataset, index)
+        corpus, corpus_index = locate_sample(self.dataset, index)
         scores = self.scores[corpus.dataset.path_prefix]
-        labels = sample["labels"].numpy()
-        loss, entropy = (np.zeros(len(labels), np.float32) for _ in range(2))  # 0 beyond the end of the corpus
+        loss, entropy = (np.zeros(len(sample["labels"]), np.float32) for _ in range(2))  # 0 beyond the corpus's end
         done = 0
-        for start, stop in label_places(corpus, own_index):
+        for start, stop in label_places(corpus, corpus_index):
             here = slice(done, done + stop - start)
-            loss[here] = scores.losses(start, stop, labels[here])
+            loss[here] = scores.losses(start, stop)
             if scores.with_entropy:
                 entropy[here] = scores.entropies(start, stop)
             done = here.stop

@@ -1,11 +1,11 @@
-"""The sidecars that a training run reads: which belong to it, and how several become one."""
+"""The sidecars of a training run: their validation, and the combination of several reference models."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from megatron_slm.config.schema import DataConfig, ReferenceConfig
 from megatron_slm.data.blends import training_blend
 from megatron_slm.data.fingerprints import corpus_fingerprint
-from megatron_slm.data.scores.sidecar import FLAG, HEADER_BYTES, TOOL, ScoresHeader, Sidecar, sidecar_path
+from megatron_slm.data.scores.quantization import DTYPE
+from megatron_slm.data.scores.sidecar import (
+    FLAG,
+    HEADER_BYTES,
+    TOOL,
+    ScoresHeader,
+    Sidecar,
+    read_header,
+    rescore_command,
+    sidecar_path,
+)
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.checksums import file_checksums
 from megatron_slm.runtime.collective import on_every_rank
@@ -25,23 +35,23 @@ COMBINE = "--reference-combine"
 
 @dataclass(frozen=True)
 class Combine:
-    """How the values of several reference models become one: their lowest, or their weighted mean."""
+    """Combination of the values of several reference models: their minimum, or their weighted mean."""
 
-    weights: tuple[float, ...] | None  # that add up to 1; None takes the lowest
+    weights: tuple[float, ...] | None  # that add up to 1; None: the minimum
 
     @staticmethod
     def parse(text: str, count: int) -> Combine:
         """Read ``--reference-combine`` for ``count`` sidecars: "mean", "min", or a weight for each.
 
         Raises:
-            ConfigError: another word, another number of weights, or weights that are not above 0.
+            ConfigError: an unknown name, another number of weights, or weights that are not above 0.
         """
         if text == "mean":
             return Combine((1 / count,) * count)
         if text == "min":
             return Combine(None)
         try:
-            weights = [float(word) for word in text.split(",")]
+            weights = [float(weight) for weight in text.split(",")]
         except ValueError:
             raise ConfigError(f"{COMBINE} should be mean, min, or weights such as 0.7,0.3, not {text!r}.") from None
         if len(weights) != count:
@@ -51,7 +61,7 @@ class Combine:
         return Combine(tuple(weight / sum(weights) for weight in weights))
 
     def __call__(self, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """One fp32 array from one per sidecar."""
+        """Return one fp32 array from one per sidecar."""
         if len(values) == 1:
             return values[0]
         if self.weights is None:
@@ -62,73 +72,97 @@ class Combine:
 
 @dataclass(frozen=True)
 class CorpusScores:
-    """The sidecars of one corpus, as one."""
+    """The sidecars of one corpus, combined."""
 
     sidecars: tuple[Sidecar, ...]
     combine: Combine
     with_entropy: bool
 
-    def losses(self, start: int, stop: int, labels: NDArray[Any]) -> NDArray[np.float32]:
-        """Reference losses of the tokens [start, stop) of the corpus, whose ids are ``labels``, nats."""
-        return self.combine([sidecar.losses(start, stop, labels) for sidecar in self.sidecars])
+    def losses(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the reference losses of the tokens [start, stop) of the corpus, in nats."""
+        return self.combine([sidecar.losses(start, stop) for sidecar in self.sidecars])
 
     def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Reference entropies of the tokens [start, stop) of the corpus, nats."""
+        """Return the reference entropies of the tokens [start, stop) of the corpus, in nats."""
         return self.combine([sidecar.entropies(start, stop) for sidecar in self.sidecars])
 
 
 ScoreSet = dict[str, CorpusScores]  # by the prefix of the corpus
+Headers = dict[Path, ScoresHeader]  # of sidecars, by path
 
 
-def open_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokenizer, *, with_entropy: bool) -> ScoreSet:
-    """Open the sidecars of every corpus that the run trains on, and make sure that they belong to it.
+def open_scores(reference: ReferenceConfig, headers: Headers, data: DataConfig, *, with_entropy: bool) -> ScoreSet:
+    """Map the sidecars of every corpus that the run trains on.
+
+    Args:
+        headers: from :func:`check_scores`.
+
+    Raises:
+        ConfigError: a sidecar is missing or cut short on this host.
+    """
+    names = reference.reference_scores
+    combine = Combine.parse(reference.reference_combine, len(names))
+    return {
+        prefix: CorpusScores(
+            tuple(Sidecar(path, headers[path]) for path in (sidecar_path(prefix, name) for name in names)),
+            combine,
+            with_entropy,
+        )
+        for prefix in training_blend(data)[0]
+    }
+
+
+def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokenizer, *, with_entropy: bool) -> Headers:
+    """Return the headers of the sidecars of every corpus that the run trains on.
 
     Args:
         with_entropy: the score needs entropies.
 
     Raises:
-        ConfigError: a sidecar that is missing, damaged or unfinished, that belongs to another corpus or tokenizer,
-            that lacks entropies, or whose reference model or context is not the same over the corpora of a blend.
+        ConfigError: a sidecar that is missing, damaged, unfinished or of a former format, that belongs to another
+            corpus or tokenizer, that lacks entropies, or whose reference model or context is not the same over the
+            corpora of a blend.
     """
-    names = reference.reference_scores
-    combine = Combine.parse(reference.reference_combine, len(names))
-    found: ScoreSet = {}
-    for prefix in dict.fromkeys(training_blend(data)[0]):
-        sidecars = tuple(Sidecar(sidecar_path(prefix, name)) for name in names)
-        corpus = corpus_fingerprint(prefix)
-        for sidecar in sidecars:
-            _check_belongs(sidecar, prefix, corpus, tokenizer, with_entropy)
-        found[prefix] = CorpusScores(sidecars, combine, with_entropy)
-    first = next(iter(found.values()))
-    for scores in found.values():
-        for ours, theirs in zip(first.sidecars, scores.sidecars, strict=True):
-            _check_alike(ours, theirs)
+    Combine.parse(reference.reference_combine, len(reference.reference_scores))
+    prefixes = list(dict.fromkeys(training_blend(data)[0]))
+    corpora = {prefix: corpus_fingerprint(prefix) for prefix in prefixes}
+    found: Headers = {}
+    for name in reference.reference_scores:
+        first = sidecar_path(prefixes[0], name)
+        for prefix in prefixes:
+            path = sidecar_path(prefix, name)
+            header = found[path] = read_header(path)
+            _check_format(path, header, rescore_command(prefixes, name, header, with_entropy=with_entropy))
+            _check_belongs(path, header, prefix, corpora[prefix], tokenizer)
+            if with_entropy and header.entropy is None:
+                raise ConfigError(
+                    f"{FLAG}: {path} holds no entropies, which this --slm-score needs. Remove it, and make it again "
+                    f"with {TOOL} --entropy."
+                )
+            _check_alike(first, found[first], path, header)
     return found
 
 
-def verify_scores(scores: ScoreSet) -> None:
+def verify_scores(headers: Headers) -> None:
     """Compare the content of all sidecars with their checksums. Collective over all ranks, which share the reading.
 
     Raises:
         ConfigError: a sidecar is damaged or cannot be read; on every rank.
     """
-    sidecars = [sidecar for corpus in scores.values() for sidecar in corpus.sidecars]
-    for sidecar in sidecars:
-        if sidecar.header.checksum is None:
-            notice(
-                f"{FLAG}: {sidecar.path} has no checksum (written by an earlier version); its content is not verified."
-            )
-    sealed = [sidecar for sidecar in sidecars if sidecar.header.checksum is not None]
-    found = file_checksums([sidecar.path for sidecar in sealed], FLAG, start=HEADER_BYTES)
-    on_every_rank(lambda: _compare_checksums(sealed, found))
+    for path, header in headers.items():
+        if header.checksum is None:
+            notice(f"{FLAG}: {path} has no checksum (written by an earlier version); its content is not verified.")
+    recorded = {path: header.checksum for path, header in headers.items() if header.checksum is not None}
+    found = file_checksums(list(recorded), FLAG, start=HEADER_BYTES)
+    on_every_rank(lambda: _compare_checksums(recorded, found))
 
 
-def _compare_checksums(sidecars: Sequence[Sidecar], checksums: Sequence[str]) -> None:
-    for sidecar, checksum in zip(sidecars, checksums, strict=True):
-        if sidecar.header.checksum != checksum:
+def _compare_checksums(recorded: dict[Path, str], found: Sequence[str]) -> None:
+    for (path, wanted), checksum in zip(recorded.items(), found, strict=True):
+        if checksum != wanted:
             raise ConfigError(
-                f"{FLAG}: {sidecar.path} is damaged: its content does not match its checksum. Copy it again, or make "
-                f"it again with {TOOL}. --no-slm-verify-checksums skips this check."
+                f"{FLAG}: {path} is damaged: its content does not match its checksum. Copy it again, or remove it and "
+                f"make it again with {TOOL}. --no-slm-verify-checksums skips this check."
             )
 
 
@@ -137,12 +171,19 @@ def recorded_tokenizer(tokenizer: Tokenizer) -> str:
     return f"{tokenizer.name} {tokenizer.fingerprint}"
 
 
-def _check_belongs(sidecar: Sidecar, prefix: str, corpus: str, tokenizer: Tokenizer, with_entropy: bool) -> None:
-    header, path = sidecar.header, sidecar.path
+def _check_format(path: Path, header: ScoresHeader, rescore: str) -> None:
+    if header.bytes_per_value != DTYPE.itemsize:
+        raise ConfigError(
+            f"{FLAG}: {path} has one byte per value, a format of earlier releases; values have two bytes now. Score "
+            f"again, with the reference model of fingerprint {header.reference} as CHECKPOINT:\n  {rescore}"
+        )
+
+
+def _check_belongs(path: Path, header: ScoresHeader, prefix: str, corpus: str, tokenizer: Tokenizer) -> None:
     if header.corpus != corpus:
         raise ConfigError(
             f"{FLAG}: {path} was made for a corpus of fingerprint {header.corpus}, and {prefix} has {corpus}. "
-            f"Score the corpus as it is now with {TOOL}."
+            f"Remove the sidecar, and score the corpus as it is now with {TOOL}."
         )
     ours = recorded_tokenizer(tokenizer)
     if header.tokenizer != ours:
@@ -150,21 +191,20 @@ def _check_belongs(sidecar: Sidecar, prefix: str, corpus: str, tokenizer: Tokeni
             f"{FLAG}: {path} was made with the tokenizer {header.tokenizer}, and this run has {ours}. "
             "The reference model must have the run's tokenizer."
         )
-    if with_entropy and header.entropy is None:
+    if header.eod not in (None, tokenizer.eod):
         raise ConfigError(
-            f"{FLAG}: {path} holds no entropies, which this --slm-score needs. Make it again with {TOOL} --entropy."
+            f"{FLAG}: {path} was made with the end-of-document id {header.eod}, and this run has {tokenizer.eod}. "
+            f"Give --eod-id {header.eod}, or remove the sidecar and make it again with {TOOL} --eod-id {tokenizer.eod}."
         )
 
 
-def _check_alike(first: Sidecar, other: Sidecar) -> None:
-    ours: ScoresHeader = first.header
-    theirs: ScoresHeader = other.header
-    for what, one, two in (
+def _check_alike(first: Path, ours: ScoresHeader, other: Path, theirs: ScoresHeader) -> None:
+    for subject, one, two in (
         ("the reference model", ours.reference, theirs.reference),
         ("the context", ours.context, theirs.context),
     ):
         if one != two:
             raise ConfigError(
-                f"{FLAG}: {first.path} was made with {what} {one}, and {other.path} with {two}. "
+                f"{FLAG}: {first} was made with {subject} {one}, and {other} with {two}. "
                 "All corpora of a blend must be scored alike."
             )

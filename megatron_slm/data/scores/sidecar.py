@@ -1,18 +1,19 @@
-"""The score sidecar of a corpus: the reference loss (and entropy) of every one of its tokens, by place in ``.bin``.
+"""Score sidecars: the reference loss (and entropy) of every token of a corpus, by its position in ``.bin``.
 
-A sidecar is one file: a header of 4,096 bytes (eight of magic, then JSON, filled up with spaces), the codebooks of the
-token ids where a loss has one byte, the codes of the reference losses, and, where they were asked for, the codes of the
-entropies: one value per token, in the order of ``.bin``. The loss of a token is that of predicting it, and the entropy
-that of the distribution that predicts it, both from the text before it. Keyed by place, a sidecar serves any seed,
-epoch, blend, sequence length and number of ranks.
+A sidecar is one file: a header of 4,096 bytes (eight of magic, then JSON, padded with spaces), the reference losses,
+and then the entropies if they were asked for; two bytes per value, in the order of ``.bin``. The loss of a token is
+that of predicting it, and the entropy that of the distribution that predicts it, both from the text before it. Since
+values are found by position, a sidecar serves any seed, epoch, blend, sequence length and number of ranks.
 
-Where it lies: the sidecar NAME of the corpus ``folder/corpus`` is ``folder/corpus.NAME.scores``; with a folder in the
-name, ``other/NAME``, it is ``other/corpus.NAME.scores``. So a few names stand for the sidecars of a whole blend.
+The sidecar NAME of the corpus ``directory/corpus`` is ``directory/corpus.NAME.scores``; with a directory in the name,
+``other/NAME``, it is ``other/corpus.NAME.scores``. So one name serves all corpora of a blend.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.scores.code import ScoreCode
-from megatron_slm.data.scores.codebooks import Codebooks, TokenCode
+from megatron_slm.data.scores.quantization import DTYPE, Quantization
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
 
 MAGIC = b"SLMSCORE"
-VERSION = 3
-READABLE = (2, 3)  # version 2 has no checksums
+VERSION = 4
+READABLE = (2, 3, 4)
+FIRST_WITH_CHECKSUMS, FIRST_WITH_TWO_BYTES_ONLY = 3, 4
 HEADER_BYTES = 4096
 FLAG = "--reference-scores"
 TOOL = "tools/score_corpus.py"
@@ -35,11 +36,11 @@ TOOL = "tools/score_corpus.py"
 
 @dataclass(frozen=True)
 class ContextRule:
-    """Which text stands before a token when it is scored.
+    """The text before a token when it is scored.
 
-    ``kind`` "document": the text of its own document; "stream": whatever stands before it in the corpus. Scoring
-    windows hold ``window`` tokens and begin every ``stride`` tokens, so that a token has all the text there is, or at
-    least ``window`` − ``stride`` + 1 tokens of it, the end-of-document token before the text included.
+    ``kind`` "document": the text of its document; "stream": the text before it in the corpus. Scoring windows hold
+    ``window`` tokens and begin every ``stride`` tokens, so that a token has all the text there is, or at least
+    ``window`` − ``stride`` + 1 tokens of it, the end-of-document token before the text included.
     """
 
     kind: str
@@ -52,145 +53,142 @@ class ContextRule:
 
 @dataclass(frozen=True)
 class ScoresHeader:
-    """What a sidecar says of itself."""
+    """Header of a sidecar."""
 
     tokens: int
     corpus: str  # fingerprint of the .idx and the .bin
     tokenizer: str  # name and fingerprint
     reference: str  # fingerprint of the reference model's checkpoint
     context: ContextRule
-    loss: TokenCode | ScoreCode
-    entropy: ScoreCode | None
-    clamped: int = 0  # losses above the ceiling of their code
+    loss: Quantization
+    entropy: Quantization | None
+    eod: int | None = None  # end-of-document id, the input before a text; versions 2 and 3 do not record it
+    bytes_per_value: int = DTYPE.itemsize  # 1 in some files of versions 2 and 3, which are refused
+    clamped: int = 0  # losses above the ceiling
     complete: bool = False
     checksum: str | None = None  # of everything after the header; None while unfinished, and in version 2
 
     @property
-    def file_bytes(self) -> int:
-        """The size of the whole file."""
-        width = self.loss.bytes + (self.entropy.bytes if self.entropy is not None else 0)
-        return self.loss_start + self.tokens * width
+    def shape(self) -> tuple[int, int]:
+        """Shape of the content: the losses and, if there are any, the entropies of all tokens."""
+        return (1 if self.entropy is None else 2), self.tokens
 
     @property
-    def loss_start(self) -> int:
-        """Where the codes of the losses begin: after the codebooks, if there are any."""
-        return HEADER_BYTES + self.loss.table_bytes
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.entropy_start if self.entropy is None else self.entropy_start + self.tokens * DTYPE.itemsize
 
     @property
     def entropy_start(self) -> int:
-        """Where the codes of the entropies begin."""
-        return self.loss_start + self.tokens * self.loss.bytes
+        """Offset of the entropies; the losses begin after the header."""
+        return HEADER_BYTES + self.tokens * DTYPE.itemsize
 
     def unfinished(self) -> ScoresHeader:
-        """The same without what is known only at the end: what identifies a scoring job."""
+        """Return the header without the fields that are known only at the end: the identity of a scoring job."""
         return replace(self, clamped=0, complete=False, checksum=None)
 
     def pack(self) -> bytes:
-        """The header's 4,096 bytes."""
-        facts = {"version": VERSION, **asdict(self)}
-        facts |= {"max_error_nats": self.loss.max_error, "codebook_bytes": self.loss.table_bytes}
-        facts["header_checksum"] = _checksum(facts)
-        text = json.dumps(facts, indent=1).encode("ascii")
+        """Return the 4,096 bytes of the header."""
+        fields = {"version": VERSION, **asdict(self), "max_error_nats": self.loss.max_error}
+        fields["header_checksum"] = _checksum(fields)
+        text = json.dumps(fields, indent=1).encode("ascii")
         assert len(text) < HEADER_BYTES - len(MAGIC), "a header has a fixed size"
         return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
 
     @staticmethod
     def unpack(block: bytes) -> ScoresHeader:
-        """Read a header.
+        """Return the header that ``block`` holds.
 
         Raises:
-            ValueError: cut short, foreign, of another version, or damaged; the message says which.
+            ValueError: the header is cut short, foreign, of another version, or damaged.
         """
         if len(block) < HEADER_BYTES:
             raise ValueError(f"is cut short: {len(block)} bytes, less than a header")
         if not block.startswith(MAGIC):
             raise ValueError("is not a score sidecar")
         try:
-            facts: dict[str, Any] = json.loads(block[len(MAGIC) :])
-            if facts["version"] == VERSION and facts.pop("header_checksum") != _checksum(facts):
-                raise ValueError("its content does not match its checksum")
-            version = facts.pop("version")
-            if version in READABLE:
-                facts.pop("max_error_nats"), facts.pop("codebook_bytes")
-                loss, entropy = facts.pop("loss"), facts.pop("entropy")
-                return ScoresHeader(
-                    context=ContextRule(**facts.pop("context")),
-                    loss=TokenCode(**loss) if "vocab_size" in loss else ScoreCode(**loss),
-                    entropy=None if entropy is None else ScoreCode(**entropy),
-                    **facts,
-                )
+            fields: dict[str, Any] = json.loads(block[len(MAGIC) :])
+            if (version := fields["version"]) in READABLE:
+                return _header_of(fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"has a damaged header ({error})") from error
         raise ValueError(f"is of version {version}, and this program reads {READABLE[0]} to {READABLE[-1]}")
 
 
-def _checksum(facts: dict[str, Any]) -> str:
-    return text_checksum(json.dumps(facts, sort_keys=True))
+def _header_of(fields: dict[str, Any]) -> ScoresHeader:
+    if fields["version"] >= FIRST_WITH_CHECKSUMS and fields.pop("header_checksum") != _checksum(fields):
+        raise ValueError("its content does not match its checksum")
+    if fields.pop("version") < FIRST_WITH_TWO_BYTES_ONLY:
+        del fields["codebook_bytes"]
+        fields["bytes_per_value"] = fields["loss"]["bytes"]
+    del fields["max_error_nats"]
+    context, loss, entropy = (fields.pop(name) for name in ("context", "loss", "entropy"))
+    return ScoresHeader(
+        context=ContextRule(**context),
+        loss=_quantization_of(loss),
+        entropy=None if entropy is None else _quantization_of(entropy),
+        **fields,
+    )
+
+
+def _quantization_of(fields: dict[str, Any]) -> Quantization:
+    """Versions 2 and 3 have further fields: the bytes of a value, and the shape of the codebooks of one-byte losses."""
+    return Quantization(**{name: fields[name] for name in ("ceiling", "curve") if name in fields})
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return text_checksum(json.dumps(fields, sort_keys=True))
 
 
 def sidecar_path(prefix: str, name: str) -> Path:
-    """The file of the sidecar ``name`` of the corpus ``prefix``."""
-    folder, corpus = Path(name).parent, Path(prefix)
-    home = folder if "/" in name else corpus.parent
-    return home / f"{corpus.name}.{Path(name).name}.scores"
+    """Return the path of the sidecar ``name`` of the corpus ``prefix``."""
+    corpus = Path(prefix)
+    directory = Path(name).parent if "/" in name else corpus.parent
+    return directory / f"{corpus.name}.{Path(name).name}.scores"
 
 
 def partial_path(path: Path) -> Path:
-    """The name of a sidecar that is being made."""
+    """Return the temporary path of a sidecar that is being written."""
     return path.with_name(f"{path.name}.partial")
 
 
 class Sidecar:
-    """A whole sidecar, read from disk where it is needed.
+    """The values of a sidecar, mapped and read from disk on demand.
+
+    Args:
+        path: the file.
+        header: its header, from :func:`read_header`, perhaps on another host.
 
     Raises:
-        ConfigError: missing, unfinished, cut short, foreign, or damaged.
+        ConfigError: the file is missing, unreadable or cut short on this host.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.header = read_header(path)
-        self._code = read_loss_code(path, self.header)
-        start = self.header.loss_start
-        self._losses = np.memmap(path, self.header.loss.dtype, "r", start, (self.header.tokens,))
-        self._entropies: NDArray[Any] | None = None
-        if self.header.entropy is not None:
-            code, start = self.header.entropy, self.header.entropy_start
-            self._entropies = np.memmap(path, code.dtype, "r", start, (self.header.tokens,))
+    def __init__(self, path: Path, header: ScoresHeader) -> None:
+        self.header = header
+        try:
+            self._codes = np.memmap(path, DTYPE, "r", HEADER_BYTES, header.shape)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{FLAG}: {path} cannot be mapped ({error}). Copy it to every host.") from error
 
-    def losses(self, start: int, stop: int, labels: NDArray[Any]) -> NDArray[np.float32]:
-        """Reference losses of the tokens [start, stop) of the corpus, whose ids are ``labels``, nats."""
-        return self._code.decode(self._losses[start:stop], labels)
+    def losses(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the reference losses of the tokens [start, stop) of the corpus, in nats."""
+        return self.header.loss.decode(self._codes[0, start:stop])
 
     def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Reference entropies of the tokens [start, stop) of the corpus, nats."""
-        assert self._entropies is not None and self.header.entropy is not None, "checked when it was opened"
-        return self.header.entropy.decode(self._entropies[start:stop])
-
-
-def read_loss_code(path: Path, header: ScoresHeader) -> Codebooks | ScoreCode:
-    """What encodes and decodes the losses of a sidecar, finished or not.
-
-    Raises:
-        ConfigError: damaged codebooks.
-    """
-    if isinstance(header.loss, ScoreCode):
-        return header.loss
-    try:
-        return Codebooks.read(path, HEADER_BYTES, header.loss)
-    except ValueError as error:
-        raise ConfigError(f"{FLAG}: {path} {error}. Remove it, and make it again with {TOOL}.") from error
+        """Return the reference entropies of the tokens [start, stop) of the corpus, in nats."""
+        assert self.header.entropy is not None, "check_scores refuses a sidecar without entropies"
+        return self.header.entropy.decode(self._codes[1, start:stop])
 
 
 def read_header(path: Path) -> ScoresHeader:
-    """The header of a sidecar that is whole.
+    """Return the header of a complete sidecar.
 
     Raises:
-        ConfigError: missing, unfinished, cut short, foreign, or damaged.
+        ConfigError: the sidecar is missing, unfinished, cut short, foreign, or damaged.
     """
     if not path.is_file():
         if partial_path(path).is_file():
-            raise ConfigError(f"{FLAG}: {path} is not finished yet. Run {TOOL} with the same flags again: it goes on.")
+            raise ConfigError(f"{FLAG}: {path} is not finished yet. Run {TOOL} with the same flags again to continue.")
         raise ConfigError(f"{FLAG}: {path} is missing. Make it with {TOOL}.")
     try:
         with path.open("rb") as file:
@@ -198,13 +196,21 @@ def read_header(path: Path) -> ScoresHeader:
     except OSError as error:
         raise ConfigError(f"{FLAG}: {path} cannot be read ({error.strerror}). Check its permissions.") from error
     except ValueError as error:
-        raise ConfigError(f"{FLAG}: {path} {error}. Make it again with {TOOL}.") from error
+        raise ConfigError(f"{FLAG}: {path} {error}. Remove it, and make it again with {TOOL}.") from error
     size = path.stat().st_size
-    if size != header.file_bytes:
+    if header.bytes_per_value == DTYPE.itemsize and size != header.file_bytes:
         raise ConfigError(
             f"{FLAG}: {path} has {size} bytes, and its header promises {header.file_bytes}. "
-            f"Copy it again, or make it again with {TOOL}."
+            f"Copy it again, or remove it and make it again with {TOOL}."
         )
     if not header.complete:
         raise ConfigError(f"{FLAG}: {path} was never finished. Remove it, and make it again with {TOOL}.")
     return header
+
+
+def rescore_command(prefixes: Iterable[str], name: str, header: ScoresHeader, *, with_entropy: bool) -> str:
+    """Return the command that scores corpora again by the rule of ``header``; CHECKPOINT is the reference model."""
+    words = ["--reference-load", "CHECKPOINT", "--data-path", *prefixes, FLAG, name]
+    words += ["--context", header.context.kind, "--stride", str(header.context.stride)]
+    words += ["--entropy"] if with_entropy or header.entropy is not None else []
+    return shlex.join(["python", TOOL, *words])

@@ -1,111 +1,109 @@
-"""Writes a score sidecar from many processes, such that it survives being killed at any moment.
+"""Writing a score sidecar from many processes, which may be killed at any moment and resumed.
 
-The file is reserved whole under a temporary name. Every process writes its tokens' codes to their own places. From
-time to time all of them bring what they wrote to disk, and then one records, by a rename, how far the work is. A job
-that is started again goes on from that record and writes again what came after it; the name changes at the end.
+The complete file is reserved under a temporary name, and every process writes its tokens' codes to their positions. At
+intervals all processes flush them to disk, and then the first rank records the progress. A resumed job continues from
+that record; the file gets its final name at the end. The first rank holds a lock of the temporary file meanwhile.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.scores.codebooks import Codebooks
+from megatron_slm.data.scores.quantization import DTYPE
 from megatron_slm.data.scores.sidecar import FLAG, HEADER_BYTES, ScoresHeader, partial_path, read_header
 from megatron_slm.runtime.checksums import file_checksums
+from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_replaceable, explained_write, publish, write_text
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is: all rows of the chunks before ``chunk``, and ``rows`` rows of it."""
+    """Progress of a scoring job: all rows of the chunks before ``chunk``, and ``rows`` rows of it."""
 
     chunk: int = 0
     rows: int = 0
     clamped: int = 0  # losses above the ceiling so far
     tokens: int = 0  # scored so far
-    calibrated: bool = False  # the codebooks are in the file
+
+    @staticmethod
+    def read(record: Path) -> Progress | None:
+        """Return the progress in a record; None if it is missing or damaged."""
+        try:
+            found = json.loads(record.read_text(encoding="ascii"))
+            return Progress(**{field.name: int(found[field.name]) for field in fields(Progress)})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 def is_finished(path: Path, header: ScoresHeader) -> bool:
-    """Whether ``path`` is already what the job is to make.
+    """Return whether ``path`` is the sidecar that the job would make; one of the former one-byte format is not.
 
     Raises:
         ConfigError: it is the sidecar of another job, or is damaged.
     """
     if not path.is_file():
         return False
-    _check_same_job(path, read_header(path), header)
+    there = read_header(path)
+    _check_same_job(path, there, header)
+    if there.bytes_per_value != header.bytes_per_value:
+        return False
     _record_path(path).unlink(missing_ok=True)  # of a job that was killed after it gave the file its name
     return True
 
 
-def reserve(path: Path, header: ScoresHeader) -> Progress:
-    """Prepare the temporary file, or find the one of a job that was cut short, and tell how far it is.
+@contextmanager
+def reserved(path: Path, header: ScoresHeader) -> Iterator[Progress]:
+    """Reserve the temporary file of a sidecar for this job, and yield its recorded progress. Collective.
 
     Raises:
-        ConfigError: no room on the disk, a folder that cannot be written, or an unfinished sidecar of another job.
+        ConfigError: another process writes the sidecar, the disk is full, the directory cannot be written, or another
+            job left an unfinished sidecar; on every rank.
     """
-    partial, record = partial_path(path), _record_path(path)
+    locks: list[int] = []
     try:
-        if partial.is_file() and record.is_file():
-            _check_same_job(partial, _unpack(partial), header)
-            return Progress(**json.loads(record.read_text(encoding="ascii")))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)
-        with partial.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, header.file_bytes)
-            else:  # macOS has none: there a full disk shows itself later
-                file.truncate(header.file_bytes)
-            file.write(header.unfinished().pack())
-            file.flush()
-            os.fsync(file.fileno())
-        record_progress(path, Progress())
-    except OSError as error:
-        if not record.is_file():
-            partial.unlink(missing_ok=True)
-        raise _cannot_write(partial, error, header.file_bytes) from error
-    return Progress()
+        yield on_first_rank(lambda: _reserve(path, header, locks))
+    finally:
+        for descriptor in locks:
+            os.close(descriptor)
 
 
 class SidecarWriter:
-    """One process's hand on the temporary file that :func:`reserve` made."""
+    """One process's access to the temporary file of a sidecar that is :func:`reserved`."""
 
     def __init__(self, path: Path, header: ScoresHeader) -> None:
         self.partial, self.header = partial_path(path), header
         self.file = os.open(self.partial, os.O_RDWR)
 
-    def write_codebooks(self, books: Codebooks) -> None:
-        """Put the codebooks of the losses."""
-        self._write(HEADER_BYTES, books.starts)
+    def write_losses(self, start: int, codes: NDArray[np.uint16]) -> None:
+        """Write the codes of the losses of the tokens from position ``start`` on."""
+        self._write(HEADER_BYTES + start * DTYPE.itemsize, codes)
 
-    def write_losses(self, start: int, codes: NDArray[np.unsignedinteger]) -> None:
-        """Put the codes of the tokens from place ``start`` on."""
-        self._write(self.header.loss_start + start * self.header.loss.bytes, codes)
+    def write_entropies(self, start: int, codes: NDArray[np.uint16]) -> None:
+        """Write the codes of the entropies of the tokens from position ``start`` on."""
+        self._write(self.header.entropy_start + start * DTYPE.itemsize, codes)
 
-    def write_entropies(self, start: int, codes: NDArray[np.unsignedinteger]) -> None:
-        """The same for entropies."""
-        assert self.header.entropy is not None
-        self._write(self.header.entropy_start + start * self.header.entropy.bytes, codes)
-
-    def _write(self, offset: int, codes: NDArray[np.unsignedinteger]) -> None:
+    def _write(self, offset: int, codes: NDArray[np.uint16]) -> None:
         data = memoryview(codes.tobytes())
-        try:
+        with explained_write(self.partial, FLAG, _remedy(self.header)):
             while data:
                 written = os.pwrite(self.file, data, offset)
                 data, offset = data[written:], offset + written
-        except OSError as error:
-            raise _cannot_write(self.partial, error, self.header.file_bytes) from error
 
     def sync(self) -> None:
-        """Bring everything that this process wrote to disk."""
-        os.fsync(self.file)
+        """Flush everything that this process wrote to disk."""
+        with explained_write(self.partial, FLAG, _remedy(self.header)):
+            os.fsync(self.file)
 
     def close(self) -> None:
         os.close(self.file)
@@ -113,58 +111,108 @@ class SidecarWriter:
 
 def record_progress(path: Path, progress: Progress) -> None:
     """Record that everything up to ``progress`` is on disk."""
-    record = _record_path(path)
-    partial = record.with_name(f"{record.name}.new")
-    with partial.open("w", encoding="ascii") as file:
-        json.dump(asdict(progress), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(record)
+    write_text(_record_path(path), json.dumps(asdict(progress)), FLAG)
 
 
 def content_checksum(path: Path) -> str:
-    """Return the checksum of what has been written, the header left out. Collective over all ranks."""
+    """Return the checksum of the content of the temporary file, without the header. Collective over all ranks."""
     return file_checksums([partial_path(path)], FLAG, start=HEADER_BYTES, just_written=True)[0]
 
 
 def finish(path: Path, header: ScoresHeader, progress: Progress, checksum: str) -> ScoresHeader:
-    """Write the final header with the content's checksum, give the file its name, and remove the progress record."""
+    """Write and return the final header, give the file its name, and remove the progress record."""
     final = replace(header, clamped=progress.clamped, complete=True, checksum=checksum)
     partial = partial_path(path)
-    with partial.open("r+b") as file:
-        file.write(final.pack())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _record_path(path).unlink(missing_ok=True)
+    with explained_write(partial, FLAG, _remedy(header)):
+        with partial.open("r+b") as file:
+            file.write(final.pack())
+        publish(partial, path)
+        _record_path(path).unlink(missing_ok=True)
     return final
+
+
+def _reserve(path: Path, header: ScoresHeader, locks: list[int]) -> Progress:
+    """Reserve the temporary file and return its progress; the descriptor in ``locks`` holds its lock until closed."""
+    check_replaceable(path, FLAG)
+    partial = partial_path(path)
+    with explained_write(partial, FLAG, _remedy(header)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locks.append(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666))
+        _lock(locks[0], partial)
+        begun = _begun(path, header)
+        if begun is None:
+            _begin(path, header, locks[0])
+    return begun or Progress()
+
+
+def _lock(descriptor: int, partial: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = partial.exists() and os.path.samestat(os.fstat(descriptor), partial.stat())  # not finished just now
+    except OSError as error:
+        is_free = error.errno not in (errno.EACCES, errno.EAGAIN)  # else a file system without locks
+    if not is_free:
+        raise ConfigError(
+            f"{FLAG}: another process writes {partial}. Wait for its end, or choose another name with {FLAG}."
+        )
+
+
+def _begun(path: Path, header: ScoresHeader) -> Progress | None:
+    """Return the progress of the job if it was begun; None if there is nothing to continue.
+
+    Raises:
+        ConfigError: another job left an unfinished sidecar.
+    """
+    partial, progress = partial_path(path), Progress.read(_record_path(path))
+    with partial.open("rb") as file:
+        block = file.read(HEADER_BYTES)
+    if progress is None or not block:
+        return None
+    try:
+        there = ScoresHeader.unpack(block)
+    except ValueError as error:
+        raise ConfigError(f"{FLAG}: {partial} {error}. Remove it to score from the start.") from error
+    _check_same_job(partial, there, header)
+    return progress if there.bytes_per_value == header.bytes_per_value else None
+
+
+def _begin(path: Path, header: ScoresHeader, descriptor: int) -> None:
+    """Reserve the disk space and write the header; on a full disk nothing is left."""
+    record = _record_path(path)
+    record.unlink(missing_ok=True)
+    try:
+        os.ftruncate(descriptor, 0)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, header.file_bytes)
+        else:  # macOS lacks it: a full disk is noticed later
+            os.ftruncate(descriptor, header.file_bytes)
+        os.pwrite(descriptor, header.unfinished().pack(), 0)
+        os.fsync(descriptor)
+        record_progress(path, Progress())
+    except (OSError, ConfigError):
+        partial_path(path).unlink(missing_ok=True)
+        raise
 
 
 def _record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.progress")
 
 
-def _unpack(path: Path) -> ScoresHeader:
-    with path.open("rb") as file:
-        block = file.read(HEADER_BYTES)
-    try:
-        return ScoresHeader.unpack(block)
-    except ValueError as error:
-        raise ConfigError(f"{path} {error}. Remove it to begin anew.") from error
-
-
-def _check_same_job(path: Path, theirs: ScoresHeader, ours: ScoresHeader) -> None:
-    facts, wanted = asdict(theirs.unfinished()), asdict(ours.unfinished())
-    for name, fact in facts.items():
-        if fact != wanted[name]:
+def _check_same_job(path: Path, there: ScoresHeader, ours: ScoresHeader) -> None:
+    """Raise ConfigError if a sidecar was made by another job, as far as its format records that."""
+    found, wanted = asdict(there.unfinished()), asdict(ours.unfinished())
+    ignored = {"bytes_per_value"}
+    if there.eod is None:
+        ignored.add("eod")
+    if there.bytes_per_value != ours.bytes_per_value:
+        ignored.add("entropy")  # the sidecar is replaced
+    for name, value in found.items():
+        if name not in ignored and value != wanted[name]:
             raise ConfigError(
-                f"{path} is there, and was made with another {name}: {fact}; this job has {wanted[name]}. "
-                "Remove it, or choose another name with --reference-scores."
+                f"{FLAG}: {path} exists, and was made with another {name}: {value}; this job has {wanted[name]}. "
+                f"Remove it, or choose another name with {FLAG}."
             )
 
 
-def _cannot_write(path: Path, error: OSError, needed: int) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written: {error.strerror}. It needs {needed:,} bytes in all; "
-        "free some space, or name another folder with --reference-scores FOLDER/NAME."
-    )
+def _remedy(header: ScoresHeader) -> str:
+    return f"The sidecar takes {header.file_bytes:,} bytes; {FLAG} DIRECTORY/NAME writes it to another directory."

@@ -22,17 +22,15 @@ SECOND = 100_000  # the first token of the second corpus
 
 
 class Places:
-    """Scores that say where they come from: the loss of a token is its number, the entropy the negative of it."""
+    """Scores that identify their token: the loss of a token is its number, the entropy the negative of it."""
 
     with_entropy = True
 
     def __init__(self, first: int) -> None:
         self.first = first
 
-    def losses(self, start: int, stop: int, labels: Any) -> Any:
-        values = np.arange(self.first + start, self.first + stop, dtype=np.float32)
-        assert np.array_equal(values, labels), "every token is its own place"
-        return values
+    def losses(self, start: int, stop: int) -> Any:
+        return np.arange(self.first + start, self.first + stop, dtype=np.float32)
 
     def entropies(self, start: int, stop: int) -> Any:
         return -np.arange(self.first + start, self.first + stop, dtype=np.float32)
