@@ -124,7 +124,13 @@ def build_datasets(
         identities=corpus_identities(data) if identities is None else identities,
     )
     built: list[Datasets] = []
-    on_first_rank(lambda: built.append(builder.build()))
+
+    def check_and_build() -> None:
+        if not data.mock_data:
+            check_parts(data, valid_samples=valid_samples, seq_length=seq_length, trains=train_samples > 0)
+        built.append(builder.build())
+
+    on_first_rank(check_and_build)
     return on_every_rank(lambda: built[0] if built else builder.build())
 
 
@@ -150,9 +156,6 @@ class _Builder:
     def build(self) -> Datasets:
         if self.data.mock_data:
             return self._mock()
-        check_parts(
-            self.data, valid_samples=self.valid_samples, seq_length=self.seq_length, trains=self.train_samples > 0
-        )
         if not self.train_samples:
             return Datasets(NoSamples(), self._held_out())
         blend = training_blend(self.data)
