@@ -11,7 +11,7 @@ from megatron_slm.data.document_ends import check_document_ends
 from megatron_slm.data.fingerprints import BLOCK, block_starts
 from megatron_slm.data.index import Index, bin_path, chunks, idx_path, read_index
 from megatron_slm.data.integrity import check_index
-from megatron_slm.data.metadata import find_metadata
+from megatron_slm.data.metadata import find_metadata, read_metadata
 from megatron_slm.data.tokenizers.identity import identity_conflict
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
@@ -80,7 +80,7 @@ def corpus_info(prefix: str) -> CorpusInfo:
 
 
 def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
-    """Compare a corpus with the tokenizer: its metadata, if there are any, and its ids.
+    """Compare a corpus with the tokenizer: its metadata, if there are any, the ends of its documents, and its ids.
 
     Of a ``.bin`` above 64 MiB, 64 blocks of 1 MiB are read; the ids of every sample are checked when it is read.
 
@@ -100,6 +100,9 @@ def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
                 f"{tokenizer.name} has {tokenizer.vocab_size} entries (--tokenizer-model). Use the tokenizer that made "
                 "the corpus."
             )
+    metadata = read_metadata(prefix)
+    if metadata is None or "eod" not in metadata["tokenizer"]:
+        check_document_ends(index, tokenizer, flag)
 
 
 def has_several_sequences(prefix: str) -> bool:
@@ -123,8 +126,6 @@ def _check_metadata(index: Index, tokenizer: Tokenizer, flag: str) -> None:
         raise ConfigError(
             f"{flag} {index.prefix} was made with {theirs}, and this run has {ours} (--tokenizer-model). {remedy}."
         )
-    if "eod" not in metadata["tokenizer"]:
-        check_document_ends(index, tokenizer, flag)
     for what, count in (("documents", index.documents), ("tokens", index.tokens())):
         if isinstance(metadata.get(what), int) and metadata[what] != count:
             raise ConfigError(

@@ -63,11 +63,17 @@ def test_a_corpus_with_another_end_of_documents_is_refused(tmp_path: Path) -> No
     check_tokenizer(prefix, flag, "--data-path")
 
 
+@pytest.mark.parametrize("has_metadata", [True, False])  # Megatron-LM writes none
 @pytest.mark.parametrize("append_eod", [True, False])
-def test_a_corpus_of_an_earlier_release_is_accepted_if_its_end_agrees(tmp_path: Path, append_eod: bool) -> None:
+def test_a_corpus_without_a_recorded_end_is_accepted_if_its_end_agrees(
+    tmp_path: Path, append_eod: bool, has_metadata: bool
+) -> None:
     made = tokenizer_folder(tmp_path / "a", "</s>")
     prefix = corpus(tmp_path, "out", made, append_eod=append_eod)
-    forget_end(prefix)
+    if has_metadata:
+        forget_end(prefix)
+    else:
+        metadata_path(prefix).unlink()
     check_tokenizer(prefix, build_tokenizer(KIND, made), "--data-path")
     other = build_tokenizer(KIND, tokenizer_folder(tmp_path / "c", "<s>"))
     if append_eod:
@@ -108,7 +114,7 @@ def test_corpora_with_different_ends_are_not_merged(tmp_path: Path) -> None:
         corpus(tmp_path, f"out-{name}", tokenizer_folder(tmp_path / name, eos))
         for name, eos in (("a", "</s>"), ("b", "<s>"))
     ]
-    with pytest.raises(ConfigError, match=r"of eod 1, and .* of eod 2\. Make them again"):
+    with pytest.raises(ConfigError, match=r"of end-of-document id 1, and .* of end-of-document id 2\. Make them again"):
         merge_corpora(prefixes, str(tmp_path / "merged"))
 
 
