@@ -43,11 +43,10 @@ class FileSink:
 
     def __init__(self, path: Path, flag: str, encode: Callable[[dict[str, Any]], bytes], head: bytes = b"") -> None:
         file = AppendFile(path, flag)
-        if head:
-            with explained_write(path, flag):
-                file.append(head)
         self.writer = PatientWriter(file, flag, warn)
         self.encode = encode
+        if head:
+            self.writer.write(head)
 
     def write(self, record: dict[str, Any]) -> None:
         self.writer.write(self.encode(record))

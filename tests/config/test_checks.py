@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +144,17 @@ def test_what_cannot_work_is_refused(world_size: int, changes: dict[str, Any], m
     with pytest.raises(ConfigError) as error:
         run_check(world_size, **changes)
     assert message in str(error.value)
+
+
+def test_unwritable_directories_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions do not bind root, so the error is raised by hand; a cache that is there may be complete."""
+
+    def read_only(*_: object, **__: object) -> str:
+        raise OSError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(ConfigError, match=r"^--save .*new: .* cannot be written .Read-only file system.") as refusal:
+        run_check(1, save=tmp_path / "new", data_cache_path=tmp_path)
+    assert "metrics" not in str(refusal.value)
+    with pytest.raises(ConfigError, match=r"^2 problems:(?s:.*)--data-cache-path .*new(?s:.*)--slm-metrics-file .*new"):
+        run_check(1, slm_metrics_file=tmp_path / "new" / "m.jsonl", data_cache_path=tmp_path / "new")

@@ -132,6 +132,23 @@ def test_tensorboard_is_read_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 2.0)]
 
 
+def test_tensorboard_waits_for_a_disk_that_is_full_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        sink = tensorboard_sink(tmp_path, 0)
+    assert "--tensorboard-dir" in capsys.readouterr().err
+    sink.write({"kind": "train", "step": 1, "loss": 2.5})
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [2.5]
+
+
 class Wandb:
     """A stand-in for the package wandb."""
 

@@ -33,14 +33,15 @@ def output_directories(config: Config, _: int) -> Iterator[str]:
         ("--tensorboard-dir", config.logging.tensorboard_dir),
         ("--data-cache-path", config.data.data_cache_path),
     ):
-        if directory is not None:
+        is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # it may be complete, and is optional
+        if directory is not None and not is_cache:
             yield from _unwritable(flag, Path(directory))
     if (path := metrics_file(config)) is not None:
-        yield from _metrics_file(path)
+        yield from _metrics_file(path, is_given=config.logging.slm_metrics_file is not None)
 
 
-def _metrics_file(path: Path) -> Iterator[str]:
-    """Yield a message if ``path`` is someone else's file or no file, or its directory cannot be written."""
+def _metrics_file(path: Path, *, is_given: bool) -> Iterator[str]:
+    """Yield a message if ``path`` is someone else's file or no file, or its directory, if not --save, is unwritable."""
     try:
         if not can_be_appended_to(path):
             yield f"{METRICS_FLAG} {path}: {NOT_APPENDABLE}. Choose another path."
@@ -52,7 +53,8 @@ def _metrics_file(path: Path) -> Iterator[str]:
     except OSError as error:
         yield f"{METRICS_FLAG} {path} cannot be read ({error.strerror}). Choose another path."
     else:
-        yield from _unwritable(METRICS_FLAG, path.parent)
+        if is_given:
+            yield from _unwritable(METRICS_FLAG, path.parent)
 
 
 def _unwritable(flag: str, directory: Path) -> Iterator[str]:
