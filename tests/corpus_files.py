@@ -57,5 +57,5 @@ def run_tool(
     except SystemExit as end:
         code = end.code
     said = capsys.readouterr()
-    assert "Traceback" not in said.err
+    assert "Traceback" not in said.err and "usage:" not in said.err
     return code, said.out, said.err

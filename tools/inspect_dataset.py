@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer, tokenizer_of
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    """
+    Raises:
+        ConfigError: an unknown flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("prefix", type=expanded_user, help="path of the corpus without .bin and .idx")
     add("--documents", nargs="+", type=int, default=[], metavar="N", help="show these; -1 is the last")
@@ -30,15 +35,15 @@ def parse_arguments() -> argparse.Namespace:
         "tokenizer", "decodes documents and limits ids; --vocab-size alone limits ids without a tokenizer"
     )
     add_tokenizer_flags(group)
-    return parser.parse_args()
+    return parse_strictly(parser, sys.argv[1:], {})
 
 
 def main() -> int:
     from megatron_slm.runtime.console import make_console
 
-    arguments = parse_arguments()
     console = make_console()
     try:
+        arguments = parse_arguments()
         tokenizer = _tokenizer(arguments)
         if arguments.check and _check(arguments, tokenizer, console):
             return ConfigError.exit_code

@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expanded_user
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.output import prepare_output
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    """
+    Raises:
+        ConfigError: an unknown flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", type=expanded_user, metavar="DIR", help="folder of corpora, merged in the order of their names"
@@ -26,13 +31,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="P",
         help="path of the corpus without .bin and .idx",
     )
-    return parser.parse_args()
+    return parse_strictly(parser, sys.argv[1:], {})
 
 
 def main() -> int:
     prepare_output()
-    arguments = parse_arguments()
     try:
+        arguments = parse_arguments()
         from megatron_slm.data.preprocessing.merge import merge_corpora
         from megatron_slm.data.preprocessing.shard_names import find_shards
 

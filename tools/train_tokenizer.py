@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expanded_user
 from megatron_slm.data.preprocessing.documents import find_inputs
 from megatron_slm.data.preprocessing.reading_flags import add_reading_flags
@@ -15,7 +16,11 @@ from megatron_slm.runtime.output import prepare_output
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    """
+    Raises:
+        ConfigError: an unknown flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False)
     add_reading_flags(parser)
     add = parser.add_argument
     add("--output-prefix", type=expanded_user, required=True, help="path of the model; .model and .vocab are added")
@@ -23,13 +28,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model [bpe]")
     add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most [1000000]")
     add("--threads", type=int, default=os.cpu_count() or 1, help="threads of the trainer [all cores]")
-    return parser.parse_args()
+    return parse_strictly(parser, sys.argv[1:], {})
 
 
 def main() -> int:
     prepare_output()
-    arguments = parse_arguments()
     try:
+        arguments = parse_arguments()
         job = TokenizerJob(
             files=find_inputs(arguments.input),
             output_prefix=arguments.output_prefix,

@@ -119,10 +119,11 @@ def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
     except (RuntimeError, OSError) as error:
         if interrupted:
             raise interrupted[0] from None
-        if "ocabulary" not in str(error):
-            raise ConfigError(f"sentencepiece could not train on the --input: {error}.") from error
+        reason = str(error).rpartition("] ")[2].rstrip(".")  # behind the place in sentencepiece's source
+        if "ocabulary" not in reason:
+            raise ConfigError(f"sentencepiece could not train on the --input: {reason}.") from error
         raise ConfigError(
-            f"--vocab-size {job.vocab_size}: sentencepiece could not train: {error}. Byte fallback alone takes 259 "
+            f"--vocab-size {job.vocab_size}: sentencepiece could not train: {reason}. Byte fallback alone takes 259 "
             "entries, and a small text cannot fill a large vocabulary."
         ) from error
     return model.getvalue()

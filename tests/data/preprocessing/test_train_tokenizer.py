@@ -70,7 +70,9 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("number", lambda f: (f / "in.jsonl").write_text('{"text": 3}'), [], "the value of 'text' is not a text"),
     ("list", lambda f: (f / "in.jsonl").write_text("[1]"), [], "error: {}/in.jsonl:1: not a JSON object"),
     ("not UTF-8", lambda f: (f / "in.jsonl").write_bytes(b'{"text": "\xff"}'), [], "error: {}/in.jsonl:1: not UTF-8"),
-    ("too large", lambda f: None, ["--vocab-size", "100000"], "--vocab-size 100000: sentencepiece could not train"),
+    ("too large", lambda f: None, ["--vocab-size", "100000"], "could not train: Vocabulary size too high (100000)"),
+    ("unknown flag", lambda f: None, ["--vocabsize", "300"], "unknown flag --vocabsize. Did you mean --vocab-size?"),
+    ("no number", lambda f: None, ["--vocab-size", "many"], "invalid int value: 'many'"),
     ("too small", lambda f: None, ["--vocab-size", "100"], "--vocab-size 100: sentencepiece could not train"),
     ("surrogate", lambda f: (f / "in.jsonl").write_text('{"text": "\\ud800"}'), [], "in.jsonl:1: half of a surrogate"),
     (
