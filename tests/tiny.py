@@ -21,7 +21,7 @@ MODEL = [
     *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--tokenizer-type", "ByteTokenizer", "--lr", "1e-2"),
     *("--num-workers", "0", "--eval-iters", "1"),
-    *("--slm-kept-logits-mb", "0"),  # as with a model of any size
+    *("--slm-saved-logits-mb", "0"),  # as with a model of any size
 ]
 BATCH = 8  # samples of one micro-batch step over all data-parallel ranks
 GLOBAL_BATCH = 16

@@ -33,8 +33,8 @@ from benchmarks.lm_head import WAYS, Problem, Unavailable
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
-from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.runtime.console import make_console, progress
 from megatron_slm.runtime.files import write_text
 
@@ -196,7 +196,9 @@ def loss_errors(problem: Problem) -> dict[str, float]:
     expected = exact(hidden.double() @ weight.double().t())
     engine = "triton" if hidden.is_cuda else "chunked"
     found = {
-        "fp32 logits (ours)": linear_cross_entropy(hidden, weight, labels, LMHead(engine=engine)).loss,
+        "fp32 logits (ours)": linear_cross_entropy(
+            hidden, weight, labels, LinearCrossEntropyConfig(engine=engine)
+        ).loss,
         "logits in the weight's dtype": exact(F.linear(hidden, weight)),
     }
     return {name: float((loss - expected).square().mean().sqrt()) for name, loss in found.items()}

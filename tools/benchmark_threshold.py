@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.objective.threshold import select_highest
+from megatron_slm.objective.selection.threshold import select_highest
 from megatron_slm.runtime.files import atomic_path, write_text
 
 RATIO = 0.6

@@ -92,12 +92,12 @@ def variants(folder: Path) -> dict[str, Variant]:
         "bare Megatron-Core loop, CLM, fused": Variant(clm, loop=partial(bare_loop, fused=True)),
         "SLM, sidecar": Variant(sidecar),
         "SLM, sidecar, speculative": Variant([*sidecar, "--slm-exact-mode", "speculative"]),
-        "SLM, sidecar, carried": Variant([*sidecar, *whole, "--slm-threshold", "carried"]),
+        "SLM, sidecar, predicted": Variant([*sidecar, *whole, "--slm-threshold", "predicted"]),
         "SLM, sidecar, global batch": Variant([*sidecar, *whole]),
         "SLM, RM of a quarter": Variant([*SLM, "--reference-load", str(folder / "quarter")]),
         "SLM, RM of the same size": Variant(beside),
         "SLM, RM of the same size, speculative": Variant([*beside, "--slm-exact-mode", "speculative"]),
-        "SLM, RM of the same size, carried": Variant([*beside, *whole, "--slm-threshold", "carried"]),
+        "SLM, RM of the same size, predicted": Variant([*beside, *whole, "--slm-threshold", "predicted"]),
     }
 
 
@@ -195,10 +195,9 @@ class Contestant:
         self.loop = None if variant.loop is None else variant.loop(self.run)
         self.seconds: list[float] = []
         self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
-        optimizer, reference = self.run.trainable.optimizer, self.run.reference
+        optimizer, reference = self.run.state.optimizer, self.run.reference
         optimizer.step = self._timed("optimizer", optimizer.step)
-        if reference is not None:
-            reference.score = self._timed("reference", reference.score)
+        reference.score = self._timed("reference", reference.score)
 
     def _timed(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
@@ -225,9 +224,8 @@ class Contestant:
         run = self.run
         ratio = selection_ratio(run.config.objective, 0)
         step = train_step(
-            run.trainable,
+            run.state,
             batches,
-            run.selector,
             ratio=ratio,
             next_ratio=ratio,
             reference=run.reference,

@@ -45,7 +45,7 @@ OBJECTIVES = {
     "SLM": Variant(SLM),
     "random": Variant((*SLM, "--slm-score", "random"), has_reference=False),
 }
-RECOMPUTE = (*SLM, "--slm-kept-logits-mb", "0")  # logits of this size are kept otherwise, whatever the mode
+RECOMPUTE = (*SLM, "--slm-saved-logits-mb", "0")  # logits of this size are kept otherwise, whatever the mode
 ENGINES = {
     "SLM": OBJECTIVES["SLM"],
     "SLM, engine torch": Variant((*SLM, "--slm-cross-entropy", "torch")),
@@ -56,8 +56,8 @@ SCOPES = {
     f"SLM, {scope}": Variant((*SLM, "--micro-batch-size", "4", "--slm-scope", scope), ranks=2, steps=SCOPE_STEPS)
     for scope in ("micro-batch", "data-parallel", "global-batch")
 }
-SCOPES["SLM, global-batch, carried"] = replace(
-    SCOPES["SLM, global-batch"], flags=(*SCOPES["SLM, global-batch"].flags, "--slm-threshold", "carried")
+SCOPES["SLM, global-batch, predicted"] = replace(
+    SCOPES["SLM, global-batch"], flags=(*SCOPES["SLM, global-batch"].flags, "--slm-threshold", "predicted")
 )
 
 

@@ -18,6 +18,8 @@ from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expanded_user
 from megatron_slm.config.recipe import assign, convert, nearest, refusal, settings
+from megatron_slm.config.renamed import SETTINGS as RENAMED_SETTINGS
+from megatron_slm.config.renamed import renaming_notes
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -77,12 +79,13 @@ def parse(argv: Sequence[str]) -> Command:
     sources = _recipe_sources(recipes)
     sources.append((typed, lambda name: names.get(name, name)))
     problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
-    config, stated = Config(), dict[str, Any]()
+    config, stated, notes = Config(), dict[str, Any](), list[str]()
     for values, label in sources:
+        notes += renaming_notes(values)
         given, flags, wrong = split(values, label)
         stated |= flags
         problems += [*wrong, *assign(config, given, label)]
-    notes = [describe(stated)]
+    notes.append(describe(stated))
     if config.checkpoint.use_checkpoint_args and not problems:
         notes.append(adopt_checkpoint_args(config))
     refuse([*problems, *value_violations(config), *contradictions(config, stated)])
@@ -130,6 +133,8 @@ def _build_parser() -> argparse.ArgumentParser:
         else:
             options["metavar"] = "|".join(setting.metadata["choices"]) or "VALUE"
         sections[group].add_argument(flag_name(setting), **options)
+    for old in RENAMED_SETTINGS:
+        parser.add_argument(f"--{old.replace('_', '-')}", dest=old, help=argparse.SUPPRESS)
     add_accepted_flags(parser)
     return parser
 

@@ -15,6 +15,7 @@ from megatron_slm.config import schema
 from megatron_slm.config.blends import UniqueLoader, blend_words
 from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
 from megatron_slm.config.paths import PATH_SETTINGS, expanded_paths
+from megatron_slm.config.renamed import current
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -54,8 +55,8 @@ def assign(config: Config, values: Mapping[str, Any], label: Callable[[str], str
     """
     known = {setting.name: (group, kind) for group, setting, kind in settings()}
     problems: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
+    for key, given in values.items():
+        name, value = current(str(key).replace("-", "_"), given)
         positive = name.removeprefix("no_")
         negated = name not in known and positive in known and known[positive][1] is bool  # Megatron-LM's spelling
         if name not in known and not negated:

@@ -65,7 +65,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
         *("objective", "slm_selection_ratio", "slm_score", "slm_scope", "slm_threshold"),
         *("slm_selection_ratio_start", "slm_selection_ratio_warmup_iters", "slm_mix", "slm_mtp_selection"),
-        *("slm_gumbel_temperature", "slm_cross_entropy", "slm_exact_mode", "slm_kept_logits_mb", "slm_z_loss"),
+        *("slm_gumbel_temperature", "slm_cross_entropy", "slm_exact_mode", "slm_saved_logits_mb", "slm_z_loss"),
         *("reference_load", "reference_ckpt_step", "reference_precision", "reference_scores", "reference_combine"),
     ),
     Rule.CHECKPOINT: ("init_method_std",),

@@ -324,9 +324,9 @@ class ObjectiveConfig:
     )
     slm_threshold: str = flag(
         "exact",
-        "with --slm-scope global-batch, exact: a forward pass of its own ranks all tokens of the step first; carried: "
-        "the threshold comes from the steps before, and the share selected is held near the ratio",
-        choices=("exact", "carried"),
+        "with --slm-scope global-batch, exact: an additional forward pass ranks all tokens of the step first; "
+        "predicted: the threshold is predicted from earlier steps, and the selected share is held near the ratio",
+        choices=("exact", "predicted"),
     )
     slm_selection_ratio_start: float | None = flag(
         None, "selection ratio of the first step", above=0, at_most=1, example="0.6 (the paper's for 1B)"
@@ -339,9 +339,9 @@ class ObjectiveConfig:
     )
     slm_mtp_selection: str = flag(
         "main",
-        "with --mtp-num-layers, main: a head is trained on the tokens that the main head is trained on; own: it ranks "
-        "its own losses",
-        choices=("main", "own"),
+        "with --mtp-num-layers, main: an MTP head is trained on the tokens that the main head is trained on; "
+        "independent: it ranks its own losses",
+        choices=("main", "independent"),
     )
     slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection", above=0)
     slm_cross_entropy: str | None = flag(
@@ -352,13 +352,13 @@ class ObjectiveConfig:
     )
     slm_exact_mode: str = flag(
         "recompute",
-        "how selected tokens get their gradient: recompute their logits, or speculative: at once for tokens that are "
-        "surely above the threshold, guessed from those before; the selection is the same. No guess is needed with "
-        "--slm-scope global-batch",
+        "when the LM-head gradient of selected tokens is computed; recompute: in the backward pass; speculative: in "
+        "the forward pass for tokens above an estimate of the threshold; the selection is the same. --slm-scope "
+        "global-batch needs no estimate",
         choices=("recompute", "speculative"),
     )
-    slm_kept_logits_mb: int = flag(
-        64, "logits of a micro-batch up to this many MiB a rank are kept, not recomputed", at_least=0
+    slm_saved_logits_mb: int = flag(
+        64, "save a micro-batch's logits up to this many MiB per rank instead of recomputing them", at_least=0
     )
     slm_z_loss: float = flag(
         0.0, "coefficient of the z-loss, (log-sum-exp of the logits)^2, of selected tokens", at_least=0

@@ -12,7 +12,7 @@ coefficient makes up for that too; the tests hold every layout against one proce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import megatron.core
 import torch
@@ -26,12 +26,16 @@ class AuxiliaryLosses:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
         self.config = model_config(list(chunks))
+        self.active = self.config.num_moe_experts is not None
         sharing = 1 if _counts_all_ranks() else groups.tp_size * groups.cp_size
         self.balance = sharing * self.config.moe_aux_loss_coeff
         self.z = None if self.config.moe_z_loss_coeff is None else sharing * self.config.moe_z_loss_coeff
 
-    def scale(self, share: float) -> None:
-        """Before the forward pass of a step of which this share of the valid tokens will be selected."""
+    def scale(self, selected_share: Callable[[], float]) -> None:
+        """Scale the coefficients for a step; ``selected_share`` is called only if the model has experts."""
+        if not self.active:
+            return
+        share = selected_share()
         self.config.moe_aux_loss_coeff = self.balance * share
         if self.z is not None:
             self.config.moe_z_loss_coeff = self.z * share

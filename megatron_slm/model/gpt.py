@@ -20,9 +20,9 @@ from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.positions import RotaryByPosition
 from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
-from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 
@@ -37,12 +37,12 @@ class GPT(GPTModel):
     """
 
     reports_entropy = False
-    lm_head: LMHead
-    _early: EarlySelection | None = None  # of the main head, in this forward pass
+    lm_head: LinearCrossEntropyConfig
+    _early: ForwardGradMask | None = None  # of the main head, in this forward pass
     _further: tuple[Tensor, ...] = ()  # losses of the further heads in this forward pass, so far
 
     def forward(
-        self, *inputs: Any, labels: Tensor | None = None, early: EarlySelection | None = None, **more: Any
+        self, *inputs: Any, labels: Tensor | None = None, early: ForwardGradMask | None = None, **more: Any
     ) -> Tensor:
         """Megatron-Core's forward pass; ``early`` names tokens whose gradient may be computed at once."""
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
@@ -71,14 +71,14 @@ class GPT(GPTModel):
         further, self._early, self._further = self._further, None, ()
         return torch.stack((loss, *further)) if further else loss
 
-    def _token_loss(self, labels: Tensor, hidden: Tensor, early: EarlySelection | None) -> Tensor:
+    def _token_loss(self, labels: Tensor, hidden: Tensor, early: ForwardGradMask | None) -> Tensor:
         """Token losses of one head for ``labels`` [b, s]; or [2, b, s] with the entropies."""
         losses = linear_cross_entropy(
             hidden,
             self._lm_head_weight(),
             labels.t().contiguous(),
             self.lm_head,
-            early=early,
+            forward_grad=early,
             with_entropy=self.reports_entropy,
         )
         token_loss = losses.loss.t().contiguous()
@@ -198,16 +198,16 @@ def choose_cross_entropy(wanted: str | None, device: torch.device) -> str:
 
 def lm_head(
     model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
-) -> LMHead:
+) -> LinearCrossEntropyConfig:
     """Return the settings of the token loss."""
-    return LMHead(
+    return LinearCrossEntropyConfig(
         group=groups.tp,
         vocab_size=vocab_size,
         sequence_parallel=parallel.sequence_parallel,
         softcap=model.slm_logit_softcap,
         z_loss=objective.slm_z_loss,
         engine=choose_cross_entropy(objective.slm_cross_entropy, groups.device),
-        kept_bytes=objective.slm_kept_logits_mb << 20,
+        saved_logits_bytes=objective.slm_saved_logits_mb << 20,
     )
 
 

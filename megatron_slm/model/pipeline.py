@@ -12,10 +12,10 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
 
 Report = TypeVar("Report")
-EarlyOf = Callable[[int, MicroBatch], EarlySelection | None]
+EarlyOf = Callable[[int, MicroBatch], ForwardGradMask | None]
 LossOf = Callable[[int, MicroBatch, Tensor], tuple[Tensor, Tensor, Report]]
 
 

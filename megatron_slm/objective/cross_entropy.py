@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.objective.threshold import all_reduce_sum
+from megatron_slm.runtime.collective import all_reduce_sum
 
 LOWEST_LOGIT = -1000.0  # below the maximum of its row; its exponential is 0 in fp32
 

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.objective.selective_loss import ReferenceScores, Selection, Selector, Tokens, select
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.exact import Selection, select
+from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 
 
 def multi_token_loss(
-    heads: Sequence[Tensor], tokens: Tokens, selection: Selection, selector: Selector, ratio: float
+    heads: Sequence[Tensor], tokens: TokenBatch, selection: Selection, selector: SelectionConfig, ratio: float
 ) -> Tensor:
     """What the further heads add to a micro-batch's numerator, a scalar with its graph. Collective over the
     selector's context group, and over its group where heads select for themselves.
@@ -30,23 +32,25 @@ def multi_token_loss(
         tokens: the micro-batch as the main head sees it, and ``selection`` its choice.
     """
     total = torch.zeros_like(heads[0][0, 0])
-    sequence = _Sequence(tokens.index, selector.context)
+    sequence = _Sequence(tokens.global_token_index, selector.context)
     for distance, loss in enumerate(heads, start=1):
-        if selector.heads_select:
+        if selector.mtp_is_independent:
             weight = select(_further(tokens, loss, distance, sequence), selector, ratio).weight
         else:
             weight = sequence.ahead(selection.weight, distance)
         total = total + (loss.masked_fill(weight == 0, 0.0) * weight).sum()
-    return selector.heads_weight / len(heads) * total
+    return selector.mtp_loss_weight / len(heads) * total
 
 
-def _further(tokens: Tokens, loss: Tensor, distance: int, sequence: _Sequence) -> Tokens:
+def _further(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _Sequence) -> TokenBatch:
     """The micro-batch as the head at a distance sees it."""
     reference = tokens.reference
     if reference is not None:
         entropy = None if reference.entropy is None else sequence.ahead(reference.entropy, distance)
         reference = ReferenceScores(sequence.ahead(reference.loss, distance), entropy)
-    return Tokens(loss, sequence.ahead(tokens.valid, distance), tokens.index, tokens.order, reference)
+    return TokenBatch(
+        loss, sequence.ahead(tokens.valid, distance), tokens.global_token_index, tokens.step_token_index, reference
+    )
 
 
 class _Sequence:

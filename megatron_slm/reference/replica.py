@@ -20,7 +20,7 @@ from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.model.size import ffn_size
 from megatron_slm.model.weights import find_checkpoint, load_weights, open_checkpoint
-from megatron_slm.objective.selective_loss import ReferenceScores
+from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups

@@ -38,7 +38,7 @@ from megatron_slm.data.scores.writer import (
 )
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.weights import checkpoint_fingerprint, find_checkpoint
-from megatron_slm.objective.selective_loss import ReferenceScores
+from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_row_source, scored_places
 from megatron_slm.runtime.collective import on_first_rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.objective.selective_loss import ReferenceScores
+from megatron_slm.objective.tokens import ReferenceScores
 
 
 class SidecarScores:

@@ -1,4 +1,4 @@
-"""Decisions of one rank that all ranks follow, so that a check on one rank leaves no other rank waiting."""
+"""Decisions of one rank that all ranks follow, so that a check on one rank leaves no other rank waiting; and sums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_slm.runtime.errors import ConfigError
 
@@ -72,3 +74,17 @@ def gather_on_first_rank(value: T) -> list[T]:
     gathered: list[Any] | None = [None] * dist.get_world_size() if is_first_rank() else None
     dist.gather_object(value, gathered, 0)
     return gathered or []
+
+
+def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum ``values`` over ``group``, in place; None is a group of this rank alone."""
+    if group is not None and group.size() > 1:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def broadcast_from_last_stage(values: Tensor, pipeline: ProcessGroup | None) -> Tensor:
+    """Copy ``values`` of the last rank of a pipeline to the others, in place; None is a pipeline of this rank alone."""
+    if pipeline is not None and pipeline.size() > 1:
+        dist.broadcast(values, dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+    return values

@@ -11,7 +11,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,70 +21,30 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizers.identity import tokenizer_identity
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
-from megatron_slm.model.experts import AuxiliaryLosses
-from megatron_slm.objective.carried import CarriedThreshold
-from megatron_slm.objective.early_rule import EarlyRule, ThresholdGuess
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.patching import replaced_attributes
-from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.optimizer_state import sharded_optimizer_state
 from megatron_slm.training.schedule import schedule_state
+from megatron_slm.training.state import TrainState
 
 RNG = "rng"
-GUESS = "guess"  # the guessed threshold of each data-parallel rank; not in every checkpoint
-CARRIED = "carried"
+SELECTION = "selection"
 
 
-@dataclass
-class Position:
-    """Training progress: completed steps and consumed samples."""
-
-    step: int = 0
-    consumed_samples: int = 0
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """Training state that checkpoints hold besides the position."""
-
-    chunks: Sequence[torch.nn.Module]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    groups: Groups
-    tokenizer: Tokenizer
-    early: EarlyRule | None = None  # selects tokens whose gradient is computed in the forward pass; None: none
-    carried: CarriedThreshold | None = None
-    auxiliary: AuxiliaryLosses | None = None  # of a model with experts
-    data: DataRecord = field(default_factory=DataRecord)
-
-    @property
-    def guess(self) -> ThresholdGuess | None:
-        """Estimated threshold of a speculative run."""
-        return self.early.guess if self.early is not None and self.early.speculate else None
-
-    def layout(self) -> dict[str, int]:
-        groups = self.groups
-        layout = {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
-        return {**layout, "context": groups.cp_size} if groups.cp_size > 1 else layout
-
-
-def save_checkpoint(trainable: Trainable, position: Position, config: Config) -> Path:
-    """Write the checkpoint of ``position`` below --save. Collective over all ranks.
+def save_checkpoint(state: TrainState, config: Config) -> Path:
+    """Write the checkpoint of the run's progress below --save. Collective over all ranks.
 
     Raises:
         ConfigError: the directory cannot be written, for example because the disk is full; on every rank. Earlier
@@ -93,19 +52,19 @@ def save_checkpoint(trainable: Trainable, position: Position, config: Config) ->
     """
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save)
-    final = step_directory(root, position.step)
+    final = step_directory(root, state.progress.step)
     partial = final.with_name(f"{final.name}.partial")
-    gather_parameters(trainable.chunks)
+    gather_parameters(state.chunks)
     try:
         on_first_rank(lambda: _prepare(partial))
-        _save_state(_whole_state(trainable, config), partial)
-        names = on_first_rank(lambda: _complete(partial, trainable, config))
+        _save_state(_all_state(state, config), partial)
+        names = on_first_rank(lambda: _complete(partial, state, config))
         checksums = file_checksums([partial / name for name in names], "--save", just_written=True)
-        manifest = _manifest(trainable, position, partial, dict(zip(names, checksums, strict=True)))
+        manifest = _manifest(state, partial, dict(zip(names, checksums, strict=True)))
         on_first_rank(lambda: _publish(manifest, partial, final))
     except ConfigError as error:
         raise ConfigError(
-            f"--save {root}: the checkpoint of step {position.step} could not be written: {error} "
+            f"--save {root}: the checkpoint of step {state.progress.step} could not be written: {error} "
             "Is the disk full, or the folder read-only? Earlier checkpoints are untouched."
         ) from error
     return final
@@ -155,9 +114,9 @@ def _deferred_errors() -> Iterator[list[BaseException]]:
         yield errors
 
 
-def _complete(partial: Path, trainable: Trainable, config: Config) -> list[str]:
+def _complete(partial: Path, state: TrainState, config: Config) -> list[str]:
     """Add the configuration and the record of the data; returns the names of all files."""
-    trainable.data.write(partial)
+    state.data.write(partial)
     write_text(partial / CONFIG_FILE, dump_config(config), "--save")
     return list(file_sizes(partial))
 
@@ -188,39 +147,40 @@ def _hand_results_over_in_memory() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
-def run_state(trainable: Trainable, *, with_rng: bool, with_guess: bool) -> dict[str, Any]:
-    """Return each rank's random state and guessed threshold, as Megatron-Core's sharded state."""
-    groups = trainable.groups
-    state: dict[str, Any] = {}
-    if with_rng:
-        state[RNG] = ShardedObject(
-            RNG,
-            _random_states(groups.device),
-            (groups.pp_size, groups.tp_size),
-            (groups.pp_rank, groups.tp_rank),
-            replica_id=groups.dp_cp.rank(),
-        )
-    if with_guess and trainable.guess is not None:
-        state[GUESS] = ShardedObject(
-            GUESS,
-            trainable.guess.state_dict(),
-            (groups.pp_size, groups.dp_cp.size()),
-            (groups.pp_rank, groups.dp_cp.rank()),
-            replica_id=groups.tp_rank,
-        )
-    return state
+def random_state(groups: Groups) -> ShardedObject:
+    """Return this rank's random states."""
+    return ShardedObject(
+        RNG,
+        _random_states(groups.device),
+        (groups.pp_size, groups.tp_size),
+        (groups.pp_rank, groups.tp_rank),
+        replica_id=groups.dp_cp.rank(),
+    )
 
 
-def _whole_state(trainable: Trainable, config: Config) -> dict[str, Any]:
+def selection_state(state: TrainState, key: str = SELECTION) -> ShardedObject:
+    """Return the state of the selection: one for all ranks, or one for each data-parallel rank."""
+    groups, selection = state.groups, state.selection
+    shape: tuple[int, ...] = (1,)
+    place: tuple[int, ...] = (0,)
+    replica = groups.rank
+    if selection.has_rank_state:
+        shape, place = (groups.pp_size, groups.dp_cp.size()), (groups.pp_rank, groups.dp_cp.rank())
+        replica = groups.tp_rank
+    return ShardedObject(key, selection.state_dict(), shape, place, replica_id=replica)
+
+
+def _all_state(state: TrainState, config: Config) -> dict[str, Any]:
     """Return the complete content of a checkpoint, as Megatron-Core's sharded state."""
-    state: dict[str, Any] = weights.model_state(plain_chunks(trainable.chunks))
+    content: dict[str, Any] = weights.model_state(plain_chunks(state.chunks))
     if config.checkpoint.save_optim:
-        state["optimizer"] = sharded_optimizer_state(trainable.optimizer, state, is_loading=False)
-        state["scheduler"] = schedule_state(trainable.scheduler)
-    state |= run_state(trainable, with_rng=config.checkpoint.save_rng, with_guess=True)
-    if trainable.carried is not None:
-        state[CARRIED] = trainable.carried.state_dict()
-    return state
+        content["optimizer"] = sharded_optimizer_state(state.optimizer, content, is_loading=False)
+        content["scheduler"] = schedule_state(state.scheduler)
+    if config.checkpoint.save_rng:
+        content[RNG] = random_state(state.groups)
+    if state.selection.state_dict():
+        content[SELECTION] = selection_state(state)
+    return content
 
 
 def plain_chunks(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -238,12 +198,12 @@ def _random_states(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _manifest(trainable: Trainable, position: Position, directory: Path, checksums: dict[str, str]) -> Manifest:
+def _manifest(state: TrainState, directory: Path, checksums: dict[str, str]) -> Manifest:
     return Manifest(
-        step=position.step,
-        consumed_samples=position.consumed_samples,
-        tokenizer=tokenizer_identity(trainable.tokenizer),
-        layout=trainable.layout(),
+        step=state.progress.step,
+        consumed_samples=state.progress.consumed_samples,
+        tokenizer=tokenizer_identity(state.tokenizer),
+        layout=state.layout(),
         files=on_first_rank(lambda: file_sizes(directory)),
         checksums=checksums,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
@@ -12,18 +12,18 @@ from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
-from megatron_slm.objective.selective_loss import Selector
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED, duration
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.metrics_file import has_evaluation
 from megatron_slm.runtime.signals import StopSignals
-from megatron_slm.training.checkpoint import Position, Trainable, save_checkpoint
+from megatron_slm.training.checkpoint import save_checkpoint
 from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.metrics import StepMetrics, Throughput, TokenSums, losses_of
 from megatron_slm.training.retention import Retention
 from megatron_slm.training.sinks import Sink
+from megatron_slm.training.state import TrainProgress, TrainState
 from megatron_slm.training.step import ReferenceSource, Step, selection_ratio, train_step
 from megatron_slm.training.stopping import StopDecision
 
@@ -33,34 +33,36 @@ class Run:
     """Everything that a training run works with."""
 
     config: Config
-    trainable: Trainable
+    state: TrainState
     datasets: Datasets
     shape: BatchShape
-    selector: Selector
-    reference: ReferenceSource | None
+    reference: ReferenceSource
     throughput: Throughput
     sinks: list[Sink]
     console: Console
-    position: Position = field(default_factory=Position)
+
+    @property
+    def progress(self) -> TrainProgress:
+        return self.state.progress
 
     @property
     def tokens(self) -> int:
         """Tokens that the run has consumed."""
-        return self.position.consumed_samples * (self.config.model.seq_length or 0)
+        return self.progress.consumed_samples * (self.config.model.seq_length or 0)
 
 
 def train(run: Run, signals: StopSignals | None = None) -> None:
-    """Train from ``run.position`` to --train-iters, or until there is a reason to stop earlier."""
-    stop = StopDecision(run.trainable.groups, signals, run.config.training.exit_duration_in_mins)
+    """Train from ``run.progress`` to --train-iters, or until there is a reason to stop earlier."""
+    stop = StopDecision(run.state.groups, signals, run.config.training.exit_duration_in_mins)
     loop = _Loop(run, stop)
     if run.config.training.skip_train:
         loop.evaluate()
         return
-    if run.position.step == 0 or loop.lacks_evaluation():
+    if run.progress.step == 0 or loop.lacks_evaluation():
         loop.evaluate()
     reason = loop.steps()
     if reason is not None:
-        run.console.print(f"stopping after step {run.position.step}: {reason}")
+        run.console.print(f"stopping after step {run.progress.step}: {reason}")
     loop.save()
     if stop.reason is None:  # otherwise there may be no time left
         loop.evaluate()
@@ -75,7 +77,7 @@ class _Loop:
         self.iterations = training.train_iters or 0
         self.clock = StepClock(Schedule(self.iterations, logging.eval_interval, checkpoint.save_interval))
         self.retention = Retention(checkpoint)
-        self.saved, self.evaluated = run.position.step, -1
+        self.saved, self.evaluated = run.progress.step, -1
         self.unlogged: list[Step] = []
 
     def steps(self) -> str | None:
@@ -84,10 +86,10 @@ class _Loop:
         stream = self._stream()
         self.clock.start()
         try:
-            while run.position.step < self.iterations and not self.stop.agreed():
+            while run.progress.step < self.iterations and not self.stop.agreed():
                 self.unlogged.append(_one_step(run, stream))
                 self.clock.tick()
-                step = run.position.step
+                step = run.progress.step
                 if _is_due(step, config.logging.log_interval) or step == self.iterations:
                     self._log()
                 if _is_due(step, config.checkpoint.save_interval):
@@ -104,7 +106,7 @@ class _Loop:
 
     def lacks_evaluation(self) -> bool:
         """Return whether the run that is resumed was stopped before the evaluation after its last step. Collective."""
-        step, interval = self.run.position.step, self.run.config.logging.eval_interval
+        step, interval = self.run.progress.step, self.run.config.logging.eval_interval
         return _is_due(step, interval) and not on_first_rank(
             lambda: has_evaluation(metrics_file(self.run.config), step)
         )
@@ -112,29 +114,29 @@ class _Loop:
     def evaluate(self) -> None:
         """Evaluate every validation set, unless that was done at this step, and log the results."""
         run, logging = self.run, self.run.config.logging
-        if self.evaluated == run.position.step or not run.datasets.valid or logging.eval_iters == 0:
+        if self.evaluated == run.progress.step or not run.datasets.valid or logging.eval_iters == 0:
             return
         with self.clock.evaluating():
-            results = evaluate(run.trainable, run.datasets.valid, run.config, run.shape, self.stop.agreed)
+            results = evaluate(run.state, run.datasets.valid, run.config, run.shape, self.stop.agreed)
         if not results:
             return
-        self.evaluated = run.position.step
+        self.evaluated = run.progress.step
         line = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
-        run.console.print(f"held-out loss at step {run.position.step}: {line}", style="bold", markup=False)
+        run.console.print(f"held-out loss at step {run.progress.step}: {line}", style="bold", markup=False)
         for name, result in results.items():
-            record = {"step": run.position.step, "tokens": run.tokens, "set": name, "loss": result.loss}
+            record = {"step": run.progress.step, "tokens": run.tokens, "set": name, "loss": result.loss}
             for sink in run.sinks:
                 sink.write({"kind": "eval", **record, "tokens_evaluated": result.tokens})
 
     def save(self) -> None:
         """Save a checkpoint, unless there is no --save or this step is saved."""
         run = self.run
-        if run.config.checkpoint.save is None or self.saved == run.position.step:
+        if run.config.checkpoint.save is None or self.saved == run.progress.step:
             return
         began = time.perf_counter()
-        with self.clock.saving(), self.retention.around_save(run.position.step, run.trainable.groups):
-            where = save_checkpoint(run.trainable, run.position, run.config)
-        self.saved = run.position.step
+        with self.clock.saving(), self.retention.around_save(run.progress.step, run.state.groups):
+            where = save_checkpoint(run.state, run.config)
+        self.saved = run.progress.step
         run.console.print(f"saved {where} in {duration(time.perf_counter() - began)}", markup=False)
 
     def _stream(self) -> BatchStream:
@@ -142,8 +144,8 @@ class _Loop:
         return BatchStream(
             run.datasets.train,
             run.shape,
-            device=run.trainable.groups.device,
-            start_sample=run.position.consumed_samples,
+            device=run.state.groups.device,
+            start_sample=run.progress.consumed_samples,
             read_ahead=run.config.data.num_workers,
         )
 
@@ -152,13 +154,13 @@ class _Loop:
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
         metrics = StepMetrics(
-            step=run.position.step,
+            step=run.progress.step,
             tokens=run.tokens,
             grad_norm=last.grad_norm,
             lr=last.lr,
-            seconds_left=self.clock.seconds_left(run.position.step),
+            seconds_left=self.clock.seconds_left(run.progress.step),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
-            **losses_of(TokenSums.add([step.sums for step in steps], run.trainable.groups.device)),
+            **losses_of(TokenSums.add([step.sums for step in steps], run.state.groups.device)),
             **run.throughput.of_step(self.clock.seconds_per_step()),
         )
         self.unlogged = []
@@ -169,22 +171,21 @@ class _Loop:
 
 
 def _one_step(run: Run, stream: BatchStream) -> Step:
-    position = run.position
-    ratio, next_ratio = (selection_ratio(run.config.objective, position.step + ahead) for ahead in (0, 1))
+    progress = run.progress
+    ratio, next_ratio = (selection_ratio(run.config.objective, progress.step + ahead) for ahead in (0, 1))
     try:
         step = train_step(
-            run.trainable,
+            run.state,
             next(stream),
-            run.selector,
             ratio=ratio,
             next_ratio=next_ratio,
             reference=run.reference,
         )
     except DivergedError as error:
-        rank = run.trainable.groups.rank
-        raise DivergedError(f"step {position.step + 1}, rank {rank}: {error}") from error
-    position.step += 1
-    position.consumed_samples += run.shape.global_batch_size
+        rank = run.state.groups.rank
+        raise DivergedError(f"step {progress.step + 1}, rank {rank}: {error}") from error
+    progress.step += 1
+    progress.consumed_samples += run.shape.global_batch_size
     return step
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_slm.config.recipe import to_flat_dict
 from megatron_slm.config.schema import Config
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
-from megatron_slm.objective.selective_loss import SelectiveLoss, Tokens
+from megatron_slm.objective.selective_loss import SelectiveLoss
+from megatron_slm.objective.tokens import TokenBatch
 from megatron_slm.runtime.console import duration
 from megatron_slm.runtime.groups import Groups
 
@@ -37,7 +38,7 @@ class TokenSums:
         return int(self.values[1])
 
     @staticmethod
-    def of(tokens: Tokens, loss: SelectiveLoss) -> TokenSums:
+    def of(tokens: TokenBatch, loss: SelectiveLoss) -> TokenSums:
         """The sums of one micro-batch."""
         token_loss = tokens.loss.detach().double()
         one = token_loss.new_ones(())
@@ -49,7 +50,7 @@ class TokenSums:
             loss.threshold.double(),
             one,
         )
-        index = tokens.index[loss.selected]
+        index = tokens.global_token_index[loss.selected]
         return TokenSums(torch.stack([value.double() for value in values]), (index * index + index).sum())
 
     @staticmethod

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 from megatron_slm.config.checks import check
 from megatron_slm.config.relations.model import MASK_IGNORED
 from megatron_slm.config.schema import Config
-from megatron_slm.objective.policy import Joined, needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.selection.policy import (
+    BooleanOp,
+    needs_reference_entropy,
+    needs_reference_loss,
+    parse_policy,
+)
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ def _score_violations(config: Config) -> Iterator[str]:
             "--reference-load, sidecars of its scores with --reference-scores, or choose the score token-loss or "
             "random."
         )
-    if config.model.num_experts and isinstance(policy, Joined) and objective.slm_scope != "global-batch":
+    if config.model.num_experts and isinstance(policy, BooleanOp) and objective.slm_scope != "global-batch":
         yield (
             f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
             "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "

@@ -20,17 +20,18 @@ from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model import weights
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.training.checkpoint import CARRIED, GUESS, RNG, Position, Trainable, plain_chunks, run_state
+from megatron_slm.training.checkpoint import RNG, SELECTION, plain_chunks, random_state, selection_state
 from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.training.schedule import resume_schedule
 from megatron_slm.training.start import Checkpoint, Start
+from megatron_slm.training.state import TrainProgress, TrainState
 
 OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
 
 
-def resume(trainable: Trainable, config: Config, start: Start, reference: str | None, console: Console) -> Position:
-    """Load the checkpoint that the run begins from, print where it differs from the flags, and return the position.
+def resume(state: TrainState, config: Config, start: Start, reference: str | None, console: Console) -> None:
+    """Load the checkpoint that the run begins from, and print where it differs from the flags.
 
     Collective over all ranks.
 
@@ -38,16 +39,16 @@ def resume(trainable: Trainable, config: Config, start: Start, reference: str | 
         reference: identity of the reference model.
     """
     if start.checkpoint is None:
-        return Position()
+        return
     flag, directory = start.checkpoint.flag, _open(start.checkpoint, config)
-    differences = _compare(start, directory, config, trainable.tokenizer, reference)
+    differences = _compare(start, directory, config, state.tokenizer, reference)
     if differences:
         console.print(differences, markup=False)
     if not start.weights_only:
-        return _resume_from(directory, trainable, config, reference, flag)
-    weights.load_weights(plain_chunks(trainable.chunks), directory, flag)
-    trainable.optimizer.reload_model_params()
-    return Position()
+        _resume_from(directory, state, config, reference, flag)
+        return
+    weights.load_weights(plain_chunks(state.chunks), directory, flag)
+    state.optimizer.reload_model_params()
 
 
 def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
@@ -99,64 +100,59 @@ def _reference_difference(config: Config, saved: Config, record: DataRecord, ref
     return [f"{flag} {value} has another content now" for flag, value in named.items() if value][-1:]
 
 
-def _resume_from(directory: Path, trainable: Trainable, config: Config, reference: str | None, flag: str) -> Position:
+def _resume_from(directory: Path, state: TrainState, config: Config, reference: str | None, flag: str) -> None:
     settings = config.checkpoint
     manifest, saved, record = _read(directory, flag)
     keys = weights.saved_keys(directory, flag)
-    loaded = _load(flag, directory, trainable, config, keys, same_layout=manifest.layout == trainable.layout())
-    _load_model(flag, directory, trainable, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)
+    loaded = _load(flag, directory, state, config, keys, same_layout=manifest.layout == state.layout())
+    _load_model(flag, directory, state, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)
     if settings.load_optim:
         load_optimizer_state(
-            trainable.optimizer,
-            weights.model_state(plain_chunks(trainable.chunks)),
+            state.optimizer,
+            weights.model_state(plain_chunks(state.chunks)),
             keys,
             saved_step(loaded.get("optimizer")),
             lambda request: weights.load_state(request, directory, flag),
             flag,
         )
     else:
-        trainable.optimizer.reload_model_params()
+        state.optimizer.reload_model_params()
     schedule = loaded.get("scheduler") if settings.load_optim else None
-    resume_schedule(trainable.scheduler, schedule, manifest.consumed_samples, directory, flag)
-    if not (score_changed(config, saved) or _reference_difference(config, saved, record, reference)):
-        _load_thresholds(trainable, loaded)
+    resume_schedule(state.scheduler, schedule, manifest.consumed_samples, directory, flag)
+    thresholds = loaded.get(SELECTION, loaded.get(state.selection.legacy_key))
+    is_comparable = not (score_changed(config, saved) or _reference_difference(config, saved, record, reference))
+    if thresholds is not None and is_comparable:
+        state.selection.load_state_dict(thresholds)
     if RNG in loaded:
         _set_random_states(loaded[RNG])
-    return Position(manifest.step, manifest.consumed_samples)
+    state.progress = TrainProgress(manifest.step, manifest.consumed_samples)
 
 
 def _load(
-    flag: str, directory: Path, trainable: Trainable, config: Config, keys: frozenset[str], *, same_layout: bool
+    flag: str, directory: Path, state: TrainState, config: Config, keys: frozenset[str], *, same_layout: bool
 ) -> dict[str, Any]:
-    """Read weights, random states and thresholds, and everything that is not sharded."""
-    with_rng = config.checkpoint.load_rng and same_layout and _holds(keys, RNG)
-    with_guess = same_layout and trainable.guess is not None and _holds(keys, GUESS)
-    request = run_state(trainable, with_rng=with_rng, with_guess=with_guess)
-    request |= weights.loadable_model_state(plain_chunks(trainable.chunks))
+    """Read weights, random states and the selection's state, and everything that is not sharded."""
+    request = weights.loadable_model_state(plain_chunks(state.chunks))
+    if config.checkpoint.load_rng and same_layout and any(key.startswith(f"{RNG}/") for key in keys):
+        request[RNG] = random_state(state.groups)
+    for key in (SELECTION, state.selection.legacy_key):
+        saved = selection_state(state, key)
+        if saved.unique_key in keys:
+            request[SELECTION] = saved
+            break
     return weights.load_state(request, directory, flag)
 
 
-def _holds(keys: frozenset[str], name: str) -> bool:
-    return any(key.startswith(f"{name}/") for key in keys)
-
-
 def _load_model(
-    flag: str, directory: Path, trainable: Trainable, loaded: dict[str, Any], keys: frozenset[str], *, exact: bool
+    flag: str, directory: Path, state: TrainState, loaded: dict[str, Any], keys: frozenset[str], *, exact: bool
 ) -> None:
     """Copy weights into the model; with ``exact``, the fp32 master weights of a bf16 checkpoint."""
-    chunks = plain_chunks(trainable.chunks)
+    chunks = plain_chunks(state.chunks)
     if exact and (request := master_weight_request(weights.loadable_model_state(chunks), keys)):
         for chunk, masters in weights.load_state(request, directory, flag).items():
             if chunk in request:
                 loaded[chunk].update(masters)
     weights.put_weights(chunks, loaded)
-
-
-def _load_thresholds(trainable: Trainable, loaded: dict[str, Any]) -> None:
-    if trainable.carried is not None and CARRIED in loaded:
-        trainable.carried.load_state_dict(loaded[CARRIED])
-    if trainable.guess is not None and GUESS in loaded:
-        trainable.guess.load_state_dict(loaded[GUESS], trainable.groups.device)
 
 
 def _check_tokenizer(directory: Path, manifest: Manifest, tokenizer: Tokenizer, flag: str) -> None:

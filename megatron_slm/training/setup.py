@@ -15,17 +15,15 @@ from megatron_slm.data.scores.sets import Headers, ScoreSet, check_scores, open_
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
-from megatron_slm.objective.carried import CarriedThreshold
-from megatron_slm.objective.early_rule import EarlyRule
-from megatron_slm.objective.policy import needs_reference_entropy, needs_reference_loss, parse_policy
-from megatron_slm.objective.selective_loss import Selector
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.policy import needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
 from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import SidecarScores
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
-from megatron_slm.training.checkpoint import Trainable
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
@@ -40,7 +38,8 @@ from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder, continue_orders, repetition_report
 from megatron_slm.training.sinks import open_sinks
 from megatron_slm.training.start import Start, plan_start, prepare_save
-from megatron_slm.training.step import ReferenceSource
+from megatron_slm.training.state import TrainState
+from megatron_slm.training.step import NoReference, ReferenceSource
 
 
 def parallel_layout(config: Config) -> ParallelLayout:
@@ -54,20 +53,27 @@ def parallel_layout(config: Config) -> ParallelLayout:
     )
 
 
-def build_selector(config: Config, groups: Groups) -> Selector:
-    """Return the selection that the flags ask for."""
+def build_selection(config: Config, groups: Groups) -> SelectionStrategy:
+    """Return the selection strategy of the flags."""
     objective = config.objective
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
-    return Selector(
+    settings = SelectionConfig(
         policy=policy,
         scope=objective.slm_scope,
         group=groups.dp_cp,
         context=groups.cp,
+        pipeline=groups.pp,
         mix=objective.slm_mix if policy is not None else 0.0,
         seed=config.training.seed,
         temperature=objective.slm_gumbel_temperature,
-        heads_weight=config.model.mtp_loss_scaling_factor if config.model.mtp_num_layers else 0.0,
-        heads_select=objective.slm_mtp_selection == "own",
+        mtp_loss_weight=config.model.mtp_loss_scaling_factor if config.model.mtp_num_layers else 0.0,
+        mtp_is_independent=objective.slm_mtp_selection == "independent",
+    )
+    return build_strategy(
+        settings,
+        groups.device,
+        predicts=objective.slm_threshold == "predicted",
+        speculates=objective.slm_exact_mode == "speculative",
     )
 
 
@@ -97,40 +103,35 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     milestones = saved.milestones if saved is not None else START
     # The schedules of flags and checkpoint are compared with the checkpoint's global batch.
     batch = saved.config.training.global_batch_size if saved is not None else None
-    selector = build_selector(config, groups)
-    trainable = _build_trainable(config, tokenizer, groups, selector, RunLength.of(config, milestones, batch))
+    state = _build_state(config, tokenizer, groups, RunLength.of(config, milestones, batch))
     identity = on_first_rank(lambda: find_reference(config, headers)) if trains else None
-    position = resume(trainable, config, start, identity, console)
+    resume(state, config, start, identity, console)
     length = RunLength.of(config, milestones)
     config.training.train_iters = length.iterations
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
-        set_schedule_length(trainable.scheduler, config, length)
-    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (None, None)
+        set_schedule_length(state.scheduler, config, length)
+    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (NoReference(), None)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
         record = on_first_rank(lambda: _report_data(config, length, saved, datasets, builder, console))
-        trainable = replace(trainable, data=replace(record, reference=identity))
+        state.data = replace(record, reference=identity)
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
     on_first_rank(lambda: prepare_save(config, start))
     return Run(
         config=config,
-        trainable=trainable,
+        state=state,
         datasets=datasets,
         shape=shape,
-        selector=selector,
         reference=reference,
         throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
-        sinks=on_every_rank(lambda: open_sinks(config, groups, position.step)),
+        sinks=on_every_rank(lambda: open_sinks(config, groups, state.progress.step)),
         console=console,
-        position=position,
     )
 
 
-def _build_trainable(
-    config: Config, tokenizer: Tokenizer, groups: Groups, selector: Selector, length: RunLength
-) -> Trainable:
+def _build_state(config: Config, tokenizer: Tokenizer, groups: Groups, length: RunLength) -> TrainState:
     """Build the model, the optimizer and the schedule of a run of ``length``, with initial state."""
     chunks = wrap_data_parallel(
         build_model(
@@ -148,15 +149,14 @@ def _build_trainable(
     for chunk in chunks:
         chunk.train()
     optimizer = build_optimizer(chunks, config)
-    return Trainable(
+    return TrainState(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config, length),
         groups=groups,
         tokenizer=tokenizer,
-        early=EarlyRule(selector, speculate=config.objective.slm_exact_mode == "speculative"),
-        carried=CarriedThreshold(selector, groups.device) if config.objective.slm_threshold == "carried" else None,
-        auxiliary=AuxiliaryLosses(chunks, groups) if config.model.num_experts else None,
+        selection=build_selection(config, groups),
+        auxiliary=AuxiliaryLosses(chunks, groups),
     )
 
 
@@ -259,14 +259,11 @@ def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
     return needs_reference_loss(policy), needs_reference_entropy(policy)
 
 
-def _build_reference(
-    config: Config, tokenizer: Tokenizer, groups: Groups
-) -> tuple[ReferenceSource | None, Config | None]:
-    """The reference source where the score needs one, and the configuration that its model was trained with where
-    that model runs in every step."""
+def _build_reference(config: Config, tokenizer: Tokenizer, groups: Groups) -> tuple[ReferenceSource, Config | None]:
+    """Return the reference source, and the configuration of the reference model if it runs in every step."""
     needs_loss, needs_entropy = _needs(config.objective)
     if not (needs_loss or needs_entropy):
-        return None, None
+        return NoReference(), None
     if config.reference.reference_scores:
         return SidecarScores(), None
     replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)

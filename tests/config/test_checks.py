@@ -103,7 +103,11 @@ def test_needed_settings_are_named(name: str) -> None:
         (2, {"num_experts": 3, "expert_model_parallel_size": 2}, "does not divide --num-experts 3"),
         (1, {"num_experts": 2, "expert_model_parallel_size": 2}, "does not divide ranks that hold the same layers"),
         (2, {"num_experts": 2, "tensor_model_parallel_size": 2}, "needs --sequence-parallel"),
-        (1, {"objective": "slm", "slm_mtp_selection": "own"}, "--slm-mtp-selection own needs --mtp-num-layers"),
+        (
+            1,
+            {"objective": "slm", "slm_mtp_selection": "independent"},
+            "--slm-mtp-selection independent needs --mtp-num-layers",
+        ),
         (1, {"mtp_num_layers": 32}, "leaves no token of a sample"),
         (
             2,
@@ -114,10 +118,10 @@ def test_needed_settings_are_named(name: str) -> None:
         (2, {"context_parallel_size": 2, "seq_length": 30}, "cuts each sample into 4 parts, and --seq-length 30"),
         (
             1,
-            {"objective": "slm", "slm_threshold": "carried"},
-            "--slm-threshold carried selects over the global batch, and --slm-scope is data-parallel",
+            {"objective": "slm", "slm_threshold": "predicted"},
+            "--slm-threshold predicted selects over the global batch, and --slm-scope is data-parallel",
         ),
-        (1, {"slm_threshold": "carried"}, "--slm-threshold has no effect with --objective clm"),
+        (1, {"slm_threshold": "predicted"}, "--slm-threshold has no effect with --objective clm"),
         (2, {"global_batch_size": 6}, "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2"),
         (1, {"num_layers_per_virtual_pipeline_stage": 1}, "needs --pipeline-model-parallel-size above 1"),
         (

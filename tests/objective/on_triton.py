@@ -9,14 +9,14 @@ import torch
 from test_linear_cross_entropy import SELECTIONS, TOLERANCE, VARIANTS, VOCAB, assert_agrees, expected, make, run
 from test_shared_offsets import compared, shifted
 
-from megatron_slm.objective.linear_cross_entropy import triton_blocks
+from megatron_slm.objective.linear_cross_entropy import triton_math
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 MODES = {
     "recompute": {},
-    "small blocks": {"block_bytes": 900},
-    "kept": {"kept_bytes": 1 << 20},
-    "some early": {"threshold": 3.5, "block_bytes": 3000},
+    "small blocks": {"chunk_bytes": 900},
+    "kept": {"saved_logits_bytes": 1 << 20},
+    "some early": {"threshold": 3.5, "chunk_bytes": 3000},
 }
 
 
@@ -36,7 +36,7 @@ def test_agrees_with_the_definition(
     mode: str, variant: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles that are wider than a row, and rows of several tiles, the last of them not full."""
-    monkeypatch.setattr(triton_blocks, "LARGEST_TILE", tile)
+    monkeypatch.setattr(triton_math, "LARGEST_TILE", tile)
     data = {name: value.to(DEVICE) for name, value in make(dtype).items()}
     got = {name: value.cpu() for name, value in run(data, engine="triton", **MODES[mode], **VARIANTS[variant]).items()}
     assert_agrees(got, expected(make(dtype), **VARIANTS[variant]), TOLERANCE[dtype])
@@ -55,7 +55,7 @@ def test_everything_and_nothing_selected(selection: str) -> None:
 @pytest.mark.parametrize("mode", ["small blocks", "some early"])
 @pytest.mark.parametrize("offset", [1e3, -1e4])
 def test_offset_changes_nothing(mode: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_blocks, "LARGEST_TILE", 32)
+    monkeypatch.setattr(triton_math, "LARGEST_TILE", 32)
     data = shifted(offset)
     got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", **MODES[mode])
     assert_agrees(compared({name: value.cpu() for name, value in got.items()}), compared(expected(data)), 2e-6)
@@ -66,7 +66,7 @@ def test_impossible_entries() -> None:
     data["hidden"][..., -1] = 1.0
     data["weight"][:40, -1] = -torch.inf
     data["labels"].clamp_(min=40)
-    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", block_bytes=700)
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", chunk_bytes=700)
     wanted = {name: values for name, values in expected(data).items() if name in ("loss", "entropy")}
     assert_agrees({name: got[name].cpu() for name in wanted}, wanted, 2e-6)
 

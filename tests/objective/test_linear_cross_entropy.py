@@ -14,9 +14,9 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
-from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 
 S, B, H, VOCAB, PADDED = 12, 3, 10, 61, 72  # on 4 ranks the last shard has 7 entries of 18
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -29,10 +29,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MODES: dict[str, dict[str, Any]] = {
     "torch": {"engine": "torch"},
     "recompute": {"engine": "chunked"},
-    "small blocks": {"engine": "chunked", "block_bytes": 700},
-    "kept": {"engine": "chunked", "kept_bytes": 1 << 20},
+    "small blocks": {"engine": "chunked", "chunk_bytes": 700},
+    "kept": {"engine": "chunked", "saved_logits_bytes": 1 << 20},
     "all early": {"engine": "chunked", "threshold": -torch.inf},
-    "some early": {"engine": "chunked", "threshold": 3.5, "block_bytes": 3000},
+    "some early": {"engine": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
     "none early": {"engine": "chunked", "threshold": 1e6},
 }
 SELECTIONS = {"0.6": 0.6, "all": 1.0, "none": 0.0}
@@ -73,9 +73,14 @@ def run(data: dict[str, Tensor], *, threshold: float | None = None, **head: Any)
     hidden = data["hidden"].chunk(ranks)[rank] if head.get("sequence_parallel") else data["hidden"]
     hidden = hidden.detach().clone().requires_grad_()
     weight = data["weight"].chunk(ranks)[rank].detach().clone().requires_grad_()
-    early = None if threshold is None else EarlySelection(data["valid"], threshold)
+    early = None if threshold is None else ForwardGradMask(data["valid"], threshold)
     result = linear_cross_entropy(
-        hidden, weight, data["labels"], LMHead(vocab_size=VOCAB, **head), early=early, with_entropy=True
+        hidden,
+        weight,
+        data["labels"],
+        LinearCrossEntropyConfig(vocab_size=VOCAB, **head),
+        forward_grad=early,
+        with_entropy=True,
     )
     assert result.entropy is not None and result.loss.dtype == result.entropy.dtype == torch.float32
     gradients = torch.autograd.grad((result.loss * data["incoming"]).sum(), (hidden, weight))
@@ -157,7 +162,7 @@ def test_any_guess_gives_the_same_gradient(seed: int, share: float, threshold: f
     """Early tokens that have nothing to do with those whose gradient arrives, at any scale of the loss."""
     data = make(share=share, seed=seed)
     data["incoming"] = data["incoming"] * scale
-    got = run(data, engine="chunked", threshold=threshold, block_bytes=3000)
+    got = run(data, engine="chunked", threshold=threshold, chunk_bytes=3000)
     assert_agrees(got, expected(data), 1e-5)
 
 
@@ -175,11 +180,11 @@ def test_early_scores_are_losses_minus_offsets() -> None:
     data = make()
     offset = torch.rand(B, S, generator=torch.Generator().manual_seed(2)) * 3
     loss = torch.arange(S * B).float()
-    chosen = EarlySelection(data["valid"], 12.0, offset).chosen(slice(5, 20), loss[5:20])
+    chosen = ForwardGradMask(data["valid"], 12.0, offset).chosen(slice(5, 20), loss[5:20])
     score = loss.view(S, B) - offset.t()
     assert torch.equal(chosen, ((score >= 12.0) & data["valid"].t()).flatten()[5:20])
     rows = torch.full((B, S), 12.0)
-    assert torch.equal(EarlySelection(data["valid"], rows, offset).chosen(slice(5, 20), loss[5:20]), chosen)
+    assert torch.equal(ForwardGradMask(data["valid"], rows, offset).chosen(slice(5, 20), loss[5:20]), chosen)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -202,13 +207,13 @@ def test_the_logits_are_never_all_there(threshold: float | None, share: float) -
     hidden = torch.randn(tokens, 1, width, generator=chance).requires_grad_()
     weight = torch.randn(entries, width, generator=chance).requires_grad_()
     labels = torch.randint(0, entries, (tokens, 1), generator=chance)
-    early = None if threshold is None else EarlySelection(torch.ones(1, tokens, dtype=torch.bool), threshold)
+    early = None if threshold is None else ForwardGradMask(torch.ones(1, tokens, dtype=torch.bool), threshold)
     with _LargestTensor() as largest:
-        loss = linear_cross_entropy(hidden, weight, labels, LMHead(), early=early).loss
+        loss = linear_cross_entropy(hidden, weight, labels, LinearCrossEntropyConfig(), forward_grad=early).loss
         (loss * (loss.detach() > 4)).sum().backward()
     assert largest.elements <= tokens * entries * share
     with _LargestTensor() as largest:
-        linear_cross_entropy(hidden, weight, labels, LMHead(engine="torch"))
+        linear_cross_entropy(hidden, weight, labels, LinearCrossEntropyConfig(engine="torch"))
     assert largest.elements >= tokens * entries, "the measurement sees nothing"
 
 
@@ -225,9 +230,11 @@ def test_gradient_is_added_to_main_grad(dtype: torch.dtype, threshold: float | N
     """As Megatron-Core's DDP wants it: two micro-batches add up, in fp32 under bf16 weights too."""
     data = make(dtype)
     weight = _with_main_grad(data["weight"])
-    early = None if threshold is None else EarlySelection(data["valid"], threshold)
+    early = None if threshold is None else ForwardGradMask(data["valid"], threshold)
     for _ in range(2):
-        loss = linear_cross_entropy(data["hidden"], weight, data["labels"], LMHead(vocab_size=VOCAB), early=early).loss
+        loss = linear_cross_entropy(
+            data["hidden"], weight, data["labels"], LinearCrossEntropyConfig(vocab_size=VOCAB), forward_grad=early
+        ).loss
         before = weight.main_grad.clone()
         (loss * data["incoming"]).sum().backward()
         added = {"weight": weight.main_grad - before}
@@ -242,7 +249,7 @@ def test_tied_weight_gets_both_gradients() -> None:
     weight = _with_main_grad(data["weight"])
     weight.zero_out_wgrad = True
     embedded = weight[data["labels"]].sum()
-    loss = linear_cross_entropy(data["hidden"], weight, data["labels"], LMHead(vocab_size=VOCAB)).loss
+    loss = linear_cross_entropy(data["hidden"], weight, data["labels"], LinearCrossEntropyConfig(vocab_size=VOCAB)).loss
     ((loss * data["incoming"]).sum() + embedded).backward()
     rows = torch.bincount(data["labels"].flatten(), minlength=PADDED).double()[:, None].expand(-1, H)
     assert torch.equal(weight.grad.double(), rows)
@@ -253,9 +260,11 @@ def test_no_gradient_no_work() -> None:
     """Evaluation leaves main_grad alone and gives the same losses."""
     data = make()
     weight = _with_main_grad(data["weight"])
-    early = EarlySelection(data["valid"])
+    early = ForwardGradMask(data["valid"])
     with torch.no_grad():
-        loss = linear_cross_entropy(data["hidden"], weight, data["labels"], LMHead(vocab_size=VOCAB), early=early).loss
+        loss = linear_cross_entropy(
+            data["hidden"], weight, data["labels"], LinearCrossEntropyConfig(vocab_size=VOCAB), forward_grad=early
+        ).loss
     assert bool((weight.main_grad == 0.25).all()) and not loss.requires_grad
     assert_agrees({"loss": loss}, {"loss": expected(data)["loss"]}, 1e-5)
 
@@ -265,14 +274,18 @@ def test_not_a_number_is_not_hidden() -> None:
     data = make()
     data["hidden"][2, 1, 3] = torch.nan
     for engine in ("torch", "chunked"):
-        loss = linear_cross_entropy(data["hidden"], data["weight"], data["labels"], LMHead(engine=engine)).loss
+        loss = linear_cross_entropy(
+            data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(engine=engine)
+        ).loss
         assert loss.isnan().nonzero().tolist() == [[2, 1]]
 
 
 def test_no_tokens() -> None:
     hidden, weight = torch.zeros(0, 2, H, requires_grad=True), torch.randn(PADDED, H, requires_grad=True)
-    for early in (None, EarlySelection(torch.zeros(2, 0, dtype=torch.bool))):
-        loss = linear_cross_entropy(hidden, weight, torch.zeros(0, 2, dtype=torch.long), LMHead(), early=early).loss
+    for early in (None, ForwardGradMask(torch.zeros(2, 0, dtype=torch.bool))):
+        loss = linear_cross_entropy(
+            hidden, weight, torch.zeros(0, 2, dtype=torch.long), LinearCrossEntropyConfig(), forward_grad=early
+        ).loss
         gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
         assert loss.shape == (0, 2) and bool((gradients[1] == 0).all())
 
@@ -282,10 +295,10 @@ def test_label_outside_the_vocabulary_is_refused(label: int) -> None:
     data = make()
     data["labels"][0, 0] = label
     with pytest.raises(ValueError, match=f"a label is {label}, and the vocabulary has {VOCAB}"):
-        linear_cross_entropy(data["hidden"], data["weight"], data["labels"], LMHead(vocab_size=VOCAB))
+        linear_cross_entropy(data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(vocab_size=VOCAB))
 
 
 def test_unknown_engine_is_refused() -> None:
     data = make()
     with pytest.raises(ValueError, match=r"'cuda' is unknown; there are torch, chunked, triton"):
-        linear_cross_entropy(data["hidden"], data["weight"], data["labels"], LMHead(engine="cuda"))
+        linear_cross_entropy(data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(engine="cuda"))

@@ -10,8 +10,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megatron_slm.objective.multi_token import multi_token_loss
-from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import ReferenceScores, Selector, Tokens, select
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.exact import select
+from megatron_slm.objective.selection.policy import parse_policy
+from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 
 B, S, D = 3, 8, 2
 
@@ -25,8 +27,8 @@ def test_heads_count_the_tokens_of_the_definition(text: str | None, own: bool) -
     valid = torch.rand(B, S, generator=chance) < 0.8
     index = torch.arange(B * S).view(B, S)
     policy = None if text is None else parse_policy(text)
-    selector = Selector(policy, "sequence", heads_weight=0.3, heads_select=own)
-    tokens = Tokens(main, valid, index, index, ReferenceScores(reference, entropy))
+    selector = SelectionConfig(policy, "sequence", mtp_loss_weight=0.3, mtp_is_independent=own)
+    tokens = TokenBatch(main, valid, index, index, ReferenceScores(reference, entropy))
     selection = select(tokens, selector, 0.6)
     loss = multi_token_loss(heads, tokens, selection, selector, 0.6)
     gradients = torch.autograd.grad(loss, heads)
@@ -53,11 +55,11 @@ def test_heads_count_the_tokens_of_the_definition(text: str | None, own: bool) -
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def _micro_batch() -> tuple[list[Tensor], Tokens]:
+def _micro_batch() -> tuple[list[Tensor], TokenBatch]:
     chance = torch.Generator().manual_seed(6)
     main, *heads, reference = (torch.rand(B, S, generator=chance) for _ in range(2 + D))
     index = torch.arange(100, 100 + B * S).view(B, S)
-    return heads, Tokens(main, torch.rand(B, S, generator=chance) < 0.8, index, index, ReferenceScores(reference))
+    return heads, TokenBatch(main, torch.rand(B, S, generator=chance) < 0.8, index, index, ReferenceScores(reference))
 
 
 def _head_gradients(rank: int, world_size: int, own: bool) -> Tensor:
@@ -68,15 +70,17 @@ def _head_gradients(rank: int, world_size: int, own: bool) -> Tensor:
     places = torch.arange(S).view(-1, chunk)[[rank, 2 * world_size - 1 - rank]].flatten()
     assert tokens.reference is not None
     heads = [head[:, places].requires_grad_() for head in heads]
-    tokens = Tokens(
+    tokens = TokenBatch(
         tokens.loss[:, places],
         tokens.valid[:, places],
-        tokens.index[:, places],
-        tokens.order[:, places],
+        tokens.global_token_index[:, places],
+        tokens.step_token_index[:, places],
         ReferenceScores(tokens.reference.loss[:, places]),
     )
     world = dist.group.WORLD
-    selector = Selector(parse_policy("excess"), "micro-batch", world, world, heads_weight=0.3, heads_select=own)
+    selector = SelectionConfig(
+        parse_policy("excess"), "micro-batch", world, world, mtp_loss_weight=0.3, mtp_is_independent=own
+    )
     loss = multi_token_loss(heads, tokens, select(tokens, selector, 0.6), selector, 0.6)
     whole = torch.zeros(D, B, S)
     whole[:, :, places] = torch.stack(torch.autograd.grad(loss, heads))

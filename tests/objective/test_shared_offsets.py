@@ -17,15 +17,15 @@ from test_linear_cross_entropy import VOCAB, B, S, assert_agrees, expected, make
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy
-from megatron_slm.objective.linear_cross_entropy.blocks import TorchBlocks
+from megatron_slm.objective.linear_cross_entropy.chunk_math import TorchChunkMath
 
 OFFSETS = (0.0, 1e3, -1e3, 1e4, -1e4)
 MODES: dict[str, dict[str, Any]] = {
     "torch": {"engine": "torch"},
     "recompute": {"engine": "chunked"},
-    "small blocks": {"engine": "chunked", "block_bytes": 700},
-    "kept": {"engine": "chunked", "kept_bytes": 1 << 20, "block_bytes": 700},
-    "some early": {"engine": "chunked", "threshold": 3.5, "block_bytes": 3000},
+    "small blocks": {"engine": "chunked", "chunk_bytes": 700},
+    "kept": {"engine": "chunked", "saved_logits_bytes": 1 << 20, "chunk_bytes": 700},
+    "some early": {"engine": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
     "z-loss": {"engine": "chunked", "z_loss": 1e-4},
 }
 
@@ -87,7 +87,7 @@ def test_entropy_of_whole_logits(offset: float) -> None:
 def test_saved_block_gives_the_same_statistics(with_entropy: bool, softcap: float | None) -> None:
     logits, labels = torch.randn(7, 50, generator=torch.Generator().manual_seed(1)) * 5, torch.arange(7)
     found = [
-        TorchBlocks(softcap, torch.float32).statistics(logits.clone(), labels, with_entropy=with_entropy, keep=keep)
+        TorchChunkMath(softcap, torch.float32).statistics(logits.clone(), labels, with_entropy=with_entropy, keep=keep)
         for keep in (False, True)
     ]
     assert torch.equal(found[0].loss, found[1].loss)

@@ -40,15 +40,15 @@ def test_kernels_compile_for_hopper(dtype: str, softcap: bool, tmp_path: Path, m
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from megatron_slm.objective.linear_cross_entropy import triton_blocks
+    from megatron_slm.objective.linear_cross_entropy import triton_math
 
     common = {"logits": "*fp32", "labels": "*i64", "width": "i32", "stride": "i32", "softcap": "fp32"}
     flags = {"HAS_SOFTCAP": softcap, "TILE": 4096}
     outputs = dict.fromkeys(("highest_out", "total_out", "label_logit_out", "weighted_out"), "*fp32")
     factors = dict.fromkeys(("highest", "scale", "weight"), "*fp32")
     for kernel, arguments, constants in (
-        (triton_blocks._statistics_kernel, {**common, **outputs}, {**flags, "WITH_ENTROPY": softcap}),
-        (triton_blocks._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, flags),
+        (triton_math._statistics_kernel, {**common, **outputs}, {**flags, "WITH_ENTROPY": softcap}),
+        (triton_math._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, flags),
     ):
         signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from ranks import run_ranks
 from tiny import MODEL, command, launch, make_corpus
 
@@ -22,33 +27,58 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _train_beside(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+def _random_numbers_after_build(rank: int, world_size: int, argv: list[str]) -> list[Any]:
+    """The next random number of each generator that a step may draw from, when the run has been built."""
+    with _built_run(argv) as run:
+        assert run.state.progress.step == 0
+        numbers: list[Any] = [random.random(), np.random.rand(), torch.rand(1).item()]
+        with get_cuda_rng_tracker().fork():
+            return [*numbers, torch.rand(1).item()]
+
+
+def test_building_the_reference_model_leaves_random_states_alone(workspace: Path) -> None:
+    """Dropout does not depend on whether scores come from a model or from sidecars."""
+    argv = command(str(workspace / "corpus_text_document"), train_iters=2, objective="slm")
+    beside = [*argv, "--reference-load", str(workspace / "rm")]
+    [without], [beside_model] = (
+        run_ranks(_random_numbers_after_build, 1, words, initialise=False)
+        for words in ([*argv, "--slm-score", "token-loss"], beside)
+    )
+    assert beside_model == without
+
+
+@contextlib.contextmanager
+def _built_run(argv: list[str]) -> Iterator[Any]:
     from megatron_slm.config.checks import check
     from megatron_slm.config.flags import parse
     from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.runtime import process
     from megatron_slm.runtime.console import make_console
-    from megatron_slm.training.loop import train
     from megatron_slm.training.setup import build_run, parallel_layout
 
     config = parse(argv).config
-    check(config, world_size)
+    check(config, int(os.environ["WORLD_SIZE"]))
     groups = process.start(parallel_layout(config), seed=config.training.seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        run = build_run(config, build_tokenizer("ByteTokenizer", TokenizerFiles()), groups, make_console(False))
-        reference: Any = run.reference
+        yield build_run(config, build_tokenizer("ByteTokenizer", TokenizerFiles()), groups, make_console(False))
+    process.stop()
+
+
+def _train_beside(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+    from megatron_slm.training.loop import train
+
+    with _built_run(argv) as run:
+        reference = run.reference
         before = [parameter.clone() for chunk in reference.chunks for parameter in chunk.parameters()]
         train(run)
-    after = [parameter for chunk in reference.chunks for parameter in chunk.parameters()]
-    result = {
-        "unchanged": all(torch.equal(old, new) for old, new in zip(before, after, strict=True)),
-        "count": len(after),
-        "gradients": [p for p in after if p.requires_grad or p.grad is not None or hasattr(p, "main_grad")],
-        "trained": sum(p.numel() for chunk in run.trainable.chunks for p in chunk.parameters()),
-        "training": any(chunk.training for chunk in reference.chunks),
-    }
-    process.stop()
-    return result
+        after = [parameter for chunk in reference.chunks for parameter in chunk.parameters()]
+        return {
+            "unchanged": all(torch.equal(old, new) for old, new in zip(before, after, strict=True)),
+            "count": len(after),
+            "gradients": [p for p in after if p.requires_grad or p.grad is not None or hasattr(p, "main_grad")],
+            "trained": sum(p.numel() for chunk in run.state.chunks for p in chunk.parameters()),
+            "training": any(chunk.training for chunk in reference.chunks),
+        }
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])

@@ -24,15 +24,16 @@ from megatron_slm.data.scores.samples import ScoredSamples, label_places
 from megatron_slm.data.scores.sets import check_scores, open_scores
 from megatron_slm.data.scores.sidecar import Sidecar, read_header, sidecar_path
 from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
-from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import Selector, select
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.exact import select
+from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
 from megatron_slm.reference.windows import Documents, as_micro_batch, span
 from megatron_slm.runtime import process
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import Groups, ParallelLayout
-from megatron_slm.training.step import as_tokens
+from megatron_slm.training.step import token_batch
 
 WINDOW = 32
 TOKENIZER = ByteTokenizer(TokenizerFiles())
@@ -231,7 +232,7 @@ def _compare(
     scored = torch.utils.data.Subset(ScoredSamples(dataset, scores), in_windows)
     shape = BatchShape(32, 1, 0, 1)
     stream = BatchStream(scored, shape, device=groups.device)
-    selector = Selector(parse_policy("excess"), group=groups.dp_cp)
+    selector = SelectionConfig(parse_policy("excess"), group=groups.dp_cp)
     tokens = differ = selected = 0
     farthest = 0.0
     for _ in range(len(in_windows) // 32):
@@ -239,7 +240,7 @@ def _compare(
         [beside], [loss] = model.score([batch]), learner.score([batch])
         assert batch.reference_loss is not None
         one, two = (
-            select(as_tokens(batch, loss.loss, reference, batch.first_sample), selector, 0.6)
+            select(token_batch(batch, loss.loss, reference, batch.first_sample), selector, 0.6)
             for reference in (beside, replace(beside, loss=batch.reference_loss))
         )
         tokens, selected = tokens + one.selected.numel(), selected + int(one.selected.sum())

@@ -21,7 +21,7 @@ from megatron_slm.reference.replica import ReferenceReplica
 WAYS = {
     "data-parallel": ["--slm-scope", "data-parallel"],
     "global-batch": ["--slm-scope", "global-batch"],
-    "carried": ["--slm-scope", "global-batch", "--slm-threshold", "carried"],
+    "predicted": ["--slm-scope", "global-batch", "--slm-threshold", "predicted"],
 }
 # Samples without a valid token: the first micro-batch of step 1, rank 1 of two in step 2, the whole of step 3.
 MASKED = {*range(8), *range(20, 24), *range(28, 32), *range(32, 48)}
@@ -102,7 +102,7 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank(workspace: Path, wa
     assert not list((workspace / name).glob("iter_*"))
 
 
-@pytest.mark.parametrize("way", ["global-batch", "carried"])
+@pytest.mark.parametrize("way", ["global-batch", "predicted"])
 def test_so_few_tokens_that_some_ranks_and_micro_batches_select_none(workspace: Path, way: str) -> None:
     """One of 512 tokens."""
     flags = {"slm_selection_ratio": 0.001}

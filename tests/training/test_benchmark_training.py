@@ -36,7 +36,7 @@ def _measure(rank: int, world_size: int, folder: Path) -> tuple[dict[str, torch.
     with quiet():
         bench.prepare()
         contestants = measure(bench, names, steps=2, warmup=1)
-    return {name: _gradients(own.run.trainable.chunks[0]) for name, own in contestants.items()}, {
+    return {name: _gradients(own.run.state.chunks[0]) for name, own in contestants.items()}, {
         name: own.shares() for name, own in contestants.items()
     }
 

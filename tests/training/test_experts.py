@@ -14,8 +14,11 @@ from ranks import run_ranks
 from tiny import command, launch, make_corpus, records
 
 from megatron_slm.objective import selective_loss as objective
+from megatron_slm.objective.selection import strategies
+from megatron_slm.objective.selection.exact import Selection
 from megatron_slm.pretrain import main
 from megatron_slm.training import step as step_module
+from megatron_slm.training.state import TrainState
 
 EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_aux_loss_coeff": 0.1}
 
@@ -66,24 +69,17 @@ def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[to
         loss = whole(tokens, selection)
         return objective.SelectiveLoss(loss.numerator * 0.0, loss.count, loss.selected, loss.threshold)
 
-    def share(selection: Any, micro_batches: Any, trainable: Any) -> float:
-        trainable.optimizer.step = record(trainable, trainable.optimizer.step)
-        return whole_share(selection, micro_batches, trainable)
+    def recorded_step(state: TrainState, samples: int) -> Any:
+        for chunk in state.chunks:
+            for name, parameter in chunk.named_parameters():
+                if "router" in name:
+                    gradients.append(parameter.main_grad.clone())
+        return optimizer_step(state, samples)
 
-    def record(trainable: Any, step: Any) -> Any:
-        def recorded() -> Any:
-            for chunk in trainable.chunks:
-                for name, parameter in chunk.named_parameters():
-                    if "router" in name:
-                        gradients.append(parameter.main_grad.clone())
-            return step()
-
-        return recorded
-
-    whole, whole_share = objective.selective_loss, step_module._share_to_select
+    whole, optimizer_step = objective.selective_loss, TrainState.optimizer_step
     with (
         mock.patch.object(step_module, "selective_loss", without_loss),
-        mock.patch.object(step_module, "_share_to_select", share),
+        mock.patch.object(TrainState, "optimizer_step", recorded_step),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         assert main(argv) == 0
@@ -91,17 +87,17 @@ def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[to
 
 
 def _select_nothing(rank: int, world_size: int, argv: list[str]) -> None:
-    def nothing(tokens: Any, selector: Any, ratio: float) -> objective.Selection:
+    def nothing(tokens: Any, selector: Any, ratio: float) -> Selection:
         none = torch.zeros_like(tokens.valid)
-        return objective.Selection(none, none.float(), torch.zeros(()))
+        return Selection(none, none.float(), torch.zeros(()))
 
-    with mock.patch.object(step_module, "select", nothing), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.object(strategies, "select", nothing), contextlib.redirect_stdout(io.StringIO()):
         assert main(argv) == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_step_that_selects_nothing_moves_no_expert(workspace: Path, ranks: int) -> None:
-    """As a carried threshold may, where losses fall at once by more than their spread."""
+    """As a predicted threshold may, if losses suddenly fall by more than their spread."""
     layout = {"dp": ranks, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
     name = f"nothing-{ranks}"
     run_ranks(_select_nothing, ranks, slm(workspace, name, **layout), initialise=False)

@@ -1,4 +1,4 @@
-"""Scope global-batch in the trainer: any cut of the batch selects the same tokens; the carried threshold is held."""
+"""Scope global-batch in the trainer: any cut of the batch selects the same tokens; the predicted threshold is held."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from ranks import run_ranks
 from tiny import GLOBAL_BATCH, command, launch, losses, make_corpus, records
 
-from megatron_slm.objective.linear_cross_entropy import blockwise
+from megatron_slm.objective.linear_cross_entropy import chunked
 from megatron_slm.pretrain import main
 
 
@@ -23,7 +23,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch(command(corpus, folder / "base", train_iters=2))
     launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=50))
     launch(slm(folder, "whole", GLOBAL_BATCH, slm_scope="data-parallel"))
-    launch(slm(folder, "carried", slm_threshold="carried", train_iters=6))
+    launch(slm(folder, "predicted", slm_threshold="predicted", train_iters=6))
     return folder
 
 
@@ -65,11 +65,11 @@ def test_any_cut_of_the_batch_selects_the_same_tokens(workspace: Path, cut: str)
 
 
 @pytest.mark.parametrize("cut", ["data-parallel", "tensor", "context", "interleaved"])
-def test_any_cut_of_the_batch_carries_the_same_threshold(workspace: Path, cut: str) -> None:
+def test_any_cut_of_the_batch_predicts_the_same_threshold(workspace: Path, cut: str) -> None:
     ranks, flags = CUTS[cut]
-    launch(slm(workspace, f"carried-{cut}", slm_threshold="carried", **{**flags, "train_iters": 6}), ranks)
-    assert_same(workspace, "carried", f"carried-{cut}")
-    ranked = [record["seconds_ranking"] is not None for record in records(workspace / f"carried-{cut}")]
+    launch(slm(workspace, f"predicted-{cut}", slm_threshold="predicted", **{**flags, "train_iters": 6}), ranks)
+    assert_same(workspace, "predicted", f"predicted-{cut}")
+    ranked = [record["seconds_ranking"] is not None for record in records(workspace / f"predicted-{cut}")]
     assert ranked == [True] + [False] * 5, "only the first step ranks before its backward pass"
 
 
@@ -83,17 +83,17 @@ def test_ranking_sees_the_dropout_of_the_step(workspace: Path) -> None:
 
 @pytest.mark.parametrize("cut", ["micro-batches", "interleaved", "context"])
 def test_no_gradient_waits_for_the_selection(workspace: Path, cut: str) -> None:
-    """Every selected token has its gradient from the forward pass, exact and carried, and no other token has one."""
+    """Every selected token has its gradient from the forward pass, exact and predicted, and no other token has one."""
     ranks, flags = CUTS[cut]
-    for threshold in ("exact", "carried"):
+    for threshold in ("exact", "predicted"):
         argv = slm(workspace, f"early-{threshold}-{cut}", slm_threshold=threshold, **flags)
         for early, late in run_ranks(_count_rows, ranks, argv, initialise=False):
             assert late == 0
             assert early > 0 or "pipeline_model_parallel_size" in flags, "there are losses on the last stage alone"
 
 
-def test_joined_scores_wait_for_the_carried_selection(workspace: Path) -> None:
-    joined = slm(workspace, "early-joined", slm_threshold="carried", slm_score="excess or token-loss:0.2")
+def test_joined_scores_wait_for_the_predicted_selection(workspace: Path) -> None:
+    joined = slm(workspace, "early-joined", slm_threshold="predicted", slm_score="excess or token-loss:0.2")
     ((early, late),) = run_ranks(_count_rows, 1, joined, initialise=False)
     assert early > 0 and late > 0, "the first step is exact, the others are recomputed"
 
@@ -101,7 +101,7 @@ def test_joined_scores_wait_for_the_carried_selection(workspace: Path) -> None:
 def _count_rows(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
     """Run the trainer; rows whose gradient was computed in the forward pass, and rows that the backward pass added."""
     rows = {"early": 0, "late": 0}
-    early_pass, add = blockwise._early_pass, blockwise._Gradient.add
+    early_pass, add = chunked._forward_grad_pass, chunked._Gradient.add
 
     def counting_pass(*arguments: Any) -> Any:
         result = early_pass(*arguments)
@@ -112,7 +112,7 @@ def _count_rows(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
         rows["late"] += int(incoming.count_nonzero())
         add(self, own, lse, incoming, *more, **named)
 
-    blockwise._early_pass, blockwise._Gradient.add = counting_pass, counting_add
+    chunked._forward_grad_pass, chunked._Gradient.add = counting_pass, counting_add
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(argv) == 0
     return rows["early"], rows["late"]
@@ -124,7 +124,7 @@ def test_everything_selected_is_clm_bit_for_bit(workspace: Path, score: str) -> 
     base = {"train_iters": 3, "load": workspace / "base", "finetune": True}
     if not (workspace / "clm").exists():
         launch(command(corpus, workspace / "clm", **base))
-    for threshold in ("exact", "carried"):
+    for threshold in ("exact", "predicted"):
         name = f"k1-{score}-{threshold}"
         argv = slm(workspace, name, slm_score=score, slm_threshold=threshold)
         launch([*argv, "--slm-selection-ratio", "1.0"])
@@ -132,10 +132,10 @@ def test_everything_selected_is_clm_bit_for_bit(workspace: Path, score: str) -> 
             assert (clm["loss"], clm["grad_norm"]) == (k1["loss"], k1["grad_norm"])
 
 
-def test_carried_threshold_resumes_bit_for_bit(workspace: Path) -> None:
+def test_predicted_threshold_resumes_bit_for_bit(workspace: Path) -> None:
     """Also while the ratio is warmed down, and on two stages, of which only the last knows the losses."""
     flags = {
-        "slm_threshold": "carried",
+        "slm_threshold": "predicted",
         "train_iters": 8,
         "slm_selection_ratio_start": 0.9,
         "slm_selection_ratio_warmup_iters": 6,
@@ -151,7 +151,7 @@ def test_carried_threshold_resumes_bit_for_bit(workspace: Path) -> None:
 
 
 def test_another_ratio_on_resume_is_selected_exactly_at_once(workspace: Path) -> None:
-    flags = {"slm_threshold": "carried", "load": workspace / "ratio"}
+    flags = {"slm_threshold": "predicted", "load": workspace / "ratio"}
     launch(slm(workspace, "ratio", **flags, exit_interval=3))
     launch(
         [
@@ -170,7 +170,7 @@ def test_another_ratio_on_resume_is_selected_exactly_at_once(workspace: Path) ->
 def test_share_is_held_through_warm_up_and_resume(workspace: Path) -> None:
     """Two data-parallel ranks, a learning-rate warm-up, a resume onto another corpus: any 50 steps hold k."""
     flags = {
-        "slm_threshold": "carried",
+        "slm_threshold": "predicted",
         "train_iters": 120,
         "lr_warmup_iters": 30,
         "lr_decay_style": "cosine",

@@ -16,8 +16,8 @@ SLM = {"train_iters": 3, "objective": "slm", "slm_score": "token-loss", "finetun
 RUNS: dict[str, dict[str, Any]] = {
     "recompute": {},
     "speculative": {"slm_exact_mode": "speculative"},
-    "kept": {"slm_kept_logits_mb": 64},
-    "carried": {"slm_scope": "global-batch", "slm_threshold": "carried"},
+    "kept": {"slm_saved_logits_mb": 64},
+    "predicted": {"slm_scope": "global-batch", "slm_threshold": "predicted"},
 }
 
 

@@ -82,7 +82,7 @@ def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception
     whole_step = loop._one_step
 
     def step(run: Any, stream: Any) -> Any:
-        if rank == 1 and run.position.step == 1:
+        if rank == 1 and run.progress.step == 1:
             raise error
         return whole_step(run, stream)
 

@@ -120,7 +120,7 @@ def test_reference_model_with_more_learned_positions(workspace: Path) -> None:
 
 WAYS = {
     "torch": {"slm_cross_entropy": "torch"},
-    "kept logits": {"slm_kept_logits_mb": 8},
+    "saved logits": {"slm_saved_logits_mb": 8},
     "speculative": {"slm_exact_mode": "speculative"},
     "speculative, TP 2": {"slm_exact_mode": "speculative", "tp": 2, "sequence_parallel": True},
     "speculative, PP 2 DP 2": {"slm_exact_mode": "speculative", "pp": 2, "dp": 2},

@@ -19,7 +19,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads")
     launch(command(make_corpus(folder / "corpus", 1), folder / "base", train_iters=2, **HEADS))
     launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3, **HEADS))
-    for selection in ("main", "own"):
+    for selection in ("main", "independent"):
         launch(slm(folder, selection, slm_mtp_selection=selection))
     return folder
 
@@ -40,7 +40,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "selection"), [*((name, "own") for name in LAYOUTS), ("data", "main"), ("context", "main")]
+    ("layout", "selection"), [*((name, "independent") for name in LAYOUTS), ("data", "main"), ("context", "main")]
 )
 def test_layouts_agree_with_one_process(workspace: Path, layout: str, selection: str) -> None:
     name = f"{layout}-{selection}"
@@ -57,15 +57,15 @@ def assert_same(folder: Path, name: str, other: str) -> None:
 
 def test_heads_change_the_gradient_and_what_they_select_matters(workspace: Path) -> None:
     launch(slm(workspace, "none", mtp_loss_scaling_factor=0))
-    norms = [records(workspace / name)[0]["grad_norm"] for name in ("none", "main", "own")]
+    norms = [records(workspace / name)[0]["grad_norm"] for name in ("none", "main", "independent")]
     assert len(set(norms)) == 3
     assert records(workspace / "none")[0]["loss"] == records(workspace / "main")[0]["loss"]
 
 
-def test_global_batch_and_carried_scopes(workspace: Path) -> None:
-    for name, dp in (("carried-1", 1), ("carried-2", 2)):
-        launch(slm(workspace, name, dp=dp, slm_scope="global-batch", slm_threshold="carried"), dp)
-    assert_same(workspace, "carried-1", "carried-2")
+def test_global_batch_and_predicted_scopes(workspace: Path) -> None:
+    for name, dp in (("predicted-1", 1), ("predicted-2", 2)):
+        launch(slm(workspace, name, dp=dp, slm_scope="global-batch", slm_threshold="predicted"), dp)
+    assert_same(workspace, "predicted-1", "predicted-2")
 
 
 def test_tied_embedding_agrees(workspace: Path) -> None:
@@ -85,7 +85,7 @@ def test_tied_embedding_agrees(workspace: Path) -> None:
 def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
     corpus = str(workspace / "corpus_text_document")
     launch(command(corpus, workspace / "clm", train_iters=3, load=workspace / "base", finetune=True, **HEADS))
-    launch([*slm(workspace, "k1", slm_mtp_selection="own"), "--slm-selection-ratio", "1.0"])
+    launch([*slm(workspace, "k1", slm_mtp_selection="independent"), "--slm-selection-ratio", "1.0"])
     for clm, k1 in zip(records(workspace / "clm"), records(workspace / "k1"), strict=True):
         assert (clm["loss"], clm["grad_norm"]) == (k1["loss"], k1["grad_norm"])
 

@@ -47,40 +47,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TOKENS = 16 * 32  # of a global batch
 SLM = ["--objective", "slm", "--reference-load", "FOLDER/a", "--slm-selection-ratio", "0.5"]
-CARRIED = [*SLM, "--slm-threshold", "carried", "--slm-scope", "global-batch"]
-RUNS = {"clm": [], "exact": SLM, "carried": CARRIED}
+PREDICTED = [*SLM, "--slm-threshold", "predicted", "--slm-scope", "global-batch"]
+RUNS = {"clm": [], "exact": SLM, "predicted": PREDICTED}
 # saved run, flags on resume, differences to be printed, selection of the first step (None: that of the undisturbed run)
 CHANGES: list[tuple[str, list[str], list[str], str | None]] = [
-    ("carried", CARRIED, [], None),
+    ("predicted", PREDICTED, [], None),
     ("exact", SLM, [], None),
     ("clm", SLM, ["--objective clm -> slm", "--reference-load unset ->"], "exact"),
-    ("carried", [], ["--objective slm -> clm", "--slm-threshold carried -> exact"], "all"),
+    ("predicted", [], ["--objective slm -> clm", "--slm-threshold predicted -> exact"], "all"),
     ("exact", [*SLM, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
-    ("carried", [*CARRIED, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
+    ("predicted", [*PREDICTED, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
     ("exact", [*SLM, "--slm-scope", "sequence"], ["--slm-scope data-parallel -> sequence"], "exact"),
     ("exact", [*SLM, "--slm-exact-mode", "speculative"], ["--slm-exact-mode recompute -> speculative"], "exact"),
-    ("exact", CARRIED, ["--slm-threshold exact -> carried", "--slm-scope data-parallel -> global-batch"], "exact"),
-    ("carried", SLM, ["--slm-threshold carried -> exact"], "exact"),
-    ("carried", [*CARRIED, "--slm-selection-ratio", "0.3"], ["--slm-selection-ratio 0.5 -> 0.3"], "exact"),
+    ("exact", PREDICTED, ["--slm-threshold exact -> predicted", "--slm-scope data-parallel -> global-batch"], "exact"),
+    ("predicted", SLM, ["--slm-threshold predicted -> exact"], "exact"),
+    ("predicted", [*PREDICTED, "--slm-selection-ratio", "0.3"], ["--slm-selection-ratio 0.5 -> 0.3"], "exact"),
     (
         "exact",
         [*SLM, "--slm-score", "stochastic-excess"],
         ["--slm-score excess -> stochastic-excess"],
         "exact",
     ),
-    ("carried", [*CARRIED, "--slm-mix", "0.1"], ["--slm-mix 0.0 -> 0.1"], "carried"),
-    ("carried", [*CARRIED, "--reference-load", "FOLDER/b"], ["--reference-load FOLDER/a -> FOLDER/b"], "exact"),
-    ("carried", [*CARRIED, "--reference-precision", "bf16"], ["--reference-precision unset -> bf16"], "exact"),
+    ("predicted", [*PREDICTED, "--slm-mix", "0.1"], ["--slm-mix 0.0 -> 0.1"], "predicted"),
+    ("predicted", [*PREDICTED, "--reference-load", "FOLDER/b"], ["--reference-load FOLDER/a -> FOLDER/b"], "exact"),
+    ("predicted", [*PREDICTED, "--reference-precision", "bf16"], ["--reference-precision unset -> bf16"], "exact"),
 ]
 
 
 def kind(save: Path, number: int) -> str:
-    """Return the kind of selection of a step: only a carried threshold selects another share than was asked for."""
+    """Return the kind of selection of a step: only a predicted threshold selects another share than was asked for."""
     share = records(save)[number]["share_selected"]
     if share == 1:
         return "all"
     ratio = 0.3 if share < 0.4 else 0.5
-    return "exact" if share == pytest.approx(math.ceil(ratio * TOKENS) / TOKENS, abs=1e-9) else "carried"
+    return "exact" if share == pytest.approx(math.ceil(ratio * TOKENS) / TOKENS, abs=1e-9) else "predicted"
 
 
 def _placed(argv: list[str], folder: Path) -> list[str]:
@@ -111,7 +111,7 @@ def test_another_reference_model_under_the_same_path_is_noticed(folder: Path, tm
     """Its losses cannot be compared with the threshold of the checkpoint."""
     corpus = str(folder / "corpus_text_document")
     shutil.copytree(folder / "a", tmp_path / "rm")
-    flags = [*CARRIED, "--reference-load", str(tmp_path / "rm")]
+    flags = [*PREDICTED, "--reference-load", str(tmp_path / "rm")]
     argv = _placed(
         [*command(corpus, tmp_path / "run", load=tmp_path / "run", train_iters=6, eval_iters=0), *flags], folder
     )
@@ -123,4 +123,4 @@ def test_another_reference_model_under_the_same_path_is_noticed(folder: Path, tm
     assert "another content" not in second[1]
     for _, output, _ in (dry, third):
         assert f"--reference-load {tmp_path / 'rm'} has another content now" in output
-    assert [kind(tmp_path / "run", step) for step in range(6)] == ["exact", *["carried"] * 3, "exact", "carried"]
+    assert [kind(tmp_path / "run", step) for step in range(6)] == ["exact", *["predicted"] * 3, "exact", "predicted"]

@@ -25,7 +25,7 @@ class BareLoop:
 
     def __init__(self, run: Run, *, fused: bool) -> None:
         self.run = run
-        for chunk in run.trainable.chunks:
+        for chunk in run.state.chunks:
             for module in chunk.modules():
                 if isinstance(module, GPT):
                     module.__class__ = GPTModel  # GPT adds methods alone: what is left is Megatron-Core's model
@@ -34,21 +34,21 @@ class BareLoop:
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> float:
         """One optimizer step; its mean loss."""
-        trainable = self.run.trainable
-        for chunk in trainable.chunks:
+        state = self.run.state
+        for chunk in state.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
-        trainable.optimizer.zero_grad()
+        state.optimizer.zero_grad()
         reports = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=iter(micro_batches),
-            model=list(trainable.chunks),
+            model=list(state.chunks),
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].sample_length,
             micro_batch_size=micro_batches[0].tokens.size(0),
             forward_only=False,
         )
-        trainable.optimizer.step()
-        trainable.scheduler.step(increment=self.run.shape.global_batch_size)
+        state.optimizer.step()
+        state.scheduler.step(increment=self.run.shape.global_batch_size)
         total = torch.stack(reports).sum(0)
         return float(total[0] / total[1])
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_slm.objective.early_rule import ThresholdGuess
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
-from megatron_slm.objective.linear_cross_entropy.token_loss import linear_cross_entropy
-from megatron_slm.objective.threshold import select_highest
+from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
+from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold
+from megatron_slm.objective.selection.threshold import select_highest
 
 
 class Unavailable(Exception):
@@ -50,17 +50,17 @@ class Problem:
 
     def _foresee(self) -> None:
         """Its threshold, and a guess from micro-batches with other labels, as training would have it."""
-        guess, labels = ThresholdGuess(), self.labels
+        guess, labels = SpeculativeThreshold(), self.labels
         with torch.no_grad():
             for _ in range(4):
                 self.labels = torch.randint_like(labels, self.weight.size(0))
                 guess.observe(self.select(self._losses())[1])
             self.labels = labels
             self.threshold = float(self.select(self._losses())[1])
-        self.guess = guess.sure()
+        self.guess = guess.estimate()
 
     def _losses(self) -> Tensor:
-        return linear_cross_entropy(self.hidden, self.weight, self.labels, LMHead()).loss
+        return linear_cross_entropy(self.hidden, self.weight, self.labels, LinearCrossEntropyConfig()).loss
 
     def select(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Selected tokens [N, 1] fp32 and the threshold, from token losses [N, 1]."""
@@ -147,22 +147,24 @@ def make_ours(
     problem: Problem, *, early: str = "", engine: str | None = None, kept: bool = False
 ) -> Callable[[], None]:
     engine = engine or ("triton" if problem.hidden.is_cuda else "chunked")
-    head = LMHead(engine=engine, kept_bytes=1 << 40 if kept else 0)
+    head = LinearCrossEntropyConfig(engine=engine, saved_logits_bytes=1 << 40 if kept else 0)
     valid = torch.ones_like(problem.reference_loss, dtype=torch.bool)
     rules = {
         "": None,
-        "all": EarlySelection(valid),
-        "carried": EarlySelection(valid, problem.threshold, problem.reference_loss),
-        "speculative": EarlySelection(
+        "all": ForwardGradMask(valid),
+        "predicted": ForwardGradMask(valid, problem.threshold, problem.reference_loss),
+        "speculative": ForwardGradMask(
             valid, problem.guess if problem.guess is not None else 0.0, problem.reference_loss
         ),
     }
 
     def run() -> None:
-        loss = linear_cross_entropy(problem.hidden, problem.weight, problem.labels, head, early=rules[early]).loss
+        loss = linear_cross_entropy(
+            problem.hidden, problem.weight, problem.labels, head, forward_grad=rules[early]
+        ).loss
         if early == "all":
             loss.sum().backward()
-        elif early == "carried":
+        elif early == "predicted":
             (loss * (loss.detach() - problem.reference_loss.t() >= problem.threshold)).sum().backward()
         else:
             problem.selective_backward(loss)
@@ -191,6 +193,6 @@ WAYS = {
     "ours, all tokens": Way(partial(make_ours, early="all"), lambda k: 6, True),
     "ours, recompute": Way(make_ours, lambda k: 2 + 6 * k, True),
     "ours, speculative": Way(partial(make_ours, early="speculative"), lambda k: 2 + 4 * k, True),
-    "ours, kept logits": Way(partial(make_ours, kept=True), lambda k: 2 + 4 * k, True),
-    "ours, carried": Way(partial(make_ours, early="carried"), lambda k: 2 + 4 * k, True),
+    "ours, saved logits": Way(partial(make_ours, kept=True), lambda k: 2 + 4 * k, True),
+    "ours, predicted": Way(partial(make_ours, early="predicted"), lambda k: 2 + 4 * k, True),
 }

@@ -9,25 +9,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
 from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
-from megatron_slm.objective.linear_cross_entropy.shard import Shard, gather_sequence, reduce_hidden_gradient
-from megatron_slm.objective.threshold import all_reduce_sum
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
+from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard, gather_sequence, reduce_hidden_gradient
+from megatron_slm.runtime.collective import all_reduce_sum
 
 
 def full_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, head: LMHead, shard: Shard, with_entropy: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: Shard, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Token losses and entropies as the one function describes them."""
-    whole = _WholeHidden.apply(hidden, head.group, head.sequence_parallel)
+    whole = _WholeHidden.apply(hidden, config.group, config.sequence_parallel)
     logits = linear_in_fp32(whole, weight)
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    loss = vocab_parallel_token_loss(logits, labels, head.group, shard.vocab_size)
-    entropy = vocab_parallel_entropy(logits.detach(), head.group, shard.vocab_size) if with_entropy else None
-    if head.z_loss:
+    if config.softcap is not None:
+        logits = config.softcap * torch.tanh(logits / config.softcap)
+    loss = vocab_parallel_token_loss(logits, labels, config.group, shard.vocab_size)
+    entropy = vocab_parallel_entropy(logits.detach(), config.group, shard.vocab_size) if with_entropy else None
+    if config.z_loss:
         lse = loss + _label_logit(logits, labels, shard)
-        term = head.z_loss * lse.square()
+        term = config.z_loss * lse.square()
         loss = loss + (term - term.detach())  # a gradient without a value
     return loss, entropy
 

@@ -12,7 +12,7 @@ ENGINES = ("torch", "chunked", "triton")
 
 
 @dataclass(frozen=True)
-class LMHead:
+class LinearCrossEntropyConfig:
     """Settings of an LM head and its cross-entropy, the same for every micro-batch."""
 
     group: ProcessGroup | None = None  # tensor-parallel ranks, in the order of their vocabulary shards
@@ -21,12 +21,12 @@ class LMHead:
     softcap: float | None = None  # c of c · tanh(z / c)
     z_loss: float = 0.0  # ζ
     engine: str = "chunked"
-    block_bytes: int | None = None  # largest block of logits; None: a fitting one for device and size
-    kept_bytes: int = 0  # logits of a micro-batch up to this size are kept for the backward pass
+    chunk_bytes: int | None = None  # largest chunk of logits; None: a fitting one for device and size
+    saved_logits_bytes: int = 0  # logits of a micro-batch up to this size are saved for the backward pass
 
 
 class TokenLosses(NamedTuple):
-    """What the head says of each token; both fp32, the same on every rank of the tensor-parallel group."""
+    """Losses and entropies of the tokens; both fp32, the same on every rank of the tensor-parallel group."""
 
     loss: Tensor  # [s, b], with its graph
     entropy: Tensor | None  # [s, b], nats, of the next-token distribution; no gradient

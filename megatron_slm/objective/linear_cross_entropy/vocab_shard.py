@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
-from megatron_slm.objective.threshold import all_reduce_sum
+from megatron_slm.runtime.collective import all_reduce_sum
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The arithmetic between the matrix products, on one block of logits, in torch operations."""
+"""The arithmetic between the matrix products, on one chunk of logits, in torch operations."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import torch
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
-from megatron_slm.objective.linear_cross_entropy.shard import GradientRows, Statistics
+from megatron_slm.objective.linear_cross_entropy.vocab_shard import GradientRows, Statistics
 
 SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32: what stays in a core's cache between the operations
 
 
-class BlockMath(Protocol):
-    """Arithmetic of an engine on a block of logits [n, w] fp32; labels are counted from the block's first entry."""
+class ChunkMath(Protocol):
+    """Arithmetic of an engine on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry."""
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
-        """Return the statistics of the block's rows and overwrite the logits; with ``keep``, by what the gradient of
-        a saved block is computed from."""
+        """Return the statistics of the chunk's rows and overwrite the logits; with ``keep``, by what the gradient of
+        a saved chunk is computed from."""
         ...
 
     def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
         """Return the gradient of the logits [n, w] in the dtype of the matrix products; it may take their memory.
 
         Args:
-            saved: if the block went through :meth:`statistics` with ``keep``, its rows' largest logits then, [n].
+            saved: if the chunk went through :meth:`statistics` with ``keep``, its rows' largest logits then, [n].
         """
         ...
 
     def picked_gradient(
         self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
     ) -> Tensor:
-        """Return that of some rows of a saved block, [p, w], and overwrite the block.
+        """Return that of some rows of a saved chunk, [p, w], and overwrite the chunk.
 
         Args:
             places: [p] int64, ascending; labels, rows and ``saved`` are those of these rows.
@@ -40,12 +40,12 @@ class BlockMath(Protocol):
         ...
 
 
-class TorchBlocks:
-    """Block arithmetic of the engine ``chunked``; some rows at a time, so that one operation finds in the cache what
+class TorchChunkMath:
+    """Chunk arithmetic of the engine ``chunked``; some rows at a time, so that one operation finds in the cache what
     the one before it left there, and no copy is larger than these rows. An object serves one pass: its memory for
     these copies is used again, because fresh memory from the system costs as much as the arithmetic.
 
-    A saved block holds exponentials relative to its rows' largest logits, or with a soft-cap the capped logits, which
+    A saved chunk holds exponentials relative to its rows' largest logits, or with a soft-cap the capped logits, which
     the gradient needs.
     """
 
@@ -88,7 +88,7 @@ class TorchBlocks:
         return logits[: len(places)].to(self.dtype)
 
     def _gradient(self, values: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
-        """Turn a few rows of logits, or of a saved block, into their gradient in place."""
+        """Turn a few rows of logits, or of a saved chunk, into their gradient in place."""
         place, here = _label_place(labels, values.size(1))
         if saved is None:
             self._cap(values)
@@ -118,12 +118,12 @@ def slices(size: int, step: int) -> list[slice]:
 
 
 def _few_rows(logits: Tensor, rows: int) -> list[slice]:
-    """So many of the leading ``rows`` of a block at a time as SLICE_BYTES says; none of a block without entries."""
+    """So many of the leading ``rows`` of a chunk at a time as SLICE_BYTES says; none of a chunk without entries."""
     width = logits.size(1)
     return slices(rows, max(SLICE_BYTES[logits.device.type] // (4 * width), 1)) if width else []
 
 
 def _label_place(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The label's column [n, 1], 0 where it is outside the block; and whether it is inside [n]."""
+    """The label's column [n, 1], 0 where it is outside the chunk; and whether it is inside [n]."""
     here = (labels >= 0) & (labels < width)
     return (labels * here)[:, None], here

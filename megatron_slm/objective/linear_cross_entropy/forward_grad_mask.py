@@ -1,13 +1,12 @@
-"""Which tokens may get their gradient while their logits are at hand, before the selection is known.
+"""Tokens whose gradient is computed in the forward pass, while their logits are available.
 
-Such a guess costs time where it is wrong and never changes the result, as the backward pass compares it with the
-gradient that really arrives. One rule covers every case: a token is early where it is valid and its score, sign ·
-token loss − offset, is at least a threshold.
+A wrong mask costs time and never changes the result, as the backward pass compares it with the incoming gradient. One
+rule covers every case: a token is chosen if it is valid and its score, token loss − offset, reaches a threshold.
 
 ======================  ==========================================================
 CLM, or k = 1           every valid token: threshold −∞
-carried threshold       the rule of the selection itself: nothing is left to correct
-speculative selection   a guess of the threshold, plus a band: what is surely selected
+predicted threshold     the rule of the selection itself: nothing is left to correct
+speculative selection   an estimated threshold plus a band
 selection known before  the selected tokens as ``valid``, threshold −∞
 ======================  ==========================================================
 """
@@ -22,15 +21,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class EarlySelection:
+class ForwardGradMask:
     """The rule for the tokens of one micro-batch."""
 
     valid: Tensor  # [b, s] bool
-    threshold: float | Tensor = -torch.inf  # lowest early score; a tensor is a scalar or [b, s]
+    threshold: float | Tensor = -torch.inf  # lowest chosen score; a tensor is a scalar or [b, s]
     offset: Tensor | None = None  # [b, s] fp32, subtracted from the token loss: the reference loss for excess loss
 
     def chosen(self, rows: slice, loss: Tensor) -> Tensor:
-        """Whether tokens are early, [n] bool.
+        """Return whether tokens are chosen, [n] bool.
 
         Args:
             rows: places of n tokens in the order of the hidden states: [s, b], flat.
@@ -46,7 +45,7 @@ class EarlySelection:
 
     @cached_property
     def _in_order(self) -> tuple[Tensor, float | Tensor, Tensor | None]:
-        """Validity, threshold and offset as the hidden states lie, [s, b], flat: once, as every block asks."""
+        """Validity, threshold and offset in the order of the hidden states, [s, b], flat; cached for all chunks."""
         threshold = self.threshold
         if isinstance(threshold, Tensor) and threshold.dim():
             threshold = _flat(threshold)

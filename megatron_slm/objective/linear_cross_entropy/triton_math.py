@@ -1,6 +1,6 @@
 """The arithmetic between the matrix products as Triton kernels: one pass for the figures, one for the gradient.
 
-The matrix products stay with cuBLAS, which is what Hopper runs fastest; the kernels read a block of logits while it is
+The matrix products stay with cuBLAS, which is what Hopper runs fastest; the kernels read a chunk of logits while it is
 still in the L2 cache. The running maximum and sum of a row follow Milakov and Gimelshein, arXiv 1805.02867.
 """
 
@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.shard import GradientRows, Statistics
+from megatron_slm.objective.linear_cross_entropy.vocab_shard import GradientRows, Statistics
 
 LARGEST_TILE = 4096  # entries of a row that one step of a program works on
 
 
 @dataclass(frozen=True)
-class TritonBlocks:
-    """Block arithmetic of the engine ``triton`` as :class:`blocks.BlockMath` describes it. Statistics leave the
-    logits as they are, so a saved block holds logits."""
+class TritonChunkMath:
+    """Arithmetic of the engine ``triton`` as :class:`chunk_math.ChunkMath` describes it. Statistics leave the
+    logits as they are, so a saved chunk holds logits."""
 
     softcap: float | None
     dtype: torch.dtype  # of the gradient

@@ -9,9 +9,10 @@ values, for any split over ranks.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_slm.runtime.collective import all_reduce_sum
 
 DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the three digits of a 32-bit key, highest first
 SIGN = 1 << 31
@@ -30,13 +31,6 @@ def order_keys(values: Tensor) -> Tensor:
 def key_values(keys: Tensor) -> Tensor:
     """The fp32 values that :func:`order_keys` gave ``keys`` to."""
     return (keys ^ ((keys >> 31) & (SIGN - 1))).view(torch.float32)
-
-
-def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """``values`` summed over ``group``, in place; None is a group of this rank alone."""
-    if group is not None and group.size() > 1:
-        dist.all_reduce(values, group=group)
-    return values
 
 
 def largest_key(

@@ -8,8 +8,8 @@ Its backward pass works for the tokens whose incoming gradient is not zero, the 
 a z-loss coefficient ζ (PaLM, arXiv 2204.02311, section 5) the gradient is that of lossᵢ + ζ · lseᵢ², weighted as the
 token is; the value that is returned, ranked and logged stays the pure lossᵢ.
 
-Three engines give the same: ``torch``, the definition, with all logits in memory; ``chunked``, which works block by
-block in torch operations on any device; ``triton``, the same with fused kernels between the matrix products.
+Three engines give the same: ``torch``, the definition, with all logits in memory; ``chunked``, which works chunk by
+chunk in torch operations on any device; ``triton``, the same with fused kernels between the matrix products.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ import torch
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import check_labels
-from megatron_slm.objective.linear_cross_entropy.blockwise import blockwise_token_loss
+from megatron_slm.objective.linear_cross_entropy.chunked import chunked_token_loss
 from megatron_slm.objective.linear_cross_entropy.definition import full_token_loss
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
-from megatron_slm.objective.linear_cross_entropy.head import ENGINES, LMHead, TokenLosses
-from megatron_slm.objective.linear_cross_entropy.shard import Shard
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.settings import ENGINES, LinearCrossEntropyConfig, TokenLosses
+from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard
 
 
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    head: LMHead,
+    config: LinearCrossEntropyConfig,
     *,
-    early: EarlySelection | None = None,
+    forward_grad: ForwardGradMask | None = None,
     with_entropy: bool = False,
 ) -> TokenLosses:
     """Token losses of ``labels`` under the LM head.
 
     FLOPs for N tokens of which k are selected: 2NHV forward and 6kNHV backward, as logits of selected rows are
-    computed again; 4kNHV backward for tokens that ``early`` names rightly, or where the logits were kept. Collectives
-    over the tensor-parallel group: two of a few bytes per token forward (two per block of rows with ``early``), and
-    those of Megatron-Core's column-parallel layer for the hidden states.
+    computed again; 4kNHV backward for tokens that ``forward_grad`` names rightly, or if the logits were saved.
+    Collectives over the tensor-parallel group: two of a few bytes per token forward (two per chunk of rows with
+    ``forward_grad``), and those of Megatron-Core's column-parallel layer for the hidden states.
 
     Where the weight has a ``main_grad`` (Megatron-Core's DDP gives it one), its gradient is added there, and the
     gradient that autograd sees is a placeholder, as in Megatron-Core's fused accumulation.
@@ -48,21 +48,21 @@ def linear_cross_entropy(
         hidden: [s, b, h] fp32 or bf16, or [s / tp, b, h] with sequence parallelism; any leading shape without.
         weight: [V / tp, h] in the same dtype, this rank's shard of the LM head or tied embedding.
         labels: [s, b] int64, ids in the whole vocabulary.
-        early: tokens whose gradient is computed while their logits are at hand, a guess at the selection. It changes
-            time and never the result. The engine ``torch`` has no use for it, nor kept logits.
+        forward_grad: tokens whose gradient is computed while their logits are available, an estimate of the selection.
+            It changes time and never the result. The engine ``torch`` has no use for it, nor for saved logits.
         with_entropy: also give entropies.
 
     Raises:
         ValueError: a label is outside the vocabulary, or the engine is unknown.
     """
-    if head.engine not in ENGINES:
-        raise ValueError(f"the cross-entropy engine {head.engine!r} is unknown; there are {', '.join(ENGINES)}")
-    shard = Shard.of(weight, head.group, head.vocab_size)
+    if config.engine not in ENGINES:
+        raise ValueError(f"the cross-entropy engine {config.engine!r} is unknown; there are {', '.join(ENGINES)}")
+    shard = Shard.of(weight, config.group, config.vocab_size)
     check_labels(labels, shard.vocab_size)
-    if head.engine == "torch":
-        return TokenLosses(*full_token_loss(hidden, weight, labels, head, shard, with_entropy))
+    if config.engine == "torch":
+        return TokenLosses(*full_token_loss(hidden, weight, labels, config, shard, with_entropy))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, entropy = blockwise_token_loss(
-        hidden, weight, labels, head, shard, early if needs_gradient else None, with_entropy, needs_gradient
+    loss, entropy = chunked_token_loss(
+        hidden, weight, labels, config, shard, forward_grad if needs_gradient else None, with_entropy, needs_gradient
     )
     return TokenLosses(loss, entropy)

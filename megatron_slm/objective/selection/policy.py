@@ -25,7 +25,7 @@ STOCHASTIC = "stochastic-"
 
 
 @dataclass(frozen=True)
-class Term:
+class TopK:
     """One top-k: the name of a score, its own ratio (None: the run's), and whether Gumbel noise is added."""
 
     score: str
@@ -39,34 +39,39 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Two selections joined by "and" or "or"."""
+class BooleanOp:
+    """Two selections combined by "and" or "or"."""
 
-    how: str
+    operator: str
     left: Policy
     right: Policy
 
 
-Policy = Term | Joined
+Policy = TopK | BooleanOp
 
 
-def terms(policy: Policy) -> Iterator[Term]:
-    """The terms of a policy, from left to right."""
-    if isinstance(policy, Term):
+def top_ks(policy: Policy) -> Iterator[TopK]:
+    """Yield the top-ks of a policy, from left to right."""
+    if isinstance(policy, TopK):
         yield policy
     else:
-        yield from terms(policy.left)
-        yield from terms(policy.right)
+        yield from top_ks(policy.left)
+        yield from top_ks(policy.right)
 
 
 def needs_reference_loss(policy: Policy) -> bool:
     """Whether a reference model's token losses are needed."""
-    return any(term.score in ("excess", "reference-loss") for term in terms(policy))
+    return any(top_k.score in ("excess", "reference-loss") for top_k in top_ks(policy))
 
 
 def needs_reference_entropy(policy: Policy) -> bool:
     """Whether the entropies of a reference model are needed."""
-    return any(term.score == "reference-entropy" for term in terms(policy))
+    return any(top_k.score == "reference-entropy" for top_k in top_ks(policy))
+
+
+def selects_everything(policy: Policy, ratio: float) -> bool:
+    """Return whether every valid token is selected, whatever its scores."""
+    return all((top_k.ratio or ratio) >= 1 for top_k in top_ks(policy))
 
 
 def parse_policy(text: str) -> Policy:
@@ -76,17 +81,17 @@ def parse_policy(text: str) -> Policy:
         ConfigError: unknown score, ratio outside (0, 1], or a misplaced word; the message shows what was expected.
     """
     words = re.findall(r"[()]|[^\s()]+", text)
-    policy, rest = _parse_joined(words, "or", text)
+    policy, rest = _parse_combined(words, "or", text)
     if rest:
         raise _error(text, f"{rest[0]!r} is not expected here")
     return policy
 
 
-def _parse_joined(words: list[str], how: str, text: str) -> tuple[Policy, list[str]]:
-    policy, words = _parse_joined(words, "and", text) if how == "or" else _parse_term(words, text)
-    while words and words[0] == how:
-        right, words = _parse_joined(words[1:], "and", text) if how == "or" else _parse_term(words[1:], text)
-        policy = Joined(how, policy, right)
+def _parse_combined(words: list[str], operator: str, text: str) -> tuple[Policy, list[str]]:
+    policy, words = _parse_combined(words, "and", text) if operator == "or" else _parse_term(words, text)
+    while words and words[0] == operator:
+        right, words = _parse_combined(words[1:], "and", text) if operator == "or" else _parse_term(words[1:], text)
+        policy = BooleanOp(operator, policy, right)
     return policy, words
 
 
@@ -94,7 +99,7 @@ def _parse_term(words: list[str], text: str) -> tuple[Policy, list[str]]:
     if not words:
         raise _error(text, "a score is missing at the end")
     if words[0] == "(":
-        policy, rest = _parse_joined(words[1:], "or", text)
+        policy, rest = _parse_combined(words[1:], "or", text)
         if not rest or rest[0] != ")":
             raise _error(text, "a closing parenthesis is missing")
         return policy, rest[1:]
@@ -103,7 +108,7 @@ def _parse_term(words: list[str], text: str) -> tuple[Policy, list[str]]:
     score = name.removeprefix(STOCHASTIC)
     if score not in SCORES:
         raise _error(text, f"{words[0]!r} is not a score")
-    return Term(score, _ratio(ratio_text, text) if colon else None, stochastic), words[1:]
+    return TopK(score, _ratio(ratio_text, text) if colon else None, stochastic), words[1:]
 
 
 def _ratio(ratio_text: str, text: str) -> float:

@@ -1,9 +1,9 @@
-"""Linear cross-entropy block by block: at no time is there more than one block of logits.
+"""Chunked linear cross-entropy: at no time is there more than one chunk of logits.
 
-Without early tokens a block is all rows times a part of the vocabulary. So the weight is read once and each part of
-its gradient is written once, in the backward pass as well, where the lse is known and blocks need nothing from each
-other. With early tokens a block is some rows times the whole shard, because their gradient needs the lse first. Where
-the logits are small enough to be kept, they are, and nothing is early: that is as few FLOPs in larger matrix products.
+Without gradients in the forward pass a chunk is all rows times a part of the vocabulary. So the weight is read once
+and each part of its gradient is written once, in the backward pass as well, where the lse is known and chunks need
+nothing from each other. With gradients in the forward pass a chunk is some rows times the whole shard, because they
+need the lse first. Logits that are small enough are saved instead: that is as few FLOPs in larger matrix products.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.blocks import BlockMath, TorchBlocks, slices
-from megatron_slm.objective.linear_cross_entropy.early import EarlySelection
-from megatron_slm.objective.linear_cross_entropy.head import LMHead
+from megatron_slm.objective.linear_cross_entropy.chunk_math import ChunkMath, TorchChunkMath, slices
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
 from megatron_slm.objective.linear_cross_entropy.product import add_product, fp32_product, product_dtype
-from megatron_slm.objective.linear_cross_entropy.shard import (
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
+from megatron_slm.objective.linear_cross_entropy.vocab_shard import (
     GradientRows,
     Partition,
     Shard,
@@ -29,86 +29,88 @@ from megatron_slm.objective.linear_cross_entropy.shard import (
 )
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient
 
-BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
-SHARE_OF_LOGITS = 1 / 16  # no block of all rows is larger than this part of the logits
-# Rows of a block of early tokens, and how many blocks there are at least. Each block reads the weight twice and
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
+SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the logits
+# Rows of a chunk with gradients in the forward pass, and the least number of chunks. Each reads the weight twice and
 # rewrites its gradient, which by count takes 41 ÷ rows of the matrix products' time on two CPU cores (170 GFLOP/s,
 # 15 GB/s) and 580 ÷ rows on an H100 in bf16 (700 TFLOP/s, 3.3 TB/s): what saves memory here costs time.
-EARLY_ROWS = {"cpu": 512, "cuda": 4096}
-MIN_ROW_BLOCKS = {"cpu": 8, "cuda": 2}
-MIN_ENTRIES = 64  # of a block of all rows, whatever their number
+FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
+MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
+MIN_ENTRIES = 64  # of a chunk of all rows, whatever their number
 SPREAD_ROWS = 256  # moved at a time
 LOGIT_BYTES = 4  # logits are fp32 whatever the dtype of the weight
 CONVERTED_BYTES = 8 << 20  # fp32 copies of a bf16 weight on a CPU, at a time
 
 
-def blockwise_token_loss(
+def chunked_token_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    head: LMHead,
+    config: LinearCrossEntropyConfig,
     shard: Shard,
-    early: EarlySelection | None,
+    forward_grad: ForwardGradMask | None,
     with_entropy: bool,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Token losses and entropies [s, b] as the one function describes them."""
-    loss, entropy = _BlockwiseLoss.apply(hidden, weight, labels, head, shard, early, with_entropy, needs_gradient)
+    loss, entropy = _ChunkedLoss.apply(
+        hidden, weight, labels, config, shard, forward_grad, with_entropy, needs_gradient
+    )
     return loss, entropy
 
 
-def block_math(head: LMHead, dtype: torch.dtype) -> BlockMath:
+def chunk_math(config: LinearCrossEntropyConfig, dtype: torch.dtype) -> ChunkMath:
     """Return the arithmetic of the engine for matrix products in ``dtype``; Triton is imported only if it is used."""
-    if head.engine == "triton":
-        from megatron_slm.objective.linear_cross_entropy.triton_blocks import TritonBlocks
+    if config.engine == "triton":
+        from megatron_slm.objective.linear_cross_entropy.triton_math import TritonChunkMath
 
-        return TritonBlocks(head.softcap, dtype)
-    return TorchBlocks(head.softcap, dtype)
+        return TritonChunkMath(config.softcap, dtype)
+    return TorchChunkMath(config.softcap, dtype)
 
 
 @dataclass
 class _Rows:
-    """Rows of hidden states before a vocabulary shard, and the blocks that their logits are computed in."""
+    """Rows of hidden states before a vocabulary shard, and the chunks that their logits are computed in."""
 
     hidden: Tensor  # [n, h], in the dtype of the matrix products
     weight: Tensor  # [V / tp, h], detached, in its dtype
     labels: Tensor  # [n], counted from the first entry of the shard
-    head: LMHead
+    config: LinearCrossEntropyConfig
     shard: Shard
-    math: BlockMath
-    block_bytes: int  # most that a block of all rows may take
+    math: ChunkMath
+    chunk_bytes: int  # most that a chunk of all rows may take
 
     def __len__(self) -> int:
         return self.hidden.size(0)
 
     def select(self, rows: Tensor) -> _Rows:
         return _Rows(
-            self.hidden[rows], self.weight, self.labels[rows], self.head, self.shard, self.math, self.block_bytes
+            self.hidden[rows], self.weight, self.labels[rows], self.config, self.shard, self.math, self.chunk_bytes
         )
 
-    def vocabulary_blocks(self) -> list[slice]:
-        """Parts of the shard's real entries; all rows of one make a block."""
+    def vocabulary_chunks(self) -> list[slice]:
+        """Parts of the shard's real entries; all rows of one make a chunk."""
         if not len(self):
             return []
-        return slices(self.shard.real, max(self.block_bytes // (LOGIT_BYTES * len(self)), MIN_ENTRIES))
+        return slices(self.shard.real, max(self.chunk_bytes // (LOGIT_BYTES * len(self)), MIN_ENTRIES))
 
-    def row_blocks(self) -> list[slice]:
-        """Parts of the rows; the whole shard before one makes a block."""
+    def row_chunks(self) -> list[slice]:
+        """Parts of the rows; the whole shard before one makes a chunk."""
         device = self.hidden.device.type
-        rows = EARLY_ROWS[device]
-        if self.head.block_bytes is not None:
-            rows = self.head.block_bytes // (LOGIT_BYTES * self.shard.size)
-        return slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_BLOCKS[device])), 1))
+        rows = FORWARD_GRAD_ROWS[device]
+        if self.config.chunk_bytes is not None:
+            rows = self.config.chunk_bytes // (LOGIT_BYTES * self.shard.size)
+        return slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_CHUNKS[device])), 1))
 
     def logits(self, entries: slice, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """Return a block of logits in fp32, in the memory ``out`` if it is given."""
+        """Return a chunk of logits in fp32, in the memory ``out`` if it is given."""
         hidden, width = self.hidden[rows], entries.stop - entries.start
         if out is None:
             out = self.memory(len(hidden) * width)
-        block = out[: len(hidden) * width].view(len(hidden), width)
+        chunk = out[: len(hidden) * width].view(len(hidden), width)
         for columns, weight in self._weight_parts(entries):
-            fp32_product(hidden, weight.t(), out=block[:, columns])
-        return block
+            fp32_product(hidden, weight.t(), out=chunk[:, columns])
+        return chunk
 
     def add_hidden_gradient(self, total: Tensor, change: Tensor, entries: slice) -> None:
         """Add the gradient of logits, ``change`` [n, w], times the weight to ``total`` [n, h] fp32."""
@@ -119,12 +121,12 @@ class _Rows:
         """Return memory for so many logits."""
         return self.hidden.new_empty(size, dtype=torch.float32)
 
-    def memory_of(self, blocks: list[slice], across: int) -> Tensor:
-        """Return memory that the logits of each of these blocks fit in."""
-        return self.memory(max((block.stop - block.start for block in blocks), default=0) * across)
+    def memory_of(self, chunks: list[slice], across: int) -> Tensor:
+        """Return memory that the logits of each of these chunks fit in."""
+        return self.memory(max((chunk.stop - chunk.start for chunk in chunks), default=0) * across)
 
     def _weight_parts(self, entries: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Yield parts of the weight's rows in the dtype of the products, and their columns in a block of logits."""
+        """Yield parts of the weight's rows in the dtype of the products, and their columns in a chunk of logits."""
         width = entries.stop - entries.start
         converts = self.weight.dtype != self.hidden.dtype
         step = max(CONVERTED_BYTES // (LOGIT_BYTES * self.weight.size(1)), MIN_ENTRIES) if converts else max(width, 1)
@@ -133,29 +135,29 @@ class _Rows:
             yield columns, part.to(self.hidden.dtype)
 
 
-class _BlockwiseLoss(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        head: LMHead,
+        config: LinearCrossEntropyConfig,
         shard: Shard,
-        early: EarlySelection | None,
+        forward_grad: ForwardGradMask | None,
         with_entropy: bool,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = _rows(hidden, weight, labels, head, shard)
-        fits = len(rows) * shard.size * LOGIT_BYTES <= head.kept_bytes
-        kept: list[_SavedBlock] | None = [] if needs_gradient and fits else None
-        done: _EarlyWork | None = None
-        if early is not None and kept is None:
-            statistics, done = _early_pass(rows, early, with_entropy)
+        rows = _rows(hidden, weight, labels, config, shard)
+        fits = len(rows) * shard.size * LOGIT_BYTES <= config.saved_logits_bytes
+        saved_chunks: list[_SavedChunk] | None = [] if needs_gradient and fits else None
+        done: _ForwardWork | None = None
+        if forward_grad is not None and saved_chunks is None:
+            statistics, done = _forward_grad_pass(rows, forward_grad, with_entropy)
         else:
-            statistics = _statistics(rows, with_entropy, kept)
+            statistics = _statistics(rows, with_entropy, saved_chunks)
         ctx.save_for_backward(hidden, weight, labels, *statistics.partition)
-        ctx.head, ctx.shard, ctx.kept, ctx.done = head, shard, kept, done
+        ctx.config, ctx.shard, ctx.saved_chunks, ctx.done = config, shard, saved_chunks, done
         loss, entropy = statistics.loss.view(labels.shape), statistics.entropy
         if entropy is None:
             return loss, None
@@ -167,92 +169,94 @@ class _BlockwiseLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, highest, total = ctx.saved_tensors
         partition = Partition(highest, total)
-        rows = _rows(hidden, weight, labels, ctx.head, ctx.shard)
+        rows = _rows(hidden, weight, labels, ctx.config, ctx.shard)
         gradient = _Gradient(torch.zeros_like(rows.hidden), WeightGradient(weight))
         incoming = grad_loss.reshape(-1).float()
         done, ctx.done = ctx.done, None
         if done is None:
-            gradient.add(rows, partition, incoming, ctx.kept)
+            gradient.add(rows, partition, incoming, ctx.saved_chunks)
         else:
             gradient.finish(rows, partition, incoming, done)
-        ctx.kept = None
+        ctx.saved_chunks = None
         whole = gradient.hidden.to(hidden.dtype).view(*labels.shape, hidden.size(-1))
-        part = reduce_hidden_gradient(whole, ctx.head.group, ctx.head.sequence_parallel)
+        part = reduce_hidden_gradient(whole, ctx.config.group, ctx.config.sequence_parallel)
         return part, gradient.weight.result(), None, None, None, None, None, None
 
 
-def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, head: LMHead, shard: Shard) -> _Rows:
-    whole = gather_sequence(hidden.detach(), head.group, head.sequence_parallel)
+def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: Shard) -> _Rows:
+    whole = gather_sequence(hidden.detach(), config.group, config.sequence_parallel)
     flat = whole.reshape(-1, whole.size(-1))
     flat = flat.to(product_dtype(flat))
-    math = block_math(head, flat.dtype)
+    math = chunk_math(config, flat.dtype)
     whole_bytes = LOGIT_BYTES * len(flat) * shard.size
-    most = head.block_bytes or min(BLOCK_BYTES[hidden.device.type], int(whole_bytes * SHARE_OF_LOGITS))
-    return _Rows(flat, weight.detach(), labels.reshape(-1) - shard.first, head, shard, math, most)
+    most = config.chunk_bytes or min(CHUNK_BYTES[hidden.device.type], int(whole_bytes * SHARE_OF_LOGITS))
+    return _Rows(flat, weight.detach(), labels.reshape(-1) - shard.first, config, shard, math, most)
 
 
-class _SavedBlock(NamedTuple):
-    """A block of all rows whose gradient is computed without its matrix product."""
+class _SavedChunk(NamedTuple):
+    """A chunk of all rows whose gradient is computed without its matrix product."""
 
     logits: Tensor  # [N, w], as the engine's statistics left them
-    highest: Tensor  # [N] fp32, largest logit of each row of the block
+    highest: Tensor  # [N] fp32, largest logit of each row of the chunk
 
 
-def _statistics(rows: _Rows, with_entropy: bool, kept: list[_SavedBlock] | None) -> Statistics:
-    """Return the statistics of all rows over all shards, and append each block to ``kept`` if it is a list."""
+def _statistics(rows: _Rows, with_entropy: bool, saved_chunks: list[_SavedChunk] | None) -> Statistics:
+    """Return the statistics of all rows over all shards, and append each chunk to ``saved_chunks`` if it is a list."""
     total = Statistics.empty(len(rows), rows.hidden.device, with_entropy)
-    blocks = rows.vocabulary_blocks()
-    memory = rows.memory_of(blocks, len(rows)) if kept is None else None
-    for entries in blocks:
+    chunks = rows.vocabulary_chunks()
+    memory = rows.memory_of(chunks, len(rows)) if saved_chunks is None else None
+    for entries in chunks:
         logits = rows.logits(entries, out=memory)
         labels = rows.labels - entries.start
-        part = rows.math.statistics(logits, labels, with_entropy=with_entropy, keep=kept is not None)
+        part = rows.math.statistics(logits, labels, with_entropy=with_entropy, keep=saved_chunks is not None)
         total.merge(part)
-        if kept is not None:
-            kept.append(_SavedBlock(logits, part.highest))
+        if saved_chunks is not None:
+            saved_chunks.append(_SavedChunk(logits, part.highest))
     total.reduce(rows.shard.group)
     return total
 
 
 @dataclass
-class _EarlyWork:
-    """What was done before the selection was known."""
+class _ForwardWork:
+    """Gradients from the forward pass, computed before the selection was known."""
 
     chosen: Tensor  # [N] bool
     hidden: Tensor  # [N, h], gradient for weight 1; 0 where not chosen
     weight: Tensor  # [V / tp, h] fp32, the same
 
 
-def _early_pass(rows: _Rows, early: EarlySelection, with_entropy: bool) -> tuple[Statistics, _EarlyWork]:
-    """Figures of all rows, and the gradients of those that ``early`` chooses, in one pass over blocks of rows."""
+def _forward_grad_pass(
+    rows: _Rows, forward_grad: ForwardGradMask, with_entropy: bool
+) -> tuple[Statistics, _ForwardWork]:
+    """Return the statistics of all rows, and the gradients of those that ``forward_grad`` chooses."""
     real = slice(0, rows.shard.real)
-    done = _EarlyWork(
+    done = _ForwardWork(
         rows.labels.new_zeros(len(rows), dtype=torch.bool),
         torch.zeros_like(rows.hidden),
         torch.zeros_like(rows.weight, dtype=torch.float32),
     )
-    blocks = rows.row_blocks()
-    memory = rows.memory_of(blocks, rows.shard.real)
+    chunks = rows.row_chunks()
+    memory = rows.memory_of(chunks, rows.shard.real)
     parts = [Statistics.empty(0, rows.hidden.device, with_entropy)]
-    for block in blocks:
-        logits = rows.logits(real, block, memory)
-        labels = rows.labels[block]
+    for chunk in chunks:
+        logits = rows.logits(real, chunk, memory)
+        labels = rows.labels[chunk]
         part = Statistics.empty(len(labels), logits.device, with_entropy)
         if rows.shard.real:
             part = rows.math.statistics(logits, labels, with_entropy=with_entropy, keep=True)
         saved = part.highest
         part.reduce(rows.shard.group)
         parts.append(part)
-        chosen = early.chosen(block, part.loss)
-        done.chosen[block] = chosen
+        chosen = forward_grad.chosen(chunk, part.loss)
+        done.chosen[chunk] = chosen
         places = chosen.nonzero().squeeze(1)
         partition = part.partition.select(places)
-        factors = GradientRows.of(partition, torch.ones_like(partition.total), rows.head.z_loss)
+        factors = GradientRows.of(partition, torch.ones_like(partition.total), rows.config.z_loss)
         change = rows.math.picked_gradient(logits, places, labels[places], factors, saved[places])
         hidden = rows.hidden.new_zeros(len(places), rows.hidden.size(1), dtype=torch.float32)
         rows.add_hidden_gradient(hidden, change, real)
-        done.hidden[block][places] = hidden.to(done.hidden.dtype)
-        add_product(done.weight[real], change.t(), rows.hidden[block][places])
+        done.hidden[chunk][places] = hidden.to(done.hidden.dtype)
+        add_product(done.weight[real], change.t(), rows.hidden[chunk][places])
     return Statistics.joined(parts), done
 
 
@@ -263,10 +267,10 @@ class _Gradient:
     hidden: Tensor
     weight: WeightGradient
 
-    def finish(self, rows: _Rows, partition: Partition, incoming: Tensor, done: _EarlyWork) -> None:
-        """Make early work right: scale it, compute what is missing, take away what was too much.
+    def finish(self, rows: _Rows, partition: Partition, incoming: Tensor, done: _ForwardWork) -> None:
+        """Correct the gradients of the forward pass once the final selection is known.
 
-        Where more rows are wrong than are selected at all, it is cheaper, and more exact, to begin anew.
+        If more rows are wrong than are selected, it is cheaper, and more exact, to compute all of them.
         """
         meant = incoming[done.chosen & (incoming != 0)]
         scale = float(meant.median()) if len(meant) else 0.0
@@ -283,30 +287,30 @@ class _Gradient:
         rows: _Rows,
         partition: Partition,
         incoming: Tensor,
-        kept: list[_SavedBlock] | None = None,
+        saved_chunks: list[_SavedChunk] | None = None,
         has_hidden: Tensor | None = None,
     ) -> None:
         """Compute what the rows with an incoming gradient contribute.
 
         Args:
             incoming: [N] fp32, weight of each row's loss.
-            kept: the blocks of all rows, if they were kept.
+            saved_chunks: the chunks of all rows, if they were saved.
             has_hidden: [N] bool, rows whose hidden states have their gradient already.
         """
         places = incoming.nonzero().squeeze(1)
         if not len(places):
             return
         some = rows.select(places)
-        factors = GradientRows.of(partition.select(places), incoming[places], rows.head.z_loss)
+        factors = GradientRows.of(partition.select(places), incoming[places], rows.config.z_loss)
         in_place = has_hidden is None and self.hidden.dtype == torch.float32
         hidden = self.hidden[: len(places)] if in_place else torch.zeros_like(some.hidden, dtype=torch.float32)
-        blocks = (some if kept is None else rows).vocabulary_blocks()
-        memory = some.memory_of(blocks, len(some)) if kept is None else None
-        for number, entries in enumerate(blocks):
-            if kept is None:
+        chunks = (some if saved_chunks is None else rows).vocabulary_chunks()
+        memory = some.memory_of(chunks, len(some)) if saved_chunks is None else None
+        for number, entries in enumerate(chunks):
+            if saved_chunks is None:
                 logits, saved = some.logits(entries, out=memory), None
             else:
-                logits, saved = (values[places] for values in kept[number])
+                logits, saved = (values[places] for values in saved_chunks[number])
             change = some.math.gradient(logits, some.labels - entries.start, factors, saved)
             self.weight.add_product(entries, change, some.hidden)
             some.add_hidden_gradient(hidden, change, entries)

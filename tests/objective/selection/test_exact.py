@@ -13,15 +13,11 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
-from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import (
-    ReferenceScores,
-    SelectiveLoss,
-    Selector,
-    Tokens,
-    select,
-    selective_loss,
-)
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.exact import select
+from megatron_slm.objective.selection.policy import parse_policy
+from megatron_slm.objective.selective_loss import SelectiveLoss, selective_loss
+from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 
 B, S, V = 4, 9, 24
@@ -54,16 +50,16 @@ def run(
     data: dict[str, Tensor], text: str | None, scope: str, group: Any = None, tp: Any = None, **more: Any
 ) -> tuple[SelectiveLoss, Tensor]:
     logits = data["logits"].detach().requires_grad_()
-    tokens = Tokens(
+    tokens = TokenBatch(
         loss=vocab_parallel_token_loss(logits, data["labels"], tp),
         valid=data["valid"],
-        index=data["index"],
-        order=data["index"] - 1000,
+        global_token_index=data["index"],
+        step_token_index=data["index"] - 1000,
         reference=ReferenceScores(data["reference_loss"], data["reference_entropy"]),
     )
     policy = None if text is None else parse_policy(text)
     ratio = more.pop("ratio", 0.6)
-    loss = selective_loss(tokens, select(tokens, Selector(policy, scope, group, **more), ratio))
+    loss = selective_loss(tokens, select(tokens, SelectionConfig(policy, scope, group, **more), ratio))
     (gradient,) = torch.autograd.grad(loss.numerator, logits)
     return loss, gradient
 

@@ -1,4 +1,4 @@
-"""The carried threshold: what it holds through drifts, switches and odd data, and that any split gives the same."""
+"""The predicted threshold holds its share through drifts, switches and odd data, for any split over ranks."""
 
 from __future__ import annotations
 
@@ -11,46 +11,42 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_slm.objective.carried import CarriedThreshold
-from megatron_slm.objective.policy import parse_policy
-from megatron_slm.objective.selective_loss import (
-    ReferenceScores,
-    Selector,
-    Tokens,
-    select,
-    select_carried,
-    selective_loss,
-)
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.exact import select
+from megatron_slm.objective.selection.policy import parse_policy
+from megatron_slm.objective.selection.predictor import ThresholdPredictor, select_by_threshold
+from megatron_slm.objective.selective_loss import selective_loss
+from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.errors import DivergedError
 
 WINDOW = 50
 Losses = Callable[[int, np.random.Generator], np.ndarray]
 
 
-def tokens_of(loss: np.ndarray | torch.Tensor, reference: torch.Tensor | None = None) -> Tokens:
+def tokens_of(loss: np.ndarray | torch.Tensor, reference: torch.Tensor | None = None) -> TokenBatch:
     loss = torch.as_tensor(loss, dtype=torch.float32).view(1, -1)
     index = torch.arange(loss.numel()).view(1, -1)
     scores = None if reference is None else ReferenceScores(reference.view(1, -1))
-    return Tokens(loss, torch.ones_like(loss, dtype=torch.bool), index, index, scores)
+    return TokenBatch(loss, torch.ones_like(loss, dtype=torch.bool), index, index, scores)
 
 
 def train(
     losses: Losses, steps: int, *, ratio: Callable[[int], float] = lambda step: 0.6, text: str = "token-loss"
 ) -> tuple[np.ndarray, list[bool]]:
     """The share selected minus k at every step, and whether the step was selected exactly."""
-    chance = np.random.default_rng(5)
-    selector = Selector(parse_policy(text), "global-batch")
-    threshold = CarriedThreshold(selector, torch.device("cpu"))
+    rng = np.random.default_rng(5)
+    config = SelectionConfig(parse_policy(text), "global-batch")
+    threshold = ThresholdPredictor(config, torch.device("cpu"))
     errors, exact = [], []
     for step in range(steps):
-        tokens = tokens_of(losses(step, chance))
-        carried = threshold.carried(ratio(step))
+        tokens = tokens_of(losses(step, rng))
+        predicted = threshold.predict(ratio(step))
         selection = (
-            select(tokens, selector, ratio(step)) if carried is None else select_carried(tokens, selector, carried)
+            select(tokens, config, ratio(step)) if predicted is None else select_by_threshold(tokens, config, predicted)
         )
         threshold.observe(tokens, selection.selected, ratio(step), ratio(step + 1))
         errors.append(float(selection.selected.float().mean()) - ratio(step))
-        exact.append(carried is None)
+        exact.append(predicted is None)
     return np.array(errors), exact
 
 
@@ -61,7 +57,7 @@ def worst(errors: np.ndarray) -> float:
 
 def normal(mean: Callable[[int], float], spread: float = 2.0, batch: float = 0.1, n: int = 2000) -> Losses:
     """Losses around a moving mean; ``batch`` is the standard deviation of a batch's own mean."""
-    return lambda step, chance: chance.normal(mean(step) + chance.normal(0, batch), spread, n)
+    return lambda step, rng: rng.normal(mean(step) + rng.normal(0, batch), spread, n)
 
 
 CASES: dict[str, Losses] = {
@@ -73,13 +69,13 @@ CASES: dict[str, Losses] = {
     "data switch": normal(lambda step: 0.0 if step < 100 else 1.0),
     "data switch down": normal(lambda step: 0.0 if step < 100 else -2.0),
     "data that alternate": normal(lambda step: float(step // 30 % 2)),
-    "spread that shrinks": lambda step, chance: chance.normal(0, 3 * math.exp(-step / 50) + 0.3, 2000),
+    "spread that shrinks": lambda step, rng: rng.normal(0, 3 * math.exp(-step / 50) + 0.3, 2000),
     "far from zero": normal(lambda step: 1e4 + 1e-3 * step, spread=0.5),
-    "tiny": lambda step, chance: chance.normal(1e-4, 1e-5 * (1 + step / 100), 2000),
-    "heavy tails": lambda step, chance: chance.standard_cauchy(2000) + 0.02 * step,
-    "all equal": lambda step, chance: np.full(2000, 2.0),
-    "equal, then not": lambda step, chance: np.full(2000, 2.0) if step < 100 else chance.normal(2, 1, 2000),
-    "many ties": lambda step, chance: np.round(chance.normal(0.01 * step, 2, 2000)),
+    "tiny": lambda step, rng: rng.normal(1e-4, 1e-5 * (1 + step / 100), 2000),
+    "heavy tails": lambda step, rng: rng.standard_cauchy(2000) + 0.02 * step,
+    "all equal": lambda step, rng: np.full(2000, 2.0),
+    "equal, then not": lambda step, rng: np.full(2000, 2.0) if step < 100 else rng.normal(2, 1, 2000),
+    "many ties": lambda step, rng: np.round(rng.normal(0.01 * step, 2, 2000)),
 }
 
 
@@ -112,88 +108,84 @@ def test_without_control_a_drift_would_not_be_held(monkeypatch: pytest.MonkeyPat
     """The case is hard enough to tell: the same losses without any correction."""
     fall = normal(lambda step: -0.4 * step)
     assert worst(train(fall, 150)[0][1:]) <= 0.01
-    monkeypatch.setattr("megatron_slm.objective.carried.GAIN", 0.0)
-    monkeypatch.setattr("megatron_slm.objective.carried.SMOOTHING", 1.0)  # no velocity
+    monkeypatch.setattr("megatron_slm.objective.selection.predictor.GAIN", 0.0)
     assert worst(train(fall, 150)[0][1:]) > 0.03
 
 
 def test_each_term_has_a_threshold_of_its_own() -> None:
-    chance = np.random.default_rng(3)
-    selector = Selector(parse_policy("token-loss:0.7 and reference-loss:0.5"), "global-batch")
-    threshold = CarriedThreshold(selector, torch.device("cpu"))
+    rng = np.random.default_rng(3)
+    config = SelectionConfig(parse_policy("token-loss:0.7 and reference-loss:0.5"), "global-batch")
+    threshold = ThresholdPredictor(config, torch.device("cpu"))
     shares = []
     for step in range(80):
-        tokens = tokens_of(
-            chance.normal(-0.1 * step, 1, 1000), torch.tensor(chance.gamma(2, 1 + step / 50, 1000)).float()
-        )
-        carried = threshold.carried(0.6)
-        if carried is not None:
-            high = tokens.loss >= carried.thresholds[0]
-            low = -tokens.reference.loss >= carried.thresholds[1]  # type: ignore[union-attr]
+        tokens = tokens_of(rng.normal(-0.1 * step, 1, 1000), torch.tensor(rng.gamma(2, 1 + step / 50, 1000)).float())
+        predicted = threshold.predict(0.6)
+        if predicted is not None:
+            high = tokens.loss >= predicted.thresholds[0]
+            low = -tokens.reference.loss >= predicted.thresholds[1]  # type: ignore[union-attr]
             shares.append((float(high.float().mean()), float(low.float().mean())))
-            assert torch.equal(select_carried(tokens, selector, carried).selected, high & low)
+            assert torch.equal(select_by_threshold(tokens, config, predicted).selected, high & low)
         threshold.observe(tokens, torch.ones_like(tokens.valid), 0.6, 0.6)
     means = np.abs(np.array(shares)[-WINDOW:].mean(0) - (0.7, 0.5))
     assert means.max() <= 0.01
 
 
-def test_state_goes_on_bit_for_bit_and_another_ratio_or_policy_begins_exactly() -> None:
-    def fresh(text: str = "token-loss") -> CarriedThreshold:
-        return CarriedThreshold(Selector(parse_policy(text), "global-batch"), torch.device("cpu"))
-
-    first, chance = fresh(), np.random.default_rng(0)
+def test_state_is_restored_bit_for_bit_and_another_ratio_is_selected_exactly() -> None:
+    first, second = (
+        ThresholdPredictor(SelectionConfig(parse_policy("token-loss"), "global-batch"), torch.device("cpu"))
+        for _ in range(2)
+    )
+    rng = np.random.default_rng(0)
     for _ in range(5):
-        tokens = tokens_of(chance.normal(0, 1, 100))
+        tokens = tokens_of(rng.normal(0, 1, 100))
         first.observe(tokens, tokens.loss > 0, 0.6, 0.6)
-    second = fresh()
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.values, second.values)
-    assert second.carried(0.6) is not None and second.carried(0.5) is None
-    other = fresh("random")
-    other.load_state_dict(first.state_dict())
-    assert other.carried(0.6) is None
+    assert second.predict(0.6) is not None and second.predict(0.5) is None
 
 
 def test_mix_keeps_the_weight() -> None:
-    selector = Selector(parse_policy("token-loss"), "global-batch", mix=0.3)
-    threshold, chance = CarriedThreshold(selector, torch.device("cpu")), np.random.default_rng(0)
-    tokens = tokens_of(chance.normal(0, 1, 1000))
-    threshold.observe(tokens, select(tokens, selector, 0.6).selected, 0.6, 0.6)
-    carried = threshold.carried(0.6)
-    assert carried is not None
-    selection = select_carried(tokens, selector, carried)
+    config = SelectionConfig(parse_policy("token-loss"), "global-batch", mix=0.3)
+    threshold, rng = ThresholdPredictor(config, torch.device("cpu")), np.random.default_rng(0)
+    tokens = tokens_of(rng.normal(0, 1, 1000))
+    threshold.observe(tokens, select(tokens, config, 0.6).selected, 0.6, 0.6)
+    predicted = threshold.predict(0.6)
+    assert predicted is not None
+    selection = select_by_threshold(tokens, config, predicted)
     assert float(selection.weight.sum()) == pytest.approx(600, rel=1e-5) and int(selection.selected.sum()) == 600
     assert bool((selection.weight > 0).all())
 
 
 def test_a_batch_without_valid_tokens_changes_nothing() -> None:
-    selector = Selector(parse_policy("token-loss"), "global-batch")
-    threshold, chance = CarriedThreshold(selector, torch.device("cpu")), np.random.default_rng(0)
-    tokens = tokens_of(chance.normal(0, 1, 1000))
+    config = SelectionConfig(parse_policy("token-loss"), "global-batch")
+    threshold, rng = ThresholdPredictor(config, torch.device("cpu")), np.random.default_rng(0)
+    tokens = tokens_of(rng.normal(0, 1, 1000))
     threshold.observe(tokens, tokens.valid, 0.6, 0.6)
     before = threshold.state_dict()
     none = torch.zeros_like(tokens.valid)
-    empty = Tokens(tokens.loss, none, tokens.index, tokens.order)
-    carried = threshold.carried(0.6)
-    assert carried is not None
-    loss = selective_loss(empty, select_carried(empty, selector, carried))
+    empty = TokenBatch(tokens.loss, none, tokens.global_token_index, tokens.step_token_index)
+    predicted = threshold.predict(0.6)
+    assert predicted is not None
+    loss = selective_loss(empty, select_by_threshold(empty, config, predicted))
     assert int(loss.count) == 0 and float(loss.numerator) == 0
     threshold.observe(empty, none, 0.6, 0.6)
     assert threshold.state_dict() == before
 
 
 def _split(rank: int, world_size: int, fault: float | None) -> tuple[list, str]:
-    chance = np.random.default_rng(1)
-    selector = Selector(parse_policy("token-loss"), "global-batch", dist.group.WORLD if world_size > 1 else None)
-    threshold = CarriedThreshold(selector, torch.device("cpu"))
+    rng = np.random.default_rng(1)
+    config = SelectionConfig(parse_policy("token-loss"), "global-batch", dist.group.WORLD if world_size > 1 else None)
+    threshold = ThresholdPredictor(config, torch.device("cpu"))
     try:
         for step in range(12):
-            losses = chance.normal(-0.2 * step, 1, 160)
+            losses = rng.normal(-0.2 * step, 1, 160)
             if fault is not None and step == 5:
                 losses[150] = fault
             tokens = tokens_of(losses[rank::world_size] if step % 2 else np.array_split(losses, world_size)[rank])
-            carried = threshold.carried(0.6)
-            chosen = select(tokens, selector, 0.6) if carried is None else select_carried(tokens, selector, carried)
+            predicted = threshold.predict(0.6)
+            chosen = (
+                select(tokens, config, 0.6) if predicted is None else select_by_threshold(tokens, config, predicted)
+            )
             threshold.observe(tokens, chosen.selected, 0.6, 0.6)
     except DivergedError as error:
         return threshold.values.tolist(), str(error)

@@ -1,0 +1,38 @@
+"""Scores that tokens are ranked by.
+
+excess lossᵢ  =  token lossᵢ − reference lossᵢ
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_slm.objective.noise import gumbel, uniform
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.policy import TopK
+from megatron_slm.objective.tokens import TokenBatch
+
+
+def ranking_scores(tokens: TokenBatch, config: SelectionConfig, top_k: TopK) -> Tensor:
+    """Return the scores that ``top_k`` ranks by, [b, s] fp32; 0 for invalid tokens.
+
+    The highest are selected, so a score of which the lowest are wanted changes its sign.
+    """
+    score = _plain_score(tokens, config, top_k.score)
+    if top_k.stochastic:
+        noise = gumbel(tokens.global_token_index, config.seed, stream=1)
+        score = score.double() / config.temperature + top_k.sign * noise
+    return (top_k.sign * score).float().masked_fill(~tokens.valid, 0.0)
+
+
+def _plain_score(tokens: TokenBatch, config: SelectionConfig, name: str) -> Tensor:
+    reference = tokens.reference
+    if name == "random":
+        return uniform(tokens.global_token_index, config.seed, stream=0)
+    if name == "token-loss":
+        return tokens.loss.detach()
+    assert reference is not None, f"the score {name} needs a reference model"
+    if name == "reference-entropy":
+        assert reference.entropy is not None, "the reference model was built without entropies"
+        return reference.entropy
+    return reference.loss if name == "reference-loss" else tokens.loss.detach() - reference.loss

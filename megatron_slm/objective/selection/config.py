@@ -1,0 +1,25 @@
+"""Settings of a selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed import ProcessGroup
+
+from megatron_slm.objective.selection.policy import Policy
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Settings of a selection; ``policy`` None selects every valid token (CLM)."""
+
+    policy: Policy | None
+    scope: str = "data-parallel"  # or "sequence", "micro-batch", "global-batch"
+    group: ProcessGroup | None = None  # data- and context-parallel ranks, which share a micro-batch step
+    context: ProcessGroup | None = None  # context-parallel ranks, which share a micro-batch and its sequences
+    pipeline: ProcessGroup | None = None  # pipeline-parallel ranks, of which the last has the losses
+    mix: float = 0.0  # share of the weight that is spread evenly over all valid tokens
+    seed: int = 1234  # of random and stochastic scores
+    temperature: float = 1.0  # of stochastic scores
+    mtp_loss_weight: float = 0.0  # of all MTP heads together
+    mtp_is_independent: bool = False  # whether MTP heads rank their own losses, or follow the main head

@@ -1,0 +1,85 @@
+"""Tokens whose gradient may be computed in the forward pass, and the threshold that speculation guesses them by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.policy import TopK, selects_everything
+from megatron_slm.objective.tokens import ReferenceScores
+
+
+def forward_grad_mask(
+    config: SelectionConfig,
+    ratio: float,
+    valid: Tensor,
+    reference: ReferenceScores | None,
+    *,
+    selected: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> ForwardGradMask | None:
+    """Return the rule for a micro-batch, or None if nothing is known about its selection.
+
+    Every valid token if all of them are selected (CLM, k = 1); the selected ones if they are known; else those whose
+    score reaches a threshold, if the policy is one score that depends on the token loss alone. With a mix every token
+    has a gradient, and there is no rule.
+
+    Args:
+        config: settings of the selection.
+        ratio: the selection ratio.
+        valid: [b, s] bool, the loss mask.
+        reference: reference scores of the micro-batch.
+        selected: [b, s] bool, if the selection is known before the losses.
+        threshold: scalar or [b, s] fp32, the lowest score that is selected.
+    """
+    policy = config.policy
+    if config.mix:
+        return None
+    if policy is None or selects_everything(policy, ratio):
+        return ForwardGradMask(valid)
+    if selected is not None:
+        return ForwardGradMask(selected)
+    if threshold is None or not isinstance(policy, TopK) or policy.stochastic:
+        return None
+    if policy.score == "excess" and reference is not None:
+        return ForwardGradMask(valid, threshold, reference.loss)
+    return ForwardGradMask(valid, threshold) if policy.score == "token-loss" else None
+
+
+class SpeculativeThreshold:
+    """An estimate of the next micro-batch's threshold from those before it.
+
+    The band is the mean step from one threshold to the next. A token in the band that turns out selected costs
+    2HV more FLOPs than one with its gradient in the forward pass, a token whose gradient was computed in vain 10HV;
+    with thresholds that scatter like a normal distribution, a band of about one standard deviation balances the two.
+    """
+
+    DECAY = 0.9  # of the running mean of the steps
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self.step: Tensor | None = None
+
+    def observe(self, threshold: Tensor) -> None:
+        """Add the exact threshold of a micro-batch, a scalar; it remains on its device, so that nothing waits."""
+        threshold = threshold.detach().clone()
+        if self.last is not None:
+            step = (threshold - self.last).abs()
+            self.step = step if self.step is None else self.DECAY * self.step + (1 - self.DECAY) * step
+        self.last = threshold
+
+    def estimate(self) -> Tensor | None:
+        """Return the score from which a token is very likely selected; None before the second threshold."""
+        if self.last is None or self.step is None:
+            return None
+        return self.last + self.step
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {name: None if value is None else float(value) for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, float | None], device: torch.device) -> None:
+        for name in vars(self):
+            value = state[name]
+            setattr(self, name, None if value is None else torch.tensor(value, device=device))

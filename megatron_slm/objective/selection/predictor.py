@@ -1,0 +1,173 @@
+"""The predicted threshold: selection over the global batch that needs no other tokens of the step.
+
+When a step ends, its scores are known on all ranks, and so is the exact threshold that would have selected any share
+of them. The next step's threshold is that of a share which compensates for the surplus selected so far:
+
+    surplusₜ   = surplusₜ₋₁ + (shareₜ − kₜ)
+    exactₜ(r)  = the exact threshold of step t's scores for the share r
+    threshold of step t + 1  =  exactₜ(k − GAIN · surplusₜ)
+
+Over n steps the mean share is off by the change of the surplus divided by n. Noise of a batch cancels in the surplus,
+a steady drift changes it only until the surplus makes up for one step of drift, and a jump J of the share enters it
+once: J / 50 over 50 steps, so that |J| ≤ 1/2 costs at most 1 %. It holds while the scores of a step move by less than
+their spread.
+
+Of the scores that are equal to the threshold, a share is selected by a hash of the token's index: ties do no harm
+either, and the selection of a token still depends on nothing but itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_slm.objective.noise import uniform
+from megatron_slm.objective.scores import ranking_scores
+from megatron_slm.objective.selection.config import SelectionConfig
+from megatron_slm.objective.selection.exact import Selection, combine_masks, mixed_weight
+from megatron_slm.objective.selection.policy import top_ks
+from megatron_slm.objective.selection.threshold import key_values, largest_key, order_keys
+from megatron_slm.objective.tokens import TokenBatch, all_reduce_counts
+from megatron_slm.runtime.collective import broadcast_from_last_stage
+
+GAIN = 0.7
+LARGEST_SURPLUS = 1.0  # anti-windup limit of the integral term
+ROWS_0_2 = [0, 1, 2, 5, 6]  # of the state of versions 0.1 and 0.2, which also held a velocity of the threshold
+
+
+@dataclass(frozen=True)
+class PredictedThreshold:
+    """Thresholds of a step, known before its first forward pass."""
+
+    thresholds: Tensor  # [t] fp32, one per top-k of the policy: scores as :func:`ranking_scores` returns them
+    tied: Tensor  # [t] float64, share of the scores equal to the threshold that is selected
+    share: Tensor  # scalar fp32, of the valid tokens that were selected in the step before
+
+
+def select_by_threshold(tokens: TokenBatch, config: SelectionConfig, predicted: PredictedThreshold) -> Selection:
+    """Select every token whose score reaches the predicted threshold. Nothing is communicated.
+
+    A loss that is NaN is not selected; :meth:`ThresholdPredictor.observe` finds it when the step ends.
+    """
+    assert config.policy is not None
+    selected = combine_masks(config.policy, iter(predicted_masks(tokens, config, predicted)))
+    weight = selected.float()
+    if config.mix:
+        weight = mixed_weight(weight, tokens.valid, predicted.share, config.mix)
+    return Selection(selected, weight, next(top_ks(config.policy)).sign * predicted.thresholds[0])
+
+
+def predicted_masks(tokens: TokenBatch, config: SelectionConfig, predicted: PredictedThreshold) -> list[Tensor]:
+    """Return the selection of each top-k, [b, s] bool."""
+    assert config.policy is not None
+    lowest = lowest_selected_scores(tokens.global_token_index, config, predicted)
+    scores = (ranking_scores(tokens, config, top_k) for top_k in top_ks(config.policy))
+    return [tokens.valid & (score >= least) for score, least in zip(scores, lowest, strict=True)]
+
+
+def lowest_selected_scores(
+    global_token_index: Tensor, config: SelectionConfig, predicted: PredictedThreshold
+) -> list[Tensor]:
+    """Return the lowest score with which each token is selected, by each top-k, [b, s] fp32.
+
+    It is the threshold, or the next number above it. A hash of the token's index decides which, so that the right
+    share of equal scores is selected.
+    """
+    hashed = uniform(global_token_index, config.seed, stream=2)
+    above = torch.nextafter(predicted.thresholds, torch.full_like(predicted.thresholds, torch.inf))
+    each = zip(predicted.thresholds, above, predicted.tied, strict=True)
+    return [torch.where(hashed < tied, threshold, next_above) for threshold, next_above, tied in each]
+
+
+class ThresholdPredictor:
+    """The controller of one run's threshold; its state is a few numbers per top-k of the policy.
+
+    A threshold serves the selection ratio that it was predicted for. Without one (the first step, or after the ratio
+    or the policy was changed on a resume) the step is selected exactly.
+    """
+
+    def __init__(self, config: SelectionConfig, device: torch.device) -> None:
+        assert config.policy is not None
+        self.config = config
+        self.top_ks = list(top_ks(config.policy))
+        # One column per top-k: the threshold, the share of equal scores, the surplus, the share of the combined
+        # selection, and the run's ratio that the threshold is predicted for. float64, which holds fp32 as it is, in
+        # one message.
+        self.values = torch.zeros(5, len(self.top_ks), dtype=torch.float64, device=device)
+        self.values[-1] = torch.nan
+        self.predicted_ratio = math.nan  # the last row, known without waiting for the device
+
+    @property
+    def share(self) -> float:
+        """The share of the valid tokens that the last step selected."""
+        return float(self.values[3, 0])
+
+    def predict(self, ratio: float) -> PredictedThreshold | None:
+        """Return the thresholds of a step with this ratio; None if it must be selected exactly."""
+        if self.predicted_ratio != ratio:
+            return None
+        threshold, tied, _, share, _ = self.values
+        return PredictedThreshold(threshold.float(), tied, share[0].float())
+
+    def observe(self, tokens: TokenBatch, selected: Tensor, ratio: float, next_ratio: float) -> None:
+        """Update the state from a step that has ended. Collective over the config's group.
+
+        Args:
+            tokens: all tokens of the step that are on this rank.
+            selected: their selection, [b, s] bool.
+            ratio: the step's selection ratio.
+            next_ratio: that of the next step.
+
+        Raises:
+            DivergedError: a loss of a valid token is NaN or infinite, on any rank.
+        """
+        surplus = self.values[2]
+        reached = torch.zeros_like(surplus, dtype=torch.int64)
+        if (predicted := self.predict(ratio)) is not None:
+            reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
+        here = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), reached))
+        counts = all_reduce_counts(tokens, here, self.config.group)
+        n_valid, n_selected, n_reached = counts.split((1, 1, len(self.top_ks)))
+        if not n_valid:
+            return  # there is nothing to learn from
+        if predicted is not None:
+            error = n_reached / n_valid - self._shares(ratio)
+            surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
+        aim = self._shares(next_ratio)
+        threshold, needed, ties = self._exact_thresholds(tokens, n_valid, aim - GAIN * surplus)
+        everything = aim >= 1
+        threshold, tied = threshold.masked_fill(everything, -torch.inf), (needed / ties).masked_fill(everything, 1.0)
+        share, predicted_ratio = (n_selected / n_valid).expand_as(aim), torch.full_like(aim, next_ratio)
+        self.values = torch.stack((threshold.double(), tied, surplus, share, predicted_ratio))
+        self.predicted_ratio = next_ratio
+
+    def broadcast(self, pipeline: ProcessGroup | None) -> None:
+        """Copy the state of the last pipeline stage, which observed, to the others. Collective over the group."""
+        broadcast_from_last_stage(self.values, pipeline)
+        self.predicted_ratio = float(self.values[-1, 0])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        values = torch.tensor(state["values"], dtype=torch.float64, device=self.values.device)
+        self.values = values if len(values) == len(self.values) else values[ROWS_0_2]
+        self.predicted_ratio = float(self.values[-1, 0])
+
+    def _exact_thresholds(self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the exact threshold of each top-k for a share of the valid tokens, [t] fp32; and how many of the
+        scores equal to it belong to that share, and their number, [t] int64."""
+        count = (shares * n_valid).round().long().clamp(min=1).minimum(n_valid)
+        scores = torch.stack([ranking_scores(tokens, self.config, top_k).flatten() for top_k in self.top_ks])
+        valid = tokens.valid.reshape(1, -1).expand(len(count), -1)
+        key, needed, ties = largest_key(order_keys(scores), valid, count, self.config.group)
+        return key_values(key), needed, ties
+
+    def _shares(self, ratio: float) -> Tensor:
+        shares = [top_k.ratio or ratio for top_k in self.top_ks]
+        return torch.tensor(shares, dtype=torch.float64, device=self.values.device)

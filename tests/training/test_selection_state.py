@@ -1,0 +1,70 @@
+"""The state of the selection in checkpoints: of earlier versions, in other layouts, of other strategies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from ranks import run_ranks
+from tiny import command, launch, losses, make_corpus, records
+
+from megatron_slm.config.schema import Config
+from megatron_slm.pretrain import main
+from megatron_slm.training import checkpoint
+from megatron_slm.training.state import TrainState
+
+PREDICTED = ["--slm-scope", "global-batch", "--slm-threshold", "predicted"]
+STRATEGIES = {
+    "predicted": PREDICTED,
+    "speculative": ["--slm-scope", "micro-batch", "--slm-exact-mode", "speculative"],
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("selection") / "corpus", 1)
+
+
+def slm(corpus: str, save: Path, *flags: str, **more: Any) -> list[str]:
+    return [*command(corpus, save, load=save, objective="slm", slm_score="token-loss", train_iters=6, **more), *flags]
+
+
+def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
+    """Run the trainer, whose checkpoints hold the state of the selection as versions 0.1 and 0.2 wrote it."""
+
+    def all_state(state: TrainState, config: Config) -> dict[str, Any]:
+        content = current(state, config)
+        del content[checkpoint.SELECTION]
+        if state.selection.has_rank_state:
+            content["guess"] = checkpoint.selection_state(state, "guess")
+        else:
+            threshold, tied, surplus, share, ratio = state.selection.state_dict()["values"]
+            values = [threshold, tied, surplus, [9.0], [9.0], share, ratio]
+            content["carried"] = {"policy": "Term(score='token-loss', ratio=None, stochastic=False)", "values": values}
+        return content
+
+    current = checkpoint._all_state
+    with mock.patch.object(checkpoint, "_all_state", all_state):
+        assert main(argv) == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_of_earlier_versions_resume_bit_for_bit(tmp_path: Path, corpus: str, strategy: str) -> None:
+    flags = STRATEGIES[strategy]
+    launch(slm(corpus, tmp_path / "whole", *flags))
+    run_ranks(_save_as_0_2, 1, slm(corpus, tmp_path / "part", *flags, exit_interval=3), initialise=False)
+    launch(slm(corpus, tmp_path / "part", *flags))
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+
+
+def test_a_predicted_threshold_is_resumed_in_another_layout_and_ignored_by_other_strategies(
+    tmp_path: Path, corpus: str
+) -> None:
+    run = tmp_path / "run"
+    launch(slm(corpus, run, *PREDICTED, exit_interval=2))
+    launch(slm(corpus, run, *PREDICTED, exit_interval=4, pipeline_model_parallel_size=2), 2)
+    assert [record["seconds_ranking"] is not None for record in records(run)] == [True, False, False, False]
+    launch(slm(corpus, run, *STRATEGIES["speculative"]))
+    assert len(records(run)) == 6
