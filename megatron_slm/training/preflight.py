@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import check
+from megatron_slm.config.relations.files import unwritable_outputs
 from megatron_slm.config.relations.model import MASK_IGNORED
 from megatron_slm.config.schema import Config
 from megatron_slm.objective.selection.policy import (
@@ -58,7 +59,7 @@ def _score_violations(config: Config) -> Iterator[str]:
 
 
 def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
-    """Check the files that the run reads: corpora and the reference model.
+    """Check output directories and the files that the run reads: corpora and the reference model.
 
     Args:
         verify: also check score sidecars, and compare checkpoints with their checksums; a run does so on opening them.
@@ -72,6 +73,7 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
     from megatron_slm.reference.replica import check_reference
     from megatron_slm.training.setup import needs_reference, score_headers
 
+    refuse(list(unwritable_outputs(config)))
     check_corpora(config.data, tokenizer)
     trains, length = not config.training.skip_train, config.model.seq_length or 0
     check_parts(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tiny import command, launch, launch_and_fail, make_corpus, records
+from ranks import run_ranks
+from tiny import _main, command, launch, launch_and_fail, make_corpus, records
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import Config
@@ -264,6 +265,15 @@ def test_an_unsuitable_metrics_file_is_refused_before_torch_is_loaded(
     with pytest.raises(ConfigError, match=r"--slm-metrics-file:? .*metrics\.jsonl"):
         check_values(parse(argv).config, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_output_directories_of_several_ranks_are_checked_on_the_first(tmp_path: Path, corpus: str) -> None:
+    """A directory that one host alone lacks ends no rank before the others can know."""
+    (tmp_path / "file").touch()
+    argv = command(corpus, tmp_path / "file" / "run", dp=2, train_iters=1)
+    check_values(parse(argv).config, 2)
+    (code, errors), (other, silent) = run_ranks(_main, 2, argv, initialise=False)
+    assert code == other == 2 and "file is a file, not a folder" in errors and not silent, (errors, silent)
 
 
 def test_requeued_run_continues_as_if_undisturbed(tmp_path: Path, corpus: str) -> None:

@@ -26,8 +26,14 @@ def checkpoints(config: Config, _: int) -> Iterator[str]:
         yield "--finetune needs --load, the weights to begin from."
 
 
-def output_directories(config: Config, _: int) -> Iterator[str]:
-    """Every output directory can be written."""
+def output_directories(config: Config, world_size: int) -> Iterator[str]:
+    """Every output directory can be written. On several ranks, one of them checks that when the group exists."""
+    if world_size == 1:
+        yield from unwritable_outputs(config)
+
+
+def unwritable_outputs(config: Config) -> Iterator[str]:
+    """Yield a message for every output directory that cannot be written, and for an unsuitable metrics file."""
     for flag, directory in (
         ("--save", config.checkpoint.save),
         ("--tensorboard-dir", config.logging.tensorboard_dir),
