@@ -201,9 +201,10 @@ def _open_arrow(file: Any) -> Any:
 def _check_schema(name: str, schema: pa.Schema, keys: Sequence[str]) -> None:
     import pyarrow.types as kinds
 
+    lists = (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list, kinds.is_list_view, kinds.is_large_list_view)
     for key in keys:
         kind = _type_of(name, schema, key)
-        inner = kind.value_type if kinds.is_list(kind) or kinds.is_large_list(kind) else kind
+        inner = kind.value_type if any(is_it(kind) for is_it in lists) else kind
         inner = inner.value_type if kinds.is_dictionary(inner) else inner
         texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
         bytes_of_texts = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary)

@@ -126,6 +126,13 @@ def test_text_columns_of_every_type(tmp_path: Path, name: str, kind: str) -> Non
     assert [text for _, text in read([path])] == TEXTS
 
 
+@pytest.mark.parametrize("name", ["in.parquet", "in.arrow"])
+@pytest.mark.parametrize("make", [pa.list_, pa.large_list, pa.list_view, lambda inner: pa.list_(inner, 1)])
+def test_lists_of_texts_of_every_type(tmp_path: Path, name: str, make: Any) -> None:
+    lists = pa.array([[text] for text in TEXTS], make(pa.string()))
+    assert [text for _, text in read([write(tmp_path / name, pa.table({"text": lists}))])] == [[t] for t in TEXTS]
+
+
 @pytest.mark.parametrize("name", ["in.parquet", "in.arrow", "in.jsonl"])
 @pytest.mark.parametrize("key", ["meta.text", "meta.deep.text", "meta.with.dots"])
 def test_nested_fields(tmp_path: Path, name: str, key: str) -> None:
