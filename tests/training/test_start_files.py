@@ -1,21 +1,27 @@
-"""Files that each rank of a run opens: one rank checks, and the others open only the files that they read from."""
+"""Files that each rank opens: one rank checks, and the others open only the files that they read from."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import score_corpus
 from ranks import run_ranks
 from tiny import command, launch, make_corpus
 
-from megatron_slm.pretrain import main
+from megatron_slm import pretrain
+
+Opens = dict[str, int]  # by path relative to the directory that is watched
 
 
-def _count_opens(rank: int, world_size: int, argv: list[str], directory: str) -> dict[str, int]:
-    """Run the trainer; return the opens of each file below ``directory``."""
+def _count_opens(
+    rank: int, world_size: int, main: Callable[[list[str]], int], argv: list[str], directory: str
+) -> Opens:
+    """Run a command; return the opens of each file below ``directory``."""
     opens: Counter[str] = Counter()
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
@@ -29,20 +35,34 @@ def _count_opens(rank: int, world_size: int, argv: list[str], directory: str) ->
     return dict(opens)
 
 
+def _opens(main: Callable[[list[str]], int], argv: list[str], directory: Path) -> list[Opens]:
+    return run_ranks(_count_opens, 2, main, argv, str(directory), initialise=False)
+
+
+def _select(opens: Opens, text: str) -> Opens:
+    return {name: count for name, count in opens.items() if text in name}
+
+
 def test_one_rank_checks_the_start_files(tmp_path: Path) -> None:
-    """Rank 1 of a resumed SLM run maps its corpora and its sidecar once, and opens no file only to check it."""
+    """Rank 1 of a scoring job and of a resumed SLM run maps its files once, and opens none only to check it."""
     train, valid = make_corpus(tmp_path / "train", 1), make_corpus(tmp_path / "valid", 2)
     launch(command(train, tmp_path / "base", train_iters=2))
     words = ["--reference-load", str(tmp_path / "base"), "--data-path", train, "--reference-scores", "rm"]
-    assert score_corpus.main(words) == 0
-    flags = {"objective": "slm", "reference_scores": "rm", "train_iters": 3, "override_opt_param_scheduler": True}
+    first, second = _opens(score_corpus.main, [*words, "--no-slm-verify-checksums"], tmp_path)
+    assert _select(second, "_text_document.") == {
+        "train_text_document.bin": 1,
+        "train_text_document.idx": 4,  # its header and its three arrays
+        "train_text_document.rm.scores.partial": 1,
+    }
+    _check_checkpoint(first, second)
+
+    flags: dict[str, Any] = {"objective": "slm", "reference_scores": "rm", "override_opt_param_scheduler": True}
     argv = [
         f"held-out={valid}" if word.startswith("own=") else word
-        for word in command(train, tmp_path / "slm", dp=2, load=tmp_path / "base", **flags)
+        for word in command(train, tmp_path / "slm", dp=2, load=tmp_path / "base", train_iters=3, **flags)
     ]
-    first, second = run_ranks(_count_opens, 2, [*argv, "--no-slm-verify-checksums"], str(tmp_path), initialise=False)
-    corpora = {name: count for name, count in second.items() if "_text_document." in name}
-    assert corpora == {
+    first, second = _opens(pretrain.main, [*argv, "--no-slm-verify-checksums"], tmp_path)
+    assert _select(second, "_text_document.") == {
         "train_text_document.bin": 1,
         "train_text_document.idx": 2,  # Megatron-Core reads the header, then maps the file
         "train_text_document.rm.scores": 1,
@@ -50,3 +70,12 @@ def test_one_rank_checks_the_start_files(tmp_path: Path) -> None:
         "valid_text_document.idx": 2,
     }
     assert {f"{name}_text_document.corpus.json" for name in ("train", "valid")} <= first.keys()
+    _check_checkpoint(first, second)
+
+
+def _check_checkpoint(first: Opens, second: Opens) -> None:
+    """Rank 1 opens the shards and the files that Megatron-Core reads on every rank, and rank 0 the others."""
+    step = "base/iter_0000002"
+    others = {name for name in _select(second, "base/") if not name.endswith(".distcp")}
+    assert others == {f"{step}/{name}" for name in (".metadata", "metadata.json", "common.pt")}
+    assert {f"{step}/manifest.json", f"{step}/config.yaml"} <= first.keys()
