@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,15 @@ def cached_arrays(
     try:
         _write(base, description, dict(zip(names, arrays, strict=True)))
     except ConfigError as error:
-        warn(f"{error} Until then every rank builds the sample indices in memory.")
+        _warn_once(f"{error} Until then every rank builds the sample indices in memory.")
         return arrays
     return _read(base, description, names) or arrays
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Warn of a directory that cannot be written once, not for every set that is read from its corpus."""
+    warn(text)
 
 
 def _read(base: Path, description: str, names: Sequence[str]) -> Arrays | None:

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,12 @@ def test_a_damaged_cache_file_is_a_miss(
 def test_an_unwritable_cache_is_replaced_by_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = numbered(tmp_path / "a", [50, 60, 70])
     (tmp_path / "a").write_text("a file, so that nothing can be written below it")
-    train = read(built(DataConfig(data_path=[prefix]), tokenizer=NUMBERS).train)
+    data = DataConfig(data_path=[prefix], split="2,1,0")
+    train = read(built(data, valid=2, tokenizer=NUMBERS).train)
     error = capsys.readouterr().err
+    assert error.count("\n") == 1, "one warning for all sets"
     assert error.startswith("warning: --data-cache-path (sample indices)") and "cannot be written" in error
-    assert train == read(built(DataConfig(data_path=[prefix], data_cache_path=str(tmp_path / "c"))).train)
+    assert train == read(built(replace(data, data_cache_path=str(tmp_path / "c")), valid=2).train)
 
 
 def _ranks(rank: int, world_size: int, data: DataConfig) -> list[list[int]]:
