@@ -14,6 +14,8 @@ import signal
 import socket
 import time
 
+from megatron_slm.runtime.addresses import resolve_host
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import Launch
 
 SECONDS_TO_ANNOUNCE = 5.0  # for ranks that start later than rank 0
@@ -73,10 +75,13 @@ def _wait_to_be_ended(launch: Launch, seconds: float) -> None:
 
 def _ask(launch: Launch) -> bytes:
     """Return the answer of rank 0; empty if it has no error or cannot be reached."""
-    end = time.monotonic() + SECONDS_TO_ASK
+    assert launch.address is not None
+    end, address = time.monotonic() + SECONDS_TO_ASK, launch.address
+    with contextlib.suppress(ConfigError):
+        address = resolve_host(address)
     while time.monotonic() < end:
         try:
-            connection = socket.create_connection((launch.address, launch.port), SECONDS_TO_ANSWER)
+            connection = socket.create_connection((address, launch.port), SECONDS_TO_ANSWER)
         except OSError:
             time.sleep(SECONDS_BETWEEN_TRIES)
             continue

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_slm.runtime import reporting
+from megatron_slm.runtime.addresses import resolve_host
 from megatron_slm.runtime.cpu import redirect_cuda_to_cpu
+from megatron_slm.runtime.early_reports import is_under_torchrun
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.runtime.launch import Launch, read_launch
@@ -136,6 +138,8 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
+    if launch.address is not None and not is_under_torchrun():
+        launch = replace(launch, address=resolve_host(launch.address))
     try:
         with _notice_while_waiting(launch):
             store = _rendezvous(launch, timeout)
@@ -153,7 +157,7 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     """Return the store of all ranks, which torchrun's agent or rank 0 serves."""
-    url = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://{launch.address}:{launch.port}"
+    url = "env://" if is_under_torchrun() else f"tcp://{launch.address}:{launch.port}"
     return next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=timeout))[0]
 
 
