@@ -1,0 +1,152 @@
+"""Jobs under a real Slurm: a private cluster of two nodes on this machine, whose names no resolver knows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_cluster
+from slurm_cluster import SlurmCluster
+from tiny import command, launch, losses, make_corpus, records
+
+from megatron_slm.config.checkpoint_files import latest_step
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=f"no Slurm: {slurm_cluster.missing()}"),
+]
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "slurm"
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
+STEPS = 80  # some seconds, in which a signal arrives
+SECONDS = 240
+
+# A torchrun of one rank per node, whose trainer takes the settings of a test.
+TORCHRUN = """#!{python}
+import os, sys
+words = sys.argv[1:]
+words[words.index("--nproc-per-node") + 1] = "1"
+words[words.index("--rdzv-endpoint") + 1] = "127.0.0.1:{port}"
+place = words.index("megatron_slm.pretrain") + 1
+kept = [word for i, word in enumerate(words[place:], place) if {{word, words[i - 1]}} & {kept}]
+python = {python!r}
+os.execv(python, [python, "-m", "torch.distributed.run", *words[:place], *{settings!r}, *kept])
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("cluster")) as running:
+        running.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+        yield running
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("slurm") / "corpus", 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> list[tuple[Any, ...]]:
+    save = tmp_path_factory.mktemp("undisturbed") / "run"
+    launch(settings(corpus, save), 2)
+    return losses(save)
+
+
+def settings(corpus: str, save: Path | None = None, **flags: Any) -> list[str]:
+    return command(corpus, save, dp=2, **{"train_iters": STEPS, **flags})
+
+
+def wait_for(condition: Callable[[], bool], log: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, log.read_text() if log.exists() else "the job has not started"
+        time.sleep(0.1)
+
+
+def has_steps(save: Path, count: int) -> bool:
+    return (save / "metrics.jsonl").is_file() and len(records(save)) >= count
+
+
+def test_a_step_saves_at_a_signal_and_a_requeued_job_resumes(
+    tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    """The first script of docs/slurm.md: srun starts the ranks, without MASTER_ADDR; the run has no --load."""
+    save, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "job.sbatch"
+    words = " ".join(settings(corpus, save))
+    script.write_text(
+        f"#!/bin/bash\nsrun {sys.executable} -m megatron_slm.pretrain {words} || exit\n"
+        f'[ "$(cat {save}/latest_checkpointed_iteration.txt)" = {STEPS} ] || scontrol requeue $SLURM_JOB_ID\n'
+    )
+    options = [*TWO_NODES, f"--output={log}", "--open-mode=append", "--requeue"]
+    job = cluster.run("sbatch", "--parsable", *options, str(script))
+    wait_for(lambda: has_steps(save, 2), log)
+    cluster.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does: to the ranks, not to the script
+    wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "NODE_FAIL"), log)
+    text = log.read_text()
+    assert cluster.state(job) == "COMPLETED", text
+    assert text.count("2 x CPU over gloo") == 2 and text.count(f"step {STEPS}/{STEPS}") == 1, "two starts of one run"
+    assert text.count("stopping after step") == 1 and text.count("SIGUSR1") == 2, text
+    assert "resuming from" in text and "begun by this job before it was requeued" in text
+    assert losses(save) == undisturbed
+
+
+def test_example_script_requeues_itself(
+    tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    """Under torchrun on two nodes; the warning goes to the script, as the one before the time limit does."""
+    save, log, stand_in = tmp_path / "run", tmp_path / "log", tmp_path / "bin" / "torchrun"
+    stand_in.parent.mkdir()
+    port, kept = slurm_cluster.free_ports(1)[0], {"--save", "--load"}
+    stand_in.write_text(TORCHRUN.format(python=sys.executable, port=port, kept=kept, settings=settings(corpus)))
+    stand_in.chmod(0o755)
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", f"--chdir={ROOT}"]
+    path = f"{stand_in.parent}:{cluster.environment['PATH']}"
+    job = cluster.run("sbatch", "--parsable", *options, str(SCRIPTS / "pretrain.sbatch"), RUN=str(save), PATH=path)
+    wait_for(lambda: has_steps(save, 2), log)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "NODE_FAIL"), log)
+    assert cluster.state(job) == "COMPLETED", log.read_text()
+    assert latest_step(save) == STEPS and "stopping after step" in log.read_text()
+    assert losses(save) == undisturbed
+
+
+def test_mistake_is_one_message_and_an_interactive_shell_is_one_process(
+    cluster: SlurmCluster, corpus: str, tmp_path: Path
+) -> None:
+    """srun prints a message once; salloc without srun starts one process, whatever number of tasks it reserves."""
+    trainer = [sys.executable, "-m", "megatron_slm.pretrain"]
+    wrong = subprocess.run(
+        ["srun", *TWO_NODES, "--ntasks=2", *trainer, "--lr", "fast"],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert wrong.returncode == 2 and wrong.stderr.count("--lr should be a number") == 1, wrong.stderr
+    plan = cluster.run("salloc", "--ntasks=4", *trainer, *command(corpus, train_iters=1), "--dry-run", timeout=SECONDS)
+    assert "= 1 processes" in plan
+    one = cluster.run("srun", "--ntasks=1", *trainer, *command(corpus, train_iters=1), "--dry-run", timeout=SECONDS)
+    assert "= 1 processes" in one
+
+
+def test_preprocessing_array_equals_one_process(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
+    tool, text = ROOT / "tools" / "preprocess_data.py", str(Path(corpus.removesuffix("_text_document") + ".jsonl"))
+    flags = ["--input", text, "--tokenizer-type", "ByteTokenizer", "--append-eod"]
+    options = ["--array=0-1", "--cpus-per-task=1", f"--chdir={ROOT}", f"--output={tmp_path}/log-%a", "--wait"]
+    script = str(SCRIPTS / "preprocess_array.sbatch")
+    cluster.run("sbatch", *options, script, *flags, "--output-prefix", str(tmp_path / "shards"), timeout=SECONDS)
+    merge = [str(tool.with_name("merge_datasets.py")), "--input", f"{tmp_path}/shards_text_document"]
+    whole = [str(tool), *flags, "--output-prefix", str(tmp_path / "whole")]
+    for argv in ([*merge, "--output-prefix", f"{tmp_path}/shards_text_document"], whole):
+        subprocess.run([sys.executable, *argv], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=SECONDS)
+    for suffix in ("bin", "idx"):
+        names = (tmp_path / f"{name}_text_document.{suffix}" for name in ("shards", "whole"))
+        shards, expected = (path.read_bytes() for path in names)
+        assert shards == expected
