@@ -1,117 +1,56 @@
-"""Builds GPT models (Llama and GPT-2 style) on Megatron-Core whose last stage returns token losses."""
+"""Builds GPT models (Llama and GPT-2 style) on Megatron-Core whose last stage returns hidden states."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig, multi_token_prediction
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 from megatron_slm.model.activation import activation_settings
+from megatron_slm.model.hidden_states import HiddenStates, LMHead
 from megatron_slm.model.positions import RotaryByPosition
 from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
-from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 
+# Arguments of the MTP layers that Megatron-Core's forward pass hands to its post-processing.
+MTP_INPUTS = (
+    *("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"),
+    *("packed_seq_params", "sequence_len_offset"),
+)
+
 
 class GPT(GPTModel):
-    """Megatron-Core's GPT whose last stage goes from hidden states to token losses without the logits in between.
+    """Megatron-Core's GPT whose last stage returns :class:`HiddenStates` instead of logits or losses."""
 
-    With labels, the last stage returns token losses [b, s] in fp32; with ``reports_entropy`` it returns
-    [2, b, s]: token losses and the entropies of the next-token distributions, in nats; with D further heads
-    (multi-token prediction) it returns [1 + D, b, s]: the token losses of the main head and of those. Without labels
-    it returns logits, as Megatron-Core does.
-    """
-
-    reports_entropy = False
-    lm_head: LinearCrossEntropyConfig
-    _early: ForwardGradMask | None = None  # of the main head, in this forward pass
-    _further: tuple[Tensor, ...] = ()  # losses of the further heads in this forward pass, so far
-
-    def forward(
-        self, *inputs: Any, labels: Tensor | None = None, early: ForwardGradMask | None = None, **more: Any
-    ) -> Tensor:
-        """Megatron-Core's forward pass; ``early`` names tokens whose gradient may be computed at once."""
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
             rotary.position_ids = inputs[1]
-        if labels is None or not self.post_process:
-            return super().forward(*inputs, labels=labels, **more)
-        self._early, self._further = early, ()
-        with _passing_hidden_states_on(self.output_layer):
-            return super().forward(*inputs, labels=labels, **more)
+        return super().forward(*inputs, **options)
 
-    def compute_language_model_loss(self, labels: Tensor, hidden: Tensor) -> Tensor:
-        """Losses of the main head, with those of further heads before them.
+    def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool = False, **inputs: Any) -> Any:
+        """Run the MTP layers, and hand the hidden states of all heads over on the last stage.
 
-        Megatron-Core calls this for each further head first, and would add what it returns to the gradient as it is,
-        whatever is selected. So it is given zeros for those, and their losses go the way of the main head's.
-
-        Args:
-            labels: [b, s].
-            hidden: [s, b, h], the hidden states that the output layer passed on.
+        Megatron-Core would add the losses of MTP heads to the gradient as they are, whatever is selected.
         """
-        if len(self._further) < (self.config.mtp_num_layers or 0):
-            loss = self._token_loss(labels, hidden, None)
-            self._further += (loss,)
-            return torch.zeros_like(loss)
-        loss = self._token_loss(labels, hidden, self._early)
-        further, self._early, self._further = self._further, None, ()
-        return torch.stack((loss, *further)) if further else loss
-
-    def _token_loss(self, labels: Tensor, hidden: Tensor, early: ForwardGradMask | None) -> Tensor:
-        """Token losses of one head for ``labels`` [b, s]; or [2, b, s] with the entropies."""
-        losses = linear_cross_entropy(
-            hidden,
-            self._lm_head_weight(),
-            labels.t().contiguous(),
-            self.lm_head,
-            forward_grad=early,
-            with_entropy=self.reports_entropy,
-        )
-        token_loss = losses.loss.t().contiguous()
-        return token_loss if losses.entropy is None else torch.stack((token_loss, losses.entropy.t()))
-
-    def _lm_head_weight(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
-
-@contextmanager
-def _passing_hidden_states_on(output_layer: torch.nn.Module) -> Iterator[None]:
-    """Let the output layer give back its input; its hooks, which fetch sharded parameters, still run.
-
-    Megatron-Core from 0.19 on also counts, for its log, how many predictions of further heads are right. It takes them
-    from what the output layer gives, so it counts nothing here.
-    """
-    counts = getattr(multi_token_prediction, "_compute_mtp_acceptance_counts", None)
-    output_layer.forward = lambda hidden, *_, **__: (hidden, None)
-    if counts is not None:
-        multi_token_prediction._compute_mtp_acceptance_counts = _no_counts
-    try:
-        yield
-    finally:
-        del output_layer.forward
-        if counts is not None:
-            multi_token_prediction._compute_mtp_acceptance_counts = counts
-
-
-def _no_counts(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Of right predictions, and of all."""
-    return hidden.new_zeros(()), hidden.new_zeros(())
+        if mtp_in_postprocess:
+            mtp_inputs = {name: inputs[name] for name in MTP_INPUTS}
+            hidden_states = self.mtp(hidden_states=hidden_states, embedding=self.embedding, **mtp_inputs)
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return HiddenStates(hidden_states.chunk(1 + (self.config.mtp_num_layers or 0)), self.output_layer, weight)
 
 
 def build_model(
@@ -123,7 +62,6 @@ def build_model(
     objective: ObjectiveConfig,
     groups: Groups,
     bf16: bool,
-    reports_entropy: bool = False,
     resets_positions: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, on its device: one, or one per virtual pipeline stage.
@@ -131,7 +69,6 @@ def build_model(
     Args:
         vocab_size: the tokenizer's size; it is padded to a multiple of --make-vocab-size-divisible-by x TP.
         bf16: bfloat16 weights, each chunk wrapped in Megatron-Core's Float16Module.
-        reports_entropy: the last stage also reports entropies (for a reference model).
         resets_positions: position ids differ from sample to sample (--reset-position-ids).
 
     Raises:
@@ -143,7 +80,7 @@ def build_model(
     rotates_by_id = resets_positions and model.position_embedding_type == "rope"
     if rotates_by_id:
         config.apply_rope_fusion = False  # the fused kernel takes one position per row of all samples
-    head = lm_head(model, parallel, objective, vocab_size, groups)
+    head = linear_cross_entropy_config(model, parallel, objective, vocab_size, groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual_stages):
@@ -167,8 +104,8 @@ def build_model(
             if model.mtp_num_layers
             else None,
         )
-        chunk.reports_entropy = reports_entropy
-        chunk.lm_head = head
+        if chunk.post_process:
+            LMHead.convert(chunk.output_layer, head)
         if rotates_by_id:
             chunk.rotary_pos_emb = RotaryByPosition(chunk.rotary_pos_emb)
         chunk.to(groups.device)
@@ -196,7 +133,7 @@ def choose_cross_entropy(wanted: str | None, device: torch.device) -> str:
     return wanted or ("triton" if can_triton else "chunked")
 
 
-def lm_head(
+def linear_cross_entropy_config(
     model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
 ) -> LinearCrossEntropyConfig:
     """Return the settings of the token loss."""

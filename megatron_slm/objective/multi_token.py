@@ -2,9 +2,9 @@
 
     loss  =  Σ selectedᵢ · lossᵢ  +  (λ ÷ D) · Σ_d Σᵢ selectedᵢᵈ · lossᵢᵈ
 
-divided by the selected tokens of the main head (DeepSeek-V3, arXiv 2412.19437, section 2.2). A head may follow the
-main head's choice: it is trained on a token where the main head is trained on that same token. Or it ranks its own
-losses, by the reference scores of its tokens.
+divided by the selected tokens of the main head (DeepSeek-V3, arXiv 2412.19437, section 2.2). An MTP head either follows
+the main head (it is trained on a token if the main head is trained on that token), or it selects independently, by its
+losses and the reference scores of its tokens.
 """
 
 from __future__ import annotations
@@ -21,29 +21,40 @@ from megatron_slm.objective.selection.exact import Selection, select
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 
 
+def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, heads: int) -> list[Tensor]:
+    """Return the labels [b, s] of each MTP head; 0 beyond the sequence's end. Collective over the config's context
+    group."""
+    sequence = _Sequence(tokens.global_token_index, config.context)
+    return [sequence.ahead(labels, distance) for distance in range(1, heads + 1)]
+
+
 def multi_token_loss(
-    heads: Sequence[Tensor], tokens: TokenBatch, selection: Selection, selector: SelectionConfig, ratio: float
+    heads: Sequence[Tensor], tokens: TokenBatch, selection: Selection, config: SelectionConfig, ratio: float
 ) -> Tensor:
-    """What the further heads add to a micro-batch's numerator, a scalar with its graph. Collective over the
-    selector's context group, and over its group where heads select for themselves.
+    """Return the part of the MTP heads in a micro-batch's numerator, a scalar with its graph.
+
+    Collective over the config's context group, and over its group if heads select independently.
 
     Args:
-        heads: [b, s] fp32 token losses of heads 1 to D; what lies beyond the sample's end does not count.
-        tokens: the micro-batch as the main head sees it, and ``selection`` its choice.
+        heads: [b, s] fp32 token losses of heads 1 to D; those beyond the sample's end do not count.
+        tokens: the micro-batch with the losses of the main head.
+        selection: selection of the main head.
+        config: settings of the selection.
+        ratio: the selection ratio.
     """
     total = torch.zeros_like(heads[0][0, 0])
-    sequence = _Sequence(tokens.global_token_index, selector.context)
+    sequence = _Sequence(tokens.global_token_index, config.context)
     for distance, loss in enumerate(heads, start=1):
-        if selector.mtp_is_independent:
-            weight = select(_further(tokens, loss, distance, sequence), selector, ratio).weight
+        if config.mtp_is_independent:
+            weight = select(_tokens_ahead(tokens, loss, distance, sequence), config, ratio).weight
         else:
             weight = sequence.ahead(selection.weight, distance)
         total = total + (loss.masked_fill(weight == 0, 0.0) * weight).sum()
-    return selector.mtp_loss_weight / len(heads) * total
+    return config.mtp_loss_weight / len(heads) * total
 
 
-def _further(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _Sequence) -> TokenBatch:
-    """The micro-batch as the head at a distance sees it."""
+def _tokens_ahead(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _Sequence) -> TokenBatch:
+    """Return the micro-batch of the head at a distance."""
     reference = tokens.reference
     if reference is not None:
         entropy = None if reference.entropy is None else sequence.ahead(reference.entropy, distance)
@@ -61,8 +72,10 @@ class _Sequence:
         self.columns = self._whole(index[:1])[0].argsort() if self.context is not None else None
 
     def ahead(self, values: Tensor, distance: int) -> Tensor:
-        """What the token ``distance`` places on holds, [b, s]; 0 beyond the sequence's end. Collective over the
-        context-parallel ranks."""
+        """Return the values of the tokens ``distance`` positions ahead, [b, s]; 0 beyond the sequence's end.
+
+        Collective over the context-parallel ranks.
+        """
         if self.context is None or self.columns is None:
             return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)
         whole = self._whole(values)

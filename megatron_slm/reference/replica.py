@@ -17,6 +17,7 @@ from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.tokenizers.identity import identity_conflict
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
+from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.model.size import ffn_size
 from megatron_slm.model.weights import find_checkpoint, load_weights, open_checkpoint
@@ -61,7 +62,6 @@ class ReferenceReplica:
                 objective=config.objective,
                 groups=groups,
                 bf16=config.training.bf16 if precision is None else precision == "bf16",
-                reports_entropy=with_entropy,
                 resets_positions=config.data.reset_position_ids,
             )
         load_weights(self.chunks, directory, FLAG)
@@ -74,12 +74,9 @@ class ReferenceReplica:
         with torch.no_grad():
             return run_pipeline(self.chunks, micro_batches, self._scores, forward_only=True)
 
-    def _scores(self, number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, ReferenceScores]:
-        if self.with_entropy:
-            scores = ReferenceScores(loss=output[0], entropy=output[1])
-        else:
-            scores = ReferenceScores(loss=output)
-        return output.sum(), batch.loss_mask.sum(), scores
+    def _scores(self, number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, ReferenceScores]:
+        loss, entropy = hidden.token_losses(batch.labels, with_entropy=self.with_entropy)
+        return loss.sum(), batch.loss_mask.sum(), ReferenceScores(loss, entropy)
 
 
 def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:

@@ -67,7 +67,7 @@ def _evaluate_set(
             return None
         micro_batches = next(stream)
         passes = StepPasses(state.chunks, micro_batches, NoReference().score(micro_batches))
-        parts += passes.run(everything, forward_only=True)
+        parts += passes.run(everything)
         bar.advance()
     _, _, loss, tokens, _, _ = TokenSums.reduce(parts, groups).values.tolist()
     return Evaluation(loss / max(tokens, 1), int(tokens))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
+from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
-from megatron_slm.objective.multi_token import multi_token_loss
+from megatron_slm.objective.multi_token import mtp_labels, multi_token_loss
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.objective.selective_loss import selective_loss
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch, concat_micro_batches
@@ -69,11 +69,6 @@ def token_batch(
     )
 
 
-def _heads(output: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the token losses of the main head, and those of the MTP heads; all [b, s]."""
-    return (output, ()) if output.dim() == 2 else (output[0], output[1:].unbind())
-
-
 @dataclass(frozen=True)
 class StepPasses:
     """The passes of one step's micro-batches through the model and the objective. Collective over all ranks."""
@@ -88,36 +83,31 @@ class StepPasses:
         Random states are restored, so that the pass that follows has the same dropout and the same losses.
         """
 
-        def tokens_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, TokenBatch]:
-            tokens = self._tokens(number, batch, _heads(output)[0])
-            return output.sum(), batch.loss_mask.sum(), concat_micro_batches([tokens])
+        def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenBatch]:
+            tokens = self._tokens(number, batch, hidden.token_losses(batch.labels).loss)
+            return tokens.loss.sum(), batch.loss_mask.sum(), concat_micro_batches([tokens])
 
         with preserved_random_state(), torch.no_grad():
-            return run_pipeline(self.chunks, self.micro_batches, tokens_of, forward_only=True)
+            return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=True)
 
-    def run(self, selection: SelectionStrategy, *, forward_only: bool = False) -> list[TokenSums]:
-        """Run forward and backward; returns one entry per micro-batch on the last stage."""
+    def run(self, selection: SelectionStrategy) -> list[TokenSums]:
+        """Run forward and, if gradients are enabled, backward; returns one entry per micro-batch on the last stage."""
 
-        def loss_of(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, TokenSums]:
-            main, mtp_heads = _heads(output)
-            tokens = self._tokens(number, batch, main)
+        def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenSums]:
+            mask = None
+            if torch.is_grad_enabled():
+                mask = selection.forward_grad_mask(number, batch.loss_mask, batch.token_index(), self.scores[number])
+            tokens = self._tokens(number, batch, hidden.token_losses(batch.labels, forward_grad=mask).loss)
             selected = selection.select(number, tokens)
             loss = selective_loss(tokens, selected)
             numerator = loss.numerator
-            if mtp_heads and not forward_only:
-                numerator = numerator + multi_token_loss(mtp_heads, tokens, selected, selection.config, selection.ratio)
+            if torch.is_grad_enabled() and len(hidden.heads) > 1:
+                labels = mtp_labels(batch.labels, tokens, selection.config, len(hidden.heads) - 1)
+                losses = [hidden.token_losses(of_head, head=head).loss for head, of_head in enumerate(labels, start=1)]
+                numerator = numerator + multi_token_loss(losses, tokens, selected, selection.config, selection.ratio)
             return numerator, loss.count, TokenSums.of(tokens, loss)
 
-        def early_of(number: int, batch: MicroBatch) -> ForwardGradMask | None:
-            return selection.forward_grad_mask(number, batch.loss_mask, batch.token_index(), self.scores[number])
-
-        return run_pipeline(
-            self.chunks,
-            self.micro_batches,
-            loss_of,
-            forward_only=forward_only,
-            early_of=None if forward_only else early_of,
-        )
+        return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=not torch.is_grad_enabled())
 
     def _tokens(self, number: int, batch: MicroBatch, token_loss: Tensor) -> TokenBatch:
         return token_batch(batch, token_loss, self.scores[number], self.micro_batches[0].first_sample)

@@ -58,7 +58,7 @@ def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Te
 
     def losses(chunk: Any, ids: Tensor, attention_mask: Tensor | None, columns: slice = slice(None)) -> Tensor:
         with torch.no_grad():
-            return chunk(tokens[:, columns], ids, attention_mask, labels=labels[:, columns])
+            return chunk(tokens[:, columns], ids, attention_mask).token_losses(labels[:, columns]).loss
 
     second = slice(BREAK, LENGTH)
     found = {

@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny import MODEL, command, launch, make_corpus, records
-
-from megatron_slm.model.gpt import GPT
 
 HEADS = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
 
@@ -88,17 +85,3 @@ def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
     launch([*slm(workspace, "k1", slm_mtp_selection="independent"), "--slm-selection-ratio", "1.0"])
     for clm, k1 in zip(records(workspace / "clm"), records(workspace / "k1"), strict=True):
         assert (clm["loss"], clm["grad_norm"]) == (k1["loss"], k1["grad_norm"])
-
-
-def test_heads_come_before_the_main_head_and_megatron_core_gets_zeros_for_them() -> None:
-    model = GPT.__new__(GPT)
-    torch.nn.Module.__init__(model)
-    model.config = type("Config", (), {"mtp_num_layers": 2})()
-    losses = iter(torch.arange(1.0, 7.0).view(6, 1, 1))
-    seen: list[object] = []
-    model._token_loss = lambda labels, hidden, early: seen.append(early) or next(losses)
-    for first in (1.0, 4.0):
-        model._early = "the main head's"
-        given = [model.compute_language_model_loss(torch.zeros(1, 1), torch.zeros(1, 1, 1)) for _ in range(3)]
-        assert [value.flatten().tolist() for value in given] == [[0.0], [0.0], [first + 2, first, first + 1]]
-    assert seen == [None, None, "the main head's"] * 2

@@ -28,7 +28,7 @@ class BareLoop:
         for chunk in run.state.chunks:
             for module in chunk.modules():
                 if isinstance(module, GPT):
-                    module.__class__ = GPTModel  # GPT adds methods alone: what is left is Megatron-Core's model
+                    module.__class__ = GPTModel  # GPT adds methods alone: the rest is Megatron-Core's model
                     module.config.cross_entropy_loss_fusion = fused
                     module.config.cross_entropy_fusion_impl = "native"
 

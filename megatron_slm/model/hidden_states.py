@@ -1,0 +1,63 @@
+"""The hand-over from the last pipeline stage to the objective: hidden states, and the LM head for their losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig, TokenLosses
+
+
+class LMHead(ColumnParallelLinear):
+    """Megatron-Core's output layer, which with labels computes token losses instead of logits.
+
+    It is called as a module, so that the hooks that gather sharded parameters run.
+    """
+
+    settings: LinearCrossEntropyConfig
+
+    @classmethod
+    def convert(cls, layer: Any, settings: LinearCrossEntropyConfig) -> None:
+        """Convert an output layer in place: Megatron-Core constructs it, and accepts no other class."""
+        layer.__class__ = cls
+        layer.settings = settings
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, *args: Any, **options: Any) -> Any:
+        if "labels" not in options:
+            return super().forward(hidden, weight, *args, **options)
+        return linear_cross_entropy(hidden, self.weight if weight is None else weight, config=self.settings, **options)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Final hidden states of a micro-batch for the main head and each MTP head."""
+
+    heads: tuple[Tensor, ...]  # [s, b, h] each; with sequence parallelism [s / tp, b, h]
+    lm_head: LMHead
+    weight: Tensor | None  # shared with the embedding; None: the LM head's
+
+    def token_losses(
+        self,
+        labels: Tensor,
+        *,
+        head: int = 0,
+        forward_grad: ForwardGradMask | None = None,
+        with_entropy: bool = False,
+    ) -> TokenLosses:
+        """Return the token losses of one head, and entropies if they are asked for; both [b, s].
+
+        Args:
+            labels: [b, s].
+            head: 0 is the main head.
+            forward_grad: tokens whose gradient is computed in the forward pass.
+            with_entropy: also return the entropies of the next-token distributions.
+        """
+        loss, entropy = self.lm_head(
+            self.heads[head], self.weight, labels=labels.t(), forward_grad=forward_grad, with_entropy=with_entropy
+        )
+        return TokenLosses(loss.t().contiguous(), None if entropy is None else entropy.t().contiguous())
