@@ -9,17 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
-from megatron_slm.config.flags import Command, parse
+from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
+from megatron_slm.config.schema import Config
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
 from megatron_slm.runtime.signals import StopSignals
-from megatron_slm.training.preflight import check_device, check_files, check_memory, check_values, default_device
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from megatron_slm.training.preflight import check_device, check_files, check_memory, default_device, resolve_values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,20 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     command = parse(argv)
     launch = read_launch()
-    if command.action == "train":
-        check_values(command.config, launch.world_size)
-        handles = command.config.training.exit_signal_handler
-        with StopSignals(announces=launch.rank == 0) if handles else nullcontext() as signals:
-            _train(command, signals)
-    elif launch.rank == 0:
-        if command.action == "print-config":
+    if command.action == "print-config":
+        if launch.rank == 0:
             print(dump_config(command.config), end="")
-        else:
-            check_values(command.config, launch.world_size)
-            _print_plan(command, launch.world_size)
+        return
+    config = resolve_values(command.config, launch.world_size)
+    if command.action == "train":
+        handles = config.training.exit_signal_handler
+        with StopSignals(announces=launch.rank == 0) if handles else nullcontext() as signals:
+            _train(config, command.note, signals)
+    elif launch.rank == 0:
+        _print_plan(config, command.note, launch.world_size)
 
 
-def _print_plan(command: Command, world_size: int) -> None:
+def _print_plan(config: Config, note: str, world_size: int) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime.console import make_console
     from megatron_slm.training.plan import print_plan
@@ -51,11 +48,12 @@ def _print_plan(command: Command, world_size: int) -> None:
     from megatron_slm.training.setup import find_reference, score_headers
     from megatron_slm.training.start import plan_start
 
-    config, console = command.config, make_console()
+    console = make_console()
     tokenizer = tokenizer_of(config)
     check_files(config, tokenizer, verify=True)
     check_device(config, default_device())
-    _print_note(command, console)
+    if note:
+        console.print(note, markup=False)
     start = plan_start(config)
     trains = not config.training.skip_train
     reference = find_reference(config, score_headers(config, tokenizer)) if trains else None
@@ -64,7 +62,7 @@ def _print_plan(command: Command, world_size: int) -> None:
     print_plan(console, config, tokenizer.vocab_size, world_size)
 
 
-def _train(command: Command, signals: StopSignals | None) -> None:
+def _train(config: Config, note: str, signals: StopSignals | None) -> None:
     from megatron_slm.data.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
@@ -76,7 +74,6 @@ def _train(command: Command, signals: StopSignals | None) -> None:
     from megatron_slm.training.setup import build_run, parallel_layout
     from megatron_slm.training.sinks import closing_all
 
-    config = command.config
     groups = process.start(
         parallel_layout(config),
         backend=config.parallel.distributed_backend,
@@ -91,7 +88,8 @@ def _train(command: Command, signals: StopSignals | None) -> None:
     on_every_rank(lambda: check_memory(config, tokenizer.vocab_size, groups.device))
     console = make_console(groups.is_logging_rank)
     console.print(describe_software(groups))
-    _print_note(command, console)
+    if note:
+        console.print(note, markup=False)
     print_settings(console, config)
     save = None if config.training.skip_train else config.checkpoint.save
     with locked_save(save):
@@ -99,11 +97,6 @@ def _train(command: Command, signals: StopSignals | None) -> None:
             run = build_run(config, tokenizer, groups, console)
         with closing_all(run.sinks):
             train(run, signals)
-
-
-def _print_note(command: Command, console: Console) -> None:
-    if command.note:
-        console.print(command.note, markup=False)
 
 
 if __name__ == "__main__":

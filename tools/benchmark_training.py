@@ -155,15 +155,14 @@ class Bench:
 
     def run(self, flags: list[str], *, quarter: bool = False, steps: int | None = None) -> Any:
         """A run of the trainer's, ready to step."""
-        from megatron_slm.config.checks import check
+        from megatron_slm.config.checks import resolve
         from megatron_slm.config.flags import parse
         from megatron_slm.runtime import process
         from megatron_slm.runtime.console import make_console
         from megatron_slm.training.setup import build_run
 
         words = [*model_flags(self.size, quarter=quarter), *flags, "--data-path", str(self.corpus), "--split", "1,0,0"]
-        config = parse([*words, "--train-iters", str(steps or self.steps)]).config
-        check(config, 1)
+        config = resolve(parse([*words, "--train-iters", str(steps or self.steps)]).config, 1)
         process.seed_everything(1)  # the same weights for all
         return build_run(config, self.tokenizer, self.groups, make_console(False))
 

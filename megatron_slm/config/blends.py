@@ -10,13 +10,14 @@ import json
 import math
 import re
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_slm.config.paths import expanded_paths
-from megatron_slm.config.schema import DataConfig
+from megatron_slm.config.schema import Config, DataConfig
 from megatron_slm.runtime.errors import ConfigError
 
 BLEND_FILES = (".yaml", ".yml", ".json")
@@ -70,33 +71,35 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return training, validation, test
 
 
-def resolve_blends(data: DataConfig) -> None:
-    """Put the words of all blends that stand in files into the settings that hold words.
+def resolve_blends(config: Config) -> Config:
+    """Return the configuration with the words of all blends, those of files too, in the settings that hold words.
 
     Raises:
         ConfigError: a file that cannot be read or is no blend, settings that exclude each other, or a bad --split.
     """
+    data = config.data
     if data.split is not None:
         parse_split(data.split)
     if data.data_args_path is not None:
-        flag = "--data-args-path"
-        _exclude(flag, {"--data-path": data.data_path, "--train-data-path": data.train_data_path})
-        data.data_path = _text(Path(data.data_args_path), flag).split()
-        if not data.data_path:
-            raise ConfigError(f"{flag} {data.data_args_path} is empty. It holds what --data-path would.")
-        data.data_args_path = None
+        data = _with_arguments(data, data.data_args_path)
     if data.per_split_data_args_path is not None:
-        _resolve_splits(data, data.per_split_data_args_path)
-        data.per_split_data_args_path = None
-    data.data_path = _from_file(data.data_path, "--data-path")
-    data.train_data_path = _from_file(data.train_data_path, "--train-data-path")
-    for name, words in data.valid_data_path.items():
-        data.valid_data_path[name] = _from_file(words, f"--valid-data-path {name}")
-    for setting in ("data_path", "train_data_path", "valid_data_path"):
-        setattr(data, setting, expanded_paths(getattr(data, setting)))
+        data = _with_splits(data, data.per_split_data_args_path)
+    data_path = _from_file(data.data_path, "--data-path")
+    train = _from_file(data.train_data_path, "--train-data-path")
+    valid = {name: _from_file(words, f"--valid-data-path {name}") for name, words in data.valid_data_path.items()}
+    words = {"data_path": data_path, "train_data_path": train, "valid_data_path": valid}
+    return replace(config, data=replace(data, **{name: expanded_paths(value) for name, value in words.items()}))
 
 
-def _resolve_splits(data: DataConfig, path: str) -> None:
+def _with_arguments(data: DataConfig, path: str) -> DataConfig:
+    flag = "--data-args-path"
+    _exclude(flag, {"--data-path": data.data_path, "--train-data-path": data.train_data_path})
+    if not (words := _text(Path(path), flag).split()):
+        raise ConfigError(f"{flag} {path} is empty. It holds what --data-path would.")
+    return replace(data, data_path=words, data_args_path=None)
+
+
+def _with_splits(data: DataConfig, path: str) -> DataConfig:
     flag = "--per-split-data-args-path"
     given = {"--data-path": data.data_path, "--train-data-path": data.train_data_path}
     _exclude(flag, {**given, "--valid-data-path": data.valid_data_path})
@@ -105,9 +108,10 @@ def _resolve_splits(data: DataConfig, path: str) -> None:
         raise ConfigError(f"{flag} {path} should hold an object with the keys train and valid, each a blend.")
     if splits.get("test"):
         raise ConfigError(f"{flag} {path}: the key test is not taken here. Make it a set of --valid-data-path.")
-    data.train_data_path = blend_words(splits["train"], f"{flag} {path}: train")
-    if valid := blend_words(splits.get("valid"), f"{flag} {path}: valid"):
-        data.valid_data_path = {"valid": valid}
+    train = blend_words(splits["train"], f"{flag} {path}: train")
+    valid = blend_words(splits.get("valid"), f"{flag} {path}: valid")
+    named = {"valid": valid} if valid else {}
+    return replace(data, train_data_path=train, valid_data_path=named, per_split_data_args_path=None)
 
 
 def _exclude(flag: str, others: dict[str, Any]) -> None:

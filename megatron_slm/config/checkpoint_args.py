@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, latest_step, locate_checkpoint, saved_config
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import settings
+from megatron_slm.config.recipe import settings, with_settings
 from megatron_slm.config.resume import RULES, Rule
 from megatron_slm.config.schema import CheckpointConfig, Config
 
@@ -14,31 +15,32 @@ FLAG = "--use-checkpoint-args"
 ALSO = {"max_position_embeddings", "make_vocab_size_divisible_by", "attention_dropout", "hidden_dropout"}
 
 
-def adopt_checkpoint_args(config: Config) -> str:
+def adopt_checkpoint_args(config: Config) -> tuple[Config, str]:
     """Replace the model settings by those of the checkpoint that --load, else --pretrained-checkpoint, names.
 
     The tokenizer comes from the checkpoint if --tokenizer-type is not given.
 
     Returns:
-        one line for the log.
+        the configuration, and one line for the log.
 
     Raises:
         ConfigError: the checkpoint cannot be read.
     """
     directory = _checkpoint(config.checkpoint)
     if directory is None:
-        return f"{FLAG}: there is no checkpoint yet; the flags are used"
+        return config, f"{FLAG}: there is no checkpoint yet; the flags are used"
     saved = saved_config(directory)
     with_tokenizer = config.tokenizer.tokenizer_type is None
+    adopted: dict[str, Any] = {}
     changed = []
     for group, setting, _ in settings():
         is_model = RULES.get(setting.name) in (Rule.STRUCTURE, Rule.ERROR) or setting.name in ALSO
         if is_model or (with_tokenizer and (group == "tokenizer" or setting.name == "vocab_size")):
             value = getattr(getattr(saved, group), setting.name)
             if value != getattr(getattr(config, group), setting.name):
-                setattr(getattr(config, group), setting.name, value)
+                adopted[setting.name] = value
                 changed.append(f"{flag_name(setting)} {'unset' if value is None else value}")
-    return f"{FLAG}: from {directory}: {', '.join(changed) or 'the flags agree'}"
+    return with_settings(config, adopted), f"{FLAG}: from {directory}: {', '.join(changed) or 'the flags agree'}"
 
 
 def _checkpoint(flags: CheckpointConfig) -> Path | None:

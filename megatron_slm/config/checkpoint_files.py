@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, unreadable
@@ -142,7 +143,7 @@ def saved_config(directory: Path) -> Config:
         ConfigError: the file is missing or damaged.
     """
     try:
-        return read_config(directory / CONFIG_FILE)
+        return derive(read_config(directory / CONFIG_FILE))
     except ConfigError as error:
         raise ConfigError(f"the checkpoint {directory} is damaged: {error} {OTHER}") from error
 

@@ -1,23 +1,21 @@
-"""Validate the configuration without torch and without reading data."""
+"""Validate and resolve the configuration without torch and without reading data."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from megatron_slm.config.activation import default_ffn_size
 from megatron_slm.config.blends import resolve_blends
-from megatron_slm.config.constraints import flag_name, violations
-from megatron_slm.config.recipe import settings
+from megatron_slm.config.constraints import UNSET, flag_name, violations
+from megatron_slm.config.recipe import settings, with_settings
 from megatron_slm.config.relations import relation_violations
 from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import refuse
 
-REQUIRED = (
-    *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters", "lr"),
-    "tokenizer_type",
-)
 
-
-def check(config: Config, world_size: int) -> None:
-    """Fill in settings that follow from others, then refuse a configuration that cannot work.
+def resolve(config: Config, world_size: int) -> Config:
+    """Return the configuration with all settings that follow from others, once nothing of it can be refused.
 
     Args:
         world_size: number of started processes.
@@ -25,10 +23,28 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: all violations that were found: flag, value, remedy.
     """
-    resolve_blends(config.data)
+    config = resolve_blends(config)
     refuse([*_missing(config), *value_violations(config)])
-    _fill_in(config, world_size)
+    config = derive(with_settings(config, _derived_of_the_run(config, world_size)))
     refuse(relation_violations(config, world_size))
+    return config
+
+
+def derive(config: Config) -> Config:
+    """Return the configuration with the sizes of the model that follow from others; also of a saved configuration."""
+    model = config.model
+    if model.hidden_size is UNSET or model.num_attention_heads is UNSET:
+        return config
+    derived: dict[str, Any] = {}
+    if model.ffn_hidden_size is UNSET:
+        derived["ffn_hidden_size"] = default_ffn_size(model)
+    if model.num_experts is not None and model.moe_ffn_hidden_size is UNSET:
+        derived["moe_ffn_hidden_size"] = derived.get("ffn_hidden_size", model.ffn_hidden_size)
+    if model.max_position_embeddings is UNSET:
+        derived["max_position_embeddings"] = model.seq_length
+    if model.kv_channels is UNSET and model.hidden_size % model.num_attention_heads == 0:
+        derived["kv_channels"] = model.hidden_size // model.num_attention_heads
+    return with_settings(config, derived)
 
 
 def value_violations(config: Config) -> list[str]:
@@ -41,27 +57,29 @@ def value_violations(config: Config) -> list[str]:
 
 
 def _missing(config: Config) -> list[str]:
-    needed = set(REQUIRED) - ({"train_iters", "lr"} if config.training.skip_train else set())
+    training = config.training
+    optional = {"train_iters", "lr"} if training.skip_train else {"train_iters"} if training.train_samples else set()
     unset = [
         flag_name(setting)
         for group, setting, _ in settings()
-        if setting.name in needed and getattr(getattr(config, group), setting.name) is None
+        if setting.metadata["required"]
+        and setting.name not in optional
+        and getattr(getattr(config, group), setting.name) is UNSET
     ]
-    if config.training.train_samples is not None and "--train-iters" in unset:
-        unset.remove("--train-iters")
     return [f"these settings are needed and were not given: {' '.join(unset)}"] if unset else []
 
 
-def _fill_in(config: Config, world_size: int) -> None:
-    training, model, parallel = config.training, config.model, config.parallel
-    if parallel.tensor_model_parallel_size == 1:
-        parallel.sequence_parallel = False  # nothing to split, as in Megatron-LM
-    if training.global_batch_size is None:
-        training.global_batch_size = (training.micro_batch_size or 1) * max(1, data_parallel_size(config, world_size))
-    if training.train_samples is not None and training.train_iters is None:
-        training.train_iters = training.train_samples // training.global_batch_size
+def _derived_of_the_run(config: Config, world_size: int) -> dict[str, Any]:
+    training, derived = config.training, dict[str, Any]()
+    batch, ranks = training.global_batch_size, max(1, data_parallel_size(config, world_size))
+    if config.parallel.tensor_model_parallel_size == 1:
+        derived["sequence_parallel"] = False  # nothing to split, as in Megatron-LM
+    if batch is UNSET:
+        batch = derived["global_batch_size"] = training.micro_batch_size * ranks
+    if training.train_samples is not None and training.train_iters is UNSET:
+        derived["train_iters"] = training.train_samples // batch
     if training.skip_train:  # the optimizer state is not needed; a learning rate and a length are, to build it
-        config.checkpoint.load_optim = config.checkpoint.load_rng = False
-        training.train_iters, config.optimizer.lr = training.train_iters or 1, config.optimizer.lr or 0.0
-    if model.max_position_embeddings is None:
-        model.max_position_embeddings = model.seq_length
+        derived |= {"load_optim": False, "load_rng": False}
+        derived.setdefault("train_iters", training.train_iters or 1)
+        derived["lr"] = config.optimizer.lr or 0.0
+    return derived

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field
 from typing import Any
 
+UNSET: Any = None  # default of a setting that a run needs: resolve() demands it, or derives it from others
 LARGEST_INTEGER = 2**31 - 1  # sizes and counts reach torch, NCCL and Megatron-Core's C++ helpers as 32-bit integers
 
 
@@ -50,7 +51,9 @@ def flag(
     help: str,
     *,
     choices: tuple[str, ...] = (),
+    required: bool = False,
     spelling: str | None = None,
+    core: str = "",
     example: str | None = None,
     above: float | None = None,
     at_least: float | None = None,
@@ -63,7 +66,9 @@ def flag(
         default: the default, or a factory.
         help: the help text of the flag.
         choices: the values that a text may have.
+        required: a run needs the setting, and nothing derives it.
         spelling: Megatron-LM's spelling, if it is not the field's name with hyphens.
+        core: Megatron-Core's fields that take the value, see :mod:`megatron_slm.config.core_fields`.
         example: a good value, for the error message.
         above: a number must be greater.
         at_least: a number must be equal or greater.
@@ -72,7 +77,15 @@ def flag(
     """
     given = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
     bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
-    metadata = {"help": help, "choices": choices, "spelling": spelling, "example": example, "bounds": bounds}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "required": required,
+        "spelling": spelling,
+        "core": core,
+        "example": example,
+        "bounds": bounds,
+    }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

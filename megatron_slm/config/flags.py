@@ -17,7 +17,7 @@ from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.recipe import assign, convert, nearest, refusal, settings
+from megatron_slm.config.recipe import convert, convert_settings, nearest, refusal, settings, with_settings
 from megatron_slm.config.renamed import SETTINGS as RENAMED_SETTINGS
 from megatron_slm.config.renamed import renaming_notes
 from megatron_slm.config.schema import Config
@@ -29,7 +29,7 @@ Flags are Megatron-LM's where it has one; those of ours begin with --slm- or --r
 
 @dataclass(frozen=True)
 class Command:
-    """What the user asked for: "train", "print-config" or "dry-run", with the resolved configuration."""
+    """Settings of the command line and its recipes, not resolved yet, and an action: train, print-config or dry-run."""
 
     config: Config
     action: str
@@ -79,15 +79,17 @@ def parse(argv: Sequence[str]) -> Command:
     sources = _recipe_sources(recipes)
     sources.append((typed, lambda name: names.get(name, name)))
     problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
-    config, stated, notes = Config(), dict[str, Any](), list[str]()
+    given, stated, notes = dict[str, Any](), dict[str, Any](), list[str]()
     for values, label in sources:
         notes += renaming_notes(values)
-        given, flags, wrong = split(values, label)
-        stated |= flags
-        problems += [*wrong, *assign(config, given, label)]
+        plain, flags, wrong = split(values, label)
+        converted, unusable = convert_settings(plain, label)
+        given, stated, problems = given | converted, stated | flags, [*problems, *wrong, *unusable]
+    config = with_settings(Config(), given)
     notes.append(describe(stated))
     if config.checkpoint.use_checkpoint_args and not problems:
-        notes.append(adopt_checkpoint_args(config))
+        config, note = adopt_checkpoint_args(config)
+        notes.append(note)
     refuse([*problems, *value_violations(config), *contradictions(config, stated)])
     return Command(config, action, "\n".join(filter(None, notes)))
 

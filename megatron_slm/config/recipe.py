@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ import yaml
 
 from megatron_slm.config import schema
 from megatron_slm.config.blends import UniqueLoader, blend_words
+from megatron_slm.config.constraints import UNSET
 from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
 from megatron_slm.config.paths import PATH_SETTINGS, expanded_paths
 from megatron_slm.config.renamed import current
@@ -28,7 +29,8 @@ def settings() -> Iterator[tuple[str, Field[Any], Any]]:
         group_type = getattr(schema, str(group.type))
         hints = get_type_hints(group_type)
         for setting in fields(group_type):
-            yield group.name, setting, hints[setting.name]
+            kind = hints[setting.name]
+            yield group.name, setting, kind | None if setting.default is UNSET else kind
 
 
 def to_flat_dict(config: Config) -> dict[str, Any]:
@@ -42,34 +44,44 @@ def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> C
     Raises:
         ConfigError: an unknown name, or a value of the wrong type; ``where`` is named in the message.
     """
-    config = Config()
-    refuse(assign(config, values, lambda name: f"{where}: {name}"))
-    return config
+    converted, problems = convert_settings(values, lambda name: f"{where}: {name}")
+    refuse(problems)
+    return with_settings(Config(), converted)
 
 
-def assign(config: Config, values: Mapping[str, Any], label: Callable[[str], str]) -> list[str]:
-    """Set settings by name, and return a message for each unknown name and each value of the wrong type.
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the configuration with the settings of ``values``, by name, replaced."""
+    changes: dict[str, dict[str, Any]] = {}
+    for group, setting, _ in settings():
+        if setting.name in values:
+            changes.setdefault(group, {})[setting.name] = values[setting.name]
+    return replace(config, **{group: replace(getattr(config, group), **named) for group, named in changes.items()})
+
+
+def convert_settings(values: Mapping[str, Any], label: Callable[[str], str]) -> tuple[dict[str, Any], list[str]]:
+    """Return settings in the types of their fields, and a message for each unknown name and unusable value.
 
     Args:
         label: returns the place of a setting, for the messages.
     """
-    known = {setting.name: (group, kind) for group, setting, kind in settings()}
+    converted: dict[str, Any] = {}
+    known = {setting.name: kind for _, setting, kind in settings()}
     problems: list[str] = []
     for key, given in values.items():
         name, value = current(str(key).replace("-", "_"), given)
         positive = name.removeprefix("no_")
-        negated = name not in known and positive in known and known[positive][1] is bool  # Megatron-LM's spelling
+        negated = name not in known and positive in known and known[positive] is bool  # Megatron-LM's spelling
         if name not in known and not negated:
             problems.append(refusal(label(key), f"--{name.replace('_', '-')}", name, list(known)))
             continue
-        group, kind = known[positive if negated else name]
+        kind = known[positive if negated else name]
         try:
-            converted = convert(value, kind, label(key))
-            converted = expanded_paths(converted) if name in PATH_SETTINGS else converted
-            setattr(getattr(config, group), *((positive, not converted) if negated else (name, converted)))
+            found = convert(value, kind, label(key))
+            found = expanded_paths(found) if name in PATH_SETTINGS else found
+            converted[positive if negated else name] = not found if negated else found
         except ConfigError as error:
             problems.append(str(error))
-    return problems
+    return converted, problems
 
 
 def refusal(label: str, flag: str, name: str, names: list[str]) -> str:

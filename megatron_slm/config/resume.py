@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_slm.config.activation import activation_name
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import settings
+from megatron_slm.config.recipe import settings, with_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import refuse
 
@@ -95,14 +95,13 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_scores",
     "reference_combine",
 )
-DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # None: follows from others
+DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # may follow from others
 
 
 @dataclass(frozen=True)
 class Difference:
     """A setting whose value differs from the checkpoint's."""
 
-    group: str
     name: str
     flag: str
     ours: Any
@@ -118,18 +117,21 @@ def differences(config: Config, saved: Config) -> list[Difference]:
         ours, theirs = (getattr(getattr(each, group), setting.name) for each in (config, saved))
         if rule is not Rule.LOCAL and ours != theirs and _has_effect(setting.name, config, saved):
             flag = flag_name(setting)
-            found.append(Difference(group, setting.name, flag, ours, theirs, rule))
+            found.append(Difference(setting.name, flag, ours, theirs, rule))
     return found
 
 
-def reconcile(config: Config, saved: Config, directory: Path, flag: str, further: Sequence[str] = ()) -> str:
-    """Apply the table to a run that resumes from ``directory``; settings that take the checkpoint are changed.
+def reconcile(
+    config: Config, saved: Config, directory: Path, flag: str, further: Sequence[str] = ()
+) -> tuple[Config, str]:
+    """Apply the table to a run that resumes from ``directory``.
 
     Args:
         further: differences that the settings do not show, to be named with the others.
 
     Returns:
-        one line that names the differences, for the log; empty if there are none.
+        the configuration with the settings that come from the checkpoint, and one line that names the differences,
+        for the log; empty if there are none.
 
     Raises:
         ConfigError: settings that must not differ do; all of them, with the remedy.
@@ -140,16 +142,14 @@ def reconcile(config: Config, saved: Config, directory: Path, flag: str, further
     adopted = {Rule.CHECKPOINT}
     if config.optimizer.use_checkpoint_opt_param_scheduler and config.checkpoint.load_optim:
         adopted.add(Rule.SCHEDULE)
-    for each in found:
-        if each.rule in adopted:
-            setattr(getattr(config, each.group), each.name, each.theirs)
+    taken = {each.name: each.theirs for each in found if each.rule in adopted}
     if Rule.SCHEDULE in adopted:
-        _fix_decay(config, saved)
-    return _line(found, adopted, directory, further)
+        taken |= _fixed_decay(with_settings(config, taken), saved)
+    return with_settings(config, taken), _line(found, adopted, directory, further)
 
 
 def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str) -> str:
-    """Apply the table to a run that begins with the weights of ``directory``; returns and raises as above."""
+    """Apply the table to a run that begins with the weights of ``directory``; return the line, raise as above."""
     found = [each for each in differences(config, saved) if each.rule in (Rule.STRUCTURE, Rule.ERROR)]
     refuse(
         [
@@ -204,8 +204,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _has_effect(name: str, config: Config, saved: Config) -> bool:
-    if name in DERIVED and None in (getattr(config.model, name), getattr(saved.model, name)):
-        return False
+    if name in DERIVED and (_sources(config) != _sources(saved) or None in (_value(config, name), _value(saved, name))):
+        return False  # a difference of a source is enough
     if name in ("swiglu", "activation"):
         return activation_name(config.model) != activation_name(saved.model)
     if name in ("rotary_base", "rotary_percent"):
@@ -213,9 +213,18 @@ def _has_effect(name: str, config: Config, saved: Config) -> bool:
     return not name.startswith("moe_router_") or config.model.num_experts is not None
 
 
-def _fix_decay(config: Config, saved: Config) -> None:
+def _sources(config: Config) -> tuple[Any, ...]:
+    return config.model.hidden_size, config.model.num_attention_heads, activation_name(config.model)
+
+
+def _value(config: Config, name: str) -> Any:
+    return getattr(config.model, name)
+
+
+def _fixed_decay(config: Config, saved: Config) -> dict[str, Any]:
     """A schedule without its own length ends with the run that began it, not with a longer one."""
     if saved.training.train_samples is not None:
-        config.optimizer.lr_decay_samples = config.optimizer.lr_decay_samples or saved.training.train_samples
-    elif config.optimizer.lr_decay_iters is None:
-        config.optimizer.lr_decay_iters = saved.training.train_iters
+        return {"lr_decay_samples": config.optimizer.lr_decay_samples or saved.training.train_samples}
+    if config.optimizer.lr_decay_iters is None:
+        return {"lr_decay_iters": saved.training.train_iters}
+    return {}

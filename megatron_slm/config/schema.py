@@ -3,37 +3,42 @@
 A field's name is its flag (``num_layers`` is ``--num-layers``), its YAML key, and its ``help`` is the flag's help.
 Names, meanings and defaults are Megatron-LM's where Megatron-LM has the flag; the help says so where a default
 differs. Fields of ours begin with ``slm_`` or ``reference_``. This module imports no torch: parsing must be quick.
+
+Settings with the default UNSET have a value once :func:`megatron_slm.config.checks.resolve` has returned.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_slm.config.constraints import flag
+from megatron_slm.config.constraints import UNSET, flag
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Model"""
 
-    num_layers: int | None = flag(None, "number of transformer layers", above=0)
-    hidden_size: int | None = flag(None, "width of the residual stream", above=0)
-    ffn_hidden_size: int | None = flag(
-        None, "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s if the MLP is gated", above=0
+    num_layers: int = flag(UNSET, "number of transformer layers", required=True, above=0, core="model")
+    hidden_size: int = flag(UNSET, "width of the residual stream", required=True, above=0, core="model")
+    ffn_hidden_size: int = flag(
+        UNSET,
+        "width of the MLP; default 4 x hidden size, or 8/3 x rounded down to 64s if the MLP is gated",
+        above=0,
+        core="model",
     )
-    num_attention_heads: int | None = flag(None, "number of attention heads", above=0)
+    num_attention_heads: int = flag(UNSET, "number of attention heads", required=True, above=0, core="model")
     group_query_attention: bool = flag(False, "grouped-query attention; needs --num-query-groups")
     num_query_groups: int | None = flag(None, "number of key/value heads for grouped-query attention", above=0)
-    kv_channels: int | None = flag(None, "width of one head; default hidden size / heads", above=0)
-    seq_length: int | None = flag(None, "tokens in one training sample", above=0)
-    max_position_embeddings: int | None = flag(None, "longest position; default the sequence length", above=0)
+    kv_channels: int = flag(UNSET, "width of one head; default hidden size / heads", above=0, core="model")
+    seq_length: int = flag(UNSET, "tokens in one training sample", required=True, above=0)
+    max_position_embeddings: int = flag(UNSET, "longest position; default the sequence length", above=0)
     position_embedding_type: str = flag(
         "learned_absolute", "how positions enter", choices=("learned_absolute", "rope", "none")
     )
     rotary_base: int = flag(10000, "base of the rotary frequencies", above=0)
     rotary_percent: float = flag(1.0, "share of a head's width that is rotated", above=0, at_most=1)
-    normalization: str = flag("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
-    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", above=0)
+    normalization: str = flag("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"), core="model")
+    norm_epsilon: float = flag(1e-5, "epsilon of the normalisation", above=0, core="model.layernorm_epsilon")
     swiglu: bool = flag(False, "use gated linear units and SiLU activation instead of GELU (--activation swiglu)")
     activation: str | None = flag(
         None,
@@ -42,12 +47,12 @@ class ModelConfig:
         choices=("gelu", "gelu_tanh", "swiglu", "geglu", "squared_relu"),
     )
     disable_bias_linear: bool = flag(False, "no bias in linear layers")
-    add_qkv_bias: bool = flag(False, "bias in the query/key/value projection only")
+    add_qkv_bias: bool = flag(False, "bias in the query/key/value projection only", core="model")
     untie_embeddings_and_output_weights: bool = flag(False, "an LM head of its own")
-    qk_layernorm: bool = flag(False, "normalise queries and keys")
-    attention_dropout: float = flag(0.1, "dropout on attention weights", at_least=0, below=1)
-    hidden_dropout: float = flag(0.1, "dropout on the residual stream", at_least=0, below=1)
-    init_method_std: float = flag(0.02, "standard deviation of the initial weights", at_least=0)
+    qk_layernorm: bool = flag(False, "normalise queries and keys", core="model")
+    attention_dropout: float = flag(0.1, "dropout on attention weights", at_least=0, below=1, core="model")
+    hidden_dropout: float = flag(0.1, "dropout on the residual stream", at_least=0, below=1, core="model")
+    init_method_std: float = flag(0.02, "standard deviation of the initial weights", at_least=0, core="model")
     make_vocab_size_divisible_by: int = flag(128, "the vocabulary is padded to a multiple of this x TP", above=0)
     vocab_size: int | None = flag(
         None,
@@ -55,23 +60,33 @@ class ModelConfig:
         "TikTokenizer takes as many entries of a .json file, special tokens included",
         above=0,
     )
-    attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32")
+    attention_softmax_in_fp32: bool = flag(False, "softmax of the attention in fp32", core="model")
     slm_logit_softcap: float | None = flag(None, "logits are capped to c x tanh(logits / c); default: no cap", above=0)
-    mtp_num_layers: int | None = flag(None, "further heads, each a layer, that predict tokens further ahead", above=0)
-    mtp_loss_scaling_factor: float = flag(0.1, "weight of the further heads' losses together", at_least=0)
-    num_experts: int | None = flag(None, "experts of each layer (mixture of experts); default a plain MLP", above=0)
-    moe_ffn_hidden_size: int | None = flag(None, "width of one expert; default that of the MLP", above=0)
-    moe_router_topk: int = flag(2, "experts that each token passes", above=0)
-    moe_router_pre_softmax: bool = flag(False, "softmax over all experts before the top k are chosen, not after")
+    mtp_num_layers: int | None = flag(
+        None, "further heads, each a layer, that predict tokens further ahead", above=0, core="model"
+    )
+    mtp_loss_scaling_factor: float = flag(0.1, "weight of the further heads' losses together", at_least=0, core="model")
+    num_experts: int | None = flag(
+        None, "experts of each layer (mixture of experts); default a plain MLP", above=0, core="model.num_moe_experts"
+    )
+    moe_ffn_hidden_size: int = flag(UNSET, "width of one expert; default that of the MLP", above=0, core="model")
+    moe_router_topk: int = flag(2, "experts that each token passes", above=0, core="model")
+    moe_router_pre_softmax: bool = flag(
+        False, "softmax over all experts before the top k are chosen, not after", core="model"
+    )
     moe_router_load_balancing_type: str = flag(
-        "aux_loss", "how experts are kept in balance", choices=("aux_loss", "seq_aux_loss", "none")
+        "aux_loss", "how experts are kept in balance", choices=("aux_loss", "seq_aux_loss", "none"), core="model"
     )
-    moe_aux_loss_coeff: float = flag(0.0, "coefficient of the load-balancing loss, over all tokens", at_least=0)
-    moe_z_loss_coeff: float | None = flag(None, "coefficient of the router's z-loss, over all tokens", at_least=0)
+    moe_aux_loss_coeff: float = flag(
+        0.0, "coefficient of the load-balancing loss, over all tokens", at_least=0, core="model"
+    )
+    moe_z_loss_coeff: float | None = flag(
+        None, "coefficient of the router's z-loss, over all tokens", at_least=0, core="model"
+    )
     moe_token_dispatcher_type: str = flag(
-        "allgather", "how tokens go to experts on other ranks", choices=("allgather", "alltoall")
+        "allgather", "how tokens go to experts on other ranks", choices=("allgather", "alltoall"), core="model"
     )
-    moe_grouped_gemm: bool = flag(False, "all experts of a rank in one kernel; needs Transformer Engine")
+    moe_grouped_gemm: bool = flag(False, "all experts of a rank in one kernel; needs Transformer Engine", core="model")
     transformer_impl: str | None = flag(
         None,
         "layer implementation; default Transformer Engine on a GPU where it is installed, else local",
@@ -79,28 +94,40 @@ class ModelConfig:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Parallelism"""
 
-    tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)", above=0)
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)", above=0)
-    context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)", above=0)
-    expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)", above=0)
+    tensor_model_parallel_size: int = flag(1, "ranks that share one layer (TP)", above=0, core="model")
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages (PP)", above=0, core="model")
+    context_parallel_size: int = flag(1, "ranks that share each sample's positions (CP)", above=0, core="model")
+    expert_model_parallel_size: int = flag(1, "ranks that share the experts of a layer (EP)", above=0, core="model")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "layers of one virtual stage: turns the interleaved pipeline schedule on", above=0
     )
     decoder_first_pipeline_num_layers: int | None = flag(
-        None, "number of transformer layers on the first pipeline stage; default even split over all stages", above=0
+        None,
+        "number of transformer layers on the first pipeline stage; default even split over all stages",
+        above=0,
+        core="model.num_layers_in_first_pipeline_stage",
     )
     decoder_last_pipeline_num_layers: int | None = flag(
-        None, "number of transformer layers on the last pipeline stage; default even split over all stages", above=0
+        None,
+        "number of transformer layers on the last pipeline stage; default even split over all stages",
+        above=0,
+        core="model.num_layers_in_last_pipeline_stage",
     )
-    sequence_parallel: bool = flag(False, "shard activations between tensor-parallel regions; no effect if TP is 1")
-    use_distributed_optimizer: bool = flag(False, "shard optimizer state over data-parallel ranks")
-    overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass goes on")
+    sequence_parallel: bool = flag(
+        False, "shard activations between tensor-parallel regions; no effect if TP is 1", core="model"
+    )
+    use_distributed_optimizer: bool = flag(
+        False, "shard optimizer state over data-parallel ranks", core="optimizer ddp"
+    )
+    overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass goes on", core="ddp")
     overlap_param_gather: bool = flag(
-        False, "gather updated parameters while the forward pass goes on; needs the distributed optimizer"
+        False,
+        "gather updated parameters while the forward pass goes on; needs the distributed optimizer",
+        core="optimizer ddp",
     )
     distributed_backend: str | None = flag(
         None, "communication backend; default nccl on GPUs, gloo on CPUs", choices=("nccl", "gloo")
@@ -110,15 +137,15 @@ class ParallelConfig:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training"""
 
-    micro_batch_size: int | None = flag(None, "samples in one forward pass of one data-parallel rank", above=0)
-    global_batch_size: int | None = flag(
-        None, "samples in one optimizer step over all ranks; default micro-batch size x DP", above=0
+    micro_batch_size: int = flag(UNSET, "samples in one forward pass of one data-parallel rank", required=True, above=0)
+    global_batch_size: int = flag(
+        UNSET, "samples in one optimizer step over all ranks; default micro-batch size x DP", above=0
     )
-    train_iters: int | None = flag(None, "optimizer steps of the run", above=0)
+    train_iters: int = flag(UNSET, "optimizer steps of the run", required=True, above=0)
     train_samples: int | None = flag(
         None,
         "samples of the run, instead of --train-iters; the schedule is then given in samples",
@@ -126,14 +153,14 @@ class TrainingConfig:
         at_most=2**53,
     )
     seed: int = flag(1234, "seed of weights, dropout, data order and random selection", at_least=0, at_most=2**32 - 1)
-    bf16: bool = flag(False, "bfloat16 weights and activations with fp32 master weights")
+    bf16: bool = flag(False, "bfloat16 weights and activations with fp32 master weights", core="model optimizer")
     recompute_granularity: str | None = flag(
-        None, "recompute activations in the backward pass", choices=("full", "selective")
+        None, "recompute activations in the backward pass", choices=("full", "selective"), core="model"
     )
     recompute_method: str | None = flag(
-        None, "which layers --recompute-granularity full recomputes", choices=("uniform", "block")
+        None, "which layers --recompute-granularity full recomputes", choices=("uniform", "block"), core="model"
     )
-    recompute_num_layers: int | None = flag(None, "layers in one recomputed unit", above=0)
+    recompute_num_layers: int | None = flag(None, "layers in one recomputed unit", above=0, core="model")
     exit_interval: int | None = flag(None, "save and exit when the step is a multiple of this", above=0)
     exit_duration_in_mins: int | None = flag(None, "save and exit after this many minutes", above=0)
     exit_signal_handler: bool = flag(
@@ -142,13 +169,15 @@ class TrainingConfig:
     skip_train: bool = flag(False, "only evaluate the checkpoint of --load; nothing is trained or saved")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer and schedule"""
 
-    optimizer: str = flag("adam", "optimizer (adam is AdamW: decoupled weight decay)", choices=("adam", "sgd"))
-    lr: float | None = flag(None, "peak learning rate", at_least=0, at_most=1e6)
-    min_lr: float = flag(0.0, "learning rate at the end of the decay", at_least=0)
+    optimizer: str = flag(
+        "adam", "optimizer (adam is AdamW: decoupled weight decay)", choices=("adam", "sgd"), core="optimizer"
+    )
+    lr: float = flag(UNSET, "peak learning rate", required=True, at_least=0, at_most=1e6, core="optimizer")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", at_least=0, core="optimizer")
     lr_decay_style: str = flag(
         "linear", "shape of the decay", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
     )
@@ -165,19 +194,19 @@ class OptimizerConfig:
     )
     lr_wsd_decay_iters: int | None = flag(None, "steps of the decay phase of WSD", at_least=0)
     lr_wsd_decay_samples: int | None = flag(None, "samples of the decay phase of WSD", above=0, at_most=2**53)
-    weight_decay: float = flag(0.01, "weight decay (not on biases and normalisation)", at_least=0)
+    weight_decay: float = flag(0.01, "weight decay (not on biases and normalisation)", at_least=0, core="optimizer")
     start_weight_decay: float | None = flag(None, "weight decay at the start, where it changes", at_least=0)
     end_weight_decay: float | None = flag(None, "weight decay at the end, where it changes", at_least=0)
     weight_decay_incr_style: str = flag(
         "constant", "how weight decay changes", choices=("constant", "linear", "cosine")
     )
-    adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1)
-    adam_beta2: float = flag(0.999, "decay of Adam's second moment", at_least=0, below=1)
-    adam_eps: float = flag(1e-8, "epsilon of Adam", above=0)
-    sgd_momentum: float = flag(0.9, "momentum of SGD", at_least=0, below=1)
-    clip_grad: float = flag(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0)
+    adam_beta1: float = flag(0.9, "decay of Adam's first moment", at_least=0, below=1, core="optimizer")
+    adam_beta2: float = flag(0.999, "decay of Adam's second moment", at_least=0, below=1, core="optimizer")
+    adam_eps: float = flag(1e-8, "epsilon of Adam", above=0, core="optimizer")
+    sgd_momentum: float = flag(0.9, "momentum of SGD", at_least=0, below=1, core="optimizer")
+    clip_grad: float = flag(1.0, "largest global gradient norm; 0 turns clipping off", at_least=0, core="optimizer")
     accumulate_allreduce_grads_in_fp32: bool = flag(
-        True, "add up and reduce gradients in fp32 (Megatron-LM: off without bf16)"
+        True, "add up and reduce gradients in fp32 (Megatron-LM: off without bf16)", core="ddp.grad_reduce_in_fp32"
     )
     override_opt_param_scheduler: bool = flag(
         False, "schedule from the flags, not from the checkpoint", spelling="--override-opt_param-scheduler"
@@ -187,7 +216,7 @@ class OptimizerConfig:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Data"""
 
@@ -229,13 +258,14 @@ class DataConfig:
     full_validation: bool = flag(False, "evaluate on one whole epoch of every validation set")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Tokenizer"""
 
-    tokenizer_type: str | None = flag(
-        None,
+    tokenizer_type: str = flag(
+        UNSET,
         "kind of tokenizer",
+        required=True,
         choices=(
             "SentencePieceTokenizer",
             "GPTSentencePieceTokenizer",
@@ -258,7 +288,7 @@ class TokenizerConfig:
     null_tokenizer_eod_id: int | None = flag(None, "Megatron-LM's name of --eod-id for NullTokenizer", at_least=0)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints"""
 
@@ -283,7 +313,7 @@ class CheckpointConfig:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Evaluation and logging"""
 
@@ -299,7 +329,7 @@ class LoggingConfig:
     slm_metrics_file: str | None = flag(None, "JSONL file of all metrics; default metrics.jsonl in --save")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """Selective Language Modeling"""
 
@@ -365,7 +395,7 @@ class ObjectiveConfig:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """Reference model"""
 
@@ -382,9 +412,9 @@ class ReferenceConfig:
     reference_combine: str = flag("mean", "how several sidecars become one: mean, min, or weights such as 0.7,0.3")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """Settings of a run, read-only."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

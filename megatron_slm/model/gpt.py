@@ -13,11 +13,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
 from megatron_slm.model.positions import RotaryByPosition
-from megatron_slm.model.size import expert_size, ffn_size, padded_vocab_size
+from megatron_slm.model.size import padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.runtime.errors import ConfigError
@@ -90,7 +91,7 @@ def build_model(
             config=config,
             transformer_layer_spec=layers,
             vocab_size=padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size),
-            max_sequence_length=model.max_position_embeddings or model.seq_length or 0,
+            max_sequence_length=model.max_position_embeddings,
             pre_process=groups.is_first_stage and stage == 0,
             post_process=groups.is_last_stage and stage == virtual_stages - 1,
             parallel_output=True,
@@ -163,42 +164,19 @@ def transformer_config(
     bf16: bool,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the model. Losses are normalised per token, over the global batch."""
-    assert model.num_layers and model.hidden_size and model.num_attention_heads, "checked by config.checks"
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = groups.device.type == "cuda"
+    given = core_fields("model", model, parallel, training) | {"bf16": bf16}
+    if model.num_experts is None:
+        given = {name: value for name, value in given.items() if not name.startswith("moe_")}
     return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=ffn_size(model),
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups if model.group_query_attention else None,
-        kv_channels=model.kv_channels,
-        normalization=model.normalization,
-        layernorm_epsilon=model.norm_epsilon,
+        **given,
         **activation_settings(model, groups.device),
+        num_query_groups=model.num_query_groups if model.group_query_attention else None,
         add_bias_linear=not model.disable_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
-        attention_dropout=model.attention_dropout,
-        hidden_dropout=model.hidden_dropout,
-        init_method_std=model.init_method_std,
-        attention_softmax_in_fp32=model.attention_softmax_in_fp32,
-        bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
-        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        mtp_num_layers=model.mtp_num_layers,
-        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
-        **_expert_settings(model, parallel),
-        recompute_granularity=training.recompute_granularity,
-        recompute_method=training.recompute_method,
-        recompute_num_layers=training.recompute_num_layers,
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
         masked_softmax_fusion=on_gpu,
@@ -210,24 +188,6 @@ def transformer_config(
         overlap_p2p_comm=False,
         batch_p2p_comm=True,
     )
-
-
-def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    """What Megatron-Core wants to know of a mixture of experts."""
-    if model.num_experts is None:
-        return {}
-    return {
-        "num_moe_experts": model.num_experts,
-        "moe_ffn_hidden_size": expert_size(model),
-        "moe_router_topk": model.moe_router_topk,
-        "moe_router_pre_softmax": model.moe_router_pre_softmax,
-        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
-        "moe_z_loss_coeff": model.moe_z_loss_coeff,
-        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
-        "moe_grouped_gemm": model.moe_grouped_gemm,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-    }
 
 
 def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:

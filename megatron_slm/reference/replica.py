@@ -19,7 +19,6 @@ from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
-from megatron_slm.model.size import ffn_size
 from megatron_slm.model.weights import find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.runtime.collective import on_first_rank
@@ -118,7 +117,7 @@ def _layout(own: Config, config: Config) -> ParallelConfig:
     if own.model.num_layers == config.model.num_layers:
         return parallel
     stages = virtual_stages(config.model, parallel)
-    layers = (own.model.num_layers or 0) // (parallel.pipeline_model_parallel_size * (stages or 1))
+    layers = own.model.num_layers // (parallel.pipeline_model_parallel_size * (stages or 1))
     return replace(
         parallel,
         num_layers_per_virtual_pipeline_stage=layers if stages else None,
@@ -128,19 +127,19 @@ def _layout(own: Config, config: Config) -> ParallelConfig:
 
 
 def _check_shape(own: Config, config: Config) -> None:
-    length, longest = config.model.seq_length or 0, own.model.seq_length or 0
+    length, longest = config.model.seq_length, own.model.seq_length
     if length > longest:
         raise ConfigError(
             f"{FLAG}: the reference model was trained with --seq-length {longest}, and this run has {length}. Train "
             f"the reference model with at least {length}, or this run with at most {longest}."
         )
-    parallel = config.parallel
+    parallel, tensor = config.parallel, config.parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size * (virtual_stages(config.model, parallel) or 1)
     groups = own.model.num_query_groups if own.model.group_query_attention else own.model.num_attention_heads
     for what, size, divisor, flag in (
         ("layers", own.model.num_layers, stages, "--pipeline-model-parallel-size x virtual stages"),
-        ("key/value heads", groups, parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
-        ("MLP channels", ffn_size(own.model), parallel.tensor_model_parallel_size, "--tensor-model-parallel-size"),
+        ("key/value heads", groups, tensor, "--tensor-model-parallel-size"),
+        ("MLP channels", own.model.ffn_hidden_size, tensor, "--tensor-model-parallel-size"),
     ):
         if what == "layers" and size == config.model.num_layers and has_uneven_stages(parallel):
             continue  # split as the training model's

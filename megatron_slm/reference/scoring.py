@@ -110,7 +110,7 @@ def reference_config(job: ScoringJob) -> Config:
         ConfigError: the checkpoint is missing, or its --seq-length does not fit the job.
     """
     saved = saved_config(job.directory())
-    job.rule(saved.model.seq_length or 0)
+    job.rule(saved.model.seq_length)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
     model = saved.model
     if job.context == "document":  # rows hold several documents, and Transformer Engine takes no mask for that
@@ -131,7 +131,7 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
         DivergedError: the model gives a loss that is NaN or infinite.
     """
     config = on_first_rank(lambda: reference_config(job))
-    rule = job.rule(config.model.seq_length or 0)
+    rule = job.rule(config.model.seq_length)
     model = ReferenceReplica(config, tokenizer, groups, with_entropy=job.with_entropy)
     fingerprint = on_first_rank(lambda: checkpoint_fingerprint(job.directory(), FLAG))
     paths = []

@@ -48,7 +48,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens that the run has consumed."""
-        return self.progress.consumed_samples * (self.config.model.seq_length or 0)
+        return self.progress.consumed_samples * self.config.model.seq_length
 
 
 def train(run: Run, signals: StopSignals | None = None) -> None:
@@ -74,7 +74,7 @@ class _Loop:
     def __init__(self, run: Run, stop: StopDecision) -> None:
         training, logging, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
         self.run, self.stop = run, stop
-        self.iterations = training.train_iters or 0
+        self.iterations = training.train_iters
         self.clock = StepClock(Schedule(self.iterations, logging.eval_interval, checkpoint.save_interval))
         self.retention = Retention(checkpoint)
         self.saved, self.evaluated = run.progress.step, -1

@@ -178,9 +178,8 @@ class Throughput:
             flops += forward_flops_per_token(model, padded_vocab_size(model, vocab_size, 1))
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
         peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
-        batch, length = config.training.global_batch_size, config.model.seq_length
-        assert batch and length, "checked by config.checks"
-        return Throughput(batch * length, flops, groups.world_size, peak)
+        tokens_per_step = config.training.global_batch_size * config.model.seq_length
+        return Throughput(tokens_per_step, flops, groups.world_size, peak)
 
     def of_step(self, seconds: float) -> dict[str, Any]:
         """The rates of a step that took ``seconds``."""

@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import Config
 from megatron_slm.model.gpt import model_config
 from megatron_slm.training.run_length import RunLength, ScheduleLength
@@ -24,12 +25,7 @@ from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
     """The chunks with gradient buffers that are summed (not averaged) over data-parallel ranks."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.optimizer.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-    )
+    ddp_config = DistributedDataParallelConfig(**core_fields("ddp", config.parallel, config.optimizer))
     shared = model_config(list(chunks))
     return [
         DistributedDataParallel(shared, ddp_config, chunk, disable_bucketing=index > 0)
@@ -39,26 +35,10 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> lis
 
 def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> MegatronOptimizer:
     """The optimizer of wrapped chunks; also tells the pipeline schedules how to finish gradients."""
-    own, parallel = config.optimizer, config.parallel
-    bf16 = config.training.bf16
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer=own.optimizer,
-            lr=own.lr,
-            min_lr=own.min_lr,
-            weight_decay=own.weight_decay,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            adam_beta1=own.adam_beta1,
-            adam_beta2=own.adam_beta2,
-            adam_eps=own.adam_eps,
-            sgd_momentum=own.sgd_momentum,
-            clip_grad=own.clip_grad,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
-        ),
-        list(chunks),
-    )
+    parallel = config.parallel
+    given = core_fields("optimizer", config.optimizer, parallel, config.training)
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**given, params_dtype=dtype), list(chunks))
     _repair_loading(optimizer)
     schedule = model_config(list(chunks))
     schedule.finalize_model_grads_func = finalize_model_grads
@@ -89,7 +69,6 @@ def _single_or_list(functions: list[Any]) -> Any:
 def build_scheduler(optimizer: MegatronOptimizer, config: Config, length: RunLength) -> OptimizerParamScheduler:
     """Return the schedule of a run of ``length``, counted in samples as Megatron-LM counts it."""
     own, phases = config.optimizer, ScheduleLength.of(config, length)
-    assert own.lr is not None, "checked by config.checks"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=own.lr_warmup_init,

@@ -22,9 +22,9 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
         return
     rows = expected_drawn(
         config.data,
-        train_samples=(config.training.train_iters or 0) * (config.training.global_batch_size or 0),
+        train_samples=config.training.train_iters * config.training.global_batch_size,
         valid_samples=config.logging.eval_iters,
-        seq_length=config.model.seq_length or 0,
+        seq_length=config.model.seq_length,
     )
     console.print("what the run will draw, from the sizes of its corpora:", *lines_of(rows), sep="\n", markup=False)
 
@@ -36,7 +36,7 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     context = parallel.context_parallel_size
     data = world_size // (tensor * pipeline * context)
     padded = padded_vocab_size(model, vocab_size, tensor)
-    batch, length, steps = training.global_batch_size or 0, model.seq_length or 0, training.train_iters or 0
+    batch, length, steps = training.global_batch_size, model.seq_length, training.train_iters
     flops = training_flops_per_token(model, padded) * batch * length
     own = config.objective
     objective = "CLM" if own.objective == "clm" else f"SLM, {own.slm_score}, k = {own.slm_selection_ratio:g}"
@@ -47,7 +47,7 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
         ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
         ("layout", f"TP {tensor} x PP {pipeline} x CP {context} x DP {data} = {world_size} processes"),
         ("global batch", f"{batch:,} samples = {batch * length:,} tokens"),
-        ("micro-batches per step", f"{batch // ((training.micro_batch_size or 1) * data):,}"),
+        ("micro-batches per step", f"{batch // (training.micro_batch_size * data):,}"),
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
         ("memory per rank", _memory(config, vocab_size)),
         ("training model's FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in all"),

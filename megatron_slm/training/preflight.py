@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_slm.config.checks import check
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.relations.files import unwritable_outputs
 from megatron_slm.config.relations.model import MASK_IGNORED
 from megatron_slm.config.schema import Config
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 BYTES_PER_SAMPLE = 16  # of the sample and shuffle indices, at least
 
 
-def check_values(config: Config, world_size: int) -> None:
-    """Validate all flag values and fill in those that follow from others.
+def resolve_values(config: Config, world_size: int) -> Config:
+    """Return the resolved configuration of a run, once all values are valid.
 
     Raises:
         ConfigError: all violations that were found.
     """
-    check(config, world_size)
+    config = resolve(config, world_size)
     refuse(list(_score_violations(config)))
+    return config
 
 
 def _score_violations(config: Config) -> Iterator[str]:
@@ -75,7 +76,7 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
 
     refuse(list(unwritable_outputs(config)))
     check_corpora(config.data, tokenizer)
-    trains, length = not config.training.skip_train, config.model.seq_length or 0
+    trains, length = not config.training.skip_train, config.model.seq_length
     check_parts(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)
     if not trains:
         return
@@ -91,9 +92,9 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
 def _check_index_memory(config: Config) -> None:
     import psutil
 
-    batch, memory = config.training.global_batch_size or 0, psutil.virtual_memory().total
+    batch, memory = config.training.global_batch_size, psutil.virtual_memory().total
     for flag, steps in (
-        ("--train-iters", config.training.train_iters or 0),
+        ("--train-iters", config.training.train_iters),
         ("--eval-iters", config.logging.eval_iters),
     ):
         size = steps * batch * BYTES_PER_SAMPLE
@@ -159,8 +160,8 @@ def least_memory(config: Config, vocab_size: int) -> int:
     padded = padded_vocab_size(model, vocab_size, tensor)
     ranks = tensor * parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
     bytes_per_value = 2 if config.training.bf16 else 4
-    tokens = (config.training.micro_batch_size or 1) * (model.seq_length or 1) // parallel.context_parallel_size
-    activations = tokens * (model.hidden_size or 1) // tensor
+    tokens = config.training.micro_batch_size * model.seq_length // parallel.context_parallel_size
+    activations = tokens * model.hidden_size // tensor
     return 2 * bytes_per_value * parameter_count(model, padded) // ranks + bytes_per_value * activations
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,29 @@ from megatron_slm.training.state import TrainProgress, TrainState
 OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
 
 
-def resume(state: TrainState, config: Config, start: Start, reference: str | None, console: Console) -> None:
+def resume(state: TrainState, config: Config, start: Start, reference: str | None, console: Console) -> Config:
     """Load the checkpoint that the run begins from, and print where it differs from the flags.
 
     Collective over all ranks.
 
     Args:
         reference: identity of the reference model.
+
+    Returns:
+        the configuration with the settings that a resumed run takes from its checkpoint.
     """
     if start.checkpoint is None:
-        return
+        return config
     flag, directory = start.checkpoint.flag, _open(start.checkpoint, config)
-    differences = _compare(start, directory, config, state.tokenizer, reference)
+    config, differences = _compare(start, directory, config, state.tokenizer, reference)
     if differences:
         console.print(differences, markup=False)
     if not start.weights_only:
         _resume_from(directory, state, config, reference, flag)
-        return
+        return config
     weights.load_weights(plain_chunks(state.chunks), directory, flag)
     state.optimizer.reload_model_params()
+    return config
 
 
 def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
@@ -62,7 +65,7 @@ def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: s
     """
     if start.checkpoint is None:
         return ""
-    return _compare(start, _open(start.checkpoint, config), deepcopy(config), tokenizer, reference)
+    return _compare(start, _open(start.checkpoint, config), config, tokenizer, reference)[1]
 
 
 def _open(checkpoint: Checkpoint, config: Config) -> Path:
@@ -76,13 +79,15 @@ def _read(directory: Path, flag: str) -> tuple[Manifest, Config, DataRecord]:
     return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory), DataRecord.read(directory)))
 
 
-def _compare(start: Start, directory: Path, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
-    """Compare a checkpoint with the flags; settings that a resumed run takes from it are changed in ``config``."""
+def _compare(
+    start: Start, directory: Path, config: Config, tokenizer: Tokenizer, reference: str | None
+) -> tuple[Config, str]:
+    """Compare a checkpoint with the flags; return the configuration and the line as :func:`reconcile` does."""
     assert start.checkpoint is not None
     flag = start.checkpoint.flag
     manifest, saved, record = _read(directory, flag)
     if start.weights_only:
-        return check_weights_fit(config, saved, directory, flag)
+        return config, check_weights_fit(config, saved, directory, flag)
     _check_tokenizer(directory, manifest, tokenizer, flag)
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
         raise ConfigError(

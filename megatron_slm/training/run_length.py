@@ -29,8 +29,8 @@ class RunLength:
             batch: replaces --global-batch-size.
         """
         training = config.training
-        batch = batch or training.global_batch_size or 1
-        iterations, (step, consumed) = training.train_iters or 0, milestones[-1]
+        batch = batch or training.global_batch_size
+        iterations, (step, consumed) = training.train_iters, milestones[-1]
         if training.train_samples is not None:
             iterations = step + max(training.train_samples - consumed, 0) // batch
         return RunLength(iterations, batch, tuple(milestones))

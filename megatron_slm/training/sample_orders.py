@@ -50,7 +50,7 @@ class SampleOrder:
         data = {name: getattr(config.data, name) for name in DATA_SETTINGS} | {"split": split_of(config.data)}
         prefixes = [] if config.data.mock_data else training_blend(config.data)[0]
         corpora = {prefix: identities[prefix] for prefix in prefixes if prefix in identities}
-        return SampleOrder(first, samples, config.model.seq_length or 0, config.training.seed, data, corpora)
+        return SampleOrder(first, samples, config.model.seq_length, config.training.seed, data, corpora)
 
     def begins_at(self, first: int) -> SampleOrder:
         """Return the same order, read from sample ``first`` on."""

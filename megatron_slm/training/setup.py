@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
@@ -80,7 +81,6 @@ def build_selection(config: Config, groups: Groups) -> SelectionStrategy:
 def batch_shape(config: Config, groups: Groups) -> BatchShape:
     """How the global batch is cut over micro-batches, data-parallel and context-parallel ranks."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
-    assert micro and batch, "checked by config.checks"
     steps = batch // (micro * groups.dp_size)
     return BatchShape(micro, steps, groups.dp_rank, groups.dp_size, groups.cp_rank, groups.cp_size)
 
@@ -105,9 +105,9 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     batch = saved.config.training.global_batch_size if saved is not None else None
     state = _build_state(config, tokenizer, groups, RunLength.of(config, milestones, batch))
     identity = on_first_rank(lambda: find_reference(config, headers)) if trains else None
-    resume(state, config, start, identity, console)
+    config = resume(state, config, start, identity, console)
     length = RunLength.of(config, milestones)
-    config.training.train_iters = length.iterations
+    config = with_settings(config, {"train_iters": length.iterations})
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(state.scheduler, config, length)
     reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (NoReference(), None)
@@ -186,7 +186,7 @@ def _build_datasets(
     datasets = build_datasets(
         config.data,
         tokenizer=tokenizer,
-        seq_length=config.model.seq_length or 0,
+        seq_length=config.model.seq_length,
         train_samples=length.samples if trains else 0,
         valid_samples=config.logging.eval_iters * shape.global_batch_size,
         seed=config.training.seed,

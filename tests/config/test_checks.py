@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.config.checks import check
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.runtime.errors import ConfigError
 
@@ -30,9 +30,7 @@ def run_check(world_size: int, **changes: Any) -> Any:
     for name, value in {**GOOD, **changes}.items():
         if value is not None:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    config = parse(words).config
-    check(config, world_size)
-    return config
+    return resolve(parse(words).config, world_size)
 
 
 def test_what_follows_is_filled_in() -> None:

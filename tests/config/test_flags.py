@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_slm.config.checks import check
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.flags import parse
 from megatron_slm.config.megatron_lm.refused import megatron_flags
-from megatron_slm.config.recipe import dump_config, read_config, settings, to_flat_dict
+from megatron_slm.config.recipe import dump_config, read_config, settings, to_flat_dict, with_settings
 from megatron_slm.runtime.errors import ConfigError
 
 OWN = ("--slm-", "--reference-", "--objective", "--eod-id", "--data-order", "--activation")
@@ -61,7 +61,7 @@ def test_named_validation_sets() -> None:
 @given(st.floats(1e-8, 1), st.integers(1, 100), st.booleans(), st.lists(st.text("ab/", min_size=1), max_size=3))
 def test_printed_config_is_a_recipe(lr: float, layers: int, switch: bool, words: list[str]) -> None:
     config = parse(["--lr", repr(lr), "--num-layers", str(layers), "--swiglu" if switch else "--no-swiglu"]).config
-    config.data.data_path = words
+    config = with_settings(config, {"data_path": words})
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def test_every_recipe_is_read(recipe: Path) -> None:
     config = parse(["--config", str(recipe), "--mock-data", "--slm-score", "token-loss"]).config  # needs no files
     assert config.model.num_layers or recipe.stem == "pretraining"
     if recipe.parent.name == "runs" and recipe.stem != "pretraining":
-        check(config, world_size=config.parallel.tensor_model_parallel_size)
+        resolve(config, world_size=config.parallel.tensor_model_parallel_size)
 
 
 def test_a_switch_with_a_value_is_explained() -> None:

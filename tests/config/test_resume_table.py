@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import from_flat_dict, settings, to_flat_dict
 from megatron_slm.config.resume import RULES, Rule, check_weights_fit, differences, reconcile, score_changed
 from megatron_slm.config.schema import Config
@@ -26,7 +27,7 @@ def test_every_setting_has_one_rule() -> None:
 
 
 def test_equal_settings_give_no_line() -> None:
-    assert reconcile(config(), config(), RUN, "--load") == ""
+    assert reconcile(config(), config(), RUN, "--load")[1] == ""
 
 
 @pytest.mark.parametrize(
@@ -66,26 +67,41 @@ def test_all_refusals_are_named_together() -> None:
 )
 def test_flag_is_taken_and_reported_in_one_line(name: str, value: Any, shown: str) -> None:
     ours = config(**{name: value})
-    line = reconcile(ours, config(), RUN, "--load")
+    resumed, line = reconcile(ours, config(), RUN, "--load")
     assert shown in line and "\n" not in line
-    assert to_flat_dict(ours)[name] == value
+    assert to_flat_dict(resumed)[name] == value
 
 
 def test_settings_without_effect_are_not_compared() -> None:
     ours = config(save="here", log_interval=5, ffn_hidden_size=128, moe_router_topk=1)
-    assert reconcile(ours, config(), RUN, "--load") == ""
-    assert reconcile(config(activation="swiglu"), config(swiglu=True), RUN, "--load") == ""
-    assert reconcile(config(activation="gelu"), config(), RUN, "--load") == ""
     learned = {"position_embedding_type": "learned_absolute"}
-    assert reconcile(config(**learned, rotary_base=5), config(**learned), RUN, "--load") == ""
+    for flags, saved in (
+        (ours, config()),
+        (config(activation="swiglu"), config(swiglu=True)),
+        (config(activation="gelu"), config()),
+        (config(**learned, rotary_base=5), config(**learned)),
+    ):
+        assert reconcile(flags, saved, RUN, "--load") == (flags, "")
 
 
 def test_the_checkpoint_is_taken_where_the_table_or_a_flag_demands_it() -> None:
     saved = config(train_iters=10, init_method_std=0.01)
     ours = config(train_iters=20, lr=5e-3, use_checkpoint_opt_param_scheduler=True)
-    line = reconcile(ours, saved, RUN, "--load")
+    ours, line = reconcile(ours, saved, RUN, "--load")
     assert ours.optimizer.lr == 1e-3 and ours.optimizer.lr_decay_iters == 10 and ours.model.init_method_std == 0.01
     assert "--lr 0.005 ignored, 0.001 kept" in line
+
+
+def test_sizes_that_follow_from_others_are_compared() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4}
+    for changes in ({"ffn_hidden_size": 100}, {"kv_channels": 16}):
+        with pytest.raises(ConfigError, match=r"--(ffn-hidden-size|kv-channels)"):
+            reconcile(derive(config(**sizes, **changes)), derive(config(**sizes)), RUN, "--load")
+    ours, saved = derive(config(**sizes)), derive(config(**sizes, ffn_hidden_size=128, kv_channels=8))
+    assert reconcile(ours, saved, RUN, "--load") == (ours, "")
+    with pytest.raises(ConfigError) as refusal:
+        reconcile(derive(config(hidden_size=64)), derive(config(hidden_size=32)), RUN, "--load")
+    assert "--ffn-hidden-size" not in str(refusal.value), "the difference that causes the others is enough"
 
 
 def test_weights_alone_must_have_the_structure() -> None:

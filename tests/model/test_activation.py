@@ -13,12 +13,11 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from torch import Tensor
 
 from megatron_slm.config.activation import activation_name
-from megatron_slm.config.checks import check
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_slm.model.activation import FUNCTIONS, activation_settings, gelu_tanh
 from megatron_slm.model.gpt import transformer_config
-from megatron_slm.model.size import ffn_size
 from megatron_slm.runtime.errors import ConfigError
 
 DEVICES = ("cpu", "cuda")
@@ -112,10 +111,9 @@ NEEDED = (
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_flags(flags: str) -> None:
-    config = parse([*NEEDED.split(), *flags.split()]).config
-    check(config, 1)
+    config = resolve(parse([*NEEDED.split(), *flags.split()]).config, 1)
     assert activation_name(config.model) == FLAGS[flags]
-    assert ffn_size(config.model) == (128 if FLAGS[flags] in GATED else 192)
+    assert config.model.ffn_hidden_size == (128 if FLAGS[flags] in GATED else 192)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def test_flags(flags: str) -> None:
 )
 def test_contradictions(flags: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(parse([*NEEDED.split(), *flags.split()]).config, 1)
+        resolve(parse([*NEEDED.split(), *flags.split()]).config, 1)
 
 
 def test_configurations_of_earlier_versions_keep_their_function() -> None:

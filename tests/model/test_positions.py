@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_slm.config.checks import check
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 from megatron_slm.runtime.errors import ConfigError
@@ -30,6 +30,7 @@ def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Te
         hidden_size=32,
         num_attention_heads=4,
         seq_length=LENGTH,
+        max_position_embeddings=LENGTH,
         position_embedding_type=position_embedding,
         init_method_std=0.5,
         attention_dropout=0.0,
@@ -89,9 +90,8 @@ def test_transformer_engine_with_a_mask_of_documents_is_refused(monkeypatch: pyt
     words += " --train-iters 1 --tokenizer-type ByteTokenizer --data-path corpus --reset-attention-mask"
     message = "would attend across them. Use --transformer-impl local"
     with pytest.raises(ConfigError, match=message):
-        check(parse([*words.split(), "--transformer-impl", "transformer_engine"]).config, 1)
-    config = parse(words.split()).config
-    check(config, 1)
+        resolve(parse([*words.split(), "--transformer-impl", "transformer_engine"]).config, 1)
+    config = resolve(parse(words.split()).config, 1)
     check_device(config, torch.device("cpu"))
     monkeypatch.setattr("megatron_slm.model.specs.choose_implementation", lambda *_: "transformer_engine")
     with pytest.raises(ConfigError, match=message):

@@ -49,15 +49,14 @@ def test_building_the_reference_model_leaves_random_states_alone(workspace: Path
 
 @contextlib.contextmanager
 def _built_run(argv: list[str]) -> Iterator[Any]:
-    from megatron_slm.config.checks import check
+    from megatron_slm.config.checks import resolve
     from megatron_slm.config.flags import parse
     from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.runtime import process
     from megatron_slm.runtime.console import make_console
     from megatron_slm.training.setup import build_run, parallel_layout
 
-    config = parse(argv).config
-    check(config, int(os.environ["WORLD_SIZE"]))
+    config = resolve(parse(argv).config, int(os.environ["WORLD_SIZE"]))
     groups = process.start(parallel_layout(config), seed=config.training.seed)
     with contextlib.redirect_stdout(io.StringIO()):
         yield build_run(config, build_tokenizer("ByteTokenizer", TokenizerFiles()), groups, make_console(False))

@@ -15,8 +15,9 @@ from numbered import write_numbered_corpus
 from ranks import run_ranks
 from tiny import command, losses, records
 
-from megatron_slm.config.checks import check
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
+from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config, DataConfig
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.data.tokenizers.plain_tokenizers import NullTokenizer
@@ -217,10 +218,8 @@ def test_contradicting_lengths_are_refused(
 
 
 def test_lengths_of_a_run_whose_batch_changed() -> None:
-    config = Config()
-    config.training.train_iters, config.training.global_batch_size = 100, 4
-    config.optimizer.lr_warmup_iters, config.optimizer.lr_decay_iters = 10, 90
-    config.optimizer.lr_wsd_decay_iters = 20
+    schedule = {"lr_warmup_iters": 10, "lr_decay_iters": 90, "lr_wsd_decay_iters": 20}
+    config = with_settings(Config(), {"train_iters": 100, "global_batch_size": 4, **schedule})
     length = RunLength.of(config, [(0, 0), (80, 640)])
     assert (length.samples, length.samples_at(10), length.samples_at(90)) == (720, 80, 680)
     assert ScheduleLength.of(config, length) == ScheduleLength(80, 680, 680 - 560, 720)
@@ -231,6 +230,5 @@ def test_lengths_of_a_run_whose_batch_changed() -> None:
 
 def test_steps_follow_from_samples_also_to_evaluate(corpus: str, tmp_path: Path) -> None:
     for further in ([], ["--skip-train", "--load", str(tmp_path)]):
-        config = parse([*command(corpus), "--train-samples", "70", *further]).config
-        check(config, 1)
+        config = resolve(parse([*command(corpus), "--train-samples", "70", *further]).config, 1)
         assert config.training.train_iters == 4

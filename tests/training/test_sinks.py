@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.metrics_file import begin_metrics_file
@@ -21,11 +22,7 @@ RANK_0: Any = SimpleNamespace(is_logging_rank=True)
 
 
 def config_of(path: Path, **training: Any) -> Config:
-    config = Config()
-    config.logging.slm_metrics_file = str(path)
-    for name, value in training.items():
-        setattr(config.training, name, value)
-    return config
+    return with_settings(Config(), {"slm_metrics_file": str(path), **training})
 
 
 def write(path: Path, resumed_step: int, steps: list[int], **training: Any) -> None:
@@ -181,10 +178,8 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
 
 
 def wandb_config(save: Path | None = None, load: Path | None = None) -> Config:
-    config = Config()
-    config.logging.wandb_project = "project"
-    config.checkpoint.save, config.checkpoint.load = (str(path) if path else None for path in (save, load))
-    return config
+    paths = {"save": str(save) if save else None, "load": str(load) if load else None}
+    return with_settings(Config(), {"wandb_project": "project", **paths})
 
 
 def test_a_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> None:

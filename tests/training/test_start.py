@@ -12,11 +12,12 @@ from ranks import run_ranks
 from tiny import _main, command, launch, launch_and_fail, make_corpus, records
 
 from megatron_slm.config.flags import parse
+from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import SlurmJob
-from megatron_slm.training.preflight import check_values
+from megatron_slm.training.preflight import resolve_values
 from megatron_slm.training.save_directory import Origin, RunRecord, read_record, write_record
 from megatron_slm.training.start import Start, plan_start, prepare_save
 
@@ -37,11 +38,12 @@ def save_steps(directory: Path, *steps: int, record: RunRecord | None = None, tr
 
 
 def plan(**flags: Any) -> Start:
-    config = Config()
-    for name, value in flags.items():
-        groups = {"reference_load": config.reference, "skip_train": config.training}
-        setattr(groups.get(name, config.checkpoint), name, str(value) if isinstance(value, Path) else value)
-    return plan_start(config)
+    return plan_start(config_of(**flags))
+
+
+def config_of(**flags: Any) -> Config:
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    return with_settings(Config(), given)
 
 
 def directory_of(start: Start) -> Path | None:
@@ -99,16 +101,13 @@ def test_weights_start_a_run_and_its_requeue_resumes_it(tmp_path: Path, base: Pa
 
 
 def test_requeue_keeps_the_optimizer_state_that_was_not_wanted_of_the_base(tmp_path: Path, base: Path) -> None:
-    config = Config()
-    flags = config.checkpoint
-    flags.load, flags.save, flags.finetune = str(base), str(tmp_path / "run"), True
-    flags.load_optim = flags.load_rng = False
+    config = config_of(load=base, save=tmp_path / "run", finetune=True, load_optim=False, load_rng=False)
     start = plan_start(config)
     assert not start.adjusted(config).checkpoint.load_optim
     save_steps(tmp_path / "run", 3, record=start.record)
     adjusted = plan_start(config).adjusted(config).checkpoint
     assert adjusted.load_optim and adjusted.load_rng
-    flags.load, flags.finetune = flags.save, False
+    config = with_settings(config, {"load": config.checkpoint.save, "finetune": False})
     assert not plan_start(config).adjusted(config).checkpoint.load_optim, "here the flag concerns the run itself"
 
 
@@ -211,8 +210,7 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     (run / "iter_0000015.partial").mkdir()
     for name in ("metrics.jsonl", "notes.txt", "iter_notes"):
         (run / name).write_text("text")
-    config = Config()
-    config.checkpoint.save, config.checkpoint.slm_overwrite_save = str(run), True
+    config = config_of(save=run, slm_overwrite_save=True)
     start = plan_start(config)
     assert start.checkpoint is None and start.overwrites and "is removed" in start.describe(str(run))
     assert len(list(run.iterdir())) == 8, "planning changes nothing"
@@ -223,8 +221,7 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_record_of_another_program_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "slm_run.json").write_text('{"theirs": 1}')
-    config = Config()
-    config.checkpoint.save = str(tmp_path)
+    config = config_of(save=tmp_path)
     with pytest.raises(ConfigError, match=r"slm_run.json exists and was not written by megatron_slm"):
         prepare_save(config, plan_start(config))
 
@@ -263,7 +260,7 @@ def test_an_unsuitable_metrics_file_is_refused_before_torch_is_loaded(
     path.mkdir() if kind == "directory" else path.write_text("their text\n")
     argv = [*command(corpus, train_iters=1), given, str(tmp_path if given == "--save" else path)]
     with pytest.raises(ConfigError, match=r"--slm-metrics-file:? .*metrics\.jsonl"):
-        check_values(parse(argv).config, 1)
+        resolve_values(parse(argv).config, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -271,7 +268,7 @@ def test_output_directories_of_several_ranks_are_checked_on_the_first(tmp_path: 
     """A directory that one host alone lacks ends no rank before the others can know."""
     (tmp_path / "file").touch()
     argv = command(corpus, tmp_path / "file" / "run", dp=2, train_iters=1)
-    check_values(parse(argv).config, 2)
+    resolve_values(parse(argv).config, 2)
     (code, errors), (other, silent) = run_ranks(_main, 2, argv, initialise=False)
     assert code == other == 2 and "file is a file, not a folder" in errors and not silent, (errors, silent)
 

@@ -31,7 +31,7 @@ def processes(config: Config, world_size: int) -> Iterator[str]:
 def tensor_parallel(config: Config, _: int) -> Iterator[str]:
     """Attention heads and the MLP are split evenly over the tensor-parallel ranks."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    yield from not_dividing(tensor, TENSOR, model.num_attention_heads or 0, "--num-attention-heads")
+    yield from not_dividing(tensor, TENSOR, model.num_attention_heads, "--num-attention-heads")
     if model.group_query_attention and model.num_query_groups:
         yield from not_dividing(tensor, TENSOR, model.num_query_groups, "--num-query-groups")
     for name, size in (("ffn", model.ffn_hidden_size), ("moe-ffn", model.moe_ffn_hidden_size)):
@@ -41,7 +41,7 @@ def tensor_parallel(config: Config, _: int) -> Iterator[str]:
 
 def sequence_parallel(config: Config, _: int) -> Iterator[str]:
     """Each tensor-parallel rank gets an equal share of the sequence."""
-    parallel, length = config.parallel, config.model.seq_length or 0
+    parallel, length = config.parallel, config.model.seq_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if parallel.sequence_parallel:
         flag = "--seq-length" if context == 1 else "--seq-length / CP ="
@@ -50,7 +50,7 @@ def sequence_parallel(config: Config, _: int) -> Iterator[str]:
 
 def context_parallel(config: Config, _: int) -> Iterator[str]:
     """Each context-parallel rank gets two equal chunks of the sequence."""
-    context, length = config.parallel.context_parallel_size, config.model.seq_length or 0
+    context, length = config.parallel.context_parallel_size, config.model.seq_length
     if context > 1 and length % (2 * context):
         yield (
             f"--context-parallel-size {context} cuts each sample into {2 * context} parts, and --seq-length {length} "
@@ -64,7 +64,7 @@ def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
     if has_uneven_stages(config.parallel):
         yield from _uneven_pipeline(config)
         return
-    pipeline, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers or 0
+    pipeline, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
     yield from not_dividing(pipeline, PIPELINE, layers, "--num-layers")
     per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
     if per_stage is None or layers % pipeline:
@@ -79,7 +79,7 @@ def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
 
 def _uneven_pipeline(config: Config) -> Iterator[str]:
     """Yield violations of --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."""
-    parallel, layers = config.parallel, config.model.num_layers or 0
+    parallel, layers = config.parallel, config.model.num_layers
     sizes = {
         "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
         "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
@@ -107,7 +107,7 @@ def global_batch(config: Config, world_size: int) -> Iterator[str]:
     """The global batch is a multiple of the micro-batches of all data-parallel ranks."""
     parallel, training = config.parallel, config.training
     ranks = data_parallel_size(config, world_size)
-    batch, step = training.global_batch_size or 0, (training.micro_batch_size or 0) * ranks
+    batch, step = training.global_batch_size, training.micro_batch_size * ranks
     if not step:
         return
     if batch % step:

@@ -16,7 +16,7 @@ MASK_IGNORED = (
 def heads(config: Config, _: int) -> Iterator[str]:
     """Attention heads divide the hidden size, and query groups the heads."""
     model = config.model
-    count = model.num_attention_heads or 0
+    count = model.num_attention_heads
     if model.group_query_attention and model.num_query_groups is None:
         yield "--group-query-attention needs --num-query-groups, the key/value heads."
     elif model.group_query_attention:
@@ -24,18 +24,18 @@ def heads(config: Config, _: int) -> Iterator[str]:
     elif model.num_query_groups is not None:
         yield "--num-query-groups has no effect without --group-query-attention."
     if model.kv_channels is None:
-        yield from not_dividing(count, "--num-attention-heads", model.hidden_size or 0, "--hidden-size")
+        yield from not_dividing(count, "--num-attention-heads", model.hidden_size, "--hidden-size")
 
 
 def positions(config: Config, _: int) -> Iterator[str]:
     """Positions cover the sequence, and rotary embeddings rotate pairs of a head's channels."""
     model = config.model
-    length, longest = model.seq_length or 0, model.max_position_embeddings or 0
+    length, longest = model.seq_length, model.max_position_embeddings
     if length > longest:
         yield f"--seq-length {length} is longer than --max-position-embeddings {longest}."
     if model.position_embedding_type != "rope":
         return
-    width = model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1)
+    width = model.kv_channels or model.hidden_size // model.num_attention_heads
     rotated = int(width * model.rotary_percent)
     if rotated < 2 or rotated % 2:
         yield (
@@ -68,7 +68,7 @@ def prediction_heads(config: Config, _: int) -> Iterator[str]:
             "--mtp-num-layers with --pipeline-model-parallel-size above 1 needs "
             "--untie-embeddings-and-output-weights: Megatron-Core cannot save a tied embedding there."
         )
-    if count >= (model.seq_length or 0):
+    if count >= model.seq_length:
         yield f"--mtp-num-layers {count} leaves no token of a sample of --seq-length {model.seq_length}."
 
 
@@ -81,7 +81,7 @@ def recomputation(config: Config, _: int) -> Iterator[str]:
             yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers."
         elif method == "uniform":
             parallel = config.parallel
-            stage = (config.model.num_layers or 0) // parallel.pipeline_model_parallel_size
+            stage = config.model.num_layers // parallel.pipeline_model_parallel_size
             stage = parallel.num_layers_per_virtual_pipeline_stage or stage
             yield from not_dividing(layers, "--recompute-num-layers", stage, "layers per pipeline stage,")
     elif method is not None or layers is not None:

@@ -106,7 +106,7 @@ def units(config: Config, _: int) -> Iterator[str]:
     for flag, value in in_iterations.items():
         if value:
             yield f"{flag} needs --train-iters. With --train-samples, give {flag.replace('iters', 'samples')}."
-    total, batch = training.train_samples, training.global_batch_size or 1
+    total, batch = training.train_samples, training.global_batch_size
     if total < batch:
         yield f"--train-samples {total} is less than --global-batch-size {batch}, one step."
     elif training.train_iters != total // batch:
@@ -121,7 +121,7 @@ def units(config: Config, _: int) -> Iterator[str]:
 
 def schedule_steps(config: Config) -> int:
     """Return the steps of the learning-rate schedule."""
-    return config.optimizer.lr_decay_iters or config.training.train_iters or 0
+    return config.optimizer.lr_decay_iters or config.training.train_iters
 
 
 RELATIONS = (learning_rates, units, warmup, wsd, weight_decay, scheduler_source)
