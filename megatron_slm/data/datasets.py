@@ -15,8 +15,8 @@ from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend, training_blend
 from megatron_slm.data.corpus import check_corpus, check_tokenizer, has_several_sequences
 from megatron_slm.data.fingerprints import corpus_identity
-from megatron_slm.data.parts import check_parts, split_matrix, split_of, wants_split
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
+from megatron_slm.data.splits import check_splits, split_matrix, split_of, wants_split
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
@@ -75,7 +75,7 @@ def training_samples(data: DataConfig, *, tokenizer: Tokenizer, seq_length: int,
     """Build the training dataset of a run on this rank alone, for comparison.
 
     Raises:
-        ConfigError: a corpus or a part of it is too small.
+        ConfigError: a corpus or a split of it is too small.
     """
     blend = training_blend(data)
     builder = _Builder(
@@ -106,13 +106,13 @@ def build_datasets(
 
     Args:
         train_samples: samples of the entire run; the corpus is repeated as often as it takes. With 0, no training set
-            is built, and the test part of --data-path is one of the validation sets.
+            is built, and the test split of --data-path is one of the validation sets.
         valid_samples: samples of one evaluation of each set; with --full-validation one epoch is taken instead.
         seed: of the order of documents and samples.
         identities: :func:`corpus_identities`, if they are known.
 
     Raises:
-        ConfigError: a corpus or a part of it is too small.
+        ConfigError: a corpus or a split of it is too small.
     """
     builder = _Builder(
         data=data,
@@ -126,8 +126,7 @@ def build_datasets(
     built: list[Datasets] = []
 
     def check_and_build() -> None:
-        if not data.mock_data:
-            check_parts(data, valid_samples=valid_samples, seq_length=seq_length, trains=train_samples > 0)
+        check_splits(data, valid_samples=valid_samples, seq_length=seq_length, trains=train_samples > 0)
         built.append(builder.build())
 
     on_first_rank(check_and_build)
@@ -178,7 +177,7 @@ class _Builder:
         """Return Megatron-LM's mock data: a third of it each for training, validation and test."""
         test_size = 0 if self.train_samples else self._valid_size
         train, *held_out = self._split(None, [self.train_samples, self._valid_size, test_size])
-        valid = {name: part for name, part in zip(("valid", "test"), held_out, strict=True) if part is not None}
+        valid = {name: split for name, split in zip(("valid", "test"), held_out, strict=True) if split is not None}
         if train is None:
             return Datasets(NoSamples(), valid)
         return Datasets(train, valid, partial(drawn, "train", train, MOCK, self.train_samples, self.seq_length))
@@ -199,12 +198,12 @@ class _Builder:
         return train, valid
 
     def _held_out(self) -> dict[str, Dataset]:
-        """Return the sets of --valid-data-path, or the validation and the test part of --data-path."""
+        """Return the sets of --valid-data-path, or the validation and the test split of --data-path."""
         if not wants_split(self.data, self.valid_samples):
             return {name: self._valid(name, parse_blend(words)) for name, words in self.data.valid_data_path.items()}
         sizes = [0, self._valid_size, self._valid_size]
         _, valid, test = self._split(parse_blend(self.data.data_path), sizes)
-        return {name: part for name, part in (("valid", valid), ("test", test)) if part is not None}
+        return {name: split for name, split in (("valid", valid), ("test", test)) if split is not None}
 
     def _valid(self, name: str, blend: Blend) -> Dataset:
         built = self._per_split([None, blend, None], [0, self._valid_size, 0])[1]
@@ -223,22 +222,22 @@ class _Builder:
             )
 
     def _split(self, blend: Blend | None, sizes: list[int | None]) -> list[Dataset | None]:
-        """Build the parts of one blend, or of mock data."""
+        """Build the splits of one blend, or of mock data."""
         config = self._config(blend=blend, split=split_of(self.data))
         matrix = config.split_matrix if blend is None else split_matrix(self.data)
         # Parts that nobody reads are not built: of an empty one Megatron-Core would never make an end.
-        config.split_matrix = [None if size == 0 else part for part, size in zip(matrix, sizes, strict=True)]
+        config.split_matrix = [None if size == 0 else split for split, size in zip(matrix, sizes, strict=True)]
         return self._build(config, sizes)
 
     def _per_split(self, blend_per_split: list[Blend | None], sizes: list[int | None]) -> list[Dataset | None]:
-        """Build parts of which each has its own blend."""
+        """Build splits that have separate blends."""
         return self._build(self._config(blend_per_split=blend_per_split), sizes)
 
     def _build(self, config: SamplesConfig, sizes: list[int | None]) -> list[Dataset | None]:
         kind = MockSamples if config.mock else CorpusSamples
         with _without_cache_warnings():
-            parts: list[Dataset | None] = LocalBuilder(kind, sizes, lambda: True, config).build()
-        return parts
+            splits: list[Dataset | None] = LocalBuilder(kind, sizes, lambda: True, config).build()
+        return splits
 
     def _config(self, **where: Any) -> SamplesConfig:
         data = self.data

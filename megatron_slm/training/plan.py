@@ -7,7 +7,7 @@ from rich.table import Table
 
 from megatron_slm.config.schema import Config
 from megatron_slm.data.blends import lines_of
-from megatron_slm.data.parts import expected_drawn
+from megatron_slm.data.splits import expected_drawn
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
 from megatron_slm.training.preflight import default_device, device_memory, gib, least_memory
 

@@ -69,15 +69,15 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
         ConfigError: a file is missing, damaged, or does not fit the run.
     """
     from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.data.parts import check_parts
     from megatron_slm.data.scores.sets import verify_scores
+    from megatron_slm.data.splits import check_splits
     from megatron_slm.reference.replica import check_reference
     from megatron_slm.training.setup import needs_reference, score_headers
 
     refuse(list(unwritable_outputs(config)))
     check_corpora(config.data, tokenizer)
     trains, length = not config.training.skip_train, config.model.seq_length
-    check_parts(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)
+    check_splits(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)
     if not trains:
         return
     _check_index_memory(config)

@@ -19,8 +19,8 @@ from megatron_slm.data.blends import training_blend
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.data.fingerprints import corpus_identity
 from megatron_slm.data.overlap import ReadSamples, order_overlap
-from megatron_slm.data.parts import split_of
 from megatron_slm.data.places import corpus_file, label_places, locate_sample
+from megatron_slm.data.splits import split_of
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
 

@@ -22,7 +22,7 @@ from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.blends import drawn, parse_blend
 from megatron_slm.data.datasets import build_datasets, check_corpora
-from megatron_slm.data.parts import expected_drawn
+from megatron_slm.data.splits import expected_drawn
 from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError

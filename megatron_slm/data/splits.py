@@ -1,7 +1,7 @@
-"""The parts of a corpus that --split gives to training and validation, and whether they are enough to read from.
+"""The splits of a corpus by --split for training, validation and test, and their validation.
 
-Megatron-Core makes samples of a part until there are as many as asked for: of a part without tokens it would never make
-an end, and of several corpora without weights it takes one epoch, of which each must hold a sample.
+Megatron-Core makes samples of a split until there are as many as requested: with a split without tokens it never ends.
+Of several corpora without weights it takes one epoch, to which each must contribute a sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_slm.data.index import joined_documents, read_index
 from megatron_slm.runtime.errors import ConfigError
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's
-PARTS = ("training", "validation", "test")
+SPLITS = ("training", "validation", "test")
 
 
 def wants_split(data: DataConfig, valid_samples: int) -> bool:
@@ -32,29 +32,29 @@ def split_of(data: DataConfig) -> str:
 
 
 def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
-    """Return the first and last share of each part of --data-path; None for an empty part."""
+    """Return the first and last share of each split of --data-path; None for an empty split."""
     matrix: list[tuple[float, float] | None] = convert_split_vector_to_split_matrix(list(parse_split(split_of(data))))
     return matrix
 
 
 def expected_drawn(data: DataConfig, *, train_samples: int, valid_samples: int, seq_length: int) -> list[Drawn]:
-    """What the run will take from each corpus, from their sizes alone, before any index is built.
+    """Return the usage of each corpus by the run, estimated from its size before any index is built.
 
     Raises:
-        ConfigError: a corpus holds too little to make a sample of.
+        ConfigError: a corpus is too small for a sample.
     """
-    tokens = check_parts(data, valid_samples=valid_samples, seq_length=seq_length)
+    tokens = check_splits(data, valid_samples=valid_samples, seq_length=seq_length)
     return [] if data.mock_data else expected("train", training_blend(data), tokens, train_samples * seq_length)
 
 
-def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains: bool = True) -> list[int]:
-    """Make sure that samples can be made of all that the run reads; tokens of each corpus for training.
+def check_splits(data: DataConfig, *, valid_samples: int, seq_length: int, trains: bool = True) -> list[int]:
+    """Check that every split that the run reads is large enough; return the training tokens of each corpus.
 
     Args:
-        trains: False for a run that only evaluates: it reads the validation and the test part.
+        trains: False for a run that only evaluates: it reads the validation and the test split.
 
     Raises:
-        ConfigError: a part of a corpus holds too little.
+        ConfigError: a split of a corpus is too small.
     """
     if data.mock_data:
         return []
@@ -71,9 +71,9 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains
         tokens = [_tokens(prefix, (0.0, 1.0), data) for prefix in blend[0]]
     else:
         flag = "--data-path"
-        tokens = _part_tokens(data, blend, 0)
+        tokens = _split_tokens(data, blend, 0)
         if wants_split(data, valid_samples) and split_matrix(data)[1] is not None:
-            _check_epoch(flag, blend, _part_tokens(data, blend, 1), seq_length)
+            _check_epoch(flag, blend, _split_tokens(data, blend, 1), seq_length)
     _check_epoch(flag, blend, tokens, seq_length)
     return tokens
 
@@ -81,19 +81,19 @@ def check_parts(data: DataConfig, *, valid_samples: int, seq_length: int, trains
 def _check_held_out(data: DataConfig, valid_samples: int, seq_length: int) -> None:
     if wants_split(data, valid_samples):
         blend, matrix = parse_blend(data.data_path), split_matrix(data)
-        for part in (1, 2):
-            if matrix[part] is not None:
-                _check_epoch("--data-path", blend, _part_tokens(data, blend, part), seq_length)
+        for split in (1, 2):
+            if matrix[split] is not None:
+                _check_epoch("--data-path", blend, _split_tokens(data, blend, split), seq_length)
 
 
-def _part_tokens(data: DataConfig, blend: Blend, part: int) -> list[int]:
-    bounds = split_matrix(data)[part]
+def _split_tokens(data: DataConfig, blend: Blend, split: int) -> list[int]:
+    bounds = split_matrix(data)[split]
     tokens = [_tokens(prefix, bounds or (0.0, 0.0), data) for prefix in blend[0]]
     for prefix, count in zip(blend[0], tokens, strict=True):
         if not count:
             raise ConfigError(
                 f"--data-path {prefix}: --split {split_of(data)} leaves no sequence of {_lengths(prefix, data).size:,} "
-                f"for {PARTS[part]}. Give other shares, or all to training (--split 1,0,0) and held-out text with "
+                f"for {SPLITS[split]}. Give other shares, or all to training (--split 1,0,0) and held-out text with "
                 "--valid-data-path."
             )
     return tokens
