@@ -17,7 +17,15 @@ from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.recipe import convert, convert_settings, nearest, refusal, settings, with_settings
+from megatron_slm.config.recipe import (
+    convert,
+    convert_settings,
+    nearest,
+    refusal,
+    refuse_empty,
+    settings,
+    with_settings,
+)
 from megatron_slm.config.renamed import SETTINGS as RENAMED_SETTINGS
 from megatron_slm.config.renamed import renaming_notes
 from megatron_slm.config.schema import Config
@@ -51,10 +59,14 @@ def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, st
         refused: remedies by flag: flags of Megatron-LM's tool, or of earlier releases, that are not accepted.
 
     Raises:
-        ConfigError: an unknown or refused flag, or a bad value.
+        ConfigError: an unknown or refused flag, an empty value, or a bad one.
     """
     arguments, unknown = parser.parse_known_args(list(argv))
     if not unknown:
+        for action in parser._actions:
+            value = getattr(arguments, action.dest, None)
+            if value != action.default:
+                refuse_empty(value, action.option_strings[-1] if action.option_strings else action.dest)
         return arguments
     flag = unknown[0].partition("=")[0]
     if flag in refused:

@@ -113,7 +113,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         if value is None:
             return None
         kind = next(option for option in get_args(kind) if option is not type(None))
-    _refuse_empty(value, where)
+    refuse_empty(value, where)
     if kind == list[str]:
         return blend_words(value, where)
     if kind == dict[str, list[str]]:
@@ -132,14 +132,14 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         raise ConfigError(f"{where} should be {_describe(kind)}, not {value!r}.") from None
 
 
-def _refuse_empty(value: Any, where: str) -> None:
+def refuse_empty(value: Any, where: str) -> None:
     """Refuse text that is empty (an unset shell variable, as a rule) or cannot be written as UTF-8."""
     if isinstance(value, list):
         for item in value:
-            _refuse_empty(item, where)
+            refuse_empty(item, where)
     if isinstance(value, dict):
         for name, item in value.items():
-            _refuse_empty("" if item is None or item == [] else item, f"{where}.{name}")
+            refuse_empty("" if item is None or item == [] else item, f"{where}.{name}")
     if not isinstance(value, str):
         return
     if not value.strip():
@@ -174,8 +174,10 @@ def _named_sets(value: Any, where: str) -> dict[str, list[str]]:
             name, word = head, rest
             if name in sets:
                 raise ConfigError(f"{where}: the set {name!r} is named twice.")
-            if not name or not word:
-                raise ConfigError(f"{where}: {head}={rest} lacks a {'prefix' if name else 'name'}. Write NAME=PREFIX.")
+            if not name.strip() or not word.strip():
+                raise ConfigError(
+                    f"{where}: {head}={rest} lacks a {'prefix' if name.strip() else 'name'}. Write NAME=PREFIX."
+                )
         sets.setdefault(name, []).append(word)
     return sets
 

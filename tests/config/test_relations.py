@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from test_checks import run_check
 
-from megatron_slm.config.constraints import Bounds
-from megatron_slm.config.flags import parse
+from megatron_slm.config.constraints import Bounds, flag_name
+from megatron_slm.config.flags import Parser, parse, parse_strictly
+from megatron_slm.config.recipe import settings
 from megatron_slm.runtime.errors import ConfigError
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -72,10 +73,51 @@ def test_empty_text_is_refused(flag: str, value: str) -> None:
         parse([f"{flag}={value}"])
 
 
+TEXT_SETTINGS = [flag_name(setting) for _, setting, kind in settings() if kind is not bool]
+
+
+@pytest.mark.parametrize("flag", TEXT_SETTINGS)
+def test_empty_value_of_every_flag_is_refused(flag: str) -> None:
+    for words in ([flag, ""], [flag, " "], [f"{flag}="]):
+        with pytest.raises(ConfigError, match=f"{flag}(: the set valid)? is empty"):
+            parse(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data-path", "", "a"],
+        ["--data-path", "1", "a", "2", ""],
+        ["--train-data-path", "1", ""],
+        ["--reference-scores", "a", ""],
+        ["--valid-data-path", "clean=a", ""],
+    ],
+    ids=str,
+)
+def test_empty_prefix_of_a_blend_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{words[0]} is empty"):
+        parse(words)
+
+
+@pytest.mark.parametrize("words", [["--input", ""], ["--input", "a", ""], ["--input", "a", "--output", " "]])
+def test_empty_value_of_a_tool_is_refused(words: list[str]) -> None:
+    parser = Parser()
+    parser.add_argument("--input", nargs="+")
+    parser.add_argument("--output", default="")
+    assert parse_strictly(parser, ["--input", "a"], {}).output == ""
+    with pytest.raises(ConfigError, match=r"--\w+ is empty"):
+        parse_strictly(parser, words, {})
+
+
 @pytest.mark.parametrize("argument", ["clean=", "=path", "clean= path", "clean=a raw="])
 def test_validation_set_without_a_name_or_prefix_is_refused(argument: str) -> None:
     with pytest.raises(ConfigError, match=r"lacks a (prefix|name)"):
         parse(["--valid-data-path", *argument.split()])
+
+
+def test_blank_prefix_of_a_validation_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lacks a prefix"):
+        parse(["--valid-data-path", "clean=  "])
 
 
 @pytest.mark.parametrize(
