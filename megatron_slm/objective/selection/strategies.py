@@ -34,9 +34,13 @@ class SelectionStrategy(Protocol):
     """Selects the tokens of one training step after another; its state belongs in the checkpoint."""
 
     config: SelectionConfig
-    ratio: float  # selection ratio of the step
-    has_rank_state: bool  # whether each data-parallel rank has a state, or all ranks have the same
-    legacy_key: str  # key of the state in checkpoints of versions 0.1 and 0.2
+    device: torch.device
+    ratio: float = 1.0  # selection ratio of the step
+    has_rank_state: bool = False  # whether each data-parallel rank has a state, or all ranks have the same
+    legacy_key: str = ""  # key of the state in checkpoints of versions 0.1 and 0.2
+
+    def __init__(self, config: SelectionConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
 
     def begin_step(self, ratio: float, next_ratio: float, rank: Callable[[], Sequence[TokenBatch]]) -> bool:
         """Prepare a step. Collective over all ranks.
@@ -50,25 +54,34 @@ class SelectionStrategy(Protocol):
         Returns:
             whether the additional forward pass was run.
         """
+        self.ratio = ratio
+        return False
 
     def forward_grad_mask(
         self, number: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
     ) -> ForwardGradMask | None:
         """Return the rule for tokens of micro-batch ``number`` whose gradient is computed in the forward pass."""
+        ...
 
     def select(self, number: int, tokens: TokenBatch) -> Selection:
         """Select tokens of micro-batch ``number``. Collective over the config's group if its scope needs that."""
+        ...
 
     def end_step(self) -> None:
         """Update the state when all micro-batches have been selected. Collective over all ranks."""
+        return
 
     def selected_share(self) -> float:
         """Return the share of the step's valid tokens that will be selected, as far as it is known. Collective."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; empty if there is none."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that :meth:`state_dict` returned."""
+        return
 
 
 def build_strategy(
@@ -89,19 +102,15 @@ def build_strategy(
     return ExactSelection(config, device, speculates=speculates)
 
 
-class ExactSelection:
+class ExactSelection(SelectionStrategy):
     """Ranks each micro-batch when its losses are known, together with those of other ranks if the scope is shared."""
 
     has_rank_state = True
     legacy_key = "guess"
 
     def __init__(self, config: SelectionConfig, device: torch.device, *, speculates: bool = False) -> None:
-        self.config, self.device, self.ratio = config, device, 1.0
+        super().__init__(config, device)
         self.speculation = SpeculativeThreshold() if speculates else None
-
-    def begin_step(self, ratio: float, next_ratio: float, rank: Callable[[], Sequence[TokenBatch]]) -> bool:
-        self.ratio = ratio
-        return False
 
     def forward_grad_mask(
         self, number: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
@@ -114,9 +123,6 @@ class ExactSelection:
         if self.speculation is not None:
             self.speculation.observe(selection.threshold)
         return selection
-
-    def end_step(self) -> None:
-        pass
 
     def selected_share(self) -> float:
         policy = self.config.policy
@@ -131,14 +137,11 @@ class ExactSelection:
             self.speculation.load_state_dict(state, self.device)
 
 
-class GlobalBatchSelection:
+class GlobalBatchSelection(SelectionStrategy):
     """Ranks all tokens of the step, from an additional forward pass, before the first backward pass."""
 
-    has_rank_state = False
-    legacy_key = ""
-
     def __init__(self, config: SelectionConfig, device: torch.device) -> None:
-        self.config, self.device, self.ratio = config, device, 1.0
+        super().__init__(config, device)
         self.ranked: Sequence[Selection] = ()
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # selected and valid tokens on this rank
 
@@ -167,12 +170,6 @@ class GlobalBatchSelection:
         counts = all_reduce_sum(self.counts.clone(), self.config.group)
         selected, valid = broadcast_from_last_stage(counts, self.config.pipeline).tolist()
         return selected / max(valid, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class PredictedSelection(GlobalBatchSelection):
