@@ -20,7 +20,7 @@ from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.checkpoint import save_checkpoint
 from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
-from megatron_slm.training.metrics import StepMetrics, Throughput, TokenSums, losses_of
+from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
 from megatron_slm.training.retention import Retention
 from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
@@ -150,7 +150,7 @@ class _Loop:
         )
 
     def _log(self) -> None:
-        """Log the steps since the last time: losses over all of their tokens, times per step."""
+        """Log the steps since the last time: the mean of their losses and times."""
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
         metrics = StepMetrics(
@@ -160,7 +160,7 @@ class _Loop:
             lr=last.lr,
             seconds_left=self.clock.seconds_left(run.progress.step),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
-            **losses_of(TokenSums.add([step.sums for step in steps], run.state.groups.device)),
+            **interval_losses([step.sums for step in steps]),
             **run.throughput.of_step(self.clock.seconds_per_step()),
         )
         self.unlogged = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class TokenSums:
 class StepMetrics:
     """The figures of one optimizer step, or the mean over the steps of a log interval; losses in nats per token.
 
-    Losses, the selected share and the threshold are those of all tokens of the interval, times are per step; the
+    Losses, the selected share, the threshold and times are means over the steps, each of which counts once; the
     gradient norm and the learning rate are those of the last step, as in Megatron-LM.
     """
 
@@ -156,8 +157,20 @@ def losses_of(sums: TokenSums) -> dict[str, Any]:
         "loss_unselected": (all_loss - selected_loss) / rest if rest else None,
         "share_selected": selected / max(valid, 1),
         "threshold": threshold if abs(threshold) != float("inf") else None,
-        "selection": f"{int(sums.fingerprint) & (2**64 - 1):016x}",
+        "selection": _fingerprint(int(sums.fingerprint)),
     }
+
+
+def interval_losses(steps: Sequence[TokenSums]) -> dict[str, Any]:
+    """Return the loss figures of :class:`StepMetrics` for a log interval, from the reduced sums of its steps."""
+    figures = [losses_of(sums) for sums in steps]
+    known = {name: [each[name] for each in figures if each[name] is not None] for name in figures[0]}
+    means = {name: fmean(values) if values else None for name, values in known.items() if name != "selection"}
+    return {**means, "selection": _fingerprint(sum(int(sums.fingerprint) for sums in steps))}
+
+
+def _fingerprint(value: int) -> str:
+    return f"{value & (2**64 - 1):016x}"
 
 
 @dataclass(frozen=True)

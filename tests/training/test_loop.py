@@ -18,14 +18,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_an_interval_logs_the_mean_of_its_steps(tmp_path: Path, corpus: str) -> None:
+    """Although steps differ in their number of tokens."""
     each, mean = tmp_path / "each", tmp_path / "mean"
-    launch_each(
-        [command(corpus, save, train_iters=6, log_interval=n, eval_iters=20) for save, n in ((each, 1), (mean, 4))]
-    )
+    flags = {"train_iters": 6, "eval_iters": 20, "eod_mask_loss": True}
+    launch_each([command(corpus, save, log_interval=n, **flags) for save, n in ((each, 1), (mean, 4))])
     steps, intervals = records(each), records(mean)
     assert [record["step"] for record in intervals] == [4, 6]
     for record, part in zip(intervals, (steps[:4], steps[4:]), strict=True):
-        assert record["loss"] == pytest.approx(fmean(step["loss"] for step in part), abs=1e-12)
+        for name in ("loss", "loss_all", "share_selected"):
+            assert record[name] == pytest.approx(fmean(step[name] for step in part), abs=1e-12)
         assert [record[name] for name in ("grad_norm", "lr", "tokens")] == [
             part[-1][name] for name in ("grad_norm", "lr", "tokens")
         ]
