@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 # It warns of its own default.
 warnings.filterwarnings("ignore", message="full scope is deprecated.*")
-# It loads checkpoints through functions that torch has deprecated; every rank of a resumed run says so.
-warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
-warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+# It calls functions that torch has deprecated, on CPUs through our redirection; every rank would print so.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron\.core|megatron_slm\.runtime\.cpu)\b")
+# It reads .grad of views of parameters, and recomputes core attention as --recompute-granularity selective asks.
+warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-KNOWN = (
-    "`load_state_dict` is deprecated and will be removed in future versions. Please use `load` instead.",
-    "Please use DTensor instead and we are deprecating ShardedTensor.",
-)
+import pytest
+from ranks import run_ranks
+from tiny import _main, command, make_corpus
+
+MODULES = ("torch.distributed.c10d_logger", "megatron.core.dist_checkpointing.core", "megatron_slm.runtime.cpu")
 
 
 def test_known_warnings_are_silent() -> None:
-    program = f"import warnings, megatron_slm\nfor text in {(*KNOWN, 'another')!r}: warnings.warn(text, FutureWarning)"
+    program = (
+        "import warnings, megatron_slm\n"
+        f"for module in {(*MODULES, 'torch_extension', 'user')!r}:\n"
+        "    warnings.warn_explicit('old', FutureWarning, module, 1, module=module, registry={})"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr.count("FutureWarning") == 1 and "another" in done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["torch_extension", "user"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("warnings") / "corpus", 1)
+
+
+def _errors(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str]]:
+    return [_main(rank, world_size, argv) for argv in commands]
+
+
+def test_a_run_prints_no_warning(tmp_path: Path, corpus: str) -> None:
+    """With the settings of the recipes, which reach most of Megatron-Core, and on resume."""
+    settings = [
+        *("--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+        *("--recompute-granularity", "selective"),
+    ]
+    save = tmp_path / "run"
+    runs = [[*command(corpus, save, train_iters=steps, lr_decay_iters=2, load=save), *settings] for steps in (1, 2)]
+    assert run_ranks(_errors, 1, runs, initialise=False) == [[(0, ""), (0, "")]]
