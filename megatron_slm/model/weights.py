@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_sharded_metadata
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -57,14 +57,8 @@ def open_checkpoint(path: str, step: int | None, flag: str, *, verify: bool = Tr
     directory = on_first_rank(lambda: find_checkpoint(path, step, flag))
     manifest = on_first_rank(lambda: read_manifest(directory, flag))
     _check_copies(directory, manifest, flag)
-    if not verify:
-        return directory
-    if not manifest.checksums:
-        notice(f"{flag}: {directory} has no checksums (written by an earlier version); only file sizes were verified.")
-        return directory
-    names = sorted(manifest.files)
-    found = dict(zip(names, file_checksums([directory / name for name in names], flag), strict=True))
-    on_every_rank(lambda: _compare_checksums(directory, manifest, found, flag))
+    if verify:
+        _verify_checksums(directory, manifest, flag)
     return directory
 
 
@@ -73,6 +67,16 @@ def _check_copies(directory: Path, manifest: Manifest, flag: str) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     is_first = rank == ranks_with_same_files([directory], flag)[0]
     on_every_rank(lambda: check_sizes(directory, manifest, flag) if is_first and rank else None)
+
+
+def _verify_checksums(directory: Path, manifest: Manifest, flag: str) -> None:
+    """Compare the content of every file with its checksum. Collective over all ranks."""
+    if not manifest.checksums:
+        notice(f"{flag}: {directory} has no checksums (written by an earlier version); only file sizes were verified.")
+        return
+    names = sorted(manifest.files)
+    found = dict(zip(names, file_checksums([directory / name for name in names], flag), strict=True))
+    on_every_rank(lambda: _compare_checksums(directory, manifest, found, flag))
 
 
 def _compare_checksums(directory: Path, manifest: Manifest, found: dict[str, str], flag: str) -> None:
@@ -123,6 +127,22 @@ def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, A
             return dist_checkpointing.load(state, str(directory))
 
     return on_every_rank(load)
+
+
+def check_metadata(directory: Path, flag: str) -> None:
+    """Check that ``.metadata`` and ``common.pt`` can be read: torch prints a traceback if they cannot. Collective.
+
+    Raises:
+        ConfigError: they are damaged, or hold code; on every rank.
+    """
+
+    def check() -> None:
+        with explained_load(directory, flag):
+            load_sharded_metadata(str(directory))
+            if not isinstance(load_common_state_dict(str(directory)), dict):
+                raise pickle.UnpicklingError("common.pt holds no dictionary")
+
+    on_first_rank(check)
 
 
 def saved_keys(directory: Path, flag: str) -> frozenset[str]:

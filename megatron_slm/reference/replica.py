@@ -19,7 +19,7 @@ from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
-from megatron_slm.model.weights import find_checkpoint, load_weights, open_checkpoint
+from megatron_slm.model.weights import check_metadata, find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
@@ -49,6 +49,7 @@ class ReferenceReplica:
         path, step = config.reference.reference_load, config.reference.reference_ckpt_step
         assert path is not None, "checked by config.checks"
         directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
+        check_metadata(directory, FLAG)
         self.config = own = on_first_rank(lambda: _fitting_config(directory, config, tokenizer))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
@@ -82,7 +83,7 @@ def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = Fals
     """Check the reference model's checkpoint. On this rank alone.
 
     Args:
-        verify: compare the content of its files with their checksums, too; a run does so when it loads them.
+        verify: read its metadata and compare its files with their checksums, too; a run does so when it loads them.
 
     Raises:
         ConfigError: the checkpoint is missing or incomplete, or the model does not fit the run.
@@ -90,7 +91,10 @@ def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = Fals
     path = config.reference.reference_load
     assert path is not None, "checked by config.checks"
     find = partial(open_checkpoint, verify=config.checkpoint.slm_verify_checksums) if verify else find_checkpoint
-    _fitting_config(find(path, config.reference.reference_ckpt_step, FLAG), config, tokenizer)
+    directory = find(path, config.reference.reference_ckpt_step, FLAG)
+    _fitting_config(directory, config, tokenizer)
+    if verify:
+        check_metadata(directory, FLAG)
 
 
 def _fitting_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Config:

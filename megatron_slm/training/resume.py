@@ -71,7 +71,9 @@ def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: s
 def _open(checkpoint: Checkpoint, config: Config) -> Path:
     """Return the directory of a complete checkpoint. Collective over all ranks."""
     verify = config.checkpoint.slm_verify_checksums
-    return weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
+    directory = weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
+    weights.check_metadata(directory, checkpoint.flag)
+    return directory
 
 
 def _read(directory: Path, flag: str) -> tuple[Manifest, Config, DataRecord]:
