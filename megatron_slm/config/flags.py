@@ -45,7 +45,14 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigErrors, without the usage text."""
+    """A parser whose errors are ConfigErrors, without the usage text.
+
+    Arguments such as -1e-3, -inf and -1,2,3 are values, which argparse by itself takes for flags.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         hint = "a switch takes no value" if "ignored explicit argument" in message else "--help lists all flags"

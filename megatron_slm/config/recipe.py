@@ -68,17 +68,15 @@ def convert_settings(values: Mapping[str, Any], label: Callable[[str], str]) -> 
     known = {setting.name: kind for _, setting, kind in settings()}
     problems: list[str] = []
     for key, given in values.items():
-        name, value = current(str(key).replace("-", "_"), given)
-        positive = name.removeprefix("no_")
-        negated = name not in known and positive in known and known[positive] is bool  # Megatron-LM's spelling
-        if name not in known and not negated:
+        spelled, value = current(str(key).replace("-", "_"), given)
+        name = _positive(spelled)
+        if name not in known:
             problems.append(refusal(label(key), f"--{name.replace('_', '-')}", name, list(known)))
             continue
-        kind = known[positive if negated else name]
         try:
-            found = convert(value, kind, label(key))
+            found = convert(value, known[name], label(key))
             found = expanded_paths(found) if name in PATH_SETTINGS else found
-            converted[positive if negated else name] = not found if negated else found
+            converted[name] = found if spelled == name else not found
         except ConfigError as error:
             problems.append(str(error))
     return converted, problems
@@ -212,8 +210,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a list of 'name: value' lines with the flags' names.")
     names = [str(key).replace("-", "_") for key in values]
-    refuse([f"{path}: {name} is given twice." for name in sorted({name for name in names if names.count(name) > 1})])
+    subjects = [_positive(name) for name in names]
+    refuse([f"{path}: {name} is given twice." for name in sorted(set(subjects)) if subjects.count(name) > 1])
     return dict(zip(names, values.values(), strict=True))
+
+
+def _positive(name: str) -> str:
+    """Return the setting that Megatron-LM's spelling ``no_NAME`` turns off, and any other name as it is."""
+    known = {setting.name: kind for _, setting, kind in settings()}
+    positive = name.removeprefix("no_")
+    return positive if name not in known and known.get(positive) is bool else name
 
 
 def read_config(path: Path) -> Config:

@@ -18,8 +18,12 @@ def checkpoints(config: Config, _: int) -> Iterator[str]:
     if checkpoint.save is None and checkpoint.save_interval is not None:
         yield "--save-interval needs --save, a folder."
     interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
-    if retained is not None and (interval is None or retained % interval):
+    if retained is not None and interval is None:
+        yield f"--save-retain-interval {retained} needs --save-interval, of which it is a multiple."
+    elif retained is not None and interval is not None and retained % interval:
         yield f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}."
+    if checkpoint.ckpt_step is not None and checkpoint.load is None:
+        yield f"--ckpt-step {checkpoint.ckpt_step} has no effect without --load. Add --load, or leave it out."
     if config.training.skip_train and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
         yield "--skip-train evaluates a checkpoint: name it with --load."
     if checkpoint.load is None and checkpoint.finetune:

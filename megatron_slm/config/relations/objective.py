@@ -56,6 +56,11 @@ def reference_model(config: Config, _: int) -> Iterator[str]:
             "trained with --objective clm."
         )
     yield from both_given("--reference-load", path, "--reference-scores", names, ": the model, or its scores")
+    if reference.reference_ckpt_step is not None and path is None:
+        yield (
+            f"--reference-ckpt-step {reference.reference_ckpt_step} has no effect without --reference-load. Add "
+            "--reference-load, or leave it out."
+        )
 
 
 def sidecars(config: Config, _: int) -> Iterator[str]:
