@@ -35,11 +35,10 @@ def blend_words(value: Any, where: str) -> list[str]:
     if isinstance(value, dict):
         pairs = [(_weight(weight, f"{where}, {prefix}"), str(prefix)) for prefix, weight in value.items()]
         return [word for pair in pairs for word in pair]
-    if isinstance(value, list):
-        if any(isinstance(word, list | dict) for word in value):
-            raise ConfigError(f"{where} should be a list of prefixes or weights and prefixes, not of {value!r}.")
-        return [str(word) for word in value]
-    return str(value).split()
+    words = value if isinstance(value, list) else str(value).split()
+    if isinstance(value, bool) or any(word is None or isinstance(word, bool | list | dict) for word in words):
+        raise ConfigError(f"{where} should be a list of prefixes or weights and prefixes, not {value!r}.")
+    return [str(word) for word in words]
 
 
 def _weight(value: Any, where: str) -> str:
@@ -79,7 +78,8 @@ def resolve_blends(config: Config) -> Config:
     """
     data = config.data
     if data.split is not None:
-        parse_split(data.split)
+        data = replace(data, split=data.split.strip(" '\""))  # quotes that scripts of Megatron-LM pass along
+        parse_split(data.split or "")
     if data.data_args_path is not None:
         data = _with_arguments(data, data.data_args_path)
     if data.per_split_data_args_path is not None:

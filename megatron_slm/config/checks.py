@@ -11,7 +11,7 @@ from megatron_slm.config.recipe import settings, with_settings
 from megatron_slm.config.relations import relation_violations
 from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import Config
-from megatron_slm.runtime.errors import refuse
+from megatron_slm.runtime.errors import ConfigError, refuse
 
 
 def resolve(config: Config, world_size: int) -> Config:
@@ -23,8 +23,13 @@ def resolve(config: Config, world_size: int) -> Config:
     Raises:
         ConfigError: all violations that were found: flag, value, remedy.
     """
-    config = resolve_blends(config)
-    refuse([*_missing(config), *value_violations(config)])
+    problems: list[str] = []
+    config = _with_default_tokenizer(config)
+    try:
+        config = resolve_blends(config)
+    except ConfigError as error:
+        problems.append(str(error))
+    refuse([*problems, *_missing(config), *value_violations(config)])
     config = derive(with_settings(config, _derived_of_the_run(config, world_size)))
     refuse(relation_violations(config, world_size))
     return config
@@ -45,6 +50,14 @@ def derive(config: Config) -> Config:
     if model.kv_channels is UNSET and model.hidden_size % model.num_attention_heads == 0:
         derived["kv_channels"] = model.hidden_size // model.num_attention_heads
     return with_settings(config, derived)
+
+
+def _with_default_tokenizer(config: Config) -> Config:
+    """Take GPT2BPETokenizer if a vocabulary file is all that is given: the default of Megatron-LM's pretrain_gpt.py."""
+    tokenizer = config.tokenizer
+    if tokenizer.tokenizer_type is not UNSET or tokenizer.vocab_file is None:
+        return config
+    return with_settings(config, {"tokenizer_type": "GPT2BPETokenizer"})
 
 
 def value_violations(config: Config) -> list[str]:

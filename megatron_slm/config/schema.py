@@ -234,7 +234,9 @@ class DataConfig:
         "shares of --data-path for training, validation and test; default 969,30,1, or all for training with "
         "--valid-data-path",
     )
-    mock_data: bool = flag(False, "train on generated mock data instead of corpora")
+    mock_data: bool = flag(
+        False, "train on generated mock data instead of corpora; as in Megatron-LM, --split has no effect on them"
+    )
     data_order: str = flag(
         "megatron",
         "order of samples: megatron shuffles all epochs together, so that a longer run has another order; stable "
@@ -264,7 +266,7 @@ class TokenizerConfig:
 
     tokenizer_type: str = flag(
         UNSET,
-        "kind of tokenizer",
+        "kind of tokenizer; default GPT2BPETokenizer if --vocab-file is given",
         required=True,
         choices=(
             "SentencePieceTokenizer",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.config.checks import resolve
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.flags import parse
 from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, WITHOUT_EFFECT
@@ -31,7 +32,7 @@ LLAMA3_8B = """
     --exit-duration-in-mins 235 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --fp8-param-gather
     --tensor-model-parallel-size 1 --context-parallel-size 1 --sequence-parallel --mock-data
-    --tokenizer-type NullTokenizer --vocab-size 128256 --data-cache-path cache --tiktoken-pattern v2 --split 99,1,0
+    --tokenizer-type NullTokenizer --vocab-size 128256 --data-cache-path cache --tiktoken-pattern v2 --split '99,1,0'
     --no-create-attention-mask-in-dataloader --no-mmap-bin-files --num-workers 1 --log-interval 1 --eval-iters 32
     --eval-interval 100 --save-interval 1000 --log-throughput --profile --profile-step-start 4 --profile-step-end 6
     --ckpt-format torch_dist --distributed-timeout-minutes 60 --save checkpoints --load checkpoints
@@ -63,6 +64,9 @@ MIXTRAL_8X7B = """
 """
 
 
+FP8 = {"--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"}
+
+
 def refused(argv: list[str]) -> set[str]:
     """Return the flags that one message refuses, each with a remedy."""
     with pytest.raises(ConfigError) as error:
@@ -75,13 +79,22 @@ def refused(argv: list[str]) -> set[str]:
 def test_llama_script_is_refused_in_one_message() -> None:
     assert refused(LLAMA3_8B.split()) == {
         *("--apply-layernorm-1p", "--decoupled-lr", "--decoupled-min-lr"),
-        *("--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-param-gather"),
+        *FP8,
         *("--profile", "--profile-step-start", "--profile-step-end"),
     }
 
 
 def test_gpt3_script_is_refused_in_one_message() -> None:
     assert refused(GPT3_175B.split()) == {"--fp16", "--step-batch-size-schedule"}
+
+
+@pytest.mark.parametrize(("script", "world_size"), [(LLAMA3_8B, 8), (GPT3_175B, 128), (MIXTRAL_8X7B, 32)])
+def test_scripts_are_taken_without_the_flags_that_are_refused(script: str, world_size: int) -> None:
+    groups = [f"--{group}".split() for group in script.split("--")[1:]]
+    argv = [argument for group in groups if group[0] not in {*CURATED} | FP8 for argument in group]
+    config = resolve(parse(argv).config, world_size)
+    assert script is not GPT3_175B or config.tokenizer.tokenizer_type == "GPT2BPETokenizer"
+    assert script is not LLAMA3_8B or config.data.split == "99,1,0"
 
 
 def test_mixtral_script_is_taken_as_it_is() -> None:

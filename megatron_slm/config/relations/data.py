@@ -18,7 +18,6 @@ def training_corpora(config: Config, _: int) -> Iterator[str]:
         yield from both_given("--mock-data", True, "--data-path", data.data_path)
         yield from both_given("--mock-data", True, "--train-data-path", data.train_data_path)
         yield from both_given("--mock-data", True, "--valid-data-path", data.valid_data_path)
-        yield from both_given("--mock-data", True, "--split", data.split, " (mock data are split evenly)")
         yield from both_given("--mock-data", True, "--reference-scores", config.reference.reference_scores)
     if data.split is not None and data.train_data_path:
         yield "--split has no effect with --train-data-path."
