@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -51,7 +52,10 @@ def make_console(enabled: bool = True) -> Console:
     fails, such as a log on a full disk or a closed pipe, does not end the run.
     """
     prepare_output()
-    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else UNBOUNDED
+    columns = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() or columns.isdigit() else UNBOUNDED
+    if columns.isdigit() and int(columns) == 0:  # of a terminal without a size; rich would print nothing
+        width = shutil.get_terminal_size((UNBOUNDED, 0)).columns
     return Console(file=_fail_safe(sys.stdout), quiet=not enabled, highlight=False, soft_wrap=True, width=width)
 
 

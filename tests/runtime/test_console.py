@@ -36,6 +36,10 @@ def run(command: str, **env: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["bash", "-c", command], env=os.environ | env, capture_output=True, timeout=60)
 
 
+def test_a_terminal_without_a_size_gets_lines(script: str) -> None:
+    assert run(script, COLUMNS="0").stdout.decode().endswith("done τ\n")
+
+
 @pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_ascii(script: str, env: dict[str, str]) -> None:
     ended = run(script, **env)
