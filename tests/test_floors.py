@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_slm"
-FLOORS = ("runtime", "config", "data", "objective", "model", "reference", "training", "pretrain", "torchrun")
+FLOORS = ("mcore", "runtime", "config", "data", "objective", "model", "reference", "training", "pretrain", "torchrun")
 WITHIN_DATA = ("tokenizers", "", "preprocessing", "scores")  # "": the files of the room itself; the last two apart
 ALLOWED_ASIDE = {"analysis": {"runtime", "config"}, "objective": {"runtime"}}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
-        from megatron_slm.runtime.cpu import redirect_cuda_to_cpu
+        from megatron_slm.mcore.cpu import redirect_cuda_to_cpu
 
         redirect_cuda_to_cpu()
     if arguments.memory_of:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_slm.mcore.layers import context_positions
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -64,16 +65,6 @@ class MicroBatch:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return replace(self, **moved)
-
-
-def context_positions(length: int, size: int, rank: int) -> Tensor:
-    """The positions of a sample that context-parallel rank ``rank`` of ``size`` holds, [length / size] int64.
-
-    The sample is cut into 2 · size chunks, and a rank holds the one at its place from the front and the one at its
-    place from the back, so that all ranks have as many pairs to attend to (Megatron-Core's order).
-    """
-    chunks = torch.arange(length).chunk(2 * size)
-    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +16,7 @@ from megatron_slm.data.fingerprints import corpus_identity
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
 from megatron_slm.data.splits import check_splits, split_matrix, split_of, wants_split
 from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+from megatron_slm.mcore.datasets import without_cache_warnings
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 
@@ -235,7 +234,7 @@ class _Builder:
 
     def _build(self, config: SamplesConfig, sizes: list[int | None]) -> list[Dataset | None]:
         kind = MockSamples if config.mock else CorpusSamples
-        with _without_cache_warnings():
+        with without_cache_warnings():
             splits: list[Dataset | None] = LocalBuilder(kind, sizes, lambda: True, config).build()
         return splits
 
@@ -255,17 +254,3 @@ class _Builder:
             join_sentences=data.slm_sentences == "join",
             **where,
         )
-
-
-@contextmanager
-def _without_cache_warnings() -> Iterator[None]:
-    """Silence Megatron-Core's warnings that it writes no cache: data/index_cache.py does."""
-    loggers = [logging.getLogger(f"megatron.core.datasets.{name}") for name in ("gpt_dataset", "blended_dataset")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import megatron.core
 import torch
 
+from megatron_slm.mcore.experts import counts_tokens_of_all_ranks
 from megatron_slm.model.gpt import model_config
 from megatron_slm.runtime.groups import Groups
 
@@ -27,7 +27,7 @@ class AuxiliaryLosses:
     def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
         self.config = model_config(list(chunks))
         self.active = self.config.num_moe_experts is not None
-        sharing = 1 if _counts_all_ranks() else groups.tp_size * groups.cp_size
+        sharing = 1 if counts_tokens_of_all_ranks() else groups.tp_size * groups.cp_size
         self.balance = sharing * self.config.moe_aux_loss_coeff
         self.z = None if self.config.moe_z_loss_coeff is None else sharing * self.config.moe_z_loss_coeff
 
@@ -39,8 +39,3 @@ class AuxiliaryLosses:
         self.config.moe_aux_loss_coeff = self.balance * share
         if self.z is not None:
             self.config.moe_z_loss_coeff = self.z * share
-
-
-def _counts_all_ranks() -> bool:
-    """Whether Megatron-Core's router scales its losses by the tokens of all ranks that share a micro-batch."""
-    return tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 19)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
-from megatron_slm.model.positions import RotaryByPosition
 from megatron_slm.model.size import padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig

@@ -26,7 +26,7 @@ from megatron_slm.config.checkpoint_files import (
     read_manifest,
 )
 from megatron_slm.data.fingerprints import files_fingerprint
-from megatron_slm.model.pickles import UnsafePickleError, restricted_pickles
+from megatron_slm.mcore.pickles import UnsafePickleError, restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.console import notice

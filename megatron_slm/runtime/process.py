@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_slm.mcore.cpu import redirect_cuda_to_cpu
 from megatron_slm.runtime import reporting
 from megatron_slm.runtime.addresses import resolve_host
-from megatron_slm.runtime.cpu import redirect_cuda_to_cpu
 from megatron_slm.runtime.early_reports import is_under_torchrun
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout

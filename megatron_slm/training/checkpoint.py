@@ -6,34 +6,29 @@ run that dies while saving leaves the checkpoint before it as the newest.
 
 from __future__ import annotations
 
-import queue
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import Config
 from megatron_slm.data.tokenizers.identity import tokenizer_identity
+from megatron_slm.mcore.saving import deferred_save_errors, share_results_in_memory
 from megatron_slm.model import weights
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.runtime.patching import replaced_attributes
 from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.optimizer_state import sharded_optimizer_state
 from megatron_slm.training.schedule import schedule_state
@@ -78,40 +73,14 @@ def _prepare(partial: Path) -> None:
 
 def _save_state(state: dict[str, Any], directory: Path) -> None:
     """Write sharded state; an error of one rank is raised on every rank."""
-    _hand_results_over_in_memory()
-    with _deferred_errors() as errors:
+    share_results_in_memory()
+    with deferred_save_errors(weights.CHECKPOINT_ERRORS) as errors:
         try:
             dist_checkpointing.save(state, str(directory))
         except weights.CHECKPOINT_ERRORS as error:
             errors.append(error)
     reasons = gather_on_first_rank(weights.brief(errors[0]) if errors else None)
     on_first_rank(lambda: refuse([f"{reason}." for reason in reasons if reason is not None][:1]))
-
-
-@contextmanager
-def _deferred_errors() -> Iterator[list[BaseException]]:
-    """Collect the errors of files that Megatron-Core 0.16.1 writes on rank 0 alone.
-
-    Raised in place they would leave the other ranks waiting in the next collective until its timeout.
-    """
-    errors: list[BaseException] = []
-
-    def deferring(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*positional: Any, **options: Any) -> Any:
-            try:
-                return function(*positional, **options)
-            except weights.CHECKPOINT_ERRORS as error:
-                errors.append(error)
-
-        return run
-
-    places = (
-        (TorchCommonSaveStrategy, "save_common"),
-        (filesystem_async.FileSystemWriterAsync, "finish"),
-        (serialization, "save_config"),
-    )
-    with replaced_attributes(*((owner, name, deferring(getattr(owner, name))) for owner, name in places)):
-        yield errors
 
 
 def _complete(partial: Path, state: TrainState, config: Config) -> list[str]:
@@ -135,16 +104,6 @@ def _publish(manifest: Manifest, partial: Path, final: Path) -> None:
         sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     write_text(final.parent / TRACKER, f"{manifest.step}\n", "--save")
-
-
-def _hand_results_over_in_memory() -> None:
-    """Give Megatron-Core's writer a plain queue for its results.
-
-    It would otherwise start a process that holds the queue, for asynchronous saves. That process imports torch on every
-    rank, which takes seconds and hundreds of MB; a synchronous save puts and gets in one process.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def random_state(groups: Groups) -> ShardedObject:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import wraps
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import Config
+from megatron_slm.mcore.optimizer import repair_loading
 from megatron_slm.model.gpt import model_config
 from megatron_slm.training.run_length import RunLength, ScheduleLength
 
@@ -39,7 +38,7 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> Megatr
     given = core_fields("optimizer", config.optimizer, parallel, config.training)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**given, params_dtype=dtype), list(chunks))
-    _repair_loading(optimizer)
+    repair_loading(optimizer)
     schedule = model_config(list(chunks))
     schedule.finalize_model_grads_func = finalize_model_grads
     schedule.grad_scale_func = optimizer.scale_loss
@@ -94,62 +93,3 @@ def set_schedule_length(scheduler: OptimizerParamScheduler, config: Config, leng
     scheduler.lr_warmup_steps, scheduler.lr_decay_steps = phases.warmup, phases.decay
     scheduler.wsd_decay_steps, scheduler.wd_incr_steps = phases.wsd_decay, phases.weight_decay
     scheduler.step(0)
-
-
-def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """Return the optimizers that Megatron-Core has chained, or the one that it made."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _repair_loading(optimizer: MegatronOptimizer) -> None:
-    """Repair two faults of Megatron-Core 0.16.1 in loading optimizer state.
-
-    The distributed optimizer copies every entry of a parameter's state from the checkpoint and fails with KeyError
-    for entries that the checkpoint does not hold, such as the ``step`` of torch's AdamW: such entries keep their
-    values. For SGD there is no function that allocates the state to load.
-    """
-    for part in optimizer_parts(optimizer):
-        if getattr(part, "init_state_fn", None) is None:
-            part.init_state_fn = allocate_momentum
-        copy = getattr(part, "_set_main_param_and_optimizer_states", None)
-        if copy is None:
-            continue
-
-        @wraps(copy)
-        def with_present_values(
-            model_param: torch.nn.Parameter, tensors: dict[str, Any], part: Any = part, copy: Any = copy
-        ) -> None:
-            copy(model_param, {**part._get_main_param_and_optimizer_states(model_param), **tensors})
-
-        part._set_main_param_and_optimizer_states = with_present_values
-
-
-def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give SGD with momentum its buffers; buffers of zeros give the same first update as none."""
-    for group in optimizer.param_groups:
-        if group.get("momentum"):
-            for parameter in group["params"]:
-                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-
-def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its state before the first step; the distributed optimizer cannot describe it otherwise."""
-    for part in optimizer_parts(optimizer):
-        if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.Adam):
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
-def separate_adam_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter its own ``step`` after loading; Megatron-Core hands all of them one tensor, which the
-    next update would count up once per parameter."""
-    for part in optimizer_parts(optimizer):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()

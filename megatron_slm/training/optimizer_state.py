@@ -21,8 +21,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from megatron_slm.mcore.optimizer import allocate_adam_state, optimizer_parts, separate_adam_steps
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.training.optimizer import allocate_adam_state, optimizer_parts, separate_adam_steps
 
 # The one sharding of the optimizer state that can be read back in any layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

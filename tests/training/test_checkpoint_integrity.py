@@ -21,8 +21,8 @@ from tiny import command, launch, launch_and_fail, make_corpus
 from torch.distributed.checkpoint import filesystem
 
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, Manifest, file_sizes, read_manifest, saved_config
+from megatron_slm.mcore.pickles import UnsafePickleError, restricted_loads, restricted_pickles
 from megatron_slm.model import weights
-from megatron_slm.model.pickles import UnsafePickleError, restricted_loads, restricted_pickles
 from megatron_slm.model.weights import explained_load, open_checkpoint
 from megatron_slm.runtime import checksums
 from megatron_slm.runtime.checksums import file_checksums, text_checksum

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
-from megatron_slm.runtime.patching import replaced_attributes
+from megatron_slm.mcore.patching import replaced_attributes
 
 ALLOWED: dict[str, frozenset[str]] = {
     "builtins": frozenset({"set", "frozenset", "complex"}),

@@ -1,0 +1,17 @@
+"""Repairs and version differences of Megatron-Core's mixture of experts."""
+
+from __future__ import annotations
+
+import megatron.core
+from megatron.core.transformer.moe import moe_utils
+
+
+def counts_tokens_of_all_ranks() -> bool:
+    """Return whether the router scales its losses by the tokens of all ranks that share a micro-batch (since 0.19)."""
+    return tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 19)
+
+
+def define_te_general_gemm() -> None:
+    """Define a name that Megatron-Core 0.16.1 uses, and defines only if Transformer Engine is installed."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
