@@ -168,7 +168,7 @@ def transformer_config(
     on_gpu = groups.device.type == "cuda"
     given = core_fields("model", model, parallel, training) | {"bf16": bf16}
     if model.num_experts is None:
-        given = {name: value for name, value in given.items() if not name.startswith("moe_")}
+        given = {name: value for name, value in given.items() if not name.startswith(("moe_", "expert_"))}
     return TransformerConfig(
         **given,
         **activation_settings(model, groups.device),
