@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_slm.data.scores.sidecar import HEADER_BYTES
 from megatron_slm.runtime.checksums import text_checksum
+from megatron_slm.scores.sidecar import HEADER_BYTES
 
 
 def make_former(path: Path, version: int, width: int = 2) -> None:

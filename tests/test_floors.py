@@ -1,4 +1,4 @@
-"""The rooms of the package stand on floors: a room imports only what lies below it."""
+"""Import rules: a package imports only packages below it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "megatron_slm"
-FLOORS = ("mcore", "runtime", "config", "data", "objective", "model", "reference", "training", "pretrain", "torchrun")
-WITHIN_DATA = ("tokenizers", "", "preprocessing", "scores")  # "": the files of the room itself; the last two apart
-ALLOWED_ASIDE = {"analysis": {"runtime", "config"}, "objective": {"runtime"}}
+PACKAGES = (  # from the lowest to the highest
+    *("mcore", "runtime", "config", "tokenizers", "corpus", "preprocessing", "data", "scores", "objective", "model"),
+    *("checkpoint", "reference", "training", "analysis", "cli", "testing", "pretrain", "torchrun"),
+)
+RESTRICTED = {
+    "objective": {"runtime"},
+    "analysis": {"runtime", "config"},
+    "preprocessing": {"runtime", "config", "tokenizers", "corpus"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -24,30 +30,29 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def room_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+def package_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_downwards(path: Path) -> None:
-    room = room_of(path)
-    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("megatron_slm.")} - {room}
-    if room in FLOORS:
-        allowed = ALLOWED_ASIDE.get(room, set(FLOORS[: FLOORS.index(room)]))
-    else:
-        allowed = ALLOWED_ASIDE.get(room, set())
-    assert rooms <= allowed, f"{room} imports {rooms - allowed}"
+    package = package_of(path)
+    packages = {name.split(".")[1] for name in imported(path) if name.startswith("megatron_slm.")} - {package}
+    if package == "__init__":
+        assert not packages
+        return
+    allowed = RESTRICTED.get(package, set(PACKAGES[: PACKAGES.index(package)]))
+    assert packages <= allowed, f"{package} imports {packages - allowed}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "data").rglob("*.py")), ids=lambda path: str(path.name))
-def test_imports_within_data_run_downwards(path: Path) -> None:
-    """Corpora and batches know no preprocessing and no sidecars, tokenizers know nothing else, and no circle."""
-    names = [name.split(".") for name in imported(path) if name.startswith("megatron_slm.data.")]
-    rooms = {parts[2] if len(parts) > 3 else "" for parts in names}
-    own = path.parent.name if path.parent.name != "data" else ""
-    allowed = set(WITHIN_DATA[: min(WITHIN_DATA.index(own), 2)]) | {own}
-    assert rooms <= allowed, f"{own or 'data'} imports {rooms - allowed}"
+def test_every_package_has_a_place() -> None:
+    assert {package_of(path) for path in FILES} == {*PACKAGES, "__init__"}
+
+
+def test_the_model_reads_no_data() -> None:
+    for path in FILES:
+        if package_of(path) == "model":
+            assert not {name for name in imported(path) if name.startswith("megatron_slm.data")}, path
 
 
 def test_the_objective_knows_nothing_of_megatron() -> None:
@@ -58,7 +63,7 @@ def test_the_objective_knows_nothing_of_megatron() -> None:
 def test_only_runtime_reads_the_global_parallel_state() -> None:
     for path in FILES:
         reads = "megatron.core.parallel_state" in imported(path) or "parallel_state" in path.read_text(encoding="utf-8")
-        assert room_of(path) == "runtime" or not reads, path
+        assert package_of(path) == "runtime" or not reads, path
 
 
 def test_config_parses_without_torch() -> None:

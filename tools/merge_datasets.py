@@ -1,59 +1,8 @@
-"""Make one corpus of many, in order; Megatron-LM's flags, and a list of prefixes."""
+"""Run :mod:`megatron_slm.cli.merge_datasets` under Megatron-LM's name."""
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from megatron_slm.config.flags import Parser, parse_strictly
-from megatron_slm.config.paths import expanded_user
-from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.output import prepare_output
-
-
-def parse_arguments() -> argparse.Namespace:
-    """
-    Raises:
-        ConfigError: an unknown flag, or a bad value.
-    """
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", type=expanded_user, metavar="DIR", help="folder of corpora, merged in the order of their names"
-    )
-    source.add_argument(
-        "--input-prefixes", type=expanded_user, nargs="+", metavar="P", help="corpora, merged in this order"
-    )
-    parser.add_argument(
-        "--output-prefix",
-        type=expanded_user,
-        required=True,
-        metavar="P",
-        help="path of the corpus without .bin and .idx",
-    )
-    return parse_strictly(parser, sys.argv[1:], {})
-
-
-def main() -> int:
-    prepare_output()
-    try:
-        arguments = parse_arguments()
-        from megatron_slm.data.preprocessing.merge import merge_corpora
-        from megatron_slm.data.preprocessing.shard_names import find_shards
-
-        prefixes = arguments.input_prefixes or find_shards(arguments.input, arguments.output_prefix)
-        merged = merge_corpora(prefixes, arguments.output_prefix)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if merged.unrecorded:
-        print(f"no corpus metadata was written: {merged.unrecorded[0]} has none", file=sys.stderr)
-    print(
-        f"{arguments.output_prefix}: {merged.documents:,} documents, {merged.tokens:,} tokens of "
-        f"{merged.corpora:,} corpora"
-    )
-    return 0
-
+from megatron_slm.cli.merge_datasets import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.data.index import bin_path, chunks
+from megatron_slm.corpus.index import bin_path, chunks
 from megatron_slm.runtime.errors import ConfigError
 
 Blend = tuple[list[str], list[float] | None]

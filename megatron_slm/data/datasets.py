@@ -10,15 +10,15 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from megatron_slm.config.schema import DataConfig
+from megatron_slm.corpus.checks import check_corpus, check_tokenizer, has_several_sequences
+from megatron_slm.corpus.fingerprints import corpus_identity
 from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend, training_blend
-from megatron_slm.data.corpus import check_corpus, check_tokenizer, has_several_sequences
-from megatron_slm.data.fingerprints import corpus_identity
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
 from megatron_slm.data.splits import check_splits, split_matrix, split_of, wants_split
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.mcore.datasets import without_cache_warnings
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 MOCK: Blend = (["mock data"], None)
 

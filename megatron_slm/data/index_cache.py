@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.fingerprints import quick_fingerprint
+from megatron_slm.corpus.fingerprints import quick_fingerprint
 from megatron_slm.runtime.collective import is_first_rank
 from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError

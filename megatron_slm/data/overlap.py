@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
+from megatron_slm.corpus.index import chunks
 from megatron_slm.data.blends import samples_per_corpus
-from megatron_slm.data.index import chunks
 from megatron_slm.data.places import corpus_file, label_places, locate_sample
 
 SAMPLES_COMPARED = 4096  # of more, evenly spaced ones are compared

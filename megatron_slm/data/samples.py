@@ -14,7 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_slm.data.index import joined_documents, read_index
+from megatron_slm.corpus.index import joined_documents, read_index
 from megatron_slm.data.index_cache import cached_arrays
 from megatron_slm.data.stable_order import stable_indices
 from megatron_slm.runtime.errors import ConfigError

@@ -13,8 +13,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import convert_split
 
 from megatron_slm.config.blends import parse_split
 from megatron_slm.config.schema import DataConfig
+from megatron_slm.corpus.index import joined_documents, read_index
 from megatron_slm.data.blends import Blend, Drawn, expected, parse_blend, training_blend
-from megatron_slm.data.index import joined_documents, read_index
 from megatron_slm.runtime.errors import ConfigError
 
 DEFAULT_SPLIT = "969, 30, 1"  # Megatron-LM's

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.hidden_states import HiddenStates
 
+
+class ModelInput(Protocol):
+    """A micro-batch as the model reads it."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # [b, s] int64
+
+    @property
+    def position_ids(self) -> Tensor: ...  # [b, s] int64
+
+    @property
+    def attention_mask(self) -> Tensor | None: ...  # [b, 1, s, s] bool, True where attention is forbidden
+
+    @property
+    def sample_length(self) -> int: ...  # tokens of a sample over all context-parallel ranks
+
+
+Batch = TypeVar("Batch", bound=ModelInput)
 Report = TypeVar("Report")
-LastStage = Callable[[int, MicroBatch, HiddenStates], tuple[Tensor, Tensor, Report]]
+LastStage = Callable[[int, Batch, HiddenStates], tuple[Tensor, Tensor, Report]]
 
 
 def run_pipeline(
     chunks: Sequence[torch.nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    last_stage: LastStage[Report],
+    micro_batches: Sequence[Batch],
+    last_stage: LastStage[Batch, Report],
     *,
     forward_only: bool,
 ) -> list[Report]:
@@ -39,7 +56,7 @@ def run_pipeline(
     """
 
     def forward_step(
-        numbered: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module
+        numbered: Iterator[tuple[int, Batch]], chunk: torch.nn.Module
     ) -> tuple[Any, Callable[[HiddenStates], Any]]:
         number, batch = next(numbered)
         output = chunk(batch.tokens, batch.position_ids, batch.attention_mask)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, locate_checkpoint
 from megatron_slm.config.schema import ReferenceConfig
-from megatron_slm.data.scores.sets import Headers
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import unreadable
+from megatron_slm.scores.sets import Headers
 
 FLAG = "--reference-load"
 

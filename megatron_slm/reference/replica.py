@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_slm.checkpoint.weights import check_metadata, find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.relations.wording import has_uneven_stages
 from megatron_slm.config.schema import Config, ParallelConfig
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.data.tokenizers.identity import identity_conflict
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
-from megatron_slm.model.weights import check_metadata, find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.process import preserved_random_state
+from megatron_slm.tokenizers.identity import identity_conflict
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 FLAG = "--reference-load"
 

@@ -20,24 +20,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from rich.console import Console
 
+from megatron_slm.checkpoint.weights import checkpoint_fingerprint, find_checkpoint
 from megatron_slm.config.checkpoint_files import saved_config
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
-from megatron_slm.data.corpus import CorpusInfo, bin_path, check_corpus
-from megatron_slm.data.fingerprints import corpus_fingerprint
-from megatron_slm.data.scores.quantization import Quantization
-from megatron_slm.data.scores.sets import recorded_tokenizer
-from megatron_slm.data.scores.sidecar import ContextRule, ScoresHeader, sidecar_path
-from megatron_slm.data.scores.writer import (
-    Progress,
-    SidecarWriter,
-    content_checksum,
-    finish,
-    is_finished,
-    record_progress,
-    reserved,
-)
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
-from megatron_slm.model.weights import checkpoint_fingerprint, find_checkpoint
+from megatron_slm.corpus.checks import CorpusInfo, bin_path, check_corpus
+from megatron_slm.corpus.fingerprints import corpus_fingerprint
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, as_micro_batch, make_row_source, scored_places
@@ -46,6 +33,19 @@ from megatron_slm.runtime.console import duration, progress
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.files import check_output_prefix
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.scores.quantization import Quantization
+from megatron_slm.scores.sets import recorded_tokenizer
+from megatron_slm.scores.sidecar import ContextRule, ScoresHeader, sidecar_path
+from megatron_slm.scores.writer import (
+    Progress,
+    SidecarWriter,
+    content_checksum,
+    finish,
+    is_finished,
+    record_progress,
+    reserved,
+)
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 MICRO_BATCHES = 8  # in one pass through the pipeline
 SECONDS_BETWEEN_RECORDS = 20.0

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_slm.corpus.checks import CorpusInfo
+from megatron_slm.corpus.index import read_index
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.data.corpus import CorpusInfo
-from megatron_slm.data.index import read_index
-from megatron_slm.data.scores.sidecar import ContextRule
+from megatron_slm.scores.sidecar import ContextRule
 
 CHUNK_TOKENS = 1 << 20
 

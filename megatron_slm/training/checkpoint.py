@@ -18,19 +18,19 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_slm.checkpoint import weights
+from megatron_slm.checkpoint.optimizer_state import sharded_optimizer_state
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import Config
-from megatron_slm.data.tokenizers.identity import tokenizer_identity
 from megatron_slm.mcore.saving import deferred_save_errors, share_results_in_memory
-from megatron_slm.model import weights
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.tokenizers.identity import tokenizer_identity
 from megatron_slm.training.optimizer import gather_parameters
-from megatron_slm.training.optimizer_state import sharded_optimizer_state
 from megatron_slm.training.schedule import schedule_state
 from megatron_slm.training.state import TrainState
 

@@ -23,7 +23,7 @@ from megatron_slm.runtime.errors import ConfigError, refuse
 if TYPE_CHECKING:
     import torch
 
-    from megatron_slm.data.tokenizers.tokenizer import Tokenizer
+    from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 BYTES_PER_SAMPLE = 16  # of the sample and shuffle indices, at least
 
@@ -69,9 +69,9 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
         ConfigError: a file is missing, damaged, or does not fit the run.
     """
     from megatron_slm.data.datasets import check_corpora
-    from megatron_slm.data.scores.sets import verify_scores
     from megatron_slm.data.splits import check_splits
     from megatron_slm.reference.replica import check_reference
+    from megatron_slm.scores.sets import verify_scores
     from megatron_slm.training.setup import needs_reference, score_headers
 
     refuse(list(unwritable_outputs(config)))

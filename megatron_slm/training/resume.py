@@ -11,17 +11,17 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from rich.console import Console
 
+from megatron_slm.checkpoint import weights
+from megatron_slm.checkpoint.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.config.checkpoint_files import Manifest, read_manifest, saved_config
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import Config
-from megatron_slm.data.tokenizers.identity import identity_conflict
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
-from megatron_slm.model import weights
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.identity import identity_conflict
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.checkpoint import RNG, SELECTION, plain_chunks, random_state, selection_state
 from megatron_slm.training.data_order import DataRecord
-from megatron_slm.training.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.training.schedule import resume_schedule
 from megatron_slm.training.start import Checkpoint, Start
 from megatron_slm.training.state import TrainProgress, TrainState

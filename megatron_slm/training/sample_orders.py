@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.config.schema import Config, DataConfig
+from megatron_slm.corpus.fingerprints import corpus_identity
 from megatron_slm.data.blends import training_blend
 from megatron_slm.data.datasets import training_samples
-from megatron_slm.data.fingerprints import corpus_identity
 from megatron_slm.data.overlap import ReadSamples, order_overlap
 from megatron_slm.data.places import corpus_file, label_places, locate_sample
 from megatron_slm.data.splits import split_of
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 SAMPLES_PROBED = 64  # to determine if two orders are the same
 DATA_SETTINGS = ("data_path", "train_data_path", "data_order", "slm_sentences", "mock_data")  # and the split

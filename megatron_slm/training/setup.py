@@ -11,9 +11,6 @@ from megatron_slm.config.schema import Config, ObjectiveConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identities
-from megatron_slm.data.scores.samples import ScoredSamples
-from megatron_slm.data.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.objective.selection.config import SelectionConfig
@@ -25,6 +22,9 @@ from megatron_slm.reference.sidecar import SidecarScores
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.scores.samples import ScoredSamples
+from megatron_slm.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput

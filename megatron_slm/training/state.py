@@ -10,11 +10,11 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_slm.data.tokenizers.tokenizer import Tokenizer
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import DataRecord
 
 

@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 def test_help_needs_no_torch_and_no_second() -> None:
-    code = "import sys; from megatron_slm.pretrain import main\ntry: main(['--help'])\n"
+    code = "import sys; from megatron_slm.cli.pretrain import main\ntry: main(['--help'])\n"
     code += "except SystemExit: pass\nassert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
     began = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -214,7 +214,7 @@ def test_values_are_validated_before_torch_is_imported() -> None:
     good += " --lr 1 --tokenizer-type ByteTokenizer --data-path x"
     code = f"""
 import sys
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
 for words in {BAD_VALUES!r}:
     assert main([*{good.split()!r}, *words]) == 2, words
     assert not {{"torch", "megatron.core"}} & set(sys.modules), words

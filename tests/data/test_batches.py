@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
-from tiny import make_corpus
 
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
 from megatron_slm.data.datasets import build_datasets, parse_blend
-from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import make_corpus
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
 CPU = torch.device("cpu")
 

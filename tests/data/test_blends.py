@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus_files import Documents, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
-from tiny import MODEL, command
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.blends import resolve_blends
 from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.blends import drawn, parse_blend
 from megatron_slm.data.datasets import build_datasets, check_corpora
 from megatron_slm.data.splits import expected_drawn
-from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
-from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.corpus_files import Documents, build
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import MODEL, command
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
 LENGTH = 16  # tokens of a sample
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus_files import build
-from ranks import run_ranks
 
 from megatron_slm.config.schema import DataConfig
+from megatron_slm.corpus.index import read_index
 from megatron_slm.data.datasets import Datasets, build_datasets, check_corpora
-from megatron_slm.data.index import read_index
 from megatron_slm.data.overlap import ReadSamples, order_overlap
 from megatron_slm.data.places import label_places
-from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, TokenizerFiles
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.corpus_files import build
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, TokenizerFiles
 
 LENGTH = 8
 BYTES = ByteTokenizer(TokenizerFiles())

@@ -26,7 +26,7 @@ SMALLER = {
     "inspect_dataset.py": [],
 }
 ELSEWHERE = {  # command -> why it does not run here
-    "benchmark_preprocess.py": "needs a work tree of Megatron-LM; tests/data/preprocessing runs its parts",
+    "benchmark_preprocess.py": "needs a work tree of Megatron-LM; tests/preprocessing runs its parts",
     "benchmark_training.py": "runs in tests/training",
     "benchmark_objective.py": "runs in tests/objective",
     "benchmark_threshold.py": "runs in tests/objective",

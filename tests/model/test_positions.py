@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.training.preflight import check_device
 
 LENGTH, BREAK, VOCAB = 12, 5, 64  # a document of 5 tokens, then one of 7

@@ -6,10 +6,10 @@ import definition
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
+from megatron_slm.testing.ranks import run_ranks
 
 SHAPE, VOCAB, PADDED = (3, 7), 45, 48
 

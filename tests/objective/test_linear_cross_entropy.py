@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
 from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
+from megatron_slm.testing.ranks import run_ranks
 
 S, B, H, VOCAB, PADDED = 12, 3, 10, 61, 72  # on 4 ranks the last shard has 7 entries of 18
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

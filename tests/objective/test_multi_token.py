@@ -6,7 +6,6 @@ import definition
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_slm.objective.multi_token import multi_token_loss
@@ -14,6 +13,7 @@ from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
+from megatron_slm.testing.ranks import run_ranks
 
 B, S, D = 3, 8, 2
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from test_linear_cross_entropy import VOCAB, B, S, assert_agrees, expected, make, run
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy
 from megatron_slm.objective.linear_cross_entropy.chunk_math import TorchChunkMath
+from megatron_slm.testing.ranks import run_ranks
 
 OFFSETS = (0.0, 1e3, -1e3, 1e4, -1e4)
 MODES: dict[str, dict[str, Any]] = {

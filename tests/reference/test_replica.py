@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from ranks import run_ranks
-from tiny import MODEL, command, launch, make_corpus
+
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,9 @@ def test_building_the_reference_model_leaves_random_states_alone(workspace: Path
 def _built_run(argv: list[str]) -> Iterator[Any]:
     from megatron_slm.config.checks import resolve
     from megatron_slm.config.flags import parse
-    from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.runtime import process
     from megatron_slm.runtime.console import make_console
+    from megatron_slm.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
     from megatron_slm.training.setup import build_run, parallel_layout
 
     config = resolve(parse(argv).config, int(os.environ["WORLD_SIZE"]))
@@ -100,7 +101,7 @@ def test_not_a_bit_changes(workspace: Path, tmp_path: Path, tp: int, pp: int) ->
 )
 def test_other_models_learn(workspace: Path, tmp_path: Path, style: list[str]) -> None:
     """GPT-2 style with tied embeddings, biases and dropout; and bf16 with fp32 master weights."""
-    from tiny import records
+    from megatron_slm.testing.tiny import records
 
     model = [word for word in MODEL if style[0] == "--bf16" or word != "--untie-embeddings-and-output-weights"]
     argv = command(str(workspace / "corpus_text_document"), tmp_path / "run", model=model, train_iters=8)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import score_corpus
-from tiny import command, launch, make_corpus, records
 
-from megatron_slm.data.scores.sidecar import read_header
+from megatron_slm.cli import score_corpus
+from megatron_slm.scores.sidecar import read_header
+from megatron_slm.testing.tiny import command, launch, make_corpus, records
 
 TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
 

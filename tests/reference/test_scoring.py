@@ -13,17 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import command, launch_each, make_corpus
 
 from megatron_slm.config.schema import DataConfig, ParallelConfig, ReferenceConfig
+from megatron_slm.corpus.checks import check_corpus
 from megatron_slm.data.batches import BatchShape, BatchStream
-from megatron_slm.data.corpus import check_corpus
 from megatron_slm.data.datasets import build_datasets
-from megatron_slm.data.scores.samples import ScoredSamples, label_places
-from megatron_slm.data.scores.sets import check_scores, open_scores
-from megatron_slm.data.scores.sidecar import Sidecar, read_header, sidecar_path
-from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
 from megatron_slm.objective.selection.policy import parse_policy
@@ -33,6 +27,12 @@ from megatron_slm.reference.windows import Documents, as_micro_batch, span
 from megatron_slm.runtime import process
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.scores.samples import ScoredSamples, label_places
+from megatron_slm.scores.sets import check_scores, open_scores
+from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch_each, make_corpus
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.training.step import token_batch
 
 WINDOW = 32

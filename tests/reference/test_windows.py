@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered import write_numbered_corpus
 
-from megatron_slm.data.corpus import check_corpus
-from megatron_slm.data.scores.sidecar import ContextRule
+from megatron_slm.corpus.checks import check_corpus
 from megatron_slm.reference.windows import as_micro_batch, make_row_source, pack, scored_places, span, span_count
+from megatron_slm.scores.sidecar import ContextRule
+from megatron_slm.testing.numbered import write_numbered_corpus
 
 EOD = 999
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-from tiny import _main, command, make_corpus
+
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import _main, command, make_corpus
 
 MODULES = ("torch.distributed.c10d_logger", "megatron.core.dist_checkpointing.core", "megatron_slm.runtime.cpu")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny import command, losses, make_corpus, records
 
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, losses, make_corpus, records
 from megatron_slm.training import loop
 
 STEPS = 12

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import slurm_cluster
 from slurm_cluster import SlurmCluster
-from tiny import command, launch, losses, make_corpus, records
 
 from megatron_slm.config.checkpoint_files import latest_step
+from megatron_slm.testing.tiny import command, launch, losses, make_corpus, records
 
 pytestmark = [
     pytest.mark.slurm,

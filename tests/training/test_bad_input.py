@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MODEL, command, launch, make_corpus
 
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus
 
 
 @pytest.fixture(scope="module")

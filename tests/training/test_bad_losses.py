@@ -11,12 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import command, launch, make_corpus, records
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.data.batches import BatchStream, MicroBatch
-from megatron_slm.pretrain import main
 from megatron_slm.reference.replica import ReferenceReplica
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, make_corpus, records
 
 WAYS = {
     "data-parallel": ["--slm-scope", "data-parallel"],

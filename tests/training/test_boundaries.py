@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny import _main, command, make_corpus
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.constraints import LARGEST_INTEGER, Bounds, flag_name
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import settings
-from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import _main, command, make_corpus
 
 Setting = tuple[Field[Any], Any]
 SETTINGS: dict[str, Setting] = {flag_name(setting): (setting, kind) for _, setting, kind in settings()}

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus_files import build
-from numbered import write_numbered_corpus
-from ranks import run_ranks
-from tiny import command, losses, records
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config, DataConfig
 from megatron_slm.data.datasets import training_samples
-from megatron_slm.data.tokenizers.plain_tokenizers import NullTokenizer
-from megatron_slm.data.tokenizers.tokenizer import TokenizerFiles
-from megatron_slm.pretrain import main
+from megatron_slm.testing.corpus_files import build
+from megatron_slm.testing.numbered import write_numbered_corpus
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, losses, records
+from megatron_slm.tokenizers.plain_tokenizers import NullTokenizer
+from megatron_slm.tokenizers.tokenizer import TokenizerFiles
 from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 NUMBERS = NullTokenizer(TokenizerFiles(vocab_size=5000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny import command, launch_and_fail, make_corpus
+from megatron_slm.testing.tiny import command, launch_and_fail, make_corpus
 
 
 def test_divergence_names_step_rank_and_place(tmp_path: Path) -> None:

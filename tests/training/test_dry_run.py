@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import command, launch, make_corpus
 
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.tiny import command, launch, make_corpus
 
 TAIL = 40  # bytes at the end of a file, in the data of its last tensor
 

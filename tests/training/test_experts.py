@@ -10,13 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import command, launch, make_corpus, records
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.objective import selective_loss as objective
 from megatron_slm.objective.selection import strategies
 from megatron_slm.objective.selection.exact import Selection
-from megatron_slm.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, make_corpus, records
 from megatron_slm.training import step as step_module
 from megatron_slm.training.state import TrainState
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny import GLOBAL_BATCH, command, launch, losses, make_corpus, records
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.objective.linear_cross_entropy import chunked
-from megatron_slm.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import GLOBAL_BATCH, command, launch, losses, make_corpus, records
 
 
 @pytest.fixture(scope="module")

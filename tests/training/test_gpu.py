@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import command, make_corpus, records
+
+from megatron_slm.testing.tiny import command, make_corpus, records
 
 SLM = {"train_iters": 3, "objective": "slm", "slm_score": "token-loss", "finetune": True}
 RUNS: dict[str, dict[str, Any]] = {

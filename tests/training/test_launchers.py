@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny import command, make_corpus, records
 
-from megatron_slm import pretrain
+from megatron_slm.cli import pretrain
 from megatron_slm.runtime import reporting
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, make_corpus, records
 from megatron_slm.training import loop
 
 Output = tuple[int, str, str]  # exit code, standard output, standard error

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MODEL, command, launch, launch_and_fail, make_corpus, records
+
+from megatron_slm.testing.tiny import MODEL, command, launch, launch_and_fail, make_corpus, records
 
 LAYOUTS = [
     *[(1, 1, 2), (1, 2, 1), (2, 1, 1)],

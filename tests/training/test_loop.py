@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from ranks import run_ranks
-from tiny import _main, command, launch_and_fail, launch_each, make_corpus, records
+
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import _main, command, launch_and_fail, launch_each, make_corpus, records
 
 
 @pytest.fixture(scope="module")

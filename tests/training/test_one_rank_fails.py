@@ -13,11 +13,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from ranks import run_ranks
-from tiny import command, launch, make_corpus
 
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
 from megatron_slm.runtime import process, reporting
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, make_corpus
 
 SKIP = "--no-slm-verify-checksums"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MODEL, command, launch, make_corpus, records
+
+from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus, records
 
 HEADS = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import score_corpus
 from former_sidecars import make_former
-from ranks import run_ranks
-from tiny import command, launch, launch_each, make_corpus, records
 
+from megatron_slm.cli import score_corpus
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.schema import ParallelConfig, ReferenceConfig
-from megatron_slm.data.scores.sidecar import HEADER_BYTES
-from megatron_slm.data.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
-from megatron_slm.pretrain import main
 from megatron_slm.reference.scoring import ScoringJob, score_corpora
 from megatron_slm.runtime import process
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import ParallelLayout
+from megatron_slm.scores.sidecar import HEADER_BYTES
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, launch_each, make_corpus, records
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
 
 def _score(rank: int, world_size: int, jobs: list[ScoringJob]) -> None:

@@ -9,10 +9,10 @@ import resource
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-from tiny import command, launch, launch_and_fail, losses, make_corpus, records
 
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, launch_and_fail, losses, make_corpus, records
 
 OPTIMIZERS = {"distributed": ["--use-distributed-optimizer"], "plain": []}
 

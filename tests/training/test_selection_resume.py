@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-from tiny import command, losses, make_corpus, records
 
-from megatron_slm.pretrain import main
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, losses, make_corpus, records
 
 
 def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:

@@ -7,11 +7,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from ranks import run_ranks
-from tiny import command, launch, losses, make_corpus, records
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.schema import Config
-from megatron_slm.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, losses, make_corpus, records
 from megatron_slm.training import checkpoint
 from megatron_slm.training.state import TrainState
 

@@ -8,15 +8,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny import _main, command, launch, launch_and_fail, make_corpus, records
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config
-from megatron_slm.pretrain import main
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import SlurmJob
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import _main, command, launch, launch_and_fail, make_corpus, records
 from megatron_slm.training.preflight import resolve_values
 from megatron_slm.training.save_directory import Origin, RunRecord, read_record, write_record
 from megatron_slm.training.start import Start, plan_start, prepare_save

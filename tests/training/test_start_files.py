@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import score_corpus
-from ranks import run_ranks
-from tiny import command, launch, make_corpus
-
-from megatron_slm import pretrain
+from megatron_slm.cli import pretrain, score_corpus
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, launch, make_corpus
 
 Opens = dict[str, int]  # by path relative to the directory that is watched
 

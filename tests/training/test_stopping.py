@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
-from ranks import run_ranks
-from tiny import _main, command, launch, losses, make_corpus, records
 
 from megatron_slm.config.checkpoint_files import latest_step
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import _main, command, launch, losses, make_corpus, records
 from megatron_slm.training import stopping
 
 FOREVER = ["--train-iters", "1000000", "--lr-decay-iters", "1000"]

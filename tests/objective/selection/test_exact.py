@@ -9,7 +9,6 @@ import definition
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
@@ -19,6 +18,7 @@ from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selective_loss import SelectiveLoss, selective_loss
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.errors import ConfigError, DivergedError
+from megatron_slm.testing.ranks import run_ranks
 
 B, S, V = 4, 9, 24
 SCOPES = ("sequence", "micro-batch", "data-parallel", "global-batch")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
@@ -18,6 +17,7 @@ from megatron_slm.objective.selection.predictor import ThresholdPredictor, selec
 from megatron_slm.objective.selective_loss import selective_loss
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.errors import DivergedError
+from megatron_slm.testing.ranks import run_ranks
 
 WINDOW = 50
 Losses = Callable[[int, np.random.Generator], np.ndarray]

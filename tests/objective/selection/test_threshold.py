@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 
 from megatron_slm.objective.selection.exact import selected_count
 from megatron_slm.objective.selection.threshold import key_values, order_keys, select_highest
+from megatron_slm.testing.ranks import run_ranks
 
 FLOATS = st.floats(width=32, allow_nan=False)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, 1e-45, -1e-45, 1.1754942e-38, 3.4e38])

@@ -1,0 +1,1 @@
+"""Checkpoint content: model weights and optimizer state in Megatron-Core's distributed format."""

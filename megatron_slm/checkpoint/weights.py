@@ -1,0 +1,224 @@
+"""Opens a checkpoint, verifies its content, and loads model weights from it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_sharded_metadata
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_slm.config.checkpoint_files import (
+    MANIFEST_FILE,
+    OTHER,
+    Manifest,
+    check_sizes,
+    locate_checkpoint,
+    read_manifest,
+)
+from megatron_slm.corpus.fingerprints import files_fingerprint
+from megatron_slm.mcore.pickles import UnsafePickleError, restricted_pickles
+from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
+from megatron_slm.runtime.collective import on_every_rank, on_first_rank
+from megatron_slm.runtime.console import notice
+from megatron_slm.runtime.errors import ConfigError, unreadable
+
+# Exceptions of Megatron-Core and torch for a checkpoint that cannot be read or written; torch's is no Exception.
+CHECKPOINT_ERRORS = (
+    *(CheckpointingException, CheckpointException, pickle.UnpicklingError),
+    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, EOFError, BadZipFile),
+)
+DAMAGE = (pickle.UnpicklingError, EOFError, BadZipFile, UnicodeDecodeError, AttributeError, TypeError, IndexError)
+EXTRA_STATE = "_extra_state"
+VERIFY_FLAG = "--no-slm-verify-checksums"
+
+
+def open_checkpoint(path: str, step: int | None, flag: str, *, verify: bool = True) -> Path:
+    """Return the directory of a complete checkpoint. Collective over all ranks, which share the reading.
+
+    Args:
+        path: a directory with a tracker file, or one ``iter_*`` directory itself.
+        step: a step that the user asked for, or None for the newest.
+        flag: the flag that gave ``path``, for error messages.
+        verify: compare the content of every file with its checksum; sizes are compared in any case.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it is incomplete, unreadable or damaged; on every rank.
+    """
+    directory = on_first_rank(lambda: find_checkpoint(path, step, flag))
+    manifest = on_first_rank(lambda: read_manifest(directory, flag))
+    _check_copies(directory, manifest, flag)
+    if verify:
+        _verify_checksums(directory, manifest, flag)
+    return directory
+
+
+def _check_copies(directory: Path, manifest: Manifest, flag: str) -> None:
+    """Check the sizes of the files of hosts that have their own copy of the directory. Collective over all ranks."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    is_first = rank == ranks_with_same_files([directory], flag)[0]
+    on_every_rank(lambda: check_sizes(directory, manifest, flag) if is_first and rank else None)
+
+
+def _verify_checksums(directory: Path, manifest: Manifest, flag: str) -> None:
+    """Compare the content of every file with its checksum. Collective over all ranks."""
+    if not manifest.checksums:
+        notice(f"{flag}: {directory} has no checksums (written by an earlier version); only file sizes were verified.")
+        return
+    names = sorted(manifest.files)
+    found = dict(zip(names, file_checksums([directory / name for name in names], flag), strict=True))
+    on_every_rank(lambda: _compare_checksums(directory, manifest, found, flag))
+
+
+def _compare_checksums(directory: Path, manifest: Manifest, found: dict[str, str], flag: str) -> None:
+    for name, checksum in found.items():
+        if manifest.checksums.get(name) != checksum:
+            raise ConfigError(
+                f"{flag}: the checkpoint {directory} is damaged: the content of {name} does not match its checksum. "
+                f"{OTHER} {VERIFY_FLAG} skips this check."
+            )
+
+
+def find_checkpoint(path: str, step: int | None, flag: str) -> Path:
+    """Return the directory of a complete checkpoint, on this rank alone; arguments and errors as above.
+
+    The manifest is verified, the content of the files is not.
+    """
+    directory = locate_checkpoint(path, step, flag)
+    check_sizes(directory, read_manifest(directory, flag, text_checksum), flag)
+    return directory
+
+
+def checkpoint_fingerprint(directory: Path, flag: str) -> str:
+    """Return the fingerprint of a complete checkpoint: of its manifest and of every file that the manifest names."""
+    names = [MANIFEST_FILE, *sorted(read_manifest(directory, flag).files)]
+    return files_fingerprint(directory / name for name in names)
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Megatron-Core's sharded state of all model chunks; keys are global, so that any layout can read it."""
+    metadata = ensure_metadata_has_dp_cp_group(None)
+    states = (chunk.sharded_state_dict(metadata=metadata) for chunk in chunks)  # type: ignore[operator]
+    return {f"model{index}": state for index, state in enumerate(states)}
+
+
+def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, Any]:
+    """Read ``state`` (sharded, as Megatron-Core describes it) from a checkpoint directory. Collective over all ranks.
+
+    torch shares errors of its reading among the ranks. Files that Megatron-Core reads on each rank before that are read
+    by :func:`saved_keys`, which the caller calls first.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read, or does not hold what the model needs, for example another size; on
+            every rank.
+    """
+
+    def load() -> dict[str, Any]:
+        with explained_load(directory, flag):
+            return dist_checkpointing.load(state, str(directory))
+
+    return on_every_rank(load)
+
+
+def check_metadata(directory: Path, flag: str) -> None:
+    """Check that ``.metadata`` and ``common.pt`` can be read: torch prints a traceback if they cannot. Collective.
+
+    Raises:
+        ConfigError: they are damaged, or hold code; on every rank.
+    """
+
+    def check() -> None:
+        with explained_load(directory, flag):
+            load_sharded_metadata(str(directory))
+            if not isinstance(load_common_state_dict(str(directory)), dict):
+                raise pickle.UnpicklingError("common.pt holds no dictionary")
+
+    on_first_rank(check)
+
+
+def saved_keys(directory: Path, flag: str) -> frozenset[str]:
+    """Return the keys of all tensors and objects of a checkpoint. Collective over all ranks.
+
+    Raises:
+        ConfigError: a file that describes the checkpoint cannot be read on some rank; on every rank.
+    """
+
+    def read() -> frozenset[str]:
+        with explained_load(directory, flag):
+            dist_checkpointing.load_common_state_dict(str(directory))
+            return frozenset(load_sharded_metadata(str(directory)))
+
+    return on_every_rank(read)
+
+
+@contextmanager
+def explained_load(directory: Path, flag: str) -> Iterator[None]:
+    """Read pickles restricted, and turn errors of the block into a ConfigError with the reason and a remedy."""
+    try:
+        with restricted_pickles():
+            yield
+    except CHECKPOINT_ERRORS as error:
+        cause = _root_cause(error)
+        if isinstance(cause, OSError):
+            raise unreadable(flag, cause.filename or directory, cause) from error
+        raise ConfigError(f"{flag}: {_explain(cause, directory)}") from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the first rank's exception that torch has collected from all ranks, or the one that it replaced."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return _root_cause(next(iter(error.failures.values()))[0])
+    return error
+
+
+def _explain(error: BaseException, directory: Path) -> str:
+    if isinstance(error, UnsafePickleError):
+        return (
+            f"{error}. It could run code and was not loaded. Use a checkpoint of a source that you trust, written by "
+            "megatron_slm or Megatron-LM."
+        )
+    if isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error):
+        return f"the checkpoint {directory} is damaged: {brief(error)}. {OTHER}"
+    return (
+        f"the checkpoint {directory} does not fit this run: {brief(error)}. "
+        "Compare its config.yaml with the model's flags."
+    )
+
+
+def brief(error: BaseException) -> str:
+    """Return the last line of an error, which names the reason on the rank that failed."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def loadable_model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Return the sharded state to request from a checkpoint: all but Transformer Engine's ``_extra_state``.
+
+    Layers of the two implementations differ in these entries alone. Without FP8 they hold nothing, and Transformer
+    Engine would unpickle them.
+    """
+    return {
+        chunk: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
+        for chunk, state in model_state(chunks).items()
+    }
+
+
+def put_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Copy weights that :func:`load_state` has read into the model chunks, which keep their ``_extra_state``."""
+    for index, chunk in enumerate(chunks):
+        present = {key: value for key, value in chunk.state_dict().items() if key.endswith(EXTRA_STATE)}
+        chunk.load_state_dict({**loaded[f"model{index}"], **present})
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], directory: Path, flag: str) -> None:
+    """Load the weights alone, for any layout that wrote them. Collective over all ranks."""
+    saved_keys(directory, flag)
+    put_weights(chunks, load_state(loadable_model_state(chunks), directory, flag))

@@ -1,0 +1,1 @@
+"""Commands, one module each: the trainer and the tools."""

@@ -1,0 +1,94 @@
+"""Tell what a .bin/.idx corpus holds: counts, lengths, documents; and whether it is whole (--check)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_slm.config.flags import Parser, parse_strictly
+from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.tokenizer import Tokenizer, tokenizer_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Raises:
+        ConfigError: an unknown flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("prefix", type=expanded_user, help="path of the corpus without .bin and .idx")
+    add("--documents", nargs="+", type=int, default=[], metavar="N", help="show these; -1 is the last")
+    add("--max-tokens", type=int, default=1000, help="tokens that are shown of each document; 0: all")
+    add("--plot", type=expanded_user, metavar="FILE.png", help="write the histogram of lengths as a plot")
+    add(
+        "--check", action="store_true", help="read the whole corpus and tell all damage; exit code 2 where there is any"
+    )
+    group = parser.add_argument_group(
+        "tokenizer", "decodes documents and limits ids; --vocab-size alone limits ids without a tokenizer"
+    )
+    add_tokenizer_flags(group)
+    return parse_strictly(parser, sys.argv[1:], {})
+
+
+def main() -> int:
+    from megatron_slm.runtime.console import make_console
+
+    console = make_console()
+    try:
+        arguments = parse_arguments()
+        tokenizer = _tokenizer(arguments)
+        if arguments.check and _check(arguments, tokenizer, console):
+            return ConfigError.exit_code
+        _show(arguments, tokenizer, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
+    config = config_of_tokenizer_flags(arguments)
+    return None if config.tokenizer.tokenizer_type is None else tokenizer_of(config)
+
+
+def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> bool:
+    """Print all damage; whether there is any."""
+    from megatron_slm.corpus.integrity import check_integrity
+
+    limit = tokenizer.vocab_size if tokenizer else getattr(arguments, "vocab_size", None)
+    found = check_integrity(arguments.prefix, limit)
+    for damage in found.damage:
+        for line in damage.lines():
+            print(line, file=sys.stderr)
+    if found.damage:
+        print(f"error: {arguments.prefix} is damaged. Make it again with tools/preprocess_data.py.", file=sys.stderr)
+    elif found.vocab_size is None:
+        console.print(f"{arguments.prefix} is whole; ids were not looked at (no corpus metadata: give --vocab-size)")
+    else:
+        console.print(f"{arguments.prefix} is whole, and all ids lie below {found.vocab_size:,}")
+    return bool(found.damage)
+
+
+def _show(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> None:
+    from megatron_slm.corpus.checks import check_tokenizer
+    from megatron_slm.corpus.inspection import Lengths, open_corpus
+    from megatron_slm.corpus.inspection_view import plot_lengths, print_counts, print_document
+
+    index = open_corpus(arguments.prefix)
+    if tokenizer is not None and index.sequences:
+        check_tokenizer(arguments.prefix, tokenizer, "the corpus")
+    lengths = Lengths.of(index)
+    print_counts(console, index, lengths)
+    for number in arguments.documents:
+        print_document(console, index, number, tokenizer, arguments.max_tokens)
+    if arguments.plot is not None:
+        plot_lengths(lengths, Path(arguments.prefix).name, Path(arguments.plot))
+        console.print(f"wrote {arguments.plot}")

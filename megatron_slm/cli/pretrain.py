@@ -1,0 +1,99 @@
+"""The command line of the trainer: ``torchrun ... -m megatron_slm.pretrain``, or one process without torchrun.
+
+Heavy imports are inside functions: ``--help`` and the checks of flag values need no torch, nor do the helper processes
+that the checkpoint format starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from megatron_slm.config.flags import parse
+from megatron_slm.config.recipe import dump_config
+from megatron_slm.config.schema import Config
+from megatron_slm.runtime.launch import read_launch
+from megatron_slm.runtime.reporting import run_command
+from megatron_slm.runtime.signals import StopSignals
+from megatron_slm.training.preflight import check_device, check_files, check_memory, default_device, resolve_values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 2 for a mistake of the user's, 3 if training diverged."""
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+    command = parse(argv)
+    launch = read_launch()
+    if command.action == "print-config":
+        if launch.rank == 0:
+            print(dump_config(command.config), end="")
+        return
+    config = resolve_values(command.config, launch.world_size)
+    if command.action == "train":
+        handles = config.training.exit_signal_handler
+        with StopSignals(announces=launch.rank == 0) if handles else nullcontext() as signals:
+            _train(config, command.note, signals)
+    elif launch.rank == 0:
+        _print_plan(config, command.note, launch.world_size)
+
+
+def _print_plan(config: Config, note: str, world_size: int) -> None:
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.training.plan import print_plan
+    from megatron_slm.training.resume import check_start
+    from megatron_slm.training.setup import find_reference, score_headers
+    from megatron_slm.training.start import plan_start
+
+    console = make_console()
+    tokenizer = tokenizer_of(config)
+    check_files(config, tokenizer, verify=True)
+    check_device(config, default_device())
+    if note:
+        console.print(note, markup=False)
+    start = plan_start(config)
+    trains = not config.training.skip_train
+    reference = find_reference(config, score_headers(config, tokenizer)) if trains else None
+    differences = check_start(start, start.adjusted(config), tokenizer, reference)
+    console.print(*filter(None, (start.describe(config.checkpoint.save), differences)), sep="\n", markup=False)
+    print_plan(console, config, tokenizer.vocab_size, world_size)
+
+
+def _train(config: Config, note: str, signals: StopSignals | None) -> None:
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.collective import on_every_rank, on_first_rank
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.runtime.software import describe_software
+    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.training.loop import train
+    from megatron_slm.training.metrics import print_settings
+    from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
+    from megatron_slm.training.setup import build_run, parallel_layout
+    from megatron_slm.training.sinks import closing_all
+
+    groups = process.start(
+        parallel_layout(config),
+        backend=config.parallel.distributed_backend,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+        seed=config.training.seed,
+    )
+    if signals is not None:
+        signals.remember_all()
+    tokenizer = on_every_rank(lambda: tokenizer_of(config))
+    on_first_rank(lambda: check_files(config, tokenizer))
+    on_every_rank(lambda: check_device(config, groups.device))
+    on_every_rank(lambda: check_memory(config, tokenizer.vocab_size, groups.device))
+    console = make_console(groups.is_logging_rank)
+    console.print(describe_software(groups))
+    if note:
+        console.print(note, markup=False)
+    print_settings(console, config)
+    save = None if config.training.skip_train else config.checkpoint.save
+    with locked_save(save):
+        with unchanged_if_refused(save):
+            run = build_run(config, tokenizer, groups, console)
+        with closing_all(run.sinks):
+            train(run, signals)

@@ -1,0 +1,141 @@
+"""Score corpora once with a reference model: a sidecar of reference losses beside each, for --reference-scores.
+
+Runs as one process or under torchrun, in any layout. The same command continues a job that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_slm.config.flags import Parser, parse_strictly
+from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
+from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
+from megatron_slm.runtime.launch import read_launch
+from megatron_slm.runtime.reporting import run_command
+
+if TYPE_CHECKING:
+    from megatron_slm.tokenizers.tokenizer import Tokenizer
+
+
+REFUSED = {"--score-bytes": "Values have two bytes; leave the flag out."}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the values of the flags.
+
+    Raises:
+        ConfigError: an unknown or removed flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--reference-load",
+        type=expanded_user,
+        required=True,
+        help="checkpoint of the reference model, made by this trainer",
+    )
+    add("--reference-ckpt-step", type=int, help="step of the reference model; default the newest")
+    add("--reference-precision", choices=("fp32", "bf16"), help="default that of the reference model's own run")
+    add(
+        "--data-path",
+        type=expanded_user,
+        nargs="+",
+        required=True,
+        help="corpora, or a blend as for training (its weights do not matter)",
+    )
+    add(
+        "--reference-scores",
+        type=expanded_user,
+        required=True,
+        metavar="NAME",
+        help="NAME makes CORPUS.NAME.scores; also DIRECTORY/NAME",
+    )
+    add(
+        "--context",
+        choices=("document", "stream"),
+        default="document",
+        help="text before a token: its document's, or the corpus's",
+    )
+    add("--stride", type=int, help="tokens between scoring windows; default half the model's --seq-length")
+    add("--entropy", action="store_true", help="also the entropies, which --slm-score reference-entropy needs")
+    add(
+        "--slm-verify-checksums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the content of the checkpoint with its checksums before use",
+    )
+    add("--micro-batch-size", type=int, default=8, help="sequences in one forward pass of one data-parallel rank")
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--sequence-parallel", action="store_true")
+    add("--distributed-backend", choices=("nccl", "gloo"), help="default nccl on GPUs, gloo on CPUs")
+    add("--distributed-timeout-minutes", type=int, default=10)
+    group = parser.add_argument_group("tokenizer", "default: that of the reference model's run")
+    add_tokenizer_flags(group)
+    return parse_strictly(parser, argv, REFUSED)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: score(parse_arguments(sys.argv[1:] if argv is None else argv)))
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Score the corpora of the flags."""
+    from megatron_slm.data.datasets import parse_blend
+    from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.collective import on_first_rank
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.runtime.groups import ParallelLayout
+
+    launch = read_launch()
+    job = ScoringJob(
+        reference=ReferenceConfig(
+            reference_load=arguments.reference_load,
+            reference_ckpt_step=arguments.reference_ckpt_step,
+            reference_precision=arguments.reference_precision,
+        ),
+        corpora=parse_blend(arguments.data_path)[0],
+        name=arguments.reference_scores,
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+            pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+            sequence_parallel=arguments.sequence_parallel,
+        ),
+        micro_batch_size=arguments.micro_batch_size,
+        context=arguments.context,
+        stride=arguments.stride,
+        with_entropy=arguments.entropy,
+        verify_checksums=arguments.slm_verify_checksums,
+    )
+    job.check_values()
+    groups = process.start(
+        ParallelLayout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size),
+        backend=arguments.distributed_backend,
+        timeout_minutes=arguments.distributed_timeout_minutes,
+    )
+    tokenizer = find_tokenizer(on_first_rank(lambda: reference_config(job)), arguments)
+    on_first_rank(lambda: check_data(job.corpora, tokenizer))
+    score_corpora(job, tokenizer, groups, make_console(launch.rank == 0))
+
+
+def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Raise ConfigError for a corpus that is missing, damaged, or of another tokenizer, before the model is loaded."""
+    from megatron_slm.corpus.checks import check_corpus, check_tokenizer
+
+    for prefix in prefixes:
+        check_corpus(prefix, "--data-path")
+        check_tokenizer(prefix, tokenizer, "--data-path")
+
+
+def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Tokenizer:
+    """Return the tokenizer of the reference model's run, with the settings that the flags replace."""
+    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+
+    settings = {**to_flat_dict(config), **given_tokenizer_settings(arguments)}
+    return tokenizer_of(from_flat_dict(settings, "command line"))

@@ -1,0 +1,59 @@
+"""Train a sentencepiece tokenizer (BPE or unigram) with Llama-like defaults."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_slm.config.flags import Parser, parse_strictly
+from megatron_slm.config.paths import expanded_user
+from megatron_slm.preprocessing.documents import find_inputs
+from megatron_slm.preprocessing.reading_flags import add_reading_flags
+from megatron_slm.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import prepare_output
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Raises:
+        ConfigError: an unknown flag, or a bad value.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    add_reading_flags(parser)
+    add = parser.add_argument
+    add("--output-prefix", type=expanded_user, required=True, help="path of the model; .model and .vocab are added")
+    add("--vocab-size", type=int, default=32000, help="entries of the vocabulary [32000]")
+    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model [bpe]")
+    add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most [1000000]")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="threads of the trainer [all cores]")
+    return parse_strictly(parser, sys.argv[1:], {})
+
+
+def main() -> int:
+    prepare_output()
+    try:
+        arguments = parse_arguments()
+        job = TokenizerJob(
+            files=find_inputs(arguments.input),
+            output_prefix=arguments.output_prefix,
+            vocab_size=arguments.vocab_size,
+            model_type=arguments.model_type,
+            json_keys=arguments.json_keys,
+            max_lines=arguments.max_lines,
+            threads=arguments.threads,
+            skip_errors=arguments.on_error == "skip",
+            lone_surrogates=arguments.lone_surrogates,
+        )
+        trained = train_tokenizer(job)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; an existing model is unchanged", file=sys.stderr)
+        return 130
+    for message in trained.errors:
+        print(f"skipped {message}", file=sys.stderr)
+    print(f"wrote {trained.path} ({trained.vocab_size:,} pieces), {trained.skipped:,} skipped")
+    return 0

@@ -1,0 +1,1 @@
+"""Corpora on disk: .bin and .idx files, their metadata and checks."""

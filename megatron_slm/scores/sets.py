@@ -1,0 +1,210 @@
+"""The sidecars of a training run: their validation, and the combination of several reference models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_slm.config.schema import DataConfig, ReferenceConfig
+from megatron_slm.corpus.fingerprints import corpus_fingerprint
+from megatron_slm.data.blends import training_blend
+from megatron_slm.runtime.checksums import file_checksums
+from megatron_slm.runtime.collective import on_every_rank
+from megatron_slm.runtime.console import notice
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.scores.quantization import DTYPE
+from megatron_slm.scores.sidecar import (
+    FLAG,
+    HEADER_BYTES,
+    TOOL,
+    ScoresHeader,
+    Sidecar,
+    read_header,
+    rescore_command,
+    sidecar_path,
+)
+from megatron_slm.tokenizers.tokenizer import Tokenizer
+
+COMBINE = "--reference-combine"
+
+
+@dataclass(frozen=True)
+class Combine:
+    """Combination of the values of several reference models: their minimum, or their weighted mean."""
+
+    weights: tuple[float, ...] | None  # that add up to 1; None: the minimum
+
+    @staticmethod
+    def parse(text: str, count: int) -> Combine:
+        """Read ``--reference-combine`` for ``count`` sidecars: "mean", "min", or a weight for each.
+
+        Raises:
+            ConfigError: an unknown name, another number of weights, or weights that are not above 0.
+        """
+        if text == "mean":
+            return Combine((1 / count,) * count)
+        if text == "min":
+            return Combine(None)
+        try:
+            weights = [float(weight) for weight in text.split(",")]
+        except ValueError:
+            raise ConfigError(f"{COMBINE} should be mean, min, or weights such as 0.7,0.3, not {text!r}.") from None
+        if len(weights) != count:
+            raise ConfigError(f"{COMBINE} {text} has {len(weights)} weights, and {FLAG} names {count} sidecars.")
+        if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+            raise ConfigError(f"{COMBINE} {text}: every weight must be above 0.")
+        return Combine(tuple(weight / sum(weights) for weight in weights))
+
+    def __call__(self, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return one fp32 array from one per sidecar."""
+        if len(values) == 1:
+            return values[0]
+        if self.weights is None:
+            return np.minimum.reduce(list(values))
+        total = sum(weight * value.astype(np.float64) for weight, value in zip(self.weights, values, strict=True))
+        return np.asarray(total, np.float32)
+
+
+@dataclass(frozen=True)
+class CorpusScores:
+    """The sidecars of one corpus, combined."""
+
+    sidecars: tuple[Sidecar, ...]
+    combine: Combine
+    with_entropy: bool
+
+    def losses(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the reference losses of the tokens [start, stop) of the corpus, in nats."""
+        return self.combine([sidecar.losses(start, stop) for sidecar in self.sidecars])
+
+    def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the reference entropies of the tokens [start, stop) of the corpus, in nats."""
+        return self.combine([sidecar.entropies(start, stop) for sidecar in self.sidecars])
+
+
+ScoreSet = dict[str, CorpusScores]  # by the prefix of the corpus
+Headers = dict[Path, ScoresHeader]  # of sidecars, by path
+
+
+def open_scores(reference: ReferenceConfig, headers: Headers, data: DataConfig, *, with_entropy: bool) -> ScoreSet:
+    """Map the sidecars of every corpus that the run trains on.
+
+    Args:
+        headers: from :func:`check_scores`.
+
+    Raises:
+        ConfigError: a sidecar is missing or cut short on this host.
+    """
+    names = reference.reference_scores
+    combine = Combine.parse(reference.reference_combine, len(names))
+    return {
+        prefix: CorpusScores(
+            tuple(Sidecar(path, headers[path]) for path in (sidecar_path(prefix, name) for name in names)),
+            combine,
+            with_entropy,
+        )
+        for prefix in training_blend(data)[0]
+    }
+
+
+def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokenizer, *, with_entropy: bool) -> Headers:
+    """Return the headers of the sidecars of every corpus that the run trains on.
+
+    Args:
+        with_entropy: the score needs entropies.
+
+    Raises:
+        ConfigError: a sidecar that is missing, damaged, unfinished or of a former format, that belongs to another
+            corpus or tokenizer, that lacks entropies, or whose reference model or context is not the same over the
+            corpora of a blend.
+    """
+    Combine.parse(reference.reference_combine, len(reference.reference_scores))
+    prefixes = list(dict.fromkeys(training_blend(data)[0]))
+    corpora = {prefix: corpus_fingerprint(prefix) for prefix in prefixes}
+    found: Headers = {}
+    for name in reference.reference_scores:
+        first = sidecar_path(prefixes[0], name)
+        for prefix in prefixes:
+            path = sidecar_path(prefix, name)
+            header = found[path] = read_header(path)
+            _check_format(path, header, rescore_command(prefixes, name, header, with_entropy=with_entropy))
+            _check_belongs(path, header, prefix, corpora[prefix], tokenizer)
+            if with_entropy and header.entropy is None:
+                raise ConfigError(
+                    f"{FLAG}: {path} holds no entropies, which this --slm-score needs. Remove it, and make it again "
+                    f"with {TOOL} --entropy."
+                )
+            _check_alike(first, found[first], path, header)
+    return found
+
+
+def verify_scores(headers: Headers) -> None:
+    """Compare the content of all sidecars with their checksums. Collective over all ranks, which share the reading.
+
+    Raises:
+        ConfigError: a sidecar is damaged or cannot be read; on every rank.
+    """
+    for path, header in headers.items():
+        if header.checksum is None:
+            notice(f"{FLAG}: {path} has no checksum (written by an earlier version); its content is not verified.")
+    recorded = {path: header.checksum for path, header in headers.items() if header.checksum is not None}
+    found = file_checksums(list(recorded), FLAG, start=HEADER_BYTES)
+    on_every_rank(lambda: _compare_checksums(recorded, found))
+
+
+def _compare_checksums(recorded: dict[Path, str], found: Sequence[str]) -> None:
+    for (path, wanted), checksum in zip(recorded.items(), found, strict=True):
+        if checksum != wanted:
+            raise ConfigError(
+                f"{FLAG}: {path} is damaged: its content does not match its checksum. Copy it again, or remove it and "
+                f"make it again with {TOOL}. --no-slm-verify-checksums skips this check."
+            )
+
+
+def recorded_tokenizer(tokenizer: Tokenizer) -> str:
+    """Return the name of a tokenizer in a sidecar's header."""
+    return f"{tokenizer.name} {tokenizer.fingerprint}"
+
+
+def _check_format(path: Path, header: ScoresHeader, rescore: str) -> None:
+    if header.bytes_per_value != DTYPE.itemsize:
+        raise ConfigError(
+            f"{FLAG}: {path} has one byte per value, a format of earlier releases; values have two bytes now. Score "
+            f"again, with the reference model of fingerprint {header.reference} as CHECKPOINT:\n  {rescore}"
+        )
+
+
+def _check_belongs(path: Path, header: ScoresHeader, prefix: str, corpus: str, tokenizer: Tokenizer) -> None:
+    if header.corpus != corpus:
+        raise ConfigError(
+            f"{FLAG}: {path} was made for a corpus of fingerprint {header.corpus}, and {prefix} has {corpus}. "
+            f"Remove the sidecar, and score the corpus as it is now with {TOOL}."
+        )
+    ours = recorded_tokenizer(tokenizer)
+    if header.tokenizer != ours:
+        raise ConfigError(
+            f"{FLAG}: {path} was made with the tokenizer {header.tokenizer}, and this run has {ours}. "
+            "The reference model must have the run's tokenizer."
+        )
+    if header.eod not in (None, tokenizer.eod):
+        raise ConfigError(
+            f"{FLAG}: {path} was made with the end-of-document id {header.eod}, and this run has {tokenizer.eod}. "
+            f"Give --eod-id {header.eod}, or remove the sidecar and make it again with {TOOL} --eod-id {tokenizer.eod}."
+        )
+
+
+def _check_alike(first: Path, ours: ScoresHeader, other: Path, theirs: ScoresHeader) -> None:
+    for subject, one, two in (
+        ("the reference model", ours.reference, theirs.reference),
+        ("the context", ours.context, theirs.context),
+    ):
+        if one != two:
+            raise ConfigError(
+                f"{FLAG}: {first} was made with {subject} {one}, and {other} with {two}. "
+                "All corpora of a blend must be scored alike."
+            )

@@ -1,0 +1,1 @@
+"""Multi-rank runner, tiny models and corpora for tests and benchmarks."""

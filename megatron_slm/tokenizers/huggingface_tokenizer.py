@@ -1,0 +1,128 @@
+"""Tokenizers of the library ``tokenizers``: a ``tokenizer.json``, or GPT-2's vocabulary and merges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.base import TEXT, BaseTokenizer, TokenizerFiles, fingerprint_of, no_eod, required_file
+from megatron_slm.tokenizers.declared_end import declared_end, json_settings
+from megatron_slm.tokenizers.fast_model import FastModel
+from megatron_slm.tokenizers.huggingface_fast import huggingface_fast_model
+
+
+class _TokenizersModel(BaseTokenizer):
+    """A tokenizer of the library ``tokenizers``.
+
+    Special tokens in a text are text, or with ``special_tokens`` "tokens" the tokens, as Megatron-LM reads them.
+    """
+
+    model: Any
+
+    def _use(self, model: Any, files: TokenizerFiles) -> None:
+        model.encode_special_tokens = files.special_tokens == TEXT
+        self.model = model
+        ids = model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        added = model.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
+
+    @property
+    def entries(self) -> int:
+        return self.model.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def ends_texts(self) -> bool:
+        return self.encode("a")[-1:] == [self.eod]
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids), skip_special_tokens=False)
+
+    def fast_model(self) -> FastModel:
+        return huggingface_fast_model(self.model)
+
+
+class HuggingFaceTokenizer(_TokenizersModel):
+    """A ``tokenizer.json`` (or the directory that holds it), read offline by the tokenizers library.
+
+    A document ends with the token of --eod-id, else the one that the files beside it declare (see declared_end.py).
+    Special tokens that the file's post-processor puts around a text are put there, as in Megatron-LM; truncation and
+    padding are not.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        import tokenizers
+
+        path = Path(files.model or "")
+        path = path / "tokenizer.json" if path.is_dir() else path
+        path = required_file(str(path) if files.model else None, "--tokenizer-model", "HuggingFaceTokenizer")
+        super().__init__(fingerprint_of(path), f"--tokenizer-model {path}")
+        try:
+            declared = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
+            model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for a file that it cannot read
+            raise ConfigError(f"--tokenizer-model {path} is not a tokenizer.json: {error}") from error
+        model.no_truncation()
+        model.no_padding()
+        _check_declared_ids(path, declared, model)
+        self._use(model, files)
+        self.eod = declared_end(path, model.token_to_id) if files.eod_id is None else files.eod_id
+
+
+class GPT2BPETokenizer(_TokenizersModel):
+    """GPT-2's byte-level BPE from a vocabulary and a merge file; <|endoftext|> ends a document."""
+
+    END = "<|endoftext|>"
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        from tokenizers import Tokenizer as Model
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocab = required_file(files.vocab, "--vocab-file", "GPT2BPETokenizer")
+        merges = required_file(files.merges, "--merge-file", "GPT2BPETokenizer")
+        super().__init__(fingerprint_of(vocab, merges), f"--vocab-file {vocab}, --merge-file {merges}")
+        try:
+            model = Model(models.BPE.from_file(str(vocab), str(merges)))
+        except Exception as error:  # the library raises bare Exception for a file that it cannot read
+            raise ConfigError(f"--vocab-file {vocab} and --merge-file {merges} cannot be read: {error}") from error
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        if (end := model.token_to_id(self.END)) is not None:
+            model.add_special_tokens([self.END])
+        self._use(model, files)
+        eod = end if files.eod_id is None else files.eod_id
+        if eod is None:
+            raise no_eod(f"--vocab-file {vocab}")
+        self.eod = eod
+
+
+def _check_declared_ids(path: Path, declared: Sequence[dict[str, Any]], model: Any) -> None:
+    """Raise ConfigError if the library loads an added token under another id than a file declares.
+
+    The library numbers added tokens behind the count of entries, so that a vocabulary with holes gives them ids of
+    other tokens.
+    """
+    for token in declared:
+        if (loaded := model.token_to_id(token["content"])) != token["id"]:
+            raise _other_id(path, token["content"], token["id"], loaded)
+    config = path.with_name("tokenizer_config.json")
+    decoder = json_settings(config).get("added_tokens_decoder")
+    for name, token in decoder.items() if isinstance(decoder, dict) else ():
+        content = token.get("content") if isinstance(token, dict) else None
+        loaded = model.token_to_id(content) if isinstance(content, str) else None
+        if loaded is not None and name != str(loaded):
+            raise _other_id(config, content, name, loaded)
+
+
+def _other_id(path: Path, token: Any, declared: Any, loaded: int | None) -> ConfigError:
+    return ConfigError(
+        f"--tokenizer-model: {path} declares the added token {token!r} with id {declared}, and the tokenizers library "
+        f"loads it with id {loaded}. Put the token into the vocabulary of tokenizer.json under its id, and fill holes "
+        "of the vocabulary with unused entries."
+    )

@@ -1,0 +1,35 @@
+"""The identity of a tokenizer, as corpora and checkpoints record it, and its comparison with a run's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_slm.tokenizers.base import Tokenizer
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the identity that corpora and checkpoints record."""
+    return {
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+    }
+
+
+def identity_conflict(recorded: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str, str, str] | None:
+    """Return the recorded tokenizer, this one, and a remedy, in words, if their identities differ; else None.
+
+    Earlier releases recorded no end-of-document id, and the number of entries as the vocabulary size.
+    """
+    eod = recorded.get("eod", tokenizer.eod)
+    sizes = (tokenizer.vocab_size,) if "eod" in recorded else (tokenizer.vocab_size, tokenizer.entries)
+    for field, theirs, ours, remedy in (
+        ("vocabulary size", recorded["vocab_size"], sizes, "Use the same tokenizer"),
+        ("fingerprint", recorded["fingerprint"], (tokenizer.fingerprint,), "Use the same tokenizer"),
+        ("end-of-document id", eod, (tokenizer.eod,), f"Give --eod-id {eod}, or use the same tokenizer"),
+    ):
+        if theirs not in ours:
+            return f"{recorded['name']} of {field} {theirs}", f"{tokenizer.name} of {field} {ours[0]}", remedy
+    return None

@@ -1,0 +1,67 @@
+"""SentencePiece models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.base import (
+    TOKENS,
+    BaseTokenizer,
+    TokenizerFiles,
+    fingerprint_of,
+    no_eod,
+    required_file,
+)
+from megatron_slm.tokenizers.fast_model import SPACE, FastModel, UnsupportedTokenizer
+from megatron_slm.tokenizers.sentencepiece_fast import sentencepiece_fast_model
+
+
+class SentencePieceTokenizer(BaseTokenizer):
+    """A SentencePiece model; a document ends with its </s>.
+
+    Control pieces in a text are text, or with ``special_tokens`` "tokens" those pieces: the text between them is then
+    encoded piece by piece, as by Megatron-LM's --tokenizer-sentencepiece-legacy.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        import sentencepiece
+
+        path = required_file(files.model, "--tokenizer-model", "SentencePieceTokenizer")
+        super().__init__(fingerprint_of(path), f"--tokenizer-model {path}")
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(f"--tokenizer-model {path} is not a sentencepiece model: {error}") from error
+        self.vocab_size = self.model.get_piece_size()
+        self.special_ids = frozenset(filter(self.model.is_control, range(self.vocab_size)))
+        eod = self.model.eos_id() if files.eod_id is None else files.eod_id
+        if eod < 0 and files.eod_id is None:
+            raise no_eod(self.source)
+        self.eod = eod
+        names = {self.model.id_to_piece(token): token for token in self.special_ids}
+        self._specials = names if files.special_tokens == TOKENS else {}
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+
+    def encode(self, text: str) -> list[int]:
+        if not self._specials:
+            return self.model.encode(text)
+        ids: list[int] = []
+        for place, part in enumerate(self._split(text)):
+            if place % 2:
+                ids.append(self._specials[part])
+            elif part:
+                found = self.model.encode(part)
+                begin = 1 if ids and found and self.model.id_to_piece(found[0]) == SPACE else 0  # of the dummy prefix
+                ids += found[begin:]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids))
+
+    def fast_model(self) -> FastModel:
+        if self._specials:
+            raise UnsupportedTokenizer("special tokens in texts are read as tokens")
+        return sentencepiece_fast_model(self.model)

@@ -1,0 +1,188 @@
+"""A run resumes with any optimizer, with the flags' settings, and with the schedule at the saved step."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import command, losses, make_corpus, records
+
+KINDS: dict[str, list[str]] = {
+    "plain": [],
+    "distributed": ["--use-distributed-optimizer"],
+    "bf16": ["--bf16"],
+    "bf16-distributed": ["--bf16", "--use-distributed-optimizer"],
+    "sgd": ["--optimizer", "sgd"],
+    "sgd-without-momentum": ["--optimizer", "sgd", "--sgd-momentum", "0"],
+}
+PAIRS = [
+    *(("plain", "distributed"), ("distributed", "plain"), ("bf16", "bf16-distributed"), ("bf16-distributed", "bf16")),
+    *(("plain", "bf16-distributed"), ("distributed", "bf16"), ("bf16", "distributed"), ("bf16-distributed", "plain")),
+    *(("sgd", "sgd"), ("sgd-without-momentum", "sgd-without-momentum")),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and output of one run."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def run_each(commands: list[list[str]]) -> list[Outcome]:
+    """Run the trainer once for each command line, in one process."""
+    return run_ranks(_run_each, 1, commands, initialise=False)[0]
+
+
+def _run_each(rank: int, world_size: int, commands: list[list[str]]) -> list[Outcome]:
+    outcomes = []
+    for argv in commands:
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = main(argv)
+        outcomes.append(Outcome(code, output.getvalue(), errors.getvalue()))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("optimizers") / "corpus", 1)
+
+
+SCHEDULE = ["--lr-warmup-iters", "1", "--lr-decay-style", "cosine", "--eval-iters", "0"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
+    """For each optimizer, an undisturbed run of four steps, and a checkpoint after two of them."""
+    folder = tmp_path_factory.mktemp("saved")
+    commands = []
+    for name, flags in KINDS.items():
+        commands.append(command(corpus, folder / f"{name}-whole", train_iters=4) + SCHEDULE + flags)
+        commands.append(command(corpus, folder / name, train_iters=4, exit_interval=2) + SCHEDULE + flags)
+    for outcome in run_each(commands):
+        assert outcome.code == 0, outcome.errors
+    return folder
+
+
+def resume(corpus: str, saved: Path, name: str, save: Path, *flags: str, **settings: Any) -> list[str]:
+    save.mkdir(parents=True, exist_ok=True)
+    return [*command(corpus, save, load=saved / name, **{"train_iters": 4, **settings}), *SCHEDULE, *flags]
+
+
+def test_every_optimizer_resumes_with_the_state_of_another(tmp_path: Path, corpus: str, saved: Path) -> None:
+    commands = [resume(corpus, saved, one, tmp_path / f"{one}-{other}", *KINDS[other]) for one, other in PAIRS]
+    for (one, other), outcome in zip(PAIRS, run_each(commands), strict=True):
+        assert outcome.code == 0, (one, other, outcome.errors)
+        whole = saved / f"{one}-whole"
+        if one == other:
+            assert losses(tmp_path / f"{one}-{other}") == losses(whole)[2:]
+            continue
+        rel = 1e-5 if ("bf16" in one) == ("bf16" in other) else 5e-3  # bf16 rounds weights and activations
+        assert _progress(tmp_path / f"{one}-{other}") == pytest.approx(_progress(whole)[4:], rel=rel), (one, other)
+
+
+def _progress(save: Path) -> list[float]:
+    return [record[name] for record in records(save) for name in ("loss", "lr")]
+
+
+def test_another_kind_of_optimizer_is_refused_or_begins_anew(tmp_path: Path, corpus: str, saved: Path) -> None:
+    refused, started = run_each(
+        [
+            resume(corpus, saved, "distributed", tmp_path / "refused", *KINDS["sgd"]),
+            resume(corpus, saved, "distributed", tmp_path / "started", *KINDS["sgd"], "--no-load-optim"),
+        ]
+    )
+    assert refused.code == 2
+    assert "--optimizer sgd differs" in refused.errors and "--no-load-optim" in refused.errors
+    assert started.code == 0, started.errors
+    assert "--optimizer adam -> sgd" in started.output
+
+
+def test_flags_decide_about_the_optimizer(tmp_path: Path, corpus: str, saved: Path) -> None:
+    """Each of them changes the step after the next, as it would not with the checkpoint's parameter groups."""
+    override = ["--lr", "2e-2", "--min-lr", "1e-3", "--weight-decay", "0.3", "--override-opt_param-scheduler"]
+    cases = {
+        "plain": [[], ["--adam-beta1", "0.5"], ["--adam-eps", "1e-2"], override],
+        "distributed": [[], ["--adam-beta2", "0.5"], override],
+    }
+    commands = [
+        resume(corpus, saved, kind, tmp_path / f"{kind}-{number}", *KINDS[kind], *flags)
+        for kind, each in cases.items()
+        for number, flags in enumerate(each)
+    ]
+    outcomes = run_each(commands)
+    assert [outcome.code for outcome in outcomes] == [0] * len(commands), outcomes
+    for kind, each in cases.items():
+        last = [records(tmp_path / f"{kind}-{number}")[-1] for number in range(len(each))]
+        assert len({record["loss"] for record in last}) == len(each)
+        assert last[-1]["lr"] > 1.5 * last[0]["lr"]
+    assert "--adam-beta1 0.9 -> 0.5" in outcomes[1].output
+
+
+def test_another_schedule_is_refused_unless_a_flag_decides(tmp_path: Path, corpus: str, saved: Path) -> None:
+    longer = {"train_iters": 8, "lr": "2e-2"}
+    use = "--use-checkpoint-opt_param-scheduler"
+    refused, override, checkpoint, without = run_each(
+        [
+            resume(corpus, saved, "plain", tmp_path / "refused", **longer),
+            resume(corpus, saved, "plain", tmp_path / "override", "--override-opt_param-scheduler", **longer),
+            resume(corpus, saved, "plain", tmp_path / "checkpoint", use, **longer),
+            resume(corpus, saved, "plain", tmp_path / "without", "--no-load-optim"),
+        ]
+    )
+    assert refused.code == 2 and use in refused.errors and "lr_decay_steps (in samples) 128" in refused.errors
+    assert override.code == checkpoint.code == without.code == 0, (override, checkpoint, without)
+    whole = [record["lr"] for record in records(saved / "plain-whole")]
+    rates = {name: [r["lr"] for r in records(tmp_path / name)] for name in ("override", "checkpoint", "without")}
+    assert rates["checkpoint"][:2] == whole[2:]
+    assert rates["checkpoint"][2:] == pytest.approx([0.0] * 4, abs=1e-9)
+    assert rates["without"] == whole[2:]  # no new warm-up
+    assert rates["override"][0] > 1.5 * whole[2] and len(rates["override"]) == 6
+    assert "--lr 0.02 ignored, 0.01 kept" in checkpoint.output
+
+
+def test_states_that_are_left_out(tmp_path: Path, corpus: str) -> None:
+    """Random states and optimizer states that are not saved, or saved and not loaded."""
+    dropout = {"hidden_dropout": 0.3, "train_iters": 4}
+    whole = [*command(corpus, tmp_path / "whole", **dropout), *SCHEDULE]
+    first = [*command(corpus, tmp_path / "run", **dropout, exit_interval=2), *SCHEDULE]
+    bare = [*command(corpus, tmp_path / "bare", **dropout, exit_interval=2), *SCHEDULE, "--no-save-rng"]
+
+    def again(name: str, save: str, *flags: str) -> list[str]:
+        return [*command(corpus, tmp_path / save, load=tmp_path / name, **dropout), *SCHEDULE, *flags]
+
+    outcomes = run_each(
+        [
+            whole,
+            first,
+            [*bare, "--no-save-optim"],
+            again("run", "same"),
+            again("run", "rng", "--no-load-rng"),
+            again("bare", "refused"),
+            again("bare", "started", "--no-load-optim"),
+            again("run", "tuned", "--finetune", "--no-load-optim", "--lr", "2e-2", "--optimizer", "sgd"),
+            again("run", "both", "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
+            again("run", "kept", "--use-checkpoint-opt_param-scheduler", "--no-load-optim", "--lr", "2e-2"),
+        ]
+    )
+    codes = dict(zip(("same", "rng", "refused", "started", "tuned", "both", "kept"), outcomes[3:], strict=True))
+    assert {name: outcome.code for name, outcome in codes.items()} == {
+        **dict.fromkeys(("same", "rng", "started", "tuned", "kept"), 0),
+        **dict.fromkeys(("refused", "both"), 2),
+    }, outcomes
+    assert losses(tmp_path / "same") == losses(tmp_path / "whole")[2:]
+    assert losses(tmp_path / "rng") != losses(tmp_path / "whole")[2:], "other dropout"
+    assert "holds no optimizer state" in codes["refused"].errors and "--no-load-optim" in codes["refused"].errors
+    assert [record["step"] for record in records(tmp_path / "started")] == [3, 4]
+    assert [record["step"] for record in records(tmp_path / "tuned")] == [1, 2, 3, 4]
+    assert "--lr 0.01 -> 0.02" in codes["kept"].output and "ignored" not in codes["kept"].output
