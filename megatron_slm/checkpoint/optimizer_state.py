@@ -1,10 +1,10 @@
-"""Optimizer state in checkpoints, in a form that every optimizer of a run can read.
+"""Load optimizer state from checkpoints independently of the optimizer implementation.
 
-Megatron-Core stores the state of its three optimizers (plain fp32, bf16 with fp32 master weights, distributed) under
-the same tensor names, but with different structures around them, and on loading lets the checkpoint's parameter groups
-replace those of the flags. Here tensors are read by name, and parameter groups remain those of the flags, with the
-checkpoint's step count. So a run can resume with another of these optimizers, with other betas, or with Transformer
-Engine's or apex's fused Adam in the place of torch's.
+Megatron-Core stores the state of its three optimizers (fp32, bf16 with fp32 master weights, distributed) under the same
+tensor names but in different structures, and on loading replaces the configured parameter groups with the
+checkpoint's. Here tensors are read by name, and parameter groups keep the configured settings with the checkpoint's
+step count. A run can therefore resume with another of these optimizers, with other betas, or with Transformer Engine's
+or apex's fused Adam instead of torch's.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron_slm.mcore.optimizer import allocate_adam_state, optimizer_parts, separate_adam_steps
 from megatron_slm.runtime.errors import ConfigError
 
-# The one sharding of the optimizer state that can be read back in any layout.
+# The only sharding of the optimizer state that can be loaded in any layout.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-MASTERS = {"param", "fp32_param"}  # names of master weights: of the distributed optimizer, of the bf16 optimizer
+MASTERS = {"param", "fp32_param"}  # names of master weights in the distributed and the bf16 optimizer
 MOMENTUM = "momentum_buffer"
 _KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<name>\w+?)\.(?P<parameter>.+)")
 
@@ -49,22 +49,22 @@ def load_optimizer_state(
     read: Reader,
     flag: str,
 ) -> None:
-    """Load the optimizer's tensors and set its step count. The model's weights must have been loaded.
+    """Load the optimizer's tensors and set its step count. The model weights must be loaded first.
 
     Args:
         model_state: sharded state of the model chunks.
         saved: keys of the checkpoint.
-        step: updates that the saved optimizer had made.
+        step: update count of the saved optimizer.
         read: reads sharded state from the checkpoint; collective.
-        flag: the flag that named the checkpoint, for error messages.
+        flag: flag that names the checkpoint, for error messages.
 
     Raises:
-        ConfigError: the checkpoint holds the state of an optimizer of another kind.
+        ConfigError: the checkpoint contains the state of another type of optimizer.
     """
     names = {match["name"] for key in saved if (match := _KEY.match(key))}
     request = _select(sharded_optimizer_state(optimizer, model_state, is_loading=True), _tensor)
     _check_names(request, names, step, flag)
-    optimizer.reload_model_params()  # for master weights that the checkpoint does not hold
+    optimizer.reload_model_params()  # initializes master weights that are missing in the checkpoint
     loaded = read({"tensors": found})["tensors"] if (found := _select(request, _saved_as(names))) else {}
     if not names & MASTERS and (weights := _select(request, _master_as_weight)):
         merge(loaded, read({"tensors": weights})["tensors"])
@@ -75,7 +75,7 @@ def load_optimizer_state(
 
 
 def saved_step(state: Any) -> float:
-    """Return the number of updates recorded in a saved optimizer state: shared, or in its parameter groups."""
+    """Return the update count of a saved optimizer state, stored for the optimizer or in its parameter groups."""
     if isinstance(state, dict):
         for key in ("common_step", "step"):
             if state.get(key) is not None:
@@ -85,7 +85,7 @@ def saved_step(state: Any) -> float:
 
 
 def master_weight_request(model_state: dict[str, Any], saved: Iterable[str]) -> dict[str, Any]:
-    """Return a request for the fp32 master weights of a bf16 checkpoint in the place of its weights."""
+    """Return a request that maps the model's weights to the fp32 master weights of a bf16 checkpoint."""
     masters = {match["parameter"]: key for key in saved if (match := _KEY.match(key)) and match["name"] in MASTERS}
 
     def as_master(leaf: ShardedBase) -> ShardedBase | None:
@@ -96,20 +96,23 @@ def master_weight_request(model_state: dict[str, Any], saved: Iterable[str]) -> 
 
 
 def _check_names(request: Any, names: set[str], step: float, flag: str) -> None:
-    """Master weights can be made from weights, and momentum can begin at zero; Adam's moments cannot be missing."""
+    """Validate that the checkpoint has the required state.
+
+    Master weights can be derived from weights, and momentum may start at zero; Adam's moments are required.
+    """
     wanted: set[str] = set()
     _select(request, lambda leaf: wanted.add(_KEY.match(leaf.key)["name"]))  # type: ignore[index]
     missing = wanted - names - MASTERS - {MOMENTUM}
     if missing and step > 0:
         raise ConfigError(
-            f"{flag}: the checkpoint holds the optimizer state {', '.join(sorted(names)) or 'of no optimizer'}, and "
-            f"--optimizer needs {', '.join(sorted(wanted))}. Give the --optimizer of the checkpoint, or add "
+            f"{flag}: the checkpoint contains the optimizer state {', '.join(sorted(names)) or 'of no optimizer'}, "
+            f"but --optimizer needs {', '.join(sorted(wanted))}. Use the --optimizer of the checkpoint, or add "
             "--no-load-optim to start with a new optimizer state."
         )
 
 
 def _select(tree: Any, choose: Callable[[Any], Any]) -> Any:
-    """Return the tree with each sharded leaf replaced by ``choose(leaf)``; other leaves and empty branches go."""
+    """Return the tree with each sharded leaf replaced by ``choose(leaf)``, without other leaves and empty branches."""
     if isinstance(tree, ShardedBase):
         return choose(tree)
     if isinstance(tree, dict):
@@ -125,7 +128,7 @@ def _tensor(leaf: ShardedBase) -> ShardedBase | None:
 
 
 def _saved_as(names: set[str]) -> Callable[[ShardedBase], ShardedBase | None]:
-    """Request a tensor under its name in the checkpoint; master weights have two."""
+    """Return a function that requests a tensor by its name in the checkpoint; master weights have two names."""
 
     def choose(leaf: ShardedBase) -> ShardedBase | None:
         match = _KEY.match(leaf.key)
@@ -140,13 +143,13 @@ def _saved_as(names: set[str]) -> Callable[[ShardedBase], ShardedBase | None]:
 
 
 def _master_as_weight(leaf: ShardedBase) -> ShardedBase | None:
-    """Request the model's weight for a master weight; a plain fp32 optimizer saves no other copy."""
+    """Request the model weight for a master weight, since an fp32 optimizer saves no separate copy."""
     match = _KEY.match(leaf.key)
     return replace(leaf, key=match["parameter"]) if match and match["name"] in MASTERS else None
 
 
 def _restore(part: Any, tensors: dict[Any, Any], step: float) -> dict[str, Any]:
-    """Return the state dictionary of one optimizer: loaded tensors, and the groups of the flags with the step."""
+    """Return the state dictionary of one optimizer: loaded tensors, configured groups, and the step count."""
     inner = part.optimizer.state_dict()
     groups = [dict(group) for group in inner["param_groups"]]
     counts_per_parameter = isinstance(part.optimizer, torch.optim.Adam)
@@ -164,7 +167,7 @@ def _restore(part: Any, tensors: dict[Any, Any], step: float) -> dict[str, Any]:
         return state
     is_bf16 = isinstance(part, Float16OptimizerWithFloat16Params)
     found = (tensors.get("optimizer", {}) if is_bf16 else tensors).get("state", {})
-    states = {number: {**own, **found.get(number, {})} for number, own in inner["state"].items()}
+    states = {number: {**state, **found.get(number, {})} for number, state in inner["state"].items()}
     if counts_per_parameter:
         states = {number: {**state, "step": torch.tensor(float(step))} for number, state in states.items()}
     plain = {"state": states, "param_groups": groups}

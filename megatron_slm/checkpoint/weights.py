@@ -1,4 +1,4 @@
-"""Opens a checkpoint, verifies its content, and loads model weights from it."""
+"""Open and verify checkpoints, and load model weights from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, unreadable
 
-# Exceptions of Megatron-Core and torch for a checkpoint that cannot be read or written; torch's is no Exception.
+# Exceptions that Megatron-Core and torch raise for an unreadable or unwritable checkpoint. torch's CheckpointException
+# is a BaseException.
 CHECKPOINT_ERRORS = (
     *(CheckpointingException, CheckpointException, pickle.UnpicklingError),
     *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, EOFError, BadZipFile),
@@ -43,16 +44,16 @@ VERIFY_FLAG = "--no-slm-verify-checksums"
 
 
 def open_checkpoint(path: str, step: int | None, flag: str, *, verify: bool = True) -> Path:
-    """Return the directory of a complete checkpoint. Collective over all ranks, which share the reading.
+    """Return the directory of a complete checkpoint. Collective over all ranks, which divide the reading.
 
     Args:
-        path: a directory with a tracker file, or one ``iter_*`` directory itself.
-        step: a step that the user asked for, or None for the newest.
-        flag: the flag that gave ``path``, for error messages.
-        verify: compare the content of every file with its checksum; sizes are compared in any case.
+        path: directory with a tracker file, or an ``iter_*`` directory.
+        step: requested step, or None for the newest.
+        flag: flag that names ``path``, for error messages.
+        verify: compare every file with its checksum; sizes are always compared.
 
     Raises:
-        ConfigError: there is no checkpoint, or it is incomplete, unreadable or damaged; on every rank.
+        ConfigError: the checkpoint is missing, incomplete, unreadable or damaged; on every rank.
     """
     directory = on_first_rank(lambda: find_checkpoint(path, step, flag))
     manifest = on_first_rank(lambda: read_manifest(directory, flag))
@@ -63,14 +64,14 @@ def open_checkpoint(path: str, step: int | None, flag: str, *, verify: bool = Tr
 
 
 def _check_copies(directory: Path, manifest: Manifest, flag: str) -> None:
-    """Check the sizes of the files of hosts that have their own copy of the directory. Collective over all ranks."""
+    """Validate file sizes once per copy, if hosts have separate copies of the directory. Collective over all ranks."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     is_first = rank == ranks_with_same_files([directory], flag)[0]
     on_every_rank(lambda: check_sizes(directory, manifest, flag) if is_first and rank else None)
 
 
 def _verify_checksums(directory: Path, manifest: Manifest, flag: str) -> None:
-    """Compare the content of every file with its checksum. Collective over all ranks."""
+    """Compare every file with its checksum. Collective over all ranks."""
     if not manifest.checksums:
         notice(f"{flag}: {directory} has no checksums (written by an earlier version); only file sizes were verified.")
         return
@@ -89,9 +90,9 @@ def _compare_checksums(directory: Path, manifest: Manifest, found: dict[str, str
 
 
 def find_checkpoint(path: str, step: int | None, flag: str) -> Path:
-    """Return the directory of a complete checkpoint, on this rank alone; arguments and errors as above.
+    """Return the directory of a complete checkpoint; not collective. See :func:`open_checkpoint`.
 
-    The manifest is verified, the content of the files is not.
+    The manifest and file sizes are verified, file contents are not.
     """
     directory = locate_checkpoint(path, step, flag)
     check_sizes(directory, read_manifest(directory, flag, text_checksum), flag)
@@ -99,27 +100,26 @@ def find_checkpoint(path: str, step: int | None, flag: str) -> Path:
 
 
 def checkpoint_fingerprint(directory: Path, flag: str) -> str:
-    """Return the fingerprint of a complete checkpoint: of its manifest and of every file that the manifest names."""
+    """Return the fingerprint of a complete checkpoint, computed from its manifest and the files listed in it."""
     names = [MANIFEST_FILE, *sorted(read_manifest(directory, flag).files)]
     return files_fingerprint(directory / name for name in names)
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Megatron-Core's sharded state of all model chunks; keys are global, so that any layout can read it."""
+    """Return Megatron-Core's sharded state of all model chunks, with global keys that any layout can read."""
     metadata = ensure_metadata_has_dp_cp_group(None)
     states = (chunk.sharded_state_dict(metadata=metadata) for chunk in chunks)  # type: ignore[operator]
     return {f"model{index}": state for index, state in enumerate(states)}
 
 
 def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, Any]:
-    """Read ``state`` (sharded, as Megatron-Core describes it) from a checkpoint directory. Collective over all ranks.
+    """Load ``state`` (Megatron-Core's sharded state) from a checkpoint directory. Collective over all ranks.
 
-    torch shares errors of its reading among the ranks. Files that Megatron-Core reads on each rank before that are read
-    by :func:`saved_keys`, which the caller calls first.
+    torch shares read errors among the ranks. Files that Megatron-Core reads earlier on each rank are checked by
+    :func:`saved_keys`, which must be called first.
 
     Raises:
-        ConfigError: the checkpoint cannot be read, or does not hold what the model needs, for example another size; on
-            every rank.
+        ConfigError: the checkpoint is unreadable or does not match the model, for example in size; on every rank.
     """
 
     def load() -> dict[str, Any]:
@@ -130,17 +130,17 @@ def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, A
 
 
 def check_metadata(directory: Path, flag: str) -> None:
-    """Check that ``.metadata`` and ``common.pt`` can be read: torch prints a traceback if they cannot. Collective.
+    """Validate ``.metadata`` and ``common.pt``, for which torch would print a traceback. Collective over all ranks.
 
     Raises:
-        ConfigError: they are damaged, or hold code; on every rank.
+        ConfigError: a file is damaged or contains code; on every rank.
     """
 
     def check() -> None:
         with explained_load(directory, flag):
             load_sharded_metadata(str(directory))
             if not isinstance(load_common_state_dict(str(directory)), dict):
-                raise pickle.UnpicklingError("common.pt holds no dictionary")
+                raise pickle.UnpicklingError("common.pt does not contain a dictionary")
 
     on_first_rank(check)
 
@@ -149,7 +149,7 @@ def saved_keys(directory: Path, flag: str) -> frozenset[str]:
     """Return the keys of all tensors and objects of a checkpoint. Collective over all ranks.
 
     Raises:
-        ConfigError: a file that describes the checkpoint cannot be read on some rank; on every rank.
+        ConfigError: a metadata file of the checkpoint is unreadable on some rank; on every rank.
     """
 
     def read() -> frozenset[str]:
@@ -162,7 +162,7 @@ def saved_keys(directory: Path, flag: str) -> frozenset[str]:
 
 @contextmanager
 def explained_load(directory: Path, flag: str) -> Iterator[None]:
-    """Read pickles restricted, and turn errors of the block into a ConfigError with the reason and a remedy."""
+    """Restrict unpickling in the block, and convert its errors into a ConfigError with reason and remedy."""
     try:
         with restricted_pickles():
             yield
@@ -174,7 +174,7 @@ def explained_load(directory: Path, flag: str) -> Iterator[None]:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Return the first rank's exception that torch has collected from all ranks, or the one that it replaced."""
+    """Return the first exception that torch collected from the ranks, or the error itself."""
     if isinstance(error, CheckpointException) and error.failures:
         return _root_cause(next(iter(error.failures.values()))[0])
     return error
@@ -183,27 +183,27 @@ def _root_cause(error: BaseException) -> BaseException:
 def _explain(error: BaseException, directory: Path) -> str:
     if isinstance(error, UnsafePickleError):
         return (
-            f"{error}. It could run code and was not loaded. Use a checkpoint of a source that you trust, written by "
+            f"{error}. It could run code and was not loaded. Use a checkpoint from a trusted source, written by "
             "megatron_slm or Megatron-LM."
         )
     if isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error):
         return f"the checkpoint {directory} is damaged: {brief(error)}. {OTHER}"
     return (
-        f"the checkpoint {directory} does not fit this run: {brief(error)}. "
-        "Compare its config.yaml with the model's flags."
+        f"the checkpoint {directory} does not match this run: {brief(error)}. "
+        "Compare its config.yaml with the model flags."
     )
 
 
 def brief(error: BaseException) -> str:
-    """Return the last line of an error, which names the reason on the rank that failed."""
+    """Return the last line of an error, which contains the reason on the failed rank."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def loadable_model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Return the sharded state to request from a checkpoint: all but Transformer Engine's ``_extra_state``.
+    """Return the sharded state to request from a checkpoint, without Transformer Engine's ``_extra_state``.
 
-    Layers of the two implementations differ in these entries alone. Without FP8 they hold nothing, and Transformer
-    Engine would unpickle them.
+    The two layer implementations differ in these entries only. They are empty without FP8, and Transformer Engine
+    would unpickle them.
     """
     return {
         chunk: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
@@ -212,13 +212,13 @@ def loadable_model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def put_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Copy weights that :func:`load_state` has read into the model chunks, which keep their ``_extra_state``."""
+    """Copy weights from :func:`load_state` into the model chunks, which keep their ``_extra_state``."""
     for index, chunk in enumerate(chunks):
         present = {key: value for key, value in chunk.state_dict().items() if key.endswith(EXTRA_STATE)}
         chunk.load_state_dict({**loaded[f"model{index}"], **present})
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], directory: Path, flag: str) -> None:
-    """Load the weights alone, for any layout that wrote them. Collective over all ranks."""
+    """Load the model weights, saved by any layout. Collective over all ranks."""
     saved_keys(directory, flag)
     put_weights(chunks, load_state(loadable_model_state(chunks), directory, flag))

@@ -1,1 +1,1 @@
-"""GPT models on Megatron-Core."""
+"""GPT models built on Megatron-Core."""

@@ -1,7 +1,7 @@
-"""The activation of the MLP: one function on every device.
+"""Activation function of the MLP, identical on every device.
 
-Megatron-Core's fusion of bias and activation (``bias_activation_fusion``) replaces GELU by its tanh approximation, so a
-fused activation is used only if it computes the function that the setting names.
+Megatron-Core's bias-activation fusion (``bias_activation_fusion``) replaces GELU with its tanh approximation. A fused
+activation is therefore used only if it computes the configured function.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_slm.config.schema import ModelConfig
 
 
 def gelu_tanh(values: Tensor) -> Tensor:
-    """Tanh approximation of GELU, as in GPT-2."""
+    """Return the tanh approximation of GELU, as in GPT-2."""
     return F.gelu(values, approximate="tanh")
 
 
 def squared_relu(values: Tensor) -> Tensor:
-    """Square of ReLU."""
+    """Return the square of ReLU."""
     return F.relu(values).square()
 
 
@@ -36,9 +36,9 @@ FUNCTIONS = {
 
 
 def activation_settings(model: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Return the fields of Megatron-Core's configuration that choose the activation."""
+    """Return Megatron-Core's configuration fields for the activation."""
     name = activation_name(model)
-    # Megatron-Core takes its fused tanh approximation if the function is GELU; only in a plain MLP, and with a bias.
+    # Megatron-Core selects its fused tanh approximation if the function is GELU: only in a dense MLP with a bias.
     has_fused_gelu = name == "gelu_tanh" and model.num_experts is None and not model.disable_bias_linear
     is_fused = device.type == "cuda" and (name == "swiglu" or has_fused_gelu)
     return {

@@ -1,13 +1,13 @@
-"""The auxiliary losses of mixture-of-experts layers under Selective Language Modeling.
+"""Auxiliary losses of mixture-of-experts layers under Selective Language Modeling.
 
-They balance the experts over all tokens that pass them, so selection must leave them alone. Megatron-Core multiplies
-each by the tokens of a micro-batch, and divides all gradients at the end by the number of tokens that the loss counts,
-which here are the selected ones: an auxiliary loss would grow to 1 / k of what it is under CLM. Its coefficient is
-therefore scaled by the share of the valid tokens that is selected.
+These losses balance the experts over all routed tokens, so selection must not change them. Megatron-Core multiplies
+each one by the token count of the micro-batch, and divides the final gradients by the number of tokens in the loss.
+Under SLM only selected tokens are counted, which would amplify the auxiliary losses by 1 / k compared with CLM. Their
+coefficients are therefore multiplied by the selected share of the valid tokens.
 
-Megatron-Core before 0.19 also counts only the tokens of one rank where the ranks of tensor and context parallelism
-share a micro-batch, so that with losses normalised per token the auxiliary losses are TP x CP times too small. The
-coefficient makes up for that too; the tests hold every layout against one process.
+If tensor- and context-parallel ranks share a micro-batch, Megatron-Core before 0.19 counts the tokens of one rank only,
+so that per-token normalization makes the auxiliary losses too small by a factor of TP x CP. The coefficients correct
+for this as well. The tests compare every layout with a single process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_slm.runtime.groups import Groups
 
 
 class AuxiliaryLosses:
-    """The coefficients of the load-balancing loss and of the router's z-loss, of all chunks of a model."""
+    """Scale the coefficients of the load-balancing loss and the router z-loss for all chunks of a model."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups) -> None:
         self.config = model_config(list(chunks))
@@ -32,7 +32,7 @@ class AuxiliaryLosses:
         self.z = None if self.config.moe_z_loss_coeff is None else sharing * self.config.moe_z_loss_coeff
 
     def scale(self, selected_share: Callable[[], float]) -> None:
-        """Scale the coefficients for a step; ``selected_share`` is called only if the model has experts."""
+        """Set the coefficients for one step; ``selected_share`` is called only if the model has experts."""
         if not self.active:
             return
         share = selected_share()

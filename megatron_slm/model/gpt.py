@@ -1,4 +1,4 @@
-"""Builds GPT models (Llama and GPT-2 style) on Megatron-Core whose last stage returns hidden states."""
+"""Build GPT models (Llama and GPT-2 style) on Megatron-Core whose last stage returns hidden states."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
 from megatron_slm.model.size import padded_vocab_size
-from megatron_slm.model.specs import choose_implementation, further_heads_spec, layer_spec
+from megatron_slm.model.specs import choose_implementation, layer_spec, mtp_heads_spec
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 
-# Arguments of the MTP layers that Megatron-Core's forward pass hands to its post-processing.
+# Arguments of the MTP layers that Megatron-Core's forward pass provides to its post-processing.
 MTP_INPUTS = (
     *("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"),
     *("packed_seq_params", "sequence_len_offset"),
@@ -40,9 +40,9 @@ class GPT(GPTModel):
         return super().forward(*inputs, **options)
 
     def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool = False, **inputs: Any) -> Any:
-        """Run the MTP layers, and hand the hidden states of all heads over on the last stage.
+        """Run the MTP layers, and return the hidden states of all heads on the last stage.
 
-        Megatron-Core would add the losses of MTP heads to the gradient as they are, whatever is selected.
+        Megatron-Core would add the losses of the MTP heads to the gradient independently of the selection.
         """
         if mtp_in_postprocess:
             mtp_inputs = {name: inputs[name] for name in MTP_INPUTS}
@@ -65,22 +65,22 @@ def build_model(
     bf16: bool,
     resets_positions: bool = False,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, on its device: one, or one per virtual pipeline stage.
+    """Build this rank's model chunks on its device: one, or one per virtual pipeline stage.
 
     Args:
-        vocab_size: the tokenizer's size; it is padded to a multiple of --make-vocab-size-divisible-by x TP.
-        bf16: bfloat16 weights, each chunk wrapped in Megatron-Core's Float16Module.
-        resets_positions: position ids differ from sample to sample (--reset-position-ids).
+        vocab_size: tokenizer size; padded to a multiple of --make-vocab-size-divisible-by x TP.
+        bf16: use bfloat16 weights and wrap each chunk in Megatron-Core's Float16Module.
+        resets_positions: position ids differ between samples (--reset-position-ids).
 
     Raises:
-        ConfigError: an implementation or a dispatcher of tokens that this machine does not have.
+        ConfigError: a layer implementation or token dispatcher is not available on this machine.
     """
     implementation = choose_implementation(model.transformer_impl, groups.device)
     check_dispatcher(model, groups.device)
     config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
     rotates_by_id = resets_positions and model.position_embedding_type == "rope"
     if rotates_by_id:
-        config.apply_rope_fusion = False  # the fused kernel takes one position per row of all samples
+        config.apply_rope_fusion = False  # the fused kernel assumes the same positions in all samples
     head = linear_cross_entropy_config(model, parallel, objective, vocab_size, groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
@@ -101,9 +101,7 @@ def build_model(
             rotary_base=model.rotary_base,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             vp_stage=vp_stage,
-            mtp_block_spec=further_heads_spec(config, layers, implementation, vp_stage)
-            if model.mtp_num_layers
-            else None,
+            mtp_block_spec=mtp_heads_spec(config, layers, implementation, vp_stage) if model.mtp_num_layers else None,
         )
         if chunk.post_process:
             LMHead.convert(chunk.output_layer, head)
@@ -115,29 +113,29 @@ def build_model(
 
 
 def check_dispatcher(model: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError if the token dispatcher needs another kind of device."""
+    """Raise ConfigError if the token dispatcher does not support the device."""
     if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and device.type == "cpu":
-        raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or leave it out.")
+        raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or omit the flag.")
 
 
-def choose_cross_entropy(wanted: str | None, device: torch.device) -> str:
-    """Return the implementation of the token loss: as wanted, else Triton on a GPU that has it, else chunked.
+def choose_cross_entropy(requested: str | None, device: torch.device) -> str:
+    """Return the token-loss implementation: the requested one, else Triton if available, else chunked.
 
     Raises:
         ConfigError: --slm-cross-entropy triton without a GPU or without Triton.
     """
     installed = importlib.util.find_spec("triton") is not None
-    can_triton = installed and device.type == "cuda"
-    if wanted == "triton" and not can_triton:
+    has_triton = installed and device.type == "cuda"
+    if requested == "triton" and not has_triton:
         missing = "Triton is not installed" if not installed else "there is no GPU"
-        raise ConfigError(f"--slm-cross-entropy triton: {missing}. Use chunked, or leave the flag out.")
-    return wanted or ("triton" if can_triton else "chunked")
+        raise ConfigError(f"--slm-cross-entropy triton: {missing}. Use chunked, or omit the flag.")
+    return requested or ("triton" if has_triton else "chunked")
 
 
 def linear_cross_entropy_config(
     model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
 ) -> LinearCrossEntropyConfig:
-    """Return the settings of the token loss."""
+    """Return the configuration of the LM head's linear cross-entropy."""
     return LinearCrossEntropyConfig(
         group=groups.tp,
         vocab_size=vocab_size,
@@ -150,7 +148,7 @@ def linear_cross_entropy_config(
 
 
 def model_config(chunks: list[torch.nn.Module]) -> TransformerConfig:
-    """Megatron-Core's configuration, which all chunks of a model share."""
+    """Return Megatron-Core's configuration, shared by all chunks of a model."""
     return get_model_config(chunks[0])
 
 
@@ -163,7 +161,7 @@ def transformer_config(
     *,
     bf16: bool,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the model. Losses are normalised per token, over the global batch."""
+    """Return Megatron-Core's model configuration, with losses normalized per token over the global batch."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = groups.device.type == "cuda"
     given = core_fields("model", model, parallel, training) | {"bf16": bf16}
@@ -191,7 +189,7 @@ def transformer_config(
 
 
 def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
-    """Model chunks per pipeline rank of the interleaved schedule, or None for the plain one."""
+    """Return the number of model chunks per pipeline rank, or None without the interleaved schedule."""
     if not parallel.num_layers_per_virtual_pipeline_stage or not model.num_layers:
         return None
     per_rank = model.num_layers // parallel.pipeline_model_parallel_size
@@ -199,5 +197,5 @@ def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
 
 
 def _has_fused_gradient_accumulation() -> bool:
-    """NVIDIA's apex, built with its C++ extensions, offers the kernel that Megatron-Core calls."""
+    """Return whether Megatron-Core's kernel is installed (NVIDIA apex built with C++ extensions)."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

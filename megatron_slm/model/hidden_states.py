@@ -1,4 +1,4 @@
-"""The hand-over from the last pipeline stage to the objective: hidden states, and the LM head for their losses."""
+"""Interface between the last pipeline stage and the objective: hidden states and the LM head."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntr
 
 
 class LMHead(ColumnParallelLinear):
-    """Megatron-Core's output layer, which with labels computes token losses instead of logits.
+    """Extend Megatron-Core's output layer: with labels, it computes token losses instead of logits.
 
-    It is called as a module, so that the hooks that gather sharded parameters run.
+    Token losses are computed by a module call, so that hooks which gather sharded parameters run.
     """
 
     settings: LinearCrossEntropyConfig
 
     @classmethod
     def convert(cls, layer: Any, settings: LinearCrossEntropyConfig) -> None:
-        """Convert an output layer in place: Megatron-Core constructs it, and accepts no other class."""
+        """Convert an output layer in place, since Megatron-Core constructs it and accepts no other class."""
         layer.__class__ = cls
         layer.settings = settings
 
@@ -35,11 +35,11 @@ class LMHead(ColumnParallelLinear):
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Final hidden states of a micro-batch for the main head and each MTP head."""
+    """Hold the final hidden states of a micro-batch for the main head and each MTP head."""
 
     heads: tuple[Tensor, ...]  # [s, b, h] each; with sequence parallelism [s / tp, b, h]
     lm_head: LMHead
-    weight: Tensor | None  # shared with the embedding; None: the LM head's
+    weight: Tensor | None  # the embedding's, if tied; None: the LM head's
 
     def token_losses(
         self,
@@ -49,11 +49,11 @@ class HiddenStates:
         forward_grad: ForwardGradMask | None = None,
         with_entropy: bool = False,
     ) -> TokenLosses:
-        """Return the token losses of one head, and entropies if they are asked for; both [b, s].
+        """Return the token losses of one head, and optionally entropies, each [b, s].
 
         Args:
-            labels: [b, s].
-            head: 0 is the main head.
+            labels: [b, s] int64.
+            head: 0 for the main head, then the MTP heads.
             forward_grad: tokens whose gradient is computed in the forward pass.
             with_entropy: also return the entropies of the next-token distributions.
         """

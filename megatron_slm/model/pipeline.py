@@ -1,4 +1,4 @@
-"""Runs micro-batches through a model with Megatron-Core's pipeline schedules, forward only or forward and backward."""
+"""Run micro-batches through a model with Megatron-Core's pipeline schedules, forward only or with backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_slm.model.hidden_states import HiddenStates
 
 
 class ModelInput(Protocol):
-    """A micro-batch as the model reads it."""
+    """Define the fields of a micro-batch that the model reads."""
 
     @property
     def tokens(self) -> Tensor: ...  # [b, s] int64
@@ -23,10 +23,10 @@ class ModelInput(Protocol):
     def position_ids(self) -> Tensor: ...  # [b, s] int64
 
     @property
-    def attention_mask(self) -> Tensor | None: ...  # [b, 1, s, s] bool, True where attention is forbidden
+    def attention_mask(self) -> Tensor | None: ...  # [b, 1, s, s] bool, True masks a key
 
     @property
-    def sample_length(self) -> int: ...  # tokens of a sample over all context-parallel ranks
+    def sample_length(self) -> int: ...  # tokens per sample over all context-parallel ranks
 
 
 Batch = TypeVar("Batch", bound=ModelInput)
@@ -41,18 +41,18 @@ def run_pipeline(
     *,
     forward_only: bool,
 ) -> list[Report]:
-    """Run all micro-batches of a step: 1F1B, or the interleaved schedule if there are several chunks.
+    """Run all micro-batches of a step with the 1F1B schedule, or interleaved if there are several chunks.
 
     Args:
-        chunks: this rank's model chunks.
-        micro_batches: of this data-parallel rank, the same on all its tensor and pipeline ranks.
-        last_stage: called on the last stage with the number of the micro-batch, the micro-batch and its final hidden
-            states; returns the sum to differentiate, the number of tokens to divide it by, and a report.
-            Megatron-Core divides by the sum of those numbers over the global batch.
-        forward_only: no backward pass.
+        chunks: model chunks of this rank.
+        micro_batches: micro-batches of this data-parallel rank, identical on its tensor and pipeline ranks.
+        last_stage: called on the last stage with the micro-batch index, the micro-batch and its final hidden states;
+            returns the sum to differentiate, its token count, and a report. Megatron-Core divides by the sum of
+            these counts over the global batch.
+        forward_only: omit the backward pass.
 
     Returns:
-        the reports of all micro-batches on the last stage; nothing elsewhere.
+        the reports of all micro-batches on the last stage, an empty list on other stages.
     """
 
     def forward_step(

@@ -1,4 +1,4 @@
-"""Sizes that follow from the model's flags alone: widths, padded vocabulary, parameters, FLOPs. No torch here."""
+"""Compute padded vocabulary, parameter count and FLOPs from the model configuration, without torch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from megatron_slm.config.schema import ModelConfig
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int) -> int:
-    """The larger of the tokenizer's size and --vocab-size, rounded up to a multiple of --make-vocab-size-divisible-by
-    x TP."""
+    """Return the padded vocabulary size.
+
+    The larger of the tokenizer's size and --vocab-size is rounded up to a multiple of
+    --make-vocab-size-divisible-by x TP.
+    """
     multiple = model.make_vocab_size_divisible_by * tensor_parallel
     return -(-max(vocab_size, model.vocab_size or 0) // multiple) * multiple
 
 
 def _head_sizes(model: ModelConfig) -> tuple[int, int]:
-    """Widths of the query projection and of one of the key and value projections."""
+    """Return the widths of the query projection and of one key or value projection."""
     heads, width = model.num_attention_heads, model.kv_channels
     groups = model.num_query_groups if model.group_query_attention and model.num_query_groups else heads
     return heads * width, groups * width
 
 
-def matrix_parameters(model: ModelConfig, *, passed: bool = True) -> int:
-    """Parameters of all matrices without embeddings and LM head; where there are experts, those of the experts that
-    a token passes, or of all of them."""
+def matrix_parameters(model: ModelConfig, *, active: bool = True) -> int:
+    """Return the parameter count of all matrices except embeddings and LM head.
+
+    Args:
+        active: count only the experts that process a token (--moe-router-topk) instead of all experts.
+    """
     hidden = model.hidden_size
     query, key = _head_sizes(model)
     attention = hidden * (query + 2 * key) + query * hidden
@@ -30,14 +36,14 @@ def matrix_parameters(model: ModelConfig, *, passed: bool = True) -> int:
     if model.num_experts is None:
         mlp = matrices * hidden * model.ffn_hidden_size
     else:
-        experts = model.moe_router_topk if passed else model.num_experts
+        experts = model.moe_router_topk if active else model.num_experts
         mlp = experts * matrices * hidden * model.moe_ffn_hidden_size + hidden * model.num_experts
     heads = model.mtp_num_layers or 0
     return (model.num_layers + heads) * (attention + mlp) + heads * 2 * hidden * hidden
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """All parameters of the model with an (already padded) vocabulary, biases and norms included."""
+    """Return the parameter count of the model with a padded vocabulary, including biases and norms."""
     hidden = model.hidden_size
     query, key = _head_sizes(model)
     embeddings = vocab_size * hidden * (2 if model.untie_embeddings_and_output_weights else 1)
@@ -53,12 +59,14 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
         per_layer += query + 2 * key
     heads = model.mtp_num_layers or 0
     layers = (model.num_layers + heads) * per_layer + heads * 3 * norm
-    return matrix_parameters(model, passed=False) + embeddings + norm + layers
+    return matrix_parameters(model, active=False) + embeddings + norm + layers
 
 
 def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
-    """FLOPs of one forward pass per token: two per parameter of every matrix, and attention over half the
-    sequence on average (causal)."""
+    """Return the FLOPs of a forward pass per token.
+
+    Each matrix parameter counts two FLOPs; causal attention covers half of the sequence on average.
+    """
     query, _ = _head_sizes(model)
     heads = model.mtp_num_layers or 0
     attention = 2 * model.seq_length * query * (model.num_layers + heads)
@@ -66,5 +74,5 @@ def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
 
 
 def training_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
-    """FLOPs of forward and backward per token, the backward pass counted as two forward passes."""
+    """Return the FLOPs of forward and backward per token; a backward pass counts as two forward passes."""
     return 3 * forward_flops_per_token(model, vocab_size)

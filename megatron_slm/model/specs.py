@@ -1,7 +1,7 @@
-"""Which modules a transformer layer is made of: plain torch everywhere, Transformer Engine on GPUs.
+"""Specifications of transformer layers: local (torch) on every device, Transformer Engine on GPUs.
 
-The plain layer is Megatron-Core's own, with two parts exchanged: a torch norm that also works under sequence
-parallelism, and attention by torch's ``scaled_dot_product_attention``, which keeps no [s, s] matrix of scores.
+The local specification is Megatron-Core's with two submodules replaced: a torch norm that supports sequence
+parallelism, and attention by torch's ``scaled_dot_product_attention``, which stores no [s, s] score matrix.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from megatron_slm.mcore.layers import TorchAttention, TorchNorm
 from megatron_slm.runtime.errors import ConfigError
 
 
-def choose_implementation(wanted: str | None, device: torch.device) -> str:
-    """The layer implementation: what was asked for, else Transformer Engine on a GPU that has it.
+def choose_implementation(requested: str | None, device: torch.device) -> str:
+    """Return the layer implementation: the requested one, else Transformer Engine if available, else local.
 
     Raises:
-        ConfigError: Transformer Engine was asked for and is not there.
+        ConfigError: Transformer Engine is requested and not available.
     """
     installed = importlib.util.find_spec("transformer_engine") is not None
-    if wanted == "transformer_engine" and not (installed and device.type == "cuda"):
+    if requested == "transformer_engine" and not (installed and device.type == "cuda"):
         missing = "it is not installed" if not installed else "there is no GPU"
         raise ConfigError(
-            f"--transformer-impl transformer_engine: {missing}. Use --transformer-impl local, or leave it out."
+            f"--transformer-impl transformer_engine: {missing}. Use --transformer-impl local, or omit the flag."
         )
-    return wanted or ("transformer_engine" if installed and device.type == "cuda" else "local")
+    return requested or ("transformer_engine" if installed and device.type == "cuda" else "local")
 
 
 def layer_spec(
     model: ModelConfig, config: TransformerConfig, implementation: str, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The specification of the transformer layers of one model chunk."""
+    """Return the specification of the transformer layers of one model chunk."""
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=model.moe_grouped_gemm, qk_layernorm=model.qk_layernorm
@@ -62,17 +62,17 @@ def layer_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=TorchNorm)
 
 
-def further_heads_spec(
+def mtp_heads_spec(
     config: TransformerConfig,
     layers: ModuleSpec | TransformerBlockSubmodules,
     implementation: str,
     vp_stage: int | None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """The specification of the heads of multi-token prediction; None on chunks that have none."""
-    on_engine = implementation == "transformer_engine"
-    spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=on_engine, vp_stage=vp_stage)
-    if spec is not None and not on_engine:
+    """Return the specification of the MTP heads; None on chunks without MTP heads."""
+    uses_engine = implementation == "transformer_engine"
+    spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=uses_engine, vp_stage=vp_stage)
+    if spec is not None and not uses_engine:
         for layer in spec.layer_specs:
-            parts = layer.submodules
-            parts.enorm = parts.hnorm = parts.layer_norm = TorchNorm
+            submodules = layer.submodules
+            submodules.enorm = submodules.hnorm = submodules.layer_norm = TorchNorm
     return spec

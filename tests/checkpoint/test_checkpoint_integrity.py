@@ -1,4 +1,4 @@
-"""Damaged, foreign and unreadable checkpoint files are refused by name, and no code in them runs."""
+"""Test that damaged, mismatched and unreadable checkpoint files are refused by name, and never run code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = (".metadata", "__0_0.distcp", "common.pt", "config.yaml")
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A directory with the files of a checkpoint, of arbitrary content, and their manifest."""
+    """Create a checkpoint directory with arbitrary file contents and their manifest."""
     directory = tmp_path / "run" / "iter_0000003"
     directory.mkdir(parents=True)
     (directory.parent / "latest_checkpointed_iteration.txt").write_text("3\n")
@@ -44,7 +44,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def write_manifest(directory: Path) -> None:
-    """Write the manifest of what is there now, as an attacker would, too."""
+    """Write a valid manifest of the current files, as an attacker could."""
     names = [name for name in file_sizes(directory) if name != MANIFEST_FILE]
     found = file_checksums([directory / name for name in names], "--save")
     sizes = {name: size for name, size in file_sizes(directory).items() if name in names}
@@ -75,20 +75,20 @@ def test_one_flipped_bit_is_refused(checkpoint: Path, name: str) -> None:
 
 
 def test_file_of_another_step_is_refused(checkpoint: Path) -> None:
-    """Of the same size, and valid by itself."""
+    """The file is valid and has the same size."""
     (checkpoint / "__0_0.distcp").write_bytes(bytes(1001))
     with pytest.raises(ConfigError, match=r"__0_0\.distcp does not match"):
         opened(checkpoint)
 
 
-def test_a_directory_named_after_another_step_is_refused(checkpoint: Path) -> None:
+def test_directory_name_of_another_step_is_refused(checkpoint: Path) -> None:
     renamed = checkpoint.rename(checkpoint.with_name("iter_0000004"))
     (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("4\n")
     with pytest.raises(ConfigError, match=r"iter_0000004 holds step 3 .* Rename it to iter_0000003"):
         opened(renamed)
 
 
-def test_a_damaged_configuration_is_damage_of_the_checkpoint(checkpoint: Path) -> None:
+def test_damaged_configuration_is_reported_as_damaged_checkpoint(checkpoint: Path) -> None:
     for damage in (lambda path: path.write_bytes(b"\xff"), Path.unlink):
         damage(checkpoint / "config.yaml")
         with pytest.raises(ConfigError, match=r"iter_0000003 is damaged: .*config\.yaml.* Copy the checkpoint again"):
@@ -129,8 +129,8 @@ def test_checkpoint_of_an_earlier_version_is_opened_with_a_note(
 
 
 @pytest.mark.parametrize("name", ["common.pt", MANIFEST_FILE])
-def test_unreadable_file_is_reported_as_such(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Permissions do not bind root, so the error is raised by hand."""
+def test_unreadable_file_is_reported(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Permissions do not apply to root, so the error is injected."""
     plain = Path.open
 
     def refusing(path: Path, *positional: Any, **options: Any) -> Any:
@@ -161,7 +161,7 @@ def test_checksum_covers_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class Attack:
-    """Pickles as a call of ``function``, which leaves a mark."""
+    """Serialize as a call of ``function``, which leaves a mark."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -207,7 +207,7 @@ def test_no_pickle_runs_code(tmp_path: Path, name: str, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["cos\nsystem\n(S'true'\ntR.", "cbuiltins\ngetattr.__call__\n.", "ctorch\nload\n."])
-def test_dotted_and_foreign_names_are_refused(text: str) -> None:
+def test_dotted_and_unlisted_names_are_refused(text: str) -> None:
     with pytest.raises(UnsafePickleError):
         restricted_loads(text.encode())
 
@@ -237,7 +237,7 @@ def test_saved_objects_are_read(tmp_path: Path) -> None:
     assert read["bf16"].dtype is torch.bfloat16 and read["dtype"] is torch.float16
 
 
-def test_readers_are_plain_again_after_the_block() -> None:
+def test_readers_are_restored_after_the_block() -> None:
     load, module = torch.load, filesystem.pickle
     with restricted_pickles():
         assert torch.load is not load and filesystem.pickle is not module
@@ -250,21 +250,21 @@ def test_readers_are_plain_again_after_the_block() -> None:
         (EOFError("Ran out of input"), "is damaged: Ran out of input"),
         (pickle.UnpicklingError("invalid load key"), "is damaged: invalid load key"),
         (PermissionError(13, "Permission denied", "x.distcp"), r"x.distcp cannot be read \(Permission denied\)"),
-        (KeyError("decoder.bias from model not in state dict"), "does not fit this run"),
+        (KeyError("decoder.bias from model not in state dict"), "does not match this run"),
         (UnsafePickleError("common.pt holds os.system"), "common.pt holds os.system. It could run code"),
     ],
 )
-def test_errors_name_their_kind(tmp_path: Path, error: Exception, message: str) -> None:
+def test_error_message_depends_on_the_cause(tmp_path: Path, error: Exception, message: str) -> None:
     with pytest.raises(ConfigError, match=message), explained_load(tmp_path, "--load"):
         raise weights.CheckpointException("read", {1: (error, None)})  # type: ignore[dict-item]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp("trained")
-    corpus = make_corpus(folder / "corpus", 1)
-    launch(command(corpus, folder / "run", train_iters=1, eval_iters=0))
-    return corpus, folder / "run"
+    directory = tmp_path_factory.mktemp("trained")
+    corpus = make_corpus(directory / "corpus", 1)
+    launch(command(corpus, directory / "run", train_iters=1, eval_iters=0))
+    return corpus, directory / "run"
 
 
 def _attack_metadata(directory: Path, attack: Any) -> None:
@@ -276,7 +276,7 @@ def _attack_common(directory: Path, attack: Any) -> None:
 
 
 def _attack_object(directory: Path, attack: Any) -> None:
-    """Put the attack at the end of a data file, and let the metadata point to it."""
+    """Append the attack to a data file, and reference it in the metadata."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     index = next(index for index in metadata.storage_data if index.fqn.startswith("rng/"))
     info = metadata.storage_data[index]
@@ -293,7 +293,7 @@ def _attack_object(directory: Path, attack: Any) -> None:
 def test_code_in_a_checkpoint_does_not_run(
     tmp_path: Path, trained: tuple[str, Path], place: Callable[[Path, Any], None], file: str
 ) -> None:
-    """Although manifest and checksums are right."""
+    """Manifest and checksums are valid."""
     corpus, run = trained
     shutil.copytree(run, tmp_path / "run")
     directory = tmp_path / "run" / "iter_0000001"
@@ -313,8 +313,8 @@ def test_code_in_a_checkpoint_does_not_run(
     assert not (tmp_path / "mark").exists()
 
 
-def test_checkpoint_of_another_step_is_not_mixed_in(tmp_path: Path, trained: tuple[str, Path]) -> None:
-    """Of a reference model, too, and with the flag that skips the check."""
+def test_reference_checkpoint_is_verified(tmp_path: Path, trained: tuple[str, Path]) -> None:
+    """A damaged file of the reference model is refused, unless the flag skips the check."""
     corpus, run = trained
     shutil.copytree(run, tmp_path / "run")
     data = tmp_path / "run" / "iter_0000001" / "__0_0.distcp"

@@ -1,4 +1,4 @@
-"""Checkpoints cross between the libraries under Megatron-Core: torch's and fused Adam, local layers and TE's."""
+"""Test that checkpoints load across implementations: torch and fused Adam, local and Transformer Engine layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_slm.testing.tiny import command, make_corpus, records
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Stand-in for Transformer Engine's optimizer: a step per group, ``bias_correction``, no step per parameter."""
+    """Imitate Transformer Engine's optimizer: a step per group, ``bias_correction``, no step per parameter."""
 
     def __init__(self, params: Any, *, lr: float, betas: Any, eps: float, weight_decay: float, adam_w_mode: bool):
         assert adam_w_mode
@@ -47,7 +47,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _fused_adam(stack: ExitStack) -> None:
-    """Let Megatron-Core believe that Transformer Engine is installed."""
+    """Patch Megatron-Core as if Transformer Engine were installed."""
     for owner, name, value in (
         (megatron_optimizer, "Adam", FusedAdam),
         (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
@@ -59,12 +59,12 @@ def _fused_adam(stack: ExitStack) -> None:
 
 
 def _extra_state(stack: ExitStack) -> None:
-    """Let normalisation layers carry an extra state, as Transformer Engine's do, which nothing foreign may enter."""
+    """Give norm layers an extra state, as in Transformer Engine, which must not be read from a checkpoint."""
 
     def set_extra_state(module: torch.nn.Module, state: Any) -> None:
-        assert state == "own", "read from a file"
+        assert state == "unchanged", "read from a file"
 
-    stack.enter_context(mock.patch.object(torch.nn.RMSNorm, "get_extra_state", lambda module: "own"))
+    stack.enter_context(mock.patch.object(torch.nn.RMSNorm, "get_extra_state", lambda module: "unchanged"))
     stack.enter_context(mock.patch.object(torch.nn.RMSNorm, "set_extra_state", set_extra_state))
 
 
@@ -84,10 +84,10 @@ def _run_each(rank: int, world_size: int, jobs: list[tuple[str, list[str]]]) -> 
 @pytest.mark.parametrize(
     "flags", [[], ["--use-distributed-optimizer"], ["--bf16"]], ids=["plain", "distributed", "bf16"]
 )
-def test_runs_continue_with_the_other_library(tmp_path: Path, flags: list[str]) -> None:
+def test_runs_resume_with_the_other_implementation(tmp_path: Path, flags: list[str]) -> None:
     corpus = make_corpus(tmp_path / "corpus", 1)
     settings = {"train_iters": 4, "eval_iters": 0}
-    jobs = [("torch", command(corpus, tmp_path / "whole", **settings) + flags)]
+    jobs = [("torch", command(corpus, tmp_path / "uninterrupted", **settings) + flags)]
     for variant in VARIANTS:
         jobs.append((variant, command(corpus, tmp_path / variant, exit_interval=2, **settings) + flags))
     pairs = [("torch", "fused"), ("fused", "torch"), ("fused", "fused"), ("torch", "extra"), ("extra", "torch")]
@@ -95,7 +95,7 @@ def test_runs_continue_with_the_other_library(tmp_path: Path, flags: list[str]) 
         save = tmp_path / f"{one}-{other}"
         jobs.append((other, command(corpus, save, load=tmp_path / one, **settings) + flags))
     run_ranks(_run_each, 1, jobs, initialise=False)
-    whole = [record["loss"] for record in records(tmp_path / "whole")][2:]
+    expected = [record["loss"] for record in records(tmp_path / "uninterrupted")][2:]
     for one, other in pairs:
         losses = [record["loss"] for record in records(tmp_path / f"{one}-{other}")]
-        assert losses == pytest.approx(whole, rel=1e-5), (one, other)
+        assert losses == pytest.approx(expected, rel=1e-5), (one, other)

@@ -1,4 +1,4 @@
-"""A run resumes with any optimizer, with the flags' settings, and with the schedule at the saved step."""
+"""Test that a run resumes with any optimizer, the configured settings, and the schedule at the saved step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAIRS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit code and output of one run."""
+    """Hold the exit code and output of one run."""
 
     code: int
     output: str
@@ -63,15 +63,15 @@ SCHEDULE = ["--lr-warmup-iters", "1", "--lr-decay-style", "cosine", "--eval-iter
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
-    """For each optimizer, an undisturbed run of four steps, and a checkpoint after two of them."""
-    folder = tmp_path_factory.mktemp("saved")
+    """For each optimizer, train an uninterrupted run of four steps, and a run that stops after two."""
+    directory = tmp_path_factory.mktemp("saved")
     commands = []
     for name, flags in KINDS.items():
-        commands.append(command(corpus, folder / f"{name}-whole", train_iters=4) + SCHEDULE + flags)
-        commands.append(command(corpus, folder / name, train_iters=4, exit_interval=2) + SCHEDULE + flags)
+        commands.append(command(corpus, directory / f"{name}-uninterrupted", train_iters=4) + SCHEDULE + flags)
+        commands.append(command(corpus, directory / name, train_iters=4, exit_interval=2) + SCHEDULE + flags)
     for outcome in run_each(commands):
         assert outcome.code == 0, outcome.errors
-    return folder
+    return directory
 
 
 def resume(corpus: str, saved: Path, name: str, save: Path, *flags: str, **settings: Any) -> list[str]:
@@ -83,19 +83,20 @@ def test_every_optimizer_resumes_with_the_state_of_another(tmp_path: Path, corpu
     commands = [resume(corpus, saved, one, tmp_path / f"{one}-{other}", *KINDS[other]) for one, other in PAIRS]
     for (one, other), outcome in zip(PAIRS, run_each(commands), strict=True):
         assert outcome.code == 0, (one, other, outcome.errors)
-        whole = saved / f"{one}-whole"
+        uninterrupted = saved / f"{one}-uninterrupted"
         if one == other:
-            assert losses(tmp_path / f"{one}-{other}") == losses(whole)[2:]
+            assert losses(tmp_path / f"{one}-{other}") == losses(uninterrupted)[2:]
             continue
         rel = 1e-5 if ("bf16" in one) == ("bf16" in other) else 5e-3  # bf16 rounds weights and activations
-        assert _progress(tmp_path / f"{one}-{other}") == pytest.approx(_progress(whole)[4:], rel=rel), (one, other)
+        expected = _progress(uninterrupted)[4:]
+        assert _progress(tmp_path / f"{one}-{other}") == pytest.approx(expected, rel=rel), (one, other)
 
 
 def _progress(save: Path) -> list[float]:
     return [record[name] for record in records(save) for name in ("loss", "lr")]
 
 
-def test_another_kind_of_optimizer_is_refused_or_begins_anew(tmp_path: Path, corpus: str, saved: Path) -> None:
+def test_other_optimizer_type_is_refused_or_starts_fresh(tmp_path: Path, corpus: str, saved: Path) -> None:
     refused, started = run_each(
         [
             resume(corpus, saved, "distributed", tmp_path / "refused", *KINDS["sgd"]),
@@ -108,8 +109,8 @@ def test_another_kind_of_optimizer_is_refused_or_begins_anew(tmp_path: Path, cor
     assert "--optimizer adam -> sgd" in started.output
 
 
-def test_flags_decide_about_the_optimizer(tmp_path: Path, corpus: str, saved: Path) -> None:
-    """Each of them changes the step after the next, as it would not with the checkpoint's parameter groups."""
+def test_optimizer_flags_apply_on_resume(tmp_path: Path, corpus: str, saved: Path) -> None:
+    """Each flag changes the second step, which it would not with the checkpoint's parameter groups."""
     override = ["--lr", "2e-2", "--min-lr", "1e-3", "--weight-decay", "0.3", "--override-opt_param-scheduler"]
     cases = {
         "plain": [[], ["--adam-beta1", "0.5"], ["--adam-eps", "1e-2"], override],
@@ -129,7 +130,7 @@ def test_flags_decide_about_the_optimizer(tmp_path: Path, corpus: str, saved: Pa
     assert "--adam-beta1 0.9 -> 0.5" in outcomes[1].output
 
 
-def test_another_schedule_is_refused_unless_a_flag_decides(tmp_path: Path, corpus: str, saved: Path) -> None:
+def test_changed_schedule_is_refused_without_a_scheduler_flag(tmp_path: Path, corpus: str, saved: Path) -> None:
     longer = {"train_iters": 8, "lr": "2e-2"}
     use = "--use-checkpoint-opt_param-scheduler"
     refused, override, checkpoint, without = run_each(
@@ -142,19 +143,19 @@ def test_another_schedule_is_refused_unless_a_flag_decides(tmp_path: Path, corpu
     )
     assert refused.code == 2 and use in refused.errors and "lr_decay_steps (in samples) 128" in refused.errors
     assert override.code == checkpoint.code == without.code == 0, (override, checkpoint, without)
-    whole = [record["lr"] for record in records(saved / "plain-whole")]
+    expected = [record["lr"] for record in records(saved / "plain-uninterrupted")]
     rates = {name: [r["lr"] for r in records(tmp_path / name)] for name in ("override", "checkpoint", "without")}
-    assert rates["checkpoint"][:2] == whole[2:]
+    assert rates["checkpoint"][:2] == expected[2:]
     assert rates["checkpoint"][2:] == pytest.approx([0.0] * 4, abs=1e-9)
-    assert rates["without"] == whole[2:]  # no new warm-up
-    assert rates["override"][0] > 1.5 * whole[2] and len(rates["override"]) == 6
+    assert rates["without"] == expected[2:]  # no new warm-up
+    assert rates["override"][0] > 1.5 * expected[2] and len(rates["override"]) == 6
     assert "--lr 0.02 ignored, 0.01 kept" in checkpoint.output
 
 
-def test_states_that_are_left_out(tmp_path: Path, corpus: str) -> None:
-    """Random states and optimizer states that are not saved, or saved and not loaded."""
+def test_resume_without_random_or_optimizer_states(tmp_path: Path, corpus: str) -> None:
+    """The states are not saved, or saved and not loaded."""
     dropout = {"hidden_dropout": 0.3, "train_iters": 4}
-    whole = [*command(corpus, tmp_path / "whole", **dropout), *SCHEDULE]
+    uninterrupted = [*command(corpus, tmp_path / "uninterrupted", **dropout), *SCHEDULE]
     first = [*command(corpus, tmp_path / "run", **dropout, exit_interval=2), *SCHEDULE]
     bare = [*command(corpus, tmp_path / "bare", **dropout, exit_interval=2), *SCHEDULE, "--no-save-rng"]
 
@@ -163,7 +164,7 @@ def test_states_that_are_left_out(tmp_path: Path, corpus: str) -> None:
 
     outcomes = run_each(
         [
-            whole,
+            uninterrupted,
             first,
             [*bare, "--no-save-optim"],
             again("run", "same"),
@@ -180,8 +181,8 @@ def test_states_that_are_left_out(tmp_path: Path, corpus: str) -> None:
         **dict.fromkeys(("same", "rng", "started", "tuned", "kept"), 0),
         **dict.fromkeys(("refused", "both"), 2),
     }, outcomes
-    assert losses(tmp_path / "same") == losses(tmp_path / "whole")[2:]
-    assert losses(tmp_path / "rng") != losses(tmp_path / "whole")[2:], "other dropout"
+    assert losses(tmp_path / "same") == losses(tmp_path / "uninterrupted")[2:]
+    assert losses(tmp_path / "rng") != losses(tmp_path / "uninterrupted")[2:], "other dropout"
     assert "holds no optimizer state" in codes["refused"].errors and "--no-load-optim" in codes["refused"].errors
     assert [record["step"] for record in records(tmp_path / "started")] == [3, 4]
     assert [record["step"] for record in records(tmp_path / "tuned")] == [1, 2, 3, 4]

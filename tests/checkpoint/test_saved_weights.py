@@ -1,4 +1,4 @@
-"""Saved weights are those of the last update, and a save that fails on one rank ends on all of them."""
+"""Test that saved weights include the last update, and that a save that fails on one rank fails on all ranks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-pa
 
 
 def test_overlapped_gathering_saves_the_updated_weights(tmp_path: Path) -> None:
-    """Without an evaluation before the save, which would gather the parameters too."""
+    """No evaluation precedes the save, since it would also gather the parameters."""
     corpus = make_corpus(tmp_path / "corpus", 1)
-    folders = {"overlap": OVERLAP, "plain": OVERLAP[:1]}
-    for name, flags in folders.items():
+    variants = {"overlap": OVERLAP, "plain": OVERLAP[:1]}
+    for name, flags in variants.items():
         argv = command(corpus, tmp_path / name, dp=2, train_iters=3, save_interval=2, eval_iters=0)
         launch([*argv, *flags], 2)
     for step in (2, 3):
-        overlap, plain = (run_ranks(_tensors, 1, str(tmp_path / name / f"iter_{step:07d}"))[0] for name in folders)
+        overlap, plain = (run_ranks(_tensors, 1, str(tmp_path / name / f"iter_{step:07d}"))[0] for name in variants)
         assert overlap.keys() == plain.keys() and any("linear_qkv" in key for key in plain)
         different = [key for key, tensor in plain.items() if not torch.equal(tensor, overlap[key])]
         assert not different
@@ -43,8 +43,8 @@ WRITERS = {"common.pt": (TorchCommonSaveStrategy, "save_common"), ".metadata": (
 
 
 @pytest.mark.parametrize("file", WRITERS)
-def test_full_disk_on_rank_0_does_not_leave_the_other_waiting(tmp_path: Path, file: str) -> None:
-    """These files are written by rank 0 alone, between collectives."""
+def test_full_disk_on_rank_0_ends_all_ranks(tmp_path: Path, file: str) -> None:
+    """Only rank 0 writes these files, between collectives."""
     corpus = make_corpus(tmp_path / "corpus", 1)
     argv = command(corpus, tmp_path / "run", dp=2, train_iters=1, eval_iters=0)
     results = run_ranks(_main_on_full_disk, 2, argv, file, initialise=False)

@@ -1,4 +1,4 @@
-"""The activation of the MLP is the same function on every device, fused or not."""
+"""Test that the MLP activation is the same function on every device, fused or not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALUES = torch.linspace(-6, 6, 601)
 
 
 def megatron_config(device: str, **model: Any) -> Any:
-    """Return Megatron-Core's configuration for a device, which need not exist."""
+    """Return Megatron-Core's configuration for a device, which need not be present."""
     settings = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, **model)
     groups: Any = SimpleNamespace(device=torch.device(device))
     return transformer_config(settings, ParallelConfig(), TrainingConfig(), groups, "local", bf16=False)
@@ -36,7 +36,7 @@ def megatron_config(device: str, **model: Any) -> Any:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_fields(name: str, bias: bool, device: str) -> None:
-    """Megatron-Core accepts every combination, and fuses only what stays the same function."""
+    """Megatron-Core accepts every combination, and fusion does not change the function."""
     config = megatron_config(device, activation=name, disable_bias_linear=not bias)
     assert config.gated_linear_unit == (name in GATED) and config.add_bias_linear == bias
     fuses = device == "cuda" and (name == "swiglu" or (name == "gelu_tanh" and bias))
@@ -48,7 +48,7 @@ def test_fields(name: str, bias: bool, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_fields_with_experts(name: str, device: str) -> None:
-    """Experts fuse SwiGLU only, since Megatron-Core has no other fused activation with routing weights."""
+    """Experts fuse only SwiGLU, Megatron-Core's only fused activation with routing weights."""
     config = megatron_config(device, activation=name, num_experts=2)
     assert config.bias_activation_fusion == (device == "cuda" and name == "swiglu")
     assert config.activation_func is FUNCTIONS[name]
@@ -61,7 +61,7 @@ def gradient(function: Any, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_fused_functions_are_the_plain_ones(with_bias: bool) -> None:
+def test_fused_and_unfused_functions_agree(with_bias: bool) -> None:
     values = torch.stack((VALUES, VALUES.flip(0))).t().contiguous()
     bias = torch.tensor([0.25, -0.5])
     with torch.compiler.set_stance("force_eager"):
@@ -131,8 +131,8 @@ def test_contradictions(flags: str, message: str) -> None:
         resolve(parse([*NEEDED.split(), *flags.split()]).config, 1)
 
 
-def test_configurations_of_earlier_versions_keep_their_function() -> None:
-    """They have no setting ``activation``, and were trained with exact GELU on a CPU."""
+def test_configurations_of_earlier_versions_keep_their_activation() -> None:
+    """They do not contain ``activation``, and were trained with exact GELU on a CPU."""
     for swiglu, name in ((True, "swiglu"), (False, "gelu")):
         for device in DEVICES:
             settings = activation_settings(ModelConfig(swiglu=swiglu), torch.device(device))

@@ -1,4 +1,4 @@
-"""Rotary embeddings follow the position ids; attention across documents is refused where no mask is seen."""
+"""Test that rotary embeddings use the position ids, and that document masks are refused if they would be ignored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTH, BREAK, VOCAB = 12, 5, 64  # a document of 5 tokens, then one of 7
 
 
 def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Tensor]:
-    """Return token losses of one sample with every use of its position ids."""
+    """Return the token losses of one sample for every use of its position ids."""
     from megatron_slm.model.gpt import build_model
     from megatron_slm.runtime import process
     from megatron_slm.runtime.groups import ParallelLayout
@@ -67,31 +67,31 @@ def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Te
         "by id, straight": losses(chunks[True], straight, None),
         "by id, restarted": losses(chunks[True], restarted, None),
         "by id, restarted, masked": losses(chunks[True], restarted, mask[:, None])[:, second],
-        "second document alone": losses(chunks[False], straight[:, : LENGTH - BREAK], None, second),
+        "second document only": losses(chunks[False], straight[:, : LENGTH - BREAK], None, second),
     }
     process.stop()
     return found
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "learned_absolute"])
-def test_position_ids_are_followed(position_embedding: str) -> None:
+def test_position_ids_are_used(position_embedding: str) -> None:
     (found,) = run_ranks(_losses, 1, position_embedding, initialise=False)
     torch.testing.assert_close(found["by id, straight"], found["plain"], rtol=0, atol=1e-5)
     changed = (found["by id, restarted"] - found["plain"]).abs()
     assert float(changed[:, :BREAK].max()) < 1e-5
     assert float(changed[:, BREAK:].max()) > 0.1, "the restart has no effect"
-    masked, alone = found["by id, restarted, masked"], found["second document alone"]
-    torch.testing.assert_close(masked, alone, rtol=0, atol=2e-5)
+    masked, expected = found["by id, restarted, masked"], found["second document only"]
+    torch.testing.assert_close(masked, expected, rtol=0, atol=2e-5)
 
 
-def test_transformer_engine_with_a_mask_of_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it is asked for, before torch is loaded; and on a GPU that has it by default."""
-    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3"
-    words += " --train-iters 1 --tokenizer-type ByteTokenizer --data-path corpus --reset-attention-mask"
+def test_transformer_engine_with_document_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is requested, before torch is loaded; if it is the default of a GPU, when the device is checked."""
+    flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3"
+    flags += " --train-iters 1 --tokenizer-type ByteTokenizer --data-path corpus --reset-attention-mask"
     message = "would attend across them. Use --transformer-impl local"
     with pytest.raises(ConfigError, match=message):
-        resolve(parse([*words.split(), "--transformer-impl", "transformer_engine"]).config, 1)
-    config = resolve(parse(words.split()).config, 1)
+        resolve(parse([*flags.split(), "--transformer-impl", "transformer_engine"]).config, 1)
+    config = resolve(parse(flags.split()).config, 1)
     check_device(config, torch.device("cpu"))
     monkeypatch.setattr("megatron_slm.model.specs.choose_implementation", lambda *_: "transformer_engine")
     with pytest.raises(ConfigError, match=message):
