@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
@@ -17,6 +18,9 @@ from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.preflight import check_device, check_files, check_memory, default_device, resolve_values
+
+if TYPE_CHECKING:
+    from megatron_slm.runtime.groups import Groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,15 +68,9 @@ def _print_plan(config: Config, note: str, world_size: int) -> None:
 
 def _train(config: Config, note: str, signals: StopSignals | None) -> None:
     from megatron_slm.runtime import process
-    from megatron_slm.runtime.collective import on_every_rank, on_first_rank
-    from megatron_slm.runtime.console import make_console
-    from megatron_slm.runtime.software import describe_software
-    from megatron_slm.tokenizers.tokenizer import tokenizer_of
-    from megatron_slm.training.loop import train
-    from megatron_slm.training.metrics import print_settings
-    from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
-    from megatron_slm.training.setup import build_run, parallel_layout
-    from megatron_slm.training.sinks import closing_all
+    from megatron_slm.runtime.collective import on_every_rank
+    from megatron_slm.runtime.logs import logging_to, open_log
+    from megatron_slm.training.setup import parallel_layout
 
     groups = process.start(
         parallel_layout(config),
@@ -82,6 +80,21 @@ def _train(config: Config, note: str, signals: StopSignals | None) -> None:
     )
     if signals is not None:
         signals.remember_all()
+    with logging_to(on_every_rank(lambda: open_log(config.logging.slm_log_dir, groups.rank))):
+        _run_job(config, note, groups, signals)
+
+
+def _run_job(config: Config, note: str, groups: Groups, signals: StopSignals | None) -> None:
+    from megatron_slm.runtime.collective import on_every_rank, on_first_rank
+    from megatron_slm.runtime.console import make_console
+    from megatron_slm.runtime.software import describe_software
+    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.training.loop import train
+    from megatron_slm.training.metrics import print_settings
+    from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
+    from megatron_slm.training.setup import build_run
+    from megatron_slm.training.sinks import closing_all
+
     tokenizer = on_every_rank(lambda: tokenizer_of(config))
     on_first_rank(lambda: check_files(config, tokenizer))
     on_every_rank(lambda: check_device(config, groups.device))

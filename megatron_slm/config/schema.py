@@ -328,6 +328,7 @@ class LoggingConfig:
     wandb_project: str | None = flag(None, "Weights & Biases project; turns W&B on")
     wandb_exp_name: str | None = flag(None, "name of the run in Weights & Biases")
     wandb_save_dir: str | None = flag(None, "local folder of Weights & Biases")
+    slm_log_dir: str | None = flag(None, "directory for a log file of every rank, with times; default no log files")
     slm_metrics_file: str | None = flag(None, "JSONL file of all metrics; default metrics.jsonl in --save")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
 from megatron_slm.training.step import ReferenceSource, Step, selection_ratio, train_step
 from megatron_slm.training.stopping import StopDecision
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +93,7 @@ class _Loop:
                 self.unlogged.append(_one_step(run, stream))
                 self.clock.tick()
                 step = run.progress.step
+                logger.info("step %d", step)
                 if _is_due(step, config.logging.log_interval) or step == self.iterations:
                     self._log()
                 if _is_due(step, config.checkpoint.save_interval):
@@ -116,6 +120,7 @@ class _Loop:
         run, logging = self.run, self.run.config.logging
         if self.evaluated == run.progress.step or not run.datasets.valid or logging.eval_iters == 0:
             return
+        logger.info("evaluating at step %d", run.progress.step)
         with self.clock.evaluating():
             results = evaluate(run.state, run.datasets.valid, run.config, run.shape, self.stop.agreed)
         if not results:
@@ -134,9 +139,11 @@ class _Loop:
         if run.config.checkpoint.save is None or self.saved == run.progress.step:
             return
         began = time.perf_counter()
+        logger.info("saving step %d", run.progress.step)
         with self.clock.saving(), self.retention.around_save(run.progress.step, run.state.groups):
             where = save_checkpoint(run.state, run.config)
         self.saved = run.progress.step
+        logger.info("saved step %d", run.progress.step)
         run.console.print(f"saved {where} in {duration(time.perf_counter() - began)}", markup=False)
 
     def _stream(self) -> BatchStream:

@@ -41,6 +41,7 @@ def unwritable_outputs(config: Config) -> Iterator[str]:
     for flag, directory in (
         ("--save", config.checkpoint.save),
         ("--tensorboard-dir", config.logging.tensorboard_dir),
+        ("--slm-log-dir", config.logging.slm_log_dir),
         ("--data-cache-path", config.data.data_cache_path),
     ):
         is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # it may be complete, and is optional
