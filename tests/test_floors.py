@@ -67,5 +67,5 @@ def test_only_runtime_reads_the_global_parallel_state() -> None:
 
 
 def test_config_parses_without_torch() -> None:
-    for path in [*(PACKAGE / "config").glob("*.py"), PACKAGE / "runtime" / "errors.py", PACKAGE / "__init__.py"]:
+    for path in [*(PACKAGE / "config").rglob("*.py"), PACKAGE / "runtime" / "errors.py", PACKAGE / "__init__.py"]:
         assert not {name.split(".")[0] for name in imported(path)} & {"torch", "megatron"}, path

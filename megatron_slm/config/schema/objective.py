@@ -1,0 +1,96 @@
+"""Settings of Selective Language Modeling and the reference model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.config.constraints import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Selective Language Modeling"""
+
+    objective: str = flag(
+        "clm", "training objective; clm: train on all tokens; slm: train on selected tokens", choices=("clm", "slm")
+    )
+    slm_selection_ratio: float = flag(
+        0.6,
+        "fraction k of the valid tokens to select, in (0, 1]",
+        above=0,
+        at_most=1,
+        example="0.6 (the paper's for 1B)",
+    )
+    slm_score: str = flag(
+        "excess",
+        "token score: excess, token-loss, reference-loss, reference-entropy (both lowest first), random, "
+        "stochastic-NAME; or scores with individual ratios, combined by and/or: "
+        "'reference-loss:0.7 and reference-entropy:0.7'",
+    )
+    slm_scope: str = flag(
+        "data-parallel",
+        "set of tokens to rank together",
+        choices=("sequence", "micro-batch", "data-parallel", "global-batch"),
+    )
+    slm_threshold: str = flag(
+        "exact",
+        "threshold with --slm-scope global-batch; exact: an additional forward pass ranks all tokens of the step "
+        "first; predicted: predict it from earlier steps and control the selected fraction",
+        choices=("exact", "predicted"),
+    )
+    slm_selection_ratio_start: float | None = flag(
+        None, "selection ratio of the first iteration", above=0, at_most=1, example="0.6 (the paper's for 1B)"
+    )
+    slm_selection_ratio_warmup_iters: int = flag(
+        0,
+        "number of iterations of the transition from --slm-selection-ratio-start to --slm-selection-ratio",
+        at_least=0,
+    )
+    slm_mix: float = flag(
+        0.0, "fraction of the loss weight to spread evenly over all valid tokens, as in CLM", at_least=0, at_most=1
+    )
+    slm_mtp_selection: str = flag(
+        "main",
+        "selection of the MTP heads; main: use the tokens that the main head selects; independent: rank the losses of "
+        "each MTP head separately",
+        choices=("main", "independent"),
+    )
+    slm_gumbel_temperature: float = flag(1.0, "temperature of stochastic selection", above=0)
+    slm_cross_entropy: str | None = flag(
+        None,
+        "implementation of the LM head's cross entropy; torch keeps all logits in memory, chunked and triton one chunk "
+        "at a time; default triton on a GPU if it is installed, else chunked",
+        choices=("torch", "chunked", "triton"),
+    )
+    slm_exact_mode: str = flag(
+        "recompute",
+        "when to compute the LM-head gradient of selected tokens; recompute: in the backward pass; speculative: in the "
+        "forward pass for tokens above an estimated threshold. The selection is identical. --slm-scope global-batch "
+        "needs no estimate",
+        choices=("recompute", "speculative"),
+    )
+    slm_saved_logits_mb: int = flag(
+        64, "maximum MiB of logits per rank and micro-batch to save instead of recomputing them", at_least=0
+    )
+    slm_z_loss: float = flag(
+        0.0, "coefficient of the z-loss of selected tokens, (log-sum-exp of the logits)^2", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Reference model"""
+
+    reference_load: str | None = flag(None, "checkpoint directory of the reference model, written by this trainer")
+    reference_ckpt_step: int | None = flag(
+        None, "checkpoint iteration of the reference model; default the newest", at_least=0
+    )
+    reference_precision: str | None = flag(
+        None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16")
+    )
+    reference_scores: list[str] = flag(
+        list,
+        "names of score sidecars from tools/score_corpus.py, instead of --reference-load; NAME refers to "
+        "CORPUS.NAME.scores next to each corpus, DIRECTORY/NAME to the same file in DIRECTORY",
+    )
+    reference_combine: str = flag("mean", "combination of several sidecars: mean, min, or weights such as 0.7,0.3")

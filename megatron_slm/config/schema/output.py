@@ -1,0 +1,55 @@
+"""Settings of checkpoints, evaluation and logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.config.constraints import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints"""
+
+    save: str | None = flag(None, "output directory to save checkpoints to")
+    load: str | None = flag(
+        None, "checkpoint directory to resume from; with --finetune, to load the initial weights from"
+    )
+    pretrained_checkpoint: str | None = flag(
+        None, "checkpoint directory to load the initial weights from if --load holds no checkpoint"
+    )
+    save_interval: int | None = flag(
+        None, "number of iterations between checkpoints; the last iteration is always saved", above=0
+    )
+    save_retain_interval: int | None = flag(
+        None, "retain checkpoints of iterations that are multiples of this, and the newest; default all", above=0
+    )
+    finetune: bool = flag(False, "load only the weights of --load and start at iteration 0")
+    ckpt_step: int | None = flag(None, "checkpoint iteration to load; default the newest", at_least=0)
+    save_optim: bool = flag(True, "save optimizer state")
+    save_rng: bool = flag(True, "save random number generator states")
+    load_optim: bool = flag(True, "load optimizer state")
+    load_rng: bool = flag(True, "load random number generator states")
+    slm_overwrite_save: bool = flag(False, "delete the run in --save and start a new one")
+    exit_on_missing_checkpoint: bool = flag(False, "exit with an error if --load holds no checkpoint")
+    use_checkpoint_args: bool = flag(
+        False, "use the model settings of the checkpoint of --load, not of the command line"
+    )
+    slm_verify_checksums: bool = flag(True, "verify the checksums of checkpoints and score sidecars before use")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Evaluation and logging"""
+
+    log_interval: int = flag(1, "number of iterations between log lines (Megatron-LM: 100)", above=0)
+    eval_interval: int | None = flag(
+        None, "number of iterations between evaluations (Megatron-LM: 1000); default the first and the last", above=0
+    )
+    eval_iters: int = flag(100, "number of global batches per evaluation of each validation set", at_least=0)
+    tensorboard_dir: str | None = flag(None, "directory for TensorBoard logs")
+    wandb_project: str | None = flag(None, "Weights & Biases project; enables logging to it")
+    wandb_exp_name: str | None = flag(None, "Weights & Biases run name")
+    wandb_save_dir: str | None = flag(None, "local directory for Weights & Biases logs")
+    slm_log_dir: str | None = flag(None, "directory for one log file per rank, with timestamps; default no log files")
+    slm_metrics_file: str | None = flag(None, "JSONL file for all metrics; default metrics.jsonl in --save")
