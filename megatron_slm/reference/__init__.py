@@ -1,1 +1,1 @@
-"""Where reference losses come from."""
+"""Sources of reference losses: the reference model, and score sidecars."""

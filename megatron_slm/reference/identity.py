@@ -1,4 +1,4 @@
-"""Identity of the reference model of a run: its content, whatever its path."""
+"""Identity of a run's reference model, based on content instead of path."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ FLAG = "--reference-load"
 
 
 def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | None:
-    """Return a checksum of the reference model of a run that needs one: of its manifest, which names all checksums, or
-    of the fingerprints of the models that the sidecars were made with. On this rank alone.
+    """Return a checksum that identifies the reference model, or None if the run has none. Not collective.
+
+    With sidecars, it is computed from the fingerprints of their reference models; otherwise from the checkpoint's
+    manifest, which contains the checksums of all files.
 
     Args:
-        headers: of the sidecars that the run reads, if any.
+        headers: headers of the run's sidecars, if any.
 
     Raises:
-        ConfigError: the checkpoint is missing, or its manifest cannot be read.
+        ConfigError: the checkpoint is missing, or its manifest is unreadable.
     """
     if headers:
         return text_checksum(" ".join(sorted({header.reference for header in headers.values()})))

@@ -1,4 +1,4 @@
-"""The reference model as a frozen pipeline replica on the training model's own ranks."""
+"""Reference model as a frozen replica, co-located with the training model on its ranks."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ FLAG = "--reference-load"
 
 
 class ReferenceReplica:
-    """A reference model of its own architecture and size, in the layout of the training model.
+    """Hold a frozen reference model of any architecture and size, in the layout of the training model.
 
-    It never trains: evaluation mode, no gradients, no gradient buffers, no optimizer state, and it is in no
-    checkpoint of the training model. Building it leaves all random states as they were.
+    The model is in evaluation mode, without gradients, gradient buffers or optimizer state, and is not part of the
+    training model's checkpoints. Building it preserves all random states.
 
     Args:
-        config: of the run that trains; its reference flags say where the checkpoint is.
-        tokenizer: of the run that trains; the reference model must have been made with the same.
-        with_entropy: also report the entropies of the next-token distributions.
+        config: configuration of the training run, which includes the reference checkpoint.
+        tokenizer: tokenizer of the training run; the reference model must use the same one.
+        with_entropy: also compute the entropies of the next-token distributions.
 
     Raises:
-        ConfigError: no whole checkpoint, another tokenizer or vocabulary, a shorter sequence length, or a size that
-            the layout does not divide.
+        ConfigError: the checkpoint is incomplete, its tokenizer, vocabulary or sequence length does not match, or the
+            layout does not divide the model.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
@@ -50,14 +50,14 @@ class ReferenceReplica:
         assert path is not None, "checked by config.checks"
         directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
         check_metadata(directory, FLAG)
-        self.config = own = on_first_rank(lambda: _fitting_config(directory, config, tokenizer))
+        self.config = reference = on_first_rank(lambda: _matching_config(directory, config, tokenizer))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
         with preserved_random_state():
             self.chunks = build_model(
-                replace(own.model, transformer_impl=config.model.transformer_impl, mtp_num_layers=None),
+                replace(reference.model, transformer_impl=config.model.transformer_impl, mtp_num_layers=None),
                 vocab_size=tokenizer.vocab_size,
-                parallel=_layout(own, config),
+                parallel=_layout(reference, config),
                 training=replace(config.training, recompute_granularity=None),
                 objective=config.objective,
                 groups=groups,
@@ -69,8 +69,11 @@ class ReferenceReplica:
             chunk.eval().requires_grad_(False)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
-        """Reference losses (and entropies) of every token: one entry per micro-batch on the last pipeline stage,
-        where the selection happens; nothing on the other stages. Collective over all ranks of the replica."""
+        """Compute reference losses and optionally entropies. Collective over all ranks of the replica.
+
+        Returns:
+            one entry per micro-batch on the last pipeline stage, an empty list on other stages.
+        """
         with torch.no_grad():
             return run_pipeline(self.chunks, micro_batches, self._scores, forward_only=True)
 
@@ -80,25 +83,25 @@ class ReferenceReplica:
 
 
 def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
-    """Check the reference model's checkpoint. On this rank alone.
+    """Validate the reference model's checkpoint. Not collective.
 
     Args:
-        verify: read its metadata and compare its files with their checksums, too; a run does so when it loads them.
+        verify: also read the metadata and compare files with their checksums, as a run does on loading.
 
     Raises:
-        ConfigError: the checkpoint is missing or incomplete, or the model does not fit the run.
+        ConfigError: the checkpoint is missing or incomplete, or the model does not match the run.
     """
     path = config.reference.reference_load
     assert path is not None, "checked by config.checks"
     find = partial(open_checkpoint, verify=config.checkpoint.slm_verify_checksums) if verify else find_checkpoint
     directory = find(path, config.reference.reference_ckpt_step, FLAG)
-    _fitting_config(directory, config, tokenizer)
+    _matching_config(directory, config, tokenizer)
     if verify:
         check_metadata(directory, FLAG)
 
 
-def _fitting_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Config:
-    """Return the configuration of the reference model, checked against the run's."""
+def _matching_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Config:
+    """Return the reference model's configuration after comparing it with the run's."""
     _check_tokenizer(read_manifest(directory, FLAG).tokenizer, tokenizer)
     reference = saved_config(directory)
     _check_shape(reference, config)
@@ -114,14 +117,13 @@ def _check_tokenizer(recorded: dict[str, object], tokenizer: Tokenizer) -> None:
         )
 
 
-def _layout(own: Config, config: Config) -> ParallelConfig:
-    """Return the layout of the reference model: that of the training model, with its layers split evenly if it has
-    another number of layers."""
+def _layout(reference: Config, config: Config) -> ParallelConfig:
+    """Return the reference model's layout: the training model's, with an even split if layer counts differ."""
     parallel = config.parallel
-    if own.model.num_layers == config.model.num_layers:
+    if reference.model.num_layers == config.model.num_layers:
         return parallel
     stages = virtual_stages(config.model, parallel)
-    layers = own.model.num_layers // (parallel.pipeline_model_parallel_size * (stages or 1))
+    layers = reference.model.num_layers // (parallel.pipeline_model_parallel_size * (stages or 1))
     return replace(
         parallel,
         num_layers_per_virtual_pipeline_stage=layers if stages else None,
@@ -130,8 +132,8 @@ def _layout(own: Config, config: Config) -> ParallelConfig:
     )
 
 
-def _check_shape(own: Config, config: Config) -> None:
-    length, longest = config.model.seq_length, own.model.seq_length
+def _check_shape(reference: Config, config: Config) -> None:
+    model, length, longest = reference.model, config.model.seq_length, reference.model.seq_length
     if length > longest:
         raise ConfigError(
             f"{FLAG}: the reference model was trained with --seq-length {longest}, and this run has {length}. Train "
@@ -139,16 +141,16 @@ def _check_shape(own: Config, config: Config) -> None:
         )
     parallel, tensor = config.parallel, config.parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size * (virtual_stages(config.model, parallel) or 1)
-    groups = own.model.num_query_groups if own.model.group_query_attention else own.model.num_attention_heads
-    for what, size, divisor, flag in (
-        ("layers", own.model.num_layers, stages, "--pipeline-model-parallel-size x virtual stages"),
+    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
+    for unit, size, divisor, flag in (
+        ("layers", model.num_layers, stages, "--pipeline-model-parallel-size x virtual stages"),
         ("key/value heads", groups, tensor, "--tensor-model-parallel-size"),
-        ("MLP channels", own.model.ffn_hidden_size, tensor, "--tensor-model-parallel-size"),
+        ("MLP channels", model.ffn_hidden_size, tensor, "--tensor-model-parallel-size"),
     ):
-        if what == "layers" and size == config.model.num_layers and has_uneven_stages(parallel):
-            continue  # split as the training model's
+        if unit == "layers" and size == config.model.num_layers and has_uneven_stages(parallel):
+            continue  # split like the training model's
         if (size or 0) % divisor:
             raise ConfigError(
-                f"{FLAG}: the reference model has {size} {what}, which {flag} = {divisor} does not divide. "
-                "The reference model runs in the layout of the training model."
+                f"{FLAG}: the reference model has {size} {unit}, which {flag} = {divisor} does not divide. "
+                "The reference model uses the layout of the training model; choose another layout or reference model."
             )

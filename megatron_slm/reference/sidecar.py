@@ -1,4 +1,4 @@
-"""Reference scores that were computed once, by tools/score_corpus.py, and come with the data."""
+"""Precomputed reference scores, read with the data from sidecars of tools/score_corpus.py."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from megatron_slm.objective.tokens import ReferenceScores
 
 
 class SidecarScores:
-    """A reference source that runs no model: every micro-batch already holds the scores of its labels."""
+    """Implement a reference source without a model: micro-batches contain the scores of their labels."""
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
-        """Reference losses (and entropies) of every token, one entry per micro-batch, on every rank."""
-        return [self._of(batch) for batch in micro_batches]
+        """Return reference losses and optionally entropies, one entry per micro-batch, on every rank."""
+        return [_micro_batch_scores(batch) for batch in micro_batches]
 
-    def _of(self, batch: MicroBatch) -> ReferenceScores:
-        assert batch.reference_loss is not None, "the dataset was built without its sidecars"
-        return ReferenceScores(loss=batch.reference_loss, entropy=batch.reference_entropy)
+
+def _micro_batch_scores(batch: MicroBatch) -> ReferenceScores:
+    assert batch.reference_loss is not None, "the dataset was built without sidecars"
+    return ReferenceScores(loss=batch.reference_loss, entropy=batch.reference_entropy)

@@ -1,9 +1,8 @@
 """Scoring windows over the documents of a corpus, or over the corpus as one text.
 
-A text of n tokens is covered by windows of w tokens that begin every s tokens. The first window scores all its tokens,
-every later one its last s, so that each token is scored once, with all the text before it or at least w − s + 1
-tokens of it. The input before the first token of a text is the end-of-document token, which is what a model sees
-there in training.
+A text of n tokens is covered by windows of w tokens with stride s. The first window scores all of its tokens, each
+later window its last s. Each token is therefore scored once, with its complete preceding text or at least w − s + 1
+tokens of it as input. The input before the first token of a text is the end-of-document token, as in training.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CHUNK_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a text in one window: the labels [start, stop) of the corpus, scored from ``first`` on."""
+    """Tokens [start, stop) of a corpus in one window, of which [first, stop) are scored."""
 
     start: int
     first: int
@@ -39,32 +38,32 @@ class Span:
         return self.stop - self.start
 
 
-Row = list[Span]  # what one sequence of a micro-batch holds; no span sees another
+Row = list[Span]  # spans packed into one sequence of a micro-batch, masked from each other
 
 
 def span_count(length: int, rule: ContextRule) -> int:
-    """Windows that cover a text of ``length`` tokens."""
+    """Return the number of windows that cover a text of ``length`` tokens."""
     return 1 + max(0, -(-(length - rule.window) // rule.stride))
 
 
-def span(begin: int, end: int, number: int, rule: ContextRule) -> Span:
-    """Window ``number`` of the text [begin, end) of a corpus."""
-    start = begin + number * rule.stride
+def span(text_start: int, text_stop: int, number: int, rule: ContextRule) -> Span:
+    """Return the span of window ``number`` over the text [text_start, text_stop) of a corpus."""
+    start = text_start + number * rule.stride
     first = start + rule.window - rule.stride if number else start
-    return Span(start, first, min(start + rule.window, end), number == 0)
+    return Span(start, first, min(start + rule.window, text_stop), number == 0)
 
 
 class RowSource(Protocol):
-    """The rows that score a corpus, chunk by chunk; what a chunk holds does not depend on who scores it."""
+    """Provide the rows of a corpus by chunk, independently of the number of ranks."""
 
     chunks: int
-    packed: bool  # whether a row may hold several spans
+    packed: bool  # whether a row may contain several spans
 
     def rows(self, chunk: int) -> list[Row]: ...
 
 
 class StreamRows:
-    """The corpus as one text: a token sees the text before it, of any document."""
+    """Treat the corpus as one text: the context of a token may include earlier documents."""
 
     packed = False
 
@@ -75,37 +74,37 @@ class StreamRows:
         self.chunks = -(-self.windows // self.per_chunk)
 
     def rows(self, chunk: int) -> list[Row]:
-        """The windows of a chunk, one a row."""
+        """Return the windows of a chunk, one per row."""
         numbers = range(chunk * self.per_chunk, min((chunk + 1) * self.per_chunk, self.windows))
         return [[span(0, self.tokens, number, self.rule)] for number in numbers]
 
 
 class Documents:
-    """Where the documents of a corpus begin, read from its index where needed: an index may hold billions."""
+    """Positions of the documents of a corpus, read from its index on demand, since it may contain billions."""
 
     def __init__(self, corpus: CorpusInfo) -> None:
         index = read_index(corpus.prefix)
         self.pointers, self.sequences = index.pointers, index.boundaries
         self.tokens, self.width, self.count = corpus.tokens, corpus.dtype.itemsize, corpus.documents
 
-    def begin(self, document: int) -> int:
-        """The place of the first token of a document; that of document ``count`` is the end of the corpus."""
+    def start(self, document: int) -> int:
+        """Return the position of a document's first token; for ``document == count`` the end of the corpus."""
         sequence = int(self.sequences[document])
         return int(self.pointers[sequence]) // self.width if sequence < len(self.pointers) else self.tokens
 
-    def beginning_in(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """[begin, end) of the documents that begin at a place in [start, stop) and hold anything."""
-        document = bisect_left(range(self.count), start, key=self.begin)
-        while document < self.count and (begin := self.begin(document)) < stop:
+    def starting_in(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, end) positions of the non-empty documents that start in [start, stop)."""
+        document = bisect_left(range(self.count), start, key=self.start)
+        while document < self.count and (first := self.start(document)) < stop:
             document += 1
-            if (end := self.begin(document)) > begin:
-                yield begin, end
+            if (end := self.start(document)) > first:
+                yield first, end
 
 
 class DocumentRows:
-    """Every document is a text of its own: a token sees its own document alone.
+    """Treat every document as a separate text: the context of a token is limited to its document.
 
-    Spans of several documents share a row. Documents are dealt with by the chunk in which they begin.
+    Spans of several documents share a row. A document belongs to the chunk that contains its first token.
     """
 
     packed = True
@@ -115,50 +114,50 @@ class DocumentRows:
         self.chunks = -(-documents.tokens // chunk_tokens)
 
     def rows(self, chunk: int) -> list[Row]:
-        """The spans of a chunk's documents, packed: each goes where it leaves the least room, the longest first."""
-        texts = self.documents.beginning_in(chunk * self.chunk_tokens, (chunk + 1) * self.chunk_tokens)
+        """Return the packed spans of a chunk's documents."""
+        texts = self.documents.starting_in(chunk * self.chunk_tokens, (chunk + 1) * self.chunk_tokens)
         spans = [
-            span(begin, end, number, self.rule)
-            for begin, end in texts
-            for number in range(span_count(end - begin, self.rule))
+            span(start, stop, number, self.rule)
+            for start, stop in texts
+            for number in range(span_count(stop - start, self.rule))
         ]
         return pack(sorted(spans, key=len, reverse=True), self.rule.window)
 
 
 def pack(spans: list[Span], window: int) -> list[Row]:
-    """Rows of at most ``window`` tokens, each span in the row that it fills best."""
+    """Pack spans into rows of at most ``window`` tokens with the best-fit algorithm, in the given order."""
     rows: list[Row] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    free: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for each in spans:
-        place = bisect_left(rooms, (len(each), -1))
-        if place == len(rooms):
+        position = bisect_left(free, (len(each), -1))
+        if position == len(free):
             rows.append([])
-            room, row = window, len(rows) - 1
+            tokens, row = window, len(rows) - 1
         else:
-            room, row = rooms.pop(place)
+            tokens, row = free.pop(position)
         rows[row].append(each)
-        insort(rooms, (room - len(each), row))
+        insort(free, (tokens - len(each), row))
     return rows
 
 
 def make_row_source(corpus: CorpusInfo, rule: ContextRule, chunk_tokens: int = CHUNK_TOKENS) -> RowSource:
-    """Return the rows of a corpus by ``rule``."""
+    """Return the row source of a corpus for a context rule."""
     if rule.kind == "stream":
         return StreamRows(corpus.tokens, rule, chunk_tokens)
     return DocumentRows(Documents(corpus), rule, chunk_tokens)
 
 
-def as_micro_batch(
+def build_micro_batch(
     rows: Sequence[Row], ids: NDArray[Any], size: int, window: int, eod: int, *, packed: bool
 ) -> MicroBatch:
-    """``rows`` as one micro-batch of ``size`` sequences of ``window`` tokens; what no span fills is zero.
+    """Return a micro-batch of ``size`` sequences of ``window`` tokens, padded with zeros.
 
     Args:
-        rows: at most ``size``.
-        ids: the whole corpus, as ``.bin`` holds it.
-        packed: mask the spans of a row from each other; without it a row holds one span, and attention is causal.
+        rows: at most ``size`` rows.
+        ids: token ids of the corpus (``.bin``).
+        packed: mask the spans of a row from each other; otherwise a row has one span and attention is causal.
     """
-    tokens, labels, text = (np.zeros((size, window), np.int64) for _ in range(3))
+    tokens, labels, texts = (np.zeros((size, window), np.int64) for _ in range(3))
     positions = np.tile(np.arange(window), (size, 1))
     for row, spans in enumerate(rows):
         column = 0
@@ -168,7 +167,7 @@ def as_micro_batch(
             tokens[row, here] = np.roll(labels[row, here], 1)
             tokens[row, column] = eod if each.opens_text else ids[each.start - 1]
             positions[row, here] = np.arange(len(each))
-            text[row, here] = number
+            texts[row, here] = number
             column = here.stop
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
@@ -177,18 +176,18 @@ def as_micro_batch(
         position_ids=torch.from_numpy(positions),
         sample_index=torch.arange(size),
         first_sample=0,
-        attention_mask=_mask(torch.from_numpy(text)) if packed else None,
+        attention_mask=_attention_mask(torch.from_numpy(texts)) if packed else None,
     )
 
 
-def _mask(text: Tensor) -> Tensor:
-    """[b, 1, w, w] bool, True where attention is forbidden: to later tokens and to other texts; text [b, w]."""
-    later = torch.ones(text.size(1), text.size(1), dtype=torch.bool).triu(1)
-    return (later | (text[:, :, None] != text[:, None, :]))[:, None]
+def _attention_mask(texts: Tensor) -> Tensor:
+    """Return the attention mask [b, 1, w, w] bool from text numbers [b, w]; True masks later tokens and other texts."""
+    later = torch.ones(texts.size(1), texts.size(1), dtype=torch.bool).triu(1)
+    return (later | (texts[:, :, None] != texts[:, None, :]))[:, None]
 
 
-def scored_places(rows: Sequence[Row]) -> Iterator[tuple[int, slice, Span]]:
-    """(row, columns of the scored labels, span) of every span of a micro-batch."""
+def scored_positions(rows: Sequence[Row]) -> Iterator[tuple[int, slice, Span]]:
+    """Yield (row, columns of the scored labels, span) for every span of a micro-batch."""
     for row, spans in enumerate(rows):
         column = 0
         for each in spans:

@@ -1,4 +1,4 @@
-"""The reference model is frozen: training another model beside it changes no bit of it."""
+"""Test that training leaves the co-located reference model bitwise unchanged."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus and a reference model of another depth and width than the model that trains."""
-    folder = tmp_path_factory.mktemp("replica")
-    corpus = make_corpus(folder / "corpus", 1)
-    launch(command(corpus, folder / "rm", train_iters=2, num_layers=2, hidden_size=16))
-    return folder
+    """Create a corpus and a reference model whose depth and width differ from the training model's."""
+    directory = tmp_path_factory.mktemp("replica")
+    corpus = make_corpus(directory / "corpus", 1)
+    launch(command(corpus, directory / "rm", train_iters=2, num_layers=2, hidden_size=16))
+    return directory
 
 
 def _random_numbers_after_build(rank: int, world_size: int, argv: list[str]) -> list[Any]:
-    """The next random number of each generator that a step may draw from, when the run has been built."""
+    """Return the next random number of each generator used in a step, after the run is built."""
     with _built_run(argv) as run:
         assert run.state.progress.step == 0
         numbers: list[Any] = [random.random(), np.random.rand(), torch.rand(1).item()]
@@ -37,15 +37,12 @@ def _random_numbers_after_build(rank: int, world_size: int, argv: list[str]) -> 
             return [*numbers, torch.rand(1).item()]
 
 
-def test_building_the_reference_model_leaves_random_states_alone(workspace: Path) -> None:
-    """Dropout does not depend on whether scores come from a model or from sidecars."""
+def test_building_the_reference_model_preserves_random_states(workspace: Path) -> None:
+    """Dropout is independent of the source of reference scores."""
     argv = command(str(workspace / "corpus_text_document"), train_iters=2, objective="slm")
-    beside = [*argv, "--reference-load", str(workspace / "rm")]
-    [without], [beside_model] = (
-        run_ranks(_random_numbers_after_build, 1, words, initialise=False)
-        for words in ([*argv, "--slm-score", "token-loss"], beside)
-    )
-    assert beside_model == without
+    variants = ([*argv, "--slm-score", "token-loss"], [*argv, "--reference-load", str(workspace / "rm")])
+    [without], [with_model] = (run_ranks(_random_numbers_after_build, 1, each, initialise=False) for each in variants)
+    assert with_model == without
 
 
 @contextlib.contextmanager
@@ -64,7 +61,7 @@ def _built_run(argv: list[str]) -> Iterator[Any]:
     process.stop()
 
 
-def _train_beside(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
+def _train_with_reference(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]:
     from megatron_slm.training.loop import train
 
     with _built_run(argv) as run:
@@ -82,11 +79,11 @@ def _train_beside(rank: int, world_size: int, argv: list[str]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
-def test_not_a_bit_changes(workspace: Path, tmp_path: Path, tp: int, pp: int) -> None:
+def test_reference_model_is_bitwise_unchanged(workspace: Path, tmp_path: Path, tp: int, pp: int) -> None:
     argv = command(str(workspace / "corpus_text_document"), train_iters=2, objective="slm")
     argv += ["--reference-load", str(workspace / "rm"), "--hidden-dropout", "0.1"]
     argv += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    for result in run_ranks(_train_beside, tp * pp, argv, initialise=False):
+    for result in run_ranks(_train_with_reference, tp * pp, argv, initialise=False):
         assert result["unchanged"] and result["count"] > 0
         assert not result["gradients"] and not result["training"]
 
@@ -99,11 +96,11 @@ def test_not_a_bit_changes(workspace: Path, tmp_path: Path, tp: int, pp: int) ->
     ],
     ids=["GPT-2 style", "bf16"],
 )
-def test_other_models_learn(workspace: Path, tmp_path: Path, style: list[str]) -> None:
-    """GPT-2 style with tied embeddings, biases and dropout; and bf16 with fp32 master weights."""
+def test_loss_decreases_for_other_model_styles(workspace: Path, tmp_path: Path, style: list[str]) -> None:
+    """GPT-2 style with tied embeddings, biases and dropout; bf16 with fp32 master weights."""
     from megatron_slm.testing.tiny import records
 
-    model = [word for word in MODEL if style[0] == "--bf16" or word != "--untie-embeddings-and-output-weights"]
+    model = [flag for flag in MODEL if style[0] == "--bf16" or flag != "--untie-embeddings-and-output-weights"]
     argv = command(str(workspace / "corpus_text_document"), tmp_path / "run", model=model, train_iters=8)
     launch([*argv, *style])
     steps = records(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The command line of scoring: what it makes, and what it refuses with exit code 2 before anything is written."""
+"""Test the command line of score_corpus: its output, and refusals with exit code 2 before any file is written."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tool")
-    launch(command(make_corpus(folder / "corpus", 1), folder / "rm", train_iters=1))
-    return folder
+    directory = tmp_path_factory.mktemp("tool")
+    launch(command(make_corpus(directory / "corpus", 1), directory / "rm", train_iters=1))
+    return directory
 
 
-def argv(folder: Path, corpus: Path, **flags: Any) -> list[str]:
-    words = {"reference_load": folder / "rm", "data_path": corpus / "corpus_text_document", "reference_scores": "new"}
-    words |= flags
-    return [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def argv(directory: Path, corpus: Path, **flags: Any) -> list[str]:
+    values = {
+        "reference_load": directory / "rm",
+        "data_path": corpus / "corpus_text_document",
+        "reference_scores": "new",
+    }
+    values |= flags
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def test_score_then_train(workspace: Path) -> None:
-    """The two commands of the documentation, each as a program of its own."""
-    made = subprocess.run(
+    """Run the two commands of the documentation in separate processes."""
+    result = subprocess.run(
         [sys.executable, str(TOOL), *argv(workspace, workspace, reference_scores="once"), "--entropy"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert made.returncode == 0, made.stderr
+    assert result.returncode == 0, result.stderr
     path = workspace / "corpus_text_document.once.scores"
     tokens = (workspace / "corpus_text_document.bin").stat().st_size // 2
-    assert f"{path}: {tokens:,} tokens" in made.stdout and "tokens/s" in made.stdout
+    assert f"{path}: {tokens:,} tokens" in result.stdout and "tokens/s" in result.stdout
     assert read_header(path).tokens == tokens
     corpus = str(workspace / "corpus_text_document")
     launch(command(corpus, workspace / "slm", train_iters=2, objective="slm", reference_scores="once"))
@@ -57,7 +61,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"stride": 33}, "--stride is 33, and must be from 1 to 32"),
     ({"micro_batch_size": 0}, "--micro-batch-size is 0, and must be above 0"),
     ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size is -1"),
-    ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: give the name alone"),
+    ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: omit the suffix .scores"),
     ({"score_bytes": 1}, "--score-bytes is not taken here. Values have two bytes; leave the flag out."),
     ({"score_byte": 2}, "unknown flag --score-byte"),
     ({"tensor_model_parallel_size": 2}, "1 processes were started"),
@@ -77,27 +81,28 @@ def test_flags_are_refused(
     refused(capsys, tmp_path, argv(workspace, tmp_path, **flags), message)
 
 
-def test_what_does_not_fit_is_refused(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mismatched_corpus_is_refused(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corpus has another tokenizer, or is truncated."""
     _copy(workspace, tmp_path)
-    record = tmp_path / "corpus_text_document.corpus.json"
-    facts = json.loads(record.read_text())
-    facts["tokenizer"]["fingerprint"] = "another"
-    record.write_text(json.dumps(facts))
+    metadata = tmp_path / "corpus_text_document.corpus.json"
+    content = json.loads(metadata.read_text())
+    content["tokenizer"]["fingerprint"] = "another"
+    metadata.write_text(json.dumps(content))
     refused(capsys, tmp_path, argv(workspace, tmp_path), "fingerprint another, and this run has ByteTokenizer")
-    record.unlink()
-    broken = tmp_path / "corpus_text_document.bin"
-    broken.write_bytes(broken.read_bytes()[:-2])
+    metadata.unlink()
+    truncated = tmp_path / "corpus_text_document.bin"
+    truncated.write_bytes(truncated.read_bytes()[:-2])
     refused(capsys, tmp_path, argv(workspace, tmp_path), "its index promises")
 
 
-def _copy(workspace: Path, folder: Path) -> None:
+def _copy(workspace: Path, directory: Path) -> None:
     for suffix in (".bin", ".idx", ".corpus.json"):
-        shutil.copy(workspace / f"corpus_text_document{suffix}", folder)
+        shutil.copy(workspace / f"corpus_text_document{suffix}", directory)
 
 
-def refused(capsys: pytest.CaptureFixture[str], folder: Path, words: list[str], message: str) -> None:
-    before = set(folder.rglob("*"))
-    assert score_corpus.main(words) == 2
+def refused(capsys: pytest.CaptureFixture[str], directory: Path, arguments: list[str], message: str) -> None:
+    before = set(directory.rglob("*"))
+    assert score_corpus.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error, error
-    assert set(folder.rglob("*")) == before, "something was written"
+    assert set(directory.rglob("*")) == before, "a file was written"

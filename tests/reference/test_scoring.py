@@ -1,4 +1,4 @@
-"""Scoring a corpus: equal to the model run by hand, for any layout; goes on after a kill; selects as the model does."""
+"""Test corpus scoring: scores equal direct evaluation in every layout, jobs resume, and selections agree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_slm.objective.selection.exact import select
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
-from megatron_slm.reference.windows import Documents, as_micro_batch, span
+from megatron_slm.reference.windows import Documents, build_micro_batch, span
 from megatron_slm.runtime import process
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import Groups, ParallelLayout
@@ -41,18 +41,18 @@ TOKENIZER = ByteTokenizer(TokenizerFiles())
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a reference model, and a model that was trained less."""
-    folder = tmp_path_factory.mktemp("scoring")
-    corpus = make_corpus(folder / "corpus", 1, documents=12)
-    other = make_corpus(folder / "other", 2)
-    launch_each([command(corpus, folder / "rm", train_iters=40), command(other, folder / "base", train_iters=8)])
-    return folder
+    """Create a corpus, a reference model, and a less trained base model."""
+    directory = tmp_path_factory.mktemp("scoring")
+    corpus = make_corpus(directory / "corpus", 1, documents=12)
+    other = make_corpus(directory / "other", 2)
+    launch_each([command(corpus, directory / "rm", train_iters=40), command(other, directory / "base", train_iters=8)])
+    return directory
 
 
-def job(folder: Path, name: str, *, tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> ScoringJob:
+def job(directory: Path, name: str, *, tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> ScoringJob:
     return ScoringJob(
-        reference=ReferenceConfig(reference_load=str(folder / "rm")),
-        corpora=[str(folder / "corpus_text_document")],
+        reference=ReferenceConfig(reference_load=str(directory / "rm")),
+        corpora=[str(directory / "corpus_text_document")],
         name=name,
         parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp),
         **{"micro_batch_size": 2, "chunk_tokens": 700, "seconds_between_records": 0, **settings},
@@ -60,8 +60,8 @@ def job(folder: Path, name: str, *, tp: int = 1, pp: int = 1, sp: bool = False, 
 
 
 @contextlib.contextmanager
-def started(own: ScoringJob) -> Any:
-    parallel = own.parallel
+def started(scoring: ScoringJob) -> Any:
+    parallel = scoring.parallel
     layout = ParallelLayout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -70,16 +70,16 @@ def started(own: ScoringJob) -> Any:
         process.stop()
 
 
-def _score(rank: int, world_size: int, own: ScoringJob, dies_at: int = 0) -> None:
+def _score(rank: int, world_size: int, scoring: ScoringJob, dies_at: int = 0) -> None:
     if dies_at:
         _die_at(dies_at)
-    with started(own) as groups:
-        score_corpora(own, TOKENIZER, groups, make_console(False))
+    with started(scoring) as groups:
+        score_corpora(scoring, TOKENIZER, groups, make_console(False))
 
 
-def score(own: ScoringJob, world_size: int = 1) -> Path:
-    run_ranks(_score, world_size, own, initialise=False)
-    return sidecar_path(own.corpora[0], own.name)
+def score(scoring: ScoringJob, world_size: int = 1) -> Path:
+    run_ranks(_score, world_size, scoring, initialise=False)
+    return sidecar_path(scoring.corpora[0], scoring.name)
 
 
 def opened(path: Path) -> Sidecar:
@@ -87,7 +87,7 @@ def opened(path: Path) -> Sidecar:
 
 
 def assert_agree(path: Path, other: Path) -> None:
-    """A value between two codes may get either of them; neither is further from it than the header states."""
+    """Assert that two sidecars differ by at most twice the header's rounding error per value."""
     one, two = opened(path), opened(other)
     header, tokens = one.header, one.header.tokens
     assert replace(header, checksum=None) == replace(two.header, checksum=None) and header.entropy is not None
@@ -98,21 +98,21 @@ def assert_agree(path: Path, other: Path) -> None:
         assert np.abs(ours - theirs).max() <= 2 * error
 
 
-def _by_hand(rank: int, world_size: int, own: ScoringJob) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and entropies from one forward pass per window and text, without packing."""
-    with started(own) as groups:
-        config = reference_config(own)
+def _direct_scores(rank: int, world_size: int, scoring: ScoringJob) -> tuple[np.ndarray, np.ndarray]:
+    """Return losses and entropies from one forward pass per window, without packing."""
+    with started(scoring) as groups:
+        config = reference_config(scoring)
         model = ReferenceReplica(config, TOKENIZER, groups, with_entropy=True)
-        corpus = check_corpus(own.corpora[0], "--data-path")
+        corpus = check_corpus(scoring.corpora[0], "--data-path")
         ids = np.fromfile(f"{corpus.prefix}.bin", corpus.dtype)
-        rule = own.rule(WINDOW)
-        texts = [(0, corpus.tokens)] if own.context == "stream" else list(Documents(corpus).beginning_in(0, 1 << 40))
+        rule = scoring.rule(WINDOW)
+        texts = [(0, corpus.tokens)] if scoring.context == "stream" else list(Documents(corpus).starting_in(0, 1 << 40))
         found = np.full((2, corpus.tokens), np.nan)
-        for begin, end in texts:
+        for start, stop in texts:
             number = 0
-            while np.isnan(found[0, begin:end]).any():
-                each = span(begin, end, number, rule)
-                batch = as_micro_batch([[each]], ids, 1, WINDOW, TOKENIZER.eod, packed=False)
+            while np.isnan(found[0, start:stop]).any():
+                each = span(start, stop, number, rule)
+                batch = build_micro_batch([[each]], ids, 1, WINDOW, TOKENIZER.eod, packed=False)
                 scores = model.score([batch])[0]
                 assert scores.entropy is not None
                 for row, values in enumerate((scores.loss, scores.entropy)):
@@ -124,10 +124,10 @@ def _by_hand(rank: int, world_size: int, own: ScoringJob) -> tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize(("context", "stride"), [("document", 20), ("stream", 32), ("document", 9)])
-def test_scores_are_the_models(workspace: Path, context: str, stride: int) -> None:
-    own = job(workspace, f"hand-{context}-{stride}", context=context, stride=stride, with_entropy=True)
-    sidecar = opened(score(own))
-    losses, entropies = run_ranks(_by_hand, 1, own, initialise=False)[0]
+def test_scores_match_direct_evaluation(workspace: Path, context: str, stride: int) -> None:
+    scoring = job(workspace, f"hand-{context}-{stride}", context=context, stride=stride, with_entropy=True)
+    sidecar = opened(score(scoring))
+    losses, entropies = run_ranks(_direct_scores, 1, scoring, initialise=False)[0]
     header, tokens = sidecar.header, sidecar.header.tokens
     below = losses <= header.loss.ceiling
     assert header.clamped == (~below).sum() and below.mean() > 0.99
@@ -137,14 +137,14 @@ def test_scores_are_the_models(workspace: Path, context: str, stride: int) -> No
 
 
 @pytest.fixture(scope="module")
-def alone(workspace: Path) -> Path:
-    """What one process makes, with windows that overlap and entropies."""
-    return score(job(workspace, "alone", with_entropy=True))
+def single_process(workspace: Path) -> Path:
+    """Create a sidecar with entropies and overlapping windows in one process."""
+    return score(job(workspace, "single", with_entropy=True))
 
 
-def test_data_parallel_ranks_make_the_same_bytes(workspace: Path, alone: Path) -> None:
+def test_data_parallel_sidecars_are_identical(workspace: Path, single_process: Path) -> None:
     two = score(job(workspace, "dp2", with_entropy=True), 2)
-    assert two.read_bytes() == alone.read_bytes()
+    assert two.read_bytes() == single_process.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -152,19 +152,19 @@ def test_data_parallel_ranks_make_the_same_bytes(workspace: Path, alone: Path) -
     [({"tp": 2}, 2), ({"pp": 2}, 2), ({"tp": 2, "sp": True}, 2), ({"tp": 2, "pp": 2}, 4)],
     ids=str,
 )
-def test_every_layout_agrees(workspace: Path, alone: Path, settings: dict[str, Any], world_size: int) -> None:
+def test_every_layout_agrees(workspace: Path, single_process: Path, settings: dict[str, Any], world_size: int) -> None:
     name = "".join(f"{key}{value}" for key, value in settings.items()) + str(world_size)
-    own = job(workspace, name, with_entropy=True, **settings)
-    assert_agree(score(own, world_size), alone)
+    scoring = job(workspace, name, with_entropy=True, **settings)
+    assert_agree(score(scoring, world_size), single_process)
 
 
-def test_micro_batch_and_chunks_do_not_matter(workspace: Path, alone: Path) -> None:
-    own = job(workspace, "cut", with_entropy=True, micro_batch_size=5, chunk_tokens=10**6)
-    assert_agree(score(own), alone)
+def test_scores_are_independent_of_micro_batch_and_chunk_sizes(workspace: Path, single_process: Path) -> None:
+    scoring = job(workspace, "cut", with_entropy=True, micro_batch_size=5, chunk_tokens=10**6)
+    assert_agree(score(scoring), single_process)
 
 
 def _die_at(count: int) -> None:
-    """End this process without a word at its ``count``-th write to disk, records of progress included."""
+    """Kill this process at its ``count``-th fsync, progress records included."""
     real, left = os.fsync, [count]
 
     def fsync(file: int) -> None:
@@ -176,51 +176,50 @@ def _die_at(count: int) -> None:
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def test_goes_on_after_kills(workspace: Path, alone: Path) -> None:
-    """Killed at five moments in a row, ended by two ranks; the bytes are those of one job that was left alone."""
-    own = job(workspace, "killed", with_entropy=True)
-    path = sidecar_path(own.corpora[0], own.name)
+def test_killed_job_resumes(workspace: Path, single_process: Path) -> None:
+    """A job killed five times and completed by two ranks writes the same bytes as an uninterrupted job."""
+    scoring = job(workspace, "killed", with_entropy=True)
+    path = sidecar_path(scoring.corpora[0], scoring.name)
     done = []
     for dies_at in (1, 3, 4, 5, 8):
         with pytest.raises(AssertionError, match="died without a word"):
-            run_ranks(_score, 1, own, dies_at, initialise=False)
+            run_ranks(_score, 1, scoring, dies_at, initialise=False)
         assert not path.is_file()
         record = path.with_name(f"{path.name}.progress")
         done.append(record.read_text() if record.is_file() else "")
-    assert len(set(done)) > 3, "the kills came at different places"
-    assert score(replace(own, micro_batch_size=2), 2).read_bytes() == alone.read_bytes()
+    assert len(set(done)) > 3, "the kills were at different positions"
+    assert score(replace(scoring, micro_batch_size=2), 2).read_bytes() == single_process.read_bytes()
     assert not list(path.parent.glob(f"{path.name}.*"))
 
 
-def test_what_is_finished_is_kept(workspace: Path, alone: Path) -> None:
-    before = alone.stat().st_mtime_ns
-    assert score(job(workspace, "alone", with_entropy=True)).stat().st_mtime_ns == before
+def test_finished_sidecar_is_kept(workspace: Path, single_process: Path) -> None:
+    before = single_process.stat().st_mtime_ns
+    assert score(job(workspace, "single", with_entropy=True)).stat().st_mtime_ns == before
     with pytest.raises(AssertionError, match="was made with another entropy"):
-        score(job(workspace, "alone"))
+        score(job(workspace, "single"))
 
 
 Agreement = tuple[int, int, int, float]
-"""Tokens, tokens on which the two selections differ, tokens selected, and the largest distance from the threshold of
-the excess loss of one that differs."""
+"""Tokens, differing tokens, selected tokens, and the largest distance of a differing excess loss to the threshold."""
 
 
-def _score_and_select(rank: int, world_size: int, own: ScoringJob) -> Agreement:
-    """Make the sidecar of a job, and compare the selection with that of the co-located model."""
-    with started(own) as groups:
-        score_corpora(own, TOKENIZER, groups, make_console(False))
-        learning = ReferenceConfig(reference_load=(own.reference.reference_load or "").replace("rm", "base"))
+def _score_and_select(rank: int, world_size: int, scoring: ScoringJob) -> Agreement:
+    """Create the sidecar of a job, and compare its selection with the co-located model's."""
+    with started(scoring) as groups:
+        score_corpora(scoring, TOKENIZER, groups, make_console(False))
+        learning = ReferenceConfig(reference_load=(scoring.reference.reference_load or "").replace("rm", "base"))
         model, learner = (
             ReferenceReplica(reference_config(each), TOKENIZER, groups, with_entropy=False)
-            for each in (own, replace(own, reference=learning))
+            for each in (scoring, replace(scoring, reference=learning))
         )
-        return _compare(own, own.corpora[0], groups, model, learner)
+        return _compare(scoring, scoring.corpora[0], groups, model, learner)
 
 
 def _compare(
-    own: ScoringJob, corpus: str, groups: Groups, model: ReferenceReplica, learner: ReferenceReplica
+    scoring: ScoringJob, corpus: str, groups: Groups, model: ReferenceReplica, learner: ReferenceReplica
 ) -> Agreement:
     data = DataConfig(data_path=[corpus])
-    source = ReferenceConfig(reference_scores=[own.name])
+    source = ReferenceConfig(reference_scores=[scoring.name])
     headers = check_scores(source, data, TOKENIZER, with_entropy=False)
     scores = open_scores(source, headers, data, with_entropy=False)
     dataset = _second_document_first(data)
@@ -237,35 +236,35 @@ def _compare(
     farthest = 0.0
     for _ in range(len(in_windows) // 32):
         [batch] = next(stream)
-        [beside], [loss] = model.score([batch]), learner.score([batch])
+        [exact], [loss] = model.score([batch]), learner.score([batch])
         assert batch.reference_loss is not None
         one, two = (
             select(token_batch(batch, loss.loss, reference, batch.first_sample), selector, 0.6)
-            for reference in (beside, replace(beside, loss=batch.reference_loss))
+            for reference in (exact, replace(exact, loss=batch.reference_loss))
         )
         tokens, selected = tokens + one.selected.numel(), selected + int(one.selected.sum())
         other = one.selected != two.selected
         differ += int(other.sum())
-        distance = (loss.loss - beside.loss - one.threshold).abs()
+        distance = (loss.loss - exact.loss - one.threshold).abs()
         farthest = max(farthest, float(distance[other].max()) if other.any() else 0.0)
     return tokens, differ, selected, farthest
 
 
 def _second_document_first(data: DataConfig) -> Any:
-    """Samples of a corpus of two documents, in an order of documents that begins with the second."""
+    """Return samples of a corpus of two documents in an order that starts with the second document."""
     for seed in range(50):
         dataset: Any = build_datasets(
             data, tokenizer=TOKENIZER, seq_length=WINDOW, train_samples=1, valid_samples=0, seed=seed
         ).train
         if dataset.document_index[0] == 1:
             return dataset
-    raise AssertionError("no seed of fifty puts the second document first")
+    raise AssertionError("no seed starts with the second document")
 
 
-def test_selects_as_the_model_beside_it_does(workspace: Path) -> None:
-    """In the same context: the first document ends one token before a window does, and the second, which comes first
-    in training, is cut into samples at the very places at which the scoring windows are cut."""
-    text = make_corpus(workspace / "more", 1, documents=40)  # of the words that the reference model knows
+def test_selection_matches_the_co_located_model(workspace: Path) -> None:
+    """The context is equal, since the samples of the second document, which training reads first, have the same
+    boundaries as the scoring windows: the first document ends one token before a window."""
+    text = make_corpus(workspace / "more", 1, documents=40)  # has the reference model's vocabulary of words
     corpus = str(workspace / "two")
     _two_documents(corpus, np.fromfile(f"{text}.bin", np.uint16))
     same = replace(job(workspace, "same", context="stream", stride=WINDOW), corpora=[corpus])
@@ -273,7 +272,7 @@ def test_selects_as_the_model_beside_it_does(workspace: Path) -> None:
     error = opened(sidecar_path(corpus, same.name)).header.loss.max_error
     assert tokens > 7000 and selected == pytest.approx(0.6 * tokens, abs=10)
     assert differ < 0.001 * tokens, f"{differ} of {tokens} tokens"
-    assert farthest <= 2 * error, "a token was exchanged that was not at the threshold"
+    assert farthest <= 2 * error, "a differing token is not at the threshold"
 
 
 def _two_documents(prefix: str, ids: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Scoring windows: every token once, with at least the context that was promised, and the text that belongs there."""
+"""Test that scoring windows score every token once, with the correct text and at least the minimum context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.corpus.checks import check_corpus
-from megatron_slm.reference.windows import as_micro_batch, make_row_source, pack, scored_places, span, span_count
+from megatron_slm.reference.windows import build_micro_batch, make_row_source, pack, scored_positions, span, span_count
 from megatron_slm.scores.sidecar import ContextRule
 from megatron_slm.testing.numbered import write_numbered_corpus
 
@@ -27,7 +27,7 @@ RULES = st.integers(1, 12).flatmap(lambda window: st.tuples(st.just(window), st.
     st.sampled_from(["document", "stream"]),
     st.integers(1, 40),
 )
-def test_every_token_is_scored_once_with_its_own_context(
+def test_every_token_is_scored_once_with_its_context(
     tmp_path_factory: pytest.TempPathFactory,
     documents: list[list[int]],
     sizes: tuple[int, int],
@@ -40,38 +40,38 @@ def test_every_token_is_scored_once_with_its_own_context(
     prefix = write_numbered_corpus(tmp_path_factory.mktemp("windows") / "corpus", documents)
     corpus = check_corpus(prefix, "--data-path")
     ids = np.fromfile(f"{prefix}.bin", np.int32)
-    begins = np.cumsum([0] + [sum(document) for document in documents]) if kind == "document" else np.zeros(1, int)
+    starts = np.cumsum([0] + [sum(document) for document in documents]) if kind == "document" else np.zeros(1, int)
     source = make_row_source(corpus, rule, chunk_tokens)
     seen = np.zeros(corpus.tokens, int)
     for chunk in range(source.chunks):
         for row in source.rows(chunk):
-            batch = as_micro_batch([row], ids, 2, rule.window, EOD, packed=source.packed)
-            for line, columns, each in scored_places([row]):
+            batch = build_micro_batch([row], ids, 2, rule.window, EOD, packed=source.packed)
+            for line, columns, each in scored_positions([row]):
                 seen[each.first : each.stop] += 1
                 for column, place in zip(
                     range(*columns.indices(rule.window)), range(each.first, each.stop), strict=True
                 ):
                     assert batch.labels[line, column] == place
-                    begin = begins[begins <= place].max()
+                    start = starts[starts <= place].max()
                     visible = (
                         column + 1
                         if batch.attention_mask is None
                         else int((~batch.attention_mask[line, 0, column]).sum())
                     )
-                    assert visible >= min(place - begin + 1, rule.window - rule.stride + 1)
+                    assert visible >= min(place - start + 1, rule.window - rule.stride + 1)
                     assert int(batch.position_ids[line, column]) == visible - 1
                     text = batch.tokens[line, column + 1 - visible : column + 1].tolist()
-                    before = [EOD if token < begin else token for token in range(place - visible, place)]
+                    before = [EOD if token < start else token for token in range(place - visible, place)]
                     assert text == before
     assert np.all(seen == 1)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 10), max_size=40))
-def test_packing_keeps_every_span_and_the_width(lengths: list[int]) -> None:
+def test_packing_keeps_every_span_within_the_window(lengths: list[int]) -> None:
     rule = ContextRule("document", 10, 10)
     ends = np.cumsum([0, *lengths]).tolist()
-    spans = [span(begin, end, 0, rule) for begin, end in itertools.pairwise(ends)]
+    spans = [span(start, stop, 0, rule) for start, stop in itertools.pairwise(ends)]
     rows = pack(sorted(spans, key=len, reverse=True), 10)
     assert all(sum(map(len, row)) <= 10 for row in rows)
     assert sorted(each.start for row in rows for each in row) == ends[:-1]
@@ -79,7 +79,7 @@ def test_packing_keeps_every_span_and_the_width(lengths: list[int]) -> None:
 
 
 def test_numbers_beyond_32_bits() -> None:
-    """The arithmetic of a document of more than 2^31 tokens."""
+    """Span positions of a document with more than 2^31 tokens are exact."""
     rule, tokens = ContextRule("stream", 2048, 1024), 5 * 2**31 + 7
     last = span(0, tokens, span_count(tokens, rule) - 1, rule)
     assert last.stop == tokens and last.start == 1024 * (span_count(tokens, rule) - 1)
