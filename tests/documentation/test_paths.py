@@ -1,0 +1,54 @@
+"""Links and file paths of the documentation: every one exists, and the file tree names every module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("megatron_slm", "tools", "benchmarks", "examples", "tests", "docs")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target} is missing"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_names_are_defined(page: Path) -> None:
+    """A link whose text is a name in the code leads to the module that defines it."""
+    for name, target in re.findall(r"\[`(\w+)`\]\(([^)#]+\.py)\)", page.read_text(encoding="utf-8")):
+        source = (page.parent / target).read_text(encoding="utf-8")
+        assert re.search(rf"^\s*(class|def) {name}\b|^{name}\b", source, re.MULTILINE), f"{target} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_paths_exist(page: Path) -> None:
+    for path in re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8")):
+        folder, slash, _ = path.partition("/")
+        assert not slash or folder not in FOLDERS or (ROOT / path).exists(), f"{page.name}: {path} is missing"
+
+
+def test_the_file_tree_is_that_of_the_package() -> None:
+    modules = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "megatron_slm").rglob("*.py")
+        if path.name != "__init__.py" and path.read_text(encoding="utf-8")
+    }
+    assert {path for path in tree_paths() if path.startswith("megatron_slm/") and path.endswith(".py")} == modules
+
+
+def tree_paths() -> Iterator[str]:
+    """Yield the paths of the file tree in docs/architecture.md, from their indentation."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders: list[str] = []
+    for line in page.partition("## File tree")[2].splitlines():
+        if match := re.match(r"    ( *)([\w./]+)", line):
+            folders = folders[: len(match[1]) // 2]
+            yield "".join(folders) + match[2]
+            folders.append(match[2])
