@@ -1,4 +1,4 @@
-"""Links and file paths of the documentation: every one exists, and the file tree names every module."""
+"""Links and file paths of the documentation: every one exists, and the file tree names every package."""
 
 from __future__ import annotations
 
@@ -34,13 +34,11 @@ def test_named_paths_exist(page: Path) -> None:
         assert not slash or folder not in FOLDERS or (ROOT / path).exists(), f"{page.name}: {path} is missing"
 
 
-def test_the_file_tree_is_that_of_the_package() -> None:
-    modules = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "megatron_slm").rglob("*.py")
-        if path.name != "__init__.py" and path.read_text(encoding="utf-8")
-    }
-    assert {path for path in tree_paths() if path.startswith("megatron_slm/") and path.endswith(".py")} == modules
+def test_the_file_tree_names_every_package_and_no_missing_file() -> None:
+    paths = set(tree_paths())
+    packages = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "megatron_slm").rglob("__init__.py")}
+    assert not packages - paths
+    assert not {path for path in paths if not (ROOT / path).exists()}
 
 
 def tree_paths() -> Iterator[str]:
