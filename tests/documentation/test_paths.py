@@ -34,6 +34,13 @@ def test_named_paths_exist(page: Path) -> None:
         assert not slash or folder not in FOLDERS or (ROOT / path).exists(), f"{page.name}: {path} is missing"
 
 
+def test_identifiers_of_the_glossary_are_defined() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_slm").rglob("*.py"))
+    defined = set(re.findall(r"^class (\w+)", sources, re.MULTILINE))
+    assert not set(re.findall(r"`([A-Z][a-z]\w+)`", page)) - defined
+
+
 def test_the_file_tree_names_every_package_and_no_missing_file() -> None:
     paths = set(tree_paths())
     packages = {f"{path.parent.relative_to(ROOT)}/" for path in (ROOT / "megatron_slm").rglob("__init__.py")}
