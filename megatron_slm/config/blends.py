@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_slm.config.paths import expanded_paths
-from megatron_slm.config.schema import Config, DataConfig
+from megatron_slm.config.schema import DataConfig
 from megatron_slm.runtime.errors import ConfigError
 
 BLEND_FILES = (".yaml", ".yml", ".json")
@@ -70,13 +70,12 @@ def parse_split(text: str) -> tuple[float, float, float]:
     return training, validation, test
 
 
-def resolve_blends(config: Config) -> Config:
-    """Return the configuration with the words of all blends, those of files too, in the settings that hold words.
+def resolve_blends(data: DataConfig) -> DataConfig:
+    """Return the settings with every blend as arguments of its flag, also those that files hold.
 
     Raises:
         ConfigError: a file that cannot be read or is no blend, settings that exclude each other, or a bad --split.
     """
-    data = config.data
     if data.split is not None:
         data = replace(data, split=data.split.strip(" '\""))  # quotes that scripts of Megatron-LM pass along
         parse_split(data.split or "")
@@ -88,7 +87,7 @@ def resolve_blends(config: Config) -> Config:
     train = _from_file(data.train_data_path, "--train-data-path")
     valid = {name: _from_file(words, f"--valid-data-path {name}") for name, words in data.valid_data_path.items()}
     words = {"data_path": data_path, "train_data_path": train, "valid_data_path": valid}
-    return replace(config, data=replace(data, **{name: expanded_paths(value) for name, value in words.items()}))
+    return replace(data, **{name: expanded_paths(value) for name, value in words.items()})
 
 
 def _with_arguments(data: DataConfig, path: str) -> DataConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_slm.config.activation import default_ffn_size
@@ -26,7 +27,7 @@ def resolve(config: Config, world_size: int) -> Config:
     problems: list[str] = []
     config = _with_default_tokenizer(config)
     try:
-        config = resolve_blends(config)
+        config = replace(config, data=resolve_blends(config.data))
     except ConfigError as error:
         problems.append(str(error))
     refuse([*problems, *_missing(config), *value_violations(config)])

@@ -156,20 +156,17 @@ def test_a_blend_is_the_same_however_it_is_given(
     (folder / "split.json").write_text(json.dumps({"train": blend, "valid": words, "test": None}))
     expected = (list(blend), list(blend.values()))
     for name in ("blend.json", "blend.yaml", "list.json"):
-        data = DataConfig(data_path=[str(folder / name)], valid_data_path={"v": [str(folder / name)]})
-        resolve_blends(data)
+        given = DataConfig(data_path=[str(folder / name)], valid_data_path={"v": [str(folder / name)]})
+        data = resolve_blends(given)
         assert parse_blend(data.data_path) == parse_blend(data.valid_data_path["v"]) == expected
-    data = DataConfig(per_split_data_args_path=str(folder / "split.json"))
-    resolve_blends(data)
+    data = resolve_blends(DataConfig(per_split_data_args_path=str(folder / "split.json")))
     assert parse_blend(data.train_data_path) == parse_blend(data.valid_data_path["valid"]) == expected
-    resolve_blends(data)  # a second time changes nothing
-    assert parse_blend(data.train_data_path) == expected
+    assert resolve_blends(data) == data, "a second time changes nothing"
 
 
 def test_a_file_of_words_and_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("0.3 some/a\n0.7 some/b\n")
-    data = DataConfig(data_args_path=str(tmp_path / "words.txt"))
-    resolve_blends(data)
+    data = resolve_blends(DataConfig(data_args_path=str(tmp_path / "words.txt")))
     assert data.data_path == ["0.3", "some/a", "0.7", "some/b"]
     (tmp_path / "recipe.yaml").write_text("data_path: {some/a: 0.3, some/b: 0.7}\nvalid_data_path: {v: {c: 1, d: 2}}\n")
     config = parse(["--config", str(tmp_path / "recipe.yaml")]).config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.cli import preprocess_data
 from megatron_slm.config.recipe import settings
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.model.size import padded_vocab_size
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.testing.corpus_files import TOOLS, run_tool
+from megatron_slm.testing.corpus_files import run_tool
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -256,9 +256,7 @@ def test_every_tool_has_the_tokenizer_flags(
     assert {flag for flag in TOKENIZER_FLAGS if f"{flag} " in out} == TOKENIZER_FLAGS
 
 
-def test_flags_that_contradict_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    tool = importlib.import_module("preprocess_data")
+def test_flags_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "1 2"}\n')
     base = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out")]
     null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"]
@@ -272,8 +270,8 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path: Path, monkeypatc
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            tool.make_job(tool.parse_arguments([*base, *flags]))
-    job = tool.make_job(tool.parse_arguments([*base, *null, "--null-tokenizer-eod-id", "4"]))
+            preprocess_data.make_job(preprocess_data.parse_arguments([*base, *flags]))
+    job = preprocess_data.make_job(preprocess_data.parse_arguments([*base, *null, "--null-tokenizer-eod-id", "4"]))
     assert job.tokenizer_files.eod_id == 4
 
 
