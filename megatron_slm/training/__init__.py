@@ -1,1 +1,1 @@
-"""The trainer: step, loop, checkpoints, evaluation and metrics."""
+"""Trainer: step, loop, checkpoints, evaluation and metrics."""

@@ -1,7 +1,7 @@
-"""Saves a run in Megatron-Core's distributed checkpoint format.
+"""Save a run in Megatron-Core's distributed checkpoint format.
 
-A checkpoint is written under a temporary name and renamed when it is complete; the tracker file is moved last. So a
-run that dies while saving leaves the checkpoint before it as the newest.
+A checkpoint is written under a temporary name and renamed when it is complete; the tracker file is updated last. If a
+run fails while saving, the previous checkpoint therefore remains the newest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SELECTION = "selection"
 
 
 def save_checkpoint(state: TrainState, config: Config) -> Path:
-    """Write the checkpoint of the run's progress below --save. Collective over all ranks.
+    """Write a checkpoint of the current step to --save, and return its directory. Collective over all ranks.
 
     Raises:
         ConfigError: the directory cannot be written, for example because the disk is full; on every rank. Earlier
@@ -60,7 +60,7 @@ def save_checkpoint(state: TrainState, config: Config) -> Path:
     except ConfigError as error:
         raise ConfigError(
             f"--save {root}: the checkpoint of step {state.progress.step} could not be written: {error} "
-            "Is the disk full, or the folder read-only? Earlier checkpoints are untouched."
+            "Check free disk space and permissions. Earlier checkpoints are unchanged."
         ) from error
     return final
 
@@ -72,7 +72,7 @@ def _prepare(partial: Path) -> None:
 
 
 def _save_state(state: dict[str, Any], directory: Path) -> None:
-    """Write sharded state; an error of one rank is raised on every rank."""
+    """Write sharded state. An error on one rank is raised on every rank."""
     share_results_in_memory()
     with deferred_save_errors(weights.CHECKPOINT_ERRORS) as errors:
         try:
@@ -84,14 +84,17 @@ def _save_state(state: dict[str, Any], directory: Path) -> None:
 
 
 def _complete(partial: Path, state: TrainState, config: Config) -> list[str]:
-    """Add the configuration and the record of the data; returns the names of all files."""
+    """Add the configuration and the data record; return the names of all files."""
     state.data.write(partial)
     write_text(partial / CONFIG_FILE, dump_config(config), "--save")
     return list(file_sizes(partial))
 
 
 def _publish(manifest: Manifest, partial: Path, final: Path) -> None:
-    """Write the manifest, give the checkpoint its name, and move the tracker. A checkpoint of that name is replaced."""
+    """Write the manifest, rename the checkpoint to its final name, and update the tracker.
+
+    An existing checkpoint of that name is replaced.
+    """
     manifest.write(partial, text_checksum)
     with explained_write(final, "--save"):
         for name in manifest.files:
@@ -107,7 +110,7 @@ def _publish(manifest: Manifest, partial: Path, final: Path) -> None:
 
 
 def random_state(groups: Groups) -> ShardedObject:
-    """Return this rank's random states."""
+    """Return this rank's random states as sharded state."""
     return ShardedObject(
         RNG,
         _random_states(groups.device),
@@ -118,19 +121,19 @@ def random_state(groups: Groups) -> ShardedObject:
 
 
 def selection_state(state: TrainState, key: str = SELECTION) -> ShardedObject:
-    """Return the state of the selection: one for all ranks, or one for each data-parallel rank."""
+    """Return the selection state as sharded state: shared by all ranks, or one per data-parallel rank."""
     groups, selection = state.groups, state.selection
     shape: tuple[int, ...] = (1,)
-    place: tuple[int, ...] = (0,)
+    offset: tuple[int, ...] = (0,)
     replica = groups.rank
     if selection.has_rank_state:
-        shape, place = (groups.pp_size, groups.dp_cp.size()), (groups.pp_rank, groups.dp_cp.rank())
+        shape, offset = (groups.pp_size, groups.dp_cp.size()), (groups.pp_rank, groups.dp_cp.rank())
         replica = groups.tp_rank
-    return ShardedObject(key, selection.state_dict(), shape, place, replica_id=replica)
+    return ShardedObject(key, selection.state_dict(), shape, offset, replica_id=replica)
 
 
 def _all_state(state: TrainState, config: Config) -> dict[str, Any]:
-    """Return the complete content of a checkpoint, as Megatron-Core's sharded state."""
+    """Return the complete checkpoint content as Megatron-Core's sharded state."""
     content: dict[str, Any] = weights.model_state(plain_chunks(state.chunks))
     if config.checkpoint.save_optim:
         content["optimizer"] = sharded_optimizer_state(state.optimizer, content, is_loading=False)
@@ -143,7 +146,7 @@ def _all_state(state: TrainState, config: Config) -> dict[str, Any]:
 
 
 def plain_chunks(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Return the chunks without their data-parallel wrapper, which has no part in a checkpoint."""
+    """Return the chunks without their data-parallel wrapper, which is not saved in checkpoints."""
     return [chunk.module for chunk in chunks]  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""Step times and the time left, evaluations and checkpoints included."""
+"""Measure step times and estimate the remaining time, including evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps after which a run evaluates and saves; an interval of None: after the last step only."""
+    """Evaluation and save intervals of a run, in steps; None means only after the last step."""
 
     iterations: int
     eval_interval: int | None = None
     save_interval: int | None = None
 
     def evaluations_left(self, step: int) -> int:
-        """Return the number of evaluations after ``step``, the one after the last step included."""
+        """Return the number of evaluations after ``step``, including the final one."""
         return self._left(step, self.eval_interval)
 
     def saves_left(self, step: int) -> int:
-        """Return the number of checkpoints after ``step``, the one after the last step included."""
+        """Return the number of checkpoints after ``step``, including the final one."""
         return self._left(step, self.save_interval)
 
     def _left(self, step: int, interval: int | None) -> int:
@@ -33,7 +33,7 @@ class Schedule:
 
 
 class StepClock:
-    """Measures steps, evaluations and saves separately; :meth:`start` is called when the first step begins."""
+    """Measure steps, evaluations and saves separately. :meth:`start` must be called before the first step."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -43,11 +43,11 @@ class StepClock:
         self._evaluations, self._saves = _Mean(), _Mean()
 
     def start(self) -> None:
-        """Begin the next step now."""
+        """Start timing the next step."""
         self._last = time.perf_counter()
 
     def tick(self) -> None:
-        """Count a step that ends now."""
+        """Record the end of a step."""
         now = time.perf_counter()
         self._steps.add(now - self._last)
         self._since_log += now - self._last
@@ -56,43 +56,43 @@ class StepClock:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Count the block as an evaluation, not as part of a step."""
-        with self._apart(self._evaluations):
+        """Count the time of the block as an evaluation, not as part of a step."""
+        with self._timed(self._evaluations):
             yield
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Count the block as a save, not as part of a step."""
-        with self._apart(self._saves):
+        """Count the time of the block as a save, not as part of a step."""
+        with self._timed(self._saves):
             yield
 
     def seconds_per_step(self) -> float:
-        """Return the mean over the steps since the last call."""
+        """Return the mean step time in seconds since the last call."""
         mean = self._since_log / max(self._steps_since_log, 1)
         self._since_log, self._steps_since_log = 0.0, 0
         return mean
 
     def seconds_left(self, step: int) -> float:
-        """Estimate the time from ``step`` to the end of the run."""
-        plan = self._schedule
+        """Estimate the seconds from ``step`` to the end of the run."""
+        schedule = self._schedule
         return (
-            self._steps.value * (plan.iterations - step)
-            + self._evaluations.value * plan.evaluations_left(step)
-            + self._saves.value * plan.saves_left(step)
+            self._steps.value * (schedule.iterations - step)
+            + self._evaluations.value * schedule.evaluations_left(step)
+            + self._saves.value * schedule.saves_left(step)
         )
 
     @contextmanager
-    def _apart(self, mean: _Mean) -> Iterator[None]:
-        began = time.perf_counter()
+    def _timed(self, mean: _Mean) -> Iterator[None]:
+        start = time.perf_counter()
         try:
             yield
         finally:
             self._last = time.perf_counter()
-            mean.add(self._last - began)
+            mean.add(self._last - start)
 
 
 class _Mean:
-    """Mean duration without the first ``skips`` ones, if there are more."""
+    """Accumulate a mean duration, excluding the first ``skips`` values if there are more."""
 
     def __init__(self, skips: int = 0) -> None:
         self._skips = skips

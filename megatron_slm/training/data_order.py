@@ -1,4 +1,4 @@
-"""The record of the data that a run has read, in its checkpoints, and changed corpora on resume."""
+"""Data record of a run in its checkpoints, and detection of changed corpora on resume."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_slm.runtime.files import write_text
 from megatron_slm.training.run_length import START, Milestone, RunLength
 from megatron_slm.training.sample_orders import Orders, SampleOrder
 
-DATA_FILE = "data.json"  # of a checkpoint: its DataRecord
+DATA_FILE = "data.json"  # name of the data record in a checkpoint
 ACCEPT = "--slm-accept-changed-corpora"
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """The data that a run has read, for its checkpoints."""
+    """Represent the data that a run has read."""
 
     corpora: dict[str, str] = field(default_factory=dict)  # identities by prefix
-    milestones: tuple[Milestone, ...] = START  # the start of the run, and where it was resumed
-    orders: Orders = ()  # in which samples were read; empty in checkpoints of an earlier release
-    reference: str | None = None  # identity of the reference model; None: there is none, or it is not known
+    milestones: tuple[Milestone, ...] = START  # start of the run and its resumes
+    orders: Orders = ()  # sample orders; empty in checkpoints of an earlier release
+    reference: str | None = None  # identity of the reference model; None if absent or unknown
 
     def write(self, directory: Path) -> None:
         """Write the record into a checkpoint directory."""
@@ -33,10 +33,10 @@ class DataRecord:
 
     @staticmethod
     def read(directory: Path) -> DataRecord:
-        """Read the record of a checkpoint; that of one of an earlier release is empty.
+        """Read the record of a checkpoint, or return an empty one if an earlier release wrote none.
 
         Raises:
-            ConfigError: the file cannot be read.
+            ConfigError: the file is unreadable.
         """
         path = directory / DATA_FILE
         if not path.exists():
@@ -52,55 +52,55 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The run that a checkpoint was saved by, up to that step."""
+    """Represent the run that saved a checkpoint, up to its step."""
 
     directory: Path
     config: Config
     corpora: dict[str, str]  # identities by prefix
-    milestones: tuple[Milestone, ...]  # the last one is that of the checkpoint
+    milestones: tuple[Milestone, ...]  # the last one is the checkpoint
     orders: Orders
 
     @property
     def consumed(self) -> int:
-        """Samples that were consumed."""
+        """Return the number of consumed samples."""
         return self.milestones[-1][1]
 
 
 def read_saved_run(directory: Path) -> SavedRun:
-    """Return the run that a checkpoint was saved by.
+    """Return the run that saved a checkpoint.
 
     Raises:
-        ConfigError: a file of the checkpoint cannot be read.
+        ConfigError: a file of the checkpoint is unreadable.
     """
     manifest, record = read_manifest(directory, "--load"), DataRecord.read(directory)
     earlier = tuple(milestone for milestone in record.milestones if milestone[0] < manifest.step)
     milestones = (*earlier, (manifest.step, manifest.consumed_samples))
     config = saved_config(directory)
-    samples = RunLength.of(config, milestones).samples
-    orders = record.orders or (SampleOrder.of(config, samples, record.corpora),)
+    samples = RunLength.from_config(config, milestones).samples
+    orders = record.orders or (SampleOrder.from_config(config, samples, record.corpora),)
     return SavedRun(directory, config, record.corpora, milestones, orders)
 
 
 def check_corpora_unchanged(saved: SavedRun, corpora: dict[str, str], config: Config) -> list[str]:
-    """Compare the corpora of a resumed run with those of its checkpoint; return lines for the log.
+    """Compare the corpora of a resumed run with those of its checkpoint, and return lines for the log.
 
     Raises:
-        ConfigError: a corpus has another content, and the flags do not accept that.
+        ConfigError: the content of a corpus differs, and the flags do not accept the change.
     """
     changed = _changed(saved, corpora)
     if changed and not config.data.slm_accept_changed_corpora:
         raise ConfigError(
-            f"--load: {', '.join(changed)} changed since the checkpoint {saved.directory} was saved, so that the run "
+            f"--load: {', '.join(changed)} changed since the checkpoint {saved.directory} was saved, so the run "
             f"cannot continue in its order. Restore the corpus, or accept the new content with {ACCEPT}."
         )
-    return [f"{prefix} changed since the checkpoint was saved; text of it may be read again" for prefix in changed]
+    return [f"{prefix} changed since the checkpoint was saved; its text may be read again" for prefix in changed]
 
 
 def _changed(saved: SavedRun, corpora: dict[str, str]) -> list[str]:
-    before = {_file_of(prefix): identity for prefix, identity in saved.corpora.items()}
-    return [prefix for prefix, identity in corpora.items() if before.get(_file_of(prefix), identity) != identity]
+    before = {_corpus_path(prefix): identity for prefix, identity in saved.corpora.items()}
+    return [prefix for prefix, identity in corpora.items() if before.get(_corpus_path(prefix), identity) != identity]
 
 
-def _file_of(prefix: str) -> Path:
-    """Return the same file for every spelling of a prefix: relative, absolute, through links."""
+def _corpus_path(prefix: str) -> Path:
+    """Return the resolved path of a corpus, which is equal for relative, absolute and linked prefixes."""
     return Path(f"{prefix}.bin").resolve()

@@ -1,4 +1,4 @@
-"""Held-out loss of named validation sets: always the same samples, so that evaluations can be compared."""
+"""Evaluate the held-out loss of named validation sets on fixed samples, so that evaluations are comparable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_slm.training.step import NoReference, StepPasses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss of all valid tokens of one set, nats."""
+    """Mean loss over all valid tokens of one set, in nats per token."""
 
     loss: float
     tokens: int
@@ -33,11 +33,11 @@ def evaluate(
     shape: BatchShape,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Evaluation]:
-    """Evaluate every set on its first samples. Collective over all ranks; the result is known on every rank.
+    """Evaluate every set on its first samples, and return the results on every rank. Collective over all ranks.
 
     Args:
-        must_stop: asked before each batch on every rank. If it answers True, on all of them, the evaluation ends, and
-            only the sets that are complete are returned.
+        must_stop: collective decision, called before each batch. If it returns True, the evaluation stops, and only
+            complete sets are returned.
     """
     results = {}
     with evaluation_mode(state, config), torch.no_grad():
@@ -58,16 +58,16 @@ def evaluate(
 def _evaluate_set(
     state: TrainState, stream: BatchStream, batches: int, bar: Advance, must_stop: Callable[[], bool]
 ) -> Evaluation | None:
-    """Return the mean loss over ``batches`` batches; None if the evaluation was stopped."""
+    """Return the mean loss over ``batches`` batches, or None if the evaluation was stopped."""
     groups = state.groups
-    everything = ExactSelection(SelectionConfig(None, group=groups.dp_cp, context=groups.cp), groups.device)
+    all_tokens = ExactSelection(SelectionConfig(None, group=groups.dp_cp, context=groups.cp), groups.device)
     parts: list[TokenSums] = []
     for _ in range(batches):
         if must_stop():
             return None
         micro_batches = next(stream)
         passes = StepPasses(state.chunks, micro_batches, NoReference().score(micro_batches))
-        parts += passes.run(everything)
+        parts += passes.run(all_tokens)
         bar.advance()
     _, _, loss, tokens, _, _ = TokenSums.reduce(parts, groups).values.tolist()
     return Evaluation(loss / max(tokens, 1), int(tokens))
@@ -75,7 +75,7 @@ def _evaluate_set(
 
 @contextmanager
 def evaluation_mode(state: TrainState, config: Config) -> Iterator[None]:
-    """Turn dropout off for the block; parameters whose gathering overlaps the forward pass are gathered first."""
+    """Disable dropout in the block, and overlapped parameter gathering, whose parameters are gathered first."""
     overlap = config.parallel.overlap_param_gather
     for chunk in state.chunks:
         if overlap:

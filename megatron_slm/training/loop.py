@@ -1,4 +1,4 @@
-"""The training loop: step, log, save, evaluate, until the last step or a reason to stop earlier."""
+"""Training loop: step, log, save and evaluate until the last step or an early stop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything that a training run works with."""
+    """Hold the components of a training run."""
 
     config: Config
     state: TrainState
@@ -50,12 +50,12 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the run has consumed."""
+        """Return the number of consumed tokens."""
         return self.progress.consumed_samples * self.config.model.seq_length
 
 
 def train(run: Run, signals: StopSignals | None = None) -> None:
-    """Train from ``run.progress`` to --train-iters, or until there is a reason to stop earlier."""
+    """Train from ``run.progress`` to --train-iters, or until the run has to stop."""
     stop = StopDecision(run.state.groups, signals, run.config.training.exit_duration_in_mins)
     loop = _Loop(run, stop)
     if run.config.training.skip_train:
@@ -67,12 +67,12 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
     if reason is not None:
         run.console.print(f"stopping after step {run.progress.step}: {reason}")
     loop.save()
-    if stop.reason is None:  # otherwise there may be no time left
+    if stop.reason is None:  # otherwise the remaining time may be too short
         loop.evaluate()
 
 
 class _Loop:
-    """The state of a run between its steps: what was logged, saved and evaluated last."""
+    """Run steps and track the last logged, saved and evaluated step."""
 
     def __init__(self, run: Run, stop: StopDecision) -> None:
         training, logging, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
@@ -84,7 +84,7 @@ class _Loop:
         self.unlogged: list[Step] = []
 
     def steps(self) -> str | None:
-        """Run steps; return the reason why they ended before the last one, if they did."""
+        """Run steps, and return the reason for an early stop, if any."""
         run, config = self.run, self.run.config
         stream = self._stream()
         self.clock.start()
@@ -109,14 +109,14 @@ class _Loop:
         return self.stop.reason
 
     def lacks_evaluation(self) -> bool:
-        """Return whether the run that is resumed was stopped before the evaluation after its last step. Collective."""
+        """Return whether a due evaluation at the resumed step is missing. Collective over all ranks."""
         step, interval = self.run.progress.step, self.run.config.logging.eval_interval
         return _is_due(step, interval) and not on_first_rank(
             lambda: has_evaluation(metrics_file(self.run.config), step)
         )
 
     def evaluate(self) -> None:
-        """Evaluate every validation set, unless that was done at this step, and log the results."""
+        """Evaluate every validation set and log the results, unless this step is already evaluated."""
         run, logging = self.run, self.run.config.logging
         if self.evaluated == run.progress.step or not run.datasets.valid or logging.eval_iters == 0:
             return
@@ -134,17 +134,17 @@ class _Loop:
                 sink.write({"kind": "eval", **record, "tokens_evaluated": result.tokens})
 
     def save(self) -> None:
-        """Save a checkpoint, unless there is no --save or this step is saved."""
+        """Save a checkpoint, unless --save is missing or this step is already saved."""
         run = self.run
         if run.config.checkpoint.save is None or self.saved == run.progress.step:
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         logger.info("saving step %d", run.progress.step)
         with self.clock.saving(), self.retention.around_save(run.progress.step, run.state.groups):
-            where = save_checkpoint(run.state, run.config)
+            directory = save_checkpoint(run.state, run.config)
         self.saved = run.progress.step
         logger.info("saved step %d", run.progress.step)
-        run.console.print(f"saved {where} in {duration(time.perf_counter() - began)}", markup=False)
+        run.console.print(f"saved {directory} in {duration(time.perf_counter() - start)}", markup=False)
 
     def _stream(self) -> BatchStream:
         run = self.run
@@ -157,7 +157,7 @@ class _Loop:
         )
 
     def _log(self) -> None:
-        """Log the steps since the last time: the mean of their losses and times."""
+        """Log the mean losses and times of the steps since the last log."""
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
         metrics = StepMetrics(
@@ -168,7 +168,7 @@ class _Loop:
             seconds_left=self.clock.seconds_left(run.progress.step),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
             **interval_losses([step.sums for step in steps]),
-            **run.throughput.of_step(self.clock.seconds_per_step()),
+            **run.throughput.step_rates(self.clock.seconds_per_step()),
         )
         self.unlogged = []
         width = run.console.width if run.console.width < UNBOUNDED else None

@@ -1,4 +1,4 @@
-"""Training metrics: sums over tokens, the figures of a step, its line on the console, and throughput."""
+"""Training metrics: token sums, step metrics, console lines, and throughput."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from megatron_slm.objective.tokens import TokenBatch
 from megatron_slm.runtime.console import duration
 from megatron_slm.runtime.groups import Groups
 
-# Dense bf16 peak of one device in TFLOP/s, from NVIDIA's data sheets; model FLOP utilisation is given for these.
+# Dense bf16 peak per device in TFLOP/s, from NVIDIA's data sheets; used for model FLOPs utilization (MFU).
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-SETTINGS_WIDTH = 160  # columns of the settings that a run prints
+SETTINGS_WIDTH = 160  # columns of the printed settings
 
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over tokens, which can be added over micro-batches and ranks; [6] float64."""
+    """Hold sums over tokens, additive over micro-batches and ranks; [6] float64."""
 
     values: Tensor  # loss of selected, selected, loss of valid, valid, Σ threshold, micro-batches
-    fingerprint: Tensor  # int64: changes when the set of selected tokens changes, whatever their order
+    fingerprint: Tensor  # int64 hash of the set of selected tokens, independent of their order
 
     @property
     def selected(self) -> int:
-        """Selected tokens."""
+        """Return the number of selected tokens."""
         return int(self.values[1])
 
     @staticmethod
-    def of(tokens: TokenBatch, loss: SelectiveLoss) -> TokenSums:
-        """The sums of one micro-batch."""
+    def from_micro_batch(tokens: TokenBatch, loss: SelectiveLoss) -> TokenSums:
+        """Return the sums of one micro-batch."""
         token_loss = tokens.loss.detach().double()
         one = token_loss.new_ones(())
         values = (
@@ -56,7 +56,7 @@ class TokenSums:
 
     @staticmethod
     def reduce(parts: list[TokenSums], groups: Groups) -> TokenSums:
-        """Return the sums over all micro-batches and data-parallel ranks, known on every pipeline stage."""
+        """Return the sums over all micro-batches and data-parallel ranks, broadcast to every pipeline stage."""
         total = TokenSums.add(parts, groups.device)
         for sums in (total.values, total.fingerprint):
             dist.all_reduce(sums, group=groups.dp_cp)
@@ -76,17 +76,17 @@ class TokenSums:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """The figures of one optimizer step, or the mean over the steps of a log interval; losses in nats per token.
+    """Represent the metrics of a step, or of the steps of a log interval; losses in nats per token.
 
-    Losses, the selected share, the threshold and times are means over the steps, each of which counts once; the
-    gradient norm and the learning rate are those of the last step, as in Megatron-LM.
+    Losses, the selected share, the threshold and times are unweighted means over the steps; the gradient norm and the
+    learning rate are those of the last step, as in Megatron-LM.
     """
 
     step: int
     tokens: int  # consumed by the run so far
     loss: float  # over selected tokens
     loss_all: float
-    loss_unselected: float | None  # None where every token was selected
+    loss_unselected: float | None  # None if every token was selected
     share_selected: float
     threshold: float | None  # None under CLM
     selection: str  # fingerprint of the set of selected tokens
@@ -95,16 +95,16 @@ class StepMetrics:
     seconds: float
     tokens_per_second: float
     tflops: float  # of the model, per device: forward and backward of θ and forward of the reference model
-    mfu: float | None  # share of the device's peak; None where that is not known
+    mfu: float | None  # share of the device's peak; None if unknown
     seconds_left: float
-    seconds_ranking: float | None = None  # of the forward pass that only ranks the global batch; part of seconds
+    seconds_ranking: float | None = None  # time of the ranking pass, included in seconds
 
     def line(self, train_iters: int, width: int | None = None) -> str:
-        """Return one line for the console; the least important figures are left out until it has ``width`` columns."""
+        """Return a console line, shortened to ``width`` columns by omitting the least important metrics."""
         figures = self._figures(train_iters)
-        while width is not None and len(_joined(figures)) > width and len(figures) > 2:
+        while width is not None and len(_join(figures)) > width and len(figures) > 2:
             figures.remove(max(figures, key=lambda figure: figure.rank))
-        return _joined(figures)
+        return _join(figures)
 
     def _figures(self, train_iters: int) -> list[_Figure]:
         figures = [
@@ -126,28 +126,28 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A part of a step's line: its group between bars, its rank in importance (0 first), its text."""
+    """Represent one metric of a console line: its group, its importance (0 is highest), and its text."""
 
     group: int
     rank: int
     text: str
 
 
-def _joined(figures: list[_Figure]) -> str:
+def _join(figures: list[_Figure]) -> str:
     groups = groupby(figures, key=lambda figure: figure.group)
     return " | ".join(" ".join(figure.text for figure in group) for _, group in groups)
 
 
 def short(number: float) -> str:
-    """A rate in at most six characters: 950, 9,500, 95.0k, 9.50M."""
+    """Format a rate in at most six characters, such as 950, 9,500, 95.0k or 9.50M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if number >= size:
             return f"{number / (1e3 if unit == 'k' else size):.4g}{unit}"
     return f"{number:,.0f}"
 
 
-def losses_of(sums: TokenSums) -> dict[str, Any]:
-    """The loss figures of :class:`StepMetrics` from reduced sums."""
+def step_losses(sums: TokenSums) -> dict[str, Any]:
+    """Return the loss fields of :class:`StepMetrics` for one step from its reduced sums."""
     selected_loss, selected, all_loss, valid, threshold, micro_batches = sums.values.tolist()
     rest = valid - selected
     threshold /= max(micro_batches, 1)
@@ -162,8 +162,8 @@ def losses_of(sums: TokenSums) -> dict[str, Any]:
 
 
 def interval_losses(steps: Sequence[TokenSums]) -> dict[str, Any]:
-    """Return the loss figures of :class:`StepMetrics` for a log interval, from the reduced sums of its steps."""
-    figures = [losses_of(sums) for sums in steps]
+    """Return the loss fields of :class:`StepMetrics` for a log interval from the reduced sums of its steps."""
+    figures = [step_losses(sums) for sums in steps]
     known = {name: [each[name] for each in figures if each[name] is not None] for name in figures[0]}
     means = {name: fmean(values) if values else None for name, values in known.items() if name != "selection"}
     return {**means, "selection": _fingerprint(sum(int(sums.fingerprint) for sums in steps))}
@@ -175,7 +175,7 @@ def _fingerprint(value: int) -> str:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Turns seconds into tokens/s, TFLOP/s and MFU."""
+    """Convert step times to tokens/s, TFLOP/s and MFU."""
 
     tokens_per_step: int
     flops_per_token: float
@@ -183,19 +183,19 @@ class Throughput:
     peak_tflops: float | None
 
     @staticmethod
-    def of(config: Config, reference: Config | None, vocab_size: int, groups: Groups) -> Throughput:
-        """For a training model and, where there is one, the forward pass of a reference model."""
+    def from_config(config: Config, reference: Config | None, vocab_size: int, groups: Groups) -> Throughput:
+        """Return the throughput of a training model, including the forward pass of a reference model if any."""
         flops = training_flops_per_token(config.model, padded_vocab_size(config.model, vocab_size, 1))
         if reference is not None:
-            model = replace(reference.model, seq_length=config.model.seq_length)  # which may be shorter than its own
+            model = replace(reference.model, seq_length=config.model.seq_length)  # may be shorter than in training
             flops += forward_flops_per_token(model, padded_vocab_size(model, vocab_size, 1))
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
         peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
         tokens_per_step = config.training.global_batch_size * config.model.seq_length
         return Throughput(tokens_per_step, flops, groups.world_size, peak)
 
-    def of_step(self, seconds: float) -> dict[str, Any]:
-        """The rates of a step that took ``seconds``."""
+    def step_rates(self, seconds: float) -> dict[str, Any]:
+        """Return the throughput fields of :class:`StepMetrics` for a step time in seconds."""
         rate = self.tokens_per_step / seconds
         tflops = rate * self.flops_per_token / self.world_size / 1e12
         mfu = None if self.peak_tflops is None else tflops / self.peak_tflops
@@ -203,7 +203,7 @@ class Throughput:
 
 
 def print_settings(console: Console, config: Config) -> None:
-    """The settings that differ from the defaults, as a few wrapped lines."""
+    """Print the settings that differ from the defaults."""
     defaults = to_flat_dict(Config())
     changed = {name: value for name, value in to_flat_dict(config).items() if value != defaults[name]}
     text = "  ".join(f"{name}={value}" for name, value in changed.items())

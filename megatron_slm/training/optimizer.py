@@ -1,4 +1,4 @@
-"""Data-parallel wrapping, the optimizer and the schedule of learning rate and weight decay, all Megatron-Core's."""
+"""Build Megatron-Core's data-parallel wrapper, optimizer, and learning-rate and weight-decay schedule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 
 def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
-    """The chunks with gradient buffers that are summed (not averaged) over data-parallel ranks."""
+    """Wrap the chunks with gradient buffers that are summed (not averaged) over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(**core_fields("ddp", config.parallel, config.optimizer))
     shared = model_config(list(chunks))
     return [
@@ -33,7 +33,7 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> lis
 
 
 def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> MegatronOptimizer:
-    """The optimizer of wrapped chunks; also tells the pipeline schedules how to finish gradients."""
+    """Build the optimizer of wrapped chunks, and configure how pipeline schedules finalize gradients."""
     parallel = config.parallel
     given = core_fields("optimizer", config.optimizer, parallel, config.training)
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
@@ -51,10 +51,10 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> Megatr
 
 @torch.no_grad()
 def gather_parameters(chunks: Sequence[torch.nn.Module]) -> None:
-    """Make every rank's parameters those of the last update; needed before they are read outside the forward pass.
+    """Gather the updated parameters on every rank; required before they are read outside the forward pass.
 
-    With ``--overlap-param-gather`` an update leaves each rank with its shard of the new values only, and the next
-    forward pass gathers the rest. Collective over the data-parallel ranks; without overlap there is nothing to do.
+    With ``--overlap-param-gather``, a rank has only its shard of the updated parameters until the next forward pass
+    gathers the others. Collective over the data-parallel ranks; no-op without overlap.
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
@@ -66,30 +66,30 @@ def _single_or_list(functions: list[Any]) -> Any:
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config, length: RunLength) -> OptimizerParamScheduler:
-    """Return the schedule of a run of ``length``, counted in samples as Megatron-LM counts it."""
-    own, phases = config.optimizer, ScheduleLength.of(config, length)
+    """Return the schedule of a run of ``length``, counted in samples as in Megatron-LM."""
+    settings, phases = config.optimizer, ScheduleLength.from_config(config, length)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=own.lr_warmup_init,
-        max_lr=own.lr,
-        min_lr=own.min_lr,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
         lr_warmup_steps=phases.warmup,
         lr_decay_steps=phases.decay,
-        lr_decay_style=own.lr_decay_style,
-        start_wd=own.weight_decay if own.start_weight_decay is None else own.start_weight_decay,
-        end_wd=own.weight_decay if own.end_weight_decay is None else own.end_weight_decay,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay if settings.start_weight_decay is None else settings.start_weight_decay,
+        end_wd=settings.weight_decay if settings.end_weight_decay is None else settings.end_weight_decay,
         wd_incr_steps=phases.weight_decay,
-        wd_incr_style=own.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=own.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=own.override_opt_param_scheduler,
+        wd_incr_style=settings.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=settings.override_opt_param_scheduler,
         wsd_decay_steps=phases.wsd_decay,
-        lr_wsd_decay_style=own.lr_wsd_decay_style,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
 
 
 def set_schedule_length(scheduler: OptimizerParamScheduler, config: Config, length: RunLength) -> None:
-    """Give a resumed schedule the phases of a run whose global batch has changed."""
-    phases = ScheduleLength.of(config, length)
+    """Set the phases of a resumed schedule, since the global batch size may have changed."""
+    phases = ScheduleLength.from_config(config, length)
     scheduler.lr_warmup_steps, scheduler.lr_decay_steps = phases.warmup, phases.decay
     scheduler.wsd_decay_steps, scheduler.wd_incr_steps = phases.wsd_decay, phases.weight_decay
     scheduler.step(0)

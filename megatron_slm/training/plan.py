@@ -1,4 +1,4 @@
-"""What --dry-run prints: the size of the model, of the run, and of one step, from the settings alone."""
+"""Run plan of --dry-run: sizes of the model, the run and a step, computed from the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_slm.training.preflight import default_device, device_memory, gib, 
 
 
 def print_plan(console: Console, config: Config, vocab_size: int, world_size: int) -> None:
-    """Print the plan of a run that has passed all checks."""
+    """Print the plan of a validated run."""
     table = Table(title="plan", show_header=False)
     for row in plan(config, vocab_size, world_size):
         table.add_row(*row)
@@ -26,11 +26,11 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
         valid_samples=config.logging.eval_iters,
         seq_length=config.model.seq_length,
     )
-    console.print("what the run will draw, from the sizes of its corpora:", *lines_of(rows), sep="\n", markup=False)
+    console.print("expected data usage, from the corpus sizes:", *lines_of(rows), sep="\n", markup=False)
 
 
 def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
-    """(what, how much) of a run."""
+    """Return the rows (quantity, value) of the run plan."""
     model, parallel, training = config.model, config.parallel, config.training
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
@@ -38,8 +38,9 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     padded = padded_vocab_size(model, vocab_size, tensor)
     batch, length, steps = training.global_batch_size, model.seq_length, training.train_iters
     flops = training_flops_per_token(model, padded) * batch * length
-    own = config.objective
-    objective = "CLM" if own.objective == "clm" else f"SLM, {own.slm_score}, k = {own.slm_selection_ratio:g}"
+    settings = config.objective
+    slm = f"SLM, {settings.slm_score}, k = {settings.slm_selection_ratio:g}"
+    objective = "CLM" if settings.objective == "clm" else slm
     return [
         ("objective", objective),
         ("reference", _reference(config)),
@@ -50,20 +51,20 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
         ("micro-batches per step", f"{batch // (training.micro_batch_size * data):,}"),
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
         ("memory per rank", _memory(config, vocab_size)),
-        ("training model's FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in all"),
+        ("training model FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in total"),
     ]
 
 
 def _memory(config: Config, vocab_size: int) -> str:
     needed, available = least_memory(config, vocab_size), device_memory(default_device())
-    excess = ", more than it has" if needed > available else ""
+    excess = ", insufficient" if needed > available else ""
     return f"at least {gib(needed)} (this machine: {gib(available)}{excess})"
 
 
 def _reference(config: Config) -> str:
-    own = config.reference
-    if own.reference_scores:
-        names = ", ".join(own.reference_scores)
-        how = f", combined by {own.reference_combine}" if len(own.reference_scores) > 1 else ""
-        return f"sidecars {names}{how}: no forward pass of a reference model"
-    return own.reference_load or "none"
+    settings = config.reference
+    if settings.reference_scores:
+        names = ", ".join(settings.reference_scores)
+        combination = f", combined by {settings.reference_combine}" if len(settings.reference_scores) > 1 else ""
+        return f"sidecars {names}{combination}: no forward pass of a reference model"
+    return settings.reference_load or "none"

@@ -1,6 +1,6 @@
-"""Preflight checks, the same for a run and for --dry-run: values (without torch), files, and the device.
+"""Preflight checks of a run and of --dry-run: values (without torch), files, and the device.
 
-Imports are inside functions: a mistake in a flag is reported before torch is loaded.
+Functions import torch locally, so that invalid flags are reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from megatron_slm.tokenizers.tokenizer import Tokenizer
 
-BYTES_PER_SAMPLE = 16  # of the sample and shuffle indices, at least
+BYTES_PER_SAMPLE = 16  # lower bound for the sample and shuffle indices
 
 
 def resolve_values(config: Config, world_size: int) -> Config:
-    """Return the resolved configuration of a run, once all values are valid.
+    """Validate all values, and return the resolved configuration of a run.
 
     Raises:
-        ConfigError: all violations that were found.
+        ConfigError: lists all violations.
     """
     config = resolve(config, world_size)
     refuse(list(_score_violations(config)))
@@ -47,26 +47,26 @@ def _score_violations(config: Config) -> Iterator[str]:
     needed = needs_reference_loss(policy) or needs_reference_entropy(policy)
     if needed and reference.reference_load is None and not reference.reference_scores:
         yield (
-            f"--slm-score {objective.slm_score!r} needs a reference model. Give the checkpoint of one with "
-            "--reference-load, sidecars of its scores with --reference-scores, or choose the score token-loss or "
+            f"--slm-score {objective.slm_score!r} needs a reference model. Specify its checkpoint with "
+            "--reference-load or sidecars of its scores with --reference-scores, or use the score token-loss or "
             "random."
         )
     if config.model.num_experts and isinstance(policy, BooleanOp) and objective.slm_scope != "global-batch":
         yield (
-            f"--num-experts with the joined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
-            "share of tokens that is selected, which is known before the backward pass with --slm-scope global-batch "
-            "only. Choose that scope, or a score of one term."
+            f"--num-experts with the combined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
+            "selected share, which is known before the backward pass only with --slm-scope global-batch. Use that "
+            "scope, or a score with one term."
         )
 
 
 def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
-    """Check output directories and the files that the run reads: corpora and the reference model.
+    """Validate output directories, corpora and the reference model.
 
     Args:
-        verify: also check score sidecars, and compare checkpoints with their checksums; a run does so on opening them.
+        verify: also validate score sidecars and checksums, which a run does when it opens them.
 
     Raises:
-        ConfigError: a file is missing, damaged, or does not fit the run.
+        ConfigError: a file is missing, damaged, or does not match the run.
     """
     from megatron_slm.data.datasets import check_corpora
     from megatron_slm.data.splits import check_splits
@@ -101,12 +101,12 @@ def _check_index_memory(config: Config) -> None:
         if size > memory:
             raise ConfigError(
                 f"{flag} {steps} x --global-batch-size {batch} samples need an index of {gib(size)}, and this machine "
-                f"has {gib(memory)}. Choose fewer."
+                f"has {gib(memory)}. Reduce the number of samples."
             )
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """Check that the device offers the chosen implementations.
+    """Validate that the device supports the configured implementations.
 
     Raises:
         ConfigError: an implementation is not installed, or needs a GPU.
@@ -129,20 +129,20 @@ def check_memory(config: Config, vocab_size: int, device: torch.device) -> None:
     if needed > available:
         raise ConfigError(
             f"each rank needs at least {gib(needed)} for weights, gradients and one layer's activations, and this "
-            f"{'GPU' if device.type == 'cuda' else 'machine'} has {gib(available)}. Choose a smaller model or "
+            f"{'GPU' if device.type == 'cuda' else 'machine'} has {gib(available)}. Use a smaller model or "
             "--micro-batch-size, or more tensor or pipeline parallelism."
         )
 
 
 def default_device() -> torch.device:
-    """Return the kind of device that a run on this machine has."""
+    """Return the device type of a run on this machine."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has in all."""
+    """Return the total memory of a device in bytes."""
     import psutil
     import torch
 
@@ -152,7 +152,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def least_memory(config: Config, vocab_size: int) -> int:
-    """Return a lower bound for the memory of a rank, in bytes: weights, gradients, and one layer's activations."""
+    """Return a lower bound of a rank's memory in bytes: weights, gradients, and one layer's activations."""
     from megatron_slm.model.size import padded_vocab_size, parameter_count
 
     model, parallel = config.model, config.parallel
@@ -166,5 +166,5 @@ def least_memory(config: Config, vocab_size: int) -> int:
 
 
 def gib(size: int) -> str:
-    """Return a number of bytes in GiB."""
+    """Format a number of bytes in GiB."""
     return f"{size / 2**30:,.1f} GiB"

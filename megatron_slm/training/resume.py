@@ -1,4 +1,4 @@
-"""Loads the checkpoint that a run begins from."""
+"""Load the initial checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -30,15 +30,13 @@ OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from i
 
 
 def resume(state: TrainState, config: Config, start: Start, reference: str | None, console: Console) -> Config:
-    """Load the checkpoint that the run begins from, and print where it differs from the flags.
-
-    Collective over all ranks.
+    """Load the initial checkpoint, and print its differences from the flags. Collective over all ranks.
 
     Args:
         reference: identity of the reference model.
 
     Returns:
-        the configuration with the settings that a resumed run takes from its checkpoint.
+        the configuration, including the settings that a resumed run adopts from its checkpoint.
     """
     if start.checkpoint is None:
         return config
@@ -55,13 +53,13 @@ def resume(state: TrainState, config: Config, start: Start, reference: str | Non
 
 
 def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
-    """Check that a run can begin from its checkpoint; for --dry-run.
+    """Validate the initial checkpoint of a run, for --dry-run.
 
     Returns:
-        one line that names the differences from the flags, or nothing.
+        one line with the differences from the flags, or an empty string.
 
     Raises:
-        ConfigError: the checkpoint is incomplete or damaged, or does not fit the run.
+        ConfigError: the checkpoint is incomplete or damaged, or does not match the run.
     """
     if start.checkpoint is None:
         return ""
@@ -77,14 +75,14 @@ def _open(checkpoint: Checkpoint, config: Config) -> Path:
 
 
 def _read(directory: Path, flag: str) -> tuple[Manifest, Config, DataRecord]:
-    """Return manifest, configuration and record of the data of a checkpoint. Collective over all ranks."""
+    """Return the manifest, configuration and data record of a checkpoint. Collective over all ranks."""
     return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory), DataRecord.read(directory)))
 
 
 def _compare(
     start: Start, directory: Path, config: Config, tokenizer: Tokenizer, reference: str | None
 ) -> tuple[Config, str]:
-    """Compare a checkpoint with the flags; return the configuration and the line as :func:`reconcile` does."""
+    """Compare a checkpoint with the flags, and return the same values as :func:`reconcile`."""
     assert start.checkpoint is not None
     flag = start.checkpoint.flag
     manifest, saved, record = _read(directory, flag)
@@ -93,18 +91,18 @@ def _compare(
     _check_tokenizer(directory, manifest, tokenizer, flag)
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
         raise ConfigError(
-            f"{flag}: {directory} holds no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
+            f"{flag}: {directory} has no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
         )
     return reconcile(config, saved, directory, flag, _reference_difference(config, saved, record, reference))
 
 
 def _reference_difference(config: Config, saved: Config, record: DataRecord, reference: str | None) -> list[str]:
-    """Return a difference if the reference model of the same flags has another content than in the checkpoint."""
+    """Return a difference if the flags are equal but the reference model's content has changed."""
     ours, theirs = config.reference, saved.reference
     named = {"--reference-load": ours.reference_load, "--reference-scores": " ".join(ours.reference_scores)}
     if None in (reference, record.reference) or reference == record.reference or ours != theirs:
         return []
-    return [f"{flag} {value} has another content now" for flag, value in named.items() if value][-1:]
+    return [f"the content of {flag} {value} has changed" for flag, value in named.items() if value][-1:]
 
 
 def _resume_from(directory: Path, state: TrainState, config: Config, reference: str | None, flag: str) -> None:
@@ -138,7 +136,7 @@ def _resume_from(directory: Path, state: TrainState, config: Config, reference: 
 def _load(
     flag: str, directory: Path, state: TrainState, config: Config, keys: frozenset[str], *, same_layout: bool
 ) -> dict[str, Any]:
-    """Read weights, random states and the selection's state, and everything that is not sharded."""
+    """Load weights, random states, the selection state, and all common (unsharded) state."""
     request = weights.loadable_model_state(plain_chunks(state.chunks))
     if config.checkpoint.load_rng and same_layout and any(key.startswith(f"{RNG}/") for key in keys):
         request[RNG] = random_state(state.groups)
@@ -153,7 +151,7 @@ def _load(
 def _load_model(
     flag: str, directory: Path, state: TrainState, loaded: dict[str, Any], keys: frozenset[str], *, exact: bool
 ) -> None:
-    """Copy weights into the model; with ``exact``, the fp32 master weights of a bf16 checkpoint."""
+    """Copy weights into the model; with ``exact``, use the fp32 master weights of a bf16 checkpoint."""
     chunks = plain_chunks(state.chunks)
     if exact and (request := master_weight_request(weights.loadable_model_state(chunks), keys)):
         for chunk, masters in weights.load_state(request, directory, flag).items():
@@ -167,7 +165,7 @@ def _check_tokenizer(directory: Path, manifest: Manifest, tokenizer: Tokenizer, 
         theirs, ours, remedy = conflict
         raise ConfigError(
             f"{flag}: {directory} was trained with the tokenizer {theirs}, and this run has {ours}. {remedy}, or "
-            "--finetune from a model of yours."
+            "use --finetune with a model of this tokenizer."
         )
 
 

@@ -15,7 +15,7 @@ from megatron_slm.runtime.groups import Groups
 
 
 class Retention:
-    """Keeps the newest checkpoint and those whose step is a multiple of --save-retain-interval."""
+    """Keep the newest checkpoint and those whose step is a multiple of --save-retain-interval."""
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._root = Path(config.save or "")
@@ -23,7 +23,7 @@ class Retention:
 
     @contextmanager
     def around_save(self, step: int, groups: Groups) -> Iterator[None]:
-        """Save the checkpoint of ``step`` in the block; then delete the one before it, if it need not be kept."""
+        """Delete the previous checkpoint after the block saved ``step``, unless it must be retained."""
         previous = self._newest() if self._interval is not None and groups.is_logging_rank else None
         yield
         if previous is not None and self._interval is not None and previous < step and previous % self._interval:
@@ -33,11 +33,11 @@ class Retention:
         try:
             return latest_step(self._root)
         except ConfigError:
-            return None  # a tracker file that the save is about to replace
+            return None  # invalid tracker file, which the save replaces
 
 
 def _delete(directory: Path) -> None:
-    """Delete a checkpoint, its directory name first, so that an interruption leaves no partial checkpoint behind."""
+    """Rename and delete a checkpoint, so that an interruption leaves no partial checkpoint under its name."""
     if directory.is_symlink() or not directory.is_dir():
         return
     doomed = directory.with_name(f".deleted-{directory.name}")

@@ -1,4 +1,4 @@
-"""Length of a run in iterations and in samples, also if the global batch changed when it was resumed."""
+"""Run length in iterations and samples, for constant and changed global batch sizes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 from megatron_slm.config.schema import Config
 
-Milestone = tuple[int, int]  # an iteration, and the samples that were consumed after it
+Milestone = tuple[int, int]  # an iteration, and the number of samples consumed after it
 START: tuple[Milestone, ...] = ((0, 0),)
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """Iterations of a run: those after the last milestone take ``batch`` samples each."""
+    """Represent the iterations of a run; those after the last milestone consume ``batch`` samples each."""
 
     iterations: int
     batch: int
-    milestones: tuple[Milestone, ...] = START  # rising; the start, and where the run was resumed
+    milestones: tuple[Milestone, ...] = START  # ascending: start of the run and its resumes
 
     @staticmethod
-    def of(config: Config, milestones: Sequence[Milestone] = START, batch: int | None = None) -> RunLength:
+    def from_config(config: Config, milestones: Sequence[Milestone] = START, batch: int | None = None) -> RunLength:
         """Return the length of a run that continues after the last milestone.
 
         Args:
-            milestones: of the run so far.
-            batch: replaces --global-batch-size.
+            milestones: milestones of the run so far.
+            batch: overrides --global-batch-size.
         """
         training = config.training
         batch = batch or training.global_batch_size
@@ -37,23 +37,23 @@ class RunLength:
 
     @property
     def samples(self) -> int:
-        """Samples of the entire run."""
+        """Return the total number of samples of the run."""
         return max(self.samples_at(self.iterations), self.milestones[-1][1])
 
     def samples_at(self, iteration: int) -> int:
-        """Return the samples that are consumed after ``iteration``, a past or a future one."""
+        """Return the number of samples consumed after a past or future ``iteration``."""
         step, consumed = self.milestones[-1]
         if iteration >= step:
             return consumed + (iteration - step) * self.batch
-        (first, begin), (last, end) = next(
+        (first, start), (last, stop) = next(
             pair for pair in itertools.pairwise(self.milestones) if pair[0][0] <= iteration < pair[1][0]
         )
-        return begin + (end - begin) * (iteration - first) // (last - first)
+        return start + (stop - start) * (iteration - first) // (last - first)
 
 
 @dataclass(frozen=True)
 class ScheduleLength:
-    """Lengths of the phases of the schedule, in samples."""
+    """Represent the lengths of the schedule's phases in samples."""
 
     warmup: int
     decay: int
@@ -61,8 +61,8 @@ class ScheduleLength:
     weight_decay: int
 
     @staticmethod
-    def of(config: Config, length: RunLength) -> ScheduleLength:
-        """Return the phases that the flags describe, in iterations or with --train-samples in samples."""
+    def from_config(config: Config, length: RunLength) -> ScheduleLength:
+        """Return the phases of the flags, given in iterations, or in samples with --train-samples."""
         settings = config.optimizer
         if config.training.train_samples is not None:
             total = config.training.train_samples

@@ -1,7 +1,7 @@
-"""The orders in which a run has read its samples, and the text of the next samples that it has read before.
+"""Sample orders of a run, and the repetition of tokens after a change of order.
 
-An order is recorded by the settings that it follows from, so that it can be built again: a run that was extended twice,
-or whose seed changed twice, has read samples in three orders.
+An order is recorded as the settings from which it can be rebuilt. A run that was extended twice, or whose seed changed
+twice, has three orders.
 """
 
 from __future__ import annotations
@@ -24,54 +24,54 @@ from megatron_slm.data.splits import split_of
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
-SAMPLES_PROBED = 64  # to determine if two orders are the same
-DATA_SETTINGS = ("data_path", "train_data_path", "data_order", "slm_sentences", "mock_data")  # and the split
+SAMPLES_PROBED = 64  # samples compared between two orders
+DATA_SETTINGS = ("data_path", "train_data_path", "data_order", "slm_sentences", "mock_data")  # in addition to the split
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """An order of samples, and the first one that a run has read in it."""
+    """Represent a sample order and the first sample that a run has read in it."""
 
     first: int
-    samples: int  # of the entire dataset, on which Megatron-LM's order depends
+    samples: int  # dataset size, on which Megatron-LM's order depends
     seq_length: int
     seed: int
     data: dict[str, Any]  # the data settings on which the order depends
     corpora: dict[str, str]  # identities by prefix
 
     @staticmethod
-    def of(config: Config, samples: int, identities: dict[str, str], first: int = 0) -> SampleOrder:
+    def from_config(config: Config, samples: int, identities: dict[str, str], first: int = 0) -> SampleOrder:
         """Return the order of a run of ``samples`` samples.
 
         Args:
-            identities: of at least the corpora that the run trains on, by prefix.
-            first: the first sample that is read in this order.
+            identities: corpus identities by prefix, including all training corpora.
+            first: first sample that is read in this order.
         """
         data = {name: getattr(config.data, name) for name in DATA_SETTINGS} | {"split": split_of(config.data)}
         prefixes = [] if config.data.mock_data else training_blend(config.data)[0]
         corpora = {prefix: identities[prefix] for prefix in prefixes if prefix in identities}
         return SampleOrder(first, samples, config.model.seq_length, config.training.seed, data, corpora)
 
-    def begins_at(self, first: int) -> SampleOrder:
-        """Return the same order, read from sample ``first`` on."""
+    def starting_at(self, first: int) -> SampleOrder:
+        """Return the same order, read from sample ``first``."""
         return replace(self, first=first)
 
     @property
     def is_mock(self) -> bool:
-        """Return whether the samples are of no corpus."""
+        """Return whether the samples are mock data."""
         return bool(self.data["mock_data"])
 
 
-Orders = tuple[SampleOrder, ...]  # by their first sample; each ends where the next one begins
+Orders = tuple[SampleOrder, ...]  # sorted by first sample; each ends at the start of the next
 
 
 @dataclass(frozen=True)
 class OrderBuilder:
-    """Builds the datasets of recorded orders, on this rank alone.
+    """Build the datasets of recorded orders; not collective.
 
     Args:
-        data: settings of the run from now on; those of an order replace them.
-        identities: of the corpora of the run, by prefix.
+        data: current data settings, overridden by those of an order.
+        identities: corpus identities of the run by prefix.
     """
 
     data: DataConfig
@@ -79,14 +79,14 @@ class OrderBuilder:
     identities: dict[str, str]
 
     def build(self, order: SampleOrder) -> Any:
-        """Return the training dataset of an order. A corpus that has moved is found by its content.
+        """Return the training dataset of an order. A moved corpus is identified by its content.
 
         Raises:
-            ConfigError: a corpus is missing, or has another content now.
+            ConfigError: a corpus is missing, or its content has changed.
         """
         moved = {prefix: self._locate(prefix, identity) for prefix, identity in order.corpora.items()}
         paths = {
-            name: [moved.get(word, word) for word in order.data[name]] for name in ("data_path", "train_data_path")
+            name: [moved.get(value, value) for value in order.data[name]] for name in ("data_path", "train_data_path")
         }
         data = replace(self.data, **{**order.data, **paths}, valid_data_path={})
         return training_samples(
@@ -100,56 +100,56 @@ class OrderBuilder:
         if found is not None:
             return found
         if not all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
-            raise ConfigError(f"the corpus {prefix} is not there")
+            raise ConfigError(f"the corpus {prefix} is missing")
         if corpus_identity(prefix) != identity:
-            raise ConfigError(f"the corpus {prefix} has another content now")
+            raise ConfigError(f"the content of the corpus {prefix} has changed")
         return prefix
 
 
 def continue_orders(
     orders: Orders, consumed: int, order: SampleOrder, dataset: Any, builder: OrderBuilder
 ) -> tuple[Orders, bool]:
-    """Return the orders of a run that continues in ``order``, and whether that is another order than before.
+    """Return the orders of a run that continues in ``order``, and whether the order changes.
 
     Args:
-        orders: of the run so far.
-        consumed: samples that the run has read.
-        dataset: the training dataset of ``order``.
+        orders: orders of the run so far.
+        consumed: number of samples that the run has read.
+        dataset: training dataset of ``order``.
     """
     orders = tuple(each for each in orders if each.first < consumed)
     if not orders:
-        return (order.begins_at(consumed),), False
+        return (order.starting_at(consumed),), False
     last = orders[-1]
-    if order.begins_at(last.first) == last:
+    if order.starting_at(last.first) == last:
         return orders, False
     if _reads_the_same(last, order, dataset, consumed, builder):
-        return (*orders[:-1], order.begins_at(last.first)), False
-    return (*orders, order.begins_at(consumed)), True
+        return (*orders[:-1], order.starting_at(last.first)), False
+    return (*orders, order.starting_at(consumed)), True
 
 
 def repetition_report(orders: Orders, dataset: Any, stop: int, builder: OrderBuilder) -> list[str]:
-    """Return lines that count the next tokens that a run has read before.
+    """Return log lines with the share of upcoming tokens that the run has read before.
 
     Args:
-        orders: of the run; the last one begins now.
-        dataset: the training dataset of the last order.
-        stop: the last sample of the run; at most one epoch from now on is counted.
+        orders: orders of the run; the last one starts now.
+        dataset: training dataset of the last order.
+        stop: end of the run in samples; at most one epoch is counted.
     """
     lines: list[str] = []
     first = orders[-1].first
     stop = min(stop, first + _epoch_samples(dataset))
     found = order_overlap(_rebuilt(orders, builder, lines), dataset, first, stop)
     advised = found.seen and builder.data.data_order != "stable"
-    hint = " A run with --data-order stable can be extended without that." if advised else ""
+    hint = " With --data-order stable, a run can be extended without repetition." if advised else ""
     return [
         *lines,
-        f"the order of samples is not that of the checkpoint: of the next {found.tokens:,} tokens, "
+        f"the sample order differs from the checkpoint's: of the next {found.tokens:,} tokens, "
         f"{'' if found.is_exact else 'about '}{found.seen:,} ({found.share:.1%}) were read before.{hint}",
     ]
 
 
 def _rebuilt(orders: Orders, builder: OrderBuilder, lines: list[str]) -> Iterator[ReadSamples]:
-    """Yield the samples read in each order but the last; append a line for an order that cannot be built again."""
+    """Yield the samples read in all orders except the last; append a line for each order that cannot be rebuilt."""
     for order, following in itertools.pairwise(orders):
         if order.is_mock:
             continue
@@ -157,11 +157,11 @@ def _rebuilt(orders: Orders, builder: OrderBuilder, lines: list[str]) -> Iterato
             yield ReadSamples(builder.build(order), order.first, following.first)
         except (ConfigError, OSError) as error:
             count, reason = following.first - order.first, str(error).rstrip(".")
-            lines.append(f"{count:,} samples that were read earlier are not counted as read before: {reason}.")
+            lines.append(f"{count:,} earlier samples are not counted as read before: {reason}.")
 
 
 def _reads_the_same(last: SampleOrder, order: SampleOrder, dataset: Any, consumed: int, builder: OrderBuilder) -> bool:
-    """Return whether the samples that were read in the last order are those of the new one as well."""
+    """Return whether the samples read in the last order are identical in the new order."""
     if last.is_mock or order.is_mock:
         return False
     try:
@@ -180,7 +180,7 @@ def _places(dataset: Any, index: int) -> tuple[Path, list[tuple[int, int]]]:
 
 
 def _epoch_samples(dataset: Any) -> int:
-    """Return the samples of one epoch of all corpora."""
+    """Return the number of samples in one epoch of all corpora."""
     corpora = getattr(dataset, "datasets", [dataset])
     tokens = sum(int(c.dataset.sequence_lengths[c.indices].sum(dtype=np.int64)) for c in corpora)
     return max(tokens // corpora[0].config.sequence_length, 1)

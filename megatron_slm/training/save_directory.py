@@ -1,4 +1,4 @@
-"""The directory of --save: which run it holds, and its preparation for a start."""
+"""The --save directory: identity of its run, and preparation for a start."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ PARTIAL_DIRECTORY = re.compile(r"iter_\d{7,}\.partial")
 
 @dataclass(frozen=True)
 class Origin:
-    """Checkpoint outside of --save that a run began from."""
+    """Represent the initial checkpoint of a run, outside of --save."""
 
     flag: str  # --load or --pretrained-checkpoint
     path: str  # absolute
-    step: int | None  # of --ckpt-step
+    step: int | None  # --ckpt-step
     weights_only: bool
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Identity of the run in a --save directory."""
+    """Represent the identity of the run in a --save directory."""
 
     run_id: str
     origin: Origin | None  # None: from scratch
-    job: SlurmJob = field(default_factory=slurm_job)  # that started it last
+    job: SlurmJob = field(default_factory=slurm_job)  # the latest job of the run
 
     @staticmethod
     def new(origin: Origin | None) -> RunRecord:
-        """Return the record of a run that begins now."""
+        """Return the record of a new run."""
         return RunRecord(uuid.uuid4().hex, origin)
 
 
 def read_record(directory: Path) -> RunRecord | None:
-    """Return the run in ``directory``; None if there is no record, or the file is not one of ours."""
+    """Return the record of the run in ``directory``, or None if it is missing or not valid."""
     try:
         content: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
         origin = content["origin"]
@@ -61,7 +61,7 @@ def read_record(directory: Path) -> RunRecord | None:
 
 
 def write_record(directory: Path, record: RunRecord) -> None:
-    """Write the identity of the run in ``directory``."""
+    """Write the record of the run in ``directory``."""
     text = json.dumps(asdict(record), indent=1) + "\n"
     write_text(directory / RECORD_FILE, text, "--save", is_ours=lambda path: read_record(path.parent) is not None)
 
@@ -86,7 +86,7 @@ def holds_checkpoints(directory: Path) -> bool:
 
 
 def remove_run(directory: Path) -> None:
-    """Remove checkpoints, metrics and identity of the run in ``directory``; other files stay."""
+    """Remove the checkpoints, metrics and record of the run in ``directory``; other files are kept."""
     with explained_write(directory, "--save"):
         for name in (TRACKER, RECORD_FILE, METRICS_FILE, WANDB_ID_FILE):
             (directory / name).unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def belongs_to(path: str | None, directory: str | None) -> bool:
 
 
 def outside_origin(checkpoint: CheckpointConfig) -> Origin | None:
-    """Return the checkpoint outside of --save that the flags name as the beginning of the run."""
+    """Return the initial checkpoint of the flags if it is outside of --save."""
     if checkpoint.load is not None and not belongs_to(checkpoint.load, checkpoint.save):
         path = str(Path(checkpoint.load).resolve())
         return Origin("--load", path, checkpoint.ckpt_step, weights_only=checkpoint.finetune)
@@ -119,7 +119,7 @@ def locked_save(save: str | None) -> Iterator[None]:
     """Hold the lock of --save on rank 0 while a run is active. Collective over all ranks.
 
     Raises:
-        ConfigError: another run is active there; on every rank.
+        ConfigError: another run is active in the directory; on every rank.
     """
     if save is None:
         yield
@@ -134,7 +134,7 @@ def locked_save(save: str | None) -> Iterator[None]:
 
 @contextmanager
 def unchanged_if_refused(save: str | None) -> Iterator[None]:
-    """Remove the files that a start puts into --save, on rank 0, if the block that starts the run fails."""
+    """If the block raises, remove the files that the start created in --save, on rank 0."""
     created = [
         Path(save or "") / name
         for name in (RECORD_FILE, METRICS_FILE, WANDB_ID_FILE)

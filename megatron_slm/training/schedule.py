@@ -1,4 +1,4 @@
-"""Resuming the schedule of learning rate and weight decay."""
+"""Resume the learning-rate and weight-decay schedule."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.runtime.errors import ConfigError
 
-FURTHER = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")  # settings that Megatron-Core does not save
-PER_GROUP = ("max_lr", "min_lr")  # settings that parameter groups hold too, and that win there
+UNSAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")  # settings that Megatron-Core does not save
+PER_GROUP = ("max_lr", "min_lr")  # settings that parameter groups override
 UNITS = {"lr_warmup_steps", "lr_decay_steps", "wd_incr_steps", "wsd_decay_steps"}
 
 
 def schedule_state(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
-    """Return the state of the schedule, and all of its settings."""
-    return {**scheduler.state_dict(), **{name: getattr(scheduler, name) for name in FURTHER}}
+    """Return the state and all settings of the schedule."""
+    return {**scheduler.state_dict(), **{name: getattr(scheduler, name) for name in UNSAVED}}
 
 
 def resume_schedule(
     scheduler: OptimizerParamScheduler, saved: dict[str, Any] | None, consumed_samples: int, directory: Path, flag: str
 ) -> None:
-    """Continue at the saved position, with the settings of the flags or those of the checkpoint.
+    """Continue at the saved position with the settings of the flags or the checkpoint.
 
     Args:
-        saved: :func:`schedule_state` of the checkpoint; None if it is not loaded: then the flags' schedule continues
-            after the samples that the checkpoint has consumed.
-        directory: the checkpoint, and ``flag`` the flag that named it, for error messages.
+        saved: :func:`schedule_state` of the checkpoint. If None, the configured schedule continues after the
+            checkpoint's consumed samples.
+        directory: checkpoint directory, for error messages.
+        flag: flag that names the checkpoint, for error messages.
 
     Raises:
-        ConfigError: the settings differ, and no flag decides between them.
+        ConfigError: the settings differ, and no flag chooses between them.
     """
     scheduler.num_steps = consumed_samples if saved is None else saved["num_steps"]
     if saved is not None:
@@ -40,16 +41,16 @@ def resume_schedule(
         elif differences and not scheduler.override_opt_param_scheduler:
             shown = ", ".join(f"{_name(key)} {ours} (checkpoint: {old})" for key, (ours, old) in differences.items())
             raise ConfigError(
-                f"{flag}: the schedule of the flags is not that of {directory}: {shown}. Give the same --lr, --min-lr, "
-                "--lr-decay-*, --lr-warmup-*, --global-batch-size and --train-iters, or choose one with "
-                "--override-opt_param-scheduler (the flags') or --use-checkpoint-opt_param-scheduler (the "
-                "checkpoint's)."
+                f"{flag}: the configured schedule differs from that of {directory}: {shown}. Use the same --lr, "
+                "--min-lr, --lr-decay-*, --lr-warmup-*, --global-batch-size and --train-iters, or choose a schedule "
+                "with --override-opt_param-scheduler (the configured one) or --use-checkpoint-opt_param-scheduler "
+                "(the checkpoint's)."
             )
     scheduler.step(0)
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ and have an effect: (of the flags, of the checkpoint)."""
+    """Return the differing settings that have an effect, as (configured, checkpoint) values by name."""
     ignored = {"num_steps"}
     if ours["lr_decay_style"] == theirs["lr_decay_style"]:
         if ours["lr_decay_style"] == "constant":

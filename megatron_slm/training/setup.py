@@ -1,4 +1,4 @@
-"""Builds a :class:`Run` from a configuration: groups, datasets, model, optimizer, reference model, sinks."""
+"""Build a :class:`Run` from a configuration: groups, datasets, model, optimizer, reference model, sinks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from megatron_slm.training.step import NoReference, ReferenceSource
 
 
 def parallel_layout(config: Config) -> ParallelLayout:
-    """The layout that the flags ask for."""
+    """Return the parallel layout of the configuration."""
     return ParallelLayout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
@@ -55,7 +55,7 @@ def parallel_layout(config: Config) -> ParallelLayout:
 
 
 def build_selection(config: Config, groups: Groups) -> SelectionStrategy:
-    """Return the selection strategy of the flags."""
+    """Build the selection strategy of the configuration."""
     objective = config.objective
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
     settings = SelectionConfig(
@@ -79,17 +79,17 @@ def build_selection(config: Config, groups: Groups) -> SelectionStrategy:
 
 
 def batch_shape(config: Config, groups: Groups) -> BatchShape:
-    """How the global batch is cut over micro-batches, data-parallel and context-parallel ranks."""
+    """Return the split of the global batch into micro-batches, data-parallel and context-parallel ranks."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     steps = batch // (micro * groups.dp_size)
     return BatchShape(micro, steps, groups.dp_rank, groups.dp_size, groups.cp_rank, groups.cp_size)
 
 
 def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
-    """Build everything and load what --load, --finetune or --pretrained-checkpoint name. Collective.
+    """Build a run, and load the initial checkpoint if there is one. Collective over all ranks.
 
-    With --skip-train there is no training set, no reference model and no sidecar. The directory of --save changes last,
-    when nothing of the run can be refused any more.
+    With --skip-train, there is no training set, reference model or sidecar. The --save directory is changed last, after
+    all checks have passed.
     """
     start = on_first_rank(lambda: plan_start(config))
     console.print(start.describe(config.checkpoint.save), style="bold", markup=False)
@@ -101,12 +101,12 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     corpora = corpus_identities(config.data)
     saved = on_first_rank(lambda: _saved_run(start, config, corpora, console)) if trains else None
     milestones = saved.milestones if saved is not None else START
-    # The schedules of flags and checkpoint are compared with the checkpoint's global batch.
+    # The configured and saved schedules are compared at the checkpoint's global batch size.
     batch = saved.config.training.global_batch_size if saved is not None else None
-    state = _build_state(config, tokenizer, groups, RunLength.of(config, milestones, batch))
+    state = _build_state(config, tokenizer, groups, RunLength.from_config(config, milestones, batch))
     identity = on_first_rank(lambda: find_reference(config, headers)) if trains else None
     config = resume(state, config, start, identity, console)
-    length = RunLength.of(config, milestones)
+    length = RunLength.from_config(config, milestones)
     config = with_settings(config, {"train_iters": length.iterations})
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(state.scheduler, config, length)
@@ -125,14 +125,14 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
         datasets=datasets,
         shape=shape,
         reference=reference,
-        throughput=Throughput.of(config, reference_config, tokenizer.vocab_size, groups),
+        throughput=Throughput.from_config(config, reference_config, tokenizer.vocab_size, groups),
         sinks=on_every_rank(lambda: open_sinks(config, groups, state.progress.step)),
         console=console,
     )
 
 
 def _build_state(config: Config, tokenizer: Tokenizer, groups: Groups, length: RunLength) -> TrainState:
-    """Build the model, the optimizer and the schedule of a run of ``length``, with initial state."""
+    """Build the initial state of a run of ``length``: model, optimizer, schedule and selection."""
     chunks = wrap_data_parallel(
         build_model(
             config.model,
@@ -161,7 +161,7 @@ def _build_state(config: Config, tokenizer: Tokenizer, groups: Groups, length: R
 
 
 def _saved_run(start: Start, config: Config, corpora: dict[str, str], console: Console) -> SavedRun | None:
-    """Return the run that is resumed, if any.
+    """Return the saved run to resume, if any.
 
     Raises:
         ConfigError: one of its corpora has changed.
@@ -180,7 +180,7 @@ def _build_datasets(
     """Build the datasets. Collective over all ranks.
 
     Raises:
-        ConfigError: with --skip-train, nothing to evaluate.
+        ConfigError: there is no evaluation set with --skip-train.
     """
     trains = not config.training.skip_train
     datasets = build_datasets(
@@ -194,8 +194,8 @@ def _build_datasets(
     )
     if not trains and not (datasets.valid and config.logging.eval_iters):
         raise ConfigError(
-            "--skip-train has nothing to evaluate: give --valid-data-path, or --data-path with a validation share "
-            "of --split, and --eval-iters above 0."
+            "--skip-train has nothing to evaluate. Specify --valid-data-path, or --data-path with a validation share "
+            "in --split, and --eval-iters above 0."
         )
     return datasets
 
@@ -208,9 +208,9 @@ def _report_data(
     builder: OrderBuilder,
     console: Console,
 ) -> DataRecord:
-    """Print the corpora that the run draws from and the text that it reads again; return the record of its data."""
-    console.print("what the run draws:", *lines_of(datasets.drawn()), sep="\n", markup=False)
-    order = SampleOrder.of(config, length.samples, builder.identities)
+    """Print the data usage of the run and the repetition of read text; return the data record."""
+    console.print("data usage:", *lines_of(datasets.drawn()), sep="\n", markup=False)
+    order = SampleOrder.from_config(config, length.samples, builder.identities)
     if saved is None:
         return DataRecord(builder.identities, orders=(order,))
     orders, has_changed = continue_orders(saved.orders, saved.consumed, order, datasets.train, builder)
@@ -220,10 +220,10 @@ def _report_data(
 
 
 def score_headers(config: Config, tokenizer: Tokenizer) -> Headers:
-    """Return the headers of the sidecars that the score reads, validated; none if it needs none or has a model.
+    """Return the validated headers of the run's sidecars, or an empty mapping if it does not use sidecars.
 
     Raises:
-        ConfigError: a sidecar that is missing, damaged, unfinished, or not this run's.
+        ConfigError: a sidecar is missing, damaged, unfinished, or does not match the run.
     """
     needs_loss, needs_entropy = _needs(config.objective)
     if not (needs_loss or needs_entropy) or not config.reference.reference_scores:
@@ -232,7 +232,7 @@ def score_headers(config: Config, tokenizer: Tokenizer) -> Headers:
 
 
 def _open_scores(config: Config, headers: Headers) -> ScoreSet | None:
-    """Open the sidecars that the score reads, if any. Collective over all ranks."""
+    """Open the run's sidecars, if any. Collective over all ranks."""
     if not headers:
         return None
     if config.checkpoint.slm_verify_checksums:
@@ -242,7 +242,7 @@ def _open_scores(config: Config, headers: Headers) -> ScoreSet | None:
 
 
 def find_reference(config: Config, headers: Headers) -> str | None:
-    """Return the identity of the reference model, if the score needs one. On this rank alone."""
+    """Return the identity of the reference model, or None if the score needs none. Not collective."""
     return reference_identity(config.reference, headers) if needs_reference(config.objective) else None
 
 
@@ -260,7 +260,7 @@ def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
 
 
 def _build_reference(config: Config, tokenizer: Tokenizer, groups: Groups) -> tuple[ReferenceSource, Config | None]:
-    """Return the reference source, and the configuration of the reference model if it runs in every step."""
+    """Build the reference source; also return the reference model's configuration if it runs in every step."""
     needs_loss, needs_entropy = _needs(config.objective)
     if not (needs_loss or needs_entropy):
         return NoReference(), None

@@ -1,7 +1,7 @@
-"""Where training records go besides the console: a JSONL file, TensorBoard, Weights & Biases.
+"""Sinks for training records: JSONL file, TensorBoard, and Weights & Biases.
 
-A full disk or an unreachable service delays records and never ends the run; a path that cannot be opened at the start
-of the run is an error.
+A full disk or an unreachable service delays records but never stops a run. A path that cannot be opened at start-up is
+an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WANDB_ID_FILE = "wandb_run_id.txt"
 
 
 class Sink(Protocol):
-    """A destination of records: dictionaries with "kind" ("train" or "eval"), "step" and figures."""
+    """Write records: dictionaries with "kind" ("train" or "eval"), "step" and metrics."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 
@@ -39,7 +39,7 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """Encodes records and appends them to a file, which may be full for a time."""
+    """Encode records and append them to a file, tolerating a temporarily full disk."""
 
     def __init__(self, path: Path, flag: str, encode: Callable[[dict[str, Any]], bytes], head: bytes = b"") -> None:
         file = AppendFile(path, flag)
@@ -56,10 +56,10 @@ class FileSink:
 
 
 def open_sinks(config: Config, groups: Groups, resumed_step: int) -> list[Sink]:
-    """Open the files and services of the flags; none on ranks other than 0.
+    """Open the configured files and services on rank 0; return an empty list on other ranks.
 
     Args:
-        resumed_step: completed steps of the run. Records of later steps are dropped, because these steps run again.
+        resumed_step: completed steps of the run. Records of later steps are dropped, since these steps are repeated.
     """
     if not groups.is_logging_rank:
         return []
@@ -80,7 +80,7 @@ def open_sinks(config: Config, groups: Groups, resumed_step: int) -> list[Sink]:
 
 @contextmanager
 def closing_all(sinks: Sequence[Sink]) -> Iterator[None]:
-    """Close all sinks when the block ends, whatever ends it."""
+    """Close all sinks when the block ends, also after an exception."""
     with ExitStack() as stack:
         for sink in sinks:
             stack.callback(sink.close)
@@ -88,12 +88,12 @@ def closing_all(sinks: Sequence[Sink]) -> Iterator[None]:
 
 
 def tensorboard_sink(directory: Path, resumed_step: int) -> FileSink:
-    """Return a sink of scalars named kind/figure; the x axis is the step.
+    """Return a TensorBoard sink of scalars named kind/metric, with the step on the x axis.
 
-    Event files are written here, not by torch's SummaryWriter: its thread dies of a full disk with a traceback, and
-    with it all later records.
+    torch's SummaryWriter is not used, since its thread fails with a traceback if the disk is full, and loses all
+    later records.
     """
-    seconds, fraction = divmod(time.time_ns(), 10**9)  # readers take the files of a directory in the order of names
+    seconds, fraction = divmod(time.time_ns(), 10**9)  # TensorBoard reads the files of a directory by name
     name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{fraction:09d}"
     return FileSink(directory / name, "--tensorboard-dir", _events, _event_head(resumed_step))
 
@@ -102,7 +102,7 @@ def _event_head(resumed_step: int) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     events = [Event(wall_time=time.time(), file_version="brain.Event:2")]
-    if resumed_step:  # TensorBoard forgets the events from here on
+    if resumed_step:  # TensorBoard discards events from this step
         start = SessionLog(status=SessionLog.START)
         events.append(Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
     return _framed(events)
@@ -127,7 +127,7 @@ def _framed(events: list[Any]) -> bytes:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record under the names that TensorBoard and W&B show."""
+    """Return the numeric values of a record by their TensorBoard and W&B names."""
     prefix = f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
     return {
         f"{prefix}/{name}": float(value)
@@ -137,7 +137,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 class WandbSink:
-    """Scalars to Weights & Biases; a resumed run continues its W&B run, whose id is kept beside the checkpoints."""
+    """Log scalars to Weights & Biases. A resumed run continues its W&B run, whose id is stored in --save."""
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         try:
@@ -174,7 +174,7 @@ class WandbSink:
             self.run.log(scalars(record), step=record["step"])
         except self.errors as error:
             if not self.has_failed:
-                warn(f"--wandb-project: W&B takes no records ({error}). The run continues.")
+                warn(f"--wandb-project: W&B rejects records ({error}). The run continues.")
             self.has_failed = True
 
     def close(self) -> None:

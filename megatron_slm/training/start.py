@@ -1,12 +1,13 @@
-"""Decides where a run begins: from scratch, from a checkpoint's weights, or where a run stopped.
+"""Determine the start of a run: from scratch, from the weights of a checkpoint, or a resume.
 
-Flags name a directory, and files decide: the decision reads them on one rank, before anything is built, and is printed.
+The decision depends on the flags and on the files in their directories. It is made on one rank before anything is
+built, and is printed.
 
-    --load X --save X                    resume X; a new run while X holds no checkpoint
-    --load B --save X                    continue B in X; resume X when it holds a checkpoint of that run
-    --load B --finetune --save X         begin from the weights of B; resume X when it holds a checkpoint of that run
-    --pretrained-checkpoint B --save X   the same
-    --save X                             a new run; refused if X holds a run
+    --load X --save X                    resume X; start a new run if X has no checkpoint
+    --load B --save X                    continue B in X; resume X if it has a checkpoint of that run
+    --load B --finetune --save X         start from the weights of B; resume X if it has a checkpoint of that run
+    --pretrained-checkpoint B --save X   same as --load B --finetune --save X
+    --save X                             start a new run; refused if X contains a run
 """
 
 from __future__ import annotations
@@ -38,34 +39,34 @@ OVERWRITE = "--slm-overwrite-save"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to load: the arguments that find it on every rank."""
+    """Represent a checkpoint to load, by the arguments that locate it on every rank."""
 
     flag: str
     path: str
-    step: int | None  # None: ``path`` is the checkpoint's directory itself
+    step: int | None  # None: ``path`` is the checkpoint directory
 
     @property
     def directory(self) -> Path:
-        """The directory of the checkpoint."""
+        """Return the checkpoint directory."""
         return Path(self.path) if self.step is None else step_directory(Path(self.path), self.step)
 
 
 @dataclass(frozen=True)
 class Start:
-    """The beginning of a run."""
+    """Represent the start of a run."""
 
     checkpoint: Checkpoint | None = None  # None: from scratch
-    weights_only: bool = False  # begin at step 0 with the checkpoint's weights
+    weights_only: bool = False  # start at step 0 with the checkpoint's weights
     record: RunRecord | None = None  # identity to write into --save
     overwrites: bool = False  # remove the run in --save first
     trains: bool = True  # False with --skip-train
-    ignores_save: bool = False  # --save does not hold the run that is evaluated
-    note: str = ""  # why this checkpoint, if that is not plain from the flags
+    ignores_save: bool = False  # --save does not contain the evaluated run
+    note: str = ""  # reason for this checkpoint, if the flags do not imply it
 
     def describe(self, save: str | None) -> str:
         """Return one line for the log."""
         if not self.trains and self.checkpoint is not None:
-            return f"evaluating {self.checkpoint.directory}, nothing is trained or saved{self._shown_note}"
+            return f"evaluating {self.checkpoint.directory}, without training or saving{self._shown_note}"
         into = f", saved in {save}" if save else ", not saved (no --save)"
         if self.checkpoint is None:
             text = f"new run{into}"
@@ -73,7 +74,7 @@ class Start:
             text = f"new run from the weights of {self.checkpoint.directory}{into}"
         else:
             text = f"resuming from {self.checkpoint.directory}{into}"
-        removed = f"; the run that {save} holds is removed ({OVERWRITE})" if self.overwrites else ""
+        removed = f"; the existing run in {save} is removed ({OVERWRITE})" if self.overwrites else ""
         return f"{text}{removed}{self._shown_note}"
 
     @property
@@ -81,9 +82,9 @@ class Start:
         return f" ({self.note})" if self.note else ""
 
     def adjusted(self, config: Config) -> Config:
-        """Return the settings of the run: --no-load-optim and --no-load-rng concern the origin, not a resume of it.
+        """Return the settings of the run: --no-load-optim and --no-load-rng apply to the origin, not to its resume.
 
-        An evaluation has no --save, unless that holds the run: its metrics take the result.
+        An evaluation has no --save, unless --save contains the evaluated run; its metrics then include the result.
         """
         record, flags = self.record, config.checkpoint
         if self.ignores_save:
@@ -97,10 +98,10 @@ class Start:
 
 
 def plan_start(config: Config) -> Start:
-    """Return where the run of these flags begins; reads directories, and changes nothing.
+    """Return the start of a run; reads directories without changing them.
 
     Raises:
-        ConfigError: a checkpoint that does not exist, or a --save that holds another run.
+        ConfigError: a checkpoint does not exist, or --save contains another run.
     """
     if config.training.skip_train:
         return _plan_evaluation(config.checkpoint)
@@ -109,7 +110,7 @@ def plan_start(config: Config) -> Start:
 
 
 def prepare_save(config: Config, start: Start) -> None:
-    """Make the directory of --save ready for a run that is about to begin."""
+    """Prepare the --save directory for the start of a run."""
     save = config.checkpoint.save
     if save is None or start.record is None or config.training.skip_train:
         return
@@ -134,13 +135,13 @@ def _check_overwrite(config: Config) -> None:
     for flag, path in read.items():
         if belongs_to(path, flags.save):
             raise ConfigError(
-                f"{OVERWRITE} would remove {path}, which {flag} reads. Leave out {OVERWRITE}, or choose another --save."
+                f"{OVERWRITE} would remove {path}, which {flag} reads. Omit {OVERWRITE}, or choose another --save."
             )
 
 
 def _plan(flags: CheckpointConfig) -> Start:
     if flags.load is not None and Path(flags.load).exists() and not Path(flags.load).is_dir():
-        raise ConfigError(f"--load {flags.load} is a file. Give the --save directory of a run.")
+        raise ConfigError(f"--load {flags.load} is a file. Specify the --save directory of a run.")
     if flags.load is not None and belongs_to(flags.load, flags.save):
         return _plan_in_save(flags, flags.load)
     origin = outside_origin(flags)
@@ -150,9 +151,9 @@ def _plan(flags: CheckpointConfig) -> Start:
 
 
 def _plan_evaluation(flags: CheckpointConfig) -> Start:
-    """Return the checkpoint to evaluate: that of --load, or of this run if --save holds it.
+    """Return the checkpoint to evaluate: that of --load, or the run in --save if it continues --load.
 
-    A --save that holds another run, or none, is left alone.
+    If --save contains another run or none, it is not changed.
     """
     origin, record = outside_origin(flags), read_record(Path(flags.save)) if flags.save is not None else None
     continues = origin is None and not flags.finetune
@@ -160,16 +161,16 @@ def _plan_evaluation(flags: CheckpointConfig) -> Start:
     ignores_save = not (continues or is_same)
     start = _plan(replace(flags, save=None) if ignores_save else flags)
     if start.checkpoint is None:
-        raise ConfigError(f"--skip-train evaluates a checkpoint, and --load {flags.load} holds none.")
+        raise ConfigError(f"--skip-train evaluates a checkpoint, but --load {flags.load} contains none.")
     return replace(start, trains=False, ignores_save=ignores_save)
 
 
 def _plan_in_save(flags: CheckpointConfig, load: str) -> Start:
-    """--load names the directory of --save, or a checkpoint in it."""
+    """Plan a start with --load in --save: the same directory, or a checkpoint in it."""
     if flags.finetune:
         raise ConfigError(
-            f"--finetune with --load {load} and --save {flags.save}: a new run in the directory of its base would "
-            "replace the base. Choose another --save."
+            f"--finetune with --load {load} and --save {flags.save}: the new run would replace its base. Choose "
+            "another --save."
         )
     found = _find(load, flags.ckpt_step, "--load")
     record = read_record(Path(flags.save or load))
@@ -179,17 +180,17 @@ def _plan_in_save(flags: CheckpointConfig, load: str) -> Start:
         return Start(checkpoint, record=replace(known, job=slurm_job()), note=note)
     if STEP_DIRECTORY.fullmatch(Path(load).resolve().name):
         raise ConfigError(
-            f"--load {load}: not a complete checkpoint ({MANIFEST_FILE}, which is written last, is not there). Give "
-            f"--load {flags.save} for the newest step, with --ckpt-step for another."
+            f"--load {load}: not a complete checkpoint ({MANIFEST_FILE}, which is written last, is missing). Use "
+            f"--load {flags.save} for the newest step, or add --ckpt-step for another one."
         )
     if flags.exit_on_missing_checkpoint:
-        raise ConfigError(f"--load {load}: there is no checkpoint, and --exit-on-missing-checkpoint is on.")
+        raise ConfigError(f"--load {load}: there is no checkpoint, and --exit-on-missing-checkpoint is set.")
     start = _plan_without_load(flags)
-    return replace(start, note=_join(f"--load {load} holds no checkpoint yet", start.note))
+    return replace(start, note=_join(f"--load {load} contains no checkpoint yet", start.note))
 
 
 def _plan_occupied(flags: CheckpointConfig, save: str, origin: Origin | None) -> Start:
-    """--save holds checkpoints, and --load does not name it."""
+    """Plan a start if --save contains checkpoints and --load is outside of it."""
     record = read_record(Path(save))
     is_same = record is not None and record.origin == origin
     is_requeued = record is not None and slurm_job().is_restart_of(record.job)
@@ -197,82 +198,79 @@ def _plan_occupied(flags: CheckpointConfig, save: str, origin: Origin | None) ->
         return replace(_plan_from(flags, origin), overwrites=True)
     if record is not None and is_same and (origin is not None or is_requeued):
         found = _find(save, None, "--save")
-        assert found is not None, "it holds checkpoints"
-        begun = f"begun from {origin.path}" if origin is not None else "begun by this job before it was requeued"
-        return Start(found[0], record=replace(record, job=slurm_job()), note=_join(begun, found[1]))
-    began = "" if record is None or record.origin is None else f", begun from {record.origin.path}"
+        assert found is not None, "--save contains checkpoints"
+        started = f"started from {origin.path}" if origin is not None else "started by this job before it was requeued"
+        return Start(found[0], record=replace(record, job=slurm_job()), note=_join(started, found[1]))
+    started = "" if record is None or record.origin is None else f", started from {record.origin.path}"
     missing = (
         f"--load {flags.load}: there is no such directory. " if flags.load and not Path(flags.load).exists() else ""
     )
     raise ConfigError(
-        f"{missing}--save {save} holds another run{began}. To resume it, give --load {save} without --finetune; else "
-        f"choose another --save, or {OVERWRITE} to remove it."
+        f"{missing}--save {save} contains another run{started}. To resume it, use --load {save} without --finetune; "
+        f"otherwise choose another --save, or remove the run with {OVERWRITE}."
     )
 
 
 def _plan_from(flags: CheckpointConfig, origin: Origin | None) -> Start:
-    """The run begins here: from its origin, or from scratch."""
+    """Plan a new run, from its origin or from scratch."""
     record = RunRecord.new(origin)
     if origin is None:
         return Start(record=record)
     path = flags.load if origin.flag == "--load" else flags.pretrained_checkpoint
     assert path is not None, "the origin is one of them"
     if not Path(path).exists():
-        remedy = "" if origin.weights_only else f" A run that is to resume itself later needs --save {path} too."
+        remedy = "" if origin.weights_only else f" To save and resume a new run in this directory, add --save {path}."
         raise ConfigError(
-            f"{origin.flag} {path}: there is no such directory. Give the --save directory of an earlier run.{remedy}"
+            f"{origin.flag} {path}: there is no such directory. Specify the --save directory of an earlier run.{remedy}"
         )
     found = _find(path, origin.step, origin.flag)
     if found is not None:
         return Start(found[0], weights_only=origin.weights_only, record=record, note=found[1])
     if not origin.weights_only and flags.pretrained_checkpoint is not None:
         start = _plan_without_load(flags)
-        return replace(start, record=record, note=_join(f"--load {path} holds no checkpoint", start.note))
+        return replace(start, record=record, note=_join(f"--load {path} contains no checkpoint", start.note))
     raise ConfigError(
-        f"{origin.flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). Give the --save "
+        f"{origin.flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} exists). Specify the --save "
         "directory of an earlier run."
     )
 
 
 def _plan_without_load(flags: CheckpointConfig) -> Start:
-    """The run begins from --pretrained-checkpoint, or from scratch."""
+    """Plan a start from --pretrained-checkpoint, or from scratch."""
     flags = replace(flags, load=None)
     return _plan_from(flags, outside_origin(flags))
 
 
 def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | None:
-    """Return the checkpoint of ``step``, or the newest, and a note; None if the directory holds none.
+    """Return the checkpoint of ``step`` or the newest, with a note; None if the directory contains none.
 
     Raises:
-        ConfigError: the step does not exist, or there are checkpoints and none is known to be complete.
+        ConfigError: the step does not exist, or no existing checkpoint is known to be complete.
     """
     root = Path(path)
     if step is None and (root / MANIFEST_FILE).is_file():
         return Checkpoint(flag, path, None), ""
     steps = step_directories(root)
     complete = newest_complete_step(root)
-    wanted = latest_step(root) if step is None else step
-    if wanted is not None:
-        if wanted not in steps:
-            raise ConfigError(f"{flag} {path}: step {wanted} ({_why(root, step)}) does not exist. {_choice(steps)}")
-        return Checkpoint(flag, path, wanted), ""
+    requested = latest_step(root) if step is None else step
+    if requested is not None:
+        if requested not in steps:
+            source = "--ckpt-step" if step is not None else f"from {root / TRACKER}"
+            raise ConfigError(f"{flag} {path}: step {requested} ({source}) does not exist. {_list_steps(steps)}")
+        return Checkpoint(flag, path, requested), ""
     if complete is not None:
         return Checkpoint(flag, path, complete), f"{TRACKER} is missing; this is the newest complete step"
     if steps:
         raise ConfigError(
-            f"{flag} {path}: {TRACKER} is missing, and no iter_* directory has a {MANIFEST_FILE}: none is known to "
-            "be complete. Write the number of a complete step into the file, or choose one with --ckpt-step."
+            f"{flag} {path}: {TRACKER} is missing, and no iter_* directory has a {MANIFEST_FILE}, so none is known "
+            "to be complete. Write the number of a complete step into the file, or choose one with --ckpt-step."
         )
     return None
 
 
-def _why(root: Path, step: int | None) -> str:
-    return "--ckpt-step" if step is not None else f"named by {root / TRACKER}"
-
-
-def _choice(steps: dict[int, Path]) -> str:
-    there = ", ".join(map(str, steps)) or "none"
-    return f"Steps there: {there}. Choose one with --ckpt-step, or write its number into {TRACKER}."
+def _list_steps(steps: dict[int, Path]) -> str:
+    existing = ", ".join(map(str, steps)) or "none"
+    return f"Existing steps: {existing}. Choose one with --ckpt-step, or write its number into {TRACKER}."
 
 
 def _join(*notes: str) -> str:

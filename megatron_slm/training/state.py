@@ -1,4 +1,4 @@
-"""The state of a training run: all that a checkpoint holds."""
+"""State of a training run, as saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TrainProgress:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, schedule, selection and progress of a run on this rank."""
+    """Hold the model, optimizer, schedule, selection and progress of a run on this rank."""
 
     chunks: Sequence[torch.nn.Module]
     optimizer: MegatronOptimizer
@@ -41,6 +41,7 @@ class TrainState:
     progress: TrainProgress = field(default_factory=TrainProgress)
 
     def layout(self) -> dict[str, int]:
+        """Return the parallel sizes for the manifest."""
         groups = self.groups
         layout = {"tensor": groups.tp_size, "pipeline": groups.pp_size, "data": groups.dp_size}
         return {**layout, "context": groups.cp_size} if groups.cp_size > 1 else layout
@@ -52,7 +53,7 @@ class TrainState:
         self.optimizer.zero_grad()
 
     def optimizer_step(self, samples: int) -> tuple[float, float]:
-        """Update the weights and advance the schedule by ``samples``; returns the learning rate and gradient norm.
+        """Update the weights and advance the schedule by ``samples``; return the learning rate and gradient norm.
 
         Raises:
             DivergedError: the gradient norm is NaN or infinite.

@@ -1,4 +1,4 @@
-"""One training step: reference scores, forward and backward of the selected tokens, optimizer."""
+"""Training step: reference scores, forward and backward for the selected tokens, optimizer update."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from megatron_slm.training.state import TrainState
 
 
 class ReferenceSource(Protocol):
-    """A source of reference scores."""
+    """Provide reference scores."""
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[ReferenceScores | None]:
         """Return one entry per micro-batch on the last pipeline stage. Collective over all ranks."""
 
 
 class NoReference:
-    """The reference source of a score that needs none."""
+    """Implement the reference source for scores that do not need a reference model."""
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[ReferenceScores | None]:
         return [None] * len(micro_batches)
@@ -39,16 +39,16 @@ class NoReference:
 
 @dataclass(frozen=True)
 class Step:
-    """The result of a step, known on every rank."""
+    """Represent the result of a step on every rank."""
 
     sums: TokenSums
     grad_norm: float
     lr: float
-    seconds_ranking: float | None  # of an additional forward pass that ranks the global batch, if there was one
+    seconds_ranking: float | None  # time of the ranking pass, if any
 
 
 def selection_ratio(config: ObjectiveConfig, step: int) -> float:
-    """Return the ratio k of a step (counted from 0): linear from its start to its final value, then constant."""
+    """Return the selection ratio k of a step (counted from 0): linear warm-up, then constant."""
     start, final = config.slm_selection_ratio_start, config.slm_selection_ratio
     if start is None or step >= config.slm_selection_ratio_warmup_iters:
         return final
@@ -58,7 +58,7 @@ def selection_ratio(config: ObjectiveConfig, step: int) -> float:
 def token_batch(
     batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores | None, first_sample: int
 ) -> TokenBatch:
-    """Return a micro-batch with the model's losses; ``first_sample`` is the step's."""
+    """Return the tokens of a micro-batch with their losses; ``first_sample`` is the first sample of the step."""
     index = batch.token_index()
     return TokenBatch(
         loss=token_loss,
@@ -71,16 +71,16 @@ def token_batch(
 
 @dataclass(frozen=True)
 class StepPasses:
-    """The passes of one step's micro-batches through the model and the objective. Collective over all ranks."""
+    """Run the micro-batches of a step through the model and the objective. Collective over all ranks."""
 
     chunks: Sequence[torch.nn.Module]
     micro_batches: Sequence[MicroBatch]
     scores: Sequence[ReferenceScores | None]
 
     def rank(self) -> list[TokenBatch]:
-        """Run forward without gradients; returns one entry per micro-batch on the last stage.
+        """Run the ranking pass (forward without gradients); return one entry per micro-batch on the last stage.
 
-        Random states are restored, so that the pass that follows has the same dropout and the same losses.
+        Random states are restored, so that the following pass has the same dropout and losses.
         """
 
         def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenBatch]:
@@ -91,7 +91,7 @@ class StepPasses:
             return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=True)
 
     def run(self, selection: SelectionStrategy) -> list[TokenSums]:
-        """Run forward and, if gradients are enabled, backward; returns one entry per micro-batch on the last stage."""
+        """Run forward and, if gradients are enabled, backward; return one entry per micro-batch on the last stage."""
 
         def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenSums]:
             mask = None
@@ -105,7 +105,7 @@ class StepPasses:
                 labels = mtp_labels(batch.labels, tokens, selection.config, len(hidden.heads) - 1)
                 losses = [hidden.token_losses(of_head, head=head).loss for head, of_head in enumerate(labels, start=1)]
                 numerator = numerator + multi_token_loss(losses, tokens, selected, selection.config, selection.ratio)
-            return numerator, loss.count, TokenSums.of(tokens, loss)
+            return numerator, loss.count, TokenSums.from_micro_batch(tokens, loss)
 
         return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=not torch.is_grad_enabled())
 
@@ -121,24 +121,25 @@ def train_step(
     next_ratio: float,
     reference: ReferenceSource,
 ) -> Step:
-    """One optimizer step on a global batch. Collective over all ranks.
+    """Run one optimizer step on a global batch. Collective over all ranks.
 
     Args:
-        ratio: the selection ratio of this step, and ``next_ratio`` that of the next.
+        ratio: selection ratio of this step.
+        next_ratio: selection ratio of the next step.
 
     Raises:
         DivergedError: a loss or the gradient norm is NaN or infinite.
     """
     state.zero_grad()
     passes = StepPasses(state.chunks, micro_batches, reference.score(micro_batches))
-    began = time.perf_counter()
+    start = time.perf_counter()
     ranked = state.selection.begin_step(ratio, next_ratio, passes.rank)
-    seconds_ranking = time.perf_counter() - began if ranked else None
+    seconds_ranking = time.perf_counter() - start if ranked else None
     state.auxiliary.scale(state.selection.selected_share)
     parts = passes.run(state.selection)
     state.selection.end_step()
     sums = TokenSums.reduce(parts, state.groups)
     if state.auxiliary.active and not sums.selected:
-        state.zero_grad()  # nothing to divide by: the gradient of the auxiliary losses is a sum over tokens
+        state.zero_grad()  # without selected tokens, the auxiliary gradients cannot be normalized
     lr, grad_norm = state.optimizer_step(micro_batches[0].tokens.size(0) * len(micro_batches) * state.groups.dp_size)
     return Step(sums, grad_norm, lr, seconds_ranking)

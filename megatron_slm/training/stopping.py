@@ -1,4 +1,4 @@
-"""The collective decision to end a run before its last step."""
+"""Collective decision to stop a run before its last step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_slm.runtime.signals import StopSignals, signal_name
 
 
 class StopDecision:
-    """Whether the run has to stop now: a signal on any rank, or a time limit that has passed on any rank.
+    """Decide collectively whether to stop: after a signal, or an exceeded time limit, on any rank.
 
     Args:
-        groups: the decision is collective over all of their ranks.
-        signals: stop signals of this process; None if they are not handled.
+        groups: process groups; the decision includes all ranks.
+        signals: stop signals of this process, or None if they are not handled.
         minutes: --exit-duration-in-mins, counted from the start of the process.
     """
 
     def __init__(self, groups: Groups, signals: StopSignals | None, minutes: float | None) -> None:
-        self.reason: str | None = None  # once known, on every rank
+        self.reason: str | None = None  # set on every rank after a decision to stop
         self._groups = groups
         self._signals = signals
         self._minutes = minutes
@@ -31,7 +31,7 @@ class StopDecision:
         self._created = time.monotonic()
 
     def agreed(self) -> bool:
-        """Return True on every rank if any rank has to stop. Collective: one reduction of two numbers."""
+        """Return True on every rank if any rank has to stop. Collective: one all-reduce of two numbers."""
         if self.reason is None and (self._signals is not None or self._minutes is not None):
             number = self._signals.number if self._signals is not None else 0
             state = torch.tensor([number, int(self._is_overdue())], device=self._groups.device)
@@ -50,5 +50,5 @@ class StopDecision:
 
 
 def process_age() -> float:
-    """Return the seconds since this process was started, imports included."""
+    """Return the seconds since the start of this process, including imports."""
     return max(time.time() - psutil.Process(os.getpid()).create_time(), 0.0)

@@ -183,7 +183,7 @@ def test_resume_without_random_or_optimizer_states(tmp_path: Path, corpus: str) 
     }, outcomes
     assert losses(tmp_path / "same") == losses(tmp_path / "uninterrupted")[2:]
     assert losses(tmp_path / "rng") != losses(tmp_path / "uninterrupted")[2:], "other dropout"
-    assert "holds no optimizer state" in codes["refused"].errors and "--no-load-optim" in codes["refused"].errors
+    assert "has no optimizer state" in codes["refused"].errors and "--no-load-optim" in codes["refused"].errors
     assert [record["step"] for record in records(tmp_path / "started")] == [3, 4]
     assert [record["step"] for record in records(tmp_path / "tuned")] == [1, 2, 3, 4]
     assert "--lr 0.01 -> 0.02" in codes["kept"].output and "ignored" not in codes["kept"].output

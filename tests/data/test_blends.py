@@ -202,7 +202,7 @@ def test_a_run_says_what_it_draws(tmp_path: Path, world_size: int) -> None:
         ["train", "75.00%", "75.00%", "24", "0.192", f"{tmp_path}/a"],
         ["train", "25.00%", "25.00%", "8", "0.064", f"{tmp_path}/b"],
     ]
-    assert all("what the run draws" not in said for _, said in results[1:])
+    assert all("data usage:" not in output for _, output in results[1:])
     saved = next((tmp_path / "run").rglob("*.yaml")).read_text()
     assert "blend.yaml" not in saved and f"{tmp_path}/b" in saved
 

@@ -93,7 +93,7 @@ def test_a_step_saves_at_a_signal_and_a_requeued_job_resumes(
     assert cluster.state(job) == "COMPLETED", text
     assert text.count("2 x CPU over gloo") == 2 and text.count(f"step {STEPS}/{STEPS}") == 1, "two starts of one run"
     assert text.count("stopping after step") == 1 and text.count("SIGUSR1") == 2, text
-    assert "resuming from" in text and "begun by this job before it was requeued" in text
+    assert "resuming from" in text and "started by this job before it was requeued" in text
     assert losses(save) == undisturbed
 
 

@@ -1,4 +1,4 @@
-"""Every mistake of a user's ends with exit code 2 and a message that names the flag, and leaves nothing behind."""
+"""Test that invalid user input ends with exit code 2, a message with the flag, and no files left behind."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_corpus_of_another_tokenizer_is_refused(
 def test_id_outside_the_vocabulary_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A corpus without a record, as Megatron-LM's own tool writes it."""
+    """The corpus has no metadata, as written by Megatron-LM's tool."""
     small = ["NullTokenizer" if word == "ByteTokenizer" else word for word in MODEL]
     argv = command(f"{workspace}/numbers", tmp_path / "run", train_iters=1, model=small, vocab_size=50)
     expect_refusal(capsys, "holds the token id 256, and the vocabulary", tmp_path, argv)
@@ -163,4 +163,4 @@ def expect_refusal(capsys: pytest.CaptureFixture[str], message: str, folder: Pat
     assert message in error, error
     assert "Traceback" not in error
     after = {path for path in folder.rglob("*") if "cache" not in path.parts}
-    assert after == before, "something was written"
+    assert after == before, "a file was written"

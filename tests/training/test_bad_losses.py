@@ -1,4 +1,4 @@
-"""Batches and losses that are out of the ordinary, in the trainer: the right result or a clear error."""
+"""Test unusual batches and losses in the trainer: a correct result or a clear error."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, launch, make_corpus, records
 
-WAYS = {
+VARIANTS = {
     "data-parallel": ["--slm-scope", "data-parallel"],
     "global-batch": ["--slm-scope", "global-batch"],
     "predicted": ["--slm-scope", "global-batch", "--slm-threshold", "predicted"],
 }
-# Samples without a valid token: the first micro-batch of step 1, rank 1 of two in step 2, the whole of step 3.
+# Samples without a valid token: the first micro-batch of step 1, rank 1 of two in step 2, and all of step 3.
 MASKED = {*range(8), *range(20, 24), *range(28, 32), *range(32, 48)}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("odd")
-    launch(command(make_corpus(folder / "corpus", 1), folder / "rm", train_iters=3))
-    return folder
+    directory = tmp_path_factory.mktemp("odd")
+    launch(command(make_corpus(directory / "corpus", 1), directory / "rm", train_iters=3))
+    return directory
 
 
-def slm(folder: Path, name: str, dp: int, *more: str, **flags: Any) -> list[str]:
-    corpus = str(folder / "corpus_text_document")
-    settings = {"objective": "slm", "reference_load": folder / "rm", "train_iters": 4, "eval_iters": 0, **flags}
-    return [*command(corpus, folder / name, dp=dp, **settings), *more]
+def slm(directory: Path, name: str, dp: int, *more: str, **flags: Any) -> list[str]:
+    corpus = str(directory / "corpus_text_document")
+    settings = {"objective": "slm", "reference_load": directory / "rm", "train_iters": 4, "eval_iters": 0, **flags}
+    return [*command(corpus, directory / name, dp=dp, **settings), *more]
 
 
 def _main(rank: int, world_size: int, argv: list[str], masks: bool, losses: dict[str, float]) -> tuple[int, str]:
-    """The trainer, with samples masked and the reference losses of rank 1 in the second step changed."""
+    """Run the trainer with masked samples, or with changed reference losses of rank 1 in the second step."""
     whole_batch, whole_score = BatchStream._micro_batch, ReferenceReplica.score
     calls = []
 
@@ -76,12 +76,12 @@ def run(argv: list[str], ranks: int, *, masks: bool = False, **losses: float) ->
     return run_ranks(_main, ranks, argv, masks, losses, initialise=False)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_nothing_valid_in_a_micro_batch_a_rank_and_a_step(workspace: Path, way: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batch_rank_and_step_without_valid_tokens(workspace: Path, variant: str) -> None:
     for dp in (1, 2):
-        for code, errors in run(slm(workspace, f"{way}-{dp}", dp, *WAYS[way]), dp, masks=True):
+        for code, errors in run(slm(workspace, f"{variant}-{dp}", dp, *VARIANTS[variant]), dp, masks=True):
             assert code == 0, errors
-    one, two = records(workspace / f"{way}-1"), records(workspace / f"{way}-2")
+    one, two = records(workspace / f"{variant}-1"), records(workspace / f"{variant}-2")
     assert [record["selection"] for record in one] == [record["selection"] for record in two]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -90,34 +90,34 @@ def test_nothing_valid_in_a_micro_batch_a_rank_and_a_step(workspace: Path, way: 
     assert one[3]["share_selected"] > 0.3
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run_on_every_rank(workspace: Path, way: str, fault: float) -> None:
-    name = f"{way}-{fault}"
-    other, owner = run(slm(workspace, name, 2, *WAYS[way]), 2, fault=fault)
+def test_non_finite_loss_ends_the_run_on_every_rank(workspace: Path, variant: str, fault: float) -> None:
+    name = f"{variant}-{fault}"
+    other, owner = run(slm(workspace, name, 2, *VARIANTS[variant]), 2, fault=fault)
     assert (other[0], owner[0]) == (3, 3)
     assert "step 2, rank 0" in other[1] and "on other ranks" in other[1]
-    row = 2 if way == "data-parallel" else 6  # with the scope global-batch rows are counted over micro-batches
+    row = 2 if variant == "data-parallel" else 6  # with the scope global-batch rows are counted over micro-batches
     assert f"row {row}, position 5" in owner[1] and f"reference loss {fault}" in owner[1]
     assert not list((workspace / name).glob("iter_*"))
 
 
-@pytest.mark.parametrize("way", ["global-batch", "predicted"])
-def test_so_few_tokens_that_some_ranks_and_micro_batches_select_none(workspace: Path, way: str) -> None:
-    """One of 512 tokens."""
+@pytest.mark.parametrize("variant", ["global-batch", "predicted"])
+def test_ranks_and_micro_batches_without_selected_tokens(workspace: Path, variant: str) -> None:
+    """One of 512 tokens is selected."""
     flags = {"slm_selection_ratio": 0.001}
     for dp in (1, 2):
-        for code, errors in run(slm(workspace, f"few-{way}-{dp}", dp, *WAYS[way], **flags), dp):
+        for code, errors in run(slm(workspace, f"few-{variant}-{dp}", dp, *VARIANTS[variant], **flags), dp):
             assert code == 0, errors
-    one, two = records(workspace / f"few-{way}-1"), records(workspace / f"few-{way}-2")
+    one, two = records(workspace / f"few-{variant}-1"), records(workspace / f"few-{variant}-2")
     assert [record["selection"] for record in one] == [record["selection"] for record in two]
-    if way == "global-batch":
+    if variant == "global-batch":
         assert {record["share_selected"] * 512 for record in two} == {1.0}
 
 
-def test_reference_of_wildly_different_loss(workspace: Path) -> None:
-    """An offset does not change the order: but for the rounding of fp32 the same tokens are selected. Losses near
-    zero leave the training model's own."""
+def test_reference_losses_with_a_large_offset(workspace: Path) -> None:
+    """A constant offset changes the selection only by fp32 rounding; with reference losses near zero, the token losses
+    rank the tokens."""
     for name, losses in (("plain", {}), ("far", {"offset": 1e4}), ("near", {"scale": 1e-4})):
         for code, errors in run(slm(workspace, name, 1), 1, **losses):
             assert code == 0, errors

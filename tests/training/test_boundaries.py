@@ -1,4 +1,4 @@
-"""Boundary values of every flag: refused with a message, or trained; no traceback and no hang."""
+"""Test boundary values of every flag: refused with a message or trained, without a traceback or hang."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SETTINGS: dict[str, Setting] = {flag_name(setting): (setting, kind) for _, setti
 NUMBERS = {flag: each for flag, each in SETTINGS.items() if "int" in str(each[1]) or "float" in str(each[1])}
 TEXTS = {flag: each for flag, each in SETTINGS.items() if "str" in str(each[1]) and not each[0].metadata["choices"]}
 NEVER = ["", " ", "abc", "nan", "inf", "-inf", "1e400", str(2**63), str(2**64), "9" * 5000]
-SECONDS = 60  # in which a tiny run ends
+SECONDS = 60  # time limit of a tiny run
 
-# Flags that another flag needs to have an effect.
+# Flags required by other flags to have an effect.
 WITH: dict[str, list[str]] = {
     "--moe-ffn-hidden-size": ["--num-experts", "2"],
     "--moe-aux-loss-coeff": ["--num-experts", "2"],
@@ -44,22 +44,22 @@ WITH: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("boundaries")
-    make_corpus(folder / "corpus", 1)
-    (folder / "file").write_text("text")
-    return folder
+    directory = tmp_path_factory.mktemp("boundaries")
+    make_corpus(directory / "corpus", 1)
+    (directory / "file").write_text("text")
+    return directory
 
 
 def argv(workspace: Path, flag: str, value: str) -> list[str]:
-    """Return the command of a run of one step with a flag at a value, and with the flags that it needs."""
-    words = command(str(workspace / "corpus_text_document"), train_iters=1)
+    """Return the command of a one-step run with a flag value and the flags it requires."""
+    arguments = command(str(workspace / "corpus_text_document"), train_iters=1)
     if flag.startswith("--slm-"):
-        words += ["--objective", "slm", "--slm-score", "token-loss"]
-    return [*words, *WITH.get(flag, []), f"{flag}={value}"]
+        arguments += ["--objective", "slm", "--slm-score", "token-loss"]
+    return [*arguments, *WITH.get(flag, []), f"{flag}={value}"]
 
 
 def lowest(setting: Field[Any], kind: Any) -> str:
-    """Return the lowest value that a setting may have."""
+    """Return the lowest valid value of a setting."""
     bounds: Bounds = setting.metadata["bounds"]
     if math.isfinite(bounds.at_least):
         return f"{bounds.at_least}"
@@ -67,7 +67,7 @@ def lowest(setting: Field[Any], kind: Any) -> str:
 
 
 def highest(setting: Field[Any], kind: Any) -> str:
-    """Return a value at or near the highest that a setting may have."""
+    """Return a value at or near the highest valid value of a setting."""
     bounds: Bounds = setting.metadata["bounds"]
     if math.isfinite(bounds.at_most):
         return f"{bounds.at_most}"
@@ -90,9 +90,7 @@ def test_values_outside_the_bounds_are_refused(flag: str) -> None:
 
 
 @pytest.mark.parametrize("flag", NUMBERS)
-def test_numbers_at_the_bounds_pass_or_are_refused(
-    workspace: Path, flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bounds_pass_or_are_refused(workspace: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     for value in (lowest(*NUMBERS[flag]), highest(*NUMBERS[flag])):
         code = main([*argv(workspace, flag, value), "--dry-run"])
         error = capsys.readouterr().err
@@ -100,8 +98,8 @@ def test_numbers_at_the_bounds_pass_or_are_refused(
 
 
 @pytest.mark.parametrize("flag", TEXTS)
-def test_odd_text_passes_or_is_refused(workspace: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Missing files, directories, files of another kind, names that are no text or too long, and markup."""
+def test_unusual_text_passes_or_is_refused(workspace: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Try missing files, directories, files of another type, invalid and long names, and markup."""
     odd = ["/nowhere/x", str(workspace / "file"), str(workspace), "a" * 300, "a/" * 3000, "[/red]", "τ\u202e\n", "0"]
     for value in odd:
         code = main([*argv(workspace, flag, value), "--dry-run"])
@@ -113,17 +111,17 @@ def test_odd_text_passes_or_is_refused(workspace: Path, flag: str, capsys: pytes
 
 
 def _outcomes(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str]]:
-    return [_outcome(words) for words in commands]
+    return [_outcome(arguments) for arguments in commands]
 
 
-def _outcome(words: list[str]) -> tuple[int, str]:
+def _outcome(arguments: list[str]) -> tuple[int, str]:
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"{words[-1]} takes more than {SECONDS} s")
+        raise TimeoutError(f"{arguments[-1]} takes more than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        return _main(0, 1, words)
+        return _main(0, 1, arguments)
     finally:
         signal.alarm(0)
 

@@ -1,4 +1,4 @@
-"""Step times without what happens between steps, and the time left with it."""
+"""Test that step times exclude evaluations and saves, and that the remaining time includes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_slm.training.clock import Schedule, StepClock
 
 
 class FakeTime:
-    """A clock that the test moves."""
+    """Clock controlled by the test."""
 
     now = 0.0
 

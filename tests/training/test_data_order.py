@@ -1,4 +1,4 @@
-"""Resumed runs: other batches and lengths, repeated text in numbers, changed corpora; runs counted in samples."""
+"""Test data order on resume: changed batches and lengths, repeated text, changed corpora; runs counted in samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tu
 
 
 def run_each(*commands: list[str]) -> list[tuple[int, str, str]]:
-    """Run the trainer several times in one process: exit code, standard output and standard error of each."""
+    """Run the trainer several times in one process; return exit code, stdout and stderr of each run."""
     [results] = run_ranks(_main_each, 1, list(commands), initialise=False)
     return results
 
@@ -51,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def resumed(corpus: str, save: Path, *, override: bool = False, **flags: Any) -> list[str]:
-    """A run without evaluation that resumes itself; ``override`` lets its schedule have another length."""
+    """Return the command of a run that resumes itself; ``override`` permits another schedule length."""
     argv = command(corpus, save, load=save, eval_iters=0, **flags)
     return [*argv, "--override-opt_param-scheduler"] if override else argv
 
@@ -60,8 +60,8 @@ def batch_of(argv: list[str], batch: int) -> list[str]:
     return [*argv, "--global-batch-size", str(batch)]
 
 
-def test_a_run_resumes_late_with_another_batch(tmp_path: Path, corpus: str) -> None:
-    """Its schedule ends with its last step."""
+def test_run_resumes_with_another_batch_size(tmp_path: Path, corpus: str) -> None:
+    """The schedule ends at the last step."""
     flags = {"train_iters": 6, "lr_decay_style": "linear", "lr_warmup_iters": 2}
     first = resumed(corpus, tmp_path / "run", **flags)
     results = run_each(
@@ -77,8 +77,8 @@ def test_a_run_resumes_late_with_another_batch(tmp_path: Path, corpus: str) -> N
     assert rates[4:] == pytest.approx([1e-2 * (80 - 64) / (80 - 32), 1e-2 * (104 - 72) / (104 - 32)])
 
 
-def test_repeated_text_is_reported_in_numbers(tmp_path: Path, corpus: str) -> None:
-    """64 samples of the first epoch's 74 are read; a longer run shuffles two epochs together."""
+def test_repeated_tokens_are_counted(tmp_path: Path, corpus: str) -> None:
+    """The run reads 64 of 74 samples of the first epoch; a longer run shuffles two epochs together."""
     first = resumed(corpus, tmp_path / "run", train_iters=4)
     longer = resumed(corpus, tmp_path / "run", train_iters=8, exit_interval=5, override=True)
     stable = [resumed(corpus, tmp_path / "stable", train_iters=n, data_order="stable", override=True) for n in (4, 6)]
@@ -94,21 +94,21 @@ def test_repeated_text_is_reported_in_numbers(tmp_path: Path, corpus: str) -> No
 
 
 def _reported(output: str) -> tuple[int, int]:
-    """Tokens that the report counts, and those of them that were read before."""
+    """Return the token count of the report, and the number of tokens read before."""
     [line] = [line for line in output.splitlines() if "were read before" in line]
     tokens, seen = (int(word.replace(",", "")) for word in line.split("of the next ")[1].split()[:3:2])
     return tokens, seen
 
 
 def _labels(corpus: str, samples: int, seed: int, first: int, stop: int) -> list[int]:
-    """Labels of the samples [first, stop) in Megatron-LM's order; all ids of the corpus are different."""
+    """Return the labels of samples [first, stop) in Megatron-LM's order; all ids of the corpus differ."""
     data = DataConfig(data_path=[corpus], split="1,0,0")
     train: Any = training_samples(data, tokenizer=NUMBERS, seq_length=32, samples=samples, seed=seed)
     return [label for index in range(first, stop) for label in train[index]["labels"].tolist()]
 
 
-def test_text_that_was_read_in_any_earlier_order_is_counted(tmp_path: Path) -> None:
-    """A run that is extended, given another seed, extended again, and whose corpus moves to another directory."""
+def test_tokens_read_in_all_earlier_orders_are_counted(tmp_path: Path) -> None:
+    """The run is extended, changes its seed, is extended again, and its corpus moves."""
     corpus = write_numbered_corpus(tmp_path / "numbers", [[40]] * 60)
     save = tmp_path / "run"
     numbers = {"tokenizer_type": "NullTokenizer", "vocab_size": 5000, "override": True}
@@ -142,8 +142,8 @@ def test_text_that_was_read_in_any_earlier_order_is_counted(tmp_path: Path) -> N
     assert _reported(output) == (len(following), sum(label in read for label in following))
 
 
-def test_checkpoints_without_a_history_of_orders_are_resumed(tmp_path: Path, corpus: str) -> None:
-    """They record the corpora and milestones alone; all samples count as read in the order of their settings."""
+def test_checkpoints_without_recorded_orders_are_resumed(tmp_path: Path, corpus: str) -> None:
+    """They record only corpora and milestones, so all samples count as read in the configured order."""
     assert run_each(resumed(corpus, tmp_path / "run", train_iters=4))[0][0] == 0
     record = tmp_path / "run" / "iter_0000004" / "data.json"
     content = json.loads(record.read_text())
@@ -158,7 +158,7 @@ def test_checkpoints_without_a_history_of_orders_are_resumed(tmp_path: Path, cor
     assert outputs[0] == outputs[1]
 
 
-def test_samples_of_a_corpus_that_changed_are_named_as_not_counted(tmp_path: Path) -> None:
+def test_samples_of_changed_corpora_are_reported_as_not_counted(tmp_path: Path) -> None:
     prefix = build(tmp_path / "corpus", [[[1, 2, 3, 4] * 10]] * 60)
     run = tmp_path / "run"
     assert run_each(resumed(prefix, run, train_iters=2))[0][0] == 0
@@ -170,11 +170,11 @@ def test_samples_of_a_corpus_that_changed_are_named_as_not_counted(tmp_path: Pat
     )
     assert accepted[0] == seeded[0] == 0, (accepted, seeded)
     for output in (accepted[1], seeded[1]):
-        assert f"32 samples that were read earlier are not counted as read before: the corpus {prefix} has" in output
+        assert f"32 earlier samples are not counted as read before: the content of the corpus {prefix} has" in output
     assert _reported(accepted[1])[1] == 0 < _reported(seeded[1])[1]
 
 
-def test_a_corpus_that_changed_since_the_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_changed_corpus_is_refused(tmp_path: Path) -> None:
     prefix = build(tmp_path / "corpus", [[[1, 2, 3, 4] * 10]] * 60)
     assert run_each(resumed(prefix, tmp_path / "run", train_iters=2))[0][0] == 0
     build(tmp_path / "corpus", [[[4, 3, 2, 1] * 10]] * 60)
@@ -187,7 +187,7 @@ def test_a_corpus_that_changed_since_the_checkpoint_is_refused(tmp_path: Path) -
     assert accepted[0] == 0 and "may be read again" in accepted[1], accepted
 
 
-def test_a_run_in_samples_is_the_run_in_iterations(tmp_path: Path, corpus: str) -> None:
+def test_run_in_samples_equals_run_in_iterations(tmp_path: Path, corpus: str) -> None:
     iterations = resumed(corpus, tmp_path / "iters", train_iters=4, lr_warmup_iters=1, lr_decay_iters=3)
     samples = resumed(corpus, tmp_path / "samples", train_samples=70, lr_warmup_samples=16, lr_decay_samples=48)
     smaller = batch_of([*samples, "--train-samples", "90"], 8)
@@ -217,18 +217,18 @@ def test_contradicting_lengths_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_lengths_of_a_run_whose_batch_changed() -> None:
+def test_run_length_with_changed_batch_size() -> None:
     schedule = {"lr_warmup_iters": 10, "lr_decay_iters": 90, "lr_wsd_decay_iters": 20}
     config = with_settings(Config(), {"train_iters": 100, "global_batch_size": 4, **schedule})
-    length = RunLength.of(config, [(0, 0), (80, 640)])
+    length = RunLength.from_config(config, [(0, 0), (80, 640)])
     assert (length.samples, length.samples_at(10), length.samples_at(90)) == (720, 80, 680)
-    assert ScheduleLength.of(config, length) == ScheduleLength(80, 680, 680 - 560, 720)
-    again = RunLength.of(config, [(0, 0), (80, 640), (90, 700)])
+    assert ScheduleLength.from_config(config, length) == ScheduleLength(80, 680, 680 - 560, 720)
+    again = RunLength.from_config(config, [(0, 0), (80, 640), (90, 700)])
     assert [again.samples_at(step) for step in (0, 10, 80, 85, 90, 100)] == [0, 80, 640, 670, 700, 740]
-    assert ScheduleLength.of(config, RunLength.of(config)) == ScheduleLength(40, 360, 80, 400)
+    assert ScheduleLength.from_config(config, RunLength.from_config(config)) == ScheduleLength(40, 360, 80, 400)
 
 
-def test_steps_follow_from_samples_also_to_evaluate(corpus: str, tmp_path: Path) -> None:
-    for further in ([], ["--skip-train", "--load", str(tmp_path)]):
-        config = resolve(parse([*command(corpus), "--train-samples", "70", *further]).config, 1)
+def test_iterations_are_derived_from_samples(corpus: str, tmp_path: Path) -> None:
+    for options in ([], ["--skip-train", "--load", str(tmp_path)]):
+        config = resolve(parse([*command(corpus), "--train-samples", "70", *options]).config, 1)
         assert config.training.train_iters == 4

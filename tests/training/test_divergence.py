@@ -1,4 +1,4 @@
-"""A run whose losses become NaN ends with exit code 3 and says where, and saves nothing."""
+"""Test that a run with NaN losses ends with exit code 3 and an error location, without a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_slm.testing.tiny import command, launch_and_fail, make_corpus
 
 
-def test_divergence_names_step_rank_and_place(tmp_path: Path) -> None:
+def test_divergence_error_has_step_rank_and_position(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", 1)
     argv = command(corpus, tmp_path / "run", train_iters=20, optimizer="sgd", clip_grad=0)
     code, errors = launch_and_fail([*argv, "--lr", "1e6"])

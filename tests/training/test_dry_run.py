@@ -1,4 +1,4 @@
-"""A dry run refuses all that a run refuses, with the same message, and prints the same note."""
+"""Test that a dry run reports the same errors and notes as a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TAIL = 40  # bytes at the end of a file, in the data of its last tensor
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dry")
-    make_corpus(folder / "corpus", 1)
-    launch(command(corpus(folder), folder / "rm", train_iters=1))
-    launch(command(corpus(folder), folder / "changed", train_iters=1))
-    data = next((folder / "changed" / "iter_0000001").glob("__0_0.distcp"))
+    directory = tmp_path_factory.mktemp("dry")
+    make_corpus(directory / "corpus", 1)
+    launch(command(corpus(directory), directory / "rm", train_iters=1))
+    launch(command(corpus(directory), directory / "changed", train_iters=1))
+    data = next((directory / "changed" / "iter_0000001").glob("__0_0.distcp"))
     data.write_bytes(data.read_bytes()[:-TAIL] + bytes(TAIL))
-    (folder / "eio").symlink_to("/proc/self/mem")  # a regular file that cannot be read
-    return folder
+    (directory / "eio").symlink_to("/proc/self/mem")  # a regular file that cannot be read
+    return directory
 
 
-def corpus(folder: Path) -> str:
-    return str(folder / "corpus_text_document")
+def corpus(directory: Path) -> str:
+    return str(directory / "corpus_text_document")
 
 
 CASES: list[tuple[dict[str, Any], str]] = [
@@ -49,7 +49,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("flags", "message"), CASES, ids=lambda value: str(value)[:60])
-def test_dry_run_refuses_as_a_run_does(
+def test_dry_run_and_run_report_the_same_error(
     workspace: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], message: str
 ) -> None:
     paths = ("reference_load", "load", "tokenizer_model")

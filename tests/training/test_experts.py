@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: selection leaves the auxiliary losses as they are under CLM; layouts agree."""
+"""Test mixture-of-experts models: auxiliary losses are equal to CLM's, and layouts agree."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "m
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("experts")
-    corpus = make_corpus(folder / "corpus", 1)
-    launch(command(corpus, folder / "base", train_iters=2, **EXPERTS))
-    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3))
-    launch(slm(folder, "one"))
-    return folder
+    directory = tmp_path_factory.mktemp("experts")
+    corpus = make_corpus(directory / "corpus", 1)
+    launch(command(corpus, directory / "base", train_iters=2, **EXPERTS))
+    launch(command(make_corpus(directory / "clean", 2), directory / "rm", train_iters=3))
+    launch(slm(directory, "one"))
+    return directory
 
 
-def slm(folder: Path, name: str, **flags: Any) -> list[str]:
-    """SLM of a model with experts, by a reference model without."""
-    settings = {"train_iters": 3, "objective": "slm", "reference_load": folder / "rm", **EXPERTS, **flags}
-    settings = {"load": folder / "base", "finetune": True, **settings}
-    return command(str(folder / "corpus_text_document"), folder / name, **settings)
+def slm(directory: Path, name: str, **flags: Any) -> list[str]:
+    """Return the command of SLM training of a model with experts; the reference model has none."""
+    settings = {"train_iters": 3, "objective": "slm", "reference_load": directory / "rm", **EXPERTS, **flags}
+    settings = {"load": directory / "base", "finetune": True, **settings}
+    return command(str(directory / "corpus_text_document"), directory / name, **settings)
 
 
 LAYOUTS = {
@@ -50,7 +50,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_with_one_process(workspace: Path, layout: str) -> None:
-    """The balance of a micro-batch on one rank is the loss, so that data parallelism moves the gradient a little."""
+    """The load-balancing loss is computed per micro-batch and rank, so data parallelism changes gradients slightly."""
     ranks, flags = LAYOUTS[layout]
     launch(slm(workspace, layout, **flags), ranks)
     tolerance = 1e-2 if "dp" in flags else 2e-4
@@ -62,11 +62,11 @@ def test_layouts_agree_with_one_process(workspace: Path, layout: str) -> None:
 
 
 def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[torch.Tensor]:
-    """The gradients of all routers before the optimizer's step, where the loss of the tokens has been taken away."""
+    """Return the gradients of all routers before the optimizer step, without the token loss."""
     gradients: list[torch.Tensor] = []
 
     def without_loss(tokens: Any, selection: Any) -> Any:
-        loss = whole(tokens, selection)
+        loss = selective_loss(tokens, selection)
         return objective.SelectiveLoss(loss.numerator * 0.0, loss.count, loss.selected, loss.threshold)
 
     def recorded_step(state: TrainState, samples: int) -> Any:
@@ -76,7 +76,7 @@ def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[to
                     gradients.append(parameter.main_grad.clone())
         return optimizer_step(state, samples)
 
-    whole, optimizer_step = objective.selective_loss, TrainState.optimizer_step
+    selective_loss, optimizer_step = objective.selective_loss, TrainState.optimizer_step
     with (
         mock.patch.object(step_module, "selective_loss", without_loss),
         mock.patch.object(TrainState, "optimizer_step", recorded_step),
@@ -96,15 +96,15 @@ def _select_nothing(rank: int, world_size: int, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_that_selects_nothing_moves_no_expert(workspace: Path, ranks: int) -> None:
-    """As a predicted threshold may, if losses suddenly fall by more than their spread."""
+def test_step_without_selected_tokens_does_not_update_experts(workspace: Path, ranks: int) -> None:
+    """A predicted threshold may select none if losses suddenly fall by more than their spread."""
     layout = {"dp": ranks, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
     name = f"nothing-{ranks}"
     run_ranks(_select_nothing, ranks, slm(workspace, name, **layout), initialise=False)
     assert [record["grad_norm"] for record in records(workspace / name)] == [0.0] * 3
 
 
-WAYS = {
+VARIANTS = {
     "half": ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.5"],
     "tenth": ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.125"],
     "joined": [
@@ -134,15 +134,15 @@ def auxiliary(workspace: Path, balance: str, *more: str, ranks: int = 1) -> list
 
 
 @pytest.mark.parametrize("balance", ["aux_loss", "seq_aux_loss"])
-def test_selection_and_splits_leave_the_auxiliary_losses_alone(workspace: Path, balance: str) -> None:
+def test_auxiliary_losses_are_independent_of_selection_and_splits(workspace: Path, balance: str) -> None:
     clm = auxiliary(workspace, balance)
     assert len(clm) == 4 and all(bool(gradient.abs().max() > 0) for gradient in clm)
-    for way in WAYS:
-        for expected, got in zip(clm, auxiliary(workspace, balance, *WAYS[way]), strict=True):
+    for variant in VARIANTS:
+        for expected, got in zip(clm, auxiliary(workspace, balance, *VARIANTS[variant]), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
     for split in SPLITS:
         for expected, got in zip(
-            clm, auxiliary(workspace, balance, *WAYS["half"], *SPLITS[split], ranks=2), strict=True
+            clm, auxiliary(workspace, balance, *VARIANTS["half"], *SPLITS[split], ranks=2), strict=True
         ):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7, msg=f"{split}: {got / expected}")
 
@@ -152,7 +152,7 @@ def test_dispatcher_that_needs_a_gpu(workspace: Path, capsys: pytest.CaptureFixt
     assert "--moe-token-dispatcher-type alltoall needs GPUs" in capsys.readouterr().err
 
 
-def test_ratio_of_a_joined_score_is_not_known_in_time(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_combined_scores_need_global_batch_scope(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = slm(workspace, "never", slm_score="excess and token-loss")
     assert main(argv) == 2
     assert "--slm-scope global-batch" in capsys.readouterr().err
@@ -160,11 +160,11 @@ def test_ratio_of_a_joined_score_is_not_known_in_time(workspace: Path, capsys: p
 
 def test_resume_is_bit_for_bit(workspace: Path) -> None:
     flags = {"dp": 2, "expert_model_parallel_size": 2, "use_distributed_optimizer": True, "train_iters": 4}
-    launch(slm(workspace, "whole", **flags), 2)
+    launch(slm(workspace, "uninterrupted", **flags), 2)
     start = slm(workspace, "part", **flags, exit_interval=2)
     launch(start, 2)
     start = [str(workspace / "part") if word == str(workspace / "base") else word for word in start]
     start.remove("--finetune")
     launch([*start, "--exit-interval", "100"], 2)
-    for one, two in zip(records(workspace / "whole"), records(workspace / "part"), strict=True):
+    for one, two in zip(records(workspace / "uninterrupted"), records(workspace / "part"), strict=True):
         assert (one["loss"], one["grad_norm"], one["selection"]) == (two["loss"], two["grad_norm"], two["selection"])

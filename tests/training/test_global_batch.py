@@ -1,4 +1,4 @@
-"""Scope global-batch in the trainer: any cut of the batch selects the same tokens; the predicted threshold is held."""
+"""Test that selections of the global-batch scope are independent of splits, for exact and predicted thresholds."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from megatron_slm.testing.tiny import GLOBAL_BATCH, command, launch, losses, mak
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, a reference model, and the run whose one micro-batch is the whole global batch."""
-    folder = tmp_path_factory.mktemp("global")
-    corpus = make_corpus(folder / "corpus", 1)
-    launch(command(corpus, folder / "base", train_iters=2))
-    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=50))
-    launch(slm(folder, "whole", GLOBAL_BATCH, slm_scope="data-parallel"))
-    launch(slm(folder, "predicted", slm_threshold="predicted", train_iters=6))
-    return folder
+    """Create a base model, a reference model, and a run whose micro-batch is the global batch."""
+    directory = tmp_path_factory.mktemp("global")
+    corpus = make_corpus(directory / "corpus", 1)
+    launch(command(corpus, directory / "base", train_iters=2))
+    launch(command(make_corpus(directory / "clean", 2), directory / "rm", train_iters=50))
+    launch(slm(directory, "single", GLOBAL_BATCH, slm_scope="data-parallel"))
+    launch(slm(directory, "predicted", slm_threshold="predicted", train_iters=6))
+    return directory
 
 
-def slm(folder: Path, name: str, micro: int = 8, dp: int = 1, **flags: Any) -> list[str]:
-    settings = {"slm_scope": "global-batch", "train_iters": 3, "load": folder / "base", "finetune": True, **flags}
-    if settings["load"] == folder / name:  # a run that goes on
+def slm(directory: Path, name: str, micro: int = 8, dp: int = 1, **flags: Any) -> list[str]:
+    settings = {"slm_scope": "global-batch", "train_iters": 3, "load": directory / "base", "finetune": True, **flags}
+    if settings["load"] == directory / name:  # the run is resumed
         del settings["finetune"]
-    corpus = str(folder / "corpus_text_document")
-    argv = command(corpus, folder / name, dp=dp, objective="slm", reference_load=folder / "rm", **settings)
+    corpus = str(directory / "corpus_text_document")
+    argv = command(corpus, directory / name, dp=dp, objective="slm", reference_load=directory / "rm", **settings)
     return [*argv, "--micro-batch-size", str(micro)]
 
 
-def assert_same(folder: Path, name: str, other: str) -> None:
-    one, many = records(folder / name), records(folder / other)
+def assert_same(directory: Path, name: str, other: str) -> None:
+    one, many = records(directory / name), records(directory / other)
     assert len(one) == len(many) > 2
     for a, b in zip(one, many, strict=True):
         assert a["selection"] == b["selection"], "another set of tokens was selected"
@@ -57,15 +57,15 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_any_cut_of_the_batch_selects_the_same_tokens(workspace: Path, cut: str) -> None:
+def test_selection_is_independent_of_splits(workspace: Path, cut: str) -> None:
     ranks, flags = CUTS[cut]
     launch(slm(workspace, cut, **flags), ranks)
-    assert_same(workspace, "whole", cut)
+    assert_same(workspace, "single", cut)
     assert all(record["seconds_ranking"] > 0 for record in records(workspace / cut))
 
 
 @pytest.mark.parametrize("cut", ["data-parallel", "tensor", "context", "interleaved"])
-def test_any_cut_of_the_batch_predicts_the_same_threshold(workspace: Path, cut: str) -> None:
+def test_predicted_threshold_is_independent_of_splits(workspace: Path, cut: str) -> None:
     ranks, flags = CUTS[cut]
     launch(slm(workspace, f"predicted-{cut}", slm_threshold="predicted", **{**flags, "train_iters": 6}), ranks)
     assert_same(workspace, "predicted", f"predicted-{cut}")
@@ -73,8 +73,8 @@ def test_any_cut_of_the_batch_predicts_the_same_threshold(workspace: Path, cut: 
     assert ranked == [True] + [False] * 5, "only the first step ranks before its backward pass"
 
 
-def test_ranking_sees_the_dropout_of_the_step(workspace: Path) -> None:
-    """With one micro-batch both scopes rank the same tokens, if the two forward passes have the same losses."""
+def test_ranking_pass_has_the_dropout_of_the_step(workspace: Path) -> None:
+    """With one micro-batch, both scopes select the same tokens if the two forward passes have equal losses."""
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     for scope in ("data-parallel", "global-batch"):
         launch(slm(workspace, f"dropout-{scope}", GLOBAL_BATCH, slm_scope=scope, **dropout))
@@ -82,24 +82,24 @@ def test_ranking_sees_the_dropout_of_the_step(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", ["micro-batches", "interleaved", "context"])
-def test_no_gradient_waits_for_the_selection(workspace: Path, cut: str) -> None:
-    """Every selected token has its gradient from the forward pass, exact and predicted, and no other token has one."""
+def test_gradients_are_computed_in_the_forward_pass(workspace: Path, cut: str) -> None:
+    """Exactly the selected tokens have a gradient in the forward pass, for exact and predicted thresholds."""
     ranks, flags = CUTS[cut]
     for threshold in ("exact", "predicted"):
         argv = slm(workspace, f"early-{threshold}-{cut}", slm_threshold=threshold, **flags)
         for early, late in run_ranks(_count_rows, ranks, argv, initialise=False):
             assert late == 0
-            assert early > 0 or "pipeline_model_parallel_size" in flags, "there are losses on the last stage alone"
+            assert early > 0 or "pipeline_model_parallel_size" in flags, "only the last stage has losses"
 
 
-def test_joined_scores_wait_for_the_predicted_selection(workspace: Path) -> None:
+def test_combined_scores_have_no_gradient_in_the_forward_pass(workspace: Path) -> None:
     joined = slm(workspace, "early-joined", slm_threshold="predicted", slm_score="excess or token-loss:0.2")
     ((early, late),) = run_ranks(_count_rows, 1, joined, initialise=False)
     assert early > 0 and late > 0, "the first step is exact, the others are recomputed"
 
 
 def _count_rows(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
-    """Run the trainer; rows whose gradient was computed in the forward pass, and rows that the backward pass added."""
+    """Run the trainer; return the rows with gradients in the forward pass, and the rows added in the backward pass."""
     rows = {"early": 0, "late": 0}
     early_pass, add = chunked._forward_grad_pass, chunked._Gradient.add
 
@@ -108,9 +108,9 @@ def _count_rows(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
         rows["early"] += int(result[1].chosen.sum())
         return result
 
-    def counting_add(self: Any, own: Any, lse: Any, incoming: Any, *more: Any, **named: Any) -> None:
+    def counting_add(self: Any, logits: Any, lse: Any, incoming: Any, *more: Any, **named: Any) -> None:
         rows["late"] += int(incoming.count_nonzero())
-        add(self, own, lse, incoming, *more, **named)
+        add(self, logits, lse, incoming, *more, **named)
 
     chunked._forward_grad_pass, chunked._Gradient.add = counting_pass, counting_add
     with contextlib.redirect_stdout(io.StringIO()):
@@ -133,7 +133,7 @@ def test_everything_selected_is_clm_bit_for_bit(workspace: Path, score: str) -> 
 
 
 def test_predicted_threshold_resumes_bit_for_bit(workspace: Path) -> None:
-    """Also while the ratio is warmed down, and on two stages, of which only the last knows the losses."""
+    """This includes ratio warm-up and two pipeline stages, of which only the last has losses."""
     flags = {
         "slm_threshold": "predicted",
         "train_iters": 8,
@@ -150,7 +150,7 @@ def test_predicted_threshold_resumes_bit_for_bit(workspace: Path) -> None:
     assert sum(record["seconds_ranking"] is not None for record in records(workspace / "broken")) == 1
 
 
-def test_another_ratio_on_resume_is_selected_exactly_at_once(workspace: Path) -> None:
+def test_changed_ratio_on_resume_is_selected_exactly(workspace: Path) -> None:
     flags = {"slm_threshold": "predicted", "load": workspace / "ratio"}
     launch(slm(workspace, "ratio", **flags, exit_interval=3))
     launch(
@@ -167,8 +167,8 @@ def test_another_ratio_on_resume_is_selected_exactly_at_once(workspace: Path) ->
     assert abs(steps[5]["share_selected"] - 0.3) < abs(steps[5]["share_selected"] - 0.6)
 
 
-def test_share_is_held_through_warm_up_and_resume(workspace: Path) -> None:
-    """Two data-parallel ranks, a learning-rate warm-up, a resume onto another corpus: any 50 steps hold k."""
+def test_selected_share_is_stable_through_warm_up_and_resume(workspace: Path) -> None:
+    """Every 50 steps select the share k, on two data-parallel ranks, with warm-up and a resume on another corpus."""
     flags = {
         "slm_threshold": "predicted",
         "train_iters": 120,

@@ -1,4 +1,4 @@
-"""The trainer on one GPU over NCCL does what it does on a CPU over gloo."""
+"""Test that training on one GPU with NCCL agrees with a CPU with gloo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def train(argv: list[str], *, devices: str | None) -> None:
-    """A process of its own, which sees these devices; None: all."""
+    """Run the trainer in a separate process with these visible devices; None for all."""
     environment = dict(os.environ) if devices is None else {**os.environ, "CUDA_VISIBLE_DEVICES": devices}
     done = subprocess.run(
         [sys.executable, "-m", "megatron_slm.pretrain", *argv],
@@ -37,16 +37,16 @@ def train(argv: list[str], *, devices: str | None) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    train(command(make_corpus(folder / "corpus", 1), folder / "base", train_iters=2), devices="")
-    return folder
+    directory = tmp_path_factory.mktemp("gpu")
+    train(command(make_corpus(directory / "corpus", 1), directory / "base", train_iters=2), devices="")
+    return directory
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_gpu_agrees_with_the_cpu(workspace: Path, name: str, precision: str) -> None:
+def test_gpu_agrees_with_cpu(workspace: Path, name: str, precision: str) -> None:
     corpus = str(workspace / "corpus_text_document")
     flags: dict[str, Any] = {**SLM, "load": workspace / "base", "transformer_impl": "local", **RUNS[name]}
     if precision == "bf16":

@@ -1,4 +1,4 @@
-"""A run that srun starts is one run, and a failure of any rank is one message."""
+"""Test that srun starts one run, and that a failure of any rank prints one message."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def under_srun(rank: int, world_size: int, argv: list[str], changes: dict[str, str]) -> Output:
-    """Run the trainer with the variables that srun sets on one node, and no others."""
+    """Run the trainer with only the variables that srun sets on one node."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     os.environ |= {
@@ -67,7 +67,7 @@ def test_srun_starts_one_run_that_prints_once(tmp_path: Path, corpus: str) -> No
         ({}, {"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, and srun started 2 tasks"),
     ],
 )
-def test_mistake_under_srun_is_one_message(
+def test_user_error_under_srun_prints_one_message(
     corpus: str, flags: dict[str, Any], changes: dict[str, str], message: str
 ) -> None:
     argv = command(corpus, dp=2, **{"train_iters": 1, **flags})
@@ -78,7 +78,7 @@ def test_mistake_under_srun_is_one_message(
 
 
 def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception) -> Output:
-    """Run the trainer; rank 1 fails before its second step, and rank 0 waits for it in a collective."""
+    """Run the trainer; rank 1 fails before its second step while rank 0 waits in a collective."""
     whole_step = loop._one_step
 
     def step(run: Any, stream: Any) -> Any:
@@ -91,7 +91,7 @@ def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("no room"), 2), (ValueError("a fault"), 1)])
-def test_failure_of_one_rank_is_one_message(corpus: str, error: Exception, code: int) -> None:
+def test_failure_of_one_rank_prints_one_message(corpus: str, error: Exception, code: int) -> None:
     argv = command(corpus, dp=2, train_iters=2)
     first, second = run_ranks(fail_on_rank_1, 2, argv, error, initialise=False)
     assert first[0] == 1 and not first[2]
@@ -100,7 +100,7 @@ def test_failure_of_one_rank_is_one_message(corpus: str, error: Exception, code:
     assert ("Traceback" in second[2]) == (code == 1)
 
 
-def test_lost_peer_is_named_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_peer_is_reported_without_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def action() -> None:
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
 
@@ -109,7 +109,7 @@ def test_lost_peer_is_named_without_a_traceback(capsys: pytest.CaptureFixture[st
     assert "another rank ended without a report" in errors and "Traceback" not in errors
 
 
-def test_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def action() -> None:
         raise KeyboardInterrupt
 

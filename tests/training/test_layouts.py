@@ -1,4 +1,4 @@
-"""The same run on every layout: losses and selected tokens agree with one process."""
+"""Test that losses and selected tokens of every layout agree with one process."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a base model, a reference model and the run of one process that all layouts are held against."""
-    folder = tmp_path_factory.mktemp("layouts")
-    corpus = make_corpus(folder / "corpus", 1)
-    launch(command(corpus, folder / "base", train_iters=2))
-    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3))
-    launch(slm(folder, "one"))
-    return folder
+    """Create a corpus, a base model, a reference model, and the single-process baseline run."""
+    directory = tmp_path_factory.mktemp("layouts")
+    corpus = make_corpus(directory / "corpus", 1)
+    launch(command(corpus, directory / "base", train_iters=2))
+    launch(command(make_corpus(directory / "clean", 2), directory / "rm", train_iters=3))
+    launch(slm(directory, "one"))
+    return directory
 
 
-def slm(folder: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **flags: Any) -> list[str]:
+def slm(directory: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **flags: Any) -> list[str]:
     return command(
-        str(folder / "corpus_text_document"),
-        folder / name,
+        str(directory / "corpus_text_document"),
+        directory / name,
         dp=dp,
-        load=folder / "base",
+        load=directory / "base",
         finetune=True,
         train_iters=3,
         objective="slm",
-        reference_load=folder / "rm",
+        reference_load=directory / "rm",
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         use_distributed_optimizer=True,
@@ -44,15 +44,15 @@ def slm(folder: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **flags:
     )
 
 
-def assert_same(folder: Path, name: str, other: str = "one") -> None:
-    expected, got = records(folder / other), records(folder / name)
+def assert_same(directory: Path, name: str, other: str = "one") -> None:
+    expected, got = records(directory / other), records(directory / name)
     assert len(got) == len(expected) == 3
     for one, many in zip(expected, got, strict=True):
         for figure in ("loss", "loss_all", "loss_unselected", "threshold", "grad_norm"):
             assert many[figure] == pytest.approx(one[figure], rel=2e-4, abs=2e-5), figure
         assert many["share_selected"] == one["share_selected"]
         assert many["selection"] == one["selection"], "another set of tokens was selected"
-    ends = [[record["loss"] for record in records(folder / run, "eval")] for run in (other, name)]
+    ends = [[record["loss"] for record in records(directory / run, "eval")] for run in (other, name)]
     assert ends[1] == pytest.approx(ends[0], rel=2e-4)
 
 
@@ -79,13 +79,13 @@ def test_interleaved_pipeline_agrees(workspace: Path) -> None:
     ids=["1+3", "1+1+2"],
 )
 def test_uneven_pipeline_agrees(workspace: Path, stages: int, flags: dict[str, int]) -> None:
-    """The reference model has as many layers, and is split alike."""
+    """The reference model has the same number of layers and the same split."""
     launch(slm(workspace, f"uneven-{stages}", pp=stages, **flags), stages)
     assert_same(workspace, f"uneven-{stages}")
 
 
 def test_reference_model_of_another_depth_in_an_uneven_pipeline(workspace: Path) -> None:
-    """Its layers are split evenly; if they cannot be, that is an error on every rank."""
+    """Its layers are split evenly; if this is impossible, every rank raises an error."""
     corpus = str(workspace / "clean_text_document")
     launch(command(corpus, workspace / "rm2", train_iters=2, num_layers=2))
     for name, flags in (("flat", {}), ("deep", {"pp": 2, "decoder_last_pipeline_num_layers": 1})):
@@ -99,7 +99,7 @@ def test_reference_model_of_another_depth_in_an_uneven_pipeline(workspace: Path)
 
 
 def test_reference_model_with_a_longer_sequence_length(workspace: Path) -> None:
-    """Untrained weights are the same for every sequence length, and so are their losses; θ may not be longer."""
+    """Losses are independent of the reference model's sequence length, which must not be shorter than the run's."""
     corpus = str(workspace / "clean_text_document")
     for length in (32, 64):
         untrained = {"train_iters": 1, "lr": 0, "seq_length": length}
@@ -119,7 +119,7 @@ def test_reference_model_with_more_learned_positions(workspace: Path) -> None:
     assert len(records(workspace / "learned")) == 3
 
 
-WAYS = {
+VARIANTS = {
     "torch": {"slm_cross_entropy": "torch"},
     "saved logits": {"slm_saved_logits_mb": 8},
     "speculative": {"slm_exact_mode": "speculative"},
@@ -128,19 +128,19 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_the_loss_agrees(workspace: Path, way: str) -> None:
-    """Engines and exact modes of the linear cross-entropy; two micro-batches a step, so that there is a guess."""
-    flags = {"dp": 1, **WAYS[way]}
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_implementations_agree(workspace: Path, variant: str) -> None:
+    """Compare engines and exact modes; two micro-batches per step provide a speculative threshold."""
+    flags = {"dp": 1, **VARIANTS[variant]}
     micro_batch = ["--micro-batch-size", str(4 // flags["dp"])]
     if not (workspace / "halves").exists():
         launch([*slm(workspace, "halves"), "--micro-batch-size", "4"])
-    launch([*slm(workspace, way, **flags), *micro_batch], flags.get("tp", 1) * flags.get("pp", 1) * flags["dp"])
-    assert_same(workspace, way, "halves")
+    launch([*slm(workspace, variant, **flags), *micro_batch], flags.get("tp", 1) * flags.get("pp", 1) * flags["dp"])
+    assert_same(workspace, variant, "halves")
 
 
 def test_tied_embedding_agrees(workspace: Path) -> None:
-    """The weight is the embedding's: on one stage with it, on the last of two stages, and on vocabulary shards."""
+    """The head uses the embedding's weight: on the same stage, on the last of two stages, and on vocabulary shards."""
     model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
     corpus = str(workspace / "corpus_text_document")
     flags = {"model": model, "train_iters": 3, "objective": "slm", "slm_score": "token-loss"}
@@ -163,7 +163,7 @@ def test_context_parallel_agrees(workspace: Path, tp: int, pp: int, dp: int) -> 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro-batch", "global-batch"])
 def test_context_parallel_agrees_in_every_scope(workspace: Path, scope: str) -> None:
-    """Also with attention that begins anew after each document."""
+    """Attention is also restarted after each document."""
     more = {"slm_scope": scope, "reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
     launch(slm(workspace, f"{scope}-cp1", **more))
     launch(slm(workspace, f"{scope}-cp2", context_parallel_size=2, **more), 2)
@@ -184,7 +184,7 @@ def test_plain_optimizer_agrees(workspace: Path) -> None:
 
 
 def test_micro_batches_do_not_change_random_selection(workspace: Path) -> None:
-    """Sequence scope and a random score: the same tokens for any cut of the global batch."""
+    """With sequence scope and a random score, the selection is independent of the split."""
     for name, dp, size in (("random-1", 1, 8), ("random-2", 2, 2)):
         flags = slm(workspace, name, dp=dp, slm_scope="sequence")
         flags += ["--slm-score", "random", "--micro-batch-size", str(size)]

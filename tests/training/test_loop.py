@@ -1,4 +1,4 @@
-"""Logging by interval, retention, evaluation of finished checkpoints, and metrics on a full disk."""
+"""Test log intervals, retention, evaluation of finished checkpoints, and metrics on a full disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_corpus(tmp_path_factory.mktemp("loop") / "corpus", 1)
 
 
-def test_an_interval_logs_the_mean_of_its_steps(tmp_path: Path, corpus: str) -> None:
-    """Although steps differ in their number of tokens."""
+def test_interval_logs_the_mean_of_its_steps(tmp_path: Path, corpus: str) -> None:
+    """Steps have equal weight although their token counts differ."""
     each, mean = tmp_path / "each", tmp_path / "mean"
     flags = {"train_iters": 6, "eval_iters": 20, "eod_mask_loss": True}
     launch_each([command(corpus, save, log_interval=n, **flags) for save, n in ((each, 1), (mean, 4))])
@@ -59,7 +59,7 @@ def test_skip_train_needs_no_training_corpus(tmp_path: Path, corpus: str) -> Non
     assert code == 2 and "--skip-train has nothing to evaluate" in errors
 
 
-def test_a_full_disk_does_not_end_training(tmp_path: Path, corpus: str) -> None:
+def test_full_disk_does_not_end_training(tmp_path: Path, corpus: str) -> None:
     metrics, board = tmp_path / "metrics.jsonl", tmp_path / "board"
     argv = command(corpus, train_iters=3, slm_metrics_file=metrics, tensorboard_dir=board)
     ((code, errors),) = run_ranks(_on_a_full_disk, 1, argv, initialise=False)

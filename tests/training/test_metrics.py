@@ -1,4 +1,4 @@
-"""Figures of a step and their line, and sizes of models."""
+"""Test step metrics, console lines, and model sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig
 from megatron_slm.model.size import forward_flops_per_token, matrix_parameters, parameter_count
-from megatron_slm.training.metrics import StepMetrics, TokenSums, losses_of
+from megatron_slm.training.metrics import StepMetrics, TokenSums, step_losses
 from megatron_slm.training.step import selection_ratio
 
 LONGEST = StepMetrics(
@@ -30,38 +30,42 @@ LONGEST = StepMetrics(
 
 
 @pytest.mark.parametrize("width", [160, 100, 80, 60, 40])
-def test_a_line_fits_the_width(width: int) -> None:
+def test_line_fits_the_width(width: int) -> None:
     line = LONGEST.line(1_000_000, width)
     assert len(line) <= width
     assert line.startswith("step 1000000/1000000 | loss 12.3456")
     assert (" left" in line) == (width >= 60)
 
 
-def test_a_line_without_a_width_has_all_figures() -> None:
+def test_line_without_width_has_all_metrics() -> None:
     line = LONGEST.line(1_000_000)
     assert all(name in line for name in ("all", "rest", "selected", "τ", "norm", "lr", "tok/s", "TFLOP/s", "MFU"))
 
 
 def test_losses_are_ratios_of_sums() -> None:
     values = torch.tensor([6.0, 3, 20, 5, 1.0, 2], dtype=torch.float64)
-    figures = losses_of(TokenSums(values, torch.tensor(-1)))
+    figures = step_losses(TokenSums(values, torch.tensor(-1)))
     assert (figures["loss"], figures["loss_all"], figures["loss_unselected"]) == (2.0, 4.0, 7.0)
     assert (figures["share_selected"], figures["threshold"], figures["selection"]) == (0.6, 0.5, "f" * 16)
 
 
-def test_ratio_is_warmed_down() -> None:
-    own = ObjectiveConfig(slm_selection_ratio=0.6, slm_selection_ratio_start=1.0, slm_selection_ratio_warmup_iters=4)
-    assert [selection_ratio(own, step) for step in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6])
+def test_ratio_warm_up() -> None:
+    settings = ObjectiveConfig(
+        slm_selection_ratio=0.6, slm_selection_ratio_start=1.0, slm_selection_ratio_warmup_iters=4
+    )
+    assert [selection_ratio(settings, step) for step in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6])
     assert selection_ratio(ObjectiveConfig(), 0) == 0.6
 
 
 def test_sizes_of_experts() -> None:
-    """Mixtral-8x7B: 46.7 billion parameters, of which 12.9 billion are passed."""
+    """Mixtral-8x7B: 46.7 billion parameters, of which 12.9 billion are active."""
     mixtral = ModelConfig(
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=14336,
+        moe_ffn_hidden_size=14336,
         num_attention_heads=32,
+        kv_channels=128,
         group_query_attention=True,
         num_query_groups=8,
         seq_length=4096,
@@ -77,13 +81,14 @@ def test_sizes_of_experts() -> None:
     assert matrix_parameters(mixtral) + 2 * 32000 * 4096 == pytest.approx(12.88e9, rel=1e-3)
 
 
-def test_sizes_of_a_known_model() -> None:
+def test_size_of_tinyllama() -> None:
     """TinyLlama-1.1B: 1,100,048,384 parameters."""
     tiny_llama = ModelConfig(
         num_layers=22,
         hidden_size=2048,
         ffn_hidden_size=5632,
         num_attention_heads=32,
+        kv_channels=64,
         group_query_attention=True,
         num_query_groups=4,
         seq_length=2048,

@@ -1,4 +1,4 @@
-"""A checkpoint that one rank alone cannot read, for example on its host's disk, is refused on every rank."""
+"""Test that a checkpoint which only one rank cannot read, such as on a host's disk, is refused on every rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _deny(path: Path) -> None:
     path.with_name(f"{path.name}.denied").touch()
 
 
-# file, damage, further flags, part of the message
+# file, damage, additional flags, part of the message
 DAMAGES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("__0_0.distcp", _flip, [], "content of __0_0.distcp does not match its checksum"),
     ("__0_0.distcp", _cut, [], "is damaged: __0_0.distcp has"),
@@ -66,8 +66,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("flag", USES)
-def test_a_checkpoint_that_one_rank_cannot_read(tmp_path: Path, trained: tuple[str, Path], flag: str) -> None:
-    """Each rank has a copy, as on local disks of two hosts."""
+def test_checkpoint_unreadable_on_one_rank(tmp_path: Path, trained: tuple[str, Path], flag: str) -> None:
+    """Each rank has a copy, as on the local disks of two hosts."""
     corpus, run = trained
     commands = []
     for number, (name, damage, flags, _) in enumerate(DAMAGES):
@@ -110,7 +110,7 @@ def _main_in_directory_of_rank(
 
 
 def _denying(plain: Any) -> Any:
-    """Return a function open() without access to the files that a test denies; permissions do not bind root."""
+    """Return an open() without access to the denied files, since permissions do not apply to root."""
 
     def denying(path: Any, *positional: Any, **options: Any) -> Any:
         if isinstance(path, str | os.PathLike) and Path(f"{os.fspath(path)}.denied").exists():

@@ -1,4 +1,4 @@
-"""Multi-token prediction in the trainer: layouts agree, k = 1 is CLM, heads learn, and either selects as it should."""
+"""Test multi-token prediction in the trainer: layouts agree, k = 1 equals CLM, and both MTP selections work."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ HEADS = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heads")
-    launch(command(make_corpus(folder / "corpus", 1), folder / "base", train_iters=2, **HEADS))
-    launch(command(make_corpus(folder / "clean", 2), folder / "rm", train_iters=3, **HEADS))
+    directory = tmp_path_factory.mktemp("heads")
+    launch(command(make_corpus(directory / "corpus", 1), directory / "base", train_iters=2, **HEADS))
+    launch(command(make_corpus(directory / "clean", 2), directory / "rm", train_iters=3, **HEADS))
     for selection in ("main", "independent"):
-        launch(slm(folder, selection, slm_mtp_selection=selection))
-    return folder
+        launch(slm(directory, selection, slm_mtp_selection=selection))
+    return directory
 
 
-def slm(folder: Path, name: str, **flags: Any) -> list[str]:
-    settings = {"train_iters": 3, "load": folder / "base", "finetune": True, **HEADS, **flags}
-    corpus = str(folder / "corpus_text_document")
-    return command(corpus, folder / name, objective="slm", reference_load=folder / "rm", **settings)
+def slm(directory: Path, name: str, **flags: Any) -> list[str]:
+    settings = {"train_iters": 3, "load": directory / "base", "finetune": True, **HEADS, **flags}
+    corpus = str(directory / "corpus_text_document")
+    return command(corpus, directory / name, objective="slm", reference_load=directory / "rm", **settings)
 
 
 LAYOUTS = {
@@ -46,14 +46,14 @@ def test_layouts_agree_with_one_process(workspace: Path, layout: str, selection:
     assert_same(workspace, selection, name)
 
 
-def assert_same(folder: Path, name: str, other: str) -> None:
-    for one, many in zip(records(folder / name), records(folder / other), strict=True):
+def assert_same(directory: Path, name: str, other: str) -> None:
+    for one, many in zip(records(directory / name), records(directory / other), strict=True):
         assert many["selection"] == one["selection"]
         for figure in ("loss", "loss_all", "grad_norm"):
             assert many[figure] == pytest.approx(one[figure], rel=2e-4), figure
 
 
-def test_heads_change_the_gradient_and_what_they_select_matters(workspace: Path) -> None:
+def test_heads_and_their_selection_change_the_gradient(workspace: Path) -> None:
     launch(slm(workspace, "none", mtp_loss_scaling_factor=0))
     norms = [records(workspace / name)[0]["grad_norm"] for name in ("none", "main", "independent")]
     assert len(set(norms)) == 3
@@ -67,7 +67,7 @@ def test_global_batch_and_predicted_scopes(workspace: Path) -> None:
 
 
 def test_tied_embedding_agrees(workspace: Path) -> None:
-    """The weight is that of all heads, and also embeds the tokens of the further ones; by shards of it too."""
+    """All heads share the embedding weight, which also embeds the MTP tokens, with and without vocabulary shards."""
     model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
     corpus = str(workspace / "corpus_text_document")
     flags = {"model": model, "train_iters": 3, "objective": "slm", "slm_score": "token-loss", **HEADS}

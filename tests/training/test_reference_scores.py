@@ -1,4 +1,4 @@
-"""Training from score sidecars: the same on every layout, from several, and refused where they do not belong."""
+"""Test training with score sidecars: layouts agree, sidecars are combined, and mismatched ones are refused."""
 
 from __future__ import annotations
 
@@ -34,58 +34,58 @@ def _score(rank: int, world_size: int, jobs: list[ScoringJob]) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two corpora, two reference models, a base model, and sidecars: rm and other on both corpora, plain on one."""
-    folder = tmp_path_factory.mktemp("sidecars")
-    one, two = make_corpus(folder / "one", 1), make_corpus(folder / "two", 2)
+    """Create two corpora, two reference models, a base model, and sidecars: rm and other for both, plain for one."""
+    directory = tmp_path_factory.mktemp("sidecars")
+    one, two = make_corpus(directory / "one", 1), make_corpus(directory / "two", 2)
     models = (("rm", two, 4), ("other", one, 2), ("base", one, 3))
-    launch_each([command(corpus, folder / name, train_iters=steps) for name, corpus, steps in models])
+    launch_each([command(corpus, directory / name, train_iters=steps) for name, corpus, steps in models])
     jobs = [
-        _job(folder, "rm", "rm", [one, two], with_entropy=True),
-        _job(folder, "other", "other", [one, two], with_entropy=True),
-        _job(folder, "plain", "rm", [one]),
-        _job(folder, "mixed", "rm", [one]),
-        _job(folder, "mixed", "other", [two]),
-        _job(folder, "stride", "rm", [one]),
-        _job(folder, "stride", "rm", [two], stride=8),
+        _job(directory, "rm", "rm", [one, two], with_entropy=True),
+        _job(directory, "other", "other", [one, two], with_entropy=True),
+        _job(directory, "plain", "rm", [one]),
+        _job(directory, "mixed", "rm", [one]),
+        _job(directory, "mixed", "other", [two]),
+        _job(directory, "stride", "rm", [one]),
+        _job(directory, "stride", "rm", [two], stride=8),
     ]
     run_ranks(_score, 1, jobs, initialise=False)
-    launch(slm(folder, "alone"))
-    return folder
+    launch(slm(directory, "single"))
+    return directory
 
 
-def _job(folder: Path, name: str, model: str, corpora: list[str], **settings: Any) -> ScoringJob:
-    reference = ReferenceConfig(reference_load=str(folder / model))
+def _job(directory: Path, name: str, model: str, corpora: list[str], **settings: Any) -> ScoringJob:
+    reference = ReferenceConfig(reference_load=str(directory / model))
     return ScoringJob(reference, corpora, name, ParallelConfig(), **settings)
 
 
-def blend(folder: Path) -> list[str]:
-    return ["0.6", str(folder / "one_text_document"), "0.4", str(folder / "two_text_document")]
+def blend(directory: Path) -> list[str]:
+    return ["0.6", str(directory / "one_text_document"), "0.4", str(directory / "two_text_document")]
 
 
-def slm(folder: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1, **flags: Any) -> list[str]:
-    """A run on the blend from two sidecars, by excess loss and entropy."""
+def slm(directory: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1, **flags: Any) -> list[str]:
+    """Return the command of a run on the blend with two sidecars, selecting by excess loss and entropy."""
     settings = {
-        "data_path": blend(folder),
+        "data_path": blend(directory),
         "objective": "slm",
         "slm_score": "excess:0.7 and reference-entropy:0.8",
         "reference_scores": ["rm", "other"],
         "reference_combine": "min",
         "train_iters": 3,
-        "load": folder / "base",
+        "load": directory / "base",
         "finetune": True,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         **flags,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    return command(str(folder / "one_text_document"), None if save is None else folder / save, dp=dp, **given)
+    return command(str(directory / "one_text_document"), None if save is None else directory / save, dp=dp, **given)
 
 
 @pytest.mark.parametrize(("tp", "pp", "dp", "cp"), [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)])
 def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int, cp: int) -> None:
     name = f"tp{tp}pp{pp}dp{dp}cp{cp}"
     launch(slm(workspace, name, tp, pp, dp, context_parallel_size=cp), 2)
-    for one, many in zip(records(workspace / "alone"), records(workspace / name), strict=True):
+    for one, many in zip(records(workspace / "single"), records(workspace / name), strict=True):
         assert 0.3 < many["share_selected"] < 0.8
         assert many["selection"] == one["selection"], "another set of tokens was selected"
         for figure in ("loss", "loss_all", "loss_unselected", "threshold", "grad_norm"):
@@ -93,7 +93,7 @@ def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int,
 
 
 def test_weights_choose_the_reference_model(workspace: Path) -> None:
-    """Nearly all the weight on one sidecar selects as that sidecar alone does, and not as the other."""
+    """If one sidecar has nearly all of the weight, the selection equals that of this sidecar without the other."""
     common: dict[str, Any] = {"slm_score": "reference-loss", "train_iters": 1}
     runs = (("one", ["rm"], None), ("two", ["other"], None), ("weighted", ["rm", "other"], "1,1e-12"))
     launch_each(
@@ -106,10 +106,10 @@ def test_weights_choose_the_reference_model(workspace: Path) -> None:
     assert weighted == one != two
 
 
-def test_no_forward_pass_is_counted(workspace: Path) -> None:
-    """The model's FLOP/s of a run with sidecars are those of plain training."""
+def test_sidecars_add_no_flops(workspace: Path) -> None:
+    """FLOP/s of a run with sidecars equal those of CLM."""
     launch(command(str(workspace / "one_text_document"), workspace / "clm", data_path=blend(workspace), train_iters=1))
-    clm, slm_run = (records(workspace / name)[0] for name in ("clm", "alone"))
+    clm, slm_run = (records(workspace / name)[0] for name in ("clm", "single"))
     flops = [record["tflops"] / record["tokens_per_second"] for record in (clm, slm_run)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)
 
@@ -188,7 +188,7 @@ DAMAGE: list[tuple[Any, list[str]]] = [
 
 
 @pytest.mark.parametrize(("damage", "messages"), DAMAGE, ids=[messages[0] for _, messages in DAMAGE])
-def test_what_does_not_belong_is_refused(
+def test_mismatched_sidecar_is_refused(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, messages: list[str]
 ) -> None:
     for suffix in (".bin", ".idx", ".corpus.json", ".rm.scores"):
@@ -206,7 +206,7 @@ def test_what_does_not_belong_is_refused(
         assert len({word for word in capsys_words(argv, capsys) if len(word.strip(".,")) == 64}) == 2, "both hashes"
 
 
-def test_one_byte_sidecar_is_refused_with_the_command_that_replaces_it(
+def test_one_byte_sidecar_is_refused_with_a_rescoring_command(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for suffix in (".bin", ".idx", ".corpus.json", ".rm.scores"):
@@ -230,10 +230,10 @@ def capsys_words(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[st
     return capsys.readouterr().err.split()
 
 
-def expect_refusal(capsys: pytest.CaptureFixture[str], messages: list[str], argv: list[str], folder: Path) -> None:
-    before = set(folder.rglob("*"))
+def expect_refusal(capsys: pytest.CaptureFixture[str], messages: list[str], argv: list[str], directory: Path) -> None:
+    before = set(directory.rglob("*"))
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert all(message in error for message in messages), error
     assert "Traceback" not in error
-    assert set(folder.rglob("*")) == before, "something was written"
+    assert set(directory.rglob("*")) == before, "a file was written"

@@ -1,4 +1,4 @@
-"""A resumed run goes on bit for bit; a checkpoint that was cut short is refused; a failed save leaves the old one."""
+"""Test that runs resume exactly, truncated checkpoints are refused, and a failed save keeps the previous one."""
 
 from __future__ import annotations
 
@@ -33,62 +33,62 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_resume_is_bit_for_bit(tmp_path: Path, corpus: str, tp: int, pp: int, dp: int, optimizer: str) -> None:
-    """With dropout, a warm-up, a cosine schedule and random selection, all of which have a state."""
+    """The run has dropout, warm-up, a cosine schedule and random selection, which are all stateful."""
     flags = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--objective", "slm", "--slm-score", "random"]
     flags += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", *OPTIMIZERS[optimizer]]
     flags += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
     world = tp * pp * dp
-    launch(command(corpus, tmp_path / "whole", dp=dp, train_iters=6) + flags, world)
+    launch(command(corpus, tmp_path / "uninterrupted", dp=dp, train_iters=6) + flags, world)
     part = command(corpus, tmp_path / "part", dp=dp, train_iters=6, load=tmp_path / "part") + flags
     launch([*part, "--exit-interval", "3"], world)
     assert len(losses(tmp_path / "part")) == 3
     launch([*part, "--exit-interval", "100"], world)
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
     assert [r["loss"] for r in records(tmp_path / "part", "eval")][-1:] == [
-        r["loss"] for r in records(tmp_path / "whole", "eval")
+        r["loss"] for r in records(tmp_path / "uninterrupted", "eval")
     ][-1:]
 
 
-def test_guessed_thresholds_resume_bit_for_bit(tmp_path: Path, corpus: str) -> None:
-    """What is computed early depends on them, and so the last bits of gradients; each rank guesses its own."""
+def test_speculative_thresholds_resume_bit_for_bit(tmp_path: Path, corpus: str) -> None:
+    """The speculative threshold of each rank determines the gradients in the forward pass, and their last bits."""
     flags = ["--objective", "slm", "--slm-score", "token-loss", "--slm-scope", "micro-batch"]
     flags += ["--slm-exact-mode", "speculative", "--use-distributed-optimizer"]
-    launch(command(corpus, tmp_path / "whole", dp=2, train_iters=6) + flags, 2)
+    launch(command(corpus, tmp_path / "uninterrupted", dp=2, train_iters=6) + flags, 2)
     part = command(corpus, tmp_path / "part", dp=2, train_iters=6, load=tmp_path / "part") + flags
     launch([*part, "--exit-interval", "3"], 2)
     launch([*part, "--exit-interval", "100"], 2)
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
 
 
-def test_a_run_may_begin_to_guess_when_resumed(tmp_path: Path, corpus: str) -> None:
-    """The checkpoint holds no guess then."""
+def test_speculative_mode_may_start_on_resume(tmp_path: Path, corpus: str) -> None:
+    """The checkpoint has no speculative threshold."""
     slm = command(corpus, tmp_path / "run", load=tmp_path / "run", objective="slm", slm_score="token-loss")
     launch([*slm, "--train-iters", "4", "--exit-interval", "2"])
     launch([*slm, "--train-iters", "4", "--slm-exact-mode", "speculative"])
     assert len(losses(tmp_path / "run")) == 4
 
 
-def test_resume_in_another_layout_goes_on(tmp_path: Path, corpus: str) -> None:
+def test_resume_in_another_layout(tmp_path: Path, corpus: str) -> None:
     """Saved on two pipeline stages, resumed on two tensor-parallel ranks."""
     first = command(corpus, tmp_path / "part", train_iters=4, load=tmp_path / "part", use_distributed_optimizer=True)
     base = command(corpus, tmp_path / "base", train_iters=1)
     launch(base)
     start = ["--pretrained-checkpoint", str(tmp_path / "base")]
-    launch([*command(corpus, tmp_path / "whole", train_iters=4), *start])
+    launch([*command(corpus, tmp_path / "uninterrupted", train_iters=4), *start])
     launch([*first, *start, "--pipeline-model-parallel-size", "2", "--exit-interval", "2"], 2)
     launch([*first, *start, "--tensor-model-parallel-size", "2"], 2)
-    got, expected = records(tmp_path / "part"), records(tmp_path / "whole")
+    got, expected = records(tmp_path / "part"), records(tmp_path / "uninterrupted")
     assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in expected], rel=2e-4)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "run"
-    launch(command(corpus, folder, train_iters=1))
-    return folder
+    directory = tmp_path_factory.mktemp("saved") / "run"
+    launch(command(corpus, directory, train_iters=1))
+    return directory
 
 
-def test_checkpoint_cut_short_is_refused(tmp_path: Path, corpus: str, saved: Path) -> None:
+def test_truncated_checkpoint_is_refused(tmp_path: Path, corpus: str, saved: Path) -> None:
     victim = max((saved / "iter_0000001").glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = victim.read_bytes()
     victim.write_bytes(content[:-100])
@@ -107,7 +107,7 @@ def test_checkpoint_of_another_size_is_refused(tmp_path: Path, corpus: str, save
     assert "--load: --hidden-size 64 differs from the model" in errors and "Give --hidden-size 32" in errors
 
 
-def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path, corpus: str) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, corpus: str) -> None:
     save = tmp_path / "run"
     launch(command(corpus, save, train_iters=2, exit_interval=1))
     [(code, errors)] = run_ranks(
@@ -137,7 +137,7 @@ def test_saving_leaves_no_process_behind(tmp_path: Path, corpus: str) -> None:
 
 
 def _train_and_count(rank: int, world_size: int, argv: list[str]) -> int:
-    """The processes that were started and still live when the run is over."""
+    """Return the child processes that are alive after the run."""
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(argv) == 0
     return len(multiprocessing.active_children())

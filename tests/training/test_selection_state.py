@@ -1,4 +1,4 @@
-"""The state of the selection in checkpoints: of earlier versions, in other layouts, of other strategies."""
+"""Test the selection state in checkpoints of earlier versions, other layouts and other strategies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def slm(corpus: str, save: Path, *flags: str, **more: Any) -> list[str]:
 
 
 def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
-    """Run the trainer, whose checkpoints hold the state of the selection as versions 0.1 and 0.2 wrote it."""
+    """Run the trainer with the selection state in the format of versions 0.1 and 0.2."""
 
     def all_state(state: TrainState, config: Config) -> dict[str, Any]:
         content = current(state, config)
@@ -53,15 +53,13 @@ def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_of_earlier_versions_resume_bit_for_bit(tmp_path: Path, corpus: str, strategy: str) -> None:
     flags = STRATEGIES[strategy]
-    launch(slm(corpus, tmp_path / "whole", *flags))
+    launch(slm(corpus, tmp_path / "uninterrupted", *flags))
     run_ranks(_save_as_0_2, 1, slm(corpus, tmp_path / "part", *flags, exit_interval=3), initialise=False)
     launch(slm(corpus, tmp_path / "part", *flags))
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
 
 
-def test_a_predicted_threshold_is_resumed_in_another_layout_and_ignored_by_other_strategies(
-    tmp_path: Path, corpus: str
-) -> None:
+def test_predicted_threshold_resumes_in_other_layouts_only_if_predicted(tmp_path: Path, corpus: str) -> None:
     run = tmp_path / "run"
     launch(slm(corpus, run, *PREDICTED, exit_interval=2))
     launch(slm(corpus, run, *PREDICTED, exit_interval=4, pipeline_model_parallel_size=2), 2)

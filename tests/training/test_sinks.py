@@ -1,4 +1,4 @@
-"""JSONL that survives a resume and a full disk, TensorBoard that can be read back, W&B runs that continue."""
+"""Test JSONL after a resume and a full disk, readable TensorBoard files, and continued W&B runs."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def steps_of(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_resume_drops_steps_that_run_again(tmp_path: Path) -> None:
+def test_resume_drops_repeated_steps(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.jsonl"
     write(path, 0, [1, 2, 3, 4, 5])
     with path.open("a") as file:
-        file.write('{"kind": "tr')  # killed while it wrote
+        file.write('{"kind": "tr')  # killed while writing
     write(path, 3, [4])
     assert steps_of(path) == [1, 2, 3, 4]
 
 
-def test_damaged_lines_do_not_take_later_ones_with_them(tmp_path: Path) -> None:
+def test_damaged_lines_do_not_affect_later_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [1])
     with path.open("ab") as file:
@@ -57,7 +57,7 @@ def test_damaged_lines_do_not_take_later_ones_with_them(tmp_path: Path) -> None:
     assert steps_of(path) == [1, 2, 3]
 
 
-def test_a_new_run_keeps_the_metrics_of_an_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_run_keeps_earlier_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [1, 2])
     write(path, 0, [1])
@@ -67,7 +67,7 @@ def test_a_new_run_keeps_the_metrics_of_an_earlier_one(tmp_path: Path, capsys: p
     assert f"kept as {path}.1" in capsys.readouterr().err
 
 
-def test_a_link_to_a_metrics_file_stays(tmp_path: Path) -> None:
+def test_link_to_a_metrics_file_is_kept(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "metrics.jsonl")
     for steps in ([1, 2], [1]):
         write(tmp_path / "link.jsonl", 0, steps)
@@ -75,7 +75,7 @@ def test_a_link_to_a_metrics_file_stays(tmp_path: Path) -> None:
     assert (steps_of(tmp_path / "metrics.jsonl"), steps_of(tmp_path / "metrics.jsonl.1")) == ([1], [1, 2])
 
 
-def test_an_evaluation_of_an_older_checkpoint_drops_nothing(tmp_path: Path) -> None:
+def test_evaluation_of_an_older_checkpoint_keeps_all_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [1, 2, 3])
     write(path, 1, [1], skip_train=True)
@@ -84,7 +84,7 @@ def test_an_evaluation_of_an_older_checkpoint_drops_nothing(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("content", ["notes of a person\n", '{"text": "a corpus"}\n', "[1]\n", '{"step": 1}', "\0\0"])
 @pytest.mark.parametrize("resumed_step", [0, 5])
-def test_a_file_of_someone_else_is_never_replaced(tmp_path: Path, content: str, resumed_step: int) -> None:
+def test_unrelated_file_is_not_replaced(tmp_path: Path, content: str, resumed_step: int) -> None:
     path = tmp_path / "file"
     path.write_text(content)
     with pytest.raises(ConfigError, match="not a metrics file of megatron_slm"):
@@ -106,7 +106,7 @@ def test_devices_and_pipes_are_appended_to(tmp_path: Path, resumed_step: int) ->
     assert pipe.is_fifo() and link.is_symlink() and Path("/dev/null").is_char_device()
 
 
-def test_a_linked_metrics_file_stays_a_link(tmp_path: Path) -> None:
+def test_linked_metrics_file_remains_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
     write(tmp_path / "link", 0, [1, 2, 3])
     write(tmp_path / "link", 2, [3])
@@ -129,7 +129,7 @@ def test_tensorboard_is_read_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 2.0)]
 
 
-def test_tensorboard_waits_for_a_disk_that_is_full_at_the_start(
+def test_tensorboard_tolerates_a_full_disk_at_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> int:
@@ -147,10 +147,10 @@ def test_tensorboard_waits_for_a_disk_that_is_full_at_the_start(
 
 
 class Wandb:
-    """A stand-in for the package wandb."""
+    """Fake wandb package."""
 
     class Error(Exception):
-        """The package's base class of errors."""
+        """Base class of the package's errors."""
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []
@@ -182,7 +182,7 @@ def wandb_config(save: Path | None = None, load: Path | None = None) -> Config:
     return with_settings(Config(), {"wandb_project": "project", **paths})
 
 
-def test_a_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> None:
+def test_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     WandbSink(wandb_config(run), 0)
     WandbSink(wandb_config(run, run), 3)
@@ -194,7 +194,7 @@ def test_a_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> 
     assert {arguments["resume"] for arguments in wandb.started} == {"allow"}
 
 
-def test_wandb_takes_the_run_id_of_the_environment(
+def test_wandb_uses_the_run_id_of_the_environment(
     wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
@@ -202,7 +202,7 @@ def test_wandb_takes_the_run_id_of_the_environment(
     assert wandb.started[0]["id"] == "chosen"
 
 
-def test_an_unreachable_wandb_does_not_end_the_run(wandb: Wandb, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_wandb_does_not_end_the_run(wandb: Wandb, capsys: pytest.CaptureFixture[str]) -> None:
     sink = WandbSink(wandb_config(), 0)
     wandb.is_down = True
     for step in (1, 2):
@@ -210,4 +210,4 @@ def test_an_unreachable_wandb_does_not_end_the_run(wandb: Wandb, capsys: pytest.
     wandb.is_down = False
     sink.write({"kind": "train", "step": 3, "loss": 1.0})
     assert wandb.logged == [3]
-    assert capsys.readouterr().err.count("takes no records (unreachable)") == 1
+    assert capsys.readouterr().err.count("rejects records (unreachable)") == 1

@@ -1,4 +1,4 @@
-"""The beginning of a run: flags name directories, and their content decides; nothing is lost, and nothing is silent."""
+"""Test the start of a run, determined by flags and directory contents, without data loss or silent decisions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def save_steps(directory: Path, *steps: int, record: RunRecord | None = None, tracker: bool = True) -> Path:
-    """Write a directory as a run leaves it after saving ``steps``."""
+    """Write a --save directory as after a run that saved ``steps``."""
     directory.mkdir(parents=True, exist_ok=True)
     for step in steps:
         (directory / f"iter_{step:07d}").mkdir()
@@ -59,7 +59,7 @@ def from_base(base: Path, weights_only: bool = True, flag: str = "--load") -> Ru
     return RunRecord.new(Origin(flag, str(base.resolve()), None, weights_only))
 
 
-def test_first_start_of_a_run_that_resumes_itself_is_new(tmp_path: Path) -> None:
+def test_first_start_with_equal_load_and_save_is_new(tmp_path: Path) -> None:
     start = plan(load=tmp_path / "run", save=f"{tmp_path}/other/../run/")
     assert start.checkpoint is None and "new run" in start.describe("run") and "no checkpoint yet" in start.note
     (tmp_path / "run" / "iter_0000005.partial").mkdir(parents=True)  # killed in its first save
@@ -76,8 +76,8 @@ def test_run_resumes_itself(tmp_path: Path, base: Path, step: int | None) -> Non
     assert directory_of(plan(load=base / "iter_0000005", save=base)) == base / "iter_0000005"
 
 
-def test_lost_tracker_file_is_noticed(tmp_path: Path, base: Path) -> None:
-    """The newest step with a manifest, which is written last, is complete."""
+def test_missing_tracker_file_is_reported(tmp_path: Path, base: Path) -> None:
+    """The newest step with a manifest is complete, since manifests are written last."""
     (base / TRACKER).unlink()
     (base / "iter_0000015").mkdir()
     for flags in ({"load": base, "save": base}, {"load": base}, {"load": base, "save": tmp_path / "new"}):
@@ -97,10 +97,10 @@ def test_weights_start_a_run_and_its_requeue_resumes_it(tmp_path: Path, base: Pa
         save_steps(save, 3)
         again = plan(**flags, save=save)
         assert directory_of(again) == save / "iter_0000003" and not again.weights_only
-        assert again.record == start.record and f"begun from {base}" in again.describe(str(save))
+        assert again.record == start.record and f"started from {base}" in again.describe(str(save))
 
 
-def test_requeue_keeps_the_optimizer_state_that_was_not_wanted_of_the_base(tmp_path: Path, base: Path) -> None:
+def test_requeue_loads_its_optimizer_state_with_no_load_optim(tmp_path: Path, base: Path) -> None:
     config = config_of(load=base, save=tmp_path / "run", finetune=True, load_optim=False, load_rng=False)
     start = plan_start(config)
     assert not start.adjusted(config).checkpoint.load_optim
@@ -118,7 +118,7 @@ def test_continuation_in_another_directory_resumes_itself(tmp_path: Path, base: 
     assert directory_of(plan(load=base, save=tmp_path / "run")) == tmp_path / "run" / "iter_0000012"
 
 
-def test_pretrained_weights_serve_until_the_run_has_a_checkpoint(tmp_path: Path, base: Path) -> None:
+def test_pretrained_weights_are_used_until_the_run_has_a_checkpoint(tmp_path: Path, base: Path) -> None:
     flags = {"load": tmp_path / "run", "save": tmp_path / "run", "pretrained_checkpoint": base}
     start = plan(**flags)
     assert directory_of(start) == base / "iter_0000010" and start.weights_only
@@ -130,7 +130,7 @@ def test_requeued_job_without_load_resumes_its_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     start = plan(save=tmp_path / "run")
     save_steps(tmp_path / "run", 2, record=start.record)
-    with pytest.raises(ConfigError, match="holds another run"):
+    with pytest.raises(ConfigError, match="contains another run"):
         plan(save=tmp_path / "run")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for overwrite in (False, True):
@@ -139,8 +139,8 @@ def test_requeued_job_without_load_resumes_its_run(tmp_path: Path, monkeypatch: 
     assert again.record is not None and again.record.job == SlurmJob("77", 1)
 
 
-def test_evaluation_needs_no_directory_of_its_own(tmp_path: Path, base: Path) -> None:
-    """With --skip-train nothing is written, whatever --save holds; a run of its base is evaluated itself."""
+def test_evaluation_ignores_an_unrelated_save(tmp_path: Path, base: Path) -> None:
+    """With --skip-train, an unrelated --save is unchanged; a run in --save that started from --load is evaluated."""
     save_steps(tmp_path / "other", 3)
     tuned = save_steps(tmp_path / "tuned", 4, record=from_base(base))
     for name, flags, step in (
@@ -156,34 +156,34 @@ def test_evaluation_needs_no_directory_of_its_own(tmp_path: Path, base: Path) ->
     ):
         start = plan(**flags, save=tmp_path / name, skip_train=True)
         assert directory_of(start) == step, (name, flags)
-        assert start.describe(str(tmp_path / name)).startswith(f"evaluating {step}, nothing is trained or saved")
+        assert start.describe(str(tmp_path / name)).startswith(f"evaluating {step}, without training or saving")
     assert not (tmp_path / "new").exists()
 
 
 REFUSED = [
     ({"load": "typo"}, "--load .*typo: there is no such directory"),
-    ({"load": "typo", "save": "run"}, "--load .*typo: there is no such directory.*needs --save"),
+    ({"load": "typo", "save": "run"}, "--load .*typo: there is no such directory.*add --save"),
     ({"load": "typo", "save": "run", "finetune": True}, "--load .*typo: there is no such directory"),
     ({"load": "typo", "save": "run", "pretrained_checkpoint": "base"}, "--load .*typo: there is no such directory"),
     ({"pretrained_checkpoint": "typo"}, "--pretrained-checkpoint .*typo: there is no such directory"),
     ({"load": "file"}, "--load .*file is a file"),
     ({"load": ".", "save": "run"}, "not a checkpoint .neither latest_checkpointed"),
-    ({"load": "base", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Steps there: 5, 10"),
-    ({"load": "new", "save": "new", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Steps there: none"),
-    ({"load": "stale"}, "step 10 .named by .*latest_checkpointed.* does not exist. Steps there: 5"),
+    ({"load": "base", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Existing steps: 5, 10"),
+    ({"load": "new", "save": "new", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Existing steps: none"),
+    ({"load": "stale"}, "step 10 .from .*latest_checkpointed.* does not exist. Existing steps: 5"),
     ({"load": "megatron"}, "latest_checkpointed_iteration.txt is missing, and no iter_. directory has a manifest"),
     ({"load": "base/iter_0000007", "save": "base"}, "iter_0000007: not a complete checkpoint"),
     ({"load": "megatron/iter_0000010", "save": "megatron"}, "iter_0000010: not a complete checkpoint"),
     ({"load": "new/iter_0000007", "save": "new"}, "iter_0000007: not a complete checkpoint"),
     ({"load": "new", "save": "new", "exit_on_missing_checkpoint": True}, "there is no checkpoint"),
-    ({"load": "base", "save": "base", "finetune": True}, "would replace the base"),
-    ({"save": "base"}, "--save .*base holds another run. To resume it, give --load .*base without --finetune"),
-    ({"save": "tuned"}, "holds another run, begun from .*base"),
-    ({"save": "tuned", "load": "other"}, "holds another run, begun from .*base"),
-    ({"save": "tuned", "load": "base"}, "holds another run, begun from .*base"),
-    ({"save": "tuned", "load": "other", "finetune": True}, "holds another run, begun from .*base"),
-    ({"save": "tuned", "load": "base", "finetune": True, "ckpt_step": 5}, "holds another run, begun from .*base"),
-    ({"save": "lost"}, "holds another run"),
+    ({"load": "base", "save": "base", "finetune": True}, "would replace its base"),
+    ({"save": "base"}, "--save .*base contains another run. To resume it, use --load .*base without --finetune"),
+    ({"save": "tuned"}, "contains another run, started from .*base"),
+    ({"save": "tuned", "load": "other"}, "contains another run, started from .*base"),
+    ({"save": "tuned", "load": "base"}, "contains another run, started from .*base"),
+    ({"save": "tuned", "load": "other", "finetune": True}, "contains another run, started from .*base"),
+    ({"save": "tuned", "load": "base", "finetune": True, "ckpt_step": 5}, "contains another run, started from .*base"),
+    ({"save": "lost"}, "contains another run"),
     ({"load": "new", "save": "new", "skip_train": True}, "--skip-train evaluates a checkpoint"),
     ({"slm_overwrite_save": True}, "--slm-overwrite-save needs --save"),
     ({"save": "base", "load": "base", "slm_overwrite_save": True}, "would remove .*base, which --load reads"),
@@ -205,7 +205,7 @@ def test_start_is_refused(tmp_path: Path, base: Path, flags: dict[str, Any], mes
         plan(**paths)
 
 
-def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
+def test_overwriting_removes_only_the_run(tmp_path: Path) -> None:
     run = save_steps(tmp_path / "run", 5, 10, record=RunRecord.new(None))
     (run / "iter_0000015.partial").mkdir()
     for name in ("metrics.jsonl", "notes.txt", "iter_notes"):
@@ -232,10 +232,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_refused_start_leaves_nothing_in_save(
+def test_refused_start_leaves_no_files_in_save(
     tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
-    """Here W&B refuses the run, after the identity of the run and the metrics file were written."""
+    """W&B refuses the run after the run's record and the metrics file are written."""
     wandb = ModuleType("wandb")
 
     def refuse(**_: Any) -> None:
@@ -253,7 +253,7 @@ def test_a_refused_start_leaves_nothing_in_save(
 
 @pytest.mark.parametrize("given", ["--save", "--slm-metrics-file"])
 @pytest.mark.parametrize("kind", ["directory", "foreign"])
-def test_an_unsuitable_metrics_file_is_refused_before_torch_is_loaded(
+def test_invalid_metrics_file_is_refused_before_torch_is_loaded(
     tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str], given: str, kind: str
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -264,8 +264,8 @@ def test_an_unsuitable_metrics_file_is_refused_before_torch_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_output_directories_of_several_ranks_are_checked_on_the_first(tmp_path: Path, corpus: str) -> None:
-    """A directory that one host alone lacks ends no rank before the others can know."""
+def test_output_directories_are_checked_on_the_first_rank(tmp_path: Path, corpus: str) -> None:
+    """A directory missing on one host is reported without leaving other ranks waiting."""
     (tmp_path / "file").touch()
     argv = command(corpus, tmp_path / "file" / "run", dp=2, train_iters=1)
     resolve_values(parse(argv).config, 2)
@@ -273,21 +273,21 @@ def test_output_directories_of_several_ranks_are_checked_on_the_first(tmp_path: 
     assert code == other == 2 and "file is a file, not a folder" in errors and not silent, (errors, silent)
 
 
-def test_requeued_run_continues_as_if_undisturbed(tmp_path: Path, corpus: str) -> None:
-    """On two ranks: weights of a base, a stop after two steps, the same command again, then no --load at all."""
+def test_requeued_run_equals_an_uninterrupted_run(tmp_path: Path, corpus: str) -> None:
+    """Two ranks start from base weights, stop after two steps, repeat the command, and omit --load at last."""
     launch(command(corpus, tmp_path / "base", train_iters=1))
     flags = {"dp": 2, "train_iters": 4, "load": tmp_path / "base", "finetune": True, "no_load_optim": True}
-    launch(command(corpus, tmp_path / "whole", **flags), 2)
+    launch(command(corpus, tmp_path / "uninterrupted", **flags), 2)
     launch(command(corpus, tmp_path / "run", **flags, exit_interval=2), 2)
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
     launch(command(corpus, tmp_path / "run", **flags), 2)
-    whole, run = ([record["loss"] for record in records(tmp_path / name)] for name in ("whole", "run"))
-    assert run == whole
+    expected, run = ([record["loss"] for record in records(tmp_path / name)] for name in ("uninterrupted", "run"))
+    assert run == expected
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     evaluation = {name: value for name, value in flags.items() if name != "finetune"}
     launch(command(corpus, tmp_path / "run", **evaluation, skip_train=True), 2)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     code, errors = launch_and_fail(command(corpus, tmp_path / "run", dp=2, train_iters=4), 2)
-    assert code == 2 and "holds another run" in errors
+    assert code == 2 and "contains another run" in errors
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before[tmp_path / "run" / "metrics.jsonl"]
     assert not list(tmp_path.rglob(".slm_run.lock"))

@@ -1,4 +1,4 @@
-"""Files that each rank opens: one rank checks, and the others open only the files that they read from."""
+"""Test the files opened by each rank: one rank validates, others open only the files that they read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_slm.cli import pretrain, score_corpus
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, launch, make_corpus
 
-Opens = dict[str, int]  # by path relative to the directory that is watched
+Opens = dict[str, int]  # by path relative to the watched directory
 
 
 def _count_opens(
     rank: int, world_size: int, main: Callable[[list[str]], int], argv: list[str], directory: str
 ) -> Opens:
-    """Run a command; return the opens of each file below ``directory``."""
+    """Run a command; return the open count of each file below ``directory``."""
     opens: Counter[str] = Counter()
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
@@ -42,14 +42,14 @@ def _select(opens: Opens, text: str) -> Opens:
 
 
 def test_one_rank_checks_the_start_files(tmp_path: Path) -> None:
-    """Rank 1 of a scoring job and of a resumed SLM run maps its files once, and opens none only to check it."""
+    """Rank 1 of a scoring job and of a resumed SLM run maps its files once, and opens none for validation only."""
     train, valid = make_corpus(tmp_path / "train", 1), make_corpus(tmp_path / "valid", 2)
     launch(command(train, tmp_path / "base", train_iters=2))
-    words = ["--reference-load", str(tmp_path / "base"), "--data-path", train, "--reference-scores", "rm"]
-    first, second = _opens(score_corpus.main, [*words, "--no-slm-verify-checksums"], tmp_path)
+    arguments = ["--reference-load", str(tmp_path / "base"), "--data-path", train, "--reference-scores", "rm"]
+    first, second = _opens(score_corpus.main, [*arguments, "--no-slm-verify-checksums"], tmp_path)
     assert _select(second, "_text_document.") == {
         "train_text_document.bin": 1,
-        "train_text_document.idx": 4,  # its header and its three arrays
+        "train_text_document.idx": 4,  # the header and three arrays
         "train_text_document.rm.scores.partial": 1,
     }
     _check_checkpoint(first, second)
@@ -72,7 +72,7 @@ def test_one_rank_checks_the_start_files(tmp_path: Path) -> None:
 
 
 def _check_checkpoint(first: Opens, second: Opens) -> None:
-    """Rank 1 opens the shards and the files that Megatron-Core reads on every rank, and rank 0 the others."""
+    """Rank 1 opens only its shards and the files that Megatron-Core reads on every rank."""
     step = "base/iter_0000002"
     others = {name for name in _select(second, "base/") if not name.endswith(".distcp")}
     assert others == {f"{step}/{name}" for name in (".metadata", "metadata.json", "common.pt")}

@@ -1,4 +1,4 @@
-"""Runs that stop early save first, on all ranks together; torchrun and signals are real here."""
+"""Test that all ranks save before an early stop, with real torchrun processes and signals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Torchrun:
-    """The trainer under torchrun on two ranks."""
+    """Run the trainer under torchrun on two ranks."""
 
     def __init__(self, argv: list[str], log: Path, ignores: signal.Signals | None = None) -> None:
         self.log = log
@@ -51,7 +51,7 @@ class Torchrun:
         return self.log.read_text(encoding="utf-8")
 
     def kill(self) -> None:
-        """End everything that still runs."""
+        """Kill all remaining processes."""
         if self.process.poll() is None:
             for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
                 process.kill()
@@ -65,7 +65,7 @@ class Torchrun:
 
 @pytest.fixture
 def torchrun() -> Iterator[Callable[..., Torchrun]]:
-    """A function that starts the trainer under torchrun; a test that fails leaves no run behind."""
+    """Return a function that starts the trainer under torchrun, and clean up after failed tests."""
     runs: list[Torchrun] = []
 
     def start(*arguments: Any, **options: Any) -> Torchrun:
@@ -77,15 +77,15 @@ def torchrun() -> Iterator[Callable[..., Torchrun]]:
         run.kill()
 
 
-def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(
+def test_signal_to_one_rank_interrupts_an_evaluation_and_saves(
     tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]
 ) -> None:
-    """As Slurm sends it: to the processes of a step, of which torchrun ignores it."""
+    """The signal is sent as by Slurm, to all processes of a step; torchrun ignores it."""
     save = tmp_path / "run"
     launch(command(corpus, save, dp=2, exit_interval=1) + FOREVER, 2)
     endless = ["--eval-interval", "3", "--eval-iters", "1000000", "--load", str(save)]
     run = torchrun(command(corpus, save, dp=2) + FOREVER + endless, tmp_path / "log", ignores=signal.SIGUSR1)
-    run.wait_for(lambda: len(losses(save)) == 3)  # evaluates now, for hours
+    run.wait_for(lambda: len(losses(save)) == 3)  # a long evaluation is running
     for process in (run.process, run.ranks()[1]):
         process.send_signal(signal.SIGUSR1)
     assert run.process.wait(60) == 0, run.text()
@@ -93,13 +93,13 @@ def test_a_signal_to_one_rank_interrupts_an_evaluation_and_saves(
     assert "stopping after step 3: SIGUSR1" in run.text()
     assert [record["step"] for record in records(save, "eval")] == [0, 1]
     again = command(corpus, save, dp=2, load=save, eval_interval=3)
-    for last in ("4", "5"):  # the second time, there is nothing to make up for
+    for last in ("4", "5"):  # no evaluation is missing the second time
         launch([*again, *FOREVER, "--exit-interval", last], 2)
     assert [record["step"] for record in records(save, "eval")] == [0, 1, 3, 4, 5]
 
 
-def test_the_ranks_save_if_torchrun_dies(tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]) -> None:
-    """Of SIGUSR1, which it neither ignores nor forwards."""
+def test_ranks_save_if_torchrun_is_killed(tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]) -> None:
+    """torchrun neither ignores nor forwards SIGUSR1, and is ended by it."""
     save = tmp_path / "run"
     run = torchrun(command(corpus, save, dp=2) + FOREVER, tmp_path / "log")
     run.wait_for(lambda: (save / "metrics.jsonl").is_file() and len(losses(save)) > 1)
@@ -111,7 +111,7 @@ def test_the_ranks_save_if_torchrun_dies(tmp_path: Path, corpus: str, torchrun: 
     assert latest_step(save) == len(losses(save)), run.text()
 
 
-def test_a_time_limit_that_has_passed_on_one_rank_stops_all(tmp_path: Path, corpus: str) -> None:
+def test_time_limit_on_one_rank_stops_all_ranks(tmp_path: Path, corpus: str) -> None:
     argv = command(corpus, tmp_path / "run", dp=2, exit_duration_in_mins=60) + FOREVER
     results = run_ranks(_with_a_fast_clock, 2, argv, initialise=False)
     assert [code for code, _ in results] == [0, 0], results
@@ -120,7 +120,7 @@ def test_a_time_limit_that_has_passed_on_one_rank_stops_all(tmp_path: Path, corp
 
 
 def _with_a_fast_clock(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
-    """Rank 1's clock jumps two hours ahead after the process was asked for the time some twenty times."""
+    """Run the trainer; rank 1's clock jumps ahead by two hours after about twenty calls."""
     if rank == 1:
         monotonic, calls = time.monotonic, itertools.count()
         clock = SimpleNamespace(time=time.time, monotonic=lambda: monotonic() + 7200 * (next(calls) > 20))
@@ -128,7 +128,7 @@ def _with_a_fast_clock(rank: int, world_size: int, argv: list[str]) -> tuple[int
     return _main(rank, world_size, argv)
 
 
-def test_a_signal_before_the_first_step_ends_the_run(tmp_path: Path, corpus: str) -> None:
+def test_signal_before_the_first_step_ends_the_run(tmp_path: Path, corpus: str) -> None:
     argv = command(corpus, tmp_path / "run") + FOREVER
     ((code, errors),) = run_ranks(_signalled_while_building, 1, argv, initialise=False)
     assert code == 0 and "SIGTERM received" in errors

@@ -1,4 +1,4 @@
-"""Failures under torchrun: the message once, and as little of torchrun's report as can be had."""
+"""Test failures under torchrun: one message, and a minimal torchrun report."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def run(module: str, *arguments: str) -> tuple[int, list[str]]:
     return result.returncode, result.stderr.splitlines()
 
 
-def test_mistake_is_one_message() -> None:
+def test_user_error_prints_one_message() -> None:
     code, lines = run("torch.distributed.run", *BAD)
     assert code == 1 and lines[0] == "error: --lr should be a number, not 'fast'."
     assert sum("--lr" in line for line in lines) == 1
 
 
-def test_mistake_is_one_line_with_the_short_report() -> None:
+def test_user_error_is_one_line_with_the_short_report() -> None:
     assert run("megatron_slm.torchrun", *BAD) == (2, ["error: --lr should be a number, not 'fast'."])
 
 
