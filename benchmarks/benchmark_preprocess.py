@@ -30,7 +30,7 @@ from baselines.corpora import drawn_anew, natural_texts, shuffled, source_texts,
 
 from megatron_slm.config.tokenizer_flags import (
     add_tokenizer_flags,
-    config_of_tokenizer_flags,
+    config_from_tokenizer_flags,
     given_tokenizer_settings,
 )
 from megatron_slm.preprocessing.engines import build_engine
@@ -118,7 +118,7 @@ def default_roots() -> list[Path]:
 
 
 def tokenizer_files(arguments: argparse.Namespace) -> TokenizerFiles:
-    return TokenizerFiles.of(config_of_tokenizer_flags(arguments))
+    return TokenizerFiles.of(config_from_tokenizer_flags(arguments))
 
 
 def make_corpus(arguments: argparse.Namespace) -> Corpus:

@@ -21,7 +21,7 @@ import stages
 
 from megatron_slm.analysis.curves import Curve, plot_comparison
 from megatron_slm.analysis.summary import comparison_table, paired_differences, speedup
-from megatron_slm.runtime.console import duration, progress
+from megatron_slm.runtime.console import format_duration, progress
 from megatron_slm.runtime.files import write_text
 
 RESULTS = stages.HERE / "results"
@@ -99,7 +99,7 @@ def train_one(folder: Path, load_base: list[str], variant: Variant, name: str, s
     settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
     began = time.monotonic()
     stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log))
-    print(f"   {run.name}: {duration(time.monotonic() - began)}, log in {log}", flush=True)
+    print(f"   {run.name}: {format_duration(time.monotonic() - began)}, log in {log}", flush=True)
 
 
 def report(folder: Path) -> None:

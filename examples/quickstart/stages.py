@@ -12,7 +12,7 @@ from pathlib import Path
 
 from corpora import build_corpora
 
-from megatron_slm.runtime.console import duration
+from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.files import write_text
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def stage(name: str, folder: Path, settings: Sequence[str], work: Callable[[], N
     work()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(mark, wanted)
-    print(f"== {name}: {duration(time.monotonic() - began)}", flush=True)
+    print(f"== {name}: {format_duration(time.monotonic() - began)}", flush=True)
 
 
 def run(command: Sequence[str], **options: object) -> None:

@@ -30,7 +30,7 @@ from megatron_slm.mcore.pickles import UnsafePickleError, restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.console import notice
-from megatron_slm.runtime.errors import ConfigError, unreadable
+from megatron_slm.runtime.errors import ConfigError, read_error
 
 # Exceptions that Megatron-Core and torch raise for an unreadable or unwritable checkpoint. torch's CheckpointException
 # is a BaseException.
@@ -169,7 +169,7 @@ def explained_load(directory: Path, flag: str) -> Iterator[None]:
     except CHECKPOINT_ERRORS as error:
         cause = _root_cause(error)
         if isinstance(cause, OSError):
-            raise unreadable(flag, cause.filename or directory, cause) from error
+            raise read_error(flag, cause.filename or directory, cause) from error
         raise ConfigError(f"{flag}: {_explain(cause, directory)}") from error
 
 

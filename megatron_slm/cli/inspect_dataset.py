@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.flags import Parser, parse_strictly
-from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
+from megatron_slm.config.paths import expand_user
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_from_tokenizer_flags
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import Tokenizer, tokenizer_of
 
@@ -24,10 +24,10 @@ def parse_arguments() -> argparse.Namespace:
     """
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("prefix", type=expanded_user, help="path of the corpus without .bin and .idx")
+    add("prefix", type=expand_user, help="path of the corpus without .bin and .idx")
     add("--documents", nargs="+", type=int, default=[], metavar="N", help="show these; -1 is the last")
     add("--max-tokens", type=int, default=1000, help="tokens that are shown of each document; 0: all")
-    add("--plot", type=expanded_user, metavar="FILE.png", help="write the histogram of lengths as a plot")
+    add("--plot", type=expand_user, metavar="FILE.png", help="write the histogram of lengths as a plot")
     add(
         "--check", action="store_true", help="read the whole corpus and tell all damage; exit code 2 where there is any"
     )
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
-    config = config_of_tokenizer_flags(arguments)
+    config = config_from_tokenizer_flags(arguments)
     return None if config.tokenizer.tokenizer_type is None else tokenizer_of(config)
 
 

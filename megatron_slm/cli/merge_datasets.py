@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from megatron_slm.config.flags import Parser, parse_strictly
-from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.paths import expand_user
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.output import prepare_output
 
@@ -19,14 +19,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", type=expanded_user, metavar="DIR", help="folder of corpora, merged in the order of their names"
+        "--input", type=expand_user, metavar="DIR", help="folder of corpora, merged in the order of their names"
     )
     source.add_argument(
-        "--input-prefixes", type=expanded_user, nargs="+", metavar="P", help="corpora, merged in this order"
+        "--input-prefixes", type=expand_user, nargs="+", metavar="P", help="corpora, merged in this order"
     )
     parser.add_argument(
         "--output-prefix",
-        type=expanded_user,
+        type=expand_user,
         required=True,
         metavar="P",
         help="path of the corpus without .bin and .idx",

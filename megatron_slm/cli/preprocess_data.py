@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_slm.config.flags import Parser, parse_strictly
-from megatron_slm.config.paths import expanded_user
-from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_of_tokenizer_flags
+from megatron_slm.config.paths import expand_user
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_from_tokenizer_flags
 from megatron_slm.preprocessing.documents import find_inputs
 from megatron_slm.preprocessing.preprocess import Job, preprocess
 from megatron_slm.preprocessing.reading_flags import add_reading_flags
@@ -71,7 +71,7 @@ def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
     )
     add(
         "--output-prefix",
-        type=expanded_user,
+        type=expand_user,
         required=True,
         help="path of the corpora, one per key; _<key>_document is added",
     )
@@ -92,7 +92,7 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
     add("--lang", default="english", help="language of the sentence splitter [english]")
     add(
         "--nltk-data",
-        type=expanded_user,
+        type=expand_user,
         metavar="DIR",
         help="where the splitter's data is, or is downloaded to, before NLTK_DATA",
     )
@@ -139,7 +139,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
         keys=arguments.json_keys,
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
-        tokenizer_files=TokenizerFiles.of(config_of_tokenizer_flags(arguments), arguments.special_tokens_in_text),
+        tokenizer_files=TokenizerFiles.of(config_from_tokenizer_flags(arguments), arguments.special_tokens_in_text),
         append_eod=arguments.append_eod,
         split_sentences=arguments.split_sentences,
         keep_newlines=arguments.keep_newlines,

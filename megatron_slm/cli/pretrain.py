@@ -79,7 +79,7 @@ def _train(config: Config, note: str, signals: StopSignals | None) -> None:
         seed=config.training.seed,
     )
     if signals is not None:
-        signals.remember_all()
+        signals.record_all()
     with logging_to(on_every_rank(lambda: open_log(config.logging.slm_log_dir, groups.rank))):
         _run_job(config, note, groups, signals)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.flags import Parser, parse_strictly
-from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--reference-load",
-        type=expanded_user,
+        type=expand_user,
         required=True,
         help="checkpoint of the reference model, made by this trainer",
     )
@@ -43,14 +43,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--reference-precision", choices=("fp32", "bf16"), help="default that of the reference model's own run")
     add(
         "--data-path",
-        type=expanded_user,
+        type=expand_user,
         nargs="+",
         required=True,
         help="corpora, or a blend as for training (its weights do not matter)",
     )
     add(
         "--reference-scores",
-        type=expanded_user,
+        type=expand_user,
         required=True,
         metavar="NAME",
         help="NAME makes CORPUS.NAME.scores; also DIRECTORY/NAME",

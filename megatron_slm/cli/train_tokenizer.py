@@ -7,7 +7,7 @@ import os
 import sys
 
 from megatron_slm.config.flags import Parser, parse_strictly
-from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.paths import expand_user
 from megatron_slm.preprocessing.documents import find_inputs
 from megatron_slm.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
     add_reading_flags(parser)
     add = parser.add_argument
-    add("--output-prefix", type=expanded_user, required=True, help="path of the model; .model and .vocab are added")
+    add("--output-prefix", type=expand_user, required=True, help="path of the model; .model and .vocab are added")
     add("--vocab-size", type=int, default=32000, help="entries of the vocabulary [32000]")
     add("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model [bpe]")
     add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most [1000000]")

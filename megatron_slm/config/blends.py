@@ -1,7 +1,7 @@
-"""Blends of corpora as words, wherever they stand: on the command line, in a recipe, or in a file of their own.
+"""Resolve blends of corpora from the command line, recipes and blend files.
 
-However a blend is given, the resolved configuration holds its words (prefixes, or weights and prefixes), so that a
-checkpoint tells what its run really read.
+The resolved configuration always holds the blend as a list of arguments (prefixes, or weights and prefixes), so that a
+checkpoint records the corpora of its run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from megatron_slm.config.paths import expanded_paths
+from megatron_slm.config.paths import expand_paths
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.runtime.errors import ConfigError
 
@@ -24,21 +24,21 @@ BLEND_FILES = (".yaml", ".yml", ".json")
 BLEND_FILE_HELP = "A blend is 'prefix: weight' lines, or a list of prefixes."
 
 
-def blend_words(value: Any, where: str) -> list[str]:
-    """The words of a blend that YAML or JSON describe: a mapping of prefixes to weights, a list, or a line.
+def blend_arguments(value: Any, where: str) -> list[str]:
+    """Return the arguments of a blend from YAML or JSON: a mapping of prefixes to weights, a list, or a string.
 
     Raises:
-        ConfigError: it is none of these; ``where`` is named in the message.
+        ConfigError: ``value`` is none of these; the message names ``where``.
     """
     if value is None:
         return []
     if isinstance(value, dict):
         pairs = [(_weight(weight, f"{where}, {prefix}"), str(prefix)) for prefix, weight in value.items()]
-        return [word for pair in pairs for word in pair]
-    words = value if isinstance(value, list) else str(value).split()
-    if isinstance(value, bool) or any(word is None or isinstance(word, bool | list | dict) for word in words):
-        raise ConfigError(f"{where} should be a list of prefixes or weights and prefixes, not {value!r}.")
-    return [str(word) for word in words]
+        return [argument for pair in pairs for argument in pair]
+    arguments = value if isinstance(value, list) else str(value).split()
+    if isinstance(value, bool) or any(each is None or isinstance(each, bool | list | dict) for each in arguments):
+        raise ConfigError(f"{where} must be a list of prefixes or weights and prefixes, not {value!r}.")
+    return [str(argument) for argument in arguments]
 
 
 def _weight(value: Any, where: str) -> str:
@@ -47,37 +47,37 @@ def _weight(value: Any, where: str) -> str:
             raise TypeError
         return str(float(value))
     except (TypeError, ValueError):
-        raise ConfigError(f"{where}: the weight should be a number, not {value!r}. {BLEND_FILE_HELP}") from None
+        raise ConfigError(f"{where}: the weight must be a number, not {value!r}. {BLEND_FILE_HELP}") from None
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """Return the shares of ``--split`` for training, validation and test, which add up to 1.
+    """Return the proportions of ``--split`` for training, validation and test, normalized to a sum of 1.
 
     Raises:
         ConfigError: not one to three numbers of at least 0, or all of them 0.
     """
     try:
-        shares = [float(word) for word in re.split(r"[,/\s]+", text.strip())]
+        shares = [float(number) for number in re.split(r"[,/\s]+", text.strip())]
     except ValueError:
         shares = []
     total = math.fsum(shares)
     if not 1 <= len(shares) <= 3 or not all(share >= 0 for share in shares) or not 0 < total < math.inf:
         raise ConfigError(
-            f"--split {text} should be up to three shares of at least 0, not all 0, for training, validation and test: "
-            "for example 969,30,1."
+            f"--split {text} must be up to three proportions for training, validation and test, of at least 0 and not "
+            "all 0, for example 969,30,1."
         )
     training, validation, test = (share / total for share in (*shares, 0.0, 0.0)[:3])
     return training, validation, test
 
 
 def resolve_blends(data: DataConfig) -> DataConfig:
-    """Return the settings with every blend as arguments of its flag, also those that files hold.
+    """Return the settings with all blends, including those in files, as lists of arguments.
 
     Raises:
-        ConfigError: a file that cannot be read or is no blend, settings that exclude each other, or a bad --split.
+        ConfigError: an unreadable file, an invalid blend, mutually exclusive settings, or an invalid --split.
     """
     if data.split is not None:
-        data = replace(data, split=data.split.strip(" '\""))  # quotes that scripts of Megatron-LM pass along
+        data = replace(data, split=data.split.strip(" '\""))  # Megatron-LM's example scripts pass literal quotes
         parse_split(data.split or "")
     if data.data_args_path is not None:
         data = _with_arguments(data, data.data_args_path)
@@ -85,17 +85,17 @@ def resolve_blends(data: DataConfig) -> DataConfig:
         data = _with_splits(data, data.per_split_data_args_path)
     data_path = _from_file(data.data_path, "--data-path")
     train = _from_file(data.train_data_path, "--train-data-path")
-    valid = {name: _from_file(words, f"--valid-data-path {name}") for name, words in data.valid_data_path.items()}
-    words = {"data_path": data_path, "train_data_path": train, "valid_data_path": valid}
-    return replace(data, **{name: expanded_paths(value) for name, value in words.items()})
+    valid = {name: _from_file(blend, f"--valid-data-path {name}") for name, blend in data.valid_data_path.items()}
+    blends = {"data_path": data_path, "train_data_path": train, "valid_data_path": valid}
+    return replace(data, **{name: expand_paths(value) for name, value in blends.items()})
 
 
 def _with_arguments(data: DataConfig, path: str) -> DataConfig:
     flag = "--data-args-path"
     _exclude(flag, {"--data-path": data.data_path, "--train-data-path": data.train_data_path})
-    if not (words := _text(Path(path), flag).split()):
-        raise ConfigError(f"{flag} {path} is empty. It holds what --data-path would.")
-    return replace(data, data_path=words, data_args_path=None)
+    if not (arguments := _text(Path(path), flag).split()):
+        raise ConfigError(f"{flag} {path} is empty. Write the arguments of --data-path into it.")
+    return replace(data, data_path=arguments, data_args_path=None)
 
 
 def _with_splits(data: DataConfig, path: str) -> DataConfig:
@@ -104,11 +104,11 @@ def _with_splits(data: DataConfig, path: str) -> DataConfig:
     _exclude(flag, {**given, "--valid-data-path": data.valid_data_path})
     splits = _read(Path(path), flag)
     if not isinstance(splits, dict) or not splits.get("train") or set(splits) - {"train", "valid", "test"}:
-        raise ConfigError(f"{flag} {path} should hold an object with the keys train and valid, each a blend.")
+        raise ConfigError(f"{flag} {path} must contain an object with the keys train and valid, each a blend.")
     if splits.get("test"):
-        raise ConfigError(f"{flag} {path}: the key test is not taken here. Make it a set of --valid-data-path.")
-    train = blend_words(splits["train"], f"{flag} {path}: train")
-    valid = blend_words(splits.get("valid"), f"{flag} {path}: valid")
+        raise ConfigError(f"{flag} {path}: the key test is not supported. Add the test set to --valid-data-path.")
+    train = blend_arguments(splits["train"], f"{flag} {path}: train")
+    valid = blend_arguments(splits.get("valid"), f"{flag} {path}: valid")
     named = {"valid": valid} if valid else {}
     return replace(data, train_data_path=train, valid_data_path=named, per_split_data_args_path=None)
 
@@ -119,11 +119,11 @@ def _exclude(flag: str, others: dict[str, Any]) -> None:
             raise ConfigError(f"{flag} and {other} were both given. Give one.")
 
 
-def _from_file(words: list[str], flag: str) -> list[str]:
-    if len(words) != 1 or not words[0].lower().endswith(BLEND_FILES):
-        return words
-    where = f"{flag} {words[0]}"
-    found = blend_words(_read(Path(words[0]), flag), where)
+def _from_file(blend: list[str], flag: str) -> list[str]:
+    if len(blend) != 1 or not blend[0].lower().endswith(BLEND_FILES):
+        return blend
+    where = f"{flag} {blend[0]}"
+    found = blend_arguments(_read(Path(blend[0]), flag), where)
     if not found:
         raise ConfigError(f"{where} is empty. {BLEND_FILE_HELP}")
     return found
@@ -151,15 +151,15 @@ def _text(path: Path, flag: str) -> str:
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     names = [name for name, _ in pairs]
     if not all(isinstance(name, Hashable) for name in names):
-        raise ValueError("a name is a list or a mapping")
+        raise ValueError("a key is a list or a mapping")
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
     return found
 
 
 class UniqueLoader(yaml.SafeLoader):
-    """YAML whose mappings name each key once; PyYAML itself would take the last and say nothing."""
+    """YAML loader that rejects duplicate keys, of which PyYAML silently takes the last."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""``--use-checkpoint-args``: model settings from a checkpoint in the place of those of the flags, as in Megatron-LM."""
+"""``--use-checkpoint-args``: take the model settings from a checkpoint instead of the flags, as in Megatron-LM."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ALSO = {"max_position_embeddings", "make_vocab_size_divisible_by", "attention_dr
 
 
 def adopt_checkpoint_args(config: Config) -> tuple[Config, str]:
-    """Replace the model settings by those of the checkpoint that --load, else --pretrained-checkpoint, names.
+    """Replace the model settings by those of the checkpoint in --load, else in --pretrained-checkpoint.
 
     The tokenizer comes from the checkpoint if --tokenizer-type is not given.
 
     Returns:
-        the configuration, and one line for the log.
+        The configuration and one line for the log.
 
     Raises:
         ConfigError: the checkpoint cannot be read.
     """
     directory = _checkpoint(config.checkpoint)
     if directory is None:
-        return config, f"{FLAG}: there is no checkpoint yet; the flags are used"
+        return config, f"{FLAG}: no checkpoint yet; using the flags"
     saved = saved_config(directory)
     with_tokenizer = config.tokenizer.tokenizer_type is None
     adopted: dict[str, Any] = {}
@@ -40,7 +40,9 @@ def adopt_checkpoint_args(config: Config) -> tuple[Config, str]:
             if value != getattr(getattr(config, group), setting.name):
                 adopted[setting.name] = value
                 changed.append(f"{flag_name(setting)} {'unset' if value is None else value}")
-    return with_settings(config, adopted), f"{FLAG}: from {directory}: {', '.join(changed) or 'the flags agree'}"
+    return with_settings(
+        config, adopted
+    ), f"{FLAG}: from {directory}: {', '.join(changed) or 'no differences from the flags'}"
 
 
 def _checkpoint(flags: CheckpointConfig) -> Path | None:

@@ -1,8 +1,8 @@
-"""Files of a checkpoint directory that are read without torch: the tracker, the manifest, the configuration.
+"""Torch-free access to a checkpoint directory: tracker, manifest and configuration.
 
-A checkpoint is a directory in Megatron-Core's distributed format (``torch_dist``) with two further files:
-``config.yaml``, the resolved configuration of the run that wrote it, and ``manifest.json``, written last, with the
-size and the content checksum of every file and a checksum of the manifest itself.
+A checkpoint is a directory in Megatron-Core's distributed format (``torch_dist``) with two additional files:
+``config.yaml``, the resolved configuration of the run, and ``manifest.json``, written last, with the size and content
+checksum of every file and a checksum of the manifest itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import Config
-from megatron_slm.runtime.errors import ConfigError, unreadable
+from megatron_slm.runtime.errors import ConfigError, read_error
 from megatron_slm.runtime.files import write_text
 
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's name for "the newest step"
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's file with the newest step
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 OTHER = "Copy the checkpoint again, or choose another step with --ckpt-step."
@@ -35,7 +35,7 @@ class Manifest:
     tokenizer: dict[str, Any]  # name, fingerprint (sha256 of the model file), vocab_size
     layout: dict[str, int]  # tensor, pipeline and data parallel sizes of the run that wrote it
     files: dict[str, int]  # path below the checkpoint's directory -> size in bytes
-    checksums: dict[str, str] = field(default_factory=dict)  # the same paths; empty in checkpoints of version 0.1
+    checksums: dict[str, str] = field(default_factory=dict)  # by path; empty in checkpoints of version 0.1
 
     def write(self, directory: Path, checksum: Callable[[str], str]) -> None:
         """Write the manifest with the checksum of its content."""
@@ -48,11 +48,11 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
     """Return the manifest of a checkpoint directory.
 
     Args:
-        flag: the flag that named the checkpoint, for error messages.
-        checksum: verify the content with this function.
+        flag: flag that names the checkpoint, for error messages.
+        checksum: function to verify the content with.
 
     Raises:
-        ConfigError: the manifest is missing, cannot be read, or is damaged.
+        ConfigError: the manifest is missing, unreadable or damaged.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -65,7 +65,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
             "missing). Choose another step with --ckpt-step."
         ) from error
     except OSError as error:
-        raise unreadable(flag, path, error) from error
+        raise read_error(flag, path, error) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{flag}: {path} is damaged ({error}). {OTHER}") from error
     expected = recorded is not None or bool(manifest.checksums)
@@ -76,7 +76,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
 
 
 def _check_name(directory: Path, step: int, flag: str) -> None:
-    """Raise ConfigError if the directory is named after another step than it holds."""
+    """Raise ConfigError if the directory name does not match the step of the checkpoint."""
     named = re.fullmatch(r"iter_(\d+)", directory.name)
     if named is not None and int(named[1]) != step:
         raise ConfigError(
@@ -90,7 +90,7 @@ def _canonical(content: dict[str, Any]) -> str:
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Return the directory of one step, named as Megatron-LM names it."""
+    """Return the directory of one step, in Megatron-LM's naming."""
     return root / f"iter_{step:07d}"
 
 
@@ -105,33 +105,33 @@ def latest_step(root: Path) -> int | None:
         raise ConfigError(f"{tracker} cannot be read ({error.strerror}). Check its permissions.") from error
     if not (text.isascii() and text.isdigit()):
         raise ConfigError(
-            f"{tracker} should hold the number of the newest step, but holds {text[:40]!r}. "
-            "Write the number of a complete iter_* folder into it."
+            f"{tracker} must contain the number of the newest step, not {text[:40]!r}. "
+            "Write the number of a complete iter_* directory into it."
         )
     return int(text)
 
 
 def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
-    """Return the checkpoint directory of ``step``, or the newest below ``path``; its files are not checked.
+    """Return the checkpoint directory of ``step``, or the newest below ``path``, without checking its files.
 
     Args:
-        path: a directory with a tracker file, or one ``iter_*`` directory itself.
-        step: a step that the user asked for, or None.
-        flag: the flag that gave ``path``, for error messages.
+        path: directory with a tracker file, or an ``iter_*`` directory.
+        step: requested step; None for the newest.
+        flag: flag that names ``path``, for error messages.
 
     Raises:
         ConfigError: there is no checkpoint.
     """
     root = Path(path)
     if not root.exists():
-        raise ConfigError(f"{flag} {path}: there is no such folder. Give the --save folder of an earlier run.")
+        raise ConfigError(f"{flag} {path}: there is no such directory. Give the --save directory of an earlier run.")
     if (root / MANIFEST_FILE).is_file() and step is None:
         return root
     found = step if step is not None else latest_step(root)
     if found is None:
         raise ConfigError(
             f"{flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). "
-            "Give the --save folder of an earlier run."
+            "Give the --save directory of an earlier run."
         )
     return step_directory(root, found)
 
@@ -157,12 +157,12 @@ def file_sizes(directory: Path) -> dict[str, int]:
 def check_sizes(directory: Path, manifest: Manifest, flag: str) -> None:
     """Raise ConfigError if a file that the manifest names is missing or has another size."""
     try:
-        there = file_sizes(directory)
+        present = file_sizes(directory)
     except OSError as error:
-        raise unreadable(flag, directory, error) from error
+        raise read_error(flag, directory, error) from error
     for name, size in manifest.files.items():
-        if there.get(name) != size:
-            got = "is missing" if name not in there else f"has {there[name]} bytes"
+        if present.get(name) != size:
+            found = "is missing" if name not in present else f"has {present[name]} bytes"
             raise ConfigError(
-                f"{flag}: the checkpoint {directory} is damaged: {name} {got}, and was written with {size}. {OTHER}"
+                f"{flag}: the checkpoint {directory} is damaged: {name} {found}, not the original {size} bytes. {OTHER}"
             )

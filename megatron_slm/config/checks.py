@@ -16,13 +16,13 @@ from megatron_slm.runtime.errors import ConfigError, refuse
 
 
 def resolve(config: Config, world_size: int) -> Config:
-    """Return the configuration with all settings that follow from others, once nothing of it can be refused.
+    """Validate the configuration and return it with all derived settings.
 
     Args:
         world_size: number of started processes.
 
     Raises:
-        ConfigError: all violations that were found: flag, value, remedy.
+        ConfigError: one message with all violations, each with flag, value and remedy.
     """
     problems: list[str] = []
     config = _with_default_tokenizer(config)
@@ -31,13 +31,13 @@ def resolve(config: Config, world_size: int) -> Config:
     except ConfigError as error:
         problems.append(str(error))
     refuse([*problems, *_missing(config), *value_violations(config)])
-    config = derive(with_settings(config, _derived_of_the_run(config, world_size)))
+    config = derive(with_settings(config, _derive_run_settings(config, world_size)))
     refuse(relation_violations(config, world_size))
     return config
 
 
 def derive(config: Config) -> Config:
-    """Return the configuration with the sizes of the model that follow from others; also of a saved configuration."""
+    """Return the configuration with all derived model sizes; also for saved configurations."""
     model = config.model
     if model.hidden_size is UNSET or model.num_attention_heads is UNSET:
         return config
@@ -54,7 +54,7 @@ def derive(config: Config) -> Config:
 
 
 def _with_default_tokenizer(config: Config) -> Config:
-    """Take GPT2BPETokenizer if a vocabulary file is all that is given: the default of Megatron-LM's pretrain_gpt.py."""
+    """Select GPT2BPETokenizer if only a vocabulary file is given, as Megatron-LM's pretrain_gpt.py does."""
     tokenizer = config.tokenizer
     if tokenizer.tokenizer_type is not UNSET or tokenizer.vocab_file is None:
         return config
@@ -62,7 +62,7 @@ def _with_default_tokenizer(config: Config) -> Config:
 
 
 def value_violations(config: Config) -> list[str]:
-    """Return the messages of all settings that are outside their own constraints."""
+    """Return a message for each setting that violates its constraints."""
     return [
         message
         for group, setting, _ in settings()
@@ -80,19 +80,19 @@ def _missing(config: Config) -> list[str]:
         and setting.name not in optional
         and getattr(getattr(config, group), setting.name) is UNSET
     ]
-    return [f"these settings are needed and were not given: {' '.join(unset)}"] if unset else []
+    return [f"missing required settings: {' '.join(unset)}"] if unset else []
 
 
-def _derived_of_the_run(config: Config, world_size: int) -> dict[str, Any]:
+def _derive_run_settings(config: Config, world_size: int) -> dict[str, Any]:
     training, derived = config.training, dict[str, Any]()
     batch, ranks = training.global_batch_size, max(1, data_parallel_size(config, world_size))
     if config.parallel.tensor_model_parallel_size == 1:
-        derived["sequence_parallel"] = False  # nothing to split, as in Megatron-LM
+        derived["sequence_parallel"] = False  # no effect, as in Megatron-LM
     if batch is UNSET:
         batch = derived["global_batch_size"] = training.micro_batch_size * ranks
     if training.train_samples is not None and training.train_iters is UNSET:
         derived["train_iters"] = training.train_samples // batch
-    if training.skip_train:  # the optimizer state is not needed; a learning rate and a length are, to build it
+    if training.skip_train:  # building the optimizer still needs a learning rate and a length
         derived |= {"load_optim": False, "load_rng": False}
         derived.setdefault("train_iters", training.train_iters or 1)
         derived["lr"] = config.optimizer.lr or 0.0

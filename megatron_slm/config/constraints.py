@@ -1,4 +1,4 @@
-"""Constraints of single settings, declared at the field: bounds of numbers, choices, and text that is not empty.
+"""Constraints of single settings, declared in the metadata of each field: bounds of numbers, and choices.
 
 Constraints between settings are in :mod:`megatron_slm.config.relations`.
 """
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field
 from typing import Any
 
-UNSET: Any = None  # default of a setting that a run needs: resolve() demands it, or derives it from others
+UNSET: Any = None  # default of required settings: resolve() demands or derives a value
 LARGEST_INTEGER = 2**31 - 1  # sizes and counts reach torch, NCCL and Megatron-Core's C++ helpers as 32-bit integers
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The interval that a number must be in; infinities and NaN are in none."""
+    """Interval of valid numbers; infinities and NaN are never valid."""
 
     above: float = -math.inf
     at_least: float = -math.inf
@@ -29,7 +29,7 @@ class Bounds:
         return math.isfinite(value) and within
 
     def describe(self) -> str:
-        """Return the interval in words: "above 0", "0 or more", "in (0, 1]"."""
+        """Return a description of the interval: "above 0", "0 or more", "in (0, 1]"."""
         low, high = max(self.above, self.at_least), min(self.below, self.at_most)
         if math.isinf(low) and math.isinf(high):
             return "finite"
@@ -60,20 +60,20 @@ def flag(
     below: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """Return a dataclass field that is a flag, with its constraints.
+    """Return a dataclass field for a flag, with its constraints.
 
     Args:
-        default: the default, or a factory.
-        help: the help text of the flag.
-        choices: the values that a text may have.
-        required: a run needs the setting, and nothing derives it.
-        spelling: Megatron-LM's spelling, if it is not the field's name with hyphens.
-        core: Megatron-Core's fields that take the value, see :mod:`megatron_slm.config.core_fields`.
-        example: a good value, for the error message.
-        above: a number must be greater.
-        at_least: a number must be equal or greater.
-        below: a number must be smaller.
-        at_most: a number must be equal or smaller. Integers are at most LARGEST_INTEGER by default.
+        default: default value, or factory.
+        help: help text of the flag.
+        choices: valid values of a string.
+        required: whether a run needs the setting and no other setting implies it.
+        spelling: Megatron-LM's spelling, if it differs from the field's name with hyphens.
+        core: Megatron-Core fields that receive the value, see :mod:`megatron_slm.config.core_fields`.
+        example: recommended value, for the error message.
+        above: exclusive lower bound.
+        at_least: inclusive lower bound.
+        below: exclusive upper bound.
+        at_most: inclusive upper bound; LARGEST_INTEGER by default for integers.
     """
     given = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
     bounds = Bounds(**{name: value for name, value in given.items() if value is not None})
@@ -97,14 +97,14 @@ def flag_name(setting: Field[Any]) -> str:
 
 
 def violations(setting: Field[Any], value: Any) -> Iterator[str]:
-    """Yield a message for each constraint of ``setting`` that ``value`` does not meet."""
+    """Yield a message for each constraint of ``setting`` that ``value`` violates."""
     name = flag_name(setting)
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, int | float):
         yield from _number_violations(setting, value)
     elif setting.metadata["choices"] and value not in setting.metadata["choices"]:
-        yield f"{name} should be one of {', '.join(setting.metadata['choices'])}, not {value!r}."
+        yield f"{name} must be one of {', '.join(setting.metadata['choices'])}, not {value!r}."
 
 
 def _number_violations(setting: Field[Any], value: float) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Settings that go to Megatron-Core as they are: the fields of its configurations are named at the settings.
+"""Mapping of settings to the fields of Megatron-Core's configurations.
 
-``flag(..., core="model.layernorm_epsilon")`` gives a setting to the field ``layernorm_epsilon`` of the target "model".
-Without a field the name is the setting's; several targets are separated by spaces.
+``flag(..., core="model.layernorm_epsilon")`` passes a setting to the field ``layernorm_epsilon`` of the target "model".
+Without a field name, the setting's name is used. Several targets are separated by spaces.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TARGETS = ("model", "optimizer", "ddp")  # TransformerConfig, OptimizerConfig, D
 
 
 def core_fields(target: str, *groups: Any) -> dict[str, Any]:
-    """Return the fields of one of Megatron-Core's configurations that the settings of ``groups`` give.
+    """Return the fields of one Megatron-Core configuration that the settings of ``groups`` provide.
 
     Args:
         target: one of TARGETS.

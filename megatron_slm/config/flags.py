@@ -1,4 +1,4 @@
-"""The command line: one flag per setting, merged as default < recipe < flag."""
+"""Command-line parsing: one flag per setting, with the precedence default < recipe < flag."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
-from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import (
     convert,
     convert_settings,
-    nearest,
-    refusal,
+    refusal_message,
     refuse_empty,
     settings,
+    suggest_name,
     with_settings,
 )
 from megatron_slm.config.renamed import SETTINGS as RENAMED_SETTINGS
@@ -32,22 +32,22 @@ from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 DESCRIPTION = """Pretrain a language model with Selective Language Modeling on Megatron-Core.
-Flags are Megatron-LM's where it has one; those of ours begin with --slm- or --reference-."""
+Flags have Megatron-LM's names and meanings; additional flags start with --slm- or --reference-."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """Settings of the command line and its recipes, not resolved yet, and an action: train, print-config or dry-run."""
+    """Unresolved settings of the command line and its recipes, and an action: train, print-config or dry-run."""
 
     config: Config
     action: str
-    note: str = ""  # about flags that set nothing, and settings that come from a checkpoint
+    note: str = ""  # on flags without effect and settings adopted from a checkpoint
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ConfigErrors, without the usage text.
+    """Argument parser that raises ConfigError instead of printing its usage.
 
-    Arguments such as -1e-3, -inf and -1,2,3 are values, which argparse by itself takes for flags.
+    Arguments such as -1e-3, -inf and -1,2,3 are values, which argparse would take for flags.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -60,13 +60,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, str]) -> argparse.Namespace:
-    """Return the values of a tool's flags.
+    """Parse the arguments of a command-line tool.
 
     Args:
-        refused: remedies by flag: flags of Megatron-LM's tool, or of earlier releases, that are not accepted.
+        refused: remedy by flag, for unsupported flags of Megatron-LM's tool or of earlier releases.
 
     Raises:
-        ConfigError: an unknown or refused flag, an empty value, or a bad one.
+        ConfigError: an unknown or unsupported flag, or an empty or invalid value.
     """
     arguments, unknown = parser.parse_known_args(list(argv))
     if not unknown:
@@ -77,17 +77,17 @@ def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, st
         return arguments
     flag = unknown[0].partition("=")[0]
     if flag in refused:
-        raise ConfigError(f"{flag} is not taken here. {refused[flag]}")
+        raise ConfigError(f"{flag} is not supported. {refused[flag]}")
     if not flag.startswith("-"):
         raise ConfigError(f"unexpected positional argument {flag!r}.")
-    raise ConfigError(f"unknown flag {flag}.{nearest(flag, list(parser._option_string_actions))}")
+    raise ConfigError(f"unknown flag {flag}.{suggest_name(flag, list(parser._option_string_actions))}")
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Read the command line and the recipes that it names.
+    """Parse the command line and its recipes.
 
     Raises:
-        ConfigError: all unknown flags and settings, flags of Megatron-LM's that are not taken, and bad values.
+        ConfigError: one message with all unknown or unsupported flags and settings and all invalid values.
         SystemExit: after --help.
     """
     parser = _build_parser()
@@ -114,8 +114,8 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _recipe_sources(recipes: Sequence[str]) -> list[tuple[dict[str, Any], Label]]:
-    """Return the settings of the recipes and their bases, in the order in which they apply."""
-    layers = read_layers([Path(expanded_user(convert(recipe, str, "--config"))) for recipe in recipes])
+    """Return the settings of the recipes and their bases in order of application."""
+    layers = read_layers([Path(expand_user(convert(recipe, str, "--config"))) for recipe in recipes])
     return [(values, partial("{}: {}".format, path)) for path, values in layers]
 
 
@@ -132,11 +132,11 @@ def _build_parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="RECIPE.yaml",
-        help="settings in YAML, by the flags' names; of several recipes later ones win, and flags win over recipes",
+        help="YAML files with settings by flag name; later recipes override earlier ones, and flags override recipes",
     )
     for name, text in (
         ("print-config", "print the resolved settings as a recipe and exit"),
-        ("dry-run", "check everything, print the plan and exit"),
+        ("dry-run", "validate the configuration and files, print the plan and exit"),
     ):
         parser.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
     sections = {
@@ -150,7 +150,7 @@ def _build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (list[str], dict[str, list[str]]):
-            options |= {"nargs": "+", "metavar": "WORD"}
+            options |= {"nargs": "+", "metavar": "ARGUMENT"}
         else:
             options["metavar"] = "|".join(setting.metadata["choices"]) or "VALUE"
         sections[group].add_argument(flag_name(setting), **options)
@@ -165,9 +165,9 @@ def _help(text: str, default: Any, kind: Any) -> str:
     return text.replace("%", "%%") + (f" [{shown}]" if shown is not None else " [on]" if default is True else "")
 
 
-def _refusals(unknown: Sequence[str], ours: list[str]) -> list[str]:
-    """Return a message for each argument that no flag takes."""
+def _refusals(unknown: Sequence[str], known: list[str]) -> list[str]:
+    """Return a message for each unexpected argument."""
     flags = dict.fromkeys(argument.partition("=")[0] for argument in unknown if re.match(r"-+[a-zA-Z]", argument))
     if unknown and not flags:
         return [f"unexpected positional argument {unknown[0]!r}."]
-    return [refusal(flag, flag, flag, ours) for flag in flags]
+    return [refusal_message(flag, flag, flag, known) for flag in flags]

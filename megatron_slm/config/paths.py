@@ -1,4 +1,4 @@
-"""Paths of the flags: the default of --slm-metrics-file, and ``~``, which a shell leaves in recipes and ``--flag=``."""
+"""Path settings: the default of --slm-metrics-file, and expansion of ``~`` in recipes and ``--flag=`` arguments."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ PATH_SETTINGS = frozenset(
 
 
 def metrics_file(config: Config) -> Path | None:
-    """Return the path of the JSONL file of metrics, if there is one."""
+    """Return the path of the JSONL metrics file, or None if metrics are not written."""
     if config.logging.slm_metrics_file:
         return Path(config.logging.slm_metrics_file)
     return Path(config.checkpoint.save) / METRICS_FILE if config.checkpoint.save else None
 
 
-def expanded_user(path: str) -> str:
-    """Return a path with ``~`` or ``~user`` at its beginning replaced by the home directory."""
-    return os.path.expanduser(path)  # noqa: PTH111 leaves ~ of an unknown user, where Path raises RuntimeError
+def expand_user(path: str) -> str:
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home directory."""
+    return os.path.expanduser(path)  # noqa: PTH111 keeps ~ of an unknown user, for which Path raises RuntimeError
 
 
-def expanded_paths(value: Any) -> Any:
-    """Return the value of a path setting with ``~`` replaced, also in the words of blends."""
+def expand_paths(value: Any) -> Any:
+    """Return the value of a path setting with ``~`` expanded, including in blends."""
     if isinstance(value, str):
-        return expanded_user(value)
+        return expand_user(value)
     if isinstance(value, list):
-        return [expanded_paths(word) for word in value]
+        return [expand_paths(path) for path in value]
     if isinstance(value, dict):
-        return {name: expanded_paths(words) for name, words in value.items()}
+        return {name: expand_paths(paths) for name, paths in value.items()}
     return value

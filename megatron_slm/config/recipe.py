@@ -1,4 +1,4 @@
-"""Reads and writes configurations as flat YAML: recipes, the configuration saved in a checkpoint, --print-config."""
+"""Read and write configurations as flat YAML: recipes, saved configurations and --print-config."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_slm.config import schema
-from megatron_slm.config.blends import UniqueLoader, blend_words
+from megatron_slm.config.blends import UniqueLoader, blend_arguments
 from megatron_slm.config.constraints import UNSET
 from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
-from megatron_slm.config.paths import PATH_SETTINGS, expanded_paths
-from megatron_slm.config.renamed import current
+from megatron_slm.config.paths import PATH_SETTINGS, expand_paths
+from megatron_slm.config.renamed import current_spelling
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -24,7 +24,7 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def settings() -> Iterator[tuple[str, Field[Any], Any]]:
-    """(name of the group, field, type) of every setting, in the order of the help."""
+    """Yield (group name, field, type) of every setting, in the order of the help."""
     for group in fields(Config):
         group_type = getattr(schema, str(group.type))
         hints = get_type_hints(group_type)
@@ -34,15 +34,15 @@ def settings() -> Iterator[tuple[str, Field[Any], Any]]:
 
 
 def to_flat_dict(config: Config) -> dict[str, Any]:
-    """Every setting by name."""
+    """Return all settings by name."""
     return {setting.name: getattr(getattr(config, group), setting.name) for group, setting, _ in settings()}
 
 
 def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> Config:
-    """A configuration from settings by name; those that are not named keep their defaults.
+    """Return a configuration from settings by name; the others keep their defaults.
 
     Raises:
-        ConfigError: an unknown name, or a value of the wrong type; ``where`` is named in the message.
+        ConfigError: an unknown name, or a value of the wrong type; the message names ``where``.
     """
     converted, problems = convert_settings(values, lambda name: f"{where}: {name}")
     refuse(problems)
@@ -50,7 +50,7 @@ def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> C
 
 
 def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return the configuration with the settings of ``values``, by name, replaced."""
+    """Return the configuration with the settings in ``values`` replaced."""
     changes: dict[str, dict[str, Any]] = {}
     for group, setting, _ in settings():
         if setting.name in values:
@@ -59,53 +59,54 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def convert_settings(values: Mapping[str, Any], label: Callable[[str], str]) -> tuple[dict[str, Any], list[str]]:
-    """Return settings in the types of their fields, and a message for each unknown name and unusable value.
+    """Convert settings to the types of their fields; return them and a message per unknown name or invalid value.
 
     Args:
-        label: returns the place of a setting, for the messages.
+        label: returns the location of a setting, for the messages.
     """
     converted: dict[str, Any] = {}
     known = {setting.name: kind for _, setting, kind in settings()}
     problems: list[str] = []
     for key, given in values.items():
-        spelled, value = current(str(key).replace("-", "_"), given)
+        spelled, value = current_spelling(str(key).replace("-", "_"), given)
         name = _positive(spelled)
         if name not in known:
-            problems.append(refusal(label(key), f"--{name.replace('_', '-')}", name, list(known)))
+            problems.append(refusal_message(label(key), f"--{name.replace('_', '-')}", name, list(known)))
             continue
         try:
             found = convert(value, known[name], label(key))
-            found = expanded_paths(found) if name in PATH_SETTINGS else found
+            found = expand_paths(found) if name in PATH_SETTINGS else found
             converted[name] = found if spelled == name else not found
         except ConfigError as error:
             problems.append(str(error))
     return converted, problems
 
 
-def refusal(label: str, flag: str, name: str, names: list[str]) -> str:
-    """Return the message for a flag or a setting that is unknown, or Megatron-LM's and not taken.
+def refusal_message(label: str, flag: str, name: str, names: list[str]) -> str:
+    """Return the message for an unknown flag or setting, or an unsupported flag of Megatron-LM.
 
     Args:
-        label: the place, for the message.
+        label: location, for the message.
         flag: the flag.
-        name: the flag or the setting as given, to look for among ``names``.
+        name: the flag or setting as given.
+        names: known flags or settings, to suggest a similar one from.
     """
     if flag in megatron_flags():
-        return f"{label} is a flag of Megatron-LM's that is not taken here: {remedy(flag)}"
-    return f"{label} is unknown.{nearest(name, names)}"
+        return f"{label} is a Megatron-LM flag that is not supported: {remedy(flag)}"
+    return f"{label} is unknown.{suggest_name(name, names)}"
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """ " Did you mean ...?", or nothing where nothing is near."""
+def suggest_name(name: str, names: list[str]) -> str:
+    """Return " Did you mean NAME?", or an empty string if no name is similar."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean {found[0]}?" if found else ""
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """``value``, from YAML or a command line, as ``kind``.
+    """Convert ``value``, from YAML or a command line, to the type ``kind``.
 
     Raises:
-        ConfigError: it cannot be read as such; ``where`` is named in the message.
+        ConfigError: the value is not of that type; the message names ``where``.
     """
     if get_origin(kind) in (types.UnionType, Union):
         if value is None:
@@ -113,11 +114,11 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         kind = next(option for option in get_args(kind) if option is not type(None))
     refuse_empty(value, where)
     if kind == list[str]:
-        return blend_words(value, where)
+        return blend_arguments(value, where)
     if kind == dict[str, list[str]]:
         return _named_sets(value, where)
     if value is None or isinstance(value, list | dict):
-        raise ConfigError(f"{where} should be {_describe(kind)}, not {value!r}.")
+        raise ConfigError(f"{where} must be {_describe(kind)}, not {value!r}.")
     if kind is bool:
         return _bool(value, where)
     try:
@@ -127,11 +128,11 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return int(value)
         return kind(str(value))
     except ValueError:
-        raise ConfigError(f"{where} should be {_describe(kind)}, not {value!r}.") from None
+        raise ConfigError(f"{where} must be {_describe(kind)}, not {value!r}.") from None
 
 
 def refuse_empty(value: Any, where: str) -> None:
-    """Refuse text that is empty (an unset shell variable, as a rule) or cannot be written as UTF-8."""
+    """Raise ConfigError for text that is empty (often an unset shell variable) or not valid UTF-8."""
     if isinstance(value, list):
         for item in value:
             refuse_empty(item, where)
@@ -147,41 +148,41 @@ def refuse_empty(value: Any, where: str) -> None:
 
 
 def _describe(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(kind, str(kind))
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))
 
 
 def _bool(value: Any, where: str) -> bool:
     if isinstance(value, bool):
         return value
-    word = str(value).lower()
-    if word not in TRUE + FALSE:
-        raise ConfigError(f"{where} should be true or false, not {value!r}.")
-    return word in TRUE
+    text = str(value).lower()
+    if text not in TRUE + FALSE:
+        raise ConfigError(f"{where} must be true or false, not {value!r}.")
+    return text in TRUE
 
 
 def _named_sets(value: Any, where: str) -> dict[str, list[str]]:
     if value is None:
         return {}
     if isinstance(value, dict):
-        return {str(name): blend_words(words, f"{where}.{name}") for name, words in value.items()}
+        return {str(name): blend_arguments(blend, f"{where}.{name}") for name, blend in value.items()}
     sets: dict[str, list[str]] = {}
     name = "valid"
-    for word in blend_words(value, where):
-        head, equals, rest = word.partition("=")
+    for argument in blend_arguments(value, where):
+        head, equals, rest = argument.partition("=")
         if equals and "/" not in head:
-            name, word = head, rest
+            name, argument = head, rest
             if name in sets:
-                raise ConfigError(f"{where}: the set {name!r} is named twice.")
-            if not name.strip() or not word.strip():
+                raise ConfigError(f"{where}: the set {name!r} is given twice.")
+            if not name.strip() or not argument.strip():
                 raise ConfigError(
                     f"{where}: {head}={rest} lacks a {'prefix' if name.strip() else 'name'}. Write NAME=PREFIX."
                 )
-        sets.setdefault(name, []).append(word)
+        sets.setdefault(name, []).append(argument)
     return sets
 
 
 class RecipeLoader(UniqueLoader):
-    """YAML in which a name without a value is empty text, which is refused; ``null`` is the default."""
+    """YAML loader that reads a missing value as empty text, which is refused, and ``null`` as the default."""
 
 
 def _construct_null(loader: RecipeLoader, node: yaml.ScalarNode) -> str | None:
@@ -192,10 +193,10 @@ RecipeLoader.add_constructor("tag:yaml.org,2002:null", _construct_null)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, with the flags' names in underscores.
+    """Return the settings of a YAML file by name, with underscores.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, is not a mapping, or names a setting twice or without a value.
+        ConfigError: the file is missing, is not a YAML mapping, or has a setting twice or without a value.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
@@ -208,7 +209,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a list of 'name: value' lines with the flags' names.")
+        raise ConfigError(f"{path}: a recipe must be a mapping of flag names to values, one 'name: value' per line.")
     names = [str(key).replace("-", "_") for key in values]
     subjects = [_positive(name) for name in names]
     refuse([f"{path}: {name} is given twice." for name in sorted(set(subjects)) if subjects.count(name) > 1])
@@ -216,17 +217,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _positive(name: str) -> str:
-    """Return the setting that Megatron-LM's spelling ``no_NAME`` turns off, and any other name as it is."""
+    """Return the setting that Megatron-LM's spelling ``no_NAME`` disables; return other names unchanged."""
     known = {setting.name: kind for _, setting, kind in settings()}
     positive = name.removeprefix("no_")
     return positive if name not in known and known.get(positive) is bool else name
 
 
 def read_config(path: Path) -> Config:
-    """A saved configuration."""
+    """Return a saved configuration."""
     return from_flat_dict(read_recipe(path), str(path))
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, itself a valid recipe."""
+    """Return the configuration as YAML, which is a valid recipe."""
     return yaml.safe_dump(to_flat_dict(config), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Settings on resume: one table decides what a difference between the flags and the checkpoint means."""
+"""Settings on resume: one table defines the consequence of each difference between flags and checkpoint."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megatron_slm.runtime.errors import refuse
 class Rule(Enum):
     """Consequence of a setting that differs from the checkpoint's."""
 
-    STRUCTURE = auto()  # an error for a resumed run and for one that begins with the weights: they would not mean it
-    ERROR = auto()  # an error for a resumed run; one that begins with the weights (--finetune) takes the flag
-    SCHEDULE = auto()  # an error, or one of --override-... and --use-checkpoint-opt_param-scheduler decides
-    OPTIMIZER = auto()  # an error if the optimizer state is loaded, else takes the flag
-    FLAG = auto()  # takes the flag, and the run prints the difference
-    CHECKPOINT = auto()  # takes the checkpoint: the setting has no effect after the first step
-    LOCAL = auto()  # belongs to this start of the run; not compared
+    STRUCTURE = auto()  # an error, also for a run that starts from the weights, which would not fit
+    ERROR = auto()  # an error for a resumed run; a run that starts from the weights (--finetune) uses the flag
+    SCHEDULE = auto()  # an error, unless --override-... or --use-checkpoint-opt_param-scheduler is given
+    OPTIMIZER = auto()  # an error if the optimizer state is loaded; otherwise uses the flag
+    FLAG = auto()  # uses the flag and prints the difference
+    CHECKPOINT = auto()  # uses the checkpoint: the setting has no effect after the first step
+    LOCAL = auto()  # specific to this start of the run; not compared
 
 
 _TABLE: dict[Rule, tuple[str, ...]] = {
@@ -83,7 +83,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
 }
 RULES: dict[str, Rule] = {name: rule for rule, names in _TABLE.items() for name in names}
 
-# Settings that decide which scores are compared with a saved threshold.
+# Settings that determine the scores to which a saved threshold applies.
 SCORE_SETTINGS: tuple[str, ...] = (
     "objective",
     "slm_score",
@@ -95,7 +95,7 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_scores",
     "reference_combine",
 )
-DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # may follow from others
+DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # may be derived from others
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Difference:
 
 
 def differences(config: Config, saved: Config) -> list[Difference]:
-    """Return the settings that differ and have an effect, in the order of the help; local ones are left out."""
+    """Return the differing settings that have an effect, except local ones, in the order of the help."""
     found = []
     for group, setting, _ in settings():
         rule = RULES.get(setting.name, Rule.FLAG)
@@ -122,34 +122,38 @@ def differences(config: Config, saved: Config) -> list[Difference]:
 
 
 def reconcile(
-    config: Config, saved: Config, directory: Path, flag: str, further: Sequence[str] = ()
+    config: Config, saved: Config, directory: Path, flag: str, additional: Sequence[str] = ()
 ) -> tuple[Config, str]:
     """Apply the table to a run that resumes from ``directory``.
 
     Args:
-        further: differences that the settings do not show, to be named with the others.
+        additional: descriptions of differences outside the settings, for the log line.
 
     Returns:
-        the configuration with the settings that come from the checkpoint, and one line that names the differences,
-        for the log; empty if there are none.
+        The configuration with the settings adopted from the checkpoint, and a log line with all differences, empty if
+        there are none.
 
     Raises:
-        ConfigError: settings that must not differ do; all of them, with the remedy.
+        ConfigError: one message with all differences that are errors, each with its remedy.
     """
     found = differences(config, saved)
-    wrong = {Rule.STRUCTURE, Rule.ERROR} | ({Rule.OPTIMIZER} if config.checkpoint.load_optim else set())
-    refuse([_refusal(each, directory, flag) for each in found if each.rule in wrong])
+    refused = {Rule.STRUCTURE, Rule.ERROR} | ({Rule.OPTIMIZER} if config.checkpoint.load_optim else set())
+    refuse([_refusal(each, directory, flag) for each in found if each.rule in refused])
     adopted = {Rule.CHECKPOINT}
     if config.optimizer.use_checkpoint_opt_param_scheduler and config.checkpoint.load_optim:
         adopted.add(Rule.SCHEDULE)
-    taken = {each.name: each.theirs for each in found if each.rule in adopted}
+    values = {each.name: each.theirs for each in found if each.rule in adopted}
     if Rule.SCHEDULE in adopted:
-        taken |= _fixed_decay(with_settings(config, taken), saved)
-    return with_settings(config, taken), _line(found, adopted, directory, further)
+        values |= _fixed_decay(with_settings(config, values), saved)
+    return with_settings(config, values), _line(found, adopted, directory, additional)
 
 
 def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str) -> str:
-    """Apply the table to a run that begins with the weights of ``directory``; return the line, raise as above."""
+    """Apply the table to a run that starts from the weights in ``directory``; return the log line.
+
+    Raises:
+        ConfigError: settings that determine the shapes of the weights differ.
+    """
     found = [each for each in differences(config, saved) if each.rule in (Rule.STRUCTURE, Rule.ERROR)]
     refuse(
         [
@@ -163,7 +167,7 @@ def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str)
 
 
 def score_changed(config: Config, saved: Config) -> bool:
-    """Return whether scores of the run are not comparable with those of the checkpoint."""
+    """Return whether the scores of the run are incomparable with those of the checkpoint."""
     return any(each.name in SCORE_SETTINGS for each in differences(config, saved))
 
 
@@ -179,8 +183,8 @@ def _refusal(each: Difference, directory: Path, flag: str) -> str:
     return f"{flag}: {each.flag} {values}. {remedy}."
 
 
-def _line(found: list[Difference], adopted: set[Rule], directory: Path, further: Sequence[str] = ()) -> str:
-    if not found and not further:
+def _line(found: list[Difference], adopted: set[Rule], directory: Path, additional: Sequence[str] = ()) -> str:
+    if not found and not additional:
         return ""
     shown = [
         f"{each.flag} {_show(each.theirs)} -> {_show(each.ours)}"
@@ -188,12 +192,12 @@ def _line(found: list[Difference], adopted: set[Rule], directory: Path, further:
         else f"{each.flag} {_show(each.ours)} ignored, {_show(each.theirs)} kept"
         for each in found
     ]
-    return f"differences from {directory}: {'; '.join([*shown, *further])}"
+    return f"differences from {directory}: {'; '.join([*shown, *additional])}"
 
 
 def _show(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={' '.join(words)}" for name, words in value.items()) or "none"
+        return " ".join(f"{name}={' '.join(blend)}" for name, blend in value.items()) or "none"
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return {None: "unset", True: "on", False: "off"}.get(value, str(value)) if not _is_number(value) else str(value)
@@ -205,7 +209,7 @@ def _is_number(value: Any) -> bool:
 
 def _has_effect(name: str, config: Config, saved: Config) -> bool:
     if name in DERIVED and (_sources(config) != _sources(saved) or None in (_value(config, name), _value(saved, name))):
-        return False  # a difference of a source is enough
+        return False  # the difference in a source setting is reported instead
     if name in ("swiglu", "activation"):
         return activation_name(config.model) != activation_name(saved.model)
     if name in ("rotary_base", "rotary_percent"):
@@ -222,7 +226,7 @@ def _value(config: Config, name: str) -> Any:
 
 
 def _fixed_decay(config: Config, saved: Config) -> dict[str, Any]:
-    """A schedule without its own length ends with the run that began it, not with a longer one."""
+    """Return the length of a schedule without an explicit length: that of the checkpoint's run, not of a longer one."""
     if saved.training.train_samples is not None:
         return {"lr_decay_samples": config.optimizer.lr_decay_samples or saved.training.train_samples}
     if config.optimizer.lr_decay_iters is None:

@@ -1,4 +1,4 @@
-"""Tokenizer flags of the command-line tools: the trainer's settings, with its names, defaults and help."""
+"""Tokenizer flags of the command-line tools, with the names, defaults and help texts of the trainer."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def add_tokenizer_flags(parser: argparse._ActionsContainer, *, required: bool = 
 
 
 def given_tokenizer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the tokenizer settings that the command line gives, by name."""
+    """Return the tokenizer settings given on the command line, by name."""
     names = [setting.name for setting, _ in _tokenizer_settings()]
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
-def config_of_tokenizer_flags(arguments: argparse.Namespace) -> Config:
-    """Return a configuration with the tokenizer flags of the command line.
+def config_from_tokenizer_flags(arguments: argparse.Namespace) -> Config:
+    """Return a configuration with the tokenizer settings of the command line.
 
     Raises:
-        ConfigError: values that are outside their constraints.
+        ConfigError: a value violates its constraints.
     """
     config = from_flat_dict(given_tokenizer_settings(arguments), "command line")
     refuse(value_violations(config))

@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from megatron_slm.config.paths import expanded_user
+from megatron_slm.config.paths import expand_user
 from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 
@@ -98,7 +98,7 @@ def _matches(pattern: str) -> list[str]:
         return [pattern]
     if is_remote(pattern):
         return _remote_matches(pattern)
-    pattern = str(expanded_user(pattern.removeprefix("file://")))
+    pattern = str(expand_user(pattern.removeprefix("file://")))
     if Path(pattern).is_dir():
         raise ConfigError(f"--input {pattern} is a folder. Name its files: '{pattern.rstrip('/')}/*.jsonl'.")
     if Path(pattern).exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, locate_checkpoint
 from megatron_slm.config.schema import ReferenceConfig
 from megatron_slm.runtime.checksums import text_checksum
-from megatron_slm.runtime.errors import unreadable
+from megatron_slm.runtime.errors import read_error
 from megatron_slm.scores.sets import Headers
 
 FLAG = "--reference-load"
@@ -31,4 +31,4 @@ def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | No
     try:
         return text_checksum(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise unreadable(FLAG, path, error if isinstance(error, OSError) else str(error)) from error
+        raise read_error(FLAG, path, error if isinstance(error, OSError) else str(error)) from error

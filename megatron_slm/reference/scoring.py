@@ -29,7 +29,7 @@ from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, build_micro_batch, make_row_source, scored_positions
 from megatron_slm.runtime.collective import on_first_rank
-from megatron_slm.runtime.console import duration
+from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.console import progress as progress_bar
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.files import check_output_prefix
@@ -276,7 +276,7 @@ class _Scorer:
 
 def _summary(path: Path, header: ScoresHeader, seconds: float, tokens: int) -> str:
     return (
-        f"{path}: {header.tokens:,} tokens in {duration(seconds)} ({tokens / seconds:,.0f} tokens/s), "
+        f"{path}: {header.tokens:,} tokens in {format_duration(seconds)} ({tokens / seconds:,.0f} tokens/s), "
         f"{header.clamped:,} clamped to {header.loss.ceiling:.2f} nats, rounding error at most "
         f"{header.loss.max_error:.4f} nats"
     )

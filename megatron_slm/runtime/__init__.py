@@ -1,1 +1,1 @@
-"""Process start-up, groups, console and signals."""
+"""Process start-up, process groups, errors, files, console and signals."""

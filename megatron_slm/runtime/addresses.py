@@ -1,4 +1,4 @@
-"""Network addresses of hosts: by the resolver of the system, or as Slurm has them for its nodes."""
+"""Resolve host names, through the system resolver or Slurm's node records."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SECONDS_FOR_SLURM = 10.0
 
 
 def resolve_host(host: str) -> str:
-    """Return ``host`` if the system can resolve it, else the address of the Slurm node of that name.
+    """Return ``host`` if the system can resolve it, else the address of the Slurm node with that name.
 
     Raises:
-        ConfigError: there is no such host.
+        ConfigError: the host is unknown.
     """
     try:
         socket.getaddrinfo(host, None)

@@ -1,4 +1,4 @@
-"""Appending records to a file that may be full, a device or a pipe: no half records, and no loss while it is full."""
+"""Append records to files, devices and pipes: no partial records, and no loss during a temporary failure."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from pathlib import Path
 
 from megatron_slm.runtime.files import explained_write
 
-MAX_WAITING = 10_000  # records that are kept in memory while they cannot be written
+MAX_WAITING = 10_000  # records buffered in memory during a failure
 NOT_APPENDABLE = "it is not a file, a character device or a pipe"
 _STANDARD = {"/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"(?:/dev|/proc/self)/fd/(\d+)")
 
 
 class AppendFile:
-    """A regular file, character device, pipe or standard stream that is only ever appended to.
+    """Append-only regular file, character device, pipe or standard stream.
 
     Args:
-        path: its directory is created if needed.
-        what: the flag that names it, for error messages.
+        path: path of the file; its directory is created if needed.
+        flag: flag that names the file, for error messages.
 
     Raises:
-        ConfigError: it cannot be opened. A pipe that no process reads yet is not an error.
+        ConfigError: the file cannot be opened. A pipe without a reader is not an error.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path, flag: str) -> None:
         self.path = path
         self._descriptor: int | None = None
-        self._rest = b""  # of a record that a pipe took in part
-        with explained_write(path, what):
+        self._remainder = b""  # of a record that a pipe accepted in part
+        with explained_write(path, flag):
             if not is_stream(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -43,15 +43,15 @@ class AppendFile:
                     raise
 
     def append(self, record: bytes) -> None:
-        """Write ``record`` to the end.
+        """Append ``record``.
 
         Raises:
-            OSError: nothing was written; a later call tries again.
+            OSError: nothing was written; a later call may succeed.
         """
         try:
             descriptor = self._open()
             if stat.S_ISREG(os.fstat(descriptor).st_mode) and not is_stream(self.path):
-                _append_whole(descriptor, record)
+                _append_completely(descriptor, record)
             else:
                 self._append_to_stream(descriptor, record)
         except OSError:
@@ -59,11 +59,11 @@ class AppendFile:
             raise
 
     def _append_to_stream(self, descriptor: int, record: bytes) -> None:
-        if self._rest:
-            self._rest = self._rest[os.write(descriptor, self._rest) :]
-            if self._rest:
+        if self._remainder:
+            self._remainder = self._remainder[os.write(descriptor, self._remainder) :]
+            if self._remainder:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        self._rest = record[os.write(descriptor, record) :]
+        self._remainder = record[os.write(descriptor, record) :]
 
     def _open(self) -> int:
         if self._descriptor is not None and not os.fstat(self._descriptor).st_nlink:
@@ -79,7 +79,7 @@ class AppendFile:
             os.close(descriptor)
 
 
-def _append_whole(descriptor: int, record: bytes) -> None:
+def _append_completely(descriptor: int, record: bytes) -> None:
     size = os.fstat(descriptor).st_size
     try:
         while record:
@@ -90,12 +90,12 @@ def _append_whole(descriptor: int, record: bytes) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Return True for a device, a pipe and a standard stream, which hold no content to keep or to drop."""
+    """Return whether ``path`` is a device, pipe or standard stream, which has no content to keep or drop."""
     return _standard_descriptor(path) is not None or (path.exists() and not path.is_file())
 
 
 def can_be_appended_to(path: Path) -> bool:
-    """Return False for a directory, a block device and a socket."""
+    """Return whether ``path`` supports appending; directories, block devices and sockets do not."""
     return not (path.is_dir() or path.is_block_device() or path.is_socket())
 
 
@@ -107,34 +107,34 @@ def _standard_descriptor(path: Path) -> int | None:
 def _open(path: Path) -> int:
     standard = _standard_descriptor(path)
     if standard is not None:
-        return os.dup(standard)  # the same position as that of the program's other output
+        return os.dup(standard)  # shares its position with the other output of the program
     if not can_be_appended_to(path):
         raise OSError(errno.EINVAL, NOT_APPENDABLE)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
     if is_stream(path):
-        flags |= os.O_NONBLOCK  # a pipe without a reader must not stop the run
+        flags |= os.O_NONBLOCK  # a pipe without a reader must not block the run
     return os.open(path, flags, 0o666)
 
 
 class PatientWriter:
-    """Appends records to a file; while it cannot be written, they wait in memory.
+    """Append records to a file, buffering them in memory during a failure.
 
     Args:
-        file: where the records go.
-        what: the flag that names the file.
-        warn: called with a line when writing fails for the first time, and when it works again.
+        file: file to append to.
+        flag: flag that names the file, for warnings.
+        warn: function called with a line when writing starts to fail and when it recovers.
     """
 
-    def __init__(self, file: AppendFile, what: str, warn: Callable[[str], None]) -> None:
+    def __init__(self, file: AppendFile, flag: str, warn: Callable[[str], None]) -> None:
         self._file = file
-        self._name = f"{what} {file.path}"
+        self._name = f"{flag} {file.path}"
         self._warn = warn
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
         self._is_failing = False
 
     def write(self, record: bytes) -> None:
-        """Write the record, after those that wait."""
+        """Write the record after all buffered ones."""
         self._waiting.append(record)
         if len(self._waiting) > MAX_WAITING:
             self._waiting.popleft()
@@ -142,7 +142,7 @@ class PatientWriter:
         self._drain()
 
     def close(self) -> None:
-        """Write the records that wait, and report those that were lost."""
+        """Write all buffered records and report lost ones."""
         self._drain()
         lost = len(self._waiting) + self._dropped
         if lost:
@@ -160,10 +160,10 @@ class PatientWriter:
                 self._is_failing = True
                 self._warn(
                     f"{self._name} cannot be written ({error.strerror or error}). The run continues; up to "
-                    f"{MAX_WAITING:,} records wait in memory until it can."
+                    f"{MAX_WAITING:,} records are buffered in memory."
                 )
             return
         if self._is_failing:
             self._is_failing = False
-            self._warn(f"{self._name} is written again: {count:,} records caught up, {self._dropped:,} lost.")
+            self._warn(f"{self._name} is writable again: {count:,} buffered records written, {self._dropped:,} lost.")
             self._dropped = 0

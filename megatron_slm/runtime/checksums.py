@@ -1,7 +1,7 @@
-"""Content checksums of large files, shared among all ranks and a few threads of each.
+"""Content checksums of large files, computed in parallel by all ranks and several threads per rank.
 
-A file's checksum is the XXH3-128 hash of the XXH3-128 hashes of its blocks of 16 MiB. Blocks, not files, are shared,
-so that one large file does not occupy one rank alone; a thousand ranks each read a thousandth of the bytes.
+A file's checksum is the XXH3-128 hash of the XXH3-128 hashes of its 16 MiB blocks. Work is distributed by block, not by
+file, so that all ranks share a large file and a thousand ranks each read a thousandth of the bytes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_slm.runtime.collective import gather_on_every_rank, gather_on_first_rank, on_every_rank, on_first_rank
-from megatron_slm.runtime.errors import unreadable
+from megatron_slm.runtime.errors import read_error
 
 BLOCK_BYTES = 16 << 20
 THREADS = 8
 
-_Block = tuple[int, int]  # number of the file, offset of the block
-_Read = tuple[list[int], list[_Block], dict[_Block, bytes | str]]  # ranks with the same files, all blocks, own hashes
+_Block = tuple[int, int]  # file index, block offset
+_Read = tuple[
+    list[int], list[_Block], dict[_Block, bytes | str]
+]  # ranks with the same files, all blocks, hashes of this rank
 
 
 def text_checksum(text: str) -> str:
@@ -29,62 +31,63 @@ def text_checksum(text: str) -> str:
     return f"xxh3:{xxhash.xxh3_128(text.encode('utf-8')).hexdigest()}"
 
 
-def file_checksums(paths: Sequence[Path], what: str, *, start: int = 0, just_written: bool = False) -> list[str]:
-    """Return the checksum of the content of each file, as this rank sees it. Collective over all ranks.
+def file_checksums(paths: Sequence[Path], role: str, *, start: int = 0, just_written: bool = False) -> list[str]:
+    """Return the content checksum of each file, as visible on this rank. Collective over all ranks.
 
-    Ranks share the reading of files in directories that they share; a copy on a disk of one host is read there.
+    Ranks divide the reading of files in shared directories; each host reads its local copies.
 
     Args:
-        paths: regular files; every rank passes the same.
-        what: the flag or the role of the files, which begins every error message.
-        start: offset of the first byte that counts.
-        just_written: all ranks have written the files together, so that they must be the same.
+        paths: regular files, identical on every rank.
+        role: flag or role of the files, which prefixes every error message.
+        start: offset of the first byte to include.
+        just_written: whether the ranks wrote the files together, so that all see the same files.
 
     Raises:
-        ConfigError: a file cannot be read on some rank; on every rank.
+        ConfigError: a file is unreadable on some rank; raised on every rank.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     directories = dict.fromkeys(path.parent for path in paths)
-    readers = list(range(world)) if just_written else ranks_with_same_files(directories, what)
-    sizes = on_every_rank(lambda: [_size(path, what) for path in paths] if rank == readers[0] else [])
+    readers = list(range(world)) if just_written else ranks_with_same_files(directories, role)
+    sizes = on_every_rank(lambda: [_size(path, role) for path in paths] if rank == readers[0] else [])
     sizes = gather_on_every_rank(sizes)[readers[0]]
     blocks = [(number, offset) for number, size in enumerate(sizes) for offset in range(start, size, BLOCK_BYTES)]
-    mine = blocks[readers.index(rank) :: len(readers)]
+    local_blocks = blocks[readers.index(rank) :: len(readers)]
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
-        found = dict(zip(mine, threads.map(lambda block: _hash_block(paths[block[0]], block[1]), mine), strict=True))
+        digests = threads.map(lambda block: _hash_block(paths[block[0]], block[1]), local_blocks)
+        found = dict(zip(local_blocks, digests, strict=True))
     gathered = gather_on_first_rank((readers, blocks, found))
-    checksums = on_first_rank(lambda: _combine(paths, gathered, what))
+    checksums = on_first_rank(lambda: _combine(paths, gathered, role))
     return checksums[readers[0]]
 
 
-def ranks_with_same_files(directories: Iterable[Path], what: str) -> list[int]:
-    """Return the ranks that see the same directories as this rank, not copies of them. Collective over all ranks.
+def ranks_with_same_files(directories: Iterable[Path], role: str) -> list[int]:
+    """Return the ranks with the same directories as this rank, not copies of them. Collective over all ranks.
 
     Raises:
-        ConfigError: a directory cannot be read on some rank; on every rank.
+        ConfigError: a directory is unreadable on some rank; raised on every rank.
     """
-    views = gather_on_every_rank(on_every_rank(lambda: [_identity(directory, what) for directory in directories]))
+    views = gather_on_every_rank(on_every_rank(lambda: [_identity(directory, role) for directory in directories]))
     ours = views[dist.get_rank() if dist.is_initialized() else 0]
     return [rank for rank, view in enumerate(views) if view == ours]
 
 
-def _identity(directory: Path, what: str) -> tuple[int, int]:
+def _identity(directory: Path, role: str) -> tuple[int, int]:
     try:
         status = directory.stat()
     except OSError as error:
-        raise unreadable(what, directory, error) from error
-    return status.st_ino, status.st_mtime_ns  # the device has another number on each host
+        raise read_error(role, directory, error) from error
+    return status.st_ino, status.st_mtime_ns  # device numbers differ between hosts
 
 
-def _size(path: Path, what: str) -> int:
+def _size(path: Path, role: str) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise unreadable(what, path, error) from error
+        raise read_error(role, path, error) from error
 
 
 def _hash_block(path: Path, offset: int) -> bytes | str:
-    """Return the hash of one block, or the reason why it cannot be read, which is raised on all ranks together."""
+    """Return the hash of one block, or the reason of a read error, which all ranks raise together."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
@@ -93,8 +96,8 @@ def _hash_block(path: Path, offset: int) -> bytes | str:
         return error.strerror or str(error)
 
 
-def _combine(paths: Sequence[Path], gathered: list[_Read], what: str) -> dict[int, list[str]]:
-    """Return the checksums that each group of ranks with the same files has found, by its first rank."""
+def _combine(paths: Sequence[Path], gathered: list[_Read], role: str) -> dict[int, list[str]]:
+    """Return the checksums of each group of ranks with the same files, by the first rank of the group."""
     combined = {}
     for rank, (readers, blocks, _) in enumerate(gathered):
         if rank != readers[0]:
@@ -104,7 +107,7 @@ def _combine(paths: Sequence[Path], gathered: list[_Read], what: str) -> dict[in
         for number, offset in blocks:
             digest = hashes[number, offset]
             if isinstance(digest, str):
-                raise unreadable(what, paths[number], digest)
+                raise read_error(role, paths[number], digest)
             digests[number].update(digest)
         combined[rank] = [f"xxh3:{each.hexdigest()}" for each in digests]
     return combined

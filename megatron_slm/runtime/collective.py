@@ -1,4 +1,4 @@
-"""Decisions of one rank that all ranks follow, so that a check on one rank leaves no other rank waiting; and sums."""
+"""Collective decisions, which keep a failed check on one rank from blocking the others, and reductions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def is_first_rank() -> bool:
-    """Return whether this is rank 0, or there is no process group."""
+    """Return whether this is rank 0 or a process without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
     """Run ``function`` on rank 0; every rank returns its result, or raises its ConfigError. Collective.
 
-    Without a process group the function runs in place.
+    Without a process group, the function runs in this process.
     """
     if not dist.is_initialized():
         return function()
@@ -41,7 +41,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
 def on_every_rank(function: Callable[[], T]) -> T:
     """Run ``function`` on every rank and return its result; if one rank raises ConfigError, all do. Collective.
 
-    For files that each rank reads by itself, and that may be missing or unreadable on one host alone.
+    Use it for files that every rank reads, which may be missing or unreadable on some hosts only.
     """
     if not dist.is_initialized():
         return function()
@@ -59,7 +59,7 @@ def on_every_rank(function: Callable[[], T]) -> T:
 
 
 def gather_on_every_rank(value: T) -> list[T]:
-    """Return every rank's ``value``, by rank. Collective."""
+    """Return the ``value`` of every rank, by rank. Collective."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -77,14 +77,14 @@ def gather_on_first_rank(value: T) -> list[T]:
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum ``values`` over ``group``, in place; None is a group of this rank alone."""
+    """Sum ``values`` over ``group``, in place; None is a group of one rank."""
     if group is not None and group.size() > 1:
         dist.all_reduce(values, group=group)
     return values
 
 
 def broadcast_from_last_stage(values: Tensor, pipeline: ProcessGroup | None) -> Tensor:
-    """Copy ``values`` of the last rank of a pipeline to the others, in place; None is a pipeline of this rank alone."""
+    """Broadcast ``values`` from the last rank of a pipeline, in place; None is a pipeline of one rank."""
     if pipeline is not None and pipeline.size() > 1:
         dist.broadcast(values, dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
     return values

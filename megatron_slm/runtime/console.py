@@ -1,4 +1,4 @@
-"""Output for people: lines on rank 0, warnings, and a progress bar with rate and time left for long work."""
+"""Console output: log lines on rank 0, warnings, and progress bars."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from rich.text import Text
 from megatron_slm.runtime.launch import launched_rank
 from megatron_slm.runtime.output import prepare_output
 
-SECONDS_BETWEEN_LINES = 10.0  # of a bar that is not on a terminal
-UNBOUNDED = 10_000  # columns of an output that is not a terminal: tables and lines are not wrapped
-BYTES = "B"  # the unit of a bar whose rate is given in MB/s
+SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
+UNBOUNDED = 10_000  # columns of an output that is not a terminal; disables wrapping
+BYTES = "B"  # unit of a progress bar in MB and MB/s
 
 
 class Advance(Protocol):
-    """Something that counts work done."""
+    """Progress counter."""
 
     def advance(self, amount: float = 1) -> None: ...
 
 
 class _Silent:
-    """Counts nothing, for ranks that print nothing."""
+    """Progress counter of a silent rank."""
 
     def advance(self, amount: float = 1) -> None: ...
 
 
 def make_console(enabled: bool = True) -> Console:
-    """Return the console of a run: standard output, colour on a terminal only, silent unless ``enabled``.
+    """Return the console of a run on standard output, in color on a terminal; silent unless ``enabled``.
 
-    Lines are not wrapped, and without a terminal tables are not either (unless COLUMNS gives a width). An output that
-    fails, such as a log on a full disk or a closed pipe, does not end the run.
+    Lines are not wrapped; tables are wrapped only on a terminal or if COLUMNS is set. A failing output, such as a log
+    on a full disk or a closed pipe, does not end the run.
     """
     prepare_output()
     columns = os.environ.get("COLUMNS", "")
     width = None if sys.stdout.isatty() or columns.isdigit() else UNBOUNDED
-    if columns.isdigit() and int(columns) == 0:  # of a terminal without a size; rich would print nothing
+    if columns.isdigit() and int(columns) == 0:  # a terminal without a size, on which rich would print nothing
         width = shutil.get_terminal_size((UNBOUNDED, 0)).columns
     return Console(file=_fail_safe(sys.stdout), quiet=not enabled, highlight=False, soft_wrap=True, width=width)
 
@@ -65,7 +65,7 @@ def warn(message: str) -> None:
 
 
 def notice(message: str) -> None:
-    """Print a remark on standard error, on rank 0."""
+    """Print a note on standard error, on rank 0."""
     if launched_rank() == 0:
         print(f"note: {message}", file=_fail_safe(sys.stderr), flush=True)
 
@@ -75,7 +75,7 @@ def _fail_safe(stream: TextIO) -> TextIO:
 
 
 class _FailSafe:
-    """A text stream whose errors are ignored: there is no other place to report them to."""
+    """Text stream that ignores its errors, since they cannot be reported elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -102,7 +102,7 @@ class _FailSafe:
 
 
 def _discard_unwritten() -> None:
-    """Keep the interpreter from failing at exit because of lines that it still cannot write."""
+    """Discard unwritten output, which would make the interpreter fail at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -110,18 +110,18 @@ def _discard_unwritten() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def duration(seconds: float) -> str:
-    """Format ``seconds`` for people: 42s, 3m07s, 2h05m, 3d04h."""
-    whole = int(seconds)
+def format_duration(seconds: float) -> str:
+    """Format ``seconds`` as 42s, 3m07s, 2h05m or 3d04h."""
+    rounded = int(seconds)
     for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // small:02d}{small_unit}"
-    return f"{whole}s"
+        if rounded >= size:
+            return f"{rounded // size}{unit}{rounded % size // small:02d}{small_unit}"
+    return f"{rounded}s"
 
 
 @contextmanager
 def progress(description: str, total: float | None, unit: str = "it", *, enabled: bool = True) -> Iterator[Advance]:
-    """Show a bar with rate and time left on standard error; if that is no terminal, plain lines for work that lasts.
+    """Show a progress bar with rate and remaining time on standard error; without a terminal, periodic plain lines.
 
     The unit :data:`BYTES` is shown in MB and MB/s. Nothing is shown unless ``enabled``.
     """
@@ -146,8 +146,8 @@ def progress(description: str, total: float | None, unit: str = "it", *, enabled
         yield _RichProgress(bar, description, total)
 
 
-def amount(number: float, unit: str) -> str:
-    """Format a count with its unit: 1,200 tokens; bytes as 3.4 MB."""
+def format_amount(number: float, unit: str) -> str:
+    """Format a count with its unit: 1,200 tokens; 3.4 MB for bytes."""
     return f"{number / 1e6:,.1f} MB" if unit == BYTES else f"{number:,.0f} {unit}"
 
 
@@ -157,7 +157,7 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{amount(task.speed, self.unit)}/s" if task.speed else "")
+        return Text(f"{format_amount(task.speed, self.unit)}/s" if task.speed else "")
 
 
 class _RichProgress:
@@ -189,8 +189,9 @@ class _PlainProgress:
         self.printed = time.monotonic()
         self.has_printed = True
         rate = self.done / max(self.printed - self.began, 1e-9)
-        text = f"{self.description}: {amount(self.done, self.unit)}"
+        text = f"{self.description}: {format_amount(self.done, self.unit)}"
         if self.total:
-            left = (self.total - self.done) / rate if rate else 0.0
-            text += f" of {amount(self.total, self.unit)} ({self.done / self.total:.0%}), {duration(max(left, 0))} left"
-        print(f"{text}, {amount(rate, self.unit)}/s", file=_fail_safe(sys.stderr), flush=True)
+            remaining = max((self.total - self.done) / rate, 0.0) if rate else 0.0
+            text += f" of {format_amount(self.total, self.unit)} ({self.done / self.total:.0%})"
+            text += f", {format_duration(remaining)} left"
+        print(f"{text}, {format_amount(rate, self.unit)}/s", file=_fail_safe(sys.stderr), flush=True)

@@ -1,8 +1,8 @@
-"""Error reports before the process group exists: one message if all ranks have the same error, else one per error.
+"""Error reports before the process group exists: one message per distinct error over all ranks.
 
-Without torchrun, rank 0 announces its message at the rendezvous address, where the other ranks ask for it. A rank 0
-that waits for the others there has no error, and its rendezvous does not answer. torchrun ends all ranks of a node when
-one has failed, so that the ranks that live a while longer have an error that the first did not have.
+Without torchrun, rank 0 serves its message at the rendezvous address, where the other ranks request it. If rank 0 has
+no error, it waits for the others at this address and does not answer. torchrun terminates all ranks of a node when one
+fails, so a rank that survives this has a different error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron_slm.runtime.addresses import resolve_host
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import Launch
 
-SECONDS_TO_ANNOUNCE = 5.0  # for ranks that start later than rank 0
-SECONDS_TO_ASK = 10.0  # for a rank 0 that starts later
+SECONDS_TO_ANNOUNCE = 5.0  # to ranks that start later than rank 0
+SECONDS_TO_ASK = 10.0  # a rank 0 that starts later
 SECONDS_TO_ANSWER = 1.0
 SECONDS_BETWEEN_TRIES = 0.1
-SECONDS_FOR_OTHERS = 1.0  # to find their error, before torchrun ends them
-SECONDS_TO_BE_ENDED = 3.0  # by torchrun, if another rank of the node has failed before torch was imported
-SECONDS_TO_BE_LISTED = 15.0  # by torchrun, after a rank that has printed its message; it may take long to exit
+SECONDS_FOR_OTHERS = 1.0  # to detect their errors before torchrun terminates them
+SECONDS_TO_TERMINATION = 3.0  # by torchrun, if another rank of the node failed before torch was imported
+SECONDS_TO_SLOW_EXIT = 15.0  # of the rank that has printed its message, before which this rank must not fail
 SECONDS_BETWEEN_RANKS = 0.5  # of a node under torchrun
 
 
@@ -34,7 +34,7 @@ def is_under_torchrun() -> bool:
 
 
 def announce(launch: Launch, message: str) -> None:
-    """Answer the other ranks with the message of rank 0, until all have asked or a few seconds have passed."""
+    """Serve the message of rank 0 until all other ranks have requested it or a timeout expires."""
     if is_under_torchrun():
         time.sleep(SECONDS_FOR_OTHERS)
         return
@@ -42,8 +42,8 @@ def announce(launch: Launch, message: str) -> None:
         return
     others, end = launch.world_size - 1, time.monotonic() + SECONDS_TO_ANNOUNCE
     with contextlib.suppress(OSError), socket.create_server(("", launch.port)) as server:
-        while others and (left := end - time.monotonic()) > 0:
-            server.settimeout(left)
+        while others and (remaining := end - time.monotonic()) > 0:
+            server.settimeout(remaining)
             connection, _ = server.accept()
             with connection:
                 connection.sendall(_digest(message))
@@ -51,30 +51,30 @@ def announce(launch: Launch, message: str) -> None:
 
 
 def is_reported(launch: Launch, message: str) -> bool:
-    """Return whether another rank reports the error of this rank, which is not rank 0."""
+    """Return whether another rank reports the error of this rank; for ranks other than 0."""
     if is_under_torchrun():
-        _wait_to_be_ended(launch, SECONDS_TO_BE_ENDED)
+        _wait_for_termination(launch, SECONDS_TO_TERMINATION)
         return not _connects(launch)  # the agent of rank 0 serves the address until a rank of its node fails
-    return launch.port is not None and _ask(launch) == _digest(message)
+    return launch.port is not None and _request_digest(launch) == _digest(message)
 
 
 def leave_quietly(launch: Launch) -> None:
-    """Let the rank that has reported end first, under torchrun, which lists every rank that failed before it acts."""
+    """Under torchrun, let the reporting rank exit first, since torchrun lists every rank that fails by then."""
     if is_under_torchrun():
-        _wait_to_be_ended(launch, SECONDS_TO_BE_LISTED)
+        _wait_for_termination(launch, SECONDS_TO_SLOW_EXIT)
 
 
-def _wait_to_be_ended(launch: Launch, seconds: float) -> None:
-    """Wait for a signal from torchrun, in the order of local ranks, and exit with code 0 when it comes.
+def _wait_for_termination(launch: Launch, seconds: float) -> None:
+    """Wait for torchrun's SIGTERM, staggered by local rank, and exit with code 0 on arrival.
 
-    torchrun has the code of the rank that failed first, and would list any other one that is not 0.
+    torchrun already has the exit code of the first failed rank and would list any other nonzero one.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     time.sleep(seconds + SECONDS_BETWEEN_RANKS * launch.local_rank)
 
 
-def _ask(launch: Launch) -> bytes:
-    """Return the answer of rank 0; empty if it has no error or cannot be reached."""
+def _request_digest(launch: Launch) -> bytes:
+    """Return the message digest of rank 0; empty if rank 0 has no error or is unreachable."""
     assert launch.address is not None
     end, address = time.monotonic() + SECONDS_TO_ASK, launch.address
     with contextlib.suppress(ConfigError):

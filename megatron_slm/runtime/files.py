@@ -1,7 +1,7 @@
-"""Atomic file writes: a temporary name in the same directory, fsync, rename, and one error message for all writers.
+"""Atomic file writes: temporary file in the same directory, fsync, rename, and a uniform error message.
 
-A reader sees the previous file or the complete new one, also after a crash or on a full disk. Only regular files are
-replaced, and with ``is_ours`` only those that the caller recognises as its own.
+A reader sees the previous or the complete new file, even after a crash or on a full disk. Only regular files are
+replaced; with ``is_ours``, only those that the predicate accepts.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _KINDS = (
 
 
 @contextmanager
-def atomic_path(path: str | Path, what: str = "the file", *, is_ours: IsOurs | None = None) -> Iterator[Path]:
+def atomic_path(path: str | Path, role: str = "the file", *, is_ours: IsOurs | None = None) -> Iterator[Path]:
     """Yield a temporary path to write to; publish it as ``path`` when the block ends without an error.
 
     The temporary name keeps the suffix of ``path``, by which libraries choose a format. A symbolic link is followed:
     its target is replaced, and an existing file keeps its permissions.
 
     Args:
-        path: the final path. Its directory must exist.
-        what: the flag or the role of the file, which begins every error message, for example ``--output``.
-        is_ours: returns True for an existing file that may be replaced. None: any regular file may.
+        path: final path, in an existing directory.
+        role: flag or role of the file, which prefixes every error message, for example ``--output``.
+        is_ours: returns whether an existing file may be replaced; None accepts any regular file.
 
     Raises:
-        ConfigError: ``path`` cannot be replaced or written. The existing file is unchanged.
+        ConfigError: ``path`` cannot be replaced or written; an existing file is unchanged.
     """
     target = Path(path).resolve()
-    check_replaceable(target, what, is_ours=is_ours)
+    check_replaceable(target, role, is_ours=is_ours)
     temporary = target.with_name(f".partial-{uuid.uuid4().hex[:8]}-{target.name}")
     try:
-        with explained_write(path, what):
+        with explained_write(path, role):
             yield temporary
             if target.exists():
                 shutil.copymode(target, temporary)
@@ -56,7 +56,7 @@ def atomic_path(path: str | Path, what: str = "the file", *, is_ours: IsOurs | N
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a complete file its name: flush it, rename it, and flush the directory.
+    """Flush a complete file, rename it to its final path, and flush the directory.
 
     Raises:
         OSError: the file cannot be flushed or renamed; :func:`explained_write` explains it.
@@ -66,43 +66,43 @@ def publish(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def write_text(path: str | Path, text: str, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
+def write_text(path: str | Path, text: str, role: str = "the file", *, is_ours: IsOurs | None = None) -> None:
     """Write ``text`` to ``path`` in UTF-8, atomically. Arguments and errors as in :func:`atomic_path`."""
-    write_bytes(path, text.encode("utf-8"), what, is_ours=is_ours)
+    write_bytes(path, text.encode("utf-8"), role, is_ours=is_ours)
 
 
-def write_bytes(path: str | Path, data: bytes, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
+def write_bytes(path: str | Path, data: bytes, role: str = "the file", *, is_ours: IsOurs | None = None) -> None:
     """Write ``data`` to ``path`` atomically. Arguments and errors as in :func:`atomic_path`."""
-    with atomic_path(path, what, is_ours=is_ours) as temporary:
+    with atomic_path(path, role, is_ours=is_ours) as temporary:
         temporary.write_bytes(data)
 
 
-def check_replaceable(path: str | Path, what: str = "the file", *, is_ours: IsOurs | None = None) -> None:
-    """Raise ConfigError if ``path`` exists and is not a regular file, or not one of ours; for use before long work."""
+def check_replaceable(path: str | Path, role: str = "the file", *, is_ours: IsOurs | None = None) -> None:
+    """Raise ConfigError if ``path`` exists and may not be replaced; call it before long work."""
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _write_error(path, what, error) from error
+        raise _write_error(path, role, error) from error
     for is_kind, name in _KINDS:
         if is_kind(mode):
-            raise ConfigError(f"{what} {path} is {name}, which is not replaced. Choose another path.")
+            raise ConfigError(f"{role} {path} is {name}, which is not replaced. Choose another path.")
     if is_ours is not None and not is_ours(Path(path)):
         raise ConfigError(
-            f"{what} {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
+            f"{role} {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
         )
 
 
 def check_output_prefix(prefix: str, flag: str, *, directory_allowed: bool = False) -> None:
-    """Raise ConfigError if a prefix of file names has no last part to which suffixes can be added.
+    """Raise ConfigError if suffixes cannot be appended to an output prefix.
 
     Args:
-        prefix: a path; files are named by adding suffixes to it.
-        flag: the flag that gave it.
-        directory_allowed: whether a directory of that name may exist beside the files.
+        prefix: path to which file suffixes are appended.
+        flag: flag that gives the prefix, for error messages.
+        directory_allowed: whether a directory with the same name may exist.
     """
-    remedy = "Give a path whose last part begins the names of the files, for example out/name."
+    remedy = "Give a path that ends with a file name without suffix, for example out/name."
     if not prefix.strip():
         raise ConfigError(f"{flag} is empty. {remedy}")
     if prefix.endswith(os.sep) or os.path.basename(prefix) in (".", ".."):  # noqa: PTH119 Path drops both
@@ -112,22 +112,22 @@ def check_output_prefix(prefix: str, flag: str, *, directory_allowed: bool = Fal
 
 
 @contextmanager
-def explained_write(path: str | Path, what: str = "the file", note: str = "") -> Iterator[None]:
-    """Turn an OSError of the block into a ConfigError that names ``what``, the path, the reason and a remedy.
+def explained_write(path: str | Path, role: str = "the file", note: str = "") -> Iterator[None]:
+    """Convert an OSError of the block into a ConfigError with ``role``, path, reason and remedy.
 
     Args:
-        path: as it was given.
-        what: the flag or the role of the file.
-        note: a sentence that ends the message.
+        path: path as given by the user.
+        role: flag or role of the file.
+        note: last sentence of the message.
     """
     try:
         yield
     except OSError as error:
-        raise _write_error(path, what, error, note) from error
+        raise _write_error(path, role, error, note) from error
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,8 +135,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_error(path: str | Path, what: str, error: OSError, note: str = "") -> ConfigError:
+def _write_error(path: str | Path, role: str, error: OSError, note: str = "") -> ConfigError:
     return ConfigError(
-        f"{what} {path} cannot be written: {error.strerror or error}. Free space on the disk, or choose a path that "
+        f"{role} {path} cannot be written: {error.strerror or error}. Free space on the disk, or choose a path that "
         f"this user may write.{' ' if note else ''}{note}"
     )

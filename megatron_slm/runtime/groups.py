@@ -1,4 +1,4 @@
-"""The process groups of a run as one explicit value, so that no other room reads Megatron's global state."""
+"""Process groups of a run as an explicit value, which replaces Megatron-Core's global parallel state elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How ranks are arranged; data parallelism is what is left of the world."""
+    """Sizes of the parallel dimensions; the remaining ranks are data-parallel."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -21,14 +21,14 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's process groups, places in them, and device."""
+    """Process groups and device of this rank."""
 
     tp: ProcessGroup
     pp: ProcessGroup
     dp: ProcessGroup
-    cp: ProcessGroup  # context-parallel ranks: those that hold other parts of the same samples
-    dp_cp: ProcessGroup  # data- and context-parallel ranks: those that hold other tokens
-    model: ProcessGroup  # tensor- and pipeline-parallel ranks: those that hold the same tokens
+    cp: ProcessGroup  # context-parallel ranks, which hold different chunks of the same samples
+    dp_cp: ProcessGroup  # data- and context-parallel ranks, which hold different tokens
+    model: ProcessGroup  # tensor- and pipeline-parallel ranks, which hold the same tokens
     device: torch.device
     rank: int
     world_size: int
@@ -79,5 +79,5 @@ class Groups:
 
     @property
     def last_stage_rank(self) -> int:
-        """The global rank of this pipeline's last stage."""
+        """Return the global rank of the last stage of this rank's pipeline."""
         return torch.distributed.get_global_rank(self.pp, self.pp_size - 1)

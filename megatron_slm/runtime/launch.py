@@ -1,6 +1,6 @@
 """Launch environment: rank, world size and rendezvous address from the variables of torchrun or srun.
 
-Everything that needs the rank before the process group exists reads it here. The module imports no torch.
+This is the only source of the rank before the process group exists. The module imports no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_slm.runtime.errors import ConfigError
 
 FIRST_PORT, PORTS = 10_000, 20_000  # below the ephemeral ports of Linux
-FIRST_SPECIAL_STEP = 0xFFFF_FF00  # Slurm numbers batch scripts and interactive shells from the top of 32 bits
+FIRST_SPECIAL_STEP = 0xFFFF_FF00  # step ids of batch scripts and interactive shells are the highest 32-bit numbers
 STEP_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
 STEP_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
 NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
@@ -28,19 +28,19 @@ Variables = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Launch:
-    """Place of this process among the processes of a run."""
+    """Rank and rendezvous address of this process."""
 
-    launcher: str  # "torchrun" (or anything else that sets RANK), "srun", or "none"
+    launcher: str  # "torchrun" (or any launcher that sets RANK), "srun", or "none"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0  # rank on this node
-    address: str | None = None  # of rank 0; None if the process is alone
+    address: str | None = None  # of rank 0; None for a single process
     port: int | None = None
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Place of this process in an srun step."""
+    """Task number of this process in an srun step."""
 
     task: int
     tasks: int
@@ -49,13 +49,13 @@ class _Step:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """Slurm job of a process, and how often the job was requeued; without Slurm the id is empty."""
+    """Slurm job of a process and the number of its requeues; the id is empty without Slurm."""
 
     job_id: str = ""
     restarts: int = 0
 
     def is_restart_of(self, earlier: SlurmJob) -> bool:
-        """Return whether this is the same job after a requeue, which Slurm does when all its processes have ended."""
+        """Return whether this is the same job after a requeue, so that all processes of ``earlier`` have ended."""
         return bool(self.job_id) and self.job_id == earlier.job_id and self.restarts > earlier.restarts
 
 
@@ -65,10 +65,10 @@ def slurm_job(env: Variables = os.environ) -> SlurmJob:
 
 
 def read_launch(env: Variables = os.environ) -> Launch:
-    """Return the place of this process from the launcher's variables; an empty variable counts as unset.
+    """Return rank and address of this process from the launcher's variables; empty variables count as unset.
 
     Raises:
-        ConfigError: a variable is malformed or missing, or two of them contradict each other.
+        ConfigError: variables are malformed, missing or contradictory.
     """
     env = {name: value.strip() for name, value in env.items() if value.strip()}
     step = _read_step(env)
@@ -85,12 +85,12 @@ def read_launch(env: Variables = os.environ) -> Launch:
 
 
 def launched_rank(env: Variables = os.environ) -> int:
-    """Return the rank of this process, or the best guess if the variables are malformed; for prints and messages."""
+    """Return the rank of this process, or the best guess if the variables are malformed; for messages."""
     return guess_launch(env).rank
 
 
 def guess_launch(env: Variables = os.environ) -> Launch:
-    """Return the place of this process; if the variables contradict each other, that in the srun step, or in RANK."""
+    """Return rank and address of this process; if the variables are contradictory, trust srun, then RANK."""
     with contextlib.suppress(ConfigError):
         return read_launch(env)
     if "TORCHELASTIC_RUN_ID" not in env:
@@ -116,7 +116,7 @@ def first_host(nodes: str) -> str:
 
 
 def _read_step(env: Variables) -> _Step | None:
-    """Return the place in an srun step; None outside of one, for example in a batch script or an salloc shell."""
+    """Return the srun step of this process; None outside a step, for example in a batch script or salloc shell."""
     if "SLURM_PROCID" not in env or not _is_started_by_srun(env):
         return None
     task = _number(env, "SLURM_PROCID")
@@ -166,12 +166,12 @@ def _launch_from_rank(env: Variables, step: _Step | None) -> Launch:
 
 
 def _compare_with_step(env: Variables, step: _Step, rank: int, world_size: int) -> None:
-    """Refuse RANK and WORLD_SIZE if the tasks of the srun step would train as several independent runs."""
-    agents = _number(env, "GROUP_WORLD_SIZE", least=1)  # set by torchrun: the nodes that it was told of
+    """Raise ConfigError if the tasks of the srun step would train as several independent runs."""
+    agents = _number(env, "GROUP_WORLD_SIZE", least=1)  # set by torchrun to its --nnodes
     if agents is not None:
         if agents != step.tasks:
             raise ConfigError(
-                f"srun started {step.tasks} tasks, and torchrun was told of --nnodes {agents}: each task would be an "
+                f"srun started {step.tasks} tasks, and torchrun has --nnodes {agents}, so each task would be an "
                 f"independent run. Give torchrun --nnodes {step.tasks} and --rdzv-endpoint, or start one task. For "
                 "independent runs, and in an interactive shell, unset SLURM_PROCID."
             )
@@ -196,7 +196,7 @@ def _require_equal(name: str, world_size: int | None, tasks: int) -> None:
 
 
 def _with_address(launch: Launch, env: Variables, step: _Step | None) -> Launch:
-    """Add the rendezvous address, which a process on its own does not need."""
+    """Add the rendezvous address, which a single process does not need."""
     if launch.world_size == 1:
         return launch
     address, port = env.get("MASTER_ADDR"), _number(env, "MASTER_PORT", least=1)
@@ -213,7 +213,7 @@ def _with_address(launch: Launch, env: Variables, step: _Step | None) -> Launch:
 
 
 def _step_address(env: Variables) -> str:
-    """Return the host of the step's first task."""
+    """Return the host of the first task of the step."""
     if _is_on_one_node(env):
         return LOOPBACK
     nodes = next((env[name] for name in NODE_LISTS if name in env), None)
@@ -235,7 +235,7 @@ def _is_on_one_node(env: Variables) -> bool:
 
 
 def _step_port(env: Variables) -> int:
-    """Return a port by which jobs and steps on one node do not collide."""
+    """Return a port derived from job and step, to avoid collisions on a node."""
     job = _number(env, "SLURM_JOB_ID") or _number(env, "SLURM_JOBID") or 0
     return FIRST_PORT + (job * 257 + (_number(env, "SLURM_STEP_ID") or 0)) % PORTS
 
@@ -250,12 +250,12 @@ def _refuse_other_launchers(env: Variables) -> None:
 
 
 def _number(env: Variables, name: str, least: int = 0) -> int | None:
-    """Return the value of a variable, or None if it is unset."""
+    """Return the integer value of a variable, or None if it is unset."""
     text = env.get(name)
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()) or int(text) < least:
-        raise ConfigError(f"the environment variable {name} is {text!r}, and must be a whole number from {least} up.")
+        raise ConfigError(f"the environment variable {name} is {text!r}, and must be an integer of {least} or more.")
     return int(text)
 
 

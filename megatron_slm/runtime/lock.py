@@ -1,8 +1,8 @@
 """Directory lock: one active run per directory.
 
-The lock is a file that names its owner, and that the owner touches while it lives. It expires if the owner is dead: on
-the owner's machine if the process is gone, for a requeued Slurm job with the job's restart, and elsewhere after
-``SECONDS_TO_EXPIRY`` without a touch. Only the order of events in the directory counts, not the clocks of two hosts.
+The lock is a file that identifies its owner, who touches it periodically. It expires when the owner is dead: on the
+owner's machine when the process has ended, for a requeued Slurm job when the job restarts, and elsewhere after
+``SECONDS_TO_EXPIRY`` without a touch. Expiry relies on the clock of the file system only, not on those of two hosts.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from megatron_slm.runtime.reporting import print_error
 LOCK_FILE = ".slm_run.lock"
 SECONDS_BETWEEN_TOUCHES = 10.0
 SECONDS_TO_EXPIRY = 120.0
-SECONDS_TO_SETTLE = 0.5  # after an expired lock is replaced, for other processes that replace it too
-CLOCK_TOLERANCE = 2.0  # seconds by which two readings of a process's start time may differ
+SECONDS_TO_SETTLE = 0.5  # after removing an expired lock, in case other processes remove it too
+CLOCK_TOLERANCE = 2.0  # seconds; maximum difference of two readings of a start time
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Owner:
 
     token: str
     host: str
-    machine: str  # the kernel and process namespace in which ``pid`` is unique
+    machine: str  # kernel and process namespace in which ``pid`` is unique
     pid: int
-    started: float  # start time of the process, since process ids are reused
+    started: float  # start time of the process, since pids are reused
     job: SlurmJob
 
     def __str__(self) -> str:
@@ -52,8 +52,8 @@ class DirectoryLock:
     """Lock of one directory, which is created if it does not exist.
 
     Args:
-        directory: the directory to lock.
-        flag: the flag that named it, for error messages.
+        directory: directory to lock.
+        flag: flag that names the directory, for error messages.
     """
 
     def __init__(self, directory: str | Path, flag: str) -> None:
@@ -65,10 +65,10 @@ class DirectoryLock:
         self._thread = threading.Thread(target=self._keep_alive, name="directory-lock", daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock, from an owner that is dead if need be.
+        """Acquire the lock, replacing that of a dead owner.
 
         Raises:
-            ConfigError: another run is active in the directory, or the directory cannot be written.
+            ConfigError: another run is active in the directory, or the directory is unwritable.
         """
         owner = _this_process()
         try:
@@ -83,7 +83,7 @@ class DirectoryLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Remove the lock, and the directory if it was created for the lock and holds nothing; idempotent."""
+        """Remove the lock, and the directory if it was created for the lock and is empty; idempotent."""
         if self._owner is None:
             return
         self._ended.set()
@@ -100,13 +100,13 @@ class DirectoryLock:
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def _remove_directory(self) -> None:
-        """Remove the directories that were created for the lock, unless they hold something."""
+        """Remove the directories that were created for the lock, unless they are in use."""
         with contextlib.suppress(OSError):
             for directory in self._created:
                 directory.rmdir()
 
     def _create(self, owner: Owner) -> bool:
-        """Return whether the lock file was created, which fails if it exists."""
+        """Create the lock file; return False if it exists."""
         try:
             file = self.path.open("x", encoding="utf-8")
         except FileExistsError:
@@ -135,8 +135,8 @@ class DirectoryLock:
             dead = self._expires(touched, owner)
         if not dead:
             raise ConfigError(
-                f"{self.flag} {self.directory}: another run is active there ({owner or 'owner unknown'}). Wait for its "
-                f"end, stop it, or choose another directory. If it is dead, remove {self.path}."
+                f"{self.flag} {self.directory}: another run is active there ({owner or 'owner unknown'}). Wait for it, "
+                f"stop it, or choose another directory. If it is dead, remove {self.path}."
             )
         with contextlib.suppress(FileNotFoundError):
             if _read_owner(self.path) == owner:
@@ -144,14 +144,14 @@ class DirectoryLock:
         time.sleep(SECONDS_TO_SETTLE)
 
     def _expires(self, touched: int, owner: Owner | None) -> bool:
-        """Return whether the lock is not touched for long; waits for that."""
-        waited = time.monotonic() + SECONDS_TO_EXPIRY - self._age(touched)
-        if waited > time.monotonic():
+        """Wait until the lock expires or is touched; return whether it expired."""
+        expiry = time.monotonic() + SECONDS_TO_EXPIRY - self._age(touched)
+        if expiry > time.monotonic():
             print_error(
                 f"{self.flag} {self.directory} is locked by {owner or 'an unknown process'}: waiting up to "
-                f"{waited - time.monotonic():.0f} s for a sign of life"
+                f"{expiry - time.monotonic():.0f} s for a sign of life"
             )
-        while time.monotonic() < waited:
+        while time.monotonic() < expiry:
             time.sleep(min(1.0, SECONDS_BETWEEN_TOUCHES))
             try:
                 if self.path.stat().st_mtime_ns != touched:
@@ -166,14 +166,14 @@ class DirectoryLock:
             return max(0.0, (Path(probe.name).stat().st_mtime_ns - touched) / 1e9)
 
     def _keep_alive(self) -> None:
-        """Touch the lock until it is released; end the process if another run has taken the lock over."""
+        """Touch the lock until it is released; exit if another run has taken it over."""
         while not self._ended.wait(SECONDS_BETWEEN_TOUCHES):
             with contextlib.suppress(OSError):
                 owner = _read_owner(self.path)
                 if owner is not None and owner != self._owner:
                     print_error(
                         f"error: {self.flag} {self.directory} was taken over by {owner}, because this run gave no "
-                        f"sign of life for {SECONDS_TO_EXPIRY:.0f} s. This run ends, so that the two do not mix."
+                        f"sign of life for {SECONDS_TO_EXPIRY:.0f} s. Exiting to protect the directory."
                     )
                     os._exit(ConfigError.exit_code)
                 os.utime(self.path)
@@ -199,7 +199,7 @@ def _machine() -> str:
 
 
 def _read_owner(path: Path) -> Owner | None:
-    """Return the owner that a lock file names; None if it is missing or unreadable."""
+    """Return the owner in a lock file; None if the file is missing or unreadable."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Owner(**{**content, "job": SlurmJob(**content["job"])})
@@ -208,7 +208,7 @@ def _read_owner(path: Path) -> Owner | None:
 
 
 def _is_dead(owner: Owner) -> bool | None:
-    """Return whether the owner's process has ended; None if that cannot be determined here."""
+    """Return whether the owner's process has ended; None if this cannot be determined on this machine."""
     if owner.machine == _machine():
         return not _is_running(owner)
     return True if slurm_job().is_restart_of(owner.job) else None

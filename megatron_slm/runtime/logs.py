@@ -1,7 +1,4 @@
-"""Log files: one per rank, a line per event with time and rank.
-
-The console shows what happens once; a rank that is slow, hangs or fails is found in its file.
-"""
+"""Log files: one per rank, with time and rank of each event, to locate slow, hanging or failing ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.files import explained_write
 
 LOGGER = logging.getLogger("megatron_slm")
-LIBRARIES = ("megatron", "torch", "py.warnings")  # recorded from their level WARNING on
+LIBRARIES = ("megatron", "torch", "py.warnings")  # recorded from WARNING upwards
 FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
 
 
 class _RankFile(logging.FileHandler):
-    """A file handler that stops after an error, such as a full disk, instead of reporting every record."""
+    """File handler that stops after the first error, such as a full disk, instead of reporting every record."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.setLevel(logging.CRITICAL + 1)
@@ -27,7 +24,7 @@ class _RankFile(logging.FileHandler):
 
 
 def open_log(directory: str | None, rank: int) -> logging.Handler | None:
-    """Open ``directory/rank_NNNNN.log`` to append to it; the directory is created if needed. None records nothing.
+    """Open ``directory/rank_NNNNN.log`` for appending, creating the directory if needed; None if ``directory`` is.
 
     Raises:
         ConfigError: the file cannot be created.
@@ -44,7 +41,7 @@ def open_log(directory: str | None, rank: int) -> logging.Handler | None:
 
 @contextmanager
 def logging_to(handler: logging.Handler | None) -> Iterator[None]:
-    """Write the log records of the block, and the error that ends it, if any, to ``handler``, and close it."""
+    """Write the log records of the block and its error, if any, to ``handler``, then close it."""
     if handler is None:
         yield
         return

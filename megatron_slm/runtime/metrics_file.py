@@ -1,4 +1,4 @@
-"""The JSONL file of training metrics: recognition of our own files, and preparation for a new or a resumed run."""
+"""JSONL file of training metrics: recognize existing files and prepare them for a new or resumed run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_slm.runtime.files import explained_write, write_bytes
 METRICS_FLAG = "--slm-metrics-file"
 
 
-def begin_metrics_file(path: Path, resumed_step: int) -> Path | None:
+def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
     """Prepare an existing metrics file for a run that has completed ``resumed_step`` steps.
 
-    A resumed run drops the lines of later steps and damaged lines. A new run keeps the earlier file under the name
-    NAME.1 (or the next free number). Devices and pipes are left alone.
+    A resumed run drops damaged lines and lines of later steps. A new run renames the earlier file to NAME.1 (or the
+    next free number). Devices and pipes are unchanged.
 
     Returns:
-        the new path of the earlier file, if it was kept.
+        The new path of the earlier file, or None.
 
     Raises:
         ConfigError: the file was not written by megatron_slm, or cannot be written.
@@ -39,7 +39,7 @@ def begin_metrics_file(path: Path, resumed_step: int) -> Path | None:
 
 
 def has_evaluation(path: Path | None, step: int) -> bool:
-    """Return whether a metrics file holds the evaluation after ``step``."""
+    """Return whether a metrics file contains the evaluation after ``step``."""
     if path is None or is_stream(path) or not path.exists():
         return False
     lines = path.read_bytes().splitlines(keepends=True)
@@ -47,7 +47,7 @@ def has_evaluation(path: Path | None, step: int) -> bool:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return True for a regular file with content that megatron_slm did not write."""
+    """Return whether ``path`` is a nonempty regular file that megatron_slm did not write."""
     if is_stream(path) or not path.exists():
         return False
     with path.open("rb") as file:
@@ -56,7 +56,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def foreign_message(path: Path) -> str:
-    """Return the error for a file that is not to be replaced."""
+    """Return the error message for a file that must not be replaced."""
     return (
         f"{METRICS_FLAG}: {path} exists and is not a metrics file of megatron_slm. Choose another path, or remove the "
         "file."
@@ -64,7 +64,7 @@ def foreign_message(path: Path) -> str:
 
 
 def _keep(path: Path) -> Path:
-    """Move a metrics file to the first free numbered name; a link to it stays."""
+    """Rename a metrics file to the first free numbered name; a symbolic link to it is kept."""
     path = path.resolve()
     kept = next(other for number in count(1) if not (other := Path(f"{path}.{number}")).exists())
     with explained_write(path, METRICS_FLAG):
@@ -78,7 +78,7 @@ def _is_ours(first_line: bytes) -> bool:
 
 
 def _step(line: bytes) -> int | None:
-    """Return the step of a complete line of ours; None for any other."""
+    """Return the step of a complete metrics line; None for any other line."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Standard output and error for terminals of any encoding."""
+"""Encoding-safe standard output and error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ASCII = {"τ": "tau", "θ": "theta", "−": "-", "–": "-", "—": "-", "±": "
 
 
 def prepare_output() -> None:
-    """Let standard output and error take any character, whatever the terminal's encoding is."""
+    """Make standard output and error accept any character, independent of the terminal's encoding."""
     codecs.register_error("spelled", _spelled)
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
@@ -17,7 +17,7 @@ def prepare_output() -> None:
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """Error handler of an encoding: Greek letters and signs by name, other characters as "?"."""
+    """Handle encoding errors: spell Greek letters and signs in ASCII, replace other characters by "?"."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]

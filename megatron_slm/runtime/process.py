@@ -1,4 +1,4 @@
-"""Starts and ends a process of a run: torch.distributed, Megatron's parallel state, seeds."""
+"""Start-up and shutdown of a rank: torch.distributed, Megatron-Core's parallel state, seeds."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SECONDS_BEFORE_NOTICE = 15.0  # of waiting for the other ranks
 def start(
     layout: ParallelLayout, *, backend: str | None = None, timeout_minutes: float = 10, seed: int = 1234
 ) -> Groups:
-    """Join the process group, build Megatron's parallel groups and seed every random generator.
+    """Join the process group, build Megatron-Core's parallel groups and seed all random generators.
 
     Args:
         layout: sizes of the parallel dimensions.
-        backend: "nccl" or "gloo"; None takes nccl where there is a GPU.
-        timeout_minutes: after this long a collective that hangs ends the run.
-        seed: of weights and dropout. It is offset by the pipeline stage, as in Megatron-LM.
+        backend: "nccl" or "gloo"; None selects nccl if there is a GPU.
+        timeout_minutes: timeout of collective operations.
+        seed: seed of weights and dropout, offset by the pipeline stage as in Megatron-LM.
 
     Raises:
         ConfigError: the number of processes is not a multiple of TP x PP x CP.
@@ -75,7 +75,7 @@ def start(
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and Megatron's tensor-parallel random states."""
+    """Seed Python, NumPy, torch and Megatron-Core's tensor-parallel random states."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -84,7 +84,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave torch's and Megatron's random states as they were before the block."""
+    """Restore torch's and Megatron-Core's random states after the block."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = tracker.get_states()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
@@ -93,7 +93,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leave all process groups; a process that skips this can die at exit with a C++ abort."""
+    """Destroy all process groups; without this, a process may abort at exit."""
     reporting.share_reports(None)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -118,22 +118,22 @@ def _choose_device(backend: str | None, launch: Launch) -> torch.device:
 
 
 def _device_index(launch: Launch, devices: int) -> int:
-    """Return this rank's GPU; with ``srun --gpus-per-task 1`` each task sees its GPU alone."""
+    """Return the index of this rank's GPU; with ``srun --gpus-per-task 1``, each task sees only one GPU."""
     if launch.launcher == "srun" and devices == 1:
         return 0
     if launch.local_rank >= devices:
         raise ConfigError(
-            f"rank {launch.rank} is the process {launch.local_rank} of its node (counted from 0), and {devices} GPUs "
+            f"rank {launch.rank} has local rank {launch.local_rank}, and {devices} GPUs "
             "are visible. Start one process per GPU, or check CUDA_VISIBLE_DEVICES."
         )
     return launch.local_rank
 
 
 def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
-    """Meet the other ranks and start the process group.
+    """Join the rendezvous and start the process group.
 
     Raises:
-        ConfigError: the ranks did not meet; names the address and the timeout.
+        ConfigError: the rendezvous failed; the message has the address and the timeout.
     """
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -156,7 +156,7 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
-    """Return the store of all ranks, which torchrun's agent or rank 0 serves."""
+    """Return the key-value store of all ranks, served by torchrun's agent or rank 0."""
     url = "env://" if is_under_torchrun() else f"tcp://{launch.address}:{launch.port}"
     return next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=timeout))[0]
 
@@ -172,7 +172,7 @@ def _not_joined(launch: Launch, timeout: timedelta, error: Exception) -> str:
 
 @contextmanager
 def _notice_while_waiting(launch: Launch) -> Iterator[None]:
-    """Print where rank 0 waits if the other ranks take long."""
+    """Print a note on rank 0 if the other ranks are late."""
     text = f"waiting for {launch.world_size} ranks at {launch.address}:{launch.port} ({launch.launcher})"
     timer = threading.Timer(SECONDS_BEFORE_NOTICE, reporting.print_error, [text])
     timer.daemon = True

@@ -1,8 +1,8 @@
-"""Error reports: one message for a failure of a run, however many ranks it reaches.
+"""Error reports: one message per failure of a run, independent of the number of affected ranks.
 
-Most errors reach every rank alike, and a rank that ends takes the others with it: their collectives fail. The first
-rank that reports claims the failure in a store that all ranks share, and the others stay silent, unless they have
-another message for the user. The module imports no torch, since most mistakes are found before torch is loaded.
+Most errors occur on every rank, and when a rank exits, the collectives of the others fail. The first rank to report
+claims the failure in a store shared by all ranks; the others stay silent unless they have a different message. The
+module imports no torch, since most mistakes are detected before torch is imported.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from megatron_slm.runtime.errors import ConfigError, DivergedError, explain
 from megatron_slm.runtime.launch import guess_launch, launched_rank
 from megatron_slm.runtime.output import prepare_output
 
-SECONDS_FOR_RANK_0 = 2.0  # to report an error before the other ranks do
-SECONDS_FOR_OTHERS = 1.0  # to ask, after that, whether rank 0 has reported
-INTERRUPTED = 130  # exit code after Ctrl+C, as a shell gives it
+SECONDS_FOR_RANK_0 = 2.0  # head start of rank 0 in reporting
+SECONDS_FOR_OTHERS = 1.0  # for the other ranks to query the report of rank 0 afterwards
+INTERRUPTED = 130  # exit code after Ctrl+C, by shell convention
 
-# Messages of collectives if the process at the other end is gone.
+# Messages of collectives whose peer has exited.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 _store: Store | None = None
 
 
 class Store(Protocol):
-    """The part of torch's key-value stores that reports need."""
+    """Interface of torch's key-value stores used by reports."""
 
     def add(self, key: str, amount: int) -> int: ...
 
 
 def share_reports(store: Store | None) -> None:
-    """Report through a store of all ranks from here on; None ends that."""
+    """Coordinate reports through a store shared by all ranks; None disables this."""
     global _store
     _store = store
 
 
 def run_command(action: Callable[[], None]) -> int:
-    """Run a command and return the exit code of the process; report an error, if there is one, once over all ranks.
+    """Run a command, report its error, if any, once over all ranks, and return the exit code of the process.
 
-    ConfigError, DivergedError and errors of the machine become messages, any other error a traceback. The process
-    groups are left after the report, because the other ranks fail as soon as one leaves.
+    ConfigError, DivergedError, file errors and lack of memory become messages, any other error a traceback. The process
+    groups are destroyed after the report, because this makes the other ranks fail.
     """
     prepare_output()
     try:
@@ -65,14 +65,16 @@ def run_command(action: Callable[[], None]) -> int:
         _report_failure(error)
         return 1
     finally:
-        process = sys.modules.get("megatron_slm.runtime.process")  # not imported for a mistake found before torch is
+        process = sys.modules.get(
+            "megatron_slm.runtime.process"
+        )  # not imported if the error precedes the import of torch
         if process is not None:
             process.stop()
     return 0
 
 
 def report_error(error: Exception) -> None:
-    """Print an error message once over all ranks: rank 0's, and those of other ranks that differ from it."""
+    """Print the error message of rank 0, and those of other ranks if they differ, once over all ranks."""
     launch, message = guess_launch(), str(error)
     if launch.rank == 0:
         print_error(f"error: {message}")
@@ -80,7 +82,7 @@ def report_error(error: Exception) -> None:
             early_reports.announce(launch, message)
         else:
             _claim_message(message)
-            time.sleep(SECONDS_FOR_RANK_0 + SECONDS_FOR_OTHERS)  # the store may end with this process
+            time.sleep(SECONDS_FOR_RANK_0 + SECONDS_FOR_OTHERS)  # the store may disappear with this process
         return
     if _store is None:
         is_first = not early_reports.is_reported(launch, message)
@@ -94,13 +96,13 @@ def report_error(error: Exception) -> None:
 
 
 def _claim_message(message: str) -> bool:
-    """Return whether this rank is the first with this message."""
+    """Return whether this rank is the first to report this message."""
     _claim("failure")
     return _claim(hashlib.sha256(message.encode()).hexdigest())
 
 
 def _claim(key: str) -> bool:
-    """Return whether this rank is the first to claim ``key``; True if the store is gone with its host."""
+    """Return whether this rank is the first to claim ``key``; True if the store is no longer reachable."""
     if _store is None:
         return True
     try:
@@ -110,7 +112,7 @@ def _claim(key: str) -> bool:
 
 
 def _report_failure(error: Exception) -> None:
-    """Print an unexpected error, unless another rank has reported one: it ended, and this rank failed with it."""
+    """Print an unexpected error, unless another rank has reported one, which is then the cause of this error."""
     rank = launched_rank()
     if not _claim("failure"):
         early_reports.leave_quietly(guess_launch())
@@ -118,7 +120,7 @@ def _report_failure(error: Exception) -> None:
     where = f"error on rank {rank}" if rank else "error"
     if any(phrase in str(error) for phrase in LOST_PEER):
         reason = str(error).strip().splitlines()[0]
-        print_error(f"{where}: another rank ended without a report, for example because it was killed ({reason})")
+        print_error(f"{where}: another rank exited without a report, for example because it was killed ({reason})")
     else:
         print_error(f"{traceback.format_exc()}{where}: see the traceback above")
 

@@ -1,4 +1,4 @@
-"""Which libraries a run found, in one line of its log."""
+"""Log line with the software versions of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTIONAL = {"Transformer Engine": "transformer_engine", "apex": "apex"}
 
 
 def describe_software(groups: Groups) -> str:
-    """Versions, device, backend, and which of the optional libraries are there."""
+    """Return versions, device, backend and the availability of optional libraries."""
     device = torch.cuda.get_device_name() if groups.device.type == "cuda" else "CPU"
     found = [
         f"{name} {'found' if importlib.util.find_spec(module) else 'not installed'}"

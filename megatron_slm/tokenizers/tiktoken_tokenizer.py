@@ -114,7 +114,7 @@ def _read_megatron_format(path: Path, files: TokenizerFiles) -> Vocabulary:
         )
     if files.tiktoken_pattern not in TikTokenizer.PATTERNS:
         raise ConfigError(
-            f"--tiktoken-pattern should be one of {', '.join(TikTokenizer.PATTERNS)}, not {files.tiktoken_pattern!r}."
+            f"--tiktoken-pattern must be one of {', '.join(TikTokenizer.PATTERNS)}, not {files.tiktoken_pattern!r}."
         )
     tokens = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(tokens, list):

@@ -14,7 +14,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.runtime.collective import on_first_rank
-from megatron_slm.runtime.console import UNBOUNDED, duration
+from megatron_slm.runtime.console import UNBOUNDED, format_duration
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.metrics_file import has_evaluation
 from megatron_slm.runtime.signals import StopSignals
@@ -144,7 +144,7 @@ class _Loop:
             directory = save_checkpoint(run.state, run.config)
         self.saved = run.progress.step
         logger.info("saved step %d", run.progress.step)
-        run.console.print(f"saved {directory} in {duration(time.perf_counter() - start)}", markup=False)
+        run.console.print(f"saved {directory} in {format_duration(time.perf_counter() - start)}", markup=False)
 
     def _stream(self) -> BatchStream:
         run = self.run

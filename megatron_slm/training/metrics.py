@@ -18,7 +18,7 @@ from megatron_slm.config.schema import Config
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
 from megatron_slm.objective.selective_loss import SelectiveLoss
 from megatron_slm.objective.tokens import TokenBatch
-from megatron_slm.runtime.console import duration
+from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.groups import Groups
 
 # Dense bf16 peak per device in TFLOP/s, from NVIDIA's data sheets; used for model FLOPs utilization (MFU).
@@ -119,7 +119,7 @@ class StepMetrics:
             _Figure(4, 3, f"{short(self.tokens_per_second)} tok/s"),
             _Figure(4, 10, f"{self.tflops:.3g} TFLOP/s"),
             _Figure(4, 11, f"MFU {self.mfu:.0%}") if self.mfu is not None else None,
-            _Figure(5, 2, f"{duration(self.seconds_left)} left"),
+            _Figure(5, 2, f"{format_duration(self.seconds_left)} left"),
         ]
         return [figure for figure in figures if figure is not None]
 

@@ -25,7 +25,7 @@ from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import explained_write, write_text
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.runtime.metrics_file import METRICS_FLAG, begin_metrics_file
+from megatron_slm.runtime.metrics_file import METRICS_FLAG, prepare_metrics_file
 
 WANDB_ID_FILE = "wandb_run_id.txt"
 
@@ -67,7 +67,7 @@ def open_sinks(config: Config, groups: Groups, resumed_step: int) -> list[Sink]:
     sinks: list[Sink] = []
     if (path := metrics_file(config)) is not None:
         if not evaluates_only:
-            kept = begin_metrics_file(path, resumed_step)
+            kept = prepare_metrics_file(path, resumed_step)
             if kept is not None:
                 warn(f"{METRICS_FLAG} {path}: the metrics of an earlier run were kept as {kept}.")
         sinks.append(FileSink(path, METRICS_FLAG, lambda record: json.dumps(record).encode() + b"\n"))

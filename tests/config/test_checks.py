@@ -113,7 +113,7 @@ def test_needed_settings_are_named(name: str) -> None:
             "--mtp-num-layers with --pipeline-model-parallel-size above 1 needs --untie",
         ),
         (3, {"context_parallel_size": 2}, "--context-parallel-size 2 = 2. Start a multiple"),
-        (2, {"context_parallel_size": 2, "seq_length": 30}, "cuts each sample into 4 parts, and --seq-length 30"),
+        (2, {"context_parallel_size": 2, "seq_length": 30}, "splits each sample into 4 chunks, and --seq-length 30"),
         (
             1,
             {"objective": "slm", "slm_threshold": "predicted"},
@@ -132,7 +132,7 @@ def test_needed_settings_are_named(name: str) -> None:
         (1, {"max_position_embeddings": 16}, "--seq-length 32 is longer than --max-position-embeddings 16"),
         (1, {"lr_warmup_iters": 10}, "--lr-warmup-iters 10 is not below the 10 steps"),
         (1, {"lr_decay_style": "WSD"}, "needs --lr-wsd-decay-iters"),
-        (1, {"start_weight_decay": 0.1}, "belong together"),
+        (1, {"start_weight_decay": 0.1}, "must be given together"),
         (1, {"data_path": None}, "give --data-path"),
         (1, {"train_data_path": "x"}, "both given"),
         (1, {"finetune": True}, "--finetune needs --load"),

@@ -53,7 +53,7 @@ def test_named_validation_sets() -> None:
     config = parse(["--valid-data-path", "clean=/a", "raw=0.3", "b", "0.7", "c=d/e"]).config
     assert config.data.valid_data_path == {"clean": ["/a"], "raw": ["0.3", "b", "0.7"], "c": ["d/e"]}
     assert parse(["--valid-data-path", "p"]).config.data.valid_data_path == {"valid": ["p"]}
-    with pytest.raises(ConfigError, match="named twice"):
+    with pytest.raises(ConfigError, match="given twice"):
         parse(["--valid-data-path", "a=1", "a=2"])
 
 
@@ -78,7 +78,7 @@ def test_megatrons_spelling_of_negative_and_odd_flags() -> None:
 
 @pytest.mark.parametrize("flag", ["--fp16", "--decoupled-lr", "--inference-max-requests"])
 def test_flags_of_megatrons_that_are_not_taken_are_named(flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"{flag} is a flag of Megatron-LM's that is not taken here"):
+    with pytest.raises(ConfigError, match=f"{flag} is a Megatron-LM flag that is not supported"):
         parse([flag, "1"])
 
 

@@ -71,8 +71,8 @@ def test_a_problem_names_the_file_that_holds_it(tmp_path: Path) -> None:
         (".", "cannot be read: Is a directory"),
         ("", "base is empty"),
         ([""], "base is empty"),
-        ([["a"]], "base should be a word"),
-        ({"a": 1}, "base should be a word"),
+        ([["a"]], "base must be a string"),
+        ({"a": 1}, "base must be a string"),
     ],
 )
 def test_unusable_bases_are_refused(tmp_path: Path, base: Any, message: str) -> None:

@@ -71,8 +71,8 @@ def refused(argv: list[str]) -> set[str]:
     """Return the flags that one message refuses, each with a remedy."""
     with pytest.raises(ConfigError) as error:
         parse(argv)
-    lines = [line for line in str(error.value).splitlines() if "is a flag of Megatron-LM's" in line]
-    assert all(len(line.partition("not taken here: ")[2]) > 20 for line in lines)
+    lines = [line for line in str(error.value).splitlines() if "is a Megatron-LM flag" in line]
+    assert all(len(line.partition("not supported: ")[2]) > 20 for line in lines)
     return {line.split()[0] for line in lines}
 
 
@@ -101,7 +101,7 @@ def test_mixtral_script_is_taken_as_it_is() -> None:
     command = parse(MIXTRAL_8X7B.split())
     assert command.config.model.num_experts == 8 and not command.config.checkpoint.load_rng
     assert command.note == (
-        "Megatron-LM's flags true of every run: --use-mcore-models, --no-position-embedding; without effect: "
+        "Megatron-LM's flags satisfied by every run: --use-mcore-models, --no-position-embedding; without effect: "
         "--no-masked-softmax-fusion"
     )
 
@@ -129,8 +129,8 @@ def test_flag_that_implies_a_setting_wins_over_the_recipe(tmp_path: Path) -> Non
         ("--dataloader-type cyclic", "--dataloader-type is 'cyclic'"),
         ("--attention-backend unfused", "--attention-backend is 'unfused'"),
         ("--attention-backend local --transformer-impl transformer_engine", "--attention-backend local: "),
-        ("--timing-log-level 3", "--timing-log-level is '3' and should be one of 0, 1, 2"),
-        ("--local-rank one", "--local-rank should be a whole number, not 'one'"),
+        ("--timing-log-level 3", "--timing-log-level is '3' and must be one of 0, 1, 2"),
+        ("--local-rank one", "--local-rank must be an integer, not 'one'"),
         ("--manual-gc-interval=", "--manual-gc-interval is empty"),
         ("--no-position-embedding", "it contradicts --position-embedding-type learned_absolute"),
         ("--no-create-attention-mask-in-dataloader --reset-attention-mask", "--reset-attention-mask needs a mask"),
@@ -163,11 +163,15 @@ def test_recipe_with_megatrons_names(tmp_path: Path) -> None:
     recipe.write_text("use_mcore_models: true\nmanual-gc: false\nno_load_rng: true\nckpt_format: torch_dist\n")
     command = parse(["--config", str(recipe)])
     assert not command.config.checkpoint.load_rng
-    assert command.note == "Megatron-LM's flags true of every run: --use-mcore-models, --ckpt-format torch_dist"
+    assert command.note == "Megatron-LM's flags satisfied by every run: --use-mcore-models, --ckpt-format torch_dist"
     recipe.write_text("fp16: true\nckpt_format: torch\ndecoupled-lr: 3\n")
     with pytest.raises(ConfigError) as error:
         parse(["--config", str(recipe)])
-    for message in (f"{recipe}: fp16 is a flag of Megatron-LM's", "ckpt_format is 'torch'", "decoupled_lr is a flag"):
+    for message in (
+        f"{recipe}: fp16 is a Megatron-LM flag",
+        "ckpt_format is 'torch'",
+        "decoupled_lr is a Megatron-LM flag",
+    ):
         assert message in str(error.value)
 
 

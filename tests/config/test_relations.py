@@ -59,7 +59,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         (1, {"attention_dropout": 1}, "--attention-dropout is 1.0, and must be in [0, 1)"),
         (1, {"lr": "-1e-3"}, "--lr is -0.001"),  # argparse by itself takes these for flags
         (1, {"lr": "-inf"}, "--lr is -inf"),
-        (1, {"split": "-1,2,3"}, "--split -1,2,3 should be up to three shares of at least 0"),
+        (1, {"split": "-1,2,3"}, "--split -1,2,3 must be up to three proportions"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -136,11 +136,11 @@ def test_blank_prefix_of_a_validation_set_is_refused() -> None:
         ("data_path:\n  a: 1\n  b:\n", "data_path.b is empty"),
         ("valid_data_path: {clean: }\n", "valid_data_path.clean is empty"),
         ("valid_data_path: {clean: []}\n", "valid_data_path.clean is empty"),
-        ("lr: 1\nlr: 2\n", "lr is named twice"),
+        ("lr: 1\nlr: 2\n", "lr is given twice"),
         ("num-layers: 1\nnum_layers: 2\n", "num_layers is given twice"),
         ("save_optim: true\nno_save_optim: true\n", "save_optim is given twice"),
-        ("data_path: true\n", "data_path should be a list of prefixes or weights and prefixes, not True"),
-        ("data_path: [null, a]\n", "data_path should be a list of prefixes"),
+        ("data_path: true\n", "data_path must be a list of prefixes or weights and prefixes, not True"),
+        ("data_path: [null, a]\n", "data_path must be a list of prefixes"),
         ("lr: 2020-13-45\n", "not valid YAML"),
         ("? [a]\n: 1\n", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),

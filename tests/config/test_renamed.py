@@ -54,5 +54,5 @@ def test_saved_configurations_of_earlier_versions(tmp_path: Path) -> None:
 
 
 def test_old_values_of_one_setting_are_no_values_of_another() -> None:
-    with pytest.raises(ConfigError, match="--slm-scope should be one of"):
+    with pytest.raises(ConfigError, match="--slm-scope must be one of"):
         parse(["--slm-scope", "carried"])

@@ -178,7 +178,7 @@ BAD: list[tuple[list[str], str]] = [
     (["c", "--plot", "plot.xyz"], "--plot {}/plot.xyz cannot be written"),
     (["c", "--tokenizer-type", "SentencePieceTokenizer"], "needs --tokenizer-model"),
     (["c", "--tokenizer-type", "ByteTokenizer"], "was made with SentencePieceTokenizer of vocabulary size 100"),
-    (["c", "--tokenizer-type", "Magic"], "--tokenizer-type should be one of"),
+    (["c", "--tokenizer-type", "Magic"], "--tokenizer-type must be one of"),
     ([], "the following arguments are required: prefix"),
 ]
 

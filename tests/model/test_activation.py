@@ -123,7 +123,7 @@ def test_flags(flags: str) -> None:
         ("--swiglu --squared-relu", "--swiglu contradicts the activation squared_relu"),
         ("--squared-relu --activation gelu", "--squared-relu contradicts --activation gelu"),
         ("--quick-geglu", "Use --activation geglu"),
-        ("--activation relu", "--activation should be one of gelu, gelu_tanh, swiglu, geglu, squared_relu"),
+        ("--activation relu", "--activation must be one of gelu, gelu_tanh, swiglu, geglu, squared_relu"),
     ],
 )
 def test_contradictions(flags: str, message: str) -> None:

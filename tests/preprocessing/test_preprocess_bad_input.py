@@ -171,11 +171,11 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("stdin resume", ["--input", "-", "--resume"], ["--resume", "standard input"]),
     ("stdin shard", ["--input", "-", "--shard", "0/2"], ["--shard", "standard input"]),
     ("megatron's flag", ["--find-optimal-num-workers"], ["--find-optimal-num-workers", "benchmark_preprocess.py"]),
-    ("megatron's value", ["--vocab-extra-ids=3"], ["--vocab-extra-ids is not taken here. Add the tokens"]),
+    ("megatron's value", ["--vocab-extra-ids=3"], ["--vocab-extra-ids is not supported. Add the tokens"]),
     ("unknown flag", ["--append-eos"], ["unknown flag --append-eos", "Did you mean --append-eod?"]),
     ("abbreviation", ["--append"], ["unknown flag --append"]),
     ("stray word", ["--append-eod", "yes"], ["unexpected positional argument 'yes'"]),
-    ("tokenizer", ["--tokenizer-type", "Bert"], ["--tokenizer-type should be one of", "not 'Bert'"]),
+    ("tokenizer", ["--tokenizer-type", "Bert"], ["--tokenizer-type must be one of", "not 'Bert'"]),
     ("tokenizer file", ["--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model"]),
     (
         "no words",

@@ -54,7 +54,7 @@ def test_score_then_train(workspace: Path) -> None:
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"reference_load": "/nowhere"}, "--reference-load /nowhere: there is no such folder"),
+    ({"reference_load": "/nowhere"}, "--reference-load /nowhere: there is no such directory"),
     ({"reference_ckpt_step": 7}, "iter_0000007 is not a complete checkpoint"),
     ({"data_path": "/nowhere"}, "--data-path /nowhere: /nowhere.bin is missing"),
     ({"stride": 0}, "--stride is 0, and must be from 1 to 32, the model's --seq-length"),
@@ -62,7 +62,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"micro_batch_size": 0}, "--micro-batch-size is 0, and must be above 0"),
     ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size is -1"),
     ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: omit the suffix .scores"),
-    ({"score_bytes": 1}, "--score-bytes is not taken here. Values have two bytes; leave the flag out."),
+    ({"score_bytes": 1}, "--score-bytes is not supported. Values have two bytes; leave the flag out."),
     ({"score_byte": 2}, "unknown flag --score-byte"),
     ({"tensor_model_parallel_size": 2}, "1 processes were started"),
     ({"reference_scores": "/proc/rm"}, "/proc/corpus_text_document.rm.scores.partial cannot be written"),

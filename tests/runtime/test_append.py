@@ -46,7 +46,7 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     writer.write(b"fourth\n")
     writer.close()
     assert path.read_bytes() == b"first\nsecond\nthird\nfourth\n"
-    assert len(warnings) == 2 and "3 records caught up, 0 lost" in warnings[1]
+    assert len(warnings) == 2 and "3 buffered records written, 0 lost" in warnings[1]
 
 
 def test_records_that_are_lost_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PRETRAIN = ["-m", "megatron_slm.pretrain"]
 SCORE = [str(ROOT / "tools" / "score_corpus.py"), "--reference-load=x", "--data-path=x", "--reference-scores=rm"]
 BAD = ["--lr", "fast"]
-MESSAGE = "--lr should be a number"
+MESSAGE = "--lr must be a number"
 
 
 @pytest.fixture

@@ -64,10 +64,10 @@ def test_place_is_read(variables: dict[str, str], expected: Launch) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', and must be a whole number from 1 up"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', and must be an integer of 1 or more"),
         ({**TORCHRUN, "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({**TORCHRUN, "RANK": "-1"}, "RANK is '-1', and must be a whole number from 0 up"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK is '-1', and must be an integer of 0 or more"),
         ({**TORCHRUN, "RANK": "1.0"}, "RANK is '1.0'"),
         ({**TORCHRUN, "RANK": "4"}, "RANK is 4, and must be below WORLD_SIZE 4"),
         ({**TORCHRUN, "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2"),
@@ -80,7 +80,7 @@ def test_place_is_read(variables: dict[str, str], expected: Launch) -> None:
         ({**SRUN, "WORLD_SIZE": "8"}, "WORLD_SIZE is 8, and srun started 4 tasks"),
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE is 1, and srun started 4 tasks"),
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "4"}, "RANK is 0, and srun started this process as task 3"),
-        ({**SRUN, **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, "torchrun was told of --nnodes 1"),
+        ({**SRUN, **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, "torchrun has --nnodes 1"),
         ({**SRUN, "SLURM_PROCID": "4"}, "SLURM_PROCID is 4, and must be below SLURM_NTASKS 4"),
         ({**SRUN, "SLURM_PROCID": "x"}, "SLURM_PROCID is 'x'"),
         ({**SRUN, "SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),

@@ -17,7 +17,7 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 def test_the_first_signal_is_remembered(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     with StopSignals(announces=True) as stop:
-        stop.remember_all()
+        stop.record_all()
         assert stop.number == 0
         os.kill(os.getpid(), getattr(signal, name))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -28,7 +28,7 @@ def test_the_first_signal_is_remembered(name: str, capfd: pytest.CaptureFixture[
 
 def test_a_second_interrupt_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopSignals() as stop:
-        stop.remember_all()
+        stop.record_all()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's, for one key
         monkeypatch.setattr(signals, "SECONDS_BETWEEN_INTERRUPTS", -1)
@@ -51,7 +51,7 @@ def test_ignored_signals(name: str, is_remembered: bool) -> None:
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
-            stop.remember_all()
+            stop.record_all()
             os.kill(os.getpid(), number)
             assert bool(stop.number) == is_remembered
     finally:

@@ -129,7 +129,7 @@ def test_mistake_is_one_message_and_an_interactive_shell_is_one_process(
         text=True,
         timeout=SECONDS,
     )
-    assert wrong.returncode == 2 and wrong.stderr.count("--lr should be a number") == 1, wrong.stderr
+    assert wrong.returncode == 2 and wrong.stderr.count("--lr must be a number") == 1, wrong.stderr
     plan = cluster.run("salloc", "--ntasks=4", *trainer, *command(corpus, train_iters=1), "--dry-run", timeout=SECONDS)
     assert "= 1 processes" in plan
     one = cluster.run("srun", "--ntasks=1", *trainer, *command(corpus, train_iters=1), "--dry-run", timeout=SECONDS)

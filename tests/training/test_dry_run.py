@@ -68,4 +68,4 @@ def test_note_is_printed(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
     for action in ([], ["--dry-run"]):
         assert main([*argv, *action]) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert "true of every run: --use-mcore-models; without effect: --log-params-norm" in shown
+        assert "satisfied by every run: --use-mcore-models; without effect: --log-params-norm" in shown

@@ -61,7 +61,7 @@ def test_srun_starts_one_run_that_prints_once(tmp_path: Path, corpus: str) -> No
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
-        ({"lr": "fast"}, {}, "--lr should be a number"),
+        ({"lr": "fast"}, {}, "--lr must be a number"),
         ({"config": "/nowhere.yaml"}, {}, "/nowhere.yaml"),
         ({"load": "/nowhere", "finetune": True}, {}, "--load /nowhere"),
         ({}, {"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, and srun started 2 tasks"),
@@ -106,7 +106,7 @@ def test_lost_peer_is_reported_without_traceback(capsys: pytest.CaptureFixture[s
 
     assert reporting.run_command(action) == 1
     errors = capsys.readouterr().err
-    assert "another rank ended without a report" in errors and "Traceback" not in errors
+    assert "another rank exited without a report" in errors and "Traceback" not in errors
 
 
 def test_interrupt_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:

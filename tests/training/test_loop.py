@@ -54,7 +54,7 @@ def test_skip_train_needs_no_training_corpus(tmp_path: Path, corpus: str) -> Non
     first, last = (record["loss"] for record in records(save, "eval")[-2:])
     assert first == last
     code, errors = launch_and_fail(command(corpus, skip_train=True))
-    assert code == 2 and "--skip-train evaluates a checkpoint: name it with --load" in errors
+    assert code == 2 and "--skip-train evaluates a checkpoint: give it with --load" in errors
     code, errors = launch_and_fail([*command(corpus, load=save, skip_train=True), "--eval-iters", "0"])
     assert code == 2 and "--skip-train has nothing to evaluate" in errors
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import Config
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.metrics_file import begin_metrics_file
+from megatron_slm.runtime.metrics_file import prepare_metrics_file
 from megatron_slm.training.sinks import WandbSink, open_sinks, tensorboard_sink
 
 RANK_0: Any = SimpleNamespace(is_logging_rank=True)
@@ -88,7 +88,7 @@ def test_unrelated_file_is_not_replaced(tmp_path: Path, content: str, resumed_st
     path = tmp_path / "file"
     path.write_text(content)
     with pytest.raises(ConfigError, match="not a metrics file of megatron_slm"):
-        begin_metrics_file(path, resumed_step)
+        prepare_metrics_file(path, resumed_step)
     assert path.read_text() == content and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 

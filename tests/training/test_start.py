@@ -270,7 +270,7 @@ def test_output_directories_are_checked_on_the_first_rank(tmp_path: Path, corpus
     argv = command(corpus, tmp_path / "file" / "run", dp=2, train_iters=1)
     resolve_values(parse(argv).config, 2)
     (code, errors), (other, silent) = run_ranks(_main, 2, argv, initialise=False)
-    assert code == other == 2 and "file is a file, not a folder" in errors and not silent, (errors, silent)
+    assert code == other == 2 and "file is a file, not a directory" in errors and not silent, (errors, silent)
 
 
 def test_requeued_run_equals_an_uninterrupted_run(tmp_path: Path, corpus: str) -> None:

@@ -31,12 +31,12 @@ def run(module: str, *arguments: str) -> tuple[int, list[str]]:
 
 def test_user_error_prints_one_message() -> None:
     code, lines = run("torch.distributed.run", *BAD)
-    assert code == 1 and lines[0] == "error: --lr should be a number, not 'fast'."
+    assert code == 1 and lines[0] == "error: --lr must be a number, not 'fast'."
     assert sum("--lr" in line for line in lines) == 1
 
 
 def test_user_error_is_one_line_with_the_short_report() -> None:
-    assert run("megatron_slm.torchrun", *BAD) == (2, ["error: --lr should be a number, not 'fast'."])
+    assert run("megatron_slm.torchrun", *BAD) == (2, ["error: --lr must be a number, not 'fast'."])
 
 
 def test_killed_rank_is_one_line_with_the_short_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM's that are accepted: they imply a setting, state a fact, or have no effect on a run here."""
+"""Accepted flags of Megatron-LM that are not settings: they imply a setting, state a fact, or have no effect."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SWITCH: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact that a flag states.
+    """Fact stated by a flag.
 
     Args:
-        remedy: the error message if the flag states something else.
+        remedy: error message for other values of the flag.
         values: values that state the fact; SWITCH for a flag without a value.
         holds: returns whether the fact is true of a configuration.
     """
@@ -26,7 +26,7 @@ class Fact:
     holds: Callable[[Config], bool] = lambda config: True
 
 
-# Flag -> setting and value that it stands for, by Megatron-LM's definition.
+# Flag -> setting and value that it implies in Megatron-LM.
 IMPLIED: dict[str, tuple[str, Any]] = {
     "--use-rotary-position-embeddings": ("position_embedding_type", "rope"),
     "--squared-relu": ("activation", "squared_relu"),
@@ -41,16 +41,16 @@ _FORMAT = "checkpoints are written and read in the format torch_dist. Convert ot
 _FP32 = "gradients, main parameters and optimizer state are in fp32. Give fp32, or leave the flag out."
 
 FACTS: dict[str, Fact] = {
-    "--use-mcore-models": Fact("every model is Megatron-Core's."),
-    "--use-flash-attn": Fact("attention never stores its scores for the sequence."),
-    "--calculate-per-token-loss": Fact("the loss is always normalised over the tokens of the global batch."),
+    "--use-mcore-models": Fact("every model is a Megatron-Core model."),
+    "--use-flash-attn": Fact("attention scores are never stored."),
+    "--calculate-per-token-loss": Fact("the loss is always normalized over the tokens of the global batch."),
     "--cross-entropy-loss-fusion": Fact("the loss is always computed together with the LM head."),
-    "--log-throughput": Fact("every step line has tokens/s and TFLOP/s."),
+    "--log-throughput": Fact("every log line has tokens/s and TFLOP/s."),
     "--use-dist-ckpt": Fact(_FORMAT),
     "--auto-detect-ckpt-format": Fact(_FORMAT),
     "--dist-ckpt-optim-fully-reshardable": Fact("optimizer state is always fully reshardable."),
     "--no-overlap-p2p-communication": Fact("pipeline communication is not overlapped."),
-    "--no-one-logger": Fact("there is no one-logger."),
+    "--no-one-logger": Fact("one-logger is not used."),
     "--no-position-embedding": Fact(
         "it contradicts --position-embedding-type learned_absolute. Choose rope or none.",
         holds=lambda config: config.model.position_embedding_type != "learned_absolute",
@@ -60,7 +60,7 @@ FACTS: dict[str, Fact] = {
         holds=lambda config: not config.data.reset_attention_mask,
     ),
     "--attention-backend": Fact(
-        "attention never stores its scores for the sequence, and torch or Transformer Engine choose the kernel. Give "
+        "attention scores are never stored, and torch or Transformer Engine select the kernel. Give "
         "auto, flash or fused (local only with --transformer-impl local), or leave the flag out.",
         values=("auto", "flash", "fused", "local"),
     ),
@@ -76,11 +76,11 @@ FACTS: dict[str, Fact] = {
         "parameters are not sharded over data-parallel ranks; shard optimizer state with --use-distributed-optimizer.",
         values=("no_shard",),
     ),
-    "--softmax-type": Fact("attention has the plain softmax. Leave the flag out.", values=("vanilla",)),
+    "--softmax-type": Fact("attention uses the standard softmax. Leave the flag out.", values=("vanilla",)),
     "--rope-type": Fact("rotary embeddings are not scaled. Leave the flag out.", values=("rope",)),
-    "--moe-layer-freq": Fact("every layer has experts if --num-experts is given.", values=("1",)),
-    "--moe-router-score-function": Fact("the router scores with a softmax.", values=("softmax",)),
-    "--rerun-mode": Fact("steps are never run again. Give disabled, or leave the flag out.", values=("disabled",)),
+    "--moe-layer-freq": Fact("with --num-experts, every layer is a mixture of experts.", values=("1",)),
+    "--moe-router-score-function": Fact("the router uses softmax scores.", values=("softmax",)),
+    "--rerun-mode": Fact("iterations are never rerun. Give disabled, or leave the flag out.", values=("disabled",)),
     "--main-grads-dtype": Fact(_FP32, values=("fp32",)),
     "--main-params-dtype": Fact(_FP32, values=("fp32",)),
     "--exp-avg-dtype": Fact(_FP32, values=("fp32",)),
@@ -90,8 +90,8 @@ FACTS: dict[str, Fact] = {
 _LEVEL = ("0", "1", "2")
 INTEGER, NUMBER = ("an integer",), ("a number",)
 
-# Flag -> its values: choices, INTEGER, NUMBER, or SWITCH. They change neither losses nor files: choices of kernels with
-# the same result, memory management, details of Megatron-LM's log, and loss scaling, which is fp16's.
+# Flag -> its values: choices, INTEGER, NUMBER, or SWITCH. They change neither losses nor files: kernel choices with the
+# same result, memory management, details of Megatron-LM's log, and loss scaling, which applies to fp16 only.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (

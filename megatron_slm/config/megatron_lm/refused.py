@@ -1,4 +1,4 @@
-"""Remedies for the flags of Megatron-LM's that are refused: per flag, else per family of flags."""
+"""Remedies for the unsupported flags of Megatron-LM: per flag, else per family of flags."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import resources
 
 _PHASES = "the global batch is constant; train in phases: --load with another --global-batch-size."
 _DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and --min-lr."
-_SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated by itself."
+_SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated separately."
 _SYNCHRONOUS = "checkpoints are written synchronously. Leave the flag out."
 _SCALED_ROPE = "rotary embeddings are not scaled. Set --rotary-base, and train at the final --seq-length."
 _PROFILE = "there is no built-in profiler. Run the command under nsys or py-spy."
@@ -16,33 +16,33 @@ _STATE_DTYPE = "optimizer state is kept in fp32 on the device. Shard it with --u
 _SAME_BATCH = "evaluation uses the batch sizes of training. Set the extent with --eval-iters."
 
 CURATED: dict[str, str] = {
-    # numbers and precision
+    # precision
     "--fp16": "fp16 and loss scaling are not supported. Use --bf16.",
     "--fp16-lm-cross-entropy": "the loss is computed in fp32. Use --bf16 and leave the flag out.",
-    "--fp32-residual-connection": "the residual stream has the precision of the weights. Leave out --bf16 for fp32.",
+    "--fp32-residual-connection": "the residual stream has the precision of the weights. For fp32, leave out --bf16.",
     "--apply-query-key-layer-scaling": "it guards against fp16 overflow only. Use --bf16 and leave the flag out.",
-    "--no-check-for-nan-in-loss-and-grad": "a loss that is NaN or infinite always ends the run. Leave the flag out.",
-    "--check-for-spiky-loss": "loss spikes do not end the run. Look for them in metrics.jsonl.",
+    "--no-check-for-nan-in-loss-and-grad": "a NaN or infinite loss always ends the run. Leave the flag out.",
+    "--check-for-spiky-loss": "loss spikes do not end the run. See metrics.jsonl.",
     "--use-precision-aware-optimizer": _STATE_DTYPE,
     "--optimizer-cpu-offload": _STATE_DTYPE,
-    "--deterministic-mode": "runs on CPUs are deterministic; on GPUs the kernels of torch decide. Leave the flag out.",
-    "--use-cpu-initialization": "weights are initialised on the device of the run. Leave the flag out.",
+    "--deterministic-mode": "runs on CPUs are deterministic; on GPUs this depends on the kernels. Leave the flag out.",
+    "--use-cpu-initialization": "weights are initialized on the device of the run. Leave the flag out.",
     # optimizer and schedule
     "--decoupled-lr": _DECOUPLED,
     "--decoupled-min-lr": _DECOUPLED,
     "--rampup-batch-size": _PHASES,
     "--step-batch-size-schedule": _PHASES,
     "--decrease-batch-size-if-needed": _PHASES,
-    "--warmup": "the name is of old releases. Use --lr-warmup-fraction.",
-    "--batch-size": "the name is of old releases. Use --micro-batch-size.",
-    "--model-parallel-size": "the name is of old releases. Use --tensor-model-parallel-size.",
-    "--checkpoint-activations": "the name is of old releases. Use --recompute-activations.",
+    "--warmup": "this name is from an old release. Use --lr-warmup-fraction.",
+    "--batch-size": "this name is from an old release. Use --micro-batch-size.",
+    "--model-parallel-size": "this name is from an old release. Use --tensor-model-parallel-size.",
+    "--checkpoint-activations": "this name is from an old release. Use --recompute-activations.",
     "--iterations-to-skip": "every iteration is trained. Leave the flag out.",
     "--override-ckpt-iteration": "the step comes from the checkpoint. Choose one with --ckpt-step.",
     # model
-    "--apply-layernorm-1p": "norm weights are stored as such, not as an offset from 1. Leave the flag out.",
-    "--quick-geglu": "the sigmoid approximation of GELU is not offered. Use --activation geglu.",
-    "--init-method-xavier-uniform": "initial weights are normal. Set --init-method-std.",
+    "--apply-layernorm-1p": "norm weights are stored directly, not as an offset from 1. Leave the flag out.",
+    "--quick-geglu": "the sigmoid approximation of GELU is not supported. Use --activation geglu.",
+    "--init-method-xavier-uniform": "weights are initialized from a normal distribution. Set --init-method-std.",
     "--rotary-interleaved": "rotary embeddings rotate the halves of a head, as in Llama. Leave the flag out.",
     "--use-rope-scaling": _SCALED_ROPE,
     "--rope-scaling-factor": _SCALED_ROPE,
@@ -50,16 +50,16 @@ CURATED: dict[str, str] = {
     "--rotary-seq-len-interpolation-factor": _SCALED_ROPE,
     "--mscale": _SCALED_ROPE,
     "--mscale-all-dim": _SCALED_ROPE,
-    "--no-rope-freq": "all layers have the same positions. Leave the flag out.",
-    "--window-size": "attention sees the sequence up to the token. Shorten --seq-length instead.",
-    "--window-attn-skip-freq": "attention sees the sequence up to the token. Shorten --seq-length instead.",
+    "--no-rope-freq": "all layers use the same position embedding. Leave the flag out.",
+    "--window-size": "sliding-window attention is not supported. Reduce --seq-length instead.",
+    "--window-attn-skip-freq": "sliding-window attention is not supported. Reduce --seq-length instead.",
     "--spec": "layers come from --transformer-impl local or transformer_engine.",
     "--padded-vocab-size": "the padded size follows from --vocab-size and --make-vocab-size-divisible-by.",
-    "--encoder-num-layers": "there is a decoder only. Use --num-layers.",
-    "--decoder-num-layers": "there is a decoder only. Use --num-layers.",
-    "--encoder-seq-length": "there is a decoder only. Use --seq-length.",
-    "--decoder-seq-length": "there is a decoder only. Use --seq-length.",
-    "--qk-l2-norm": "queries and keys are normalised with --qk-layernorm.",
+    "--encoder-num-layers": "models are decoder-only. Use --num-layers.",
+    "--decoder-num-layers": "models are decoder-only. Use --num-layers.",
+    "--encoder-seq-length": "models are decoder-only. Use --seq-length.",
+    "--decoder-seq-length": "models are decoder-only. Use --seq-length.",
+    "--qk-l2-norm": "normalize queries and keys with --qk-layernorm.",
     # experts
     "--expert-tensor-parallel-size": "experts are split over the ranks of --tensor-model-parallel-size.",
     "--moe-layer-recompute": "use --recompute-granularity.",
@@ -70,24 +70,24 @@ CURATED: dict[str, str] = {
     "--use-megatron-fsdp": "parameters are not sharded. Use --use-distributed-optimizer and tensor parallelism.",
     "--use-torch-fsdp2": "parameters are not sharded. Use --use-distributed-optimizer and tensor parallelism.",
     "--use-tp-pp-dp-mapping": "ranks are ordered TP, CP, DP, PP. Leave the flag out.",
-    "--disable-gloo-process-groups": "Megatron-Core needs them to save optimizer state. Leave the flag out.",
+    "--disable-gloo-process-groups": "Megatron-Core needs Gloo groups to save optimizer state. Leave the flag out.",
     # data
-    "--tokenizer-special-tokens": "special tokens come with the tokenizer's files.",
+    "--tokenizer-special-tokens": "special tokens are read from the tokenizer's files.",
     "--trust-remote-code": "tokenizers are read without running their code. Leave the flag out.",
-    "--test-data-path": "there is no test set. Make it a set: --valid-data-path test=PREFIX.",
+    "--test-data-path": "there is no test set. Add it as a validation set: --valid-data-path test=PREFIX.",
     "--multiple-validation-sets": _SPLITS,
     "--validation-set-names": _SPLITS,
     "--eval-global-batch-size": _SAME_BATCH,
     "--eval-micro-batch-size": _SAME_BATCH,
-    "--start-eval-at-iter": "evaluations begin with the first step. Set --eval-interval.",
-    "--data-parallel-random-init": "all data-parallel ranks begin with the same weights. Leave the flag out.",
+    "--start-eval-at-iter": "evaluation starts at the first iteration. Set --eval-interval.",
+    "--data-parallel-random-init": "all data-parallel ranks start with the same weights. Leave the flag out.",
     "--yaml-cfg": "recipes are flat YAML with the flags' names. Use --config.",
     # checkpoints and logs
     "--async-save": _SYNCHRONOUS,
     "--async-strategy": _SYNCHRONOUS,
     "--use-persistent-ckpt-worker": _SYNCHRONOUS,
     "--persistent-save-interval": "there is one kind of checkpoint. Use --save-interval.",
-    "--dist-ckpt-strictness": "loading is strict: a checkpoint fits the model, or is refused. Leave the flag out.",
+    "--dist-ckpt-strictness": "loading is always strict. Leave the flag out.",
     "--wandb-entity": "set the environment variable WANDB_ENTITY.",
     "--profile": _PROFILE,
     "--profile-ranks": _PROFILE,
@@ -98,14 +98,14 @@ CURATED: dict[str, str] = {
     "--memory-snapshot-path": _PROFILE,
     "--exit-signal": "use --exit-signal-handler: SIGTERM and SIGUSR1 save and end the run.",
     "--exit-signal-handler-for-training": "use --exit-signal-handler.",
-    "--sft": "pretraining only. Mask the loss of documents with --eod-mask-loss, or use a finetuning tool.",
+    "--sft": "only pretraining is supported. Use a finetuning framework.",
 }
 
-# Patterns of a family of flags -> remedy. The first family with a matching pattern counts.
+# Patterns of a family of flags -> remedy; the first matching family applies.
 FAMILIES: tuple[tuple[str, str], ...] = (
     (
         "^--(no-)?rl- ^--grpo langrl perform-rl refit-method",
-        "there is no reinforcement learning.",
+        "reinforcement learning is not supported.",
     ),
     (
         "^--logits-",
@@ -113,44 +113,44 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "fp8 fp4 -in-bf16$ -layers-bf16 kitchen te-precision",
-        "FP8 and FP4 are not supported. Use --bf16 alone.",
+        "FP8 and FP4 are not supported. Use --bf16.",
     ),
     (
         "^--fim-",
-        "fill-in-the-middle is not supported. Rearrange documents before tools/preprocess_data.py.",
+        "fill-in-the-middle is not supported. Transform documents before tools/preprocess_data.py.",
     ),
     (
         "inference flash-decode graph prefill decode-only speculative static-engine mla-latents max-tokens- to-oom",
-        "the trainer has no inference and no CUDA graphs. Leave the flag out.",
+        "inference and CUDA graphs are not supported. Leave the flag out.",
     ),
     (
         "mamba hybrid-layer hybrid-override hybrid-model ^--linear- ^--gdp-",
-        "layers consist of attention and an MLP. Leave the flag out.",
+        "only transformer layers with attention and an MLP are supported. Leave the flag out.",
     ),
     (
         "dsa mla- lora-rank qk-head qk-pos v-head mhc latent-attention experimental attention-output-gate",
-        "attention is multi-head, or grouped-query with --group-query-attention. Leave the flag out.",
+        "only multi-head and grouped-query attention (--group-query-attention) are supported. Leave the flag out.",
     ),
     (
         "yarn rope rotary",
-        "rotary embeddings have the settings --rotary-base and --rotary-percent only.",
+        "rotary embeddings are configured by --rotary-base and --rotary-percent only.",
     ),
     (
         "bert biencoder retriever ^--ict- evidence embedding-path titles block-data indexer query-in-block "
         "^--mask- short-seq head-lr one-sent",
-        "the only model is GPT. Leave the flag out.",
+        "only GPT models are supported. Leave the flag out.",
     ),
     (
         "dino vision swin ^--img- patch-dim classes channels per-class iter-per-epoch sample-rate test-mode",
-        "there are no vision models. Leave the flag out.",
+        "vision models are not supported. Leave the flag out.",
     ),
     (
         "moe expert grouped-gemm",
-        "experts have the settings --num-experts, --moe-router-topk and the other --moe-* flags of --help.",
+        "experts are configured by --num-experts, --moe-router-topk and the other --moe-* flags in --help.",
     ),
     (
         "^--save-.*-interval dump log wandb tensorboard otel nvtx profil record app-tag result-rejected workload",
-        "metrics go to metrics.jsonl (--slm-metrics-file), --tensorboard-dir and --wandb-project. Leave the flag out.",
+        "metrics are written to --slm-metrics-file, --tensorboard-dir and --wandb-project. Leave the flag out.",
     ),
     (
         "muon lion- ^--(use-)?mup qk-clip optimizer weight-decay -wd- pin-cpu layer-wise",
@@ -158,7 +158,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "mtp",
-        "multi-token prediction has the settings --mtp-num-layers and --mtp-loss-scaling-factor.",
+        "multi-token prediction is configured by --mtp-num-layers and --mtp-loss-scaling-factor.",
     ),
     (
         "offload recompute saved-activations",
@@ -170,46 +170,46 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "tp-comm ^--overlap ^--delay ^--defer wgrad ^--ep-overlap",
-        "overlapped communication has the settings --overlap-grad-reduce and --overlap-param-gather.",
+        "communication overlap is configured by --overlap-grad-reduce and --overlap-param-gather.",
     ),
     (
         "pipeline microbatch-group",
-        "stages have the settings --pipeline-model-parallel-size, --decoder-first-pipeline-num-layers and the like.",
+        "configure stages with --pipeline-model-parallel-size and --decoder-first-pipeline-num-layers (or -last-).",
     ),
     (
         "^--ddp- align- nccl sharp symmetric all-gather high-priority p2p process-group mpu comm-type "
         "hierarchical context-parallel seqlen-per communication-unit",
-        "Megatron-Core's defaults hold for communication groups and buckets. Leave the flag out.",
+        "communication groups and buckets use Megatron-Core's defaults. Leave the flag out.",
     ),
     (
         "ckpt checkpoint persistent load-main replication ^--save- save-tokenizer fully-reshard",
-        "checkpoints have the settings --save, --load, --save-interval and --ckpt-step.",
+        "checkpoints are configured by --save, --load, --save-interval and --ckpt-step.",
     ),
     (
         "inprocess ^--adlr- ^--ft- ft-package ft-timeouts straggler fault injection verify-integrity weight- "
         "hash sniff large-grads flight ^--gpu",
-        "a job recovers from its checkpoints: --save-interval, --exit-signal-handler, and the same command again.",
+        "recover from checkpoints: set --save-interval and --exit-signal-handler, and rerun the command.",
     ),
     (
         "tokenizer vocab tiktoken chat-template pad-tokens gigatoken",
-        "tokenizers have the settings --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file.",
+        "tokenizers are configured by --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file.",
     ),
     (
         "data dataset msc object-storage sampling-seed",
-        "corpora have the settings --data-path, --valid-data-path, --split and --data-cache-path.",
+        "data are configured by --data-path, --valid-data-path, --split and --data-cache-path.",
     ),
     (
         "samples train-sync phase",
-        "a run has the settings --train-iters or --train-samples, --lr-decay-* and --lr-warmup-*.",
+        "the schedule is configured by --train-iters or --train-samples, --lr-decay-* and --lr-warmup-*.",
     ),
     (
         "timeout",
-        "--distributed-timeout-minutes limits collectives.",
+        "set the timeout of collectives with --distributed-timeout-minutes.",
     ),
     (
         "fus jit rng-tracker norm residual activation glu- initialization init-method heterogeneous relative- "
         "attention matmul onnx invariant scatter-output chunks freeze",
-        "layers are Megatron-Core's standard ones, and all weights are trained. Leave the flag out.",
+        "layers are Megatron-Core's standard layers, and all weights are trained. Leave the flag out.",
     ),
 )
 
@@ -217,7 +217,7 @@ NO_REMEDY = "Leave it out, or see --help for the settings."
 
 
 def remedy(flag: str) -> str:
-    """Return the reason why a flag of Megatron-LM's is refused, and what to use instead."""
+    """Return the reason why a flag of Megatron-LM is unsupported, and its replacement."""
     if flag in CURATED:
         return CURATED[flag]
     return next((text for patterns, text in FAMILIES if re.search(patterns.replace(" ", "|"), flag)), NO_REMEDY)
@@ -225,6 +225,6 @@ def remedy(flag: str) -> str:
 
 @cache
 def megatron_flags() -> frozenset[str]:
-    """Return the names of all flags of Megatron-LM's pretrain_gpt.py."""
+    """Return all flags of Megatron-LM's pretrain_gpt.py."""
     text = resources.files("megatron_slm.config.megatron_lm").joinpath("flags.txt").read_text(encoding="utf-8")
     return frozenset(text.split())

@@ -1,4 +1,4 @@
-"""Interpret the accepted flags of Megatron-LM: the settings that they imply, and whether the facts are true."""
+"""Interpret the accepted flags of Megatron-LM: apply implied settings and verify stated facts."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Label = Callable[[str], str]
 
 
 def add_accepted_flags(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take the accepted flags, without help; each is stored under its own name."""
+    """Add the accepted flags to a parser, without help texts; the destination of each is the flag itself."""
     for flag in ACCEPTED:
-        takes: dict[str, Any] = {} if _values(flag) else {"action": "store_const", "const": True}
-        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **takes)
+        options: dict[str, Any] = {} if _values(flag) else {"action": "store_const", "const": True}
+        parser.add_argument(flag, dest=flag, help=argparse.SUPPRESS, **options)
 
 
 def split(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Split the values of one source (command line or recipe) into settings and accepted flags.
 
-    Settings that flags imply are among the settings.
+    Implied settings are added to the settings.
 
     Args:
-        values: by setting, or by flag, with underscores or hyphens.
-        label: returns the place of a name, for the messages.
+        values: values by setting or flag, with underscores or hyphens.
+        label: returns the location of a name, for the messages.
 
     Returns:
-        settings, values of accepted flags, and a message for each flag with a value that it cannot have.
+        Settings, values of accepted flags, and a message for each flag with an invalid value.
     """
     settings: dict[str, Any] = {}
     stated: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def split(values: Mapping[str, Any], label: Label) -> tuple[dict[str, Any], dict
 
 
 def _is_left_out(flag: str, value: Any) -> bool:
-    """Return whether a recipe sets a refused flag of Megatron-LM's to off or null, as if it were absent."""
+    """Return whether a recipe disables an unsupported flag of Megatron-LM (false or null), which is ignored."""
     if not (value is False or value is None) or flag not in megatron_flags():
         return False
     name = flag.removeprefix("--").replace("-", "_")
@@ -72,7 +72,7 @@ def _values(flag: str) -> tuple[str, ...]:
 
 
 def _convert(flag: str, value: Any, label: str) -> Any:
-    """Return the value of a flag; False for a switch that a recipe turns off."""
+    """Return the value of a flag; False for a switch that a recipe disables."""
     values = _values(flag)
     if not values:
         return convert(value, bool, label)
@@ -80,13 +80,13 @@ def _convert(flag: str, value: Any, label: str) -> Any:
         return convert(value, int if values == INTEGER else float, label)
     text = convert(value, str, label)
     if text not in values:
-        reason = f": {FACTS[flag].remedy}" if flag in FACTS else f" and should be one of {', '.join(values)}."
+        reason = f": {FACTS[flag].remedy}" if flag in FACTS else f" and must be one of {', '.join(values)}."
         raise ConfigError(f"{label} is {text!r}{reason}")
     return text
 
 
 def contradictions(config: Config, stated: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a message for each stated fact that is not true of the configuration."""
+    """Yield a message for each stated fact that contradicts the configuration."""
     for flag in stated:
         if flag in FACTS and not FACTS[flag].holds(config):
             yield f"{flag}: {FACTS[flag].remedy}"
@@ -95,12 +95,12 @@ def contradictions(config: Config, stated: Mapping[str, Any]) -> Iterator[str]:
 
 
 def describe(stated: Mapping[str, Any]) -> str:
-    """Return one line about the accepted flags that set nothing, or nothing if there are none."""
+    """Return a log line on the accepted flags that change no setting, empty if there are none."""
     facts = [_shown(flag, stated) for flag in stated if flag in FACTS]
     idle = [_shown(flag, stated) for flag in stated if flag in WITHOUT_EFFECT]
     parts = []
     if facts:
-        parts.append(f"true of every run: {', '.join(facts)}")
+        parts.append(f"satisfied by every run: {', '.join(facts)}")
     if idle:
         parts.append(f"without effect: {', '.join(idle)}")
     return f"Megatron-LM's flags {'; '.join(parts)}" if parts else ""

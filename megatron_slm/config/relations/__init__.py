@@ -1,7 +1,7 @@
 """Constraints between settings, one module per topic. Each relation yields a message per violation.
 
-All single settings are within their own constraints, and required ones are given, when relations are examined; so
-relations need not guard against zero or a missing value. They may read the file system, but import no torch.
+Relations are checked after the constraints of single settings, so they need not guard against zero or missing values.
+They may access the file system, but import no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Relations of the flags that name corpora."""
+"""Relations of the data settings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megatron_slm.config.schema import Config
 
 
 def training_corpora(config: Config, _: int) -> Iterator[str]:
-    """One flag names the training corpora."""
+    """Require exactly one source of training data."""
     data = config.data
     corpora = data.data_path or data.train_data_path or (config.training.skip_train and data.valid_data_path)
     if not corpora and not data.mock_data:
-        yield "no corpus to train on: give --data-path, or --mock-data for generated data."
+        yield "no training data: give --data-path, or --mock-data for generated data."
     if data.mock_data:
         yield from both_given("--mock-data", True, "--data-path", data.data_path)
         yield from both_given("--mock-data", True, "--train-data-path", data.train_data_path)

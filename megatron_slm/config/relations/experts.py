@@ -9,7 +9,7 @@ from megatron_slm.config.schema import Config
 
 
 def without_experts(config: Config, _: int) -> Iterator[str]:
-    """Settings of experts need experts."""
+    """Refuse settings of experts without experts."""
     model = config.model
     if model.num_experts is not None:
         return
@@ -30,7 +30,7 @@ def without_experts(config: Config, _: int) -> Iterator[str]:
 
 
 def with_experts(config: Config, world_size: int) -> Iterator[str]:
-    """The router and the layout fit the number of experts."""
+    """Require a router and a parallel layout that fit the number of experts."""
     model, parallel = config.model, config.parallel
     if model.num_experts is None:
         return
@@ -39,8 +39,8 @@ def with_experts(config: Config, world_size: int) -> Iterator[str]:
         yield f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}."
     if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
         yield (
-            "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one expert alone is constant, and "
-            "the router would get no gradient."
+            "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over a single expert is constant, so "
+            "the router would receive no gradient."
         )
     yield from not_dividing(expert, "--expert-model-parallel-size", model.num_experts, "--num-experts")
     ranks = world_size // (tensor * parallel.pipeline_model_parallel_size)

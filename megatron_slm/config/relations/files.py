@@ -1,4 +1,4 @@
-"""Relations of checkpoint settings, and directories that must be writable."""
+"""Relations of checkpoint settings, and writability of output directories."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from megatron_slm.runtime.metrics_file import METRICS_FLAG, foreign_message, is_
 
 
 def checkpoints(config: Config, _: int) -> Iterator[str]:
-    """Checkpoint settings name the directory that they are about."""
+    """Require a directory for the checkpoint settings that refer to one."""
     checkpoint = config.checkpoint
     if checkpoint.save is None and checkpoint.save_interval is not None:
-        yield "--save-interval needs --save, a folder."
+        yield "--save-interval needs --save, the output directory."
     interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
     if retained is not None and interval is None:
-        yield f"--save-retain-interval {retained} needs --save-interval, of which it is a multiple."
+        yield f"--save-retain-interval {retained} needs --save-interval and must be a multiple of it."
     elif retained is not None and interval is not None and retained % interval:
         yield f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}."
     if checkpoint.ckpt_step is not None and checkpoint.load is None:
         yield f"--ckpt-step {checkpoint.ckpt_step} has no effect without --load. Add --load, or leave it out."
     if config.training.skip_train and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
-        yield "--skip-train evaluates a checkpoint: name it with --load."
+        yield "--skip-train evaluates a checkpoint: give it with --load."
     if checkpoint.load is None and checkpoint.finetune:
-        yield "--finetune needs --load, the weights to begin from."
+        yield "--finetune needs --load, the initial weights."
 
 
 def output_directories(config: Config, world_size: int) -> Iterator[str]:
-    """Every output directory can be written. On several ranks, one of them checks that when the group exists."""
+    """Require writable output directories; on several ranks, one rank checks this after the process group exists."""
     if world_size == 1:
         yield from unwritable_outputs(config)
 
 
 def unwritable_outputs(config: Config) -> Iterator[str]:
-    """Yield a message for every output directory that cannot be written, and for an unsuitable metrics file."""
+    """Yield a message for each unwritable output directory and for an unsuitable metrics file."""
     for flag, directory in (
         ("--save", config.checkpoint.save),
         ("--tensorboard-dir", config.logging.tensorboard_dir),
         ("--slm-log-dir", config.logging.slm_log_dir),
         ("--data-cache-path", config.data.data_cache_path),
     ):
-        is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # it may be complete, and is optional
+        is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # optional, and may be complete
         if directory is not None and not is_cache:
             yield from _unwritable(flag, Path(directory))
     if (path := metrics_file(config)) is not None:
@@ -52,13 +52,13 @@ def unwritable_outputs(config: Config) -> Iterator[str]:
 
 
 def _metrics_file(path: Path, *, is_given: bool) -> Iterator[str]:
-    """Yield a message if ``path`` is someone else's file or no file, or its directory, if not --save, is unwritable."""
+    """Yield a message if ``path`` is not a metrics file, or if its directory is unwritable and not --save."""
     try:
         if not can_be_appended_to(path):
             yield f"{METRICS_FLAG} {path}: {NOT_APPENDABLE}. Choose another path."
             return
         if is_stream(path):
-            return  # appended to; its directory, such as /dev, is not written
+            return  # opened for appending; its directory, such as /dev, need not be writable
         if is_foreign(path):
             yield foreign_message(path)
     except OSError as error:
@@ -69,20 +69,20 @@ def _metrics_file(path: Path, *, is_given: bool) -> Iterator[str]:
 
 
 def _unwritable(flag: str, directory: Path) -> Iterator[str]:
-    """Yield a message if a trial write fails; permission bits do not show read-only mounts and full disks."""
+    """Yield a message if a trial write fails; permission bits do not reveal read-only mounts and full disks."""
     try:
-        place = directory
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        if not place.is_dir():
-            yield f"{flag} {directory}: {place} is a file, not a folder."
+        existing = directory
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            yield f"{flag} {directory}: {existing} is a file, not a directory. Choose another path."
             return
-        with tempfile.TemporaryDirectory(prefix=".writable-", dir=place):
+        with tempfile.TemporaryDirectory(prefix=".writable-", dir=existing):
             pass
     except OSError as error:
         yield (
-            f"{flag} {directory}: {error.filename or directory} cannot be written ({error.strerror}). Give a folder on "
-            "a disk with room that this user may write."
+            f"{flag} {directory}: {error.filename or directory} cannot be written ({error.strerror}). Choose a "
+            "directory with write permission and free disk space."
         )
 
 

@@ -15,7 +15,7 @@ from megatron_slm.config.schema import Config
 
 
 def processes(config: Config, world_size: int) -> Iterator[str]:
-    """The started processes are a multiple of TP x PP x CP."""
+    """Require a process count that is a multiple of TP x PP x CP."""
     if data_parallel_size(config, world_size):
         return
     parallel = config.parallel
@@ -29,7 +29,7 @@ def processes(config: Config, world_size: int) -> Iterator[str]:
 
 
 def tensor_parallel(config: Config, _: int) -> Iterator[str]:
-    """Attention heads and the MLP are split evenly over the tensor-parallel ranks."""
+    """Require attention heads and MLP sizes that tensor-parallel ranks can split evenly."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     yield from not_dividing(tensor, TENSOR, model.num_attention_heads, "--num-attention-heads")
     if model.group_query_attention and model.num_query_groups:
@@ -40,7 +40,7 @@ def tensor_parallel(config: Config, _: int) -> Iterator[str]:
 
 
 def sequence_parallel(config: Config, _: int) -> Iterator[str]:
-    """Each tensor-parallel rank gets an equal share of the sequence."""
+    """Require a sequence length that tensor-parallel ranks can split evenly."""
     parallel, length = config.parallel, config.model.seq_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if parallel.sequence_parallel:
@@ -49,18 +49,17 @@ def sequence_parallel(config: Config, _: int) -> Iterator[str]:
 
 
 def context_parallel(config: Config, _: int) -> Iterator[str]:
-    """Each context-parallel rank gets two equal chunks of the sequence."""
+    """Require a sequence length that splits into two equal chunks per context-parallel rank."""
     context, length = config.parallel.context_parallel_size, config.model.seq_length
     if context > 1 and length % (2 * context):
         yield (
-            f"--context-parallel-size {context} cuts each sample into {2 * context} parts, and --seq-length {length} "
-            "is no multiple of that."
+            f"--context-parallel-size {context} splits each sample into {2 * context} chunks, and --seq-length "
+            f"{length} is not a multiple of that."
         )
 
 
 def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
-    """Layers are split evenly over pipeline stages and virtual stages, apart from a first and last stage of given
-    sizes."""
+    """Require an even split of layers over pipeline and virtual stages, except for explicit first and last stages."""
     if has_uneven_stages(config.parallel):
         yield from _uneven_pipeline(config)
         return
@@ -95,16 +94,16 @@ def _uneven_pipeline(config: Config) -> Iterator[str]:
             f"{named} cannot be combined with --num-layers-per-virtual-pipeline-stage, which splits layers evenly. "
             "Leave one of them out."
         )
-    left, stages = layers - sum(given.values()), pipeline - len(given)
-    if left < stages or (not stages and left) or (stages and left % stages):
+    remaining, stages = layers - sum(given.values()), pipeline - len(given)
+    if remaining < stages or (not stages and remaining) or (stages and remaining % stages):
         yield (
-            f"{named} leaves {left} of --num-layers {layers} for {stages} other pipeline stages, and each needs as "
-            "many as the others, at least one. Change the number of layers of the first or last stage."
+            f"{named} leaves {remaining} of --num-layers {layers} for {stages} other pipeline stages, which "
+            "need an equal number of at least 1. Change the number of layers of the first or last stage."
         )
 
 
 def global_batch(config: Config, world_size: int) -> Iterator[str]:
-    """The global batch is a multiple of the micro-batches of all data-parallel ranks."""
+    """Require a global batch size that is a multiple of the micro-batches of all data-parallel ranks."""
     parallel, training = config.parallel, config.training
     ranks = data_parallel_size(config, world_size)
     batch, step = training.global_batch_size, training.micro_batch_size * ranks
@@ -123,7 +122,7 @@ def global_batch(config: Config, world_size: int) -> Iterator[str]:
 
 
 def overlap(config: Config, _: int) -> Iterator[str]:
-    """Overlapped communication and optimizers fit each other."""
+    """Require an optimizer that supports the communication overlap."""
     parallel = config.parallel
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."

@@ -1,4 +1,4 @@
-"""Relations of the model's shape and of activation recomputation."""
+"""Relations of the model architecture and activation recomputation."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from megatron_slm.config.relations.wording import not_dividing
 from megatron_slm.config.schema import Config
 
 MASK_IGNORED = (
-    "--reset-attention-mask: Transformer Engine takes no mask of documents and would attend across them. Use "
+    "--reset-attention-mask: Transformer Engine ignores the document mask and would attend across documents. Use "
     "--transformer-impl local, or leave --reset-attention-mask out."
 )
 
 
 def heads(config: Config, _: int) -> Iterator[str]:
-    """Attention heads divide the hidden size, and query groups the heads."""
+    """Require attention heads that divide the hidden size, and query groups that divide the heads."""
     model = config.model
     count = model.num_attention_heads
     if model.group_query_attention and model.num_query_groups is None:
-        yield "--group-query-attention needs --num-query-groups, the key/value heads."
+        yield "--group-query-attention needs --num-query-groups, the number of key/value heads."
     elif model.group_query_attention:
         yield from not_dividing(model.num_query_groups or 0, "--num-query-groups", count, "--num-attention-heads")
     elif model.num_query_groups is not None:
@@ -28,7 +28,7 @@ def heads(config: Config, _: int) -> Iterator[str]:
 
 
 def positions(config: Config, _: int) -> Iterator[str]:
-    """Positions cover the sequence, and rotary embeddings rotate pairs of a head's channels."""
+    """Require enough positions for the sequence, and an even number of rotary channels per head."""
     model = config.model
     length, longest = model.seq_length, model.max_position_embeddings
     if length > longest:
@@ -46,20 +46,20 @@ def positions(config: Config, _: int) -> Iterator[str]:
 
 
 def activation(config: Config, _: int) -> Iterator[str]:
-    """--swiglu and --activation name the same function."""
+    """Refuse --swiglu with a different --activation."""
     model = config.model
     if model.swiglu and model.activation not in (None, "swiglu"):
         yield f"--swiglu contradicts the activation {model.activation}. Leave --swiglu out (--no-swiglu)."
 
 
 def documents(config: Config, _: int) -> Iterator[str]:
-    """Attention that ends at documents needs a layer that takes a mask."""
+    """Require a layer implementation that supports document masks for --reset-attention-mask."""
     if config.data.reset_attention_mask and config.model.transformer_impl == "transformer_engine":
         yield MASK_IGNORED
 
 
 def prediction_heads(config: Config, _: int) -> Iterator[str]:
-    """Multi-token prediction fits the sequence and the pipeline."""
+    """Require multi-token prediction to fit the sequence length and the pipeline."""
     model, count = config.model, config.model.mtp_num_layers
     if count is None:
         return
@@ -73,7 +73,7 @@ def prediction_heads(config: Config, _: int) -> Iterator[str]:
 
 
 def recomputation(config: Config, _: int) -> Iterator[str]:
-    """Settings of full recomputation come together, and its units are within a pipeline rank."""
+    """Require complete settings for full recomputation, with units that divide a pipeline stage."""
     training = config.training
     method, layers = training.recompute_method, training.recompute_num_layers
     if training.recompute_granularity == "full":

@@ -1,4 +1,4 @@
-"""Relations of Selective Language Modeling and of the reference model."""
+"""Relations of Selective Language Modeling and the reference model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_slm.config.schema import Config
 
 
 def selection_flags(config: Config, _: int) -> Iterator[str]:
-    """Settings of the selection need --objective slm."""
+    """Refuse selection settings without --objective slm."""
     objective, reference = config.objective, config.reference
     given = [
         name
@@ -31,7 +31,7 @@ def selection_flags(config: Config, _: int) -> Iterator[str]:
 
 
 def scopes(config: Config, _: int) -> Iterator[str]:
-    """Predicted thresholds and independent MTP heads fit the selection scope."""
+    """Require a selection scope that supports predicted thresholds or independent MTP heads."""
     objective = config.objective
     if objective.slm_threshold != "exact" and objective.slm_scope != "global-batch":
         yield (
@@ -47,12 +47,12 @@ def scopes(config: Config, _: int) -> Iterator[str]:
 
 
 def reference_model(config: Config, _: int) -> Iterator[str]:
-    """The reference is one model or its scores, and its directory exists."""
+    """Require one reference, an existing model or its scores."""
     reference = config.reference
     path, names = reference.reference_load, reference.reference_scores
     if path is not None and not Path(path).is_dir():
         yield (
-            f"--reference-load {path}: there is no such folder. Give the --save folder of a reference model that was "
+            f"--reference-load {path}: there is no such directory. Give the --save directory of a reference model "
             "trained with --objective clm."
         )
     yield from both_given("--reference-load", path, "--reference-scores", names, ": the model, or its scores")
@@ -64,15 +64,14 @@ def reference_model(config: Config, _: int) -> Iterator[str]:
 
 
 def sidecars(config: Config, _: int) -> Iterator[str]:
-    """Each sidecar is named once, by its name alone."""
+    """Require unique sidecar names without suffixes."""
     names = config.reference.reference_scores
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"--reference-scores names {name} twice. Name each sidecar once."
+        yield f"--reference-scores names {name} twice. Give each sidecar once."
     for name in names:
         if name.endswith((".scores", "/")):
             yield (
-                f"--reference-scores {name}: give the name alone. NAME stands for CORPUS.NAME.scores beside every "
-                "corpus."
+                f"--reference-scores {name}: give the name only. NAME refers to CORPUS.NAME.scores next to each corpus."
             )
     if len(names) < 2 and config.reference.reference_combine != "mean":
         yield (

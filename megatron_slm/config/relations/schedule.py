@@ -9,7 +9,7 @@ from megatron_slm.config.schema import Config
 
 
 def learning_rates(config: Config, _: int) -> Iterator[str]:
-    """No learning rate of the schedule is above the peak."""
+    """Refuse learning rates above the peak."""
     optimizer = config.optimizer
     peak = optimizer.lr or 0.0
     for flag, value in (("--min-lr", optimizer.min_lr), ("--lr-warmup-init", optimizer.lr_warmup_init)):
@@ -18,7 +18,7 @@ def learning_rates(config: Config, _: int) -> Iterator[str]:
 
 
 def warmup(config: Config, _: int) -> Iterator[str]:
-    """Warm-up is given once and ends before the schedule."""
+    """Require one setting of the warm-up, which ends before the schedule."""
     optimizer, steps = config.optimizer, schedule_steps(config)
     has_fraction = optimizer.lr_warmup_fraction is not None
     for flag, value in (
@@ -31,7 +31,7 @@ def warmup(config: Config, _: int) -> Iterator[str]:
 
 
 def wsd(config: Config, _: int) -> Iterator[str]:
-    """The decay phase of WSD fits into the schedule."""
+    """Require an annealing phase of WSD that fits into the schedule."""
     optimizer, steps = config.optimizer, schedule_steps(config)
     decay = optimizer.lr_wsd_decay_iters
     unit = "iters" if config.training.train_samples is None else "samples"
@@ -52,19 +52,19 @@ def wsd(config: Config, _: int) -> Iterator[str]:
 
 
 def weight_decay(config: Config, _: int) -> Iterator[str]:
-    """Start and end of the weight decay come together and do not fall."""
+    """Require both start and end of the weight decay, in ascending order."""
     optimizer = config.optimizer
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
     style = optimizer.weight_decay_incr_style
     if (start is None) != (end is None):
-        yield "--start-weight-decay and --end-weight-decay belong together: give both or none."
+        yield "--start-weight-decay and --end-weight-decay must be given together. Give both or neither."
     if start is None or end is None:
         if style != "constant":
             yield f"--weight-decay-incr-style {style} needs --start-weight-decay and --end-weight-decay."
     elif end < start:
         yield (
             f"--end-weight-decay {end} is below --start-weight-decay {start}: Megatron-Core only increases weight "
-            "decay. Give an end that is not smaller."
+            "decay. Increase the end or decrease the start."
         )
     elif style == "constant" and start != end:
         yield (
@@ -74,7 +74,7 @@ def weight_decay(config: Config, _: int) -> Iterator[str]:
 
 
 def scheduler_source(config: Config, _: int) -> Iterator[str]:
-    """The schedule of a resumed run has one source."""
+    """Require one source for the schedule of a resumed run."""
     optimizer = config.optimizer
     yield from both_given(
         "--override-opt_param-scheduler",
@@ -86,7 +86,7 @@ def scheduler_source(config: Config, _: int) -> Iterator[str]:
 
 
 def units(config: Config, _: int) -> Iterator[str]:
-    """The run and its schedule are given in one unit, iterations or samples."""
+    """Require one unit for the run and its schedule, iterations or samples."""
     training, optimizer = config.training, config.optimizer
     in_iterations = {
         "--lr-decay-iters": optimizer.lr_decay_iters,
@@ -120,7 +120,7 @@ def units(config: Config, _: int) -> Iterator[str]:
 
 
 def schedule_steps(config: Config) -> int:
-    """Return the steps of the learning-rate schedule."""
+    """Return the number of iterations of the learning-rate schedule."""
     return config.optimizer.lr_decay_iters or config.training.train_iters
 
 

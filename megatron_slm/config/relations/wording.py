@@ -1,4 +1,4 @@
-"""Messages that several relations share."""
+"""Messages and quantities shared by several relations."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def not_dividing(divisor: int, divisor_flag: str, size: int, size_flag: str) -> 
 
 
 def both_given(first: str, has_first: object, second: str, has_second: object, hint: str = "") -> Iterator[str]:
-    """Yield a message if two flags that exclude each other were given."""
+    """Yield a message if two mutually exclusive flags were given."""
     if has_first and has_second:
         yield f"{first} and {second} were both given. Give one{hint}."
 
 
 def has_uneven_stages(parallel: ParallelConfig) -> bool:
-    """Return whether the first or last pipeline stage has a given number of layers."""
+    """Return whether the first or last pipeline stage has an explicit number of layers."""
     return bool(parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Return the number of data-parallel ranks, 0 if the layout does not divide the processes."""
+    """Return the number of data-parallel ranks; 0 if the layout does not divide the process count."""
     parallel = config.parallel
     shared = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     shared *= parallel.context_parallel_size
