@@ -1,7 +1,7 @@
-"""torchrun with a short report of failures: ``python -m megatron_slm.torchrun`` takes the arguments of torchrun.
+"""torchrun with concise failure reports: ``python -m megatron_slm.torchrun`` accepts the arguments of torchrun.
 
-torchrun prints a traceback and a table after the message of the rank that failed, and exits with code 1. Here a rank
-that was killed is one line, a rank that has printed its message adds none, and the exit code is that of the rank.
+torchrun prints a traceback and a table after the message of a failed rank, and exits with code 1. This launcher prints
+one line for a killed rank and nothing for a rank with an error message, and exits with the code of that rank.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatron_slm.runtime.reporting import print_error
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-SIGNALLED = 128  # plus the signal's number: exit code of a process that a signal has ended, as a shell gives it
+SIGNALLED = 128  # plus the signal number: exit code of a process terminated by a signal, by shell convention
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the ranks, wait for their end, and return the exit code of the first that failed."""
+    """Start the ranks, wait for them, and return the exit code of the first failed rank."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -39,7 +39,7 @@ def _report(error: ChildFailedError) -> int:
     rank, failure = error.get_first_failure()
     if failure.exitcode > 0:
         return failure.exitcode
-    print_error(f"error: rank {rank} (process {failure.pid}) was ended by {failure.signal_name()}")
+    print_error(f"error: rank {rank} (process {failure.pid}) was terminated by {failure.signal_name()}")
     return SIGNALLED - failure.exitcode
 
 

@@ -1,1 +1,1 @@
-"""Commands, one module each: the trainer and the tools."""
+"""Console commands, one module each: the trainer and the tools."""

@@ -1,4 +1,4 @@
-"""Tell what a .bin/.idx corpus holds: counts, lengths, documents; and whether it is whole (--check)."""
+"""Show counts, lengths and documents of a .bin/.idx corpus, and verify its integrity (--check)."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ if TYPE_CHECKING:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """
+    """Parse the command line.
+
     Raises:
-        ConfigError: an unknown flag, or a bad value.
+        ConfigError: an unknown flag, or an invalid value.
     """
     parser = Parser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("prefix", type=expand_user, help="path of the corpus without .bin and .idx")
-    add("--documents", nargs="+", type=int, default=[], metavar="N", help="show these; -1 is the last")
-    add("--max-tokens", type=int, default=1000, help="tokens that are shown of each document; 0: all")
-    add("--plot", type=expand_user, metavar="FILE.png", help="write the histogram of lengths as a plot")
+    add("prefix", type=expand_user, help="path of the corpus without .bin or .idx suffix")
     add(
-        "--check", action="store_true", help="read the whole corpus and tell all damage; exit code 2 where there is any"
+        "--documents", nargs="+", type=int, default=[], metavar="N", help="indices of documents to show; -1 is the last"
+    )
+    add("--max-tokens", type=int, default=1000, help="maximum number of tokens to show per document; 0 shows all")
+    add("--plot", type=expand_user, metavar="FILE.png", help="write a plot of the length histogram")
+    add(
+        "--check", action="store_true", help="read the entire corpus and report all damage; exit code 2 if there is any"
     )
     group = parser.add_argument_group(
-        "tokenizer", "decodes documents and limits ids; --vocab-size alone limits ids without a tokenizer"
+        "tokenizer", "to decode documents and validate token ids; without a tokenizer, --vocab-size limits ids"
     )
     add_tokenizer_flags(group)
     return parse_strictly(parser, sys.argv[1:], {})
 
 
 def main() -> int:
+    """Run the command line and return the exit code."""
     from megatron_slm.runtime.console import make_console
 
     console = make_console()
@@ -60,7 +64,7 @@ def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
 
 
 def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> bool:
-    """Print all damage; whether there is any."""
+    """Print all damage; return whether there is any."""
     from megatron_slm.corpus.integrity import check_integrity
 
     limit = tokenizer.vocab_size if tokenizer else getattr(arguments, "vocab_size", None)
@@ -69,11 +73,11 @@ def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: 
         for line in damage.lines():
             print(line, file=sys.stderr)
     if found.damage:
-        print(f"error: {arguments.prefix} is damaged. Make it again with tools/preprocess_data.py.", file=sys.stderr)
+        print(f"error: {arguments.prefix} is damaged. Recreate it with tools/preprocess_data.py.", file=sys.stderr)
     elif found.vocab_size is None:
-        console.print(f"{arguments.prefix} is whole; ids were not looked at (no corpus metadata: give --vocab-size)")
+        console.print(f"{arguments.prefix} is intact; ids were not checked (no corpus metadata: give --vocab-size)")
     else:
-        console.print(f"{arguments.prefix} is whole, and all ids lie below {found.vocab_size:,}")
+        console.print(f"{arguments.prefix} is intact, and all ids are below {found.vocab_size:,}")
     return bool(found.damage)
 
 

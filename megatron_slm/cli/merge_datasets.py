@@ -1,4 +1,4 @@
-"""Make one corpus of many, in order; Megatron-LM's flags, and a list of prefixes."""
+"""Concatenate corpora in order; supports Megatron-LM's flags and a list of prefixes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from megatron_slm.runtime.output import prepare_output
 
 
 def parse_arguments() -> argparse.Namespace:
-    """
+    """Parse the command line.
+
     Raises:
-        ConfigError: an unknown flag, or a bad value.
+        ConfigError: an unknown flag, or an invalid value.
     """
     parser = Parser(description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=expand_user, metavar="DIR", help="directory of corpora, to merge in name order")
     source.add_argument(
-        "--input", type=expand_user, metavar="DIR", help="folder of corpora, merged in the order of their names"
-    )
-    source.add_argument(
-        "--input-prefixes", type=expand_user, nargs="+", metavar="P", help="corpora, merged in this order"
+        "--input-prefixes", type=expand_user, nargs="+", metavar="P", help="prefixes of corpora, to merge in this order"
     )
     parser.add_argument(
         "--output-prefix",
         type=expand_user,
         required=True,
         metavar="P",
-        help="path of the corpus without .bin and .idx",
+        help="path of the merged corpus without .bin or .idx suffix",
     )
     return parse_strictly(parser, sys.argv[1:], {})
 
 
 def main() -> int:
+    """Run the command line and return the exit code."""
     prepare_output()
     try:
         arguments = parse_arguments()
@@ -47,9 +47,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if merged.unrecorded:
-        print(f"no corpus metadata was written: {merged.unrecorded[0]} has none", file=sys.stderr)
+        print(f"no corpus metadata written: {merged.unrecorded[0]} has none", file=sys.stderr)
     print(
-        f"{arguments.output_prefix}: {merged.documents:,} documents, {merged.tokens:,} tokens of "
+        f"{arguments.output_prefix}: {merged.documents:,} documents, {merged.tokens:,} tokens from "
         f"{merged.corpora:,} corpora"
     )
     return 0

@@ -1,7 +1,7 @@
-"""Tokenize text into a .bin/.idx corpus; Megatron-LM's flags, files byte-identical to its own.
+"""Tokenize text into a .bin/.idx corpus; flags and output files are those of Megatron-LM.
 
-Memory does not grow with the input: at most 3 x workers blocks are under way, each of 1 MiB of text (or one longer
-document) with its ids, beside each worker's tokenizer. A job that was killed goes on with --resume.
+Memory usage is independent of the input size: one tokenizer per worker, and at most 3 x workers blocks in flight, each
+with 1 MiB of text (or one longer document) and its ids. Use --resume to continue a job that was killed.
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.output import prepare_output
 from megatron_slm.tokenizers.base import TEXT, TOKENS, TokenizerFiles
 
-SHARD = """make only part i (from 0) of n about equal ones, into the folder <output-prefix>_<key>_document;
-tools/merge_datasets.py --input <that folder> makes of all parts the corpus that one machine would have made"""
+SHARD = """process only shard i (from 0) of n shards of similar size, into the directory
+<output-prefix>_<key>_document; tools/merge_datasets.py --input DIRECTORY merges all shards into the corpus that a
+single job would have produced"""
 
-MEASURE = "benchmarks/benchmark_preprocess.py measures speed."
-FROM_FILE = "The tokenizer's own file says it."
-REFUSED = {  # flags of Megatron-LM's tool, or of earlier versions, that are not taken, and what to do
-    "--no-word-cache": "The word cache is gone. --no-use-gigatoken encodes by the tokenizer's library alone.",
+MEASURE = "Use benchmarks/benchmark_preprocess.py to measure speed."
+FROM_FILE = "The tokenizer's file defines this."
+REFUSED = {  # unsupported flags of Megatron-LM's tool or of earlier versions -> remedy
+    "--no-word-cache": "It was removed. Use --no-use-gigatoken to encode with the tokenizer's library only.",
     "--find-optimal-num-workers": MEASURE,
     "--workers-to-check": MEASURE,
     "--max-documents": MEASURE,
-    "--padded-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads.",
-    "--pad-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads.",
-    "--no-pad-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads.",
+    "--padded-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads it.",
+    "--pad-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads it.",
+    "--no-pad-vocab-size": "Corpora depend on the exact vocabulary; the trainer pads it.",
     "--vocab-extra-ids": "Add the tokens to the tokenizer's file.",
     "--tokenizer-metadata": "Give --tokenizer-type and its file.",
     "--tokenizer-special-tokens": "Add the tokens to the tokenizer's file.",
     "--tokenizer-sentencepiece-legacy": "Give --special-tokens-in-text tokens.",
     "--tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
     "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": FROM_FILE,
-    "--tokenizer-hf-no-use-fast": "tokenizer.json is always read by the fast library.",
+    "--tokenizer-hf-no-use-fast": "tokenizer.json is always read by the fast implementation.",
     "--tokenizer-hf-no-include-special-tokens": FROM_FILE,
-    "--trust-remote-code": "No code of others is run: give a tokenizer.json.",
-    "--null-tokenizer-pad-id": "Corpora hold no padding.",
-    "--chat-template": "Format conversations before, into one text each.",
+    "--trust-remote-code": "Remote code is never run. Give a tokenizer.json.",
+    "--null-tokenizer-pad-id": "Corpora contain no padding.",
+    "--chat-template": "Format each conversation as one text beforehand.",
 }
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """
+    """Parse the command line.
+
     Raises:
-        ConfigError: an unknown flag, one of Megatron-LM's that is not taken, or a bad value.
+        ConfigError: an unknown or unsupported flag, or an invalid value.
     """
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reading_flags(parser)
@@ -67,13 +69,13 @@ def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
         "--text-document",
         choices=("paragraph", "file"),
         default="paragraph",
-        help="a document of a .txt file is what stands between blank lines, or the whole file [paragraph]",
+        help="document of a .txt file: text between blank lines (paragraph), or the entire file [paragraph]",
     )
     add(
         "--output-prefix",
         type=expand_user,
         required=True,
-        help="path of the corpora, one per key; _<key>_document is added",
+        help="path prefix of the corpora; _<key>_document is appended for each key",
     )
     add("--shard", metavar="I/N", help=SHARD)
 
@@ -83,54 +85,61 @@ def _add_encoding(add: Callable[..., argparse.Action]) -> None:
         "--special-tokens-in-text",
         choices=(TEXT, TOKENS),
         default=TEXT,
-        help="read special tokens that occur in a text as text, or as tokens, as Megatron-LM does for all but "
+        help="interpretation of special tokens in documents: text, or tokens, as Megatron-LM does for all but "
         "SentencePiece models [text]",
     )
-    add("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    add("--split-sentences", action="store_true", help="one sequence per sentence")
+    add("--append-eod", action="store_true", help="append an end-of-document token to each document")
+    add("--split-sentences", action="store_true", help="split documents into sentences, one sequence each")
     add("--keep-newlines", action="store_true", help="keep newlines between sentences when splitting")
     add("--lang", default="english", help="language of the sentence splitter [english]")
     add(
         "--nltk-data",
         type=expand_user,
         metavar="DIR",
-        help="where the splitter's data is, or is downloaded to, before NLTK_DATA",
+        help="directory of the splitter's data and downloads, searched before NLTK_DATA",
     )
 
 
 def _add_running(add: Callable[..., argparse.Action]) -> None:
-    add("--workers", type=int, default=1, help="processes that tokenize [1]")
+    add("--workers", type=int, default=1, help="number of tokenization processes [1]")
     add(
         "--use-gigatoken",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="encode with gigatoken if it gives the tokenizer's ids, else or if refused with the tokenizer's library",
+        help="encode with gigatoken if its ids match those of the tokenizer's library, which is used otherwise",
     )
     add(
-        "--resume", action="store_true", help="go on where a stopped job was, if there is one; keep what an error stops"
+        "--resume",
+        action="store_true",
+        help="continue an interrupted job, if there is one, and keep partial output after an error",
     )
-    add("--log-interval", type=int, help="also print a line every so many documents")
+    add("--log-interval", type=int, help="interval of progress lines, in documents")
     add(
         "--partitions",
         type=int,
         default=1,
-        help="of Megatron-LM: must divide --workers; more than 1 needs --keep-sequential-samples, and changes nothing",
+        help="for compatibility with Megatron-LM; must divide --workers, needs --keep-sequential-samples, no effect",
     )
-    add("--keep-sequential-samples", action="store_true", help="of Megatron-LM: the order of the input, as always here")
+    add(
+        "--keep-sequential-samples",
+        action="store_true",
+        help="for compatibility with Megatron-LM; documents always keep the input order",
+    )
 
 
 def make_job(arguments: argparse.Namespace) -> Job:
-    """
+    """Return the job described by the command line.
+
     Raises:
-        ConfigError: values that do not fit, or input that is not there.
+        ConfigError: inconsistent values, or missing input.
     """
     partitions = arguments.partitions
     if partitions < 1 or arguments.workers % partitions:
         raise ConfigError(f"--partitions {partitions} must divide --workers {arguments.workers}.")
     if partitions > 1 and not arguments.keep_sequential_samples:
         raise ConfigError(
-            f"--partitions {partitions}: in Megatron-LM it deals the documents out in turn, which changes their order; "
-            "here they keep the order of the input. Say so with --keep-sequential-samples, or leave --partitions out."
+            f"--partitions {partitions}: Megatron-LM distributes documents round-robin, which changes their order; "
+            "here documents keep the input order. Add --keep-sequential-samples, or leave --partitions out."
         )
     if arguments.log_interval is not None and arguments.log_interval < 1:
         raise ConfigError(f"--log-interval is {arguments.log_interval}, and must be at least 1.")
@@ -157,6 +166,7 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
 
 def main() -> int:
+    """Run the command line and return the exit code."""
     prepare_output()
     try:
         job = make_job(parse_arguments(sys.argv[1:]))
@@ -165,7 +175,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        print("stopped; rerun the command with --resume to continue", file=sys.stderr)
         return 130
     for message in summary.errors:
         print(f"skipped {message}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The command line of the trainer: ``torchrun ... -m megatron_slm.pretrain``, or one process without torchrun.
+"""Command line of the trainer: ``torchrun ... -m megatron_slm.pretrain``, or a single process without torchrun.
 
-Heavy imports are inside functions: ``--help`` and the checks of flag values need no torch, nor do the helper processes
-that the checkpoint format starts.
+Heavy imports are inside functions, so that ``--help``, flag validation and the helper processes of the checkpoint
+format do not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for a mistake of the user's, 3 if training diverged."""
+    """Run the command line and return the exit code: 0, 2 for a user error, 3 if training diverged."""
     return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 

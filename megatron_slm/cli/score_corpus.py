@@ -1,6 +1,6 @@
-"""Score corpora once with a reference model: a sidecar of reference losses beside each, for --reference-scores.
+"""Score corpora with a reference model: write a sidecar of reference losses per corpus, for --reference-scores.
 
-Runs as one process or under torchrun, in any layout. The same command continues a job that was stopped.
+Runs in one process or under torchrun, in any parallel layout. Rerun the command to continue an interrupted job.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ REFUSED = {"--score-bytes": "Values have two bytes; leave the flag out."}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the values of the flags.
+    """Parse the command line.
 
     Raises:
-        ConfigError: an unknown or removed flag, or a bad value.
+        ConfigError: an unknown or removed flag, or an invalid value.
     """
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -37,55 +37,64 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--reference-load",
         type=expand_user,
         required=True,
-        help="checkpoint of the reference model, made by this trainer",
+        help="checkpoint directory of the reference model, written by this trainer",
     )
-    add("--reference-ckpt-step", type=int, help="step of the reference model; default the newest")
-    add("--reference-precision", choices=("fp32", "bf16"), help="default that of the reference model's own run")
+    add("--reference-ckpt-step", type=int, help="checkpoint iteration of the reference model; default the newest")
+    add(
+        "--reference-precision",
+        choices=("fp32", "bf16"),
+        help="precision of the reference model; default that of its training run",
+    )
     add(
         "--data-path",
         type=expand_user,
         nargs="+",
         required=True,
-        help="corpora, or a blend as for training (its weights do not matter)",
+        help="corpus prefixes, or a blend in the trainer's format, whose weights are ignored",
     )
     add(
         "--reference-scores",
         type=expand_user,
         required=True,
         metavar="NAME",
-        help="NAME makes CORPUS.NAME.scores; also DIRECTORY/NAME",
+        help="sidecar name: NAME writes CORPUS.NAME.scores next to each corpus, DIRECTORY/NAME into DIRECTORY",
     )
     add(
         "--context",
         choices=("document", "stream"),
         default="document",
-        help="text before a token: its document's, or the corpus's",
+        help="context of each token: its document, or the preceding token stream across documents",
     )
-    add("--stride", type=int, help="tokens between scoring windows; default half the model's --seq-length")
-    add("--entropy", action="store_true", help="also the entropies, which --slm-score reference-entropy needs")
+    add("--stride", type=int, help="stride between scoring windows in tokens; default half the model's --seq-length")
+    add("--entropy", action="store_true", help="also store entropies, which --slm-score reference-entropy requires")
     add(
         "--slm-verify-checksums",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare the content of the checkpoint with its checksums before use",
+        help="verify the checksums of the checkpoint before use",
     )
-    add("--micro-batch-size", type=int, default=8, help="sequences in one forward pass of one data-parallel rank")
-    add("--tensor-model-parallel-size", type=int, default=1)
-    add("--pipeline-model-parallel-size", type=int, default=1)
-    add("--sequence-parallel", action="store_true")
-    add("--distributed-backend", choices=("nccl", "gloo"), help="default nccl on GPUs, gloo on CPUs")
-    add("--distributed-timeout-minutes", type=int, default=10)
-    group = parser.add_argument_group("tokenizer", "default: that of the reference model's run")
+    add("--micro-batch-size", type=int, default=8, help="batch size per data-parallel rank and forward pass")
+    add("--tensor-model-parallel-size", type=int, default=1, help="degree of tensor model parallelism")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="degree of pipeline model parallelism")
+    add("--sequence-parallel", action="store_true", help="enable sequence parallelism")
+    add(
+        "--distributed-backend",
+        choices=("nccl", "gloo"),
+        help="backend of torch.distributed; default nccl on GPUs, gloo on CPUs",
+    )
+    add("--distributed-timeout-minutes", type=int, default=10, help="timeout in minutes of collective operations")
+    group = parser.add_argument_group("tokenizer", "default: the tokenizer of the reference model's run")
     add_tokenizer_flags(group)
     return parse_strictly(parser, argv, REFUSED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
     return run_command(lambda: score(parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
 def score(arguments: argparse.Namespace) -> None:
-    """Score the corpora of the flags."""
+    """Score the corpora given on the command line."""
     from megatron_slm.data.datasets import parse_blend
     from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
     from megatron_slm.runtime import process
@@ -125,7 +134,7 @@ def score(arguments: argparse.Namespace) -> None:
 
 
 def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Raise ConfigError for a corpus that is missing, damaged, or of another tokenizer, before the model is loaded."""
+    """Raise ConfigError if a corpus is missing, damaged, or of another tokenizer, before the model is loaded."""
     from megatron_slm.corpus.checks import check_corpus, check_tokenizer
 
     for prefix in prefixes:
@@ -134,7 +143,7 @@ def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
 
 
 def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Tokenizer:
-    """Return the tokenizer of the reference model's run, with the settings that the flags replace."""
+    """Return the tokenizer of the reference model's run, with the overrides of the command line."""
     from megatron_slm.tokenizers.tokenizer import tokenizer_of
 
     settings = {**to_flat_dict(config), **given_tokenizer_settings(arguments)}

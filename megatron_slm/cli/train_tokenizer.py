@@ -16,22 +16,24 @@ from megatron_slm.runtime.output import prepare_output
 
 
 def parse_arguments() -> argparse.Namespace:
-    """
+    """Parse the command line.
+
     Raises:
-        ConfigError: an unknown flag, or a bad value.
+        ConfigError: an unknown flag, or an invalid value.
     """
     parser = Parser(description=__doc__, allow_abbrev=False)
     add_reading_flags(parser)
     add = parser.add_argument
-    add("--output-prefix", type=expand_user, required=True, help="path of the model; .model and .vocab are added")
-    add("--vocab-size", type=int, default=32000, help="entries of the vocabulary [32000]")
-    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="kind of model [bpe]")
-    add("--max-lines", type=int, default=1_000_000, help="lines that are learned from, at most [1000000]")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="threads of the trainer [all cores]")
+    add("--output-prefix", type=expand_user, required=True, help="path of the model without .model or .vocab suffix")
+    add("--vocab-size", type=int, default=32000, help="vocabulary size [32000]")
+    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="model type [bpe]")
+    add("--max-lines", type=int, default=1_000_000, help="maximum number of training lines [1000000]")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="number of threads [all cores]")
     return parse_strictly(parser, sys.argv[1:], {})
 
 
 def main() -> int:
+    """Run the command line and return the exit code."""
     prepare_output()
     try:
         arguments = parse_arguments()

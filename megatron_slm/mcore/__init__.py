@@ -1,1 +1,1 @@
-"""Adaptations of Megatron-Core: CPU redirection, repairs and version differences, each with its reason."""
+"""Adaptations of Megatron-Core: CPU redirection, workarounds and version differences, each with its reason."""

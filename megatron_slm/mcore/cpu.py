@@ -1,7 +1,7 @@
-"""Makes Megatron-Core run where there is no GPU; nothing else in the project knows how.
+"""Run Megatron-Core on machines without a GPU.
 
-Megatron-Core names CUDA in places: factory calls with ``device='cuda'``, ``.cuda()``, ``torch.cuda.*`` and type names
-such as ``torch.cuda.FloatTensor``. :func:`redirect_cuda_to_cpu` answers all of these with the CPU, once per process.
+Megatron-Core hard-codes CUDA in factory calls (``device='cuda'``), ``.cuda()``, ``torch.cuda.*`` and type names such as
+``torch.cuda.FloatTensor``. :func:`redirect_cuda_to_cpu` redirects all of these to the CPU for the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Rewrites CUDA in the arguments of torch calls to the CPU."""
+    """Replace CUDA by the CPU in the arguments of torch calls."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -27,12 +27,12 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimizer sorts parameters by names such as "torch.cuda.FloatTensor".
+            # The optimizer groups parameters by type names such as "torch.cuda.FloatTensor".
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if kwargs and _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if kwargs and kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}  # there is no device to copy to
+            kwargs = {**kwargs, "pin_memory": False}  # only useful for copies to a GPU
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **(kwargs or {}))
@@ -63,7 +63,7 @@ class _CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event where work is done at once."""
+    """Placeholder of a CUDA stream or event for synchronous execution."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -73,8 +73,8 @@ class _NoStream:
 
 @functools.cache
 def redirect_cuda_to_cpu() -> None:
-    """Answer Megatron-Core's calls for CUDA with the CPU, for the rest of this process."""
-    twins: dict[str, Any] = {
+    """Redirect Megatron-Core's CUDA calls to the CPU for the rest of this process."""
+    replacements: dict[str, Any] = {
         "current_device": lambda: CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
@@ -87,8 +87,8 @@ def redirect_cuda_to_cpu() -> None:
         "Stream": _NoStream,
         "Event": _NoStream,
     }
-    for name, twin in twins.items():
-        setattr(torch.cuda, name, twin)
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
     vars(megatron_random).update(
         _get_cuda_rng_state=lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
         _set_cuda_rng_state=lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),

@@ -1,4 +1,4 @@
-"""Warnings of Megatron-Core's datasets that do not apply here."""
+"""Suppression of inapplicable warnings of Megatron-Core's datasets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_cache_warnings() -> Iterator[None]:
-    """Silence warnings that no cache is written: :mod:`megatron_slm.data.index_cache` writes it."""
+    """Suppress warnings about a missing cache, which :mod:`megatron_slm.data.index_cache` writes."""
     loggers = [logging.getLogger(f"megatron.core.datasets.{name}") for name in ("gpt_dataset", "blended_dataset")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

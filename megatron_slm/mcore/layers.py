@@ -1,4 +1,4 @@
-"""Plain torch parts for Megatron-Core's local transformer layer: a norm, and attention without a matrix of scores."""
+"""Torch modules for Megatron-Core's local transformer layer: norms, and attention that stores no score matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class TorchNorm:
-    """LayerNorm or RMSNorm of torch whose parameters tell Megatron-Core that they see a shard of the sequence.
+    """Torch LayerNorm or RMSNorm with parameters marked for sequence parallelism.
 
     Megatron-Core sums the gradients of parameters marked ``sequence_parallel`` over the tensor-parallel group.
     """
@@ -33,8 +33,8 @@ class TorchNorm:
 class TorchAttention(MegatronModule):
     """Causal attention over the heads of this tensor-parallel rank, by ``scaled_dot_product_attention``.
 
-    Under context parallelism each rank gathers the keys and values of the whole sequence, and attends from its own
-    positions; the gradients of keys and values go back to the ranks that they came from.
+    Under context parallelism, each rank gathers the keys and values of the full sequence and attends from its local
+    positions; the gradients of keys and values are reduced to their source ranks.
     """
 
     def __init__(
@@ -63,18 +63,20 @@ class TorchAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attend.
+        """Return the attention output.
 
         Args:
-            query: [s, b, heads, d]; key and value [s, b, groups, d], where groups divides heads.
-            attention_mask: [b, 1, s, s] bool, True where attention is forbidden; None for causal attention. Under
-                context parallelism its columns are those of the whole sequence.
+            query: [s, b, heads, d].
+            key: [s, b, groups, d]; groups divides heads.
+            value: as ``key``.
+            attention_mask: [b, 1, s, s] bool, True for masked pairs; None for causal attention. Under context
+                parallelism, its columns cover the full sequence.
 
         Returns:
             [s, b, heads * d]
         """
         if self.context is not None and self.context.size() > 1:
-            key, value, attention_mask = self._whole_context(key, value, attention_mask)
+            key, value, attention_mask = self._gather_context(key, value, attention_mask)
         allowed = None if attention_mask is None else ~attention_mask
         q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         dropout = self.dropout if self.training else 0.0
@@ -92,27 +94,27 @@ class TorchAttention(MegatronModule):
             context = F.scaled_dot_product_attention(q, k, v, **arguments)
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
-    def _whole_context(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of all context-parallel ranks in the order of positions, and the mask of these queries."""
+    def _gather_context(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values of all context-parallel ranks in position order, and the mask of the local queries."""
         assert self.context is not None
         size, device = self.context.size(), key.device
         length = key.size(0) * size
-        places = [context_positions(length, size, rank) for rank in range(size)]
-        order = torch.cat(places).argsort().to(device)
+        positions = [context_positions(length, size, rank) for rank in range(size)]
+        order = torch.cat(positions).argsort().to(device)
         key, value = (
             gather_from_sequence_parallel_region(part.contiguous(), group=self.context)[order] for part in (key, value)
         )
         if mask is None:
-            own = places[self.context.rank()].to(device)
-            mask = torch.arange(length, device=device) > own[:, None]
+            local_positions = positions[self.context.rank()].to(device)
+            mask = torch.arange(length, device=device) > local_positions[:, None]
         return key, value, mask
 
 
 def context_positions(length: int, size: int, rank: int) -> Tensor:
-    """Return the positions of a sample that context-parallel rank ``rank`` of ``size`` holds, [length / size] int64.
+    """Return the sample positions of context-parallel rank ``rank`` of ``size``, [length / size] int64.
 
-    A sample is split into 2 · size chunks. A rank holds the chunk at its place from the front and the one at its place
-    from the back, so that all ranks attend to equally many pairs (Megatron-Core's order).
+    A sample is split into 2 · size chunks. Rank r holds chunks r and 2 · size - 1 - r, which balances the number of
+    attended pairs over ranks (Megatron-Core's order).
     """
     chunks = torch.arange(length).chunk(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))

@@ -1,4 +1,4 @@
-"""Repairs of the optimizer state that Megatron-Core 0.16.1 to 0.19.2 describes, loads and shares wrongly."""
+"""Workarounds for faults of Megatron-Core 0.16.1 to 0.19.2 in saving and loading optimizer state."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """Return the optimizers that Megatron-Core has chained, or the one that it made."""
+    """Return the optimizers chained by Megatron-Core, or the only one."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def repair_loading(optimizer: MegatronOptimizer) -> None:
-    """Repair two faults of Megatron-Core 0.16.1 in loading optimizer state.
+    """Work around two faults of Megatron-Core 0.16.1 in loading optimizer state.
 
-    The distributed optimizer copies every entry of a parameter's state from the checkpoint and fails with KeyError
-    for entries that the checkpoint does not hold, such as the ``step`` of torch's AdamW: such entries keep their
-    values. For SGD there is no function that allocates the state to load.
+    The distributed optimizer copies every entry of a parameter's state from the checkpoint and raises KeyError for
+    missing entries, such as the ``step`` of torch's AdamW; such entries now keep their values. For SGD, the function
+    that allocates the state before loading is missing.
     """
     for part in optimizer_parts(optimizer):
         if getattr(part, "init_state_fn", None) is None:
@@ -39,7 +39,7 @@ def repair_loading(optimizer: MegatronOptimizer) -> None:
 
 
 def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give SGD with momentum its buffers; buffers of zeros give the same first update as none."""
+    """Allocate the momentum buffers of SGD; zeros give the same first update as no buffers."""
     for group in optimizer.param_groups:
         if group.get("momentum"):
             for parameter in group["params"]:
@@ -47,7 +47,7 @@ def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> N
 
 
 def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its state before the first step; the distributed optimizer cannot describe it otherwise."""
+    """Allocate the state of torch's AdamW before the first step, as the distributed optimizer needs for saving."""
     for part in optimizer_parts(optimizer):
         if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.Adam):
             continue
@@ -61,8 +61,10 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def separate_adam_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter its own ``step`` after loading; Megatron-Core hands all of them one tensor, which the
-    next update would count up once per parameter."""
+    """Give each parameter a separate ``step`` tensor after loading.
+
+    Megatron-Core assigns one tensor to all parameters, which the next update would increment once per parameter.
+    """
     for part in optimizer_parts(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):

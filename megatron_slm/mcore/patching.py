@@ -1,4 +1,4 @@
-"""Temporary replacement of functions of other libraries."""
+"""Temporary replacement of attributes of other libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def replaced_attributes(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
-    """Replace attributes of modules and classes, given as (owner, name, value), for the block."""
+    """Replace attributes of modules and classes, given as (owner, name, value), within the block."""
     with ExitStack() as stack:
         for owner, name, value in replacements:
             stack.callback(setattr, owner, name, getattr(owner, name))

@@ -1,10 +1,10 @@
 """Restricted unpickling for Megatron-Core's and torch's checkpoint readers.
 
-A pickle can call any function when it is read. Checkpoints hold pickles in three places: ``.metadata`` (read with
-``pickle.load``), ``common.pt`` and the objects inside ``.distcp`` files (read with ``torch.load``, which by default
-or by environment variable may unpickle anything, and which hands TorchScript archives to ``torch.jit.load``).
+Unpickling can call arbitrary functions. Checkpoints contain pickles in three places: ``.metadata`` (read by
+``pickle.load``), ``common.pt`` and the objects in ``.distcp`` files (read by ``torch.load``, which may unpickle any
+class by default or environment variable, and passes TorchScript archives to ``torch.jit.load``).
 :func:`restricted_pickles` makes all of these use one unpickler with an explicit list of classes, none of which runs
-code from the file. Megatron-Core 0.16.1 to 0.19.2, torch 2.11 to 2.13.
+code from the file. Applies to Megatron-Core 0.16.1 to 0.19.2 and torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -53,33 +53,33 @@ ALLOWED: dict[str, frozenset[str]] = {
 
 
 class UnsafePickleError(pickle.UnpicklingError):
-    """A pickle names a class or function that is not on the list. The message names it and the file."""
+    """Pickle with a class or function outside the allowed list; the message names it and the file."""
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler that resolves the classes of :data:`ALLOWED` only; torch derives a class of its own from it."""
+    """Unpickler that resolves only the classes in :data:`ALLOWED`; torch derives a subclass from it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
-            where = f"{_Reader.file} holds" if _Reader.file else "the file holds"
-            raise UnsafePickleError(f"{where} {module}.{name}, which a checkpoint of data does not need")
+            subject = f"{_Reader.file} holds" if _Reader.file else "the file holds"
+            raise UnsafePickleError(f"{subject} {module}.{name}, which a checkpoint of data does not need")
         return super().find_class(module, name)
 
 
 class _Reader:
-    """The file that is being read, for error messages."""
+    """Current file, for error messages."""
 
     file: str | None = None
 
 
 def restricted_load(file: Any, **options: Any) -> Any:
-    """Read one pickle, as ``pickle.load`` does, with the restricted unpickler."""
+    """Load a pickle with the restricted unpickler, as ``pickle.load`` does."""
     _Reader.file = getattr(file, "name", _Reader.file)
     return RestrictedUnpickler(file, **options).load()
 
 
 def restricted_loads(data: bytes, **options: Any) -> Any:
-    """Read one pickle from bytes with the restricted unpickler."""
+    """Load a pickle from bytes with the restricted unpickler."""
     return RestrictedUnpickler(io.BytesIO(data), **options).load()
 
 
@@ -90,14 +90,14 @@ vars(PICKLE).update(Unpickler=RestrictedUnpickler, load=restricted_load, loads=r
 
 @contextmanager
 def restricted_pickles() -> Iterator[None]:
-    """Let torch and Megatron-Core read pickles with the restricted unpickler only, for the block."""
+    """Make torch and Megatron-Core use the restricted unpickler within the block."""
     plain_load, slice_file = torch.load, FileSystemReader._slice_file
 
     def load(file: Any, *positional: Any, **options: Any) -> Any:
         if isinstance(file, str) or hasattr(file, "__fspath__"):
             _Reader.file = str(file)
         options |= {"weights_only": False, "pickle_module": PICKLE}
-        return plain_load(file, *positional[:1], **options)  # map_location; a pickle module is not taken
+        return plain_load(file, *positional[:1], **options)  # map_location; the caller's pickle module is ignored
 
     def slice_of(reader: FileSystemReader, file: Any, info: Any) -> Any:
         _Reader.file = getattr(file, "name", None)

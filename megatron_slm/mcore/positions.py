@@ -1,4 +1,4 @@
-"""Rotary embeddings at given positions."""
+"""Rotary embeddings at explicit positions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class RotaryByPosition(torch.nn.Module):
-    """Rotary embedding at the position ids of each sample, such as those that restart with each document.
+    """Rotary embedding at the position ids of each sample, which may restart with each document.
 
     Megatron-Core's rotary embedding counts positions from the start of a sample and ignores position ids. Under
-    context parallelism the ids are those of this rank's positions already.
+    context parallelism, the ids are already those of the local positions.
     """
 
     position_ids: Tensor  # [b, s], set before each forward pass of the model
@@ -22,9 +22,9 @@ class RotaryByPosition(torch.nn.Module):
         super().__init__()
         self.rotary = rotary
 
-    def get_rotary_seq_len(self, *arguments: Any, **more: Any) -> int:
+    def get_rotary_seq_len(self, *arguments: Any, **options: Any) -> int:
         """Return the sequence length as Megatron-Core counts it."""
-        return self.rotary.get_rotary_seq_len(*arguments, **more)
+        return self.rotary.get_rotary_seq_len(*arguments, **options)
 
     def forward(self, length: int, **_: Any) -> Tensor:
         """Return the angles [s, b, 1, d]; the length follows from the position ids."""

@@ -1,4 +1,4 @@
-"""Repairs of Megatron-Core's synchronous save of distributed checkpoints."""
+"""Workarounds for Megatron-Core's synchronous saving of distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_slm.mcore.patching import replaced_attributes
 
 @contextmanager
 def deferred_save_errors(kinds: tuple[type[BaseException], ...]) -> Iterator[list[BaseException]]:
-    """Collect the errors of files that Megatron-Core 0.16.1 writes on rank 0 alone.
+    """Collect errors of files that Megatron-Core 0.16.1 writes only on rank 0.
 
-    Raised in place they would leave the other ranks waiting in the next collective until its timeout.
+    Raised immediately, they would block the other ranks in the next collective until its timeout.
     """
     errors: list[BaseException] = []
 
@@ -41,10 +41,10 @@ def deferred_save_errors(kinds: tuple[type[BaseException], ...]) -> Iterator[lis
 
 
 def share_results_in_memory() -> None:
-    """Give Megatron-Core's writer a plain queue for its results.
+    """Make Megatron-Core's writer use an in-process queue for its results.
 
-    It would otherwise start a process that holds the queue, for asynchronous saves. That process imports torch on every
-    rank, which takes seconds and hundreds of MB; a synchronous save puts and gets in one process.
+    Its default queue, which supports asynchronous saving, needs a manager process per rank. That process imports torch,
+    which takes seconds and hundreds of MB, although synchronous saving uses the queue in one process only.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

@@ -64,7 +64,7 @@ def test_what_the_tool_prints(tmp_path: Path, run: Callable[..., tuple[Any, str,
     decode = ("--tokenizer-type", "ByteTokenizer")
     code, out, err = run(prefix, "--check", "--documents", 0, 2, -1, "--max-tokens", 20, "--plot", plot, *decode)
     assert (code, err) == (0, "")
-    for words in ("is whole, and all ids lie below 257", "hello world\nagain", "café", "A" * 20, "300 tokens", "323"):
+    for words in ("is intact, and all ids are below 257", "hello world\nagain", "café", "A" * 20, "300 tokens", "323"):
         assert words in out, words
     assert "A" * 21 not in out
     assert plot.read_bytes()[:4] == b"\x89PNG" and plot.stat().st_size > 5000
@@ -152,7 +152,7 @@ def test_damage_is_found(
     assert code == 2
     for message in messages:
         assert message in err, err
-    assert err.rstrip().endswith("is damaged. Make it again with tools/preprocess_data.py.")
+    assert err.rstrip().endswith("is damaged. Recreate it with tools/preprocess_data.py.")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -358,7 +358,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
-    assert process.returncode == 130 and b"--resume goes on" in errors and b"Traceback" not in errors
+    assert process.returncode == 130 and b"--resume to continue" in errors and b"Traceback" not in errors
     expected = make_job(list(job.files), tmp_path / "expected")
     preprocess(expected)
     assert preprocess(job).resumed and corpus_bytes(job) == corpus_bytes(expected)

@@ -44,7 +44,7 @@ def test_killed_rank_is_one_line_with_the_short_report(tmp_path: Path) -> None:
     script.write_text('import os, time\nif os.environ["RANK"] == "1": os.kill(os.getpid(), 9)\ntime.sleep(60)\n')
     code, lines = run("megatron_slm.torchrun", str(script))
     assert code == 128 + signal.SIGKILL and len(lines) == 1
-    assert lines[0].startswith("error: rank 1 (process ") and lines[0].endswith(" was ended by SIGKILL")
+    assert lines[0].startswith("error: rank 1 (process ") and lines[0].endswith(" was terminated by SIGKILL")
 
 
 def test_help_is_that_of_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
