@@ -9,7 +9,7 @@ warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
 # Megatron-Core's warning about its default.
 warnings.filterwarnings("ignore", message="full scope is deprecated.*")
 # Megatron-Core calls deprecated torch functions, on CPUs through mcore.cpu; every rank would print the warning.
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron\.core|megatron_slm\.runtime\.cpu)\b")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron\.core|megatron_slm\.mcore\.cpu)\b")
 # Megatron-Core reads .grad of parameter views, and recomputes core attention with --recompute-granularity selective.
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")

@@ -24,30 +24,30 @@ BLEND_FILES = (".yaml", ".yml", ".json")
 BLEND_FILE_HELP = "A blend is 'prefix: weight' lines, or a list of prefixes."
 
 
-def blend_arguments(value: Any, where: str) -> list[str]:
+def blend_arguments(value: Any, location: str) -> list[str]:
     """Return the arguments of a blend from YAML or JSON: a mapping of prefixes to weights, a list, or a string.
 
     Raises:
-        ConfigError: ``value`` is none of these; the message names ``where``.
+        ConfigError: ``value`` is none of these; the message names ``location``.
     """
     if value is None:
         return []
     if isinstance(value, dict):
-        pairs = [(_weight(weight, f"{where}, {prefix}"), str(prefix)) for prefix, weight in value.items()]
+        pairs = [(_weight(weight, f"{location}, {prefix}"), str(prefix)) for prefix, weight in value.items()]
         return [argument for pair in pairs for argument in pair]
     arguments = value if isinstance(value, list) else str(value).split()
     if isinstance(value, bool) or any(each is None or isinstance(each, bool | list | dict) for each in arguments):
-        raise ConfigError(f"{where} must be a list of prefixes or weights and prefixes, not {value!r}.")
+        raise ConfigError(f"{location} must be a list of prefixes or weights and prefixes, not {value!r}.")
     return [str(argument) for argument in arguments]
 
 
-def _weight(value: Any, where: str) -> str:
+def _weight(value: Any, location: str) -> str:
     try:
         if isinstance(value, bool):
             raise TypeError
         return str(float(value))
     except (TypeError, ValueError):
-        raise ConfigError(f"{where}: the weight must be a number, not {value!r}. {BLEND_FILE_HELP}") from None
+        raise ConfigError(f"{location}: the weight must be a number, not {value!r}. {BLEND_FILE_HELP}") from None
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
@@ -122,10 +122,10 @@ def _exclude(flag: str, others: dict[str, Any]) -> None:
 def _from_file(blend: list[str], flag: str) -> list[str]:
     if len(blend) != 1 or not blend[0].lower().endswith(BLEND_FILES):
         return blend
-    where = f"{flag} {blend[0]}"
-    found = blend_arguments(_read(Path(blend[0]), flag), where)
+    location = f"{flag} {blend[0]}"
+    found = blend_arguments(_read(Path(blend[0]), flag), location)
     if not found:
-        raise ConfigError(f"{where} is empty. {BLEND_FILE_HELP}")
+        raise ConfigError(f"{location} is empty. {BLEND_FILE_HELP}")
     return found
 
 

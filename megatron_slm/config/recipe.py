@@ -6,6 +6,7 @@ import difflib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,8 +24,13 @@ from megatron_slm.runtime.errors import ConfigError, refuse
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def settings() -> Iterator[tuple[str, Field[Any], Any]]:
-    """Yield (group name, field, type) of every setting, in the order of the help."""
+@cache
+def settings() -> tuple[tuple[str, Field[Any], Any], ...]:
+    """Return (group name, field, type) of every setting, in the order of the help."""
+    return tuple(_iterate_settings())
+
+
+def _iterate_settings() -> Iterator[tuple[str, Field[Any], Any]]:
     for group in fields(Config):
         group_type = getattr(schema, str(group.type))
         hints = get_type_hints(group_type)
@@ -38,13 +44,13 @@ def to_flat_dict(config: Config) -> dict[str, Any]:
     return {setting.name: getattr(getattr(config, group), setting.name) for group, setting, _ in settings()}
 
 
-def from_flat_dict(values: Mapping[str, Any], where: str = "configuration") -> Config:
+def from_flat_dict(values: Mapping[str, Any], location: str = "configuration") -> Config:
     """Return a configuration from settings by name; the others keep their defaults.
 
     Raises:
-        ConfigError: an unknown name, or a value of the wrong type; the message names ``where``.
+        ConfigError: an unknown name, or a value of the wrong type; the message names ``location``.
     """
-    converted, problems = convert_settings(values, lambda name: f"{where}: {name}")
+    converted, problems = convert_settings(values, lambda name: f"{location}: {name}")
     refuse(problems)
     return with_settings(Config(), converted)
 
@@ -102,25 +108,25 @@ def suggest_name(name: str, names: list[str]) -> str:
     return f" Did you mean {found[0]}?" if found else ""
 
 
-def convert(value: Any, kind: Any, where: str) -> Any:
+def convert(value: Any, kind: Any, location: str) -> Any:
     """Convert ``value``, from YAML or a command line, to the type ``kind``.
 
     Raises:
-        ConfigError: the value is not of that type; the message names ``where``.
+        ConfigError: the value is not of that type; the message names ``location``.
     """
     if get_origin(kind) in (types.UnionType, Union):
         if value is None:
             return None
         kind = next(option for option in get_args(kind) if option is not type(None))
-    refuse_empty(value, where)
+    refuse_empty(value, location)
     if kind == list[str]:
-        return blend_arguments(value, where)
+        return blend_arguments(value, location)
     if kind == dict[str, list[str]]:
-        return _named_sets(value, where)
+        return _named_sets(value, location)
     if value is None or isinstance(value, list | dict):
-        raise ConfigError(f"{where} must be {_describe(kind)}, not {value!r}.")
+        raise ConfigError(f"{location} must be {_describe(kind)}, not {value!r}.")
     if kind is bool:
-        return _bool(value, where)
+        return _bool(value, location)
     try:
         if isinstance(value, bool) and kind is not str:
             raise ValueError
@@ -128,54 +134,54 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return int(value)
         return kind(str(value))
     except ValueError:
-        raise ConfigError(f"{where} must be {_describe(kind)}, not {value!r}.") from None
+        raise ConfigError(f"{location} must be {_describe(kind)}, not {value!r}.") from None
 
 
-def refuse_empty(value: Any, where: str) -> None:
+def refuse_empty(value: Any, location: str) -> None:
     """Raise ConfigError for text that is empty (often an unset shell variable) or not valid UTF-8."""
     if isinstance(value, list):
         for item in value:
-            refuse_empty(item, where)
+            refuse_empty(item, location)
     if isinstance(value, dict):
         for name, item in value.items():
-            refuse_empty("" if item is None or item == [] else item, f"{where}.{name}")
+            refuse_empty("" if item is None or item == [] else item, f"{location}.{name}")
     if not isinstance(value, str):
         return
     if not value.strip():
-        raise ConfigError(f"{where} is empty. Give a value, or leave it out.")
+        raise ConfigError(f"{location} is empty. Give a value, or leave it out.")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise ConfigError(f"{where}: {value!r} is not valid UTF-8 text. Rename the file, or correct the value.")
+        raise ConfigError(f"{location}: {value!r} is not valid UTF-8 text. Rename the file, or correct the value.")
 
 
 def _describe(kind: Any) -> str:
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(kind, str(kind))
 
 
-def _bool(value: Any, where: str) -> bool:
+def _bool(value: Any, location: str) -> bool:
     if isinstance(value, bool):
         return value
     text = str(value).lower()
     if text not in TRUE + FALSE:
-        raise ConfigError(f"{where} must be true or false, not {value!r}.")
+        raise ConfigError(f"{location} must be true or false, not {value!r}.")
     return text in TRUE
 
 
-def _named_sets(value: Any, where: str) -> dict[str, list[str]]:
+def _named_sets(value: Any, location: str) -> dict[str, list[str]]:
     if value is None:
         return {}
     if isinstance(value, dict):
-        return {str(name): blend_arguments(blend, f"{where}.{name}") for name, blend in value.items()}
+        return {str(name): blend_arguments(blend, f"{location}.{name}") for name, blend in value.items()}
     sets: dict[str, list[str]] = {}
     name = "valid"
-    for argument in blend_arguments(value, where):
+    for argument in blend_arguments(value, location):
         head, equals, rest = argument.partition("=")
         if equals and "/" not in head:
             name, argument = head, rest
             if name in sets:
-                raise ConfigError(f"{where}: the set {name!r} is given twice.")
+                raise ConfigError(f"{location}: the set {name!r} is given twice.")
             if not name.strip() or not argument.strip():
                 raise ConfigError(
-                    f"{where}: {head}={rest} lacks a {'prefix' if name.strip() else 'name'}. Write NAME=PREFIX."
+                    f"{location}: {head}={rest} lacks a {'prefix' if name.strip() else 'name'}. Write NAME=PREFIX."
                 )
         sets.setdefault(name, []).append(argument)
     return sets

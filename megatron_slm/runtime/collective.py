@@ -53,8 +53,8 @@ def on_every_rank(function: Callable[[], T]) -> T:
     messages = gather_on_every_rank(None if error is None else str(error))
     failed = [rank for rank, message in enumerate(messages) if message is not None]
     if failed:
-        where = f"rank {failed[0]}: " if failed[0] else ""
-        raise ConfigError(f"{where}{messages[failed[0]]}") from error
+        prefix = f"rank {failed[0]}: " if failed[0] else ""
+        raise ConfigError(f"{prefix}{messages[failed[0]]}") from error
     return cast(T, result)
 
 

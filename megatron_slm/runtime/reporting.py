@@ -117,12 +117,12 @@ def _report_failure(error: Exception) -> None:
     if not _claim("failure"):
         early_reports.leave_quietly(guess_launch())
         return
-    where = f"error on rank {rank}" if rank else "error"
+    prefix = f"error on rank {rank}" if rank else "error"
     if any(phrase in str(error) for phrase in LOST_PEER):
         reason = str(error).strip().splitlines()[0]
-        print_error(f"{where}: another rank exited without a report, for example because it was killed ({reason})")
+        print_error(f"{prefix}: another rank exited without a report, for example because it was killed ({reason})")
     else:
-        print_error(f"{traceback.format_exc()}{where}: see the traceback above")
+        print_error(f"{traceback.format_exc()}{prefix}: see the traceback above")
 
 
 def print_error(text: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import _main, command, make_corpus
 
-MODULES = ("torch.distributed.c10d_logger", "megatron.core.dist_checkpointing.core", "megatron_slm.runtime.cpu")
+MODULES = ("torch.distributed.c10d_logger", "megatron.core.dist_checkpointing.core", "megatron_slm.mcore.cpu")
 
 
 def test_known_warnings_are_silent() -> None:
