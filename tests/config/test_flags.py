@@ -57,7 +57,7 @@ def test_named_validation_sets() -> None:
         parse(["--valid-data-path", "a=1", "a=2"])
 
 
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(deadline=None, max_examples=30)
 @given(st.floats(1e-8, 1), st.integers(1, 100), st.booleans(), st.lists(st.text("ab/", min_size=1), max_size=3))
 def test_printed_config_is_a_recipe(lr: float, layers: int, switch: bool, words: list[str]) -> None:
     config = parse(["--lr", repr(lr), "--num-layers", str(layers), "--swiglu" if switch else "--no-swiglu"]).config
