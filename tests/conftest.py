@@ -1,4 +1,4 @@
-"""Make the benchmarks importable, and let no property test fail because a machine is busy."""
+"""Make the benchmarks importable, and disable the deadlines of property tests."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Selective Language Modeling written down plainly in float64, one token after another: what all tests hold to."""
+"""Reference implementation of Selective Language Modeling for tests: float64, one token at a time."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import Tensor
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label] of every token; [b, s, V] and [b, s], float64."""
+    """Return -log softmax(logits)[label] of every token in float64; [b, s, V] and [b, s] -> [b, s]."""
     return -logits.double().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
 
 def entropies(logits: Tensor) -> Tensor:
+    """Return the entropy of each token's distribution, in float64."""
     probabilities = logits.double().softmax(-1)
     return torch.special.entr(probabilities).sum(-1)
 
 
 def select(scores: list[float], valid: list[bool], ratio: float, lowest: bool = False) -> list[bool]:
-    """The ⌈k · valid⌉ best valid tokens of one ranking; the first of those that are equal."""
-    places = [place for place in range(len(scores)) if valid[place]]
-    count = math.ceil(Fraction(str(ratio)) * len(places))
-    best = sorted(places, key=lambda place: (scores[place] if lowest else -scores[place], place))[:count]
-    return [place in best for place in range(len(scores))]
+    """Return the mask of the ⌈k · valid⌉ best valid tokens of one ranking; ties go to the first token."""
+    positions = [position for position in range(len(scores)) if valid[position]]
+    count = math.ceil(Fraction(str(ratio)) * len(positions))
+    best = sorted(positions, key=lambda position: (scores[position] if lowest else -scores[position], position))[:count]
+    return [position in best for position in range(len(scores))]
 
 
 def select_scope(scores: Tensor, valid: Tensor, ratio: float, scope: str, lowest: bool = False) -> Tensor:
-    """The selection of a whole batch [b, s]; each sequence by itself under scope "sequence"."""
+    """Return the selection mask of a batch [b, s]; scope "sequence" ranks each sequence separately."""
     rows = [scores[i : i + 1] for i in range(len(scores))] if scope == "sequence" else [scores]
     masks = [valid[i : i + 1] for i in range(len(valid))] if scope == "sequence" else [valid]
     chosen = [

@@ -1,4 +1,4 @@
-"""A private Slurm cluster of two nodes on this machine, for tests of real jobs; needs root, slurm-wlm and munge."""
+"""Private Slurm cluster with two nodes on this machine, for tests with real jobs; needs root, slurm-wlm and munge."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NODE = "NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}
 
 
 def missing() -> str:
-    """Return why a cluster cannot run here; empty if it can."""
+    """Return the reason why a cluster cannot run on this machine, or an empty string."""
     absent = [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
@@ -50,7 +50,7 @@ def missing() -> str:
 
 
 class SlurmCluster:
-    """Context manager that runs munge, a controller and two nodes; ``environment`` lets Slurm's commands find them."""
+    """Context manager that runs munge, a controller and two nodes; ``environment`` configures Slurm's commands."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -80,7 +80,7 @@ class SlurmCluster:
                 os.kill(int((self.directory / f"{name}.pid").read_text()), signal.SIGTERM)
 
     def run(self, *command: str, timeout: float = 60, **variables: str) -> str:
-        """Run one of Slurm's commands, with further environment variables, and return its output."""
+        """Run a Slurm command with additional environment variables and return its output."""
         result = subprocess.run(
             command,
             env=self.environment | variables,
@@ -131,7 +131,7 @@ class SlurmCluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that nothing listens on."""
+    """Return unused ports of this machine."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

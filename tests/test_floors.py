@@ -45,7 +45,7 @@ def test_imports_run_downwards(path: Path) -> None:
     assert packages <= allowed, f"{package} imports {packages - allowed}"
 
 
-def test_every_package_has_a_place() -> None:
+def test_every_package_has_a_layer() -> None:
     assert {package_of(path) for path in FILES} == {*PACKAGES, "__init__"}
 
 
@@ -55,7 +55,7 @@ def test_the_model_reads_no_data() -> None:
             assert not {name for name in imported(path) if name.startswith("megatron_slm.data")}, path
 
 
-def test_the_objective_knows_nothing_of_megatron() -> None:
+def test_the_objective_imports_no_megatron() -> None:
     for path in (PACKAGE / "objective").rglob("*.py"):
         assert not {name for name in imported(path) if name.split(".")[0] == "megatron"}, path
 

@@ -1,4 +1,4 @@
-"""--use-checkpoint-args takes the model from the checkpoint, and nothing else."""
+"""--use-checkpoint-args adopts the model settings of the checkpoint only."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def taken(*argv: str) -> tuple[Config, str]:
+def adopt(*argv: str) -> tuple[Config, str]:
     command = parse([*argv, "--use-checkpoint-args"])
     return command.config, command.note
 
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
 def test_model_and_tokenizer_come_from_the_checkpoint(run: Path, flag: str) -> None:
-    config, note = taken(flag, str(run), "--num-layers", "2", "--lr", "0.1", "--seed", "1")
+    config, note = adopt(flag, str(run), "--num-layers", "2", "--lr", "0.1", "--seed", "1")
     model = config.model
     assert (model.num_layers, model.hidden_size, model.seq_length, model.rotary_base) == (6, 48, 128, 500000)
     assert model.swiglu and model.vocab_size == 99 and config.tokenizer.tokenizer_type == "NullTokenizer"
@@ -40,19 +40,19 @@ def test_model_and_tokenizer_come_from_the_checkpoint(run: Path, flag: str) -> N
 
 
 def test_given_tokenizer_is_kept(run: Path) -> None:
-    config, _ = taken("--load", str(run), "--tokenizer-type", "ByteTokenizer")
+    config, _ = adopt("--load", str(run), "--tokenizer-type", "ByteTokenizer")
     assert config.tokenizer.tokenizer_type == "ByteTokenizer" and config.model.vocab_size is None
 
 
 def test_first_start_of_a_run_uses_the_flags(run: Path, tmp_path: Path) -> None:
-    config, note = taken("--load", str(tmp_path / "new"), "--num-layers", "2")
+    config, note = adopt("--load", str(tmp_path / "new"), "--num-layers", "2")
     assert config.model.num_layers == 2 and "no checkpoint yet" in note
     (tmp_path / "new").mkdir()
-    config, _ = taken("--load", str(tmp_path / "new"), "--pretrained-checkpoint", str(run), "--num-layers", "2")
+    config, _ = adopt("--load", str(tmp_path / "new"), "--pretrained-checkpoint", str(run), "--num-layers", "2")
     assert config.model.num_layers == 6
 
 
 def test_checkpoint_without_configuration_is_refused(run: Path) -> None:
     (run / "iter_0000004" / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        taken("--load", str(run))
+        adopt("--load", str(run))

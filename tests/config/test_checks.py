@@ -1,4 +1,4 @@
-"""What is refused before work begins, on any number of processes, without starting any."""
+"""Validation of configurations for any number of processes, without starting any."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ GOOD: dict[str, Any] = {
 
 
 def run_check(world_size: int, **changes: Any) -> Any:
-    words: list[str] = []
+    arguments: list[str] = []
     for name, value in {**GOOD, **changes}.items():
         if value is not None:
-            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return resolve(parse(words).config, world_size)
+            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return resolve(parse(arguments).config, world_size)
 
 
-def test_what_follows_is_filled_in() -> None:
+def test_derived_settings() -> None:
     config = run_check(4, tensor_model_parallel_size=2)
     assert config.training.global_batch_size == 4 and config.model.max_position_embeddings == 32
 
@@ -67,13 +67,13 @@ def test_uneven_pipelines(stages: int, layers: int, sizes: dict[str, int]) -> No
         ),
     ],
 )
-def test_uneven_pipelines_that_do_not_fit(stages: int, layers: int, more: dict[str, Any], message: str) -> None:
+def test_invalid_uneven_pipelines(stages: int, layers: int, more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_check(stages, pipeline_model_parallel_size=stages, num_layers=layers, **more)
 
 
 @pytest.mark.parametrize("name", [name for name in GOOD if name != "data_path"])
-def test_needed_settings_are_named(name: str) -> None:
+def test_missing_required_settings_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}"):
         run_check(1, **{name: None})
 
@@ -142,14 +142,14 @@ def test_needed_settings_are_named(name: str) -> None:
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_what_cannot_work_is_refused(world_size: int, changes: dict[str, Any], message: str) -> None:
+def test_invalid_relations_are_refused(world_size: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         run_check(world_size, **changes)
     assert message in str(error.value)
 
 
 def test_unwritable_directories_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions do not bind root, so the error is raised by hand; a cache that is there may be complete."""
+    """The error is simulated, since permissions do not restrict root; an existing cache may be complete."""
 
     def read_only(*_: object, **__: object) -> str:
         raise OSError(30, "Read-only file system", str(tmp_path))

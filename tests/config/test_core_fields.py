@@ -1,4 +1,4 @@
-"""Settings reach the fields of Megatron-Core's configurations that are named at them."""
+"""Settings are mapped to existing fields of Megatron-Core's configurations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_named_field_exists(target: str) -> None:
 
 
 def test_every_target_is_known() -> None:
-    named = {word.partition(".")[0] for _, setting, _ in settings() for word in setting.metadata["core"].split()}
+    named = {target.partition(".")[0] for _, setting, _ in settings() for target in setting.metadata["core"].split()}
     assert named == set(TARGETS)
 
 

@@ -1,4 +1,4 @@
-"""The command line: Megatron-LM's names, quick and torch-free, default < recipe < flag, round trips."""
+"""Command line: Megatron-LM's names, fast torch-free parsing, precedence default < recipe < flag, round trips."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_slm.config.megatron_lm.refused import megatron_flags
 from megatron_slm.config.recipe import dump_config, read_config, settings, to_flat_dict, with_settings
 from megatron_slm.runtime.errors import ConfigError
 
-OWN = ("--slm-", "--reference-", "--objective", "--eod-id", "--data-order", "--activation")
+PROJECT_PREFIXES = ("--slm-", "--reference-", "--objective", "--eod-id", "--data-order", "--activation")
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-def test_help_needs_no_torch_and_no_second() -> None:
+def test_help_is_fast_and_imports_no_torch() -> None:
     code = "import sys; from megatron_slm.cli.pretrain import main\ntry: main(['--help'])\n"
     code += "except SystemExit: pass\nassert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
     began = time.monotonic()
@@ -34,8 +34,8 @@ def test_help_needs_no_torch_and_no_second() -> None:
 
 
 @pytest.mark.parametrize("flag", [flag_name(s) for _, s, _ in settings()])
-def test_every_flag_is_megatrons_or_begins_with_our_prefix(flag: str) -> None:
-    ours = flag.startswith(OWN)
+def test_every_flag_is_megatrons_or_has_a_project_prefix(flag: str) -> None:
+    ours = flag.startswith(PROJECT_PREFIXES)
     negative = flag.replace("--", "--no-", 1)
     assert ours or flag in megatron_flags() or negative in megatron_flags(), flag
 
@@ -59,13 +59,13 @@ def test_named_validation_sets() -> None:
 
 @hypothesis.settings(deadline=None, max_examples=30)
 @given(st.floats(1e-8, 1), st.integers(1, 100), st.booleans(), st.lists(st.text("ab/", min_size=1), max_size=3))
-def test_printed_config_is_a_recipe(lr: float, layers: int, switch: bool, words: list[str]) -> None:
+def test_printed_config_is_a_recipe(lr: float, layers: int, switch: bool, blend: list[str]) -> None:
     config = parse(["--lr", repr(lr), "--num-layers", str(layers), "--swiglu" if switch else "--no-swiglu"]).config
-    config = with_settings(config, {"data_path": words})
+    config = with_settings(config, {"data_path": blend})
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.yaml"
         path.write_text(dump_config(config))
         assert to_flat_dict(read_config(path)) == to_flat_dict(config)
 
@@ -77,7 +77,7 @@ def test_megatrons_spelling_of_negative_and_odd_flags() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--fp16", "--decoupled-lr", "--inference-max-requests"])
-def test_flags_of_megatrons_that_are_not_taken_are_named(flag: str) -> None:
+def test_unsupported_megatron_flags_are_named(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"{flag} is a Megatron-LM flag that is not supported"):
         parse([flag, "1"])
 
@@ -88,7 +88,7 @@ def test_abbreviations_are_refused() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_is_read(recipe: Path) -> None:
+def test_every_recipe_is_valid(recipe: Path) -> None:
     config = parse(["--config", str(recipe), "--mock-data", "--slm-score", "token-loss"]).config  # needs no files
     assert config.model.num_layers or recipe.stem == "pretraining"
     if recipe.parent.name == "runs" and recipe.stem != "pretraining":

@@ -1,4 +1,4 @@
-"""Layered recipes: bases, several recipes, and the setting that wins."""
+"""Layered recipes: bases, several recipes, and precedence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parsed(*arguments: str) -> Config:
     return parse(["--config", *arguments]).config
 
 
-def test_a_recipe_wins_over_its_bases_and_later_bases_over_earlier_ones(tmp_path: Path) -> None:
+def test_a_recipe_overrides_its_bases_and_later_bases_override_earlier_ones(tmp_path: Path) -> None:
     recipe(tmp_path / "models" / "small.yaml", num_layers=2, hidden_size=8, swiglu=True)
     recipe(tmp_path / "common.yaml", hidden_size=16, lr=0.1, bf16=True)
     top = recipe(tmp_path / "runs" / "run.yaml", base=["../models/small.yaml", "../common.yaml"], lr=0.2, no_bf16=True)
@@ -40,21 +40,21 @@ def test_bases_have_bases(tmp_path: Path) -> None:
     assert parsed(recipe(tmp_path / "c.yaml", base="b.yaml")).model.num_layers == 2
 
 
-def test_later_recipes_win(tmp_path: Path) -> None:
+def test_later_recipes_override_earlier_ones(tmp_path: Path) -> None:
     first, second = recipe(tmp_path / "1.yaml", num_layers=1, lr=0.1), recipe(tmp_path / "2.yaml", num_layers=2)
     for arguments in ([first, second], [first, "--config", second]):
         config = parsed(*arguments)
         assert (config.model.num_layers, config.optimizer.lr) == (2, 0.1)
 
 
-def test_a_shared_base_does_not_take_back_what_a_recipe_set(tmp_path: Path) -> None:
+def test_a_shared_base_does_not_override_a_recipe(tmp_path: Path) -> None:
     recipe(tmp_path / "model.yaml", num_layers=1)
     run = recipe(tmp_path / "run.yaml", base="model.yaml", num_layers=5)
     cluster = recipe(tmp_path / "cluster.yaml", base="model.yaml", bf16=True)
     assert parsed(run, cluster).model.num_layers == 5
 
 
-def test_a_problem_names_the_file_that_holds_it(tmp_path: Path) -> None:
+def test_a_problem_names_its_file(tmp_path: Path) -> None:
     wrong = recipe(tmp_path / "model.yaml", num_layers="two")
     run = recipe(tmp_path / "run.yaml", base="model.yaml", hiden_size=8)
     with pytest.raises(ConfigError) as caught:

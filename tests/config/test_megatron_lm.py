@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM's: example scripts as its users have them, one message for all refusals, facts and remedies."""
+"""Megatron-LM's flags: its example scripts, one message for all unsupported flags, facts and remedies."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ FP8 = {"--fp8-format", "--fp8-amax-history-len", "--fp8-amax-compute-algo", "--f
 
 
 def refused(argv: list[str]) -> set[str]:
-    """Return the flags that one message refuses, each with a remedy."""
+    """Return the unsupported flags in the error message, each of which has a remedy."""
     with pytest.raises(ConfigError) as error:
         parse(argv)
     lines = [line for line in str(error.value).splitlines() if "is a Megatron-LM flag" in line]
@@ -89,7 +89,7 @@ def test_gpt3_script_is_refused_in_one_message() -> None:
 
 
 @pytest.mark.parametrize(("script", "world_size"), [(LLAMA3_8B, 8), (GPT3_175B, 128), (MIXTRAL_8X7B, 32)])
-def test_scripts_are_taken_without_the_flags_that_are_refused(script: str, world_size: int) -> None:
+def test_scripts_are_accepted_without_unsupported_flags(script: str, world_size: int) -> None:
     groups = [f"--{group}".split() for group in script.split("--")[1:]]
     argv = [argument for group in groups if group[0] not in {*CURATED} | FP8 for argument in group]
     config = resolve(parse(argv).config, world_size)
@@ -97,7 +97,7 @@ def test_scripts_are_taken_without_the_flags_that_are_refused(script: str, world
     assert script is not LLAMA3_8B or config.data.split == "99,1,0"
 
 
-def test_mixtral_script_is_taken_as_it_is() -> None:
+def test_mixtral_script_is_accepted_unchanged() -> None:
     command = parse(MIXTRAL_8X7B.split())
     assert command.config.model.num_experts == 8 and not command.config.checkpoint.load_rng
     assert command.note == (
@@ -114,7 +114,7 @@ def test_implied_settings() -> None:
     assert parse(["--squared-relu"]).config.model.activation == "squared_relu"
 
 
-def test_flag_that_implies_a_setting_wins_over_the_recipe(tmp_path: Path) -> None:
+def test_flag_that_implies_a_setting_overrides_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("position_embedding_type: learned_absolute\n")
     config = parse(["--config", str(recipe), "--use-rotary-position-embeddings"]).config
@@ -149,7 +149,7 @@ def test_untrue_statements_are_refused(argv: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_refused_flags_that_a_recipe_leaves_off_are_absent(tmp_path: Path) -> None:
+def test_unsupported_flags_disabled_in_a_recipe_are_ignored(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("fp16: false\nuse-torch-fsdp2: false\ndecoupled_lr: null\nbf16: false\n")
     assert parse(["--config", str(recipe)]).config == Config()

@@ -1,4 +1,4 @@
-"""Single settings and relations that once crashed or hung, empty text, and all problems in one message."""
+"""Constraints of single settings and relations, empty values, and one message for all problems."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         (1, {"exit_duration_in_mins": 0}, "--exit-duration-in-mins is 0, and must be above 0"),
         (1, {"train_iters": 2**31}, "--train-iters is 2147483648, and must be at most 2147483647"),
         (1, {"attention_dropout": 1}, "--attention-dropout is 1.0, and must be in [0, 1)"),
-        (1, {"lr": "-1e-3"}, "--lr is -0.001"),  # argparse by itself takes these for flags
+        (1, {"lr": "-1e-3"}, "--lr is -0.001"),  # argparse would take these for flags
         (1, {"lr": "-inf"}, "--lr is -inf"),
         (1, {"split": "-1,2,3"}, "--split -1,2,3 must be up to three proportions"),
     ],
     ids=lambda value: str(value)[:50],
 )
 def test_setting_is_refused(world_size: int, changes: dict[str, Any], message: str) -> None:
-    words = {name.replace("opt_param", "opt-param"): value for name, value in changes.items()}
+    renamed = {name.replace("opt_param", "opt-param"): value for name, value in changes.items()}
     with pytest.raises(ConfigError) as error:
-        run_check(world_size, **words)
+        run_check(world_size, **renamed)
     assert message in str(error.value)
 
 
@@ -84,13 +84,13 @@ TEXT_SETTINGS = [flag_name(setting) for _, setting, kind in settings() if kind i
 
 @pytest.mark.parametrize("flag", TEXT_SETTINGS)
 def test_empty_value_of_every_flag_is_refused(flag: str) -> None:
-    for words in ([flag, ""], [flag, " "], [f"{flag}="]):
+    for arguments in ([flag, ""], [flag, " "], [f"{flag}="]):
         with pytest.raises(ConfigError, match=f"{flag}(: the set valid)? is empty"):
-            parse(words)
+            parse(arguments)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["--data-path", "", "a"],
         ["--data-path", "1", "a", "2", ""],
@@ -100,19 +100,19 @@ def test_empty_value_of_every_flag_is_refused(flag: str) -> None:
     ],
     ids=str,
 )
-def test_empty_prefix_of_a_blend_is_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match=f"{words[0]} is empty"):
-        parse(words)
+def test_empty_prefix_of_a_blend_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"{arguments[0]} is empty"):
+        parse(arguments)
 
 
-@pytest.mark.parametrize("words", [["--input", ""], ["--input", "a", ""], ["--input", "a", "--output", " "]])
-def test_empty_value_of_a_tool_is_refused(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--input", ""], ["--input", "a", ""], ["--input", "a", "--output", " "]])
+def test_empty_value_of_a_tool_is_refused(arguments: list[str]) -> None:
     parser = Parser()
     parser.add_argument("--input", nargs="+")
     parser.add_argument("--output", default="")
     assert parse_strictly(parser, ["--input", "a"], {}).output == ""
     with pytest.raises(ConfigError, match=r"--\w+ is empty"):
-        parse_strictly(parser, words, {})
+        parse_strictly(parser, arguments, {})
 
 
 @pytest.mark.parametrize("argument", ["clean=", "=path", "clean= path", "clean=a raw="])
@@ -215,9 +215,9 @@ def test_values_are_validated_before_torch_is_imported() -> None:
     code = f"""
 import sys
 from megatron_slm.cli.pretrain import main
-for words in {BAD_VALUES!r}:
-    assert main([*{good.split()!r}, *words]) == 2, words
-    assert not {{"torch", "megatron.core"}} & set(sys.modules), words
+for arguments in {BAD_VALUES!r}:
+    assert main([*{good.split()!r}, *arguments]) == 2, arguments
+    assert not {{"torch", "megatron.core"}} & set(sys.modules), arguments
 """
     began = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -21,7 +21,7 @@ def spellings(config: Config) -> tuple[str, str, int]:
 
 @pytest.mark.parametrize("source", ["flags", "recipe"])
 def test_old_spellings_are_accepted_with_a_note(source: str, tmp_path: Path) -> None:
-    argv = [word for name, value in OLD.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    argv = [argument for name, value in OLD.items() for argument in (f"--{name.replace('_', '-')}", str(value))]
     if source == "recipe":
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("".join(f"{name.replace('_', '-')}: {value}\n" for name, value in OLD.items()))
@@ -40,7 +40,7 @@ def test_new_spellings_have_no_note() -> None:
     assert spellings(command.config) == ("predicted", "main", 5) and not command.note
 
 
-def test_a_flag_wins_over_the_old_spelling_in_a_recipe(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_old_spelling_in_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("slm_kept_logits_mb: 5\nslm_threshold: carried\n")
     command = parse(["--config", str(recipe), "--slm-saved-logits-mb", "6", "--slm-threshold", "exact"])
@@ -53,6 +53,6 @@ def test_saved_configurations_of_earlier_versions(tmp_path: Path) -> None:
     assert spellings(read_config(path)) == ("predicted", "independent", 5)
 
 
-def test_old_values_of_one_setting_are_no_values_of_another() -> None:
+def test_old_values_of_one_setting_are_invalid_for_others() -> None:
     with pytest.raises(ConfigError, match="--slm-scope must be one of"):
         parse(["--slm-scope", "carried"])

@@ -1,4 +1,4 @@
-"""The table of settings on resume: every setting has a rule, and differences are refused, adopted or reported."""
+"""Table of settings on resume: every setting has a rule; differences are refused, adopted or reported."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_all_refusals_are_named_together() -> None:
         ("data_path", ["0.5", "a", "0.5", "b"], "--data-path none -> 0.5 a 0.5 b"),
     ],
 )
-def test_flag_is_taken_and_reported_in_one_line(name: str, value: Any, shown: str) -> None:
+def test_flag_is_used_and_reported_in_one_line(name: str, value: Any, shown: str) -> None:
     ours = config(**{name: value})
     resumed, line = reconcile(ours, config(), RUN, "--load")
     assert shown in line and "\n" not in line
@@ -84,7 +84,7 @@ def test_settings_without_effect_are_not_compared() -> None:
         assert reconcile(flags, saved, RUN, "--load") == (flags, "")
 
 
-def test_the_checkpoint_is_taken_where_the_table_or_a_flag_demands_it() -> None:
+def test_checkpoint_settings_are_adopted_if_the_table_or_a_flag_requires_it() -> None:
     saved = config(train_iters=10, init_method_std=0.01)
     ours = config(train_iters=20, lr=5e-3, use_checkpoint_opt_param_scheduler=True)
     ours, line = reconcile(ours, saved, RUN, "--load")
@@ -92,7 +92,7 @@ def test_the_checkpoint_is_taken_where_the_table_or_a_flag_demands_it() -> None:
     assert "--lr 0.005 ignored, 0.001 kept" in line
 
 
-def test_sizes_that_follow_from_others_are_compared() -> None:
+def test_derived_sizes_are_compared() -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4}
     for changes in ({"ffn_hidden_size": 100}, {"kv_channels": 16}):
         with pytest.raises(ConfigError, match=r"--(ffn-hidden-size|kv-channels)"):
@@ -101,17 +101,17 @@ def test_sizes_that_follow_from_others_are_compared() -> None:
     assert reconcile(ours, saved, RUN, "--load") == (ours, "")
     with pytest.raises(ConfigError) as refusal:
         reconcile(derive(config(hidden_size=64)), derive(config(hidden_size=32)), RUN, "--load")
-    assert "--ffn-hidden-size" not in str(refusal.value), "the difference that causes the others is enough"
+    assert "--ffn-hidden-size" not in str(refusal.value), "only the source of the differences is reported"
 
 
-def test_weights_alone_must_have_the_structure() -> None:
+def test_weights_must_match_the_architecture() -> None:
     line = check_weights_fit(config(rotary_base=5, seed=3), config(), RUN, "--load")
     assert "--rotary-base 10000 -> 5" in line and "seed" not in line
     with pytest.raises(ConfigError, match="--pretrained-checkpoint: --num-attention-heads 8 differs"):
         check_weights_fit(config(num_attention_heads=8), config(), RUN, "--pretrained-checkpoint")
 
 
-def test_another_score_is_known() -> None:
+def test_changed_scores_are_detected() -> None:
     assert score_changed(config(slm_score="token-loss"), config())
     assert not score_changed(config(seed=2), config())
 

@@ -1,4 +1,4 @@
-"""The host of rank 0 has an address, or the run ends with one message."""
+"""Resolution of the host of rank 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCONTROL = '#!/bin/sh\n[ "$4" = node7 ] && echo "NodeName=node7 Arch=x86_64 Node
 
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No resolver knows any name."""
+    """Make the system resolver fail for every name."""
 
     def fail(*arguments: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

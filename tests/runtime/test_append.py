@@ -1,4 +1,4 @@
-"""Records are appended whole or not at all, wait while they cannot be written, and never replace anything."""
+"""Atomic appending of records, with buffering during failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_slm.runtime.errors import ConfigError
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let writes beyond ``size`` bytes of a file fail, in the middle of a record, as on a full disk."""
+    """Make writes beyond ``size`` bytes of a file fail in the middle of a record, as on a full disk."""
     previous = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
@@ -84,7 +84,7 @@ def test_a_pipe_is_written_when_a_reader_is_there(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b"1\n2\n"
     os.close(reader)
     writer.write(b"3\n")
-    assert len(warnings) == 3  # fails again, and says so again
+    assert len(warnings) == 3  # fails and warns again
     writer.close()
     assert path.is_fifo()
 
@@ -109,7 +109,7 @@ def test_a_pipe_that_is_full_does_not_block(tmp_path: Path) -> None:
 
 
 def test_standard_streams_keep_their_position(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Shells redirect with an offset: a stream that is opened a second time would be overwritten."""
+    """A redirected stream has an offset; reopening its file would overwrite earlier output."""
     writer, _ = patient(Path("/dev/stdout"))
     os.write(1, b"before\n")
     writer.write(b"record\n")

@@ -1,4 +1,4 @@
-"""A mistake that is found before the process group exists: one message over all ranks, and none is lost."""
+"""Errors before the process group exists: one message per distinct error over all ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def port() -> Iterator[int]:
 
 
 def start(arguments: list[str], **variables: object) -> subprocess.Popen[str]:
-    """Start a command with the variables of a launcher, and no others."""
+    """Start a command with the given launcher variables only."""
     prefixes = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM_", "TORCHELASTIC_", "GROUP_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     env |= {"PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
@@ -56,27 +56,27 @@ def by_torchrun(rank: int, port: int) -> dict[str, object]:
     return {**by_hand(rank, port), "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "test"}
 
 
-def test_the_same_mistake_is_reported_by_rank_0(port: int) -> None:
+def test_the_same_error_is_reported_by_rank_0(port: int) -> None:
     results = finish(*(start([*PRETRAIN, *BAD], **by_hand(rank, port, 3)) for rank in (2, 1, 0)))
     assert [code for code, _ in results] == [2, 2, 2]
     assert [output.count(MESSAGE) for _, output in results] == [0, 0, 1], results
 
 
 @pytest.mark.parametrize("changes", [{"MASTER_PORT": "abc"}, {"WORLD_SIZE": "8"}])
-def test_mistake_under_srun_is_one_message(changes: dict[str, object]) -> None:
+def test_error_under_srun_is_one_message(changes: dict[str, object]) -> None:
     results = finish(*(start(PRETRAIN, **by_srun(rank, **changes)) for rank in (2, 1, 0)))
     assert [code for code, _ in results] == [2, 2, 2]
     assert [output.count("error") for _, output in results] == [0, 0, 1], results
 
 
-def test_mistake_of_one_rank_is_reported_while_rank_0_waits(port: int) -> None:
-    with socket.create_server(("127.0.0.1", port)):  # as the rendezvous of rank 0
+def test_error_of_one_rank_is_reported_while_rank_0_waits(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):  # like the rendezvous of rank 0
         ((code, output),) = finish(start([*PRETRAIN, *BAD], **by_hand(1, port)))
     assert code == 2 and output.startswith("error on rank 1:") and MESSAGE in output
 
 
-def test_mistake_of_one_rank_is_reported_under_torchrun(port: int) -> None:
-    with socket.create_server(("127.0.0.1", port)):  # as the agent
+def test_error_of_one_rank_is_reported_under_torchrun(port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):  # like torchrun's agent
         ((code, output),) = finish(start([*PRETRAIN, *BAD], **by_torchrun(1, port)))
     assert code == 2 and output.startswith("error on rank 1:") and MESSAGE in output
 
@@ -86,7 +86,7 @@ def test_rank_of_a_node_is_silent_if_the_agent_of_rank_0_has_ended() -> None:
 
 
 def test_silent_rank_that_torchrun_ends_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun lists every rank that ends with another code than 0, after the one that failed first."""
+    """torchrun lists every rank with a nonzero exit code after the first failed rank."""
     codes: list[int] = []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setattr(early_reports.os, "_exit", codes.append)

@@ -1,4 +1,4 @@
-"""Atomic writes: the target holds the previous content or the complete new one, and nothing else is replaced."""
+"""Atomic writes: the target has the previous or the complete new content, and other files are not replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The place of a process among its run's, from the variables of torchrun, srun, both, or none."""
+"""Launch environment from the variables of torchrun, srun, both, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SRUN = {
     "SLURM_JOB_NODELIST": "login,node[01-02]",
 }
 PORT = 10_000 + 77 * 257 + 2
-ALONE = Launch("none")
+SINGLE = Launch("none")
 
 
 def without(variables: dict[str, str], *names: str) -> dict[str, str]:
@@ -29,11 +29,11 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, ALONE),
+        ({}, SINGLE),
         (TORCHRUN, Launch("torchrun", 3, 4, 1, "head", 29501)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("torchrun")),
-        ({"WORLD_SIZE": "1"}, ALONE),
-        ({"WORLD_SIZE": "", "RANK": " ", "SLURM_NTASKS": "", "SLURM_PROCID": ""}, ALONE),
+        ({"WORLD_SIZE": "1"}, SINGLE),
+        ({"WORLD_SIZE": "", "RANK": " ", "SLURM_NTASKS": "", "SLURM_PROCID": ""}, SINGLE),
         (SRUN, Launch("srun", 3, 4, 1, "node01", PORT)),
         ({**SRUN, "MASTER_ADDR": "head"}, Launch("srun", 3, 4, 1, "head", PORT)),
         ({**SRUN, "MASTER_PORT": "5000", "WORLD_SIZE": "4"}, Launch("srun", 3, 4, 1, "node01", 5000)),
@@ -44,11 +44,11 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_NODELIST": "n1"}, Launch("srun", 1, 2, 1, LOOPBACK, 10_000)),
         ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Launch("srun", 0, 1, 1)),
         # Not started by srun: an salloc shell, an interactive step, a batch script, a script without --ntasks.
-        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, ALONE),
-        ({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"}, ALONE),
-        ({**without(SRUN, "SLURM_STEP_ID"), "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, ALONE),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": ""}, ALONE),
-        # torchrun in each task of srun, and a script that sets RANK from srun's variables.
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, SINGLE),
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"}, SINGLE),
+        ({**without(SRUN, "SLURM_STEP_ID"), "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, SINGLE),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": ""}, SINGLE),
+        # One torchrun per srun task, and a script that sets RANK from srun's variables.
         (
             {**SRUN, **TORCHRUN, "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "GROUP_WORLD_SIZE": "2"},
             Launch("torchrun", 3, 4, 1, "head", 29501),
@@ -57,7 +57,7 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
         ({**SRUN, "RANK": "3", "WORLD_SIZE": "4"}, Launch("torchrun", 3, 4, 1, "node01", PORT)),
     ],
 )
-def test_place_is_read(variables: dict[str, str], expected: Launch) -> None:
+def test_launch_environment_is_read(variables: dict[str, str], expected: Launch) -> None:
     assert read_launch(variables) == expected
 
 
@@ -90,7 +90,7 @@ def test_place_is_read(variables: dict[str, str], expected: Launch) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "started by mpirun"),
     ],
 )
-def test_contradiction_is_refused(variables: dict[str, str], message: str) -> None:
+def test_contradictory_variables_are_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         read_launch(variables)
     assert message in str(refusal.value)

@@ -79,7 +79,7 @@ def test_a_lock_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, mon
 
 
 def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
-    """Also as long as its parent has not fetched its exit code."""
+    """This includes a zombie process, whose parent has not read its exit code."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=f"process {holder.pid}"):
@@ -127,7 +127,7 @@ def test_owner_on_another_machine_expires(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_requeued_job_takes_the_lock_of_its_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another node, where its process id cannot be looked up."""
+    """The earlier start may have run on another node, whose processes are not visible."""
     write_owner(tmp_path, machine="another", job=SlurmJob("77", 0))
     monkeypatch.setattr(locks, "SECONDS_TO_EXPIRY", 1000.0)
     monkeypatch.setenv("SLURM_JOB_ID", "77")

@@ -1,4 +1,4 @@
-"""Log files of the ranks: time, rank, libraries' warnings, the error that ends a run, and a disk that fills."""
+"""Log files of ranks: time, rank, library warnings, the final error of a run, and full disks."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_a_full_disk_is_reported_once_and_does_not_end_the_run(
     with logging_to(handler):
         for number in range(3):
             LOGGER.info("record %d", number)
-        handler.stream = (tmp_path / "other").open("w")  # what is buffered for /dev/full is lost
+        handler.stream = (tmp_path / "other").open("w")  # discards the buffer of /dev/full
     assert capsys.readouterr().err.count("--slm-log-dir") == 1

@@ -1,4 +1,4 @@
-"""Stop signals are remembered, and left as they were afterwards."""
+"""Stop signals are recorded, and previous handlers are restored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 @pytest.mark.parametrize("name", STOPPING)
-def test_the_first_signal_is_remembered(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_signal_is_recorded(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     with StopSignals(announces=True) as stop:
         stop.record_all()
@@ -30,29 +30,29 @@ def test_a_second_interrupt_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopSignals() as stop:
         stop.record_all()
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's, for one key
+        os.kill(os.getpid(), signal.SIGINT)  # the terminal and the launcher both send one per key press
         monkeypatch.setattr(signals, "SECONDS_BETWEEN_INTERRUPTS", -1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_start_that_waits_for_other_ranks_can_be_ended() -> None:
-    """A signal that is remembered would not be seen before the library's wait ends."""
+def test_a_start_that_waits_for_other_ranks_can_be_terminated() -> None:
+    """A recorded signal would have no effect until the wait of the library ends."""
     with StopSignals() as stop:
         assert all(signal.getsignal(number) is signal.SIG_DFL for number in signals.ENDINGS)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.number == signal.SIGUSR1, "a warning, for which a job script requeues the job"
 
 
-@pytest.mark.parametrize(("name", "is_remembered"), [("SIGHUP", False), ("SIGINT", False), ("SIGUSR1", True)])
-def test_ignored_signals(name: str, is_remembered: bool) -> None:
-    """nohup ignores SIGHUP for good; a script ignores SIGUSR1 for torchrun, which its ranks inherit."""
+@pytest.mark.parametrize(("name", "is_recorded"), [("SIGHUP", False), ("SIGINT", False), ("SIGUSR1", True)])
+def test_ignored_signals(name: str, is_recorded: bool) -> None:
+    """nohup ignores SIGHUP permanently; a script ignores SIGUSR1 for torchrun, which its ranks inherit."""
     number = getattr(signal, name)
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
             stop.record_all()
             os.kill(os.getpid(), number)
-            assert bool(stop.number) == is_remembered
+            assert bool(stop.number) == is_recorded
     finally:
         signal.signal(number, previous)

@@ -1,4 +1,4 @@
-"""Known warnings of libraries are silent on every rank, and others are not."""
+"""Known library warnings are suppressed on every rank; others are not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _errors(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple
 
 
 def test_a_run_prints_no_warning(tmp_path: Path, corpus: str) -> None:
-    """With the settings of the recipes, which reach most of Megatron-Core, and on resume."""
+    """The settings of the recipes exercise most of Megatron-Core; the second run resumes."""
     settings = [
         *("--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
         *("--recompute-granularity", "selective"),
