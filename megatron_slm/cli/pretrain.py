@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
 from megatron_slm.runtime.signals import StopSignals
@@ -44,7 +44,7 @@ def _run(argv: Sequence[str]) -> None:
         _print_plan(config, command.note, launch.world_size)
 
 
-def _print_plan(config: Config, note: str, world_size: int) -> None:
+def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.tokenizers.tokenizer import tokenizer_of
     from megatron_slm.training.plan import print_plan
@@ -66,7 +66,7 @@ def _print_plan(config: Config, note: str, world_size: int) -> None:
     print_plan(console, config, tokenizer.vocab_size, world_size)
 
 
-def _train(config: Config, note: str, signals: StopSignals | None) -> None:
+def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_every_rank
     from megatron_slm.runtime.logs import logging_to, open_log
@@ -84,7 +84,7 @@ def _train(config: Config, note: str, signals: StopSignals | None) -> None:
         _run_job(config, note, groups, signals)
 
 
-def _run_job(config: Config, note: str, groups: Groups, signals: StopSignals | None) -> None:
+def _run_job(config: RunConfig, note: str, groups: Groups, signals: StopSignals | None) -> None:
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.software import describe_software

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
-from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
+from megatron_slm.config.schema import ParallelConfig, ReferenceConfig, RunConfig
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
@@ -142,7 +142,7 @@ def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
         check_tokenizer(prefix, tokenizer, "--data-path")
 
 
-def find_tokenizer(config: Config, arguments: argparse.Namespace) -> Tokenizer:
+def find_tokenizer(config: RunConfig, arguments: argparse.Namespace) -> Tokenizer:
     """Return the tokenizer of the reference model's run, with the overrides of the command line."""
     from megatron_slm.tokenizers.tokenizer import tokenizer_of
 

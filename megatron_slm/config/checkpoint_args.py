@@ -9,13 +9,13 @@ from megatron_slm.config.checkpoint_files import MANIFEST_FILE, latest_step, loc
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.recipe import settings, with_settings
 from megatron_slm.config.resume import RULES, Rule
-from megatron_slm.config.schema import CheckpointConfig, Config
+from megatron_slm.config.schema import CheckpointConfig, RunConfig
 
 FLAG = "--use-checkpoint-args"
 ALSO = {"max_position_embeddings", "make_vocab_size_divisible_by", "attention_dropout", "hidden_dropout"}
 
 
-def adopt_checkpoint_args(config: Config) -> tuple[Config, str]:
+def adopt_checkpoint_args(config: RunConfig) -> tuple[RunConfig, str]:
     """Replace the model settings by those of the checkpoint in --load, else in --pretrained-checkpoint.
 
     The tokenizer comes from the checkpoint if --tokenizer-type is not given.

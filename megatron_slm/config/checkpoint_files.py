@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import read_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, read_error
 from megatron_slm.runtime.files import write_text
 
@@ -136,7 +136,7 @@ def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
     return step_directory(root, found)
 
 
-def saved_config(directory: Path) -> Config:
+def saved_config(directory: Path) -> RunConfig:
     """Return the resolved configuration of the run that wrote the checkpoint.
 
     Raises:

@@ -11,11 +11,11 @@ from megatron_slm.config.constraints import UNSET, flag_name, violations
 from megatron_slm.config.recipe import settings, with_settings
 from megatron_slm.config.relations import relation_violations
 from megatron_slm.config.relations.wording import data_parallel_size
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 
-def resolve(config: Config, world_size: int) -> Config:
+def resolve(config: RunConfig, world_size: int) -> RunConfig:
     """Validate the configuration and return it with all derived settings.
 
     Args:
@@ -36,7 +36,7 @@ def resolve(config: Config, world_size: int) -> Config:
     return config
 
 
-def derive(config: Config) -> Config:
+def derive(config: RunConfig) -> RunConfig:
     """Return the configuration with all derived model sizes; also for saved configurations."""
     model = config.model
     if model.hidden_size is UNSET or model.num_attention_heads is UNSET:
@@ -53,7 +53,7 @@ def derive(config: Config) -> Config:
     return with_settings(config, derived)
 
 
-def _with_default_tokenizer(config: Config) -> Config:
+def _with_default_tokenizer(config: RunConfig) -> RunConfig:
     """Select GPT2BPETokenizer if only a vocabulary file is given, as Megatron-LM's pretrain_gpt.py does."""
     tokenizer = config.tokenizer
     if tokenizer.tokenizer_type is not UNSET or tokenizer.vocab_file is None:
@@ -61,7 +61,7 @@ def _with_default_tokenizer(config: Config) -> Config:
     return with_settings(config, {"tokenizer_type": "GPT2BPETokenizer"})
 
 
-def value_violations(config: Config) -> list[str]:
+def value_violations(config: RunConfig) -> list[str]:
     """Return a message for each setting that violates its constraints."""
     return [
         message
@@ -70,7 +70,7 @@ def value_violations(config: Config) -> list[str]:
     ]
 
 
-def _missing(config: Config) -> list[str]:
+def _missing(config: RunConfig) -> list[str]:
     training = config.training
     optional = {"train_iters", "lr"} if training.skip_train else {"train_iters"} if training.train_samples else set()
     unset = [
@@ -83,7 +83,7 @@ def _missing(config: Config) -> list[str]:
     return [f"missing required settings: {' '.join(unset)}"] if unset else []
 
 
-def _derive_run_settings(config: Config, world_size: int) -> dict[str, Any]:
+def _derive_run_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     training, derived = config.training, dict[str, Any]()
     batch, ranks = training.global_batch_size, max(1, data_parallel_size(config, world_size))
     if config.parallel.tensor_model_parallel_size == 1:

@@ -28,7 +28,7 @@ from megatron_slm.config.recipe import (
 )
 from megatron_slm.config.renamed import SETTINGS as RENAMED_SETTINGS
 from megatron_slm.config.renamed import renaming_notes
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 DESCRIPTION = """Pretrain a language model with Selective Language Modeling on Megatron-Core.
@@ -39,7 +39,7 @@ Flags have Megatron-LM's names and meanings; additional flags start with --slm- 
 class Command:
     """Unresolved settings of the command line and its recipes, and an action: train, print-config or dry-run."""
 
-    config: Config
+    config: RunConfig
     action: str
     note: str = ""  # on flags without effect and settings adopted from a checkpoint
 
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str]) -> Command:
         plain, flags, wrong = split(values, label)
         converted, unusable = convert_settings(plain, label)
         given, stated, problems = given | converted, stated | flags, [*problems, *wrong, *unusable]
-    config = with_settings(Config(), given)
+    config = with_settings(RunConfig(), given)
     notes.append(describe(stated))
     if config.checkpoint.use_checkpoint_args and not problems:
         config, note = adopt_checkpoint_args(config)
@@ -140,7 +140,7 @@ def _build_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
     sections = {
-        group.name: parser.add_argument_group(getattr(schema, str(group.type)).__doc__) for group in fields(Config)
+        group.name: parser.add_argument_group(getattr(schema, str(group.type)).__doc__) for group in fields(RunConfig)
     }
     for group, setting, kind in settings():
         options: dict[str, Any] = {

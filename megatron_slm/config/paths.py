@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
 PATH_SETTINGS = frozenset(
@@ -18,7 +18,7 @@ PATH_SETTINGS = frozenset(
 )
 
 
-def metrics_file(config: Config) -> Path | None:
+def metrics_file(config: RunConfig) -> Path | None:
     """Return the path of the JSONL metrics file, or None if metrics are not written."""
     if config.logging.slm_metrics_file:
         return Path(config.logging.slm_metrics_file)

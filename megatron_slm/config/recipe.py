@@ -18,7 +18,7 @@ from megatron_slm.config.constraints import UNSET
 from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
 from megatron_slm.config.paths import PATH_SETTINGS, expand_paths
 from megatron_slm.config.renamed import current_spelling
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -31,7 +31,7 @@ def settings() -> tuple[tuple[str, Field[Any], Any], ...]:
 
 
 def _iterate_settings() -> Iterator[tuple[str, Field[Any], Any]]:
-    for group in fields(Config):
+    for group in fields(RunConfig):
         group_type = getattr(schema, str(group.type))
         hints = get_type_hints(group_type)
         for setting in fields(group_type):
@@ -39,12 +39,12 @@ def _iterate_settings() -> Iterator[tuple[str, Field[Any], Any]]:
             yield group.name, setting, kind | None if setting.default is UNSET else kind
 
 
-def to_flat_dict(config: Config) -> dict[str, Any]:
+def to_flat_dict(config: RunConfig) -> dict[str, Any]:
     """Return all settings by name."""
     return {setting.name: getattr(getattr(config, group), setting.name) for group, setting, _ in settings()}
 
 
-def from_flat_dict(values: Mapping[str, Any], location: str = "configuration") -> Config:
+def from_flat_dict(values: Mapping[str, Any], location: str = "configuration") -> RunConfig:
     """Return a configuration from settings by name; the others keep their defaults.
 
     Raises:
@@ -52,10 +52,10 @@ def from_flat_dict(values: Mapping[str, Any], location: str = "configuration") -
     """
     converted, problems = convert_settings(values, lambda name: f"{location}: {name}")
     refuse(problems)
-    return with_settings(Config(), converted)
+    return with_settings(RunConfig(), converted)
 
 
-def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+def with_settings(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Return the configuration with the settings in ``values`` replaced."""
     changes: dict[str, dict[str, Any]] = {}
     for group, setting, _ in settings():
@@ -229,11 +229,11 @@ def _positive(name: str) -> str:
     return positive if name not in known and known.get(positive) is bool else name
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path) -> RunConfig:
     """Return a saved configuration."""
     return from_flat_dict(read_recipe(path), str(path))
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: RunConfig) -> str:
     """Return the configuration as YAML, which is a valid recipe."""
     return yaml.safe_dump(to_flat_dict(config), sort_keys=False)

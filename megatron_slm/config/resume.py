@@ -11,7 +11,7 @@ from typing import Any
 from megatron_slm.config.activation import activation_name
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.recipe import settings, with_settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import refuse
 
 
@@ -109,7 +109,7 @@ class Difference:
     rule: Rule
 
 
-def differences(config: Config, saved: Config) -> list[Difference]:
+def differences(config: RunConfig, saved: RunConfig) -> list[Difference]:
     """Return the differing settings that have an effect, except local ones, in the order of the help."""
     found = []
     for group, setting, _ in settings():
@@ -122,8 +122,8 @@ def differences(config: Config, saved: Config) -> list[Difference]:
 
 
 def reconcile(
-    config: Config, saved: Config, directory: Path, flag: str, additional: Sequence[str] = ()
-) -> tuple[Config, str]:
+    config: RunConfig, saved: RunConfig, directory: Path, flag: str, additional: Sequence[str] = ()
+) -> tuple[RunConfig, str]:
     """Apply the table to a run that resumes from ``directory``.
 
     Args:
@@ -148,7 +148,7 @@ def reconcile(
     return with_settings(config, values), _line(found, adopted, directory, additional)
 
 
-def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str) -> str:
+def check_weights_fit(config: RunConfig, saved: RunConfig, directory: Path, flag: str) -> str:
     """Apply the table to a run that starts from the weights in ``directory``; return the log line.
 
     Raises:
@@ -166,7 +166,7 @@ def check_weights_fit(config: Config, saved: Config, directory: Path, flag: str)
     return _line(found, set(), directory)
 
 
-def score_changed(config: Config, saved: Config) -> bool:
+def score_changed(config: RunConfig, saved: RunConfig) -> bool:
     """Return whether the scores of the run are incomparable with those of the checkpoint."""
     return any(each.name in SCORE_SETTINGS for each in differences(config, saved))
 
@@ -207,7 +207,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _has_effect(name: str, config: Config, saved: Config) -> bool:
+def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:
     if name in DERIVED and (_sources(config) != _sources(saved) or None in (_value(config, name), _value(saved, name))):
         return False  # the difference in a source setting is reported instead
     if name in ("swiglu", "activation"):
@@ -217,15 +217,15 @@ def _has_effect(name: str, config: Config, saved: Config) -> bool:
     return not name.startswith("moe_router_") or config.model.num_experts is not None
 
 
-def _sources(config: Config) -> tuple[Any, ...]:
+def _sources(config: RunConfig) -> tuple[Any, ...]:
     return config.model.hidden_size, config.model.num_attention_heads, activation_name(config.model)
 
 
-def _value(config: Config, name: str) -> Any:
+def _value(config: RunConfig, name: str) -> Any:
     return getattr(config.model, name)
 
 
-def _fixed_decay(config: Config, saved: Config) -> dict[str, Any]:
+def _fixed_decay(config: RunConfig, saved: RunConfig) -> dict[str, Any]:
     """Return the length of a schedule without an explicit length: that of the checkpoint's run, not of a longer one."""
     if saved.training.train_samples is not None:
         return {"lr_decay_samples": config.optimizer.lr_decay_samples or saved.training.train_samples}

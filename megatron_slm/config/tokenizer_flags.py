@@ -10,7 +10,7 @@ from typing import Any, get_args
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.recipe import from_flat_dict, settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import refuse
 
 
@@ -38,7 +38,7 @@ def given_tokenizer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
-def config_from_tokenizer_flags(arguments: argparse.Namespace) -> Config:
+def config_from_tokenizer_flags(arguments: argparse.Namespace) -> RunConfig:
     """Return a configuration with the tokenizer settings of the command line.
 
     Raises:

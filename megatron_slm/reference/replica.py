@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_slm.checkpoint.weights import check_metadata, find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.relations.wording import has_uneven_stages
-from megatron_slm.config.schema import Config, ParallelConfig
+from megatron_slm.config.schema import ParallelConfig, RunConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
@@ -45,7 +45,7 @@ class ReferenceReplica:
             layout does not divide the model.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
         path, step = config.reference.reference_load, config.reference.reference_ckpt_step
         assert path is not None, "checked by config.checks"
         directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
@@ -82,7 +82,7 @@ class ReferenceReplica:
         return loss.sum(), batch.loss_mask.sum(), ReferenceScores(loss, entropy)
 
 
-def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
+def check_reference(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:
     """Validate the reference model's checkpoint. Not collective.
 
     Args:
@@ -100,7 +100,7 @@ def check_reference(config: Config, tokenizer: Tokenizer, *, verify: bool = Fals
         check_metadata(directory, FLAG)
 
 
-def _matching_config(directory: Path, config: Config, tokenizer: Tokenizer) -> Config:
+def _matching_config(directory: Path, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """Return the reference model's configuration after comparing it with the run's."""
     _check_tokenizer(read_manifest(directory, FLAG).tokenizer, tokenizer)
     reference = saved_config(directory)
@@ -117,7 +117,7 @@ def _check_tokenizer(recorded: dict[str, object], tokenizer: Tokenizer) -> None:
         )
 
 
-def _layout(reference: Config, config: Config) -> ParallelConfig:
+def _layout(reference: RunConfig, config: RunConfig) -> ParallelConfig:
     """Return the reference model's layout: the training model's, with an even split if layer counts differ."""
     parallel = config.parallel
     if reference.model.num_layers == config.model.num_layers:
@@ -132,7 +132,7 @@ def _layout(reference: Config, config: Config) -> ParallelConfig:
     )
 
 
-def _check_shape(reference: Config, config: Config) -> None:
+def _check_shape(reference: RunConfig, config: RunConfig) -> None:
     model, length, longest = reference.model, config.model.seq_length, reference.model.seq_length
     if length > longest:
         raise ConfigError(

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from megatron_slm.checkpoint.weights import checkpoint_fingerprint, find_checkpoint
 from megatron_slm.config.checkpoint_files import saved_config
-from megatron_slm.config.schema import Config, ParallelConfig, ReferenceConfig
+from megatron_slm.config.schema import ParallelConfig, ReferenceConfig, RunConfig
 from megatron_slm.corpus.checks import CorpusInfo, bin_path, check_corpus
 from megatron_slm.corpus.fingerprints import corpus_fingerprint
 from megatron_slm.objective.tokens import ReferenceScores
@@ -106,7 +106,7 @@ class ScoringJob:
         return ContextRule(self.context, window, stride)
 
 
-def reference_config(job: ScoringJob) -> Config:
+def reference_config(job: ScoringJob) -> RunConfig:
     """Return the configuration of the reference model, in the job's layout.
 
     Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 
@@ -62,7 +62,7 @@ class TokenizerFiles:
     special_tokens: str = TEXT  # --special-tokens-in-text
 
     @classmethod
-    def of(cls, config: Config, special_tokens: str = TEXT) -> TokenizerFiles:
+    def of(cls, config: RunConfig, special_tokens: str = TEXT) -> TokenizerFiles:
         """Return the tokenizer settings of a configuration.
 
         Raises:

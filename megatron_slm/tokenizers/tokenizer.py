@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import Tokenizer, TokenizerFiles, fingerprint_of
 from megatron_slm.tokenizers.huggingface_tokenizer import GPT2BPETokenizer, HuggingFaceTokenizer
@@ -73,6 +73,6 @@ def build_tokenizer(kind: str | None, files: TokenizerFiles) -> Tokenizer:
     return tokenizer
 
 
-def tokenizer_of(config: Config) -> Tokenizer:
+def tokenizer_of(config: RunConfig) -> Tokenizer:
     """Return the tokenizer of a configuration. Errors as of :func:`build_tokenizer`."""
     return build_tokenizer(config.tokenizer.tokenizer_type, TokenizerFiles.of(config))

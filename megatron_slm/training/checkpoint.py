@@ -22,7 +22,7 @@ from megatron_slm.checkpoint import weights
 from megatron_slm.checkpoint.optimizer_state import sharded_optimizer_state
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
 from megatron_slm.config.recipe import dump_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.saving import deferred_save_errors, share_results_in_memory
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
@@ -38,7 +38,7 @@ RNG = "rng"
 SELECTION = "selection"
 
 
-def save_checkpoint(state: TrainState, config: Config) -> Path:
+def save_checkpoint(state: TrainState, config: RunConfig) -> Path:
     """Write a checkpoint of the current step to --save, and return its directory. Collective over all ranks.
 
     Raises:
@@ -83,7 +83,7 @@ def _save_state(state: dict[str, Any], directory: Path) -> None:
     on_first_rank(lambda: refuse([f"{reason}." for reason in reasons if reason is not None][:1]))
 
 
-def _complete(partial: Path, state: TrainState, config: Config) -> list[str]:
+def _complete(partial: Path, state: TrainState, config: RunConfig) -> list[str]:
     """Add the configuration and the data record; return the names of all files."""
     state.data.write(partial)
     write_text(partial / CONFIG_FILE, dump_config(config), "--save")
@@ -132,7 +132,7 @@ def selection_state(state: TrainState, key: str = SELECTION) -> ShardedObject:
     return ShardedObject(key, selection.state_dict(), shape, offset, replica_id=replica)
 
 
-def _all_state(state: TrainState, config: Config) -> dict[str, Any]:
+def _all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     """Return the complete checkpoint content as Megatron-Core's sharded state."""
     content: dict[str, Any] = weights.model_state(plain_chunks(state.chunks))
     if config.checkpoint.save_optim:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import write_text
 from megatron_slm.training.run_length import START, Milestone, RunLength
@@ -55,7 +55,7 @@ class SavedRun:
     """Represent the run that saved a checkpoint, up to its step."""
 
     directory: Path
-    config: Config
+    config: RunConfig
     corpora: dict[str, str]  # identities by prefix
     milestones: tuple[Milestone, ...]  # the last one is the checkpoint
     orders: Orders
@@ -81,7 +81,7 @@ def read_saved_run(directory: Path) -> SavedRun:
     return SavedRun(directory, config, record.corpora, milestones, orders)
 
 
-def check_corpora_unchanged(saved: SavedRun, corpora: dict[str, str], config: Config) -> list[str]:
+def check_corpora_unchanged(saved: SavedRun, corpora: dict[str, str], config: RunConfig) -> list[str]:
     """Compare the corpora of a resumed run with those of its checkpoint, and return lines for the log.
 
     Raises:

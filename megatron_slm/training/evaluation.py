@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.strategies import ExactSelection
@@ -29,7 +29,7 @@ class Evaluation:
 def evaluate(
     state: TrainState,
     sets: dict[str, torch.utils.data.Dataset],
-    config: Config,
+    config: RunConfig,
     shape: BatchShape,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Evaluation]:
@@ -74,7 +74,7 @@ def _evaluate_set(
 
 
 @contextmanager
-def evaluation_mode(state: TrainState, config: Config) -> Iterator[None]:
+def evaluation_mode(state: TrainState, config: RunConfig) -> Iterator[None]:
     """Disable dropout in the block, and overlapped parameter gathering, whose parameters are gathered first."""
     overlap = config.parallel.overlap_param_gather
     for chunk in state.chunks:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 
 from megatron_slm.config.paths import metrics_file
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.runtime.collective import on_first_rank
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Run:
     """Hold the components of a training run."""
 
-    config: Config
+    config: RunConfig
     state: TrainState
     datasets: Datasets
     shape: BatchShape

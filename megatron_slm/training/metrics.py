@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_slm.config.recipe import to_flat_dict
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
 from megatron_slm.objective.selective_loss import SelectiveLoss
 from megatron_slm.objective.tokens import TokenBatch
@@ -183,7 +183,7 @@ class Throughput:
     peak_tflops: float | None
 
     @staticmethod
-    def from_config(config: Config, reference: Config | None, vocab_size: int, groups: Groups) -> Throughput:
+    def from_config(config: RunConfig, reference: RunConfig | None, vocab_size: int, groups: Groups) -> Throughput:
         """Return the throughput of a training model, including the forward pass of a reference model if any."""
         flops = training_flops_per_token(config.model, padded_vocab_size(config.model, vocab_size, 1))
         if reference is not None:
@@ -202,9 +202,9 @@ class Throughput:
         return {"seconds": seconds, "tokens_per_second": rate, "tflops": tflops, "mfu": mfu}
 
 
-def print_settings(console: Console, config: Config) -> None:
+def print_settings(console: Console, config: RunConfig) -> None:
     """Print the settings that differ from the defaults."""
-    defaults = to_flat_dict(Config())
+    defaults = to_flat_dict(RunConfig())
     changed = {name: value for name, value in to_flat_dict(config).items() if value != defaults[name]}
     text = "  ".join(f"{name}={value}" for name, value in changed.items())
     console.print(text, style="dim", soft_wrap=False, width=min(console.width, SETTINGS_WIDTH), markup=False)

@@ -16,13 +16,13 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.config.core_fields import core_fields
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.optimizer import repair_loading
 from megatron_slm.model.gpt import model_config
 from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 
-def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
+def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: RunConfig) -> list[torch.nn.Module]:
     """Wrap the chunks with gradient buffers that are summed (not averaged) over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(**core_fields("ddp", config.parallel, config.optimizer))
     shared = model_config(list(chunks))
@@ -32,7 +32,7 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: Config) -> lis
     ]
 
 
-def build_optimizer(chunks: Sequence[torch.nn.Module], config: Config) -> MegatronOptimizer:
+def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> MegatronOptimizer:
     """Build the optimizer of wrapped chunks, and configure how pipeline schedules finalize gradients."""
     parallel = config.parallel
     given = core_fields("optimizer", config.optimizer, parallel, config.training)
@@ -65,7 +65,7 @@ def _single_or_list(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: Config, length: RunLength) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig, length: RunLength) -> OptimizerParamScheduler:
     """Return the schedule of a run of ``length``, counted in samples as in Megatron-LM."""
     settings, phases = config.optimizer, ScheduleLength.from_config(config, length)
     return OptimizerParamScheduler(
@@ -87,7 +87,7 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config, length: RunLen
     )
 
 
-def set_schedule_length(scheduler: OptimizerParamScheduler, config: Config, length: RunLength) -> None:
+def set_schedule_length(scheduler: OptimizerParamScheduler, config: RunConfig, length: RunLength) -> None:
     """Set the phases of a resumed schedule, since the global batch size may have changed."""
     phases = ScheduleLength.from_config(config, length)
     scheduler.lr_warmup_steps, scheduler.lr_decay_steps = phases.warmup, phases.decay

@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.splits import expected_drawn
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
 from megatron_slm.training.preflight import default_device, device_memory, gib, least_memory
 
 
-def print_plan(console: Console, config: Config, vocab_size: int, world_size: int) -> None:
+def print_plan(console: Console, config: RunConfig, vocab_size: int, world_size: int) -> None:
     """Print the plan of a validated run."""
     table = Table(title="plan", show_header=False)
     for row in plan(config, vocab_size, world_size):
@@ -29,7 +29,7 @@ def print_plan(console: Console, config: Config, vocab_size: int, world_size: in
     console.print("expected data usage, from the corpus sizes:", *lines_of(rows), sep="\n", markup=False)
 
 
-def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
+def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
     """Return the rows (quantity, value) of the run plan."""
     model, parallel, training = config.model, config.parallel, config.training
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -55,13 +55,13 @@ def plan(config: Config, vocab_size: int, world_size: int) -> list[tuple[str, st
     ]
 
 
-def _memory(config: Config, vocab_size: int) -> str:
+def _memory(config: RunConfig, vocab_size: int) -> str:
     needed, available = least_memory(config, vocab_size), device_memory(default_device())
     excess = ", insufficient" if needed > available else ""
     return f"at least {gib(needed)} (this machine: {gib(available)}{excess})"
 
 
-def _reference(config: Config) -> str:
+def _reference(config: RunConfig) -> str:
     settings = config.reference
     if settings.reference_scores:
         names = ", ".join(settings.reference_scores)

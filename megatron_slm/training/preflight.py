@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.relations.files import unwritable_outputs
 from megatron_slm.config.relations.model import MASK_IGNORED
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.objective.selection.policy import (
     BooleanOp,
     needs_reference_entropy,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BYTES_PER_SAMPLE = 16  # lower bound for the sample and shuffle indices
 
 
-def resolve_values(config: Config, world_size: int) -> Config:
+def resolve_values(config: RunConfig, world_size: int) -> RunConfig:
     """Validate all values, and return the resolved configuration of a run.
 
     Raises:
@@ -39,7 +39,7 @@ def resolve_values(config: Config, world_size: int) -> Config:
     return config
 
 
-def _score_violations(config: Config) -> Iterator[str]:
+def _score_violations(config: RunConfig) -> Iterator[str]:
     objective, reference = config.objective, config.reference
     policy = parse_policy(objective.slm_score)
     if objective.objective != "slm":
@@ -59,7 +59,7 @@ def _score_violations(config: Config) -> Iterator[str]:
         )
 
 
-def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -> None:
+def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:
     """Validate output directories, corpora and the reference model.
 
     Args:
@@ -89,7 +89,7 @@ def check_files(config: Config, tokenizer: Tokenizer, *, verify: bool = False) -
         check_reference(config, tokenizer, verify=verify)
 
 
-def _check_index_memory(config: Config) -> None:
+def _check_index_memory(config: RunConfig) -> None:
     import psutil
 
     batch, memory = config.training.global_batch_size, psutil.virtual_memory().total
@@ -105,7 +105,7 @@ def _check_index_memory(config: Config) -> None:
             )
 
 
-def check_device(config: Config, device: torch.device) -> None:
+def check_device(config: RunConfig, device: torch.device) -> None:
     """Validate that the device supports the configured implementations.
 
     Raises:
@@ -123,7 +123,7 @@ def check_device(config: Config, device: torch.device) -> None:
     check_backend(config.parallel.distributed_backend, has_gpu=device.type == "cuda")
 
 
-def check_memory(config: Config, vocab_size: int, device: torch.device) -> None:
+def check_memory(config: RunConfig, vocab_size: int, device: torch.device) -> None:
     """Raise ConfigError if the model cannot fit on the device, whatever the optimizer and recomputation."""
     needed, available = least_memory(config, vocab_size), device_memory(device)
     if needed > available:
@@ -151,7 +151,7 @@ def device_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
-def least_memory(config: Config, vocab_size: int) -> int:
+def least_memory(config: RunConfig, vocab_size: int) -> int:
     """Return a lower bound of a rank's memory in bytes: weights, gradients, and one layer's activations."""
     from megatron_slm.model.size import padded_vocab_size, parameter_count
 

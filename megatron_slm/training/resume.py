@@ -15,7 +15,7 @@ from megatron_slm.checkpoint import weights
 from megatron_slm.checkpoint.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.config.checkpoint_files import Manifest, read_manifest, saved_config
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.identity import identity_conflict
@@ -29,7 +29,7 @@ from megatron_slm.training.state import TrainProgress, TrainState
 OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from its weights."
 
 
-def resume(state: TrainState, config: Config, start: Start, reference: str | None, console: Console) -> Config:
+def resume(state: TrainState, config: RunConfig, start: Start, reference: str | None, console: Console) -> RunConfig:
     """Load the initial checkpoint, and print its differences from the flags. Collective over all ranks.
 
     Args:
@@ -52,7 +52,7 @@ def resume(state: TrainState, config: Config, start: Start, reference: str | Non
     return config
 
 
-def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: str | None) -> str:
+def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference: str | None) -> str:
     """Validate the initial checkpoint of a run, for --dry-run.
 
     Returns:
@@ -66,7 +66,7 @@ def check_start(start: Start, config: Config, tokenizer: Tokenizer, reference: s
     return _compare(start, _open(start.checkpoint, config), config, tokenizer, reference)[1]
 
 
-def _open(checkpoint: Checkpoint, config: Config) -> Path:
+def _open(checkpoint: Checkpoint, config: RunConfig) -> Path:
     """Return the directory of a complete checkpoint. Collective over all ranks."""
     verify = config.checkpoint.slm_verify_checksums
     directory = weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
@@ -74,14 +74,14 @@ def _open(checkpoint: Checkpoint, config: Config) -> Path:
     return directory
 
 
-def _read(directory: Path, flag: str) -> tuple[Manifest, Config, DataRecord]:
+def _read(directory: Path, flag: str) -> tuple[Manifest, RunConfig, DataRecord]:
     """Return the manifest, configuration and data record of a checkpoint. Collective over all ranks."""
     return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory), DataRecord.read(directory)))
 
 
 def _compare(
-    start: Start, directory: Path, config: Config, tokenizer: Tokenizer, reference: str | None
-) -> tuple[Config, str]:
+    start: Start, directory: Path, config: RunConfig, tokenizer: Tokenizer, reference: str | None
+) -> tuple[RunConfig, str]:
     """Compare a checkpoint with the flags, and return the same values as :func:`reconcile`."""
     assert start.checkpoint is not None
     flag = start.checkpoint.flag
@@ -96,7 +96,7 @@ def _compare(
     return reconcile(config, saved, directory, flag, _reference_difference(config, saved, record, reference))
 
 
-def _reference_difference(config: Config, saved: Config, record: DataRecord, reference: str | None) -> list[str]:
+def _reference_difference(config: RunConfig, saved: RunConfig, record: DataRecord, reference: str | None) -> list[str]:
     """Return a difference if the flags are equal but the reference model's content has changed."""
     ours, theirs = config.reference, saved.reference
     named = {"--reference-load": ours.reference_load, "--reference-scores": " ".join(ours.reference_scores)}
@@ -105,7 +105,7 @@ def _reference_difference(config: Config, saved: Config, record: DataRecord, ref
     return [f"the content of {flag} {value} has changed" for flag, value in named.items() if value][-1:]
 
 
-def _resume_from(directory: Path, state: TrainState, config: Config, reference: str | None, flag: str) -> None:
+def _resume_from(directory: Path, state: TrainState, config: RunConfig, reference: str | None, flag: str) -> None:
     settings = config.checkpoint
     manifest, saved, record = _read(directory, flag)
     keys = weights.saved_keys(directory, flag)
@@ -134,7 +134,7 @@ def _resume_from(directory: Path, state: TrainState, config: Config, reference: 
 
 
 def _load(
-    flag: str, directory: Path, state: TrainState, config: Config, keys: frozenset[str], *, same_layout: bool
+    flag: str, directory: Path, state: TrainState, config: RunConfig, keys: frozenset[str], *, same_layout: bool
 ) -> dict[str, Any]:
     """Load weights, random states, the selection state, and all common (unsharded) state."""
     request = weights.loadable_model_state(plain_chunks(state.chunks))

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 Milestone = tuple[int, int]  # an iteration, and the number of samples consumed after it
 START: tuple[Milestone, ...] = ((0, 0),)
@@ -21,7 +21,7 @@ class RunLength:
     milestones: tuple[Milestone, ...] = START  # ascending: start of the run and its resumes
 
     @staticmethod
-    def from_config(config: Config, milestones: Sequence[Milestone] = START, batch: int | None = None) -> RunLength:
+    def from_config(config: RunConfig, milestones: Sequence[Milestone] = START, batch: int | None = None) -> RunLength:
         """Return the length of a run that continues after the last milestone.
 
         Args:
@@ -61,7 +61,7 @@ class ScheduleLength:
     weight_decay: int
 
     @staticmethod
-    def from_config(config: Config, length: RunLength) -> ScheduleLength:
+    def from_config(config: RunConfig, length: RunLength) -> ScheduleLength:
         """Return the phases of the flags, given in iterations, or in samples with --train-samples."""
         settings = config.optimizer
         if config.training.train_samples is not None:

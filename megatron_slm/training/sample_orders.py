@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.config.schema import Config, DataConfig
+from megatron_slm.config.schema import DataConfig, RunConfig
 from megatron_slm.corpus.fingerprints import corpus_identity
 from megatron_slm.data.blends import training_blend
 from megatron_slm.data.datasets import training_samples
@@ -40,7 +40,7 @@ class SampleOrder:
     corpora: dict[str, str]  # identities by prefix
 
     @staticmethod
-    def from_config(config: Config, samples: int, identities: dict[str, str], first: int = 0) -> SampleOrder:
+    def from_config(config: RunConfig, samples: int, identities: dict[str, str], first: int = 0) -> SampleOrder:
         """Return the order of a run of ``samples`` samples.
 
         Args:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from megatron_slm.config.recipe import with_settings
-from megatron_slm.config.schema import Config, ObjectiveConfig
+from megatron_slm.config.schema import ObjectiveConfig, RunConfig
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identities
@@ -43,7 +43,7 @@ from megatron_slm.training.state import TrainState
 from megatron_slm.training.step import NoReference, ReferenceSource
 
 
-def parallel_layout(config: Config) -> ParallelLayout:
+def parallel_layout(config: RunConfig) -> ParallelLayout:
     """Return the parallel layout of the configuration."""
     return ParallelLayout(
         tensor=config.parallel.tensor_model_parallel_size,
@@ -54,7 +54,7 @@ def parallel_layout(config: Config) -> ParallelLayout:
     )
 
 
-def build_selection(config: Config, groups: Groups) -> SelectionStrategy:
+def build_selection(config: RunConfig, groups: Groups) -> SelectionStrategy:
     """Build the selection strategy of the configuration."""
     objective = config.objective
     policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
@@ -78,14 +78,14 @@ def build_selection(config: Config, groups: Groups) -> SelectionStrategy:
     )
 
 
-def batch_shape(config: Config, groups: Groups) -> BatchShape:
+def batch_shape(config: RunConfig, groups: Groups) -> BatchShape:
     """Return the split of the global batch into micro-batches, data-parallel and context-parallel ranks."""
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     steps = batch // (micro * groups.dp_size)
     return BatchShape(micro, steps, groups.dp_rank, groups.dp_size, groups.cp_rank, groups.cp_size)
 
 
-def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
+def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: Console) -> Run:
     """Build a run, and load the initial checkpoint if there is one. Collective over all ranks.
 
     With --skip-train, there is no training set, reference model or sidecar. The --save directory is changed last, after
@@ -131,7 +131,7 @@ def build_run(config: Config, tokenizer: Tokenizer, groups: Groups, console: Con
     )
 
 
-def _build_state(config: Config, tokenizer: Tokenizer, groups: Groups, length: RunLength) -> TrainState:
+def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length: RunLength) -> TrainState:
     """Build the initial state of a run of ``length``: model, optimizer, schedule and selection."""
     chunks = wrap_data_parallel(
         build_model(
@@ -160,7 +160,7 @@ def _build_state(config: Config, tokenizer: Tokenizer, groups: Groups, length: R
     )
 
 
-def _saved_run(start: Start, config: Config, corpora: dict[str, str], console: Console) -> SavedRun | None:
+def _saved_run(start: Start, config: RunConfig, corpora: dict[str, str], console: Console) -> SavedRun | None:
     """Return the saved run to resume, if any.
 
     Raises:
@@ -175,7 +175,7 @@ def _saved_run(start: Start, config: Config, corpora: dict[str, str], console: C
 
 
 def _build_datasets(
-    config: Config, tokenizer: Tokenizer, shape: BatchShape, length: RunLength, corpora: dict[str, str]
+    config: RunConfig, tokenizer: Tokenizer, shape: BatchShape, length: RunLength, corpora: dict[str, str]
 ) -> Datasets:
     """Build the datasets. Collective over all ranks.
 
@@ -201,7 +201,7 @@ def _build_datasets(
 
 
 def _report_data(
-    config: Config,
+    config: RunConfig,
     length: RunLength,
     saved: SavedRun | None,
     datasets: Datasets,
@@ -219,7 +219,7 @@ def _report_data(
     return DataRecord(builder.identities, saved.milestones, orders)
 
 
-def score_headers(config: Config, tokenizer: Tokenizer) -> Headers:
+def score_headers(config: RunConfig, tokenizer: Tokenizer) -> Headers:
     """Return the validated headers of the run's sidecars, or an empty mapping if it does not use sidecars.
 
     Raises:
@@ -231,7 +231,7 @@ def score_headers(config: Config, tokenizer: Tokenizer) -> Headers:
     return check_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
 
 
-def _open_scores(config: Config, headers: Headers) -> ScoreSet | None:
+def _open_scores(config: RunConfig, headers: Headers) -> ScoreSet | None:
     """Open the run's sidecars, if any. Collective over all ranks."""
     if not headers:
         return None
@@ -241,7 +241,7 @@ def _open_scores(config: Config, headers: Headers) -> ScoreSet | None:
     return on_every_rank(lambda: open_scores(config.reference, headers, config.data, with_entropy=with_entropy))
 
 
-def find_reference(config: Config, headers: Headers) -> str | None:
+def find_reference(config: RunConfig, headers: Headers) -> str | None:
     """Return the identity of the reference model, or None if the score needs none. Not collective."""
     return reference_identity(config.reference, headers) if needs_reference(config.objective) else None
 
@@ -259,7 +259,9 @@ def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
     return needs_reference_loss(policy), needs_reference_entropy(policy)
 
 
-def _build_reference(config: Config, tokenizer: Tokenizer, groups: Groups) -> tuple[ReferenceSource, Config | None]:
+def _build_reference(
+    config: RunConfig, tokenizer: Tokenizer, groups: Groups
+) -> tuple[ReferenceSource, RunConfig | None]:
     """Build the reference source; also return the reference model's configuration if it runs in every step."""
     needs_loss, needs_entropy = _needs(config.objective)
     if not (needs_loss or needs_entropy):

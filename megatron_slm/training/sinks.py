@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.recipe import to_flat_dict
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.append import AppendFile, PatientWriter
 from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
@@ -55,7 +55,7 @@ class FileSink:
         self.writer.close()
 
 
-def open_sinks(config: Config, groups: Groups, resumed_step: int) -> list[Sink]:
+def open_sinks(config: RunConfig, groups: Groups, resumed_step: int) -> list[Sink]:
     """Open the configured files and services on rank 0; return an empty list on other ranks.
 
     Args:
@@ -139,7 +139,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 class WandbSink:
     """Log scalars to Weights & Biases. A resumed run continues its W&B run, whose id is stored in --save."""
 
-    def __init__(self, config: Config, resumed_step: int) -> None:
+    def __init__(self, config: RunConfig, resumed_step: int) -> None:
         try:
             import wandb
         except ImportError as error:

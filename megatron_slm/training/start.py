@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_directory
-from megatron_slm.config.schema import CheckpointConfig, Config
+from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import explained_write
 from megatron_slm.runtime.launch import slurm_job
@@ -81,7 +81,7 @@ class Start:
     def _shown_note(self) -> str:
         return f" ({self.note})" if self.note else ""
 
-    def adjusted(self, config: Config) -> Config:
+    def adjusted(self, config: RunConfig) -> RunConfig:
         """Return the settings of the run: --no-load-optim and --no-load-rng apply to the origin, not to its resume.
 
         An evaluation has no --save, unless --save contains the evaluated run; its metrics then include the result.
@@ -97,7 +97,7 @@ class Start:
         return replace(config, checkpoint=loads)
 
 
-def plan_start(config: Config) -> Start:
+def plan_start(config: RunConfig) -> Start:
     """Return the start of a run; reads directories without changing them.
 
     Raises:
@@ -109,7 +109,7 @@ def plan_start(config: Config) -> Start:
     return _plan(config.checkpoint)
 
 
-def prepare_save(config: Config, start: Start) -> None:
+def prepare_save(config: RunConfig, start: Start) -> None:
     """Prepare the --save directory for the start of a run."""
     save = config.checkpoint.save
     if save is None or start.record is None or config.training.skip_train:
@@ -121,7 +121,7 @@ def prepare_save(config: Config, start: Start) -> None:
     write_record(Path(save), start.record)
 
 
-def _check_overwrite(config: Config) -> None:
+def _check_overwrite(config: RunConfig) -> None:
     flags = config.checkpoint
     if not flags.slm_overwrite_save:
         return

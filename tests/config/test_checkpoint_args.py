@@ -8,7 +8,7 @@ import pytest
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
 SAVED = ["--num-layers", "6", "--hidden-size", "48", "--seq-length", "128", "--position-embedding-type", "rope"]
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def adopt(*argv: str) -> tuple[Config, str]:
+def adopt(*argv: str) -> tuple[RunConfig, str]:
     command = parse([*argv, "--use-checkpoint-args"])
     return command.config, command.note
 

@@ -11,15 +11,15 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_slm.config.core_fields import TARGETS, core_fields
 from megatron_slm.config.recipe import settings, with_settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 CORE = dict(zip(TARGETS, (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_named_field_exists(target: str) -> None:
-    config = Config()
-    groups = [getattr(config, group.name) for group in fields(Config)]
+    config = RunConfig()
+    groups = [getattr(config, group.name) for group in fields(RunConfig)]
     assert set(core_fields(target, *groups)) <= {field.name for field in fields(CORE[target])}
 
 
@@ -29,7 +29,7 @@ def test_every_target_is_known() -> None:
 
 
 def test_a_setting_can_have_another_name_and_several_targets() -> None:
-    config = with_settings(Config(), {"norm_epsilon": 0.5, "overlap_param_gather": True, "lr": 0.25})
+    config = with_settings(RunConfig(), {"norm_epsilon": 0.5, "overlap_param_gather": True, "lr": 0.25})
     groups = (config.model, config.parallel, config.optimizer)
     assert core_fields("model", *groups)["layernorm_epsilon"] == 0.5
     assert core_fields("ddp", *groups)["overlap_param_gather"] and core_fields("optimizer", *groups)["lr"] == 0.25

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.layers import read_layers
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def recipe(path: Path, **values: Any) -> str:
     return str(path)
 
 
-def parsed(*arguments: str) -> Config:
+def parsed(*arguments: str) -> RunConfig:
     return parse(["--config", *arguments]).config
 
 

@@ -13,7 +13,7 @@ from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, WITHOUT_EFF
 from megatron_slm.config.megatron_lm.refused import CURATED, NO_REMEDY, megatron_flags, remedy
 from megatron_slm.config.megatron_lm.statements import ACCEPTED
 from megatron_slm.config.recipe import settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
 SETTINGS = {flag_name(setting) for _, setting, _ in settings()}
@@ -152,7 +152,7 @@ def test_untrue_statements_are_refused(argv: str, message: str) -> None:
 def test_unsupported_flags_disabled_in_a_recipe_are_ignored(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("fp16: false\nuse-torch-fsdp2: false\ndecoupled_lr: null\nbf16: false\n")
-    assert parse(["--config", str(recipe)]).config == Config()
+    assert parse(["--config", str(recipe)]).config == RunConfig()
     recipe.write_text("fp17: false\n")
     with pytest.raises(ConfigError, match="fp17 is unknown"):
         parse(["--config", str(recipe)])

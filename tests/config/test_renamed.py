@@ -8,13 +8,13 @@ import pytest
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import read_config
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
 OLD = {"slm_threshold": "carried", "slm_mtp_selection": "own", "slm_kept_logits_mb": 5}
 
 
-def spellings(config: Config) -> tuple[str, str, int]:
+def spellings(config: RunConfig) -> tuple[str, str, int]:
     objective = config.objective
     return objective.slm_threshold, objective.slm_mtp_selection, objective.slm_saved_logits_mb
 

@@ -11,14 +11,14 @@ import pytest
 from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import from_flat_dict, settings, to_flat_dict
 from megatron_slm.config.resume import RULES, Rule, check_weights_fit, differences, reconcile, score_changed
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
 RUN = Path("run/iter_0000001")
 SAVED = {"num_layers": 4, "num_attention_heads": 4, "seq_length": 32, "position_embedding_type": "rope", "lr": 1e-3}
 
 
-def config(**changes: Any) -> Config:
+def config(**changes: Any) -> RunConfig:
     return from_flat_dict({**SAVED, **changes})
 
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
-from megatron_slm.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.config.schema import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.training.preflight import check_device
@@ -96,4 +103,4 @@ def test_transformer_engine_with_document_mask_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr("megatron_slm.model.specs.choose_implementation", lambda *_: "transformer_engine")
     with pytest.raises(ConfigError, match=message):
         check_device(config, torch.device("cuda"))
-    check_device(Config(data=DataConfig(reset_position_ids=True)), torch.device("cuda"))
+    check_device(RunConfig(data=DataConfig(reset_position_ids=True)), torch.device("cuda"))

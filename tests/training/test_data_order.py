@@ -15,7 +15,7 @@ from megatron_slm.cli.pretrain import main
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import with_settings
-from megatron_slm.config.schema import Config, DataConfig
+from megatron_slm.config.schema import DataConfig, RunConfig
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.testing.corpus_files import build
 from megatron_slm.testing.numbered import write_numbered_corpus
@@ -219,7 +219,7 @@ def test_contradicting_lengths_are_refused(
 
 def test_run_length_with_changed_batch_size() -> None:
     schedule = {"lr_warmup_iters": 10, "lr_decay_iters": 90, "lr_wsd_decay_iters": 20}
-    config = with_settings(Config(), {"train_iters": 100, "global_batch_size": 4, **schedule})
+    config = with_settings(RunConfig(), {"train_iters": 100, "global_batch_size": 4, **schedule})
     length = RunLength.from_config(config, [(0, 0), (80, 640)])
     assert (length.samples, length.samples_at(10), length.samples_at(90)) == (720, 80, 680)
     assert ScheduleLength.from_config(config, length) == ScheduleLength(80, 680, 680 - 560, 720)

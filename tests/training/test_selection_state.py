@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, launch, losses, make_corpus, records
 from megatron_slm.training import checkpoint
@@ -34,7 +34,7 @@ def slm(corpus: str, save: Path, *flags: str, **more: Any) -> list[str]:
 def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
     """Run the trainer with the selection state in the format of versions 0.1 and 0.2."""
 
-    def all_state(state: TrainState, config: Config) -> dict[str, Any]:
+    def all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
         content = current(state, config)
         del content[checkpoint.SELECTION]
         if state.selection.has_rank_state:

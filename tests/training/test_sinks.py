@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_slm.config.recipe import with_settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.metrics_file import prepare_metrics_file
 from megatron_slm.training.sinks import WandbSink, open_sinks, tensorboard_sink
@@ -21,8 +21,8 @@ from megatron_slm.training.sinks import WandbSink, open_sinks, tensorboard_sink
 RANK_0: Any = SimpleNamespace(is_logging_rank=True)
 
 
-def config_of(path: Path, **training: Any) -> Config:
-    return with_settings(Config(), {"slm_metrics_file": str(path), **training})
+def config_of(path: Path, **training: Any) -> RunConfig:
+    return with_settings(RunConfig(), {"slm_metrics_file": str(path), **training})
 
 
 def write(path: Path, resumed_step: int, steps: list[int], **training: Any) -> None:
@@ -177,9 +177,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     return stand_in
 
 
-def wandb_config(save: Path | None = None, load: Path | None = None) -> Config:
+def wandb_config(save: Path | None = None, load: Path | None = None) -> RunConfig:
     paths = {"save": str(save) if save else None, "load": str(load) if load else None}
-    return with_settings(Config(), {"wandb_project": "project", **paths})
+    return with_settings(RunConfig(), {"wandb_project": "project", **paths})
 
 
 def test_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_slm.cli.pretrain import main
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import with_settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.launch import SlurmJob
 from megatron_slm.testing.ranks import run_ranks
@@ -41,9 +41,9 @@ def plan(**flags: Any) -> Start:
     return plan_start(config_of(**flags))
 
 
-def config_of(**flags: Any) -> Config:
+def config_of(**flags: Any) -> RunConfig:
     given = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    return with_settings(Config(), given)
+    return with_settings(RunConfig(), given)
 
 
 def directory_of(start: Start) -> Path | None:

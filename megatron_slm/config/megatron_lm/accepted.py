@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 SWITCH: tuple[str, ...] = ()
 
@@ -23,7 +23,7 @@ class Fact:
 
     remedy: str
     values: tuple[str, ...] = SWITCH
-    holds: Callable[[Config], bool] = lambda config: True
+    holds: Callable[[RunConfig], bool] = lambda config: True
 
 
 # Flag -> setting and value that it implies in Megatron-LM.

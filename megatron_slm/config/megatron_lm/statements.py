@@ -10,7 +10,7 @@ from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, INTEGER, NU
 from megatron_slm.config.megatron_lm.refused import megatron_flags
 from megatron_slm.config.recipe import convert
 from megatron_slm.config.recipe import settings as all_settings
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
 ACCEPTED = (*IMPLIED, *FACTS, *WITHOUT_EFFECT)
@@ -85,7 +85,7 @@ def _convert(flag: str, value: Any, label: str) -> Any:
     return text
 
 
-def contradictions(config: Config, stated: Mapping[str, Any]) -> Iterator[str]:
+def contradictions(config: RunConfig, stated: Mapping[str, Any]) -> Iterator[str]:
     """Yield a message for each stated fact that contradicts the configuration."""
     for flag in stated:
         if flag in FACTS and not FACTS[flag].holds(config):

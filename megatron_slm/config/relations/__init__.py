@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron_slm.config.relations import data, experts, files, layout, model, objective, schedule
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
-Relation = Callable[[Config, int], Iterator[str]]
+Relation = Callable[[RunConfig, int], Iterator[str]]
 RELATIONS: tuple[Relation, ...] = (
     *layout.RELATIONS,
     *model.RELATIONS,
@@ -23,6 +23,6 @@ RELATIONS: tuple[Relation, ...] = (
 )
 
 
-def relation_violations(config: Config, world_size: int) -> list[str]:
+def relation_violations(config: RunConfig, world_size: int) -> list[str]:
     """Return the messages of all violated relations."""
     return [message for relation in RELATIONS for message in relation(config, world_size)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_slm.config.relations.wording import both_given
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 
-def training_corpora(config: Config, _: int) -> Iterator[str]:
+def training_corpora(config: RunConfig, _: int) -> Iterator[str]:
     """Require exactly one source of training data."""
     data = config.data
     corpora = data.data_path or data.train_data_path or (config.training.skip_train and data.valid_data_path)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_slm.config.relations.wording import not_dividing
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 
-def without_experts(config: Config, _: int) -> Iterator[str]:
+def without_experts(config: RunConfig, _: int) -> Iterator[str]:
     """Refuse settings of experts without experts."""
     model = config.model
     if model.num_experts is not None:
@@ -29,7 +29,7 @@ def without_experts(config: Config, _: int) -> Iterator[str]:
         yield f"{' '.join(given)} has no effect without --num-experts."
 
 
-def with_experts(config: Config, world_size: int) -> Iterator[str]:
+def with_experts(config: RunConfig, world_size: int) -> Iterator[str]:
     """Require a router and a parallel layout that fit the number of experts."""
     model, parallel = config.model, config.parallel
     if model.num_experts is None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slm.config.paths import metrics_file
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.append import NOT_APPENDABLE, can_be_appended_to, is_stream
 from megatron_slm.runtime.metrics_file import METRICS_FLAG, foreign_message, is_foreign
 
 
-def checkpoints(config: Config, _: int) -> Iterator[str]:
+def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
     """Require a directory for the checkpoint settings that refer to one."""
     checkpoint = config.checkpoint
     if checkpoint.save is None and checkpoint.save_interval is not None:
@@ -30,13 +30,13 @@ def checkpoints(config: Config, _: int) -> Iterator[str]:
         yield "--finetune needs --load, the initial weights."
 
 
-def output_directories(config: Config, world_size: int) -> Iterator[str]:
+def output_directories(config: RunConfig, world_size: int) -> Iterator[str]:
     """Require writable output directories; on several ranks, one rank checks this after the process group exists."""
     if world_size == 1:
         yield from unwritable_outputs(config)
 
 
-def unwritable_outputs(config: Config) -> Iterator[str]:
+def unwritable_outputs(config: RunConfig) -> Iterator[str]:
     """Yield a message for each unwritable output directory and for an unsuitable metrics file."""
     for flag, directory in (
         ("--save", config.checkpoint.save),

@@ -11,10 +11,10 @@ from megatron_slm.config.relations.wording import (
     has_uneven_stages,
     not_dividing,
 )
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 
-def processes(config: Config, world_size: int) -> Iterator[str]:
+def processes(config: RunConfig, world_size: int) -> Iterator[str]:
     """Require a process count that is a multiple of TP x PP x CP."""
     if data_parallel_size(config, world_size):
         return
@@ -28,7 +28,7 @@ def processes(config: Config, world_size: int) -> Iterator[str]:
     )
 
 
-def tensor_parallel(config: Config, _: int) -> Iterator[str]:
+def tensor_parallel(config: RunConfig, _: int) -> Iterator[str]:
     """Require attention heads and MLP sizes that tensor-parallel ranks can split evenly."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     yield from not_dividing(tensor, TENSOR, model.num_attention_heads, "--num-attention-heads")
@@ -39,7 +39,7 @@ def tensor_parallel(config: Config, _: int) -> Iterator[str]:
             yield from not_dividing(tensor, TENSOR, size, f"--{name}-hidden-size")
 
 
-def sequence_parallel(config: Config, _: int) -> Iterator[str]:
+def sequence_parallel(config: RunConfig, _: int) -> Iterator[str]:
     """Require a sequence length that tensor-parallel ranks can split evenly."""
     parallel, length = config.parallel, config.model.seq_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -48,7 +48,7 @@ def sequence_parallel(config: Config, _: int) -> Iterator[str]:
         yield from not_dividing(tensor, TENSOR, length // context, flag)
 
 
-def context_parallel(config: Config, _: int) -> Iterator[str]:
+def context_parallel(config: RunConfig, _: int) -> Iterator[str]:
     """Require a sequence length that splits into two equal chunks per context-parallel rank."""
     context, length = config.parallel.context_parallel_size, config.model.seq_length
     if context > 1 and length % (2 * context):
@@ -58,7 +58,7 @@ def context_parallel(config: Config, _: int) -> Iterator[str]:
         )
 
 
-def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
+def pipeline_parallel(config: RunConfig, _: int) -> Iterator[str]:
     """Require an even split of layers over pipeline and virtual stages, except for explicit first and last stages."""
     if has_uneven_stages(config.parallel):
         yield from _uneven_pipeline(config)
@@ -76,7 +76,7 @@ def pipeline_parallel(config: Config, _: int) -> Iterator[str]:
         yield f"{flag} {per_stage} leaves one stage per rank: leave it out."
 
 
-def _uneven_pipeline(config: Config) -> Iterator[str]:
+def _uneven_pipeline(config: RunConfig) -> Iterator[str]:
     """Yield violations of --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."""
     parallel, layers = config.parallel, config.model.num_layers
     sizes = {
@@ -102,7 +102,7 @@ def _uneven_pipeline(config: Config) -> Iterator[str]:
         )
 
 
-def global_batch(config: Config, world_size: int) -> Iterator[str]:
+def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     """Require a global batch size that is a multiple of the micro-batches of all data-parallel ranks."""
     parallel, training = config.parallel, config.training
     ranks = data_parallel_size(config, world_size)
@@ -121,7 +121,7 @@ def global_batch(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def overlap(config: Config, _: int) -> Iterator[str]:
+def overlap(config: RunConfig, _: int) -> Iterator[str]:
     """Require an optimizer that supports the communication overlap."""
     parallel = config.parallel
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):

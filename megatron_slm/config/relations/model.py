@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_slm.config.relations.wording import not_dividing
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 MASK_IGNORED = (
     "--reset-attention-mask: Transformer Engine ignores the document mask and would attend across documents. Use "
@@ -13,7 +13,7 @@ MASK_IGNORED = (
 )
 
 
-def heads(config: Config, _: int) -> Iterator[str]:
+def heads(config: RunConfig, _: int) -> Iterator[str]:
     """Require attention heads that divide the hidden size, and query groups that divide the heads."""
     model = config.model
     count = model.num_attention_heads
@@ -27,7 +27,7 @@ def heads(config: Config, _: int) -> Iterator[str]:
         yield from not_dividing(count, "--num-attention-heads", model.hidden_size, "--hidden-size")
 
 
-def positions(config: Config, _: int) -> Iterator[str]:
+def positions(config: RunConfig, _: int) -> Iterator[str]:
     """Require enough positions for the sequence, and an even number of rotary channels per head."""
     model = config.model
     length, longest = model.seq_length, model.max_position_embeddings
@@ -45,20 +45,20 @@ def positions(config: Config, _: int) -> Iterator[str]:
         )
 
 
-def activation(config: Config, _: int) -> Iterator[str]:
+def activation(config: RunConfig, _: int) -> Iterator[str]:
     """Refuse --swiglu with a different --activation."""
     model = config.model
     if model.swiglu and model.activation not in (None, "swiglu"):
         yield f"--swiglu contradicts the activation {model.activation}. Leave --swiglu out (--no-swiglu)."
 
 
-def documents(config: Config, _: int) -> Iterator[str]:
+def documents(config: RunConfig, _: int) -> Iterator[str]:
     """Require a layer implementation that supports document masks for --reset-attention-mask."""
     if config.data.reset_attention_mask and config.model.transformer_impl == "transformer_engine":
         yield MASK_IGNORED
 
 
-def prediction_heads(config: Config, _: int) -> Iterator[str]:
+def prediction_heads(config: RunConfig, _: int) -> Iterator[str]:
     """Require multi-token prediction to fit the sequence length and the pipeline."""
     model, count = config.model, config.model.mtp_num_layers
     if count is None:
@@ -72,7 +72,7 @@ def prediction_heads(config: Config, _: int) -> Iterator[str]:
         yield f"--mtp-num-layers {count} leaves no token of a sample of --seq-length {model.seq_length}."
 
 
-def recomputation(config: Config, _: int) -> Iterator[str]:
+def recomputation(config: RunConfig, _: int) -> Iterator[str]:
     """Require complete settings for full recomputation, with units that divide a pipeline stage."""
     training = config.training
     method, layers = training.recompute_method, training.recompute_num_layers

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slm.config.relations.wording import both_given
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 
-def selection_flags(config: Config, _: int) -> Iterator[str]:
+def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
     """Refuse selection settings without --objective slm."""
     objective, reference = config.objective, config.reference
     given = [
@@ -30,7 +30,7 @@ def selection_flags(config: Config, _: int) -> Iterator[str]:
         yield "--slm-selection-ratio-start needs --slm-selection-ratio-warmup-iters."
 
 
-def scopes(config: Config, _: int) -> Iterator[str]:
+def scopes(config: RunConfig, _: int) -> Iterator[str]:
     """Require a selection scope that supports predicted thresholds or independent MTP heads."""
     objective = config.objective
     if objective.slm_threshold != "exact" and objective.slm_scope != "global-batch":
@@ -46,7 +46,7 @@ def scopes(config: Config, _: int) -> Iterator[str]:
         )
 
 
-def reference_model(config: Config, _: int) -> Iterator[str]:
+def reference_model(config: RunConfig, _: int) -> Iterator[str]:
     """Require one reference, an existing model or its scores."""
     reference = config.reference
     path, names = reference.reference_load, reference.reference_scores
@@ -63,7 +63,7 @@ def reference_model(config: Config, _: int) -> Iterator[str]:
         )
 
 
-def sidecars(config: Config, _: int) -> Iterator[str]:
+def sidecars(config: RunConfig, _: int) -> Iterator[str]:
     """Require unique sidecar names without suffixes."""
     names = config.reference.reference_scores
     for name in sorted({name for name in names if names.count(name) > 1}):

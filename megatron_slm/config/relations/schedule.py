@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_slm.config.relations.wording import both_given
-from megatron_slm.config.schema import Config
+from megatron_slm.config.schema import RunConfig
 
 
-def learning_rates(config: Config, _: int) -> Iterator[str]:
+def learning_rates(config: RunConfig, _: int) -> Iterator[str]:
     """Refuse learning rates above the peak."""
     optimizer = config.optimizer
     peak = optimizer.lr or 0.0
@@ -17,7 +17,7 @@ def learning_rates(config: Config, _: int) -> Iterator[str]:
             yield f"{flag} {value} is above --lr {peak}."
 
 
-def warmup(config: Config, _: int) -> Iterator[str]:
+def warmup(config: RunConfig, _: int) -> Iterator[str]:
     """Require one setting of the warm-up, which ends before the schedule."""
     optimizer, steps = config.optimizer, schedule_steps(config)
     has_fraction = optimizer.lr_warmup_fraction is not None
@@ -30,7 +30,7 @@ def warmup(config: Config, _: int) -> Iterator[str]:
         yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} is not below the {steps} steps of the schedule."
 
 
-def wsd(config: Config, _: int) -> Iterator[str]:
+def wsd(config: RunConfig, _: int) -> Iterator[str]:
     """Require an annealing phase of WSD that fits into the schedule."""
     optimizer, steps = config.optimizer, schedule_steps(config)
     decay = optimizer.lr_wsd_decay_iters
@@ -51,7 +51,7 @@ def wsd(config: Config, _: int) -> Iterator[str]:
         )
 
 
-def weight_decay(config: Config, _: int) -> Iterator[str]:
+def weight_decay(config: RunConfig, _: int) -> Iterator[str]:
     """Require both start and end of the weight decay, in ascending order."""
     optimizer = config.optimizer
     start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
@@ -73,7 +73,7 @@ def weight_decay(config: Config, _: int) -> Iterator[str]:
         )
 
 
-def scheduler_source(config: Config, _: int) -> Iterator[str]:
+def scheduler_source(config: RunConfig, _: int) -> Iterator[str]:
     """Require one source for the schedule of a resumed run."""
     optimizer = config.optimizer
     yield from both_given(
@@ -85,7 +85,7 @@ def scheduler_source(config: Config, _: int) -> Iterator[str]:
     )
 
 
-def units(config: Config, _: int) -> Iterator[str]:
+def units(config: RunConfig, _: int) -> Iterator[str]:
     """Require one unit for the run and its schedule, iterations or samples."""
     training, optimizer = config.training, config.optimizer
     in_iterations = {
@@ -119,7 +119,7 @@ def units(config: Config, _: int) -> Iterator[str]:
         yield f"--lr-wsd-decay-samples {wsd_decay} is more than the {decay} samples of the schedule."
 
 
-def schedule_steps(config: Config) -> int:
+def schedule_steps(config: RunConfig) -> int:
     """Return the number of iterations of the learning-rate schedule."""
     return config.optimizer.lr_decay_iters or config.training.train_iters
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_slm.config.schema import Config, ParallelConfig
+from megatron_slm.config.schema import ParallelConfig, RunConfig
 
 TENSOR = "--tensor-model-parallel-size"
 PIPELINE = "--pipeline-model-parallel-size"
@@ -27,7 +27,7 @@ def has_uneven_stages(parallel: ParallelConfig) -> bool:
     return bool(parallel.decoder_first_pipeline_num_layers or parallel.decoder_last_pipeline_num_layers)
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Return the number of data-parallel ranks; 0 if the layout does not divide the process count."""
     parallel = config.parallel
     shared = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

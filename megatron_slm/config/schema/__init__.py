@@ -20,7 +20,6 @@ from megatron_slm.config.schema.training import OptimizerConfig, ParallelConfig,
 
 __all__ = [
     "CheckpointConfig",
-    "Config",
     "DataConfig",
     "LoggingConfig",
     "ModelConfig",
@@ -28,13 +27,14 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ReferenceConfig",
+    "RunConfig",
     "TokenizerConfig",
     "TrainingConfig",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class RunConfig:
     """Settings of a run, grouped by topic; immutable."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
