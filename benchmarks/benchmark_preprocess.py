@@ -1,8 +1,8 @@
-"""Preprocessing speed side by side: this tool, and Megatron-LM's preprocess_data.py and preprocess_data_fast.py.
+"""Compare the preprocessing speed with Megatron-LM's preprocess_data.py and preprocess_data_fast.py.
 
-All take the same corpus, tokenizer and flags; runs are interleaved, and medians are shown, start-up included. A
-tokenizer without a file is trained once, with 32,000 entries, and kept with the corpora in ``--work``. Flags that are
-not known here go to all tools.
+All tools use the same corpus, tokenizer and flags. Runs are interleaved, and medians include start-up. A tokenizer
+without a file is trained once with 32,000 entries, and kept with the corpora in ``--work``. Unknown flags are passed to
+all tools.
 
     python benchmarks/benchmark_preprocess.py --corpus source --draw-megabytes 300 --work bench --workers 2 \\
         --append-eod --tokenizer-type HuggingFaceTokenizer --megatron-lm DIR --megatron-python EXE --fast-only
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from baselines.corpora import drawn_anew, natural_texts, shuffled, source_texts, unique, write_jsonl
+from baselines.corpora import natural_texts, resample_documents, shuffled, source_texts, unique, write_jsonl
 
 from megatron_slm.config.tokenizer_flags import (
     add_tokenizer_flags,
@@ -39,13 +39,13 @@ from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 
-ENTRIES, TRAINING_BYTES = 32_000, 30_000_000  # of a tokenizer that is trained here
-TOOL = Path(__file__).parent / "preprocess_data.py"
+ENTRIES, TRAINING_BYTES = 32_000, 30_000_000  # of a tokenizer trained by this benchmark
+TOOL = Path(__file__).parents[1] / "tools" / "preprocess_data.py"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A file of JSON lines with the key ``text``."""
+    """Represent a file of JSON lines with the key ``text``."""
 
     path: Path
     documents: int
@@ -54,7 +54,7 @@ class Corpus:
 
 @dataclass
 class Result:
-    """Seconds of the start-up and of each repeat, start-up included, and the rates of their median."""
+    """Hold the seconds of start-up and of each repeat (including start-up), and rates of the median."""
 
     start_up: float
     seconds: list[float]
@@ -95,18 +95,18 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--input", type=Path, help="a corpus of JSON lines with the key text")
-    what.add_argument("--corpus", choices=("natural", "source"), help="made of what is installed, each document once")
-    add("--roots", type=Path, nargs="+", default=default_roots(), help="where text is looked for [this environment]")
-    add("--draw-megabytes", type=int, help="draw new documents from the corpus' paragraphs up to this size")
-    add("--megabytes", type=int, help="use no more than this much text of the corpus")
-    add("--work", type=Path, required=True, help="folder for corpora and outputs; corpora in it are used again")
-    add("--workers", type=int, default=1, help="of every tool that takes them [1]")
-    add("--repeats", type=int, default=3, help="of every tool, interleaved [3]")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, help="a corpus of JSON lines with the key text")
+    source.add_argument("--corpus", choices=("natural", "source"), help="unique documents from the installation")
+    add("--roots", type=Path, nargs="+", default=default_roots(), help="directories with text [this environment]")
+    add("--draw-megabytes", type=int, help="resample new documents from the corpus' paragraphs up to this size")
+    add("--megabytes", type=int, help="maximum text of the corpus")
+    add("--work", type=Path, required=True, help="directory for corpora and outputs; existing corpora are reused")
+    add("--workers", type=int, default=1, help="workers of every tool that supports them [1]")
+    add("--repeats", type=int, default=3, help="interleaved repeats of every tool [3]")
     add("--megatron-lm", type=Path, help="a checkout of Megatron-LM")
-    add("--megatron-python", default=sys.executable, help="a Python that can run it [this one]")
-    add("--fast-only", action="store_true", help="leave out preprocess_data.py beside preprocess_data_fast.py")
+    add("--megatron-python", default=sys.executable, help="Python interpreter that can run it [this one]")
+    add("--fast-only", action="store_true", help="omit preprocess_data.py if preprocess_data_fast.py runs")
     add("--output", type=Path, help="JSON file for the result")
     add_tokenizer_flags(parser, required=True)
     return parser.parse_known_args()
@@ -122,7 +122,7 @@ def tokenizer_files(arguments: argparse.Namespace) -> TokenizerFiles:
 
 
 def make_corpus(arguments: argparse.Namespace) -> Corpus:
-    """The corpus of the flags: given, made, or made by a run before."""
+    """Return the corpus of the flags: given, existing, or created."""
     if arguments.input is not None:
         if not arguments.input.is_file():
             raise ConfigError(f"--input {arguments.input}: there is no such file.")
@@ -137,12 +137,12 @@ def make_corpus(arguments: argparse.Namespace) -> Corpus:
         if not texts:
             raise ConfigError(f"--roots {' '.join(map(str, arguments.roots))} hold no text.")
         unfinished = path.with_suffix(".partial")
-        write_jsonl(unfinished, drawn_anew(texts, drawn * 10**6) if drawn else texts, most and most * 10**6)
+        write_jsonl(unfinished, resample_documents(texts, drawn * 10**6) if drawn else texts, most and most * 10**6)
         unfinished.replace(path)
     return counted(path)
 
 
-def texts_of(path: Path) -> Iterator[str]:
+def read_texts(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)["text"]
@@ -150,24 +150,26 @@ def texts_of(path: Path) -> Iterator[str]:
 
 def counted(path: Path) -> Corpus:
     documents = size = 0
-    for text in texts_of(path):
+    for text in read_texts(path):
         documents += 1
         size += len(text.encode("utf-8"))
     return Corpus(path, documents, size)
 
 
 def trained_tokenizer(corpus: Corpus, arguments: argparse.Namespace) -> Path:
-    """Return the tokenizer of an earlier run in the folder, or train one of 32,000 entries on the corpus' beginning."""
+    """Return the tokenizer of an earlier run in --work, or train one with 32,000 entries on the first documents."""
     kind = arguments.tokenizer_type
     path = arguments.work / ("huggingface" if kind == "HuggingFaceTokenizer" else "sentencepiece.model")
     if kind not in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):
-        raise ConfigError(f"--tokenizer-type {kind}: give its files; others are trained if they have none.")
+        raise ConfigError(
+            f"--tokenizer-type {kind}: specify its files; only Hugging Face and SentencePiece tokenizers are trained."
+        )
     if not path.exists():
         print(f"training {path}: a minute or two", file=sys.stderr)
         sample = arguments.work / "sample.jsonl"
-        write_jsonl(sample, texts_of(corpus.path), TRAINING_BYTES)
+        write_jsonl(sample, read_texts(corpus.path), TRAINING_BYTES)
         if kind == "HuggingFaceTokenizer":
-            train_huggingface(texts_of(sample), path)
+            train_huggingface(read_texts(sample), path)
         else:
             train_tokenizer(TokenizerJob([str(sample)], str(path.with_suffix("")), ENTRIES))
     return path
@@ -193,7 +195,7 @@ def train_huggingface(texts: Iterator[str], folder: Path) -> None:
     partial.rename(folder)
 
 
-def commands_of(arguments: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
+def tool_commands(arguments: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:
     """Return the command of each tool, without input and output."""
     shared, workers = list(flags), ["--workers", str(arguments.workers)]
     for name, value in given_tokenizer_settings(arguments).items():
@@ -203,7 +205,7 @@ def commands_of(arguments: argparse.Namespace, flags: list[str]) -> dict[str, li
     commands = {"ours": [sys.executable, str(TOOL), *shared, *workers, *as_megatron]}
     if arguments.megatron_lm is not None:
         tools = arguments.megatron_lm.resolve() / "tools"
-        if is_huggingface:  # the only kind that it reads
+        if is_huggingface:  # the only supported type
             fast = [arguments.megatron_python, str(tools / "preprocess_data_fast.py"), "--use-gigatoken"]
             commands["preprocess_data_fast"] = [*fast, *shared]
         if not (is_huggingface and arguments.fast_only):
@@ -213,14 +215,14 @@ def commands_of(arguments: argparse.Namespace, flags: list[str]) -> dict[str, li
 
 
 def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """Time every tool ``--repeats`` times, in turn, and its start-up: one document."""
+    """Time every tool in ``--repeats`` interleaved runs, and its start-up with one document."""
     one = arguments.work / "one.jsonl"
     write_jsonl(one, ["One document."])
-    commands = commands_of(arguments, flags)
+    commands = tool_commands(arguments, flags)
 
     def run(name: str, source: Path, prefix: str) -> float:
         output = arguments.work / f"{name}-{prefix}"
-        # the checkout before a megatron-core that may be installed
+        # import the checkout instead of an installed megatron-core
         home = {} if name == "ours" else {"PYTHONPATH": str(arguments.megatron_lm.resolve())}
         return timed([*commands[name], "--input", str(source), "--output-prefix", str(output)], home)
 
@@ -234,7 +236,11 @@ def measure(corpus: Corpus, arguments: argparse.Namespace, flags: list[str]) -> 
 
 
 def timed(command: list[str], environment: dict[str, str]) -> float:
-    """Return the seconds of a command, which must succeed."""
+    """Run a command, and return its seconds.
+
+    Raises:
+        ConfigError: the command failed.
+    """
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
@@ -243,12 +249,12 @@ def timed(command: list[str], environment: dict[str, str]) -> float:
 
 
 def compared(corpus: Corpus, results: dict[str, Result], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return rates, ratios, and whether the files are equal."""
+    """Return rates, ratios, and the comparison of the output files."""
     metadata = json.loads(next(arguments.work.glob("ours-out_*.corpus.json")).read_text(encoding="utf-8"))
     for result in results.values():
         result.rate(corpus, metadata["tokens"])
     medians = {name: statistics.median(result.seconds) for name, result in results.items()}
-    digests = {name: digests_of(arguments.work, name) for name in results}
+    digests = {name: output_digests(arguments.work, name) for name in results}
     others = [name for name in results if name != "ours"]
     return {
         "corpus": {"name": corpus.path.stem, "documents": corpus.documents, "text_bytes": corpus.text_bytes},
@@ -260,8 +266,8 @@ def compared(corpus: Corpus, results: dict[str, Result], arguments: argparse.Nam
     }
 
 
-def digests_of(work: Path, name: str) -> list[str]:
-    """Return the sha256 of the .bin and .idx files that a tool wrote."""
+def output_digests(work: Path, name: str) -> list[str]:
+    """Return the sha256 of a tool's .bin and .idx files."""
     digests = []
     for path in sorted(work.glob(f"{name}-out_*.[bi][id][nx]")):
         with path.open("rb") as file:

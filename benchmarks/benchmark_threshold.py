@@ -1,8 +1,8 @@
 """Time the exact distributed threshold against gathering all values and torch.topk, over 1, 2, 4, 8 gloo ranks.
 
-Both ways run in the same processes, one after the other in each repeat, and must give the same threshold. The figures
-are the median over repeats of the slowest rank's time. Where there are more ranks than cores, both ways share the
-cores alike: the report says so. The plot goes beside the JSON.
+Both implementations run in the same processes, interleaved by repeat, and must compute the same threshold. Times are
+medians over repeats of the slowest rank. If there are more ranks than cores, the report marks them as oversubscribed.
+The plot is written to the JSON file's name with .png.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of processes")
     add("--values", type=int, default=10**6, help="values on each rank")
     add("--repeats", type=int, default=9)
-    add("--hop-latency-us", type=float, default=5.0, help="of the estimate: one message between two ranks")
-    add("--link-gbytes-per-second", type=float, default=25.0, help="of the estimate: bandwidth of one rank")
+    add("--hop-latency-us", type=float, default=5.0, help="latency of one message between two ranks, for the estimate")
+    add("--link-gbytes-per-second", type=float, default=25.0, help="bandwidth of one rank, for the estimate")
     add("--output", type=Path, required=True, help="JSON file; the plot has its name and .png")
     return parser.parse_args()
 
@@ -75,11 +75,11 @@ def main() -> int:
 
 
 def measure(ranks: int, values: int, repeats: int) -> dict[str, Any]:
-    """Run both ways on ``ranks`` processes of one thread each."""
+    """Run both implementations on ``ranks`` single-threaded processes."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         answers = context.SimpleQueue()
-        arguments = (ranks, values, repeats, f"file://{folder}/rendezvous", answers)
+        arguments = (ranks, values, repeats, f"file://{directory}/rendezvous", answers)
         processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(ranks)]
         for process in processes:
             process.start()
@@ -96,20 +96,20 @@ def _rank(rank: int, ranks: int, values: int, repeats: int, rendezvous: str, ans
     scores = torch.randn(values, generator=torch.Generator().manual_seed(rank))
     count = math.ceil(RATIO * values * ranks)
     sent = _CountedMessages()
-    ways = {
+    implementations = {
         "threshold": lambda: _exact(scores, count, rank),
         "gather_topk": lambda: _gather_and_topk(scores, count, ranks),
     }
-    thresholds = {name: _timed(way)[1] for name, way in ways.items()}  # also warms up
+    thresholds = {name: _timed(implementation)[1] for name, implementation in implementations.items()}  # also warms up
     assert thresholds["threshold"] == thresholds["gather_topk"], f"the thresholds differ: {thresholds}"
     with sent:
-        ways["threshold"]()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        implementations["threshold"]()
+    seconds: dict[str, list[float]] = {name: [] for name in implementations}
     for _ in range(repeats):
-        for name, way in ways.items():
-            seconds[name].append(_timed(way)[0])
+        for name, implementation in implementations.items():
+            seconds[name].append(_timed(implementation)[0])
     if rank == 0:
-        ours, peer = (1e3 * statistics.median(seconds[name]) for name in ways)
+        ours, peer = (1e3 * statistics.median(seconds[name]) for name in implementations)
         answers.put(
             {
                 "ranks": ranks,
@@ -140,18 +140,18 @@ def _gather_and_topk(scores: Tensor, count: int, ranks: int) -> float:
     return threshold
 
 
-def _timed(way: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of the slowest rank, and what ``way`` gave."""
+def _timed(implementation: Callable[[], float]) -> tuple[float, float]:
+    """Return the seconds of the slowest rank, and the result of ``implementation``."""
     dist.barrier()
     began = time.perf_counter()
-    result = way()
+    result = implementation()
     taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
     dist.all_reduce(taken, op=dist.ReduceOp.MAX)
     return float(taken), result
 
 
 class _CountedMessages:
-    """Counts what is given to ``dist.all_reduce`` while it is entered."""
+    """Count the bytes and calls of ``dist.all_reduce`` in the block."""
 
     def __init__(self) -> None:
         self.bytes = self.rounds = 0
@@ -171,7 +171,7 @@ class _CountedMessages:
 
 
 def estimate(rows: list[dict[str, Any]], hop_us: float, gbytes: float) -> dict[str, Any]:
-    """What the threshold would cost on many ranks: not a measurement."""
+    """Estimate (not measure) the cost of the threshold on many ranks."""
     alone = min(rows, key=lambda row: row["ranks"])
     widest = max(rows, key=lambda row: row["ranks"])
     rounds, size = widest["rounds"] or 3, widest["bytes_per_rank"] or 40960
@@ -180,14 +180,14 @@ def estimate(rows: list[dict[str, Any]], hop_us: float, gbytes: float) -> dict[s
     text = (
         f"estimate, not measured, for {EXTRAPOLATED_RANKS} ranks with a core each: {wire:.2f} ms on the wire, "
         f"from {rounds} rounds x {hops} hops of a tree all-reduce (up and down) x {hop_us:g} µs and 2 x "
-        f"{size / 1024:.0f} KiB at {gbytes:g} GB/s, besides the counting of each rank's own values, which was "
-        f"{alone['threshold_ms']:.1f} ms for {alone['ranks']} rank here. It leaves out stragglers and congestion."
+        f"{size / 1024:.0f} KiB at {gbytes:g} GB/s, in addition to counting each rank's values, which took "
+        f"{alone['threshold_ms']:.1f} ms for {alone['ranks']} rank here. Stragglers and congestion are not included."
     )
     return {"ranks": EXTRAPOLATED_RANKS, "wire_ms": wire, "hops": hops, "hop_latency_us": hop_us, "text": text}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and speed-up by number of ranks."""
+    """Plot time and speed-up by number of ranks."""
     import matplotlib
 
     matplotlib.use("Agg")

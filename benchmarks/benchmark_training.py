@@ -1,11 +1,11 @@
-"""Step time of SLM beside plain CLM, in one run: the variants take turns step by step, so that noise hits all alike.
+"""Compare the step time of SLM with CLM in one run; variants are interleaved by step, so that noise is shared.
 
     python benchmarks/benchmark_training.py --size quickstart --steps 30 --output training.json
     python benchmarks/benchmark_training.py --size tinyllama-1.1b --variants "SLM, RM of the same size"  # on one GPU
 
-A synthetic corpus, reference models of one step, and a sidecar are made in a temporary folder; then every variant is
-a run of the trainer's own, in one process. The bare loop is Megatron-Core without this trainer. Phases are shares of
-the variant's own step; "forward, backward" is what is left when the others are taken off.
+A synthetic corpus, one-step reference models and a sidecar are created in a temporary directory; every variant is a run
+of the trainer in the same process. The bare loop is Megatron-Core without this trainer. Phases are shares of the
+variant's step time; "forward, backward" is the remainder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_slm.runtime.files import write_text
 
 @dataclass(frozen=True)
 class Size:
-    """A model, its flags without dashes, and the batch that it trains on."""
+    """Represent a model (flags without dashes), its vocabulary, and its batch."""
 
     model: dict[str, int]
     vocabulary: int
@@ -45,7 +45,7 @@ SIZES = {
     "tiny": Size({"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4}, 512, 64, 4, 8),
     "quickstart": Size({"num-layers": 4, "hidden-size": 160, "num-attention-heads": 4}, 4096, 256, 8, 16),
     "medium": Size({"num-layers": 8, "hidden-size": 512, "num-attention-heads": 8}, 16000, 512, 4, 8),
-    # For one GPU of 80 GB, and two variants at a time: each has weights and Adam's state of its own, 20 GB.
+    # For one 80 GB GPU and two variants at a time, each with 20 GB of weights and Adam state.
     "tinyllama-1.1b": Size(
         {
             "num-layers": 22,
@@ -64,9 +64,9 @@ SLM = ["--objective", "slm", "--slm-selection-ratio", "0.6"]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--size", choices=list(SIZES), default="quickstart", help="of the model and the batch")
+    add("--size", choices=list(SIZES), default="quickstart", help="size of the model and the batch")
     add("--steps", type=int, default=30, help="measured steps of every variant")
-    add("--warmup", type=int, default=3, help="steps of every variant that are not counted")
+    add("--warmup", type=int, default=3, help="warm-up steps of every variant")
     add("--variants", nargs="+", choices=list(variants(Path())), help="default all")
     add("--output", type=Path, help="JSON file for the result")
     return parser.parse_args()
@@ -74,17 +74,17 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Variant:
-    """A measured run: its flags, and the loop of its steps if that is not the trainer's."""
+    """Represent a measured run: its flags, and its training loop if not the trainer's."""
 
     flags: list[str]
-    loop: Callable[[Any], Any] | None = None  # the loop of a run, which has a method ``step``
+    loop: Callable[[Any], Any] | None = None  # returns a loop with a method ``step``
 
 
-def variants(folder: Path) -> dict[str, Variant]:
-    """Every variant, by name; the first is what the others are held against."""
+def variants(directory: Path) -> dict[str, Variant]:
+    """Return all variants by name; the first one is the baseline."""
     sidecar = [*SLM, "--reference-scores", "same"]
-    beside = [*SLM, "--reference-load", str(folder / "same")]
-    whole = ["--slm-scope", "global-batch"]
+    replica = [*SLM, "--reference-load", str(directory / "same")]
+    scope = ["--slm-scope", "global-batch"]
     clm = ["--objective", "clm"]
     return {
         "CLM": Variant(clm),
@@ -92,45 +92,45 @@ def variants(folder: Path) -> dict[str, Variant]:
         "bare Megatron-Core loop, CLM, fused": Variant(clm, loop=partial(bare_loop, fused=True)),
         "SLM, sidecar": Variant(sidecar),
         "SLM, sidecar, speculative": Variant([*sidecar, "--slm-exact-mode", "speculative"]),
-        "SLM, sidecar, predicted": Variant([*sidecar, *whole, "--slm-threshold", "predicted"]),
-        "SLM, sidecar, global batch": Variant([*sidecar, *whole]),
-        "SLM, RM of a quarter": Variant([*SLM, "--reference-load", str(folder / "quarter")]),
-        "SLM, RM of the same size": Variant(beside),
-        "SLM, RM of the same size, speculative": Variant([*beside, "--slm-exact-mode", "speculative"]),
-        "SLM, RM of the same size, predicted": Variant([*beside, *whole, "--slm-threshold", "predicted"]),
+        "SLM, sidecar, predicted": Variant([*sidecar, *scope, "--slm-threshold", "predicted"]),
+        "SLM, sidecar, global batch": Variant([*sidecar, *scope]),
+        "SLM, RM of a quarter": Variant([*SLM, "--reference-load", str(directory / "quarter")]),
+        "SLM, RM of the same size": Variant(replica),
+        "SLM, RM of the same size, speculative": Variant([*replica, "--slm-exact-mode", "speculative"]),
+        "SLM, RM of the same size, predicted": Variant([*replica, *scope, "--slm-threshold", "predicted"]),
     }
 
 
 def bare_loop(run: Any, *, fused: bool = False) -> Any:
-    """Megatron-Core's loop without this trainer; imported late, as --help needs no torch."""
+    """Return Megatron-Core's loop; imported locally, since --help does not need torch."""
     from baselines.bare_loop import BareLoop
 
     return BareLoop(run, fused=fused)
 
 
 def model_flags(size: str, *, quarter: bool = False) -> list[str]:
-    """The model's flags; a quarter of the size is half as wide, and the layers are as many."""
-    own = SIZES[size]
+    """Return the model's flags; a quarter of the size has half the width and the same layers."""
+    settings = SIZES[size]
     halved = {"hidden-size", "ffn-hidden-size"} if quarter else set()
-    shape = {name: value // (2 if name in halved else 1) for name, value in own.model.items()}
-    shape |= {"seq-length": own.length, "vocab-size": own.vocabulary}
-    shape |= {"micro-batch-size": own.micro_batch, "global-batch-size": own.batch}
-    words = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-    words += ["--group-query-attention"] if "num-query-groups" in own.model else []
-    words += ["--bf16", "--use-distributed-optimizer"] if own.is_bf16 else []
-    words += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
-    words += ["--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0"]
-    return [*words, "--tokenizer-type", "NullTokenizer", "--lr", "1e-4", "--num-workers", "0", "--eval-iters", "0"]
+    shape = {name: value // (2 if name in halved else 1) for name, value in settings.model.items()}
+    shape |= {"seq-length": settings.length, "vocab-size": settings.vocabulary}
+    shape |= {"micro-batch-size": settings.micro_batch, "global-batch-size": settings.batch}
+    flags = [part for name, value in shape.items() for part in (f"--{name}", str(value))]
+    flags += ["--group-query-attention"] if "num-query-groups" in settings.model else []
+    flags += ["--bf16", "--use-distributed-optimizer"] if settings.is_bf16 else []
+    flags += ["--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
+    flags += ["--untie-embeddings-and-output-weights", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    return [*flags, "--tokenizer-type", "NullTokenizer", "--lr", "1e-4", "--num-workers", "0", "--eval-iters", "0"]
 
 
 def write_corpus(prefix: Path, size: str, tokens: int) -> None:
-    """Random documents."""
+    """Write a corpus of random documents."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     while tokens > 0:
-        document = chance.integers(0, SIZES[size].vocabulary, int(chance.integers(50, 1500)), dtype=np.uint16)
+        document = rng.integers(0, SIZES[size].vocabulary, int(rng.integers(50, 1500)), dtype=np.uint16)
         builder.data_file.write(document.tobytes())
         builder.sequence_lengths.append(len(document))
         builder.end_document()
@@ -139,56 +139,56 @@ def write_corpus(prefix: Path, size: str, tokens: int) -> None:
 
 
 class Bench:
-    """Builds runs of the trainer in this process, all on one corpus."""
+    """Build runs of the trainer in this process on a shared corpus."""
 
-    def __init__(self, size: str, folder: Path, steps: int) -> None:
+    def __init__(self, size: str, directory: Path, steps: int) -> None:
         from megatron_slm.runtime import process
         from megatron_slm.runtime.groups import ParallelLayout
         from megatron_slm.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 
-        self.size, self.folder, self.steps = size, folder, steps
-        self.corpus = folder / "corpus"
-        own = SIZES[size]
-        write_corpus(self.corpus, size, (steps + 2) * own.batch * own.length)
-        self.tokenizer = build_tokenizer("NullTokenizer", TokenizerFiles(vocab_size=own.vocabulary))
+        self.size, self.directory, self.steps = size, directory, steps
+        self.corpus = directory / "corpus"
+        settings = SIZES[size]
+        write_corpus(self.corpus, size, (steps + 2) * settings.batch * settings.length)
+        self.tokenizer = build_tokenizer("NullTokenizer", TokenizerFiles(vocab_size=settings.vocabulary))
         self.groups = process.start(ParallelLayout())
 
     def run(self, flags: list[str], *, quarter: bool = False, steps: int | None = None) -> Any:
-        """A run of the trainer's, ready to step."""
+        """Build a run of the trainer."""
         from megatron_slm.config.checks import resolve
         from megatron_slm.config.flags import parse
         from megatron_slm.runtime import process
         from megatron_slm.runtime.console import make_console
         from megatron_slm.training.setup import build_run
 
-        words = [*model_flags(self.size, quarter=quarter), *flags, "--data-path", str(self.corpus), "--split", "1,0,0"]
-        config = resolve(parse([*words, "--train-iters", str(steps or self.steps)]).config, 1)
-        process.seed_everything(1)  # the same weights for all
+        argv = [*model_flags(self.size, quarter=quarter), *flags, "--data-path", str(self.corpus), "--split", "1,0,0"]
+        config = resolve(parse([*argv, "--train-iters", str(steps or self.steps)]).config, 1)
+        process.seed_everything(1)  # equal weights in all variants
         return build_run(config, self.tokenizer, self.groups, make_console(False))
 
     def prepare(self) -> None:
-        """Reference models of one step, and the sidecar of one of them."""
+        """Train one-step reference models, and create the sidecar of one of them."""
         from megatron_slm.config.schema import ParallelConfig, ReferenceConfig
         from megatron_slm.reference.scoring import ScoringJob, score_corpora
         from megatron_slm.runtime.console import make_console
         from megatron_slm.training.loop import train
 
         for name in ("same", "quarter"):
-            train(self.run(["--save", str(self.folder / name)], quarter=name == "quarter", steps=1))
-        reference = ReferenceConfig(reference_load=str(self.folder / "same"))
+            train(self.run(["--save", str(self.directory / name)], quarter=name == "quarter", steps=1))
+        reference = ReferenceConfig(reference_load=str(self.directory / "same"))
         job = ScoringJob(
             reference, [str(self.corpus)], "same", ParallelConfig(), context="stream", stride=SIZES[self.size].length
         )
         score_corpora(job, self.tokenizer, self.groups, make_console(False))
 
 
-class Contestant:
-    """A variant that steps, and the seconds of its measured steps and their phases."""
+class Measurement:
+    """Run the steps of a variant, and record their seconds and phases."""
 
     def __init__(self, name: str, bench: Bench) -> None:
         from megatron_slm.data.batches import BatchStream
 
-        variant = variants(bench.folder)[name]
+        variant = variants(bench.directory)[name]
         self.run = bench.run(variant.flags)
         self.stream = BatchStream(self.run.datasets.train, self.run.shape, device=bench.groups.device)
         self.loop = None if variant.loop is None else variant.loop(self.run)
@@ -208,7 +208,7 @@ class Contestant:
         return timed
 
     def step(self) -> None:
-        """One step, reading of the batch included."""
+        """Run one step, including reading of the batch."""
         began = now()
         batches = self._timed("reading", next)(self.stream)
         if self.loop is not None:
@@ -231,20 +231,20 @@ class Contestant:
         )
         self.phases["ranking"] += step.seconds_ranking or 0.0
 
-    def forget(self) -> None:
-        """Drop the figures of steps that were for warming up."""
+    def reset(self) -> None:
+        """Discard the times of warm-up steps."""
         self.seconds.clear()
         self.phases = dict.fromkeys(self.phases, 0.0)
 
     def shares(self) -> dict[str, float]:
-        """Of each phase in the time of the measured steps."""
-        whole = sum(self.seconds)
-        own = {name: seconds / whole for name, seconds in self.phases.items()}
-        return {"forward, backward": 1 - sum(own.values()), **own}
+        """Return the share of each phase in the measured time."""
+        total = sum(self.seconds)
+        shares = {name: seconds / total for name, seconds in self.phases.items()}
+        return {"forward, backward": 1 - sum(shares.values()), **shares}
 
 
 def now() -> float:
-    """Seconds, when all that the device was given is done."""
+    """Return the time in seconds after synchronizing with the device."""
     import torch
 
     if torch.cuda.is_available():
@@ -252,33 +252,33 @@ def now() -> float:
     return time.perf_counter()
 
 
-def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str, Contestant]:
-    """All variants, each with its measured steps."""
+def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str, Measurement]:
+    """Measure all variants, interleaved by step."""
     from megatron_slm.runtime.console import progress
 
-    contestants = {name: Contestant(name, bench) for name in names}
+    measurements = {name: Measurement(name, bench) for name in names}
     with progress("measuring", (steps + warmup) * len(names), "steps") as bar:
         for step in range(steps + warmup):
             for name in names[step % len(names) :] + names[: step % len(names)]:
-                contestants[name].step()
+                measurements[name].step()
                 bar.advance()
             if step + 1 == warmup:
-                for contestant in contestants.values():
-                    contestant.forget()
-    return contestants
+                for measurement in measurements.values():
+                    measurement.reset()
+    return measurements
 
 
-def report(contestants: dict[str, Contestant]) -> dict[str, Any]:
-    """Medians, and the median of the ratios of steps that stood side by side."""
-    base = next(iter(contestants.values())).seconds
+def report(measurements: dict[str, Measurement]) -> dict[str, Any]:
+    """Return median step times, and the median ratio to the baseline's step of the same turn."""
+    base = next(iter(measurements.values())).seconds
     return {
         name: {
-            "median_seconds": statistics.median(own.seconds),
-            "ratio": statistics.median(one / other for one, other in zip(own.seconds, base, strict=True)),
-            "phases": own.shares(),
-            "seconds": own.seconds,
+            "median_seconds": statistics.median(each.seconds),
+            "ratio": statistics.median(one / other for one, other in zip(each.seconds, base, strict=True)),
+            "phases": each.shares(),
+            "seconds": each.seconds,
         }
-        for name, own in contestants.items()
+        for name, each in measurements.items()
     }
 
 
@@ -295,27 +295,27 @@ def main() -> int:
     from megatron_slm.runtime import process
     from megatron_slm.runtime.software import describe_software
 
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.size, Path(folder), arguments.steps + arguments.warmup)
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(arguments.size, Path(directory), arguments.steps + arguments.warmup)
         try:
             with quiet():
                 bench.prepare()
                 result = report(measure(bench, names, arguments.steps, arguments.warmup))
-            where = describe_software(bench.groups)
+            software = describe_software(bench.groups)
         finally:
             process.stop()
-    print(f"{where}\nsize {arguments.size}, {arguments.steps} steps each\n")
+    print(f"{software}\nsize {arguments.size}, {arguments.steps} steps each\n")
     phases = list(next(iter(result.values()))["phases"])
     heads = ["variant", "median step, ms", "tokens/s", "of CLM's", *phases]
     tokens = SIZES[arguments.size].batch * SIZES[arguments.size].length
     print(f"| {' | '.join(heads)} |\n| --- |{' ---: |' * (len(heads) - 1)}")
-    for name, own in result.items():
-        shares = [f"{share:.1%}" for share in own["phases"].values()]
-        seconds = own["median_seconds"]
-        cells = [name, f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{own['ratio']:.3f}", *shares]
+    for name, figures in result.items():
+        shares = [f"{share:.1%}" for share in figures["phases"].values()]
+        seconds = figures["median_seconds"]
+        cells = [name, f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{figures['ratio']:.3f}", *shares]
         print(f"| {' | '.join(cells)} |")
     if arguments.output is not None:
-        settings = {"size": arguments.size, "steps": arguments.steps, "software": where}
+        settings = {"size": arguments.size, "steps": arguments.steps, "software": software}
         write_text(
             arguments.output, json.dumps({"settings": settings, "variants": result}, indent=1) + "\n", "--output"
         )

@@ -1,1 +1,1 @@
-"""What the benchmarks share."""
+"""Baselines and corpora shared by the benchmarks."""

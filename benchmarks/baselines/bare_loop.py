@@ -1,4 +1,4 @@
-"""The loop that a trainer of Megatron-Core needs at the least: no selection, no metrics, no checks."""
+"""Minimal Megatron-Core training loop, without selection, metrics or checks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megatron_slm.training.loop import Run
 
 
 class BareLoop:
-    """Steps of CLM with Megatron-Core's own model class, output layer and cross-entropy.
+    """Run CLM steps with Megatron-Core's model class, output layer and cross-entropy.
 
     Args:
-        run: gives model, optimizer and schedule, so that all else is the same; its model is changed.
-        fused: with Megatron-Core's fused cross-entropy instead of its plain one.
+        run: provides the same model, optimizer and schedule; its model is converted in place.
+        fused: use Megatron-Core's fused cross-entropy.
     """
 
     def __init__(self, run: Run, *, fused: bool) -> None:
@@ -28,12 +28,12 @@ class BareLoop:
         for chunk in run.state.chunks:
             for module in chunk.modules():
                 if isinstance(module, GPT):
-                    module.__class__ = GPTModel  # GPT adds methods alone: the rest is Megatron-Core's model
+                    module.__class__ = GPTModel  # GPT adds only methods to Megatron-Core's model
                     module.config.cross_entropy_loss_fusion = fused
                     module.config.cross_entropy_fusion_impl = "native"
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """One optimizer step; its mean loss."""
+        """Run one optimizer step, and return its mean loss."""
         state = self.run.state
         for chunk in state.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]

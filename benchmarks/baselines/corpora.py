@@ -1,10 +1,10 @@
-"""Corpora for benchmarks from what is installed on a machine: natural text and Python source, each document once.
+"""Benchmark corpora from files of the installation: unique documents of natural text and Python source.
 
 * natural: docstrings, README, METADATA, .rst, .md and .txt files of environments, and /usr/share/doc.
 * source: Python source of standard libraries and site-packages.
 
-If a benchmark needs more text than there is, :func:`drawn_anew` makes new documents of known paragraphs.
-Their words are known sooner than those of new text, which flatters all caches of words: measure new text as well.
+If a benchmark needs more text, :func:`resample_documents` builds new documents from existing paragraphs. Repeated words
+favor word caches, so measure unique text as well.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PROSE_NAMES = {"METADATA", "PKG-INFO", "README", "NEWS", "CHANGES", "changelog.g
 
 
 def natural_texts(roots: Sequence[Path]) -> Iterator[str]:
-    """Prose below ``roots``, in the order of the paths."""
-    parsed: set[bytes] = set()  # environments share files, and parsing takes long
+    """Yield prose below ``roots``, in path order."""
+    parsed: set[bytes] = set()  # environments share files, and parsing is slow
     for root in roots:
         for path in sorted(root.rglob("*")):
             if path.suffix == ".py":
@@ -41,14 +41,14 @@ def natural_texts(roots: Sequence[Path]) -> Iterator[str]:
 
 
 def source_texts(roots: Sequence[Path]) -> Iterator[str]:
-    """Whole Python files below ``roots``, in the order of the paths."""
+    """Yield the Python files below ``roots``, in path order."""
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             yield from _read(path)
 
 
 def unique(texts: Iterable[str]) -> Iterator[str]:
-    """Each text that is long enough, once."""
+    """Yield each sufficiently long text once."""
     seen: set[bytes] = set()
     for text in texts:
         digest = hashlib.sha256(text.encode("utf-8")).digest()
@@ -57,28 +57,28 @@ def unique(texts: Iterable[str]) -> Iterator[str]:
             yield text
 
 
-def drawn_anew(texts: Sequence[str], size: int, seed: int = 1234) -> Iterator[str]:
-    """New documents, together about ``size`` bytes: as many paragraphs as a known document has, drawn over all."""
-    chance = random.Random(seed)
+def resample_documents(texts: Sequence[str], size: int, seed: int = 1234) -> Iterator[str]:
+    """Yield about ``size`` bytes of new documents with random paragraphs and the original paragraph counts."""
+    rng = random.Random(seed)
     counts = [len(text.split("\n\n")) for text in texts]
     paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
     written = 0
     while written < size:
-        text = "\n\n".join(chance.choices(paragraphs, k=chance.choice(counts)))
+        text = "\n\n".join(rng.choices(paragraphs, k=rng.choice(counts)))
         if len(text) >= SHORTEST:
             written += len(text.encode("utf-8"))
             yield text
 
 
 def shuffled(texts: Iterable[str], seed: int = 1234) -> list[str]:
-    """All texts in an order that mixes the sources, as a crawl does."""
+    """Return all texts in random order, so that sources are mixed as in a crawl."""
     texts = list(texts)
     random.Random(seed).shuffle(texts)
     return texts
 
 
 def write_jsonl(path: Path, texts: Iterable[str], limit: int | None = None) -> tuple[int, int]:
-    """Write ``{"text": ...}`` lines, about ``limit`` bytes of text at most; (documents, bytes of text)."""
+    """Write ``{"text": ...}`` lines up to about ``limit`` bytes of text; return (documents, bytes of text)."""
     documents = size = 0
     with path.open("w", encoding="utf-8") as file:
         for text in texts:
@@ -93,7 +93,7 @@ def write_jsonl(path: Path, texts: Iterable[str], limit: int | None = None) -> t
 def _docstrings(source: str) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in other people's code
+            warnings.simplefilter("ignore")  # invalid escapes in third-party code
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return

@@ -1,4 +1,4 @@
-"""Ways to go from hidden states to the gradients of a selective loss: others' and ours, on one problem."""
+"""Implementations of the LM head's selective loss and its gradients: this project's and baselines."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from megatron_slm.objective.selection.threshold import select_highest
 
 
 class Unavailable(Exception):
-    """Why a way cannot be measured here."""
+    """Raised if an implementation is not available on this machine."""
 
 
 @dataclass
 class Problem:
-    """One micro-batch before the LM head."""
+    """Input of the LM head for one micro-batch."""
 
     hidden: Tensor  # [N, 1, H]
     weight: Tensor  # [V, H]
     labels: Tensor  # [N, 1]
     reference_loss: Tensor  # [1, N]
     ratio: float
-    threshold: float = 0.0  # the exact one
-    guess: Tensor | None = None  # from micro-batches like this one
+    threshold: float = 0.0  # exact threshold
+    guess: Tensor | None = None  # speculative threshold of similar micro-batches
 
     @classmethod
     def make(cls, shape: tuple[int, int, int], ratio: float, device: str, dtype: torch.dtype) -> Problem:
-        """Random, with logits of unit scale and reference losses that scatter as much as token losses."""
+        """Create random inputs with logits of unit scale and reference losses of similar spread to token losses."""
         tokens, width, entries = shape
         torch.manual_seed(1)
         problem = cls(
@@ -45,11 +45,11 @@ class Problem:
             torch.randn(1, tokens, device=device),
             ratio,
         )
-        problem._foresee()
+        problem._estimate_thresholds()
         return problem
 
-    def _foresee(self) -> None:
-        """Its threshold, and a guess from micro-batches with other labels, as training would have it."""
+    def _estimate_thresholds(self) -> None:
+        """Compute the exact threshold, and a speculative one from micro-batches with other labels."""
         guess, labels = SpeculativeThreshold(), self.labels
         with torch.no_grad():
             for _ in range(4):
@@ -63,7 +63,7 @@ class Problem:
         return linear_cross_entropy(self.hidden, self.weight, self.labels, LinearCrossEntropyConfig()).loss
 
     def select(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Selected tokens [N, 1] fp32 and the threshold, from token losses [N, 1]."""
+        """Return the selected tokens [N, 1] fp32 and the threshold from token losses [N, 1]."""
         score = (loss.detach().t() - self.reference_loss).float()
         order = torch.arange(score.size(1), device=score.device)[None]
         count = torch.full((1,), -int(-self.ratio * score.size(1) // 1), device=score.device)
@@ -71,7 +71,7 @@ class Problem:
         return selected.t().float(), threshold[0]
 
     def selective_backward(self, loss: Tensor) -> None:
-        """Select among token losses [N, 1] and go backward for what is selected."""
+        """Select tokens by their losses [N, 1], and run backward for the selected ones."""
         (loss * self.select(loss)[0]).sum().backward()
 
     def flat(self) -> tuple[Tensor, Tensor]:
@@ -144,12 +144,12 @@ def _needs_gpu(problem: Problem) -> None:
 
 
 def make_ours(
-    problem: Problem, *, early: str = "", engine: str | None = None, kept: bool = False
+    problem: Problem, *, forward_grad: str = "", engine: str | None = None, saves_logits: bool = False
 ) -> Callable[[], None]:
     engine = engine or ("triton" if problem.hidden.is_cuda else "chunked")
-    head = LinearCrossEntropyConfig(engine=engine, saved_logits_bytes=1 << 40 if kept else 0)
+    head = LinearCrossEntropyConfig(engine=engine, saved_logits_bytes=1 << 40 if saves_logits else 0)
     valid = torch.ones_like(problem.reference_loss, dtype=torch.bool)
-    rules = {
+    masks = {
         "": None,
         "all": ForwardGradMask(valid),
         "predicted": ForwardGradMask(valid, problem.threshold, problem.reference_loss),
@@ -160,11 +160,11 @@ def make_ours(
 
     def run() -> None:
         loss = linear_cross_entropy(
-            problem.hidden, problem.weight, problem.labels, head, forward_grad=rules[early]
+            problem.hidden, problem.weight, problem.labels, head, forward_grad=masks[forward_grad]
         ).loss
-        if early == "all":
+        if forward_grad == "all":
             loss.sum().backward()
-        elif early == "predicted":
+        elif forward_grad == "predicted":
             (loss * (loss.detach() - problem.reference_loss.t() >= problem.threshold)).sum().backward()
         else:
             problem.selective_backward(loss)
@@ -173,26 +173,26 @@ def make_ours(
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to compute the loss: how to make it, and its FLOPs in units of NHV for a ratio k (None: not counted)."""
+class Implementation:
+    """Represent an implementation: its factory, and its FLOPs in units of NHV for a ratio k."""
 
     make: Callable[[Problem], Callable[[], None]]
     flops: Callable[[float], float]
     is_ours: bool = False
 
 
-WAYS = {
-    "standard": Way(make_standard, lambda k: 6),
-    "torch.compile": Way(make_compiled, lambda k: 6),
-    "megatron fused": Way(make_megatron, lambda k: 6),
-    "liger (all tokens)": Way(make_liger, lambda k: 6),
-    "cut-cross-entropy": Way(partial(make_cut, impl="cce"), lambda k: 8),
-    "cut-cross-entropy, torch.compile": Way(partial(make_cut, impl="torch_compile"), lambda k: 6),
-    "quack (all tokens)": Way(make_quack, lambda k: 6),
-    "ours, torch": Way(partial(make_ours, engine="torch"), lambda k: 6, True),
-    "ours, all tokens": Way(partial(make_ours, early="all"), lambda k: 6, True),
-    "ours, recompute": Way(make_ours, lambda k: 2 + 6 * k, True),
-    "ours, speculative": Way(partial(make_ours, early="speculative"), lambda k: 2 + 4 * k, True),
-    "ours, saved logits": Way(partial(make_ours, kept=True), lambda k: 2 + 4 * k, True),
-    "ours, predicted": Way(partial(make_ours, early="predicted"), lambda k: 2 + 4 * k, True),
+IMPLEMENTATIONS = {
+    "standard": Implementation(make_standard, lambda k: 6),
+    "torch.compile": Implementation(make_compiled, lambda k: 6),
+    "megatron fused": Implementation(make_megatron, lambda k: 6),
+    "liger (all tokens)": Implementation(make_liger, lambda k: 6),
+    "cut-cross-entropy": Implementation(partial(make_cut, impl="cce"), lambda k: 8),
+    "cut-cross-entropy, torch.compile": Implementation(partial(make_cut, impl="torch_compile"), lambda k: 6),
+    "quack (all tokens)": Implementation(make_quack, lambda k: 6),
+    "ours, torch": Implementation(partial(make_ours, engine="torch"), lambda k: 6, True),
+    "ours, all tokens": Implementation(partial(make_ours, forward_grad="all"), lambda k: 6, True),
+    "ours, recompute": Implementation(make_ours, lambda k: 2 + 6 * k, True),
+    "ours, speculative": Implementation(partial(make_ours, forward_grad="speculative"), lambda k: 2 + 4 * k, True),
+    "ours, saved logits": Implementation(partial(make_ours, saves_logits=True), lambda k: 2 + 4 * k, True),
+    "ours, predicted": Implementation(partial(make_ours, forward_grad="predicted"), lambda k: 2 + 4 * k, True),
 }

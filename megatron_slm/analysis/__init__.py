@@ -1,1 +1,1 @@
-"""Plots of what a run did."""
+"""Plots and summaries of training runs."""

@@ -1,4 +1,4 @@
-"""Held-out loss against tokens: the plots of the quickstart and of the comparison of objectives."""
+"""Plots of held-out loss over tokens for the quickstart and the comparison of objectives."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_slm.runtime.files import atomic_path
 
 matplotlib.use("Agg")
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's color-blind-safe palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out loss (nats per token) of one run on one set."""
+    """Represent the held-out loss (nats per token) of one run on one set."""
 
     objective: str
     seed: int
@@ -33,7 +33,7 @@ class Curve:
 def mean_and_spread(
     curves: Sequence[Curve], objective: str, held_out: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Tokens, mean and standard deviation over seeds, at the points that all runs were evaluated at."""
+    """Return tokens, mean loss and standard deviation over seeds at each evaluation."""
     chosen = [curve for curve in curves if (curve.objective, curve.held_out) == (objective, held_out)]
     losses = np.array([curve.losses for curve in chosen])
     spread = losses.std(axis=0, ddof=1) if len(chosen) > 1 else np.zeros(losses.shape[1])
@@ -41,7 +41,7 @@ def mean_and_spread(
 
 
 def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
-    """One panel per held-out set, one line per objective with its spread over seeds."""
+    """Plot one panel per held-out set, with one line per objective and its spread over seeds."""
     import matplotlib.pyplot as plt
 
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
@@ -59,11 +59,11 @@ def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
 
 
 def plot_stages(stages: Sequence[tuple[str, Sequence[Curve], Sequence[tuple[int, float, float]]]], path: Path) -> None:
-    """The quickstart's stages one behind the other.
+    """Plot the quickstart's stages in sequence.
 
     Args:
         stages: name, held-out curves, and (tokens, loss of selected, loss of unselected) of the training steps.
-        path: where the PNG goes.
+        path: output path of the PNG file.
     """
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""What a comparison of objectives came to: a table with the spread over seeds, and how much sooner one gets there."""
+"""Summaries of a comparison of objectives: tables with the spread over seeds, and speed-up in tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_slm.analysis.curves import Curve, mean_and_spread
 
 
 def comparison_table(curves: Sequence[Curve]) -> str:
-    """A Markdown table of the final held-out losses: mean ± standard deviation over seeds."""
+    """Return a Markdown table of final held-out losses: mean ± standard deviation over seeds."""
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
     rows = [
         "| objective | " + " | ".join(f"{name} held-out loss" for name in sets) + " |",
@@ -27,13 +27,13 @@ def comparison_table(curves: Sequence[Curve]) -> str:
 
 
 def paired_differences(curves: Sequence[Curve], baseline: str) -> str:
-    """Sentences: how far final clean losses lie from the baseline's of the same seed, and the baseline's spread."""
+    """Return sentences with differences of final clean losses to the baseline of the same seed, and its spread."""
     final = {(curve.objective, curve.seed): curve.losses[-1] for curve in curves if curve.held_out == "clean"}
     sentences = []
     for objective in dict.fromkeys(name for name, _ in final if name != baseline):
-        apart = [loss - final[baseline, seed] for (name, seed), loss in final.items() if name == objective]
-        spread = np.std(apart, ddof=1) if len(apart) > 1 else 0.0
-        sentences.append(f"{objective}: {np.mean(apart):+z.4f} ± {spread:.4f}")
+        differences = [loss - final[baseline, seed] for (name, seed), loss in final.items() if name == objective]
+        spread = np.std(differences, ddof=1) if len(differences) > 1 else 0.0
+        sentences.append(f"{objective}: {np.mean(differences):+z.4f} ± {spread:.4f}")
     spread = mean_and_spread(curves, baseline, "clean")[2][-1]
     return (
         f"Final clean loss less that of {baseline} with the same seed: {'; '.join(sentences)}. "
@@ -42,7 +42,7 @@ def paired_differences(curves: Sequence[Curve], baseline: str) -> str:
 
 
 def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: float) -> float:
-    """Tokens after which a loss curve first is at or below ``target``, on straight lines between its points."""
+    """Return the tokens at which a linearly interpolated loss curve first reaches ``target``."""
     for index, loss in enumerate(losses):
         if loss <= target:
             if index == 0:
@@ -53,7 +53,7 @@ def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: fl
 
 
 def speedup(curves: Sequence[Curve], faster: str, baseline: str) -> str:
-    """Sentences: when ``faster`` reaches the baseline's final clean loss, and where its raw loss lies above it."""
+    """Return sentences on the tokens to the baseline's final clean loss, and on the difference in raw loss."""
     tokens, slow, _ = mean_and_spread(curves, baseline, "clean")
     _, fast, _ = mean_and_spread(curves, faster, "clean")
     reached = tokens_to_reach(tokens.tolist(), fast.tolist(), float(slow[-1]))

@@ -1,4 +1,4 @@
-"""Corpora of any content from Megatron-Core's own builder, and our tools run in this process."""
+"""Build corpora with Megatron-Core's builder, and run tools in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Documents = list[list[list[int]]]  # documents, each of sequences, each of ids
 
 
 def build(prefix: Path, documents: Documents, dtype: Any = np.uint16, tokenizer: str | None = None) -> str:
-    """A corpus from Megatron-Core's own builder, with metadata if a tokenizer is named."""
+    """Build a corpus with Megatron-Core's builder, with metadata if ``tokenizer`` is given; return its prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for sequences in documents:
         ids = list(itertools.chain.from_iterable(sequences))
@@ -35,7 +35,7 @@ def build(prefix: Path, documents: Documents, dtype: Any = np.uint16, tokenizer:
 
 
 def synthetic(prefix: Path, lengths: list[int], bounds: list[int], dtype: Any) -> str:
-    """An index of any size over a sparse .bin, which takes no room on the disk."""
+    """Write an index of any size over a sparse .bin file; return the prefix."""
     pointers = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))[:-1]]) * np.dtype(dtype).itemsize
     with Path(f"{prefix}.idx").open("wb") as file:
         file.write(HEADER.pack(MAGIC, 1, DType.code_from_dtype(dtype), len(lengths), len(bounds)))
@@ -47,15 +47,15 @@ def synthetic(prefix: Path, lengths: list[int], bounds: list[int], dtype: Any) -
 
 
 def run_tool(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, words: list[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, arguments: list[str]
 ) -> tuple[Any, str, str]:
-    """Exit code, standard output and standard error of a tool."""
+    """Run a tool, and return its exit code, standard output and standard error."""
     monkeypatch.syspath_prepend(str(TOOLS))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     try:
         code = importlib.import_module(name).main()
     except SystemExit as end:
         code = end.code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err and "usage:" not in said.err
-    return code, said.out, said.err
+    output = capsys.readouterr()
+    assert "Traceback" not in output.err and "usage:" not in output.err
+    return code, output.out, output.err

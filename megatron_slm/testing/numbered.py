@@ -1,4 +1,4 @@
-"""A corpus whose tokens are their own places, so that a test can see where a value came from."""
+"""Corpora whose token ids are their positions, so that tests can identify tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from megatron_slm.corpus.index import HEADER, MAGIC
 
 
 def write_numbered_corpus(prefix: Path, documents: list[list[int]], first: int = 0) -> str:
-    """A corpus of ``documents``, each a list of the lengths of its sequences; its tokens are first, first + 1, ..."""
+    """Write a corpus with token ids first, first + 1, ...; return its prefix.
+
+    Args:
+        documents: sequence lengths of each document.
+        first: token id of the first token.
+    """
     lengths = [length for document in documents for length in document]
     bounds = np.cumsum([0] + [len(document) for document in documents])
     np.arange(first, first + sum(lengths), dtype=np.int32).tofile(f"{prefix}.bin")

@@ -1,4 +1,4 @@
-"""Runs a function on several processes as the ranks of one job, and brings their results back."""
+"""Run a function on several processes as the ranks of one job, and return their results."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ PRELOAD = [
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, initialise: bool = True, timeout: float = 180
 ) -> list[Any]:
-    """``function(rank, world_size, *args)`` on every rank, over gloo; the results in the order of ranks.
+    """Run ``function(rank, world_size, *args)`` on every rank over gloo; return the results in rank order.
 
     Args:
-        function: at the top level of a module, so that it can be sent to other processes.
-        initialise: join a process group first; otherwise only the launcher's environment is set, as torchrun does.
-        timeout: seconds after which ranks that still run are ended.
+        function: module-level function, so that it can be pickled.
+        initialise: create a process group first; otherwise only set the environment variables of torchrun.
+        timeout: seconds after which running ranks are killed.
 
     Raises:
-        AssertionError: a rank failed or hung; holds the traceback of the first that did.
+        AssertionError: a rank failed or hung; includes the traceback of the first failed rank.
     """
-    context = multiprocessing.get_context("forkserver")  # imports are paid once, and every rank starts clean
+    context = multiprocessing.get_context("forkserver")  # imports run once, and every rank starts in a clean process
     context.set_forkserver_preload(PRELOAD)
     port = _free_port()
     pipes, processes = [], []
@@ -62,14 +62,14 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], timeout)
-        assert ready, f"ranks {sorted(set(range(len(pipes))) - set(results))} gave no answer in {timeout} s"
+        assert ready, f"ranks {sorted(set(range(len(pipes))) - set(results))} did not respond in {timeout} s"
         for rank, pipe in enumerate(pipes):
             if pipe not in ready:
                 continue
             try:
                 failure, results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure = "the process died without a word"
+                failure = "the process died without a result"
             assert failure is None, f"rank {rank} failed:\n{failure}"
     return [results[rank] for rank in range(len(pipes))]
 
@@ -94,7 +94,7 @@ def _rank(
     try:
         if initialise:
             dist.init_process_group("gloo")
-        # Plain pickle copies tensors; a pipe of its own would share their memory with a process that is gone.
+        # pickle copies tensors; the pipe's pickler would share memory with a terminated process.
         pipe.send_bytes(pickle.dumps((None, function(rank, world_size, *args))))
     except BaseException:
         pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))

@@ -1,4 +1,4 @@
-"""A tiny corpus, model and command line, on which the trainer's tests run whole jobs in seconds."""
+"""Tiny corpora, models and command lines, with which complete training jobs run in seconds."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MODEL = [
     *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--tokenizer-type", "ByteTokenizer", "--lr", "1e-2"),
     *("--num-workers", "0", "--eval-iters", "1"),
-    *("--slm-saved-logits-mb", "0"),  # as with a model of any size
+    *("--slm-saved-logits-mb", "0"),  # as for large models
 ]
-BATCH = 8  # samples of one micro-batch step over all data-parallel ranks
+BATCH = 8  # samples of a micro-batch over all data-parallel ranks
 GLOBAL_BATCH = 16
 
 
 def make_corpus(prefix: Path, seed: int, documents: int = 60) -> str:
-    """A corpus of pseudo-words; the prefix of its .bin and .idx."""
-    chance = random.Random(seed)
-    words = ["".join(chance.choices("abcdefgh ", k=chance.randint(2, 6))) for _ in range(30)]
+    """Create a corpus of random words; return its prefix."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh ", k=rng.randint(2, 6))) for _ in range(30)]
     text = prefix.with_suffix(".jsonl")
-    lines = [json.dumps({"text": " ".join(chance.choices(words, k=40))}) for _ in range(documents)]
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=40))}) for _ in range(documents)]
     text.write_text("\n".join(lines), encoding="utf-8")
     job = Job([str(text)], ["text"], str(prefix), "ByteTokenizer", TokenizerFiles(), append_eod=True)
     preprocess(job)
@@ -39,7 +39,7 @@ def make_corpus(prefix: Path, seed: int, documents: int = 60) -> str:
 
 
 def command(corpus: str, save: Path | None = None, *, dp: int = 1, model: list[str] = MODEL, **flags: Any) -> list[str]:
-    """The command line of a tiny run; keyword arguments are further flags (True: a switch)."""
+    """Return the command line of a tiny run; keyword arguments are additional flags (True for switches)."""
     words = [*model, "--data-path", corpus, "--split", "100,0,0", "--valid-data-path", f"own={corpus}"]
     words += ["--micro-batch-size", str(BATCH // dp), "--global-batch-size", str(GLOBAL_BATCH)]
     if save is not None:
@@ -51,18 +51,18 @@ def command(corpus: str, save: Path | None = None, *, dp: int = 1, model: list[s
 
 
 def launch(argv: list[str], world_size: int = 1) -> None:
-    """Run the trainer on ``world_size`` ranks; every one must end well."""
+    """Run the trainer on ``world_size`` ranks, and assert exit code 0 on each."""
     for code, errors in run_ranks(_main, world_size, argv, initialise=False):
         assert code == 0, errors
 
 
 def launch_each(commands: list[list[str]]) -> None:
-    """Run the trainer several times in one process, which is faster: some costs are paid once."""
+    """Run the trainer several times in one process, which saves start-up time."""
     run_ranks(_main_each, 1, commands, initialise=False)
 
 
 def launch_and_fail(argv: list[str], world_size: int = 1) -> tuple[int, str]:
-    """Run the trainer; exit code and standard error of rank 0."""
+    """Run the trainer; return exit code and standard error of rank 0."""
     return run_ranks(_main, world_size, argv, initialise=False)[0]
 
 
@@ -80,7 +80,7 @@ def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> None:
 
 
 def records(save: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """What the run in ``save`` wrote to its JSONL file."""
+    """Return the records of one kind in the metrics file of a run."""
     lines = (save / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
@@ -89,5 +89,5 @@ LOSSES = ("loss", "loss_all", "loss_unselected", "share_selected", "threshold", 
 
 
 def losses(save: Path) -> list[tuple[Any, ...]]:
-    """The figures of every step that must not depend on time."""
+    """Return the time-independent metrics of every step."""
     return [tuple(record[name] for name in LOSSES) for record in records(save)]

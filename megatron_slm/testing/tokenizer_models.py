@@ -1,4 +1,4 @@
-"""Small tokenizer models of many kinds, trained on random text, and texts that are hard to cut."""
+"""Small tokenizer models of many types trained on random text, and texts that are difficult to split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-LLAMA_3 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # expression of the pre-tokens
+LLAMA_3 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # pre-token pattern
 ALPHABETS = ["abcde", "éüñe\u0301", "日本語中文", "0123456789", ".,;:'!?()[]/_-=+<>", "абв", "🙂👩🏽‍🚀"]
 HARD = [
     *[
@@ -84,7 +84,7 @@ HARD = [
 
 
 def texts() -> st.SearchStrategy[str]:
-    """Joined fragments: hard ones, words of the training text's alphabets, and anything that UTF-8 can write."""
+    """Return a strategy of concatenated fragments: difficult cases, words of known alphabets, and any Unicode text."""
     known = st.sampled_from(ALPHABETS).flatmap(lambda alphabet: st.text(alphabet, max_size=6))
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
     fragments = st.one_of(st.sampled_from(HARD), st.sampled_from([" ", " ", "\n", "  "]), known, anything)
@@ -92,17 +92,17 @@ def texts() -> st.SearchStrategy[str]:
 
 
 def random_lines(seed: int, count: int = 400) -> list[str]:
-    """Lines of random words, with runs of spaces, tabs and marks between them."""
-    chance = random.Random(seed)
-    alphabets = chance.sample(ALPHABETS, 4)  # so that marks, digits and letters are kept apart by some models
-    words = ["".join(chance.choices(chance.choice(alphabets), k=chance.randint(1, 5))) for _ in range(120)]
+    """Return lines of random words separated by spaces, tabs and punctuation."""
+    rng = random.Random(seed)
+    alphabets = rng.sample(ALPHABETS, 4)  # so that some models separate punctuation, digits and letters
+    words = ["".join(rng.choices(rng.choice(alphabets), k=rng.randint(1, 5))) for _ in range(120)]
     joints = [" ", " ", " ", "  ", "    ", "\t", "", ", ", ".", "("]
-    return ["".join(chance.choice(words) + chance.choice(joints) for _ in range(12)) for _ in range(count)]
+    return ["".join(rng.choice(words) + rng.choice(joints) for _ in range(12)) for _ in range(count)]
 
 
 @functools.cache
 def sentencepiece_model(seed: int, **options: Any) -> sentencepiece.SentencePieceProcessor:
-    """A BPE model of up to 700 pieces; ``options`` are the trainer's."""
+    """Train a BPE model of up to 700 pieces with ``options`` of the trainer."""
     settings = {
         "model_type": "bpe",
         "byte_fallback": True,
@@ -125,7 +125,7 @@ def sentencepiece_model(seed: int, **options: Any) -> sentencepiece.SentencePiec
 
 
 def changed(model: sentencepiece.SentencePieceProcessor, change: Any) -> sentencepiece.SentencePieceProcessor:
-    """A model with its protocol buffer changed."""
+    """Return a copy of a model with a changed protocol buffer."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
     proto.ParseFromString(model.serialized_model_proto())
     change(proto)
@@ -134,7 +134,7 @@ def changed(model: sentencepiece.SentencePieceProcessor, change: Any) -> sentenc
 
 @functools.cache
 def byte_level_model(seed: int, pattern: str | None = None, **options: Any) -> Tokenizer:
-    """BPE over bytes: GPT-2's expression, or Split by another one. Options: prefix, normalizer, specials."""
+    """Train byte-level BPE with GPT-2's pattern or another one. Options: prefix, normalizer, specials."""
     model = Tokenizer(models.BPE(ignore_merges=pattern is not None))
     if pattern is None:
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=options.get("prefix", False))
@@ -155,7 +155,7 @@ def byte_level_model(seed: int, pattern: str | None = None, **options: Any) -> T
 
 @functools.cache
 def metaspace_model(seed: int, prepend_scheme: str | None) -> Tokenizer:
-    """BPE with byte fallback: the Metaspace pre-tokenizer, or (None) Llama 2's two normalizers and no pre-tokenizer."""
+    """Train BPE with byte fallback and the Metaspace pre-tokenizer, or (None) Llama 2's normalizers only."""
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
     model = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme or "always")

@@ -1,4 +1,4 @@
-"""The benchmark of the threshold runs, checks itself, and finds the same bytes on the wire for any number of values."""
+"""Test that the threshold benchmark runs, and that its communication is independent of the number of values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 TOOL = Path(__file__).parent.parent.parent / "benchmarks" / "benchmark_threshold.py"
 
 
-def test_bytes_on_the_wire_do_not_grow(tmp_path: Path) -> None:
+def test_communication_is_independent_of_the_value_count(tmp_path: Path) -> None:
     reports = []
     for values in (500, 4000):
         output = tmp_path / f"{values}.json"
-        words = ["--ranks", "1", "2", "--values", str(values), "--repeats", "1", "--output", str(output)]
-        subprocess.run([sys.executable, str(TOOL), *words], check=True, timeout=120)
+        flags = ["--ranks", "1", "2", "--values", str(values), "--repeats", "1", "--output", str(output)]
+        subprocess.run([sys.executable, str(TOOL), *flags], check=True, timeout=120)
         reports.append(json.loads(output.read_text()))
         assert output.with_suffix(".png").stat().st_size > 1000
     for report in reports:

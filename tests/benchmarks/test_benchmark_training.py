@@ -1,4 +1,4 @@
-"""The benchmark of whole steps compares equals: variants of one objective do the same training."""
+"""Test that variants of the same objective in the training benchmark have equal gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_variants_of_one_objective_have_the_same_gradients(tmp_path: Path) -> No
     for name, others in SAME.items():
         for other in others:
             apart = (gradients[other] - gradients[name]).norm() / gradients[name].norm()
-            # Megatron-Core's fused cross-entropy hands its gradient on in bfloat16.
+            # Megatron-Core's fused cross-entropy computes its gradient in bfloat16.
             assert apart < (1e-2 if "fused" in other else 1e-4), f"{other}: {apart}"
     assert not torch.allclose(gradients["CLM"], gradients["SLM, sidecar"], rtol=1e-2)
     for phases in shares.values():
@@ -28,17 +28,19 @@ def test_variants_of_one_objective_have_the_same_gradients(tmp_path: Path) -> No
         assert 0 < phases["optimizer"] < phases["forward, backward"] < 1
 
 
-def _measure(rank: int, world_size: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
-    """Gradients of the third step, and the shares of phases, by variant."""
+def _measure(
+    rank: int, world_size: int, directory: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """Return the gradients of the third step and the phase shares by variant."""
     from benchmark_training import Bench, measure, quiet
 
     names = [name for base, others in SAME.items() for name in (base, *others)]
-    bench = Bench("tiny", folder, 4)
+    bench = Bench("tiny", directory, 4)
     with quiet():
         bench.prepare()
-        contestants = measure(bench, names, steps=2, warmup=1)
-    return {name: _gradients(own.run.state.chunks[0]) for name, own in contestants.items()}, {
-        name: own.shares() for name, own in contestants.items()
+        measurements = measure(bench, names, steps=2, warmup=1)
+    return {name: _gradients(each.run.state.chunks[0]) for name, each in measurements.items()}, {
+        name: each.shares() for name, each in measurements.items()
     }
 
 

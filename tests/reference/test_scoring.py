@@ -182,7 +182,7 @@ def test_killed_job_resumes(workspace: Path, single_process: Path) -> None:
     path = sidecar_path(scoring.corpora[0], scoring.name)
     done = []
     for dies_at in (1, 3, 4, 5, 8):
-        with pytest.raises(AssertionError, match="died without a word"):
+        with pytest.raises(AssertionError, match="died without a result"):
             run_ranks(_score, 1, scoring, dies_at, initialise=False)
         assert not path.is_file()
         record = path.with_name(f"{path.name}.progress")
