@@ -1,8 +1,8 @@
-"""Objectives, engines and scopes from the quickstart's base and reference model, three seeds: ``make compare``.
+"""Compare objectives, engines and scopes from the quickstart's base and reference model: ``make compare``.
 
-Objectives and engines are runs of one process, two side by side, which on two cores gives more tokens a second than one
-run of two. Scopes have two ranks with half the micro-batch, so that each scope selects among another number of tokens.
-Every finished run is kept: calling this again goes on where it was stopped.
+Each variant runs with three seeds. Objectives and engines are single-process runs, two in parallel, which is faster on
+two cores than one run of two processes. Scopes use two ranks with half the micro-batch, so that each scope ranks a
+different number of tokens. Re-running continues with unfinished runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to compare: flags, whether a reference model is needed, the ranks and the steps of a run."""
+    """Represent a compared variant: its flags, reference model, ranks and steps."""
 
     flags: Sequence[str]
     has_reference: bool = True
@@ -45,7 +45,7 @@ OBJECTIVES = {
     "SLM": Variant(SLM),
     "random": Variant((*SLM, "--slm-score", "random"), has_reference=False),
 }
-RECOMPUTE = (*SLM, "--slm-saved-logits-mb", "0")  # logits of this size are kept otherwise, whatever the mode
+RECOMPUTE = (*SLM, "--slm-saved-logits-mb", "0")  # otherwise logits of this size are saved in every mode
 ENGINES = {
     "SLM": OBJECTIVES["SLM"],
     "SLM, engine torch": Variant((*SLM, "--slm-cross-entropy", "torch")),
@@ -63,48 +63,48 @@ SCOPES["SLM, global-batch, predicted"] = replace(
 
 def main() -> int:
     os.chdir(stages.ROOT)
-    folder = stages.FOLDER
+    directory = stages.FOLDER
     try:
-        load_base = stages.prepare_base_and_reference(folder)
-        train_all(folder, load_base, OBJECTIVES | ENGINES)
-        train_all(folder, load_base, SCOPES)
+        load_base = stages.prepare_base_and_reference(directory)
+        train_all(directory, load_base, OBJECTIVES | ENGINES)
+        train_all(directory, load_base, SCOPES)
     except stages.StageFailed as failure:
         return failure.code
-    report(folder)
+    report(directory)
     return 0
 
 
-def train_all(folder: Path, load_base: list[str], variants: dict[str, Variant]) -> None:
-    """Every variant with every seed, as many runs at a time as two cores have ranks."""
+def train_all(directory: Path, load_base: list[str], variants: dict[str, Variant]) -> None:
+    """Train every variant with every seed, with at most two ranks in parallel."""
     runs = [(name, seed) for seed in SEEDS for name in variants]
-    at_once = 2 // max(variant.ranks for variant in variants.values())
-    with progress("comparison", len(runs), "runs") as bar, ThreadPoolExecutor(at_once) as pool:
-        for _ in pool.map(lambda run: train_one(folder, load_base, variants[run[0]], *run), runs):
+    parallel_runs = 2 // max(variant.ranks for variant in variants.values())
+    with progress("comparison", len(runs), "runs") as bar, ThreadPoolExecutor(parallel_runs) as pool:
+        for _ in pool.map(lambda run: train_one(directory, load_base, variants[run[0]], *run), runs):
             bar.advance()
 
 
-def folder_of(folder: Path, name: str, seed: int) -> Path:
-    return folder / f"compare-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+def run_directory(directory: Path, name: str, seed: int) -> Path:
+    return directory / f"compare-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def train_one(folder: Path, load_base: list[str], variant: Variant, name: str, seed: int) -> None:
-    """One run; its lines go to a file."""
-    run = folder_of(folder, name, seed)
+def train_one(directory: Path, load_base: list[str], variant: Variant, name: str, seed: int) -> None:
+    """Train one run, with its output in a log file."""
+    run = run_directory(directory, name, seed)
     flags = [*load_base, *variant.flags, "--seed", str(seed), "--train-iters", str(variant.steps)]
     flags += ["--eval-interval", str(variant.steps // 8), "--eval-iters", "8"]
     if variant.has_reference:
-        flags += ["--reference-load", str(folder / "rm")]
-    command = stages.training_command(folder, run.name, "raw_train", flags, processes=variant.ranks)
+        flags += ["--reference-load", str(directory / "rm")]
+    command = stages.training_command(directory, run.name, "raw_train", flags, processes=variant.ranks)
     log = run.with_suffix(".log")
     settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
-    began = time.monotonic()
+    start = time.monotonic()
     stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log))
-    print(f"   {run.name}: {format_duration(time.monotonic() - began)}, log in {log}", flush=True)
+    print(f"   {run.name}: {format_duration(time.monotonic() - start)}, log in {log}", flush=True)
 
 
-def report(folder: Path) -> None:
-    """Write the result file and the plot, and print tables and findings."""
-    curves = curves_of(folder, OBJECTIVES | ENGINES | SCOPES)
+def report(directory: Path) -> None:
+    """Write the results and the plot, and print tables and findings."""
+    curves = held_out_curves(directory, OBJECTIVES | ENGINES | SCOPES)
     objectives, engines, scopes = (
         [curve for curve in curves if curve.objective in variants] for variants in (OBJECTIVES, ENGINES, SCOPES)
     )
@@ -129,13 +129,13 @@ def report(folder: Path) -> None:
         )
     )
     write_text(RESULTS / "compare.md", f"{text}\n")
-    shutil.copy(RESULTS / "compare.png", folder / "compare.png")
+    shutil.copy(RESULTS / "compare.png", directory / "compare.png")
     print(f"{text}\nresult, tables and plot: {RESULTS}")
 
 
-def curves_of(folder: Path, variants: Iterable[str]) -> list[Curve]:
+def held_out_curves(directory: Path, variants: Iterable[str]) -> list[Curve]:
     return [
-        Curve(name, seed, held_out, *stages.held_out_losses(folder_of(folder, name, seed), held_out))
+        Curve(name, seed, held_out, *stages.held_out_losses(run_directory(directory, name, seed), held_out))
         for name in variants
         for seed in SEEDS
         for held_out in ("clean", "raw")

@@ -1,9 +1,8 @@
-"""Two real corpora from what every installation has: clean mathematical prose, and a raw crawl of Python source.
+"""Build two corpora from installed packages: clean mathematical prose, and a raw crawl of Python source.
 
-* clean: the docstrings of sympy and mpmath; a tenth of the documents is held out.
-* raw: Python source of the standard library and of site-packages, with half of the remaining clean text mixed in, so
-  that raw holds some text worth learning among much that is not. sympy and mpmath themselves stay out of the crawl,
-  or held-out docstrings would be in it.
+* clean: docstrings of sympy and mpmath; 10 % of the documents are held out.
+* raw: Python source of the standard library and site-packages, mixed with half of the remaining clean text, so that a
+  minority of raw is relevant. sympy and mpmath are excluded from the crawl, since it would contain held-out docstrings.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from megatron_slm.runtime.files import atomic_path
 
 CLEAN_PACKAGES = ("sympy", "mpmath")
 SHORTEST, LONGEST = 200, 20_000  # characters of a document
-RAW_CHARACTERS = 14_000_000  # of the crawl: more tokens than the longest run of the comparison reads
+RAW_CHARACTERS = 14_000_000  # size of the crawl, which exceeds the longest run of the comparison
 RAW_VALID_DOCUMENTS = 400
 SEED = 1234
 
 
-def build_corpora(folder: Path) -> None:
-    """Write clean and raw, each for training and held out, as ``.jsonl`` below ``folder``."""
-    chance = random.Random(SEED)
-    clean = _shuffled(unique(docstrings(_source_files(_package_folders()))), chance)
+def build_corpora(directory: Path) -> None:
+    """Write the training and held-out sets of clean and raw as ``.jsonl`` files to ``directory``."""
+    rng = random.Random(SEED)
+    clean = _shuffled(unique(docstrings(_source_files(_package_directories()))), rng)
     tenth = len(clean) // 10
     clean_valid, clean_train = clean[:tenth], clean[tenth:]
-    raw = _shuffled(_limited(unique(source_texts(_crawled_files())), RAW_CHARACTERS), chance)
+    raw = _shuffled(_limited(unique(source_texts(_crawled_files())), RAW_CHARACTERS), rng)
     raw_valid, raw_train = raw[:RAW_VALID_DOCUMENTS], raw[RAW_VALID_DOCUMENTS:]
-    raw_train = _shuffled(raw_train + clean_train[: len(clean_train) // 2], chance)
+    raw_train = _shuffled(raw_train + clean_train[: len(clean_train) // 2], rng)
     for name, texts in (
         ("clean_train", clean_train),
         ("clean_valid", clean_valid),
         ("raw_train", raw_train),
         ("raw_valid", raw_valid),
     ):
-        _write(folder / f"{name}.jsonl", texts)
+        _write(directory / f"{name}.jsonl", texts)
 
 
 def docstrings(files: Iterable[Path]) -> Iterator[str]:
-    """The docstrings of modules, classes and functions, with the indentation of code taken away."""
+    """Yield the dedented docstrings of modules, classes and functions."""
     for path in files:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -61,7 +60,7 @@ def docstrings(files: Iterable[Path]) -> Iterator[str]:
 
 
 def source_texts(files: Iterable[Path]) -> Iterator[str]:
-    """Whole source files, long ones cut."""
+    """Yield source files, truncated to LONGEST characters."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
@@ -72,7 +71,7 @@ def source_texts(files: Iterable[Path]) -> Iterator[str]:
 
 
 def unique(texts: Iterable[str]) -> Iterator[str]:
-    """Each text once."""
+    """Yield each text once."""
     seen: set[bytes] = set()
     for text in texts:
         digest = hashlib.sha256(text.encode("utf-8", errors="replace")).digest()
@@ -81,28 +80,28 @@ def unique(texts: Iterable[str]) -> Iterator[str]:
             yield text
 
 
-def _package_folders() -> list[Path]:
-    folders = []
+def _package_directories() -> list[Path]:
+    directories = []
     for name in CLEAN_PACKAGES:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{name} is not installed; it comes with torch")
-        folders.append(Path(spec.origin).parent)
-    return folders
+        directories.append(Path(spec.origin).parent)
+    return directories
 
 
-def _source_files(folders: Iterable[Path]) -> Iterator[Path]:
-    for folder in folders:
-        with progress(f"reading {folder.name}", None, "files") as bar:
-            for path in sorted(folder.rglob("*.py")):
+def _source_files(directories: Iterable[Path]) -> Iterator[Path]:
+    for directory in directories:
+        with progress(f"reading {directory.name}", None, "files") as bar:
+            for path in sorted(directory.rglob("*.py")):
                 bar.advance()
                 yield path
 
 
 def _crawled_files() -> Iterator[Path]:
-    """Python files of the standard library and site-packages in an order that mixes packages."""
+    """Yield Python files of the standard library and site-packages in an order that mixes packages."""
     stdlib, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
-    # The interpreter's own site-packages lie below its standard library and may hold sympy and mpmath again.
+    # The interpreter's site-packages are inside of its standard library, and may contain sympy and mpmath.
     files = {path for path in stdlib.rglob("*.py") if "site-packages" not in path.parts}
     files |= set(packages.rglob("*.py"))
     kept = [path for path in files if not set(path.parts) & set(CLEAN_PACKAGES)]
@@ -121,10 +120,10 @@ def _limited(texts: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def _shuffled(texts: Iterable[str], chance: random.Random) -> list[str]:
-    drawn = list(texts)
-    chance.shuffle(drawn)
-    return drawn
+def _shuffled(texts: Iterable[str], rng: random.Random) -> list[str]:
+    shuffled = list(texts)
+    rng.shuffle(shuffled)
+    return shuffled
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:

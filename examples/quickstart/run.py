@@ -1,7 +1,7 @@
-"""The whole of Selective Language Modeling in minutes on two CPU cores: ``make quickstart``.
+"""Run Selective Language Modeling from data to results in minutes on two CPU cores: ``make quickstart``.
 
-Corpora, tokenizer, a base model on raw text, from it the reference model on clean text, from the base again the
-training model on raw text with the tokens that the reference model selects.
+The stages are corpora, tokenizer, a base model on raw text, the reference model (base model trained on clean text), and
+the training model (base model trained on the selected tokens of raw text).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = {"base": "base: CLM, raw", "rm": "RM: CLM, clean", "slm": "θ: SLM, raw"
 
 
 def main() -> int:
-    os.chdir(stages.ROOT)  # the folders that are shown are below it
+    os.chdir(stages.ROOT)  # printed paths are relative to it
     try:
         train_everything(FOLDER)
     except stages.StageFailed as failure:
@@ -33,35 +33,35 @@ def main() -> int:
     return 0
 
 
-def train_everything(folder: Path) -> None:
-    """Data and the three runs of the method, each on two data-parallel processes."""
-    load_base = stages.prepare_base_and_reference(folder)
-    slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(folder / "rm")]
-    stages.train(folder, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
+def train_everything(directory: Path) -> None:
+    """Prepare the data, and train the three models on two data-parallel processes each."""
+    load_base = stages.prepare_base_and_reference(directory)
+    slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(directory / "rm")]
+    stages.train(directory, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
 
 
-def curves(folder: Path) -> list[Curve]:
-    """Held-out losses of one run, a curve per set."""
-    records = stages.read_metrics(folder, "eval")
+def curves(directory: Path) -> list[Curve]:
+    """Return the held-out losses of one run, one curve per set."""
+    records = stages.read_metrics(directory, "eval")
     found = []
     for held_out in ("clean", "raw"):
-        own = [record for record in records if record["set"] == held_out]
-        tokens = [int(str(record["tokens"])) for record in own]
-        found.append(Curve(folder.name, 0, held_out, tokens, [float(str(record["loss"])) for record in own]))
+        evaluations = [record for record in records if record["set"] == held_out]
+        tokens = [int(str(record["tokens"])) for record in evaluations]
+        found.append(Curve(directory.name, 0, held_out, tokens, [float(str(record["loss"])) for record in evaluations]))
     return found
 
 
-def steps(folder: Path) -> list[tuple[int, float, float]]:
-    """(tokens, loss of selected, loss of unselected) of every training step that left tokens out."""
+def steps(directory: Path) -> list[tuple[int, float, float]]:
+    """Return (tokens, loss of selected, loss of unselected) for every training step with unselected tokens."""
     return [
         (int(str(record["tokens"])), float(str(record["loss"])), float(str(record["loss_unselected"])))
-        for record in stages.read_metrics(folder, "train")
+        for record in stages.read_metrics(directory, "train")
         if record["loss_unselected"] is not None
     ]
 
 
 def show(console: Console, plot: Path) -> None:
-    """Print the losses before and after every run, where everything lies, and what to try next."""
+    """Print the losses before and after every run, the output paths, and suggested next commands."""
     table = Table(title="held-out loss in nats per token, before and after each run")
     for column in ("run", "clean", "→", "raw", "→", "checkpoint"):
         table.add_column(column, justify="left" if column in ("run", "checkpoint") else "right", no_wrap=True)

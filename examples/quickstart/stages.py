@@ -1,4 +1,4 @@
-"""The stages that quickstart and comparison share: data, tokenizer, training runs; what is done is not done again."""
+"""Shared stages of quickstart and comparison: data, tokenizer and training runs. Completed stages are reused."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from megatron_slm.runtime.files import write_text
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 MODEL = HERE / "model.yaml"
-FOLDER = Path("runs/quickstart")  # below the repository, where all commands run
+FOLDER = Path("runs/quickstart")  # relative to the repository root
 BASE_STEPS, REFERENCE_STEPS = 100, 100
 CORPORA = ("clean_train", "clean_valid", "raw_train", "raw_valid")
 
 
 class StageFailed(Exception):
-    """A command of a stage failed; it has said why. Holds its exit code."""
+    """Raised if a command of a stage fails, after it printed the reason; has its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
         self.code = code
 
 
-def stage(name: str, folder: Path, settings: Sequence[str], work: Callable[[], None]) -> None:
-    """Do ``work`` unless it was done before with the same settings; a mark in ``folder`` remembers."""
-    mark = folder / f".{name.replace(' ', '_')}.done"
-    wanted = json.dumps(list(settings))
-    if mark.is_file() and mark.read_text(encoding="utf-8") == wanted:
-        print(f"== {name}: done before, kept", flush=True)
+def stage(name: str, directory: Path, settings: Sequence[str], work: Callable[[], None]) -> None:
+    """Call ``work`` unless a mark file in ``directory`` records the same settings."""
+    mark = directory / f".{name.replace(' ', '_')}.done"
+    content = json.dumps(list(settings))
+    if mark.is_file() and mark.read_text(encoding="utf-8") == content:
+        print(f"== {name}: already complete", flush=True)
         return
     print(f"== {name}", flush=True)
-    began = time.monotonic()
+    start = time.monotonic()
     work()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(mark, wanted)
-    print(f"== {name}: {format_duration(time.monotonic() - began)}", flush=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(mark, content)
+    print(f"== {name}: {format_duration(time.monotonic() - start)}", flush=True)
 
 
 def run(command: Sequence[str], **options: object) -> None:
-    """Run a command of the project; its output is the user's to read.
+    """Run a command of the project, and pass its output through.
 
     Raises:
         StageFailed: it ended with another exit code than 0.
@@ -57,60 +57,60 @@ def run(command: Sequence[str], **options: object) -> None:
         raise StageFailed(code)
 
 
-def prepare_data(folder: Path, vocab_size: int = 4096) -> None:
-    """Corpora, tokenizer and ``.bin/.idx`` files below ``folder``."""
-    data = folder / "data"
+def prepare_data(directory: Path, vocab_size: int = 4096) -> None:
+    """Prepare corpora, tokenizer and ``.bin/.idx`` files in ``directory``."""
+    data = directory / "data"
     texts = [str(data / f"{name}_train.jsonl") for name in ("clean", "raw")]
     stage("corpora", data, [(HERE / "corpora.py").read_text(encoding="utf-8")], lambda: build_corpora(data))
     tokenizer = [sys.executable, "tools/train_tokenizer.py", "--input", *texts, "--vocab-size", str(vocab_size)]
-    tokenizer += ["--output-prefix", str(folder / "tokenizer")]
+    tokenizer += ["--output-prefix", str(directory / "tokenizer")]
     stage("tokenizer", data, tokenizer, lambda: run(tokenizer))
     for name in CORPORA:
         command = [sys.executable, "tools/preprocess_data.py", "--input", str(data / f"{name}.jsonl")]
         command += ["--output-prefix", str(data / name), "--tokenizer-type", "SentencePieceTokenizer"]
-        command += ["--tokenizer-model", str(folder / "tokenizer.model"), "--append-eod", "--workers", "2"]
+        command += ["--tokenizer-model", str(directory / "tokenizer.model"), "--append-eod", "--workers", "2"]
         stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
 
 
-def prepare_base_and_reference(folder: Path) -> list[str]:
-    """Data, the base model (CLM on raw), from it the reference model (CLM on clean); flags that begin from the base."""
-    prepare_data(folder)
-    load_base = ["--load", str(folder / "base"), "--finetune"]
-    train(folder, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
-    train(folder, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
+def prepare_base_and_reference(directory: Path) -> list[str]:
+    """Prepare data, base model (CLM on raw) and reference model (CLM on clean); return flags to load the base."""
+    prepare_data(directory)
+    load_base = ["--load", str(directory / "base"), "--finetune"]
+    train(directory, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
+    train(directory, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
     return load_base
 
 
-def corpus(folder: Path, name: str) -> str:
-    """The prefix of a corpus that :func:`prepare_data` made."""
-    return str(folder / "data" / f"{name}_text_document")
+def corpus(directory: Path, name: str) -> str:
+    """Return the prefix of a corpus of :func:`prepare_data`."""
+    return str(directory / "data" / f"{name}_text_document")
 
 
-def training_command(folder: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int) -> list[str]:
-    """The command of one training run, saved in ``folder/name``."""
+def training_command(directory: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int) -> list[str]:
+    """Return the command of one training run, saved in ``directory/name``."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [
         *launcher,
         *("-m", "megatron_slm.pretrain", "--config", str(MODEL)),
-        *("--tokenizer-model", str(folder / "tokenizer.model"), "--data-path", corpus(folder, corpus_name)),
-        *("--valid-data-path", f"clean={corpus(folder, 'clean_valid')}", f"raw={corpus(folder, 'raw_valid')}"),
-        *("--data-cache-path", str(folder / "cache"), "--save", str(folder / name)),
-        "--slm-overwrite-save",  # a stage with other settings replaces the earlier one
+        *("--tokenizer-model", str(directory / "tokenizer.model"), "--data-path", corpus(directory, corpus_name)),
+        *("--valid-data-path", f"clean={corpus(directory, 'clean_valid')}", f"raw={corpus(directory, 'raw_valid')}"),
+        *("--data-cache-path", str(directory / "cache"), "--save", str(directory / name)),
+        "--slm-overwrite-save",  # replaces the run of a stage whose settings changed
         *flags,
     ]
 
 
-def train(folder: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int = 2) -> None:
-    """One training run, unless it was done before."""
-    command = training_command(folder, name, corpus_name, flags, processes)
+def train(directory: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int = 2) -> None:
+    """Train one run, unless it is already complete."""
+    command = training_command(directory, name, corpus_name, flags, processes)
     settings = [*command[1:], MODEL.read_text(encoding="utf-8")]
-    stage(f"train {name}", folder / name, settings, lambda: run(command, env=single_threaded()))
+    stage(f"train {name}", directory / name, settings, lambda: run(command, env=single_threaded()))
 
 
 def run_with_log(command: Sequence[str], log: Path) -> None:
-    """Run a command on one thread; its lines go to a file.
+    """Run a command on one thread, with its output in a log file.
 
     Raises:
         StageFailed: it ended with another exit code than 0.
@@ -120,17 +120,17 @@ def run_with_log(command: Sequence[str], log: Path) -> None:
 
 
 def single_threaded() -> dict[str, str]:
-    """An environment in which every process computes on one thread, since the processes share the cores."""
+    """Return an environment with one thread per process, since the processes share the cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def read_metrics(folder: Path, kind: str) -> list[dict[str, object]]:
-    """The records of one kind that a run wrote."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def read_metrics(directory: Path, kind: str) -> list[dict[str, object]]:
+    """Return the metrics records of one kind of a run."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def held_out_losses(folder: Path, held_out: str) -> tuple[list[int], list[float]]:
-    """Tokens and losses of one run on one held-out set."""
-    records = [record for record in read_metrics(folder, "eval") if record["set"] == held_out]
+def held_out_losses(directory: Path, held_out: str) -> tuple[list[int], list[float]]:
+    """Return the tokens and losses of one run on one held-out set."""
+    records = [record for record in read_metrics(directory, "eval") if record["set"] == held_out]
     return [int(str(record["tokens"])) for record in records], [float(str(record["loss"])) for record in records]

@@ -40,14 +40,14 @@ def make_corpus(prefix: Path, seed: int, documents: int = 60) -> str:
 
 def command(corpus: str, save: Path | None = None, *, dp: int = 1, model: list[str] = MODEL, **flags: Any) -> list[str]:
     """Return the command line of a tiny run; keyword arguments are additional flags (True for switches)."""
-    words = [*model, "--data-path", corpus, "--split", "100,0,0", "--valid-data-path", f"own={corpus}"]
-    words += ["--micro-batch-size", str(BATCH // dp), "--global-batch-size", str(GLOBAL_BATCH)]
+    argv = [*model, "--data-path", corpus, "--split", "100,0,0", "--valid-data-path", f"own={corpus}"]
+    argv += ["--micro-batch-size", str(BATCH // dp), "--global-batch-size", str(GLOBAL_BATCH)]
     if save is not None:
-        words += ["--save", str(save)]
+        argv += ["--save", str(save)]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
+        argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    return argv
 
 
 def launch(argv: list[str], world_size: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Stand-in for `python`, `torchrun` and `make` in documented commands: the same command on small settings.
+"""Wrapper of `python`, `torchrun` and `make` in documented commands, which runs them with small settings.
 
 Named as the first argument, followed by the arguments of the documented command. Flags that come later on a command
 line win, so that appending them shrinks a command without changing how it reads.
@@ -25,17 +25,17 @@ SMALLER = {
     "merge_datasets.py": [],
     "inspect_dataset.py": [],
 }
-ELSEWHERE = {  # command -> why it does not run here
+ELSEWHERE = {  # command -> reason for not running it here
     "benchmark_preprocess.py": "needs a work tree of Megatron-LM; tests/preprocessing runs its parts",
-    "benchmark_training.py": "runs in tests/training",
-    "benchmark_objective.py": "runs in tests/objective",
-    "benchmark_threshold.py": "runs in tests/objective",
+    "benchmark_training.py": "runs in tests/benchmarks",
+    "benchmark_objective.py": "runs in tests/benchmarks",
+    "benchmark_threshold.py": "runs in tests/benchmarks",
     "pytest": "runs tests that need a GPU",
 }
 
 
 def main() -> None:
-    """Replace this process by the small command; a command that runs elsewhere ends with a note."""
+    """Replace this process by the small command; print a note for a command tested elsewhere."""
     program, *arguments = sys.argv[1:]
     if program == "make":
         targets = (ROOT / "Makefile").read_text(encoding="utf-8")

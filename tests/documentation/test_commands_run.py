@@ -1,4 +1,4 @@
-"""README and docs, followed word for word: every bash block runs, in order, in one directory, on small settings."""
+"""Test README and docs: every bash block runs in order in one directory with small settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = [
 
 
 def write_text(path: Path, seed: int) -> None:
-    """JSON lines as the README's reader has them."""
+    """Return JSON lines of a user's corpus."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
     lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(400))
@@ -32,7 +32,7 @@ def write_text(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reader's directory: a checkout, raw and clean text, and the commands that stand in for the long ones."""
+    """Create a user's directory: a checkout, raw and clean text, and wrappers of long commands."""
     directory = tmp_path_factory.mktemp("reader")
     for name in ("tools", "examples", "megatron_slm", "Makefile"):
         (directory / name).symlink_to(ROOT / name)
@@ -56,7 +56,7 @@ def test_documented_block_runs(workspace: Path, page: str, number: int, block: s
     assert result.returncode == 0, f"{page}, block {number}:\n{block}\n{result.stdout}\n{result.stderr}"
 
 
-def test_every_page_with_commands_is_run() -> None:
+def test_every_page_with_commands_is_tested() -> None:
     shown = {
         str(path.relative_to(ROOT))
         for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]

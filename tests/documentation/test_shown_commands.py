@@ -1,4 +1,4 @@
-"""The commands that README and docs show: every file and flag in them is there."""
+"""Test that the files and flags in commands of README and docs exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAUNCHERS = {"--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command in the page's bash blocks that runs something of the project's."""
+    """Return the arguments of every project command in the bash blocks of a page."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -51,13 +51,13 @@ def test_shown_command_has_its_files_and_flags(page: Path, words: list[str]) -> 
             assert (ROOT / word).exists(), f"{page.name}: {word} is missing"
 
 
-def test_every_tool_is_shown_somewhere() -> None:
+def test_every_tool_is_documented() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for tool in (ROOT / "tools").glob("*.py"):
         assert f"tools/{tool.name}" in text, f"no page shows tools/{tool.name}"
 
 
-def test_make_targets_that_are_shown_exist() -> None:
+def test_documented_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
         for target in re.findall(r"`make (\w+)`", page.read_text(encoding="utf-8")):

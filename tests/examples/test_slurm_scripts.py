@@ -1,4 +1,4 @@
-"""The batch script of a pretraining job, with stand-ins for Slurm's commands."""
+"""Test the batch script of a pretraining job with fake Slurm commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ for _ in $(seq 300); do sleep 0.1; done
 
 
 @pytest.mark.parametrize(("code", "is_requeued"), [(0, True), (1, False)])
-def test_a_warned_job_waits_for_its_checkpoint_and_is_requeued(tmp_path: Path, code: int, is_requeued: bool) -> None:
+def test_warned_job_waits_for_its_checkpoint_and_is_requeued(tmp_path: Path, code: int, is_requeued: bool) -> None:
     started, calls = tmp_path / "started", tmp_path / "calls"
     for name, text in (("srun", STEP.format(code=code)), ("scontrol", f'#!/bin/bash\necho "$@" >> {calls}\n')):
         (tmp_path / name).write_text(text)

@@ -1,4 +1,4 @@
-"""The quickstart's parts: corpora without leaks, stages that are not done twice, plots and findings."""
+"""Test the quickstart: corpora without leakage, reused stages, plots and findings."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages
 from megatron_slm.analysis.summary import comparison_table, paired_differences, speedup, tokens_to_reach
 
 
-def small_corpora(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """Corpora from a few packages instead of all."""
+def small_corpora(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Build corpora from a few packages instead of all."""
     import mpmath
 
     source = sorted(Path(mpmath.__file__).parent.rglob("*.py"))
     monkeypatch.setattr(corpora, "_source_files", lambda folders: iter(source))
     monkeypatch.setattr(corpora, "_crawled_files", lambda: iter(sorted(Path(json.__file__).parent.rglob("*.py"))))
     monkeypatch.setattr(corpora, "RAW_VALID_DOCUMENTS", 1)
-    corpora.build_corpora(folder)
+    corpora.build_corpora(directory)
     return {
         path.stem: [json.loads(line)["text"] for line in path.read_text().splitlines()]
-        for path in folder.glob("*.jsonl")
+        for path in directory.glob("*.jsonl")
     }
 
 
-def test_corpora_do_not_leak_and_are_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corpora_are_disjoint_and_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = small_corpora(tmp_path / "one", monkeypatch)
     assert texts == small_corpora(tmp_path / "two", monkeypatch)
     assert all(texts[name] for name in stages.CORPORA)
@@ -43,19 +43,19 @@ def test_corpora_do_not_leak_and_are_the_same_again(tmp_path: Path, monkeypatch:
     assert len(mixed) == len(texts["clean_train"]) // 2
 
 
-def test_crawl_leaves_the_clean_packages_out() -> None:
+def test_crawl_excludes_the_clean_packages() -> None:
     names = {part for path in corpora._crawled_files() for part in path.parts}
     assert {"torch", "asyncio"} <= names and not names & set(corpora.CLEAN_PACKAGES)
 
 
-def test_stage_is_done_once_for_the_same_settings(tmp_path: Path) -> None:
+def test_stage_runs_once_for_the_same_settings(tmp_path: Path) -> None:
     done: list[str] = []
     for settings in (["a"], ["a"], ["b"]):
         stages.stage("work", tmp_path, settings, lambda settings=settings: done.append(settings[0]))  # type: ignore[misc]
     assert done == ["a", "b"]
 
 
-def test_failed_stage_is_not_marked_and_its_code_is_passed_on(tmp_path: Path) -> None:
+def test_failed_stage_is_not_marked_and_returns_its_exit_code(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(stages.StageFailed) as failure:
             stages.stage("work", tmp_path, ["a"], lambda: stages.run([sys.executable, "-c", "exit(7)"]))

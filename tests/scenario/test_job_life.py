@@ -1,4 +1,4 @@
-"""The life of a job on a cluster, event by event, on two gloo ranks.
+"""Test the life cycle of a cluster job by events, on two gloo ranks.
 
 After each event the run either continues with the losses of an undisturbed run, or stops with one message that names
 the remedy. The tests of this module run in order and share one run.
@@ -24,12 +24,12 @@ from megatron_slm.testing.tiny import command, losses, make_corpus, records
 from megatron_slm.training import loop
 
 STEPS = 12
-SMALL_DISK = 20_000  # bytes that one file may have: less than a checkpoint shard, more than a metrics file
+SMALL_DISK = 20_000  # file size limit in bytes: less than a checkpoint shard, more than a metrics file
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit code of the ranks, and the output of rank 0."""
+    """Exit code of the ranks and output of rank 0."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """A run that is requeued with the same command, and the undisturbed run that it is compared with."""
+    """Represent a run that is requeued with the same command, and its uninterrupted baseline."""
 
     directory: Path
     corpus: str
@@ -46,7 +46,7 @@ class Job:
     def run(
         self, name: str = "run", *, world_size: int = 2, event: tuple[str, int] | None = None, **flags: Any
     ) -> Outcome:
-        """Give the job's command, with ``flags`` changed, and let an event happen to one rank."""
+        """Run the job's command with changed ``flags`` and an event on one rank."""
         save = self.directory / name
         settings = {
             "load": save,
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def step(self) -> int:
-        """The newest saved step."""
+        """Return the newest saved step."""
         return int((self.directory / "run" / "latest_checkpointed_iteration.txt").read_text())
 
 
@@ -109,7 +109,7 @@ def undisturbed(job: Job) -> list[tuple[Any, ...]]:
     return job.losses("undisturbed")
 
 
-def test_a_signal_saves_and_does_not_evaluate(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_signal_saves_without_evaluation(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
     outcome = job.run(event=("SIGTERM", 3))
     assert outcome.code == 0, outcome.error
     assert job.step == 3
@@ -117,7 +117,7 @@ def test_a_signal_saves_and_does_not_evaluate(job: Job, undisturbed: list[tuple[
     assert job.losses() == undisturbed[:3]
 
 
-def test_the_requeued_job_continues(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_requeued_job_continues(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
     outcome = job.run(event=("SIGUSR1", 2))
     assert outcome.code == 0, outcome.error
     assert "resum" in outcome.out and "iter_0000003" in outcome.out
@@ -125,7 +125,7 @@ def test_the_requeued_job_continues(job: Job, undisturbed: list[tuple[Any, ...]]
     assert job.losses() == undisturbed[:5]
 
 
-def test_a_corpus_rebuilt_under_its_name_is_noticed(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_changed_corpus_is_detected(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
     kept = job.directory / "kept"
     kept.mkdir()
     files = [path for path in job.directory.glob("corpus*") if path.is_file()]
@@ -140,14 +140,14 @@ def test_a_corpus_rebuilt_under_its_name_is_noticed(job: Job, undisturbed: list[
     assert job.step == 5 and job.losses() == undisturbed[:5]
 
 
-def test_a_typo_in_load_is_refused(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_typo_in_load_is_refused(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
     outcome = job.run(load=job.directory / "rum")
     assert outcome.code == 2
     assert "--load" in outcome.error and "rum" in outcome.error
     assert job.losses() == undisturbed[:5]
 
 
-def test_a_full_disk_keeps_the_newest_checkpoint(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
+def test_full_disk_keeps_the_newest_checkpoint(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
     outcome = job.run(event=("full disk", SMALL_DISK))
     assert outcome.code == 2
     assert "--save" in outcome.error and "File too large" in outcome.error, outcome.error
@@ -157,9 +157,7 @@ def test_a_full_disk_keeps_the_newest_checkpoint(job: Job, undisturbed: list[tup
     assert job.step == 8 and job.losses() == undisturbed[:8]
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
-    job: Job, undisturbed: list[tuple[Any, ...]]
-) -> None:
+def test_damaged_checkpoint_is_refused_and_the_previous_one_loads(job: Job, undisturbed: list[tuple[Any, ...]]) -> None:
     newest = job.directory / "run" / "iter_0000008"
     shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
@@ -173,7 +171,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     assert job.step == 10 and job.losses() == undisturbed[:10]
 
 
-def test_a_smaller_batch_continues_with_the_next_sample(job: Job) -> None:
+def test_smaller_batch_continues_with_the_next_sample(job: Job) -> None:
     outcome = job.run(global_batch_size=8, exit_interval=11)
     assert outcome.code == 0, outcome.error
     assert "global" in outcome.out and "8" in outcome.out
@@ -181,15 +179,15 @@ def test_a_smaller_batch_continues_with_the_next_sample(job: Job) -> None:
     assert tokens[-1] - tokens[-2] == 8 * 32 and len(tokens) == 11
 
 
-def test_a_longer_run_continues(job: Job) -> None:
+def test_longer_run_continues(job: Job) -> None:
     longer = {"global_batch_size": 8, "train_iters": STEPS + 6, "override_opt_param_scheduler": True}
     outcome = job.run(**longer, exit_interval=14)
     assert outcome.code == 0, outcome.error
     assert job.step == 14
 
 
-def test_another_layout_continues(job: Job) -> None:
-    """The same four steps on two tensor-parallel ranks as on two data-parallel ones."""
+def test_other_layout_continues(job: Job) -> None:
+    """Two tensor-parallel ranks run the same four steps as two data-parallel ranks."""
     shutil.copytree(job.directory / "run", job.directory / "other")
     longer = {"global_batch_size": 8, "train_iters": STEPS + 6, "override_opt_param_scheduler": True}
     for name, layout in (("run", {}), ("other", {"tensor_model_parallel_size": 2})):
@@ -200,7 +198,7 @@ def test_another_layout_continues(job: Job) -> None:
     assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
 
 
-def test_the_finished_run_is_evaluated(job: Job) -> None:
+def test_finished_run_is_evaluated(job: Job) -> None:
     before = records(job.directory / "run", "eval")
     outcome = job.run(global_batch_size=8, train_iters=STEPS + 6, skip_train=True, override_opt_param_scheduler=True)
     assert outcome.code == 0, outcome.error

@@ -1,4 +1,4 @@
-"""Jobs under a real Slurm: a private cluster of two nodes on this machine, whose names no resolver knows."""
+"""Test jobs under Slurm on a private local cluster of two nodes, whose names are not resolvable."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
-STEPS = 80  # some seconds, in which a signal arrives
+STEPS = 80  # enough seconds for a signal to arrive
 SECONDS = 240
 
-# A torchrun of one rank per node, whose trainer takes the settings of a test.
+# torchrun with one rank per node, which adds test settings to the trainer's flags.
 TORCHRUN = """#!{python}
 import os, sys
 words = sys.argv[1:]
@@ -74,7 +74,7 @@ def has_steps(save: Path, count: int) -> bool:
     return (save / "metrics.jsonl").is_file() and len(records(save)) >= count
 
 
-def test_a_step_saves_at_a_signal_and_a_requeued_job_resumes(
+def test_signalled_step_saves_and_requeued_job_resumes(
     tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
 ) -> None:
     """The first script of docs/slurm.md: srun starts the ranks, without MASTER_ADDR; the run has no --load."""
@@ -87,7 +87,7 @@ def test_a_step_saves_at_a_signal_and_a_requeued_job_resumes(
     options = [*TWO_NODES, f"--output={log}", "--open-mode=append", "--requeue"]
     job = cluster.run("sbatch", "--parsable", *options, str(script))
     wait_for(lambda: has_steps(save, 2), log)
-    cluster.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does: to the ranks, not to the script
+    cluster.run("scancel", "--signal=USR1", job)  # like --signal=USR1@300: to the ranks, not the script
     wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "NODE_FAIL"), log)
     text = log.read_text()
     assert cluster.state(job) == "COMPLETED", text
@@ -100,7 +100,7 @@ def test_a_step_saves_at_a_signal_and_a_requeued_job_resumes(
 def test_example_script_requeues_itself(
     tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    """Under torchrun on two nodes; the warning goes to the script, as the one before the time limit does."""
+    """torchrun runs on two nodes; the script receives the signal, as before the time limit."""
     save, log, stand_in = tmp_path / "run", tmp_path / "log", tmp_path / "bin" / "torchrun"
     stand_in.parent.mkdir()
     port, kept = slurm_cluster.free_ports(1)[0], {"--save", "--load"}
@@ -117,10 +117,8 @@ def test_example_script_requeues_itself(
     assert losses(save) == undisturbed
 
 
-def test_mistake_is_one_message_and_an_interactive_shell_is_one_process(
-    cluster: SlurmCluster, corpus: str, tmp_path: Path
-) -> None:
-    """srun prints a message once; salloc without srun starts one process, whatever number of tasks it reserves."""
+def test_user_error_prints_once_and_salloc_runs_one_process(cluster: SlurmCluster, corpus: str, tmp_path: Path) -> None:
+    """srun prints a message once; salloc without srun starts one process for any number of reserved tasks."""
     trainer = [sys.executable, "-m", "megatron_slm.pretrain"]
     wrong = subprocess.run(
         ["srun", *TWO_NODES, "--ntasks=2", *trainer, "--lr", "fast"],
@@ -143,10 +141,10 @@ def test_preprocessing_array_equals_one_process(tmp_path: Path, cluster: SlurmCl
     script = str(SCRIPTS / "preprocess_array.sbatch")
     cluster.run("sbatch", *options, script, *flags, "--output-prefix", str(tmp_path / "shards"), timeout=SECONDS)
     merge = [str(tool.with_name("merge_datasets.py")), "--input", f"{tmp_path}/shards_text_document"]
-    whole = [str(tool), *flags, "--output-prefix", str(tmp_path / "whole")]
-    for argv in ([*merge, "--output-prefix", f"{tmp_path}/shards_text_document"], whole):
+    single = [str(tool), *flags, "--output-prefix", str(tmp_path / "single")]
+    for argv in ([*merge, "--output-prefix", f"{tmp_path}/shards_text_document"], single):
         subprocess.run([sys.executable, *argv], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=SECONDS)
     for suffix in ("bin", "idx"):
-        names = (tmp_path / f"{name}_text_document.{suffix}" for name in ("shards", "whole"))
+        names = (tmp_path / f"{name}_text_document.{suffix}" for name in ("shards", "single"))
         shards, expected = (path.read_bytes() for path in names)
         assert shards == expected
