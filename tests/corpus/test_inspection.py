@@ -156,6 +156,17 @@ def test_damage_is_found(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_a_document_that_ends_before_it_begins_is_found_between_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    prefix = build(tmp_path / "c", BYTES)
+    patched("bounds", 2, "<q", 0)(tmp_path)
+    monkeypatch.setattr("megatron_slm.corpus.integrity.CHUNK", chunk)
+    (damage,) = check_integrity(prefix).damage
+    assert damage.where == ("document 1: begins at 2, ends at 0",)
+
+
 def test_ids_are_looked_at_where_they_lie_beyond_2_gb(tmp_path: Path) -> None:
     """Places and offsets past 32 bits; the sparse file is mostly holes, and the looking stops at nothing."""
     long = 2**30 + 5

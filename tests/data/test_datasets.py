@@ -228,6 +228,12 @@ def test_the_stable_order_reads_each_epoch_once_and_survives_extension(tmp_path:
         assert tokens[places].tolist() == long[index]["labels"].tolist()
 
 
+def test_the_stable_order_shuffles_the_samples_of_a_document(tmp_path: Path) -> None:
+    data = DataConfig(data_path=[numbered(tmp_path / "a", [213])], split="1,0,0", data_order="stable")
+    first_tokens = [tokens[0] for tokens in read(built(data, 26, tokenizer=NUMBERS).train, 26)]
+    assert sorted(first_tokens) == list(range(0, 26 * LENGTH, LENGTH)) != first_tokens
+
+
 def test_the_stable_order_of_a_blend_survives_extension(tmp_path: Path) -> None:
     a, b = numbered(tmp_path / "a", [90] * 3), numbered(tmp_path / "b", [45] * 3, first=1000)
     data = DataConfig(data_path=["1", a, "3", b], split="1,0,0", data_order="stable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, _IndexWriter
 
+from megatron_slm.corpus.index import read_index
 from megatron_slm.preprocessing import corpus_writer
-from megatron_slm.preprocessing.corpus_writer import corpus_dtype, write_index
+from megatron_slm.preprocessing.corpus_writer import CorpusWriter, corpus_dtype, write_index
 
 LONGEST = 2**31 - 1
 
@@ -53,3 +55,18 @@ def test_any_lengths(tmp_path: Path, documents: list[list[int]], at_once: int) -
 @pytest.mark.parametrize("vocab_size", [1, 256, 65499, 65500, 65536, 2**20])
 def test_the_dtype_is_megatrons(vocab_size: int) -> None:
     assert corpus_dtype(vocab_size).type is DType.optimal_dtype(vocab_size)
+
+
+def test_a_composed_corpus_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job records that it is complete before the files get their names."""
+    synced: set[str] = set()
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(Path(f"/proc/self/fd/{file}").readlink().name))
+    writer = CorpusWriter(str(tmp_path / "c"), np.dtype(np.uint16))
+    writer.open()
+    writer.append(
+        *(np.array(values, kind).tobytes() for values, kind in (([5, 6, 7], "u2"), ([2, 1], "i4"), ([2], "i4")))
+    )
+    writer.compose()
+    assert {"c.partial.bin", "c.partial.idx"} <= synced
+    writer.publish()
+    assert read_index(str(tmp_path / "c")).lengths.tolist() == [2, 1]

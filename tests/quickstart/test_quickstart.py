@@ -80,6 +80,10 @@ def test_findings_and_plots(tmp_path: Path) -> None:
     assert "with the same seed: SLM: -1.0000 ± 0.0000. Over seeds, CLM itself spreads by 0.0707." in paired_differences(
         curves(), "CLM"
     )
+    raw = (
+        "Its raw held-out loss ends -1.0000 nats from CLM's; the gap is largest at 0 tokens (+0.0000). It never rises."
+    )
+    assert speedup(curves(), "SLM", "CLM").endswith(raw)
     assert "does not reach" in speedup(curves(), "CLM", "SLM")
     plot_comparison(curves(), tmp_path / "compare.png")
     plot_stages([("base", curves()[:2], []), ("θ", curves()[2:4], [(1, 2.0, 3.0)])], tmp_path / "stages.png")

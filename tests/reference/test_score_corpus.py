@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.cli import score_corpus
+from megatron_slm.config.recipe import from_flat_dict
 from megatron_slm.scores.sidecar import read_header
 from megatron_slm.testing.tiny import command, launch, make_corpus, records
 
@@ -93,6 +94,14 @@ def test_mismatched_corpus_is_refused(workspace: Path, tmp_path: Path, capsys: p
     truncated = tmp_path / "corpus_text_document.bin"
     truncated.write_bytes(truncated.read_bytes()[:-2])
     refused(capsys, tmp_path, argv(workspace, tmp_path), "its index promises")
+
+
+def test_tokenizer_flags_replace_the_settings_of_the_reference_model(tmp_path: Path) -> None:
+    saved = from_flat_dict({"tokenizer_type": "NullTokenizer", "vocab_size": 300, "eod_id": 7}, "test")
+    arguments = argv(tmp_path, tmp_path)
+    for more, eod in (([], 7), (["--eod-id", "9"], 9)):
+        tokenizer = score_corpus.find_tokenizer(saved, score_corpus.parse_arguments([*arguments, *more]))
+        assert (tokenizer.eod, tokenizer.vocab_size) == (eod, 300)
 
 
 def _copy(workspace: Path, directory: Path) -> None:

@@ -10,7 +10,16 @@ from statistics import fmean
 import pytest
 
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import _main, command, launch_and_fail, launch_each, make_corpus, records
+from megatron_slm.testing.tiny import (
+    GLOBAL_BATCH,
+    _main,
+    command,
+    launch_and_fail,
+    launch_each,
+    losses,
+    make_corpus,
+    records,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +41,16 @@ def test_interval_logs_the_mean_of_its_steps(tmp_path: Path, corpus: str) -> Non
             part[-1][name] for name in ("grad_norm", "lr", "tokens")
         ]
     assert steps[0]["seconds"] < 10 * fmean(step["seconds"] for step in steps[1:])  # no evaluation of 20 batches
+
+
+def test_evaluation_does_not_change_training(tmp_path: Path, corpus: str) -> None:
+    """Dropout is off during an evaluation, which draws no random number, and on again after it."""
+    flags = {"train_iters": 4, "eval_interval": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    with_evaluation, without = tmp_path / "with", tmp_path / "without"
+    launch_each([command(corpus, save, eval_iters=n, **flags) for save, n in ((with_evaluation, 3), (without, 0))])
+    assert losses(with_evaluation) == losses(without)
+    evaluations = records(with_evaluation, "eval")
+    assert [record["tokens_evaluated"] for record in evaluations] == [3 * GLOBAL_BATCH * 32] * 3
 
 
 def test_finished_checkpoints_are_evaluated_and_superseded_ones_deleted(tmp_path: Path, corpus: str) -> None:

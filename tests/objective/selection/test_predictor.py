@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
 from megatron_slm.objective.selection.policy import parse_policy
-from megatron_slm.objective.selection.predictor import ThresholdPredictor, select_by_threshold
+from megatron_slm.objective.selection.predictor import LARGEST_SURPLUS, ThresholdPredictor, select_by_threshold
 from megatron_slm.objective.selective_loss import selective_loss
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.errors import DivergedError
@@ -102,6 +102,14 @@ def test_the_hardest_jump_costs_its_own_step_and_few_more() -> None:
     errors, _ = train(normal(lambda step: 0.0 if step < 100 else -50.0), 200)
     assert errors[100] == pytest.approx(-0.6)
     assert worst(errors[106:]) <= 0.01 and worst(errors[1:]) <= 0.02
+
+
+def test_a_fall_that_cannot_be_followed_is_not_made_up_for_without_limit() -> None:
+    """For 30 steps every score is below the threshold of the step before; then losses stand still."""
+    errors, _ = train(normal(lambda step: -50.0 * min(step, 30)), 100)
+    assert errors[1:31] == pytest.approx(-0.6)
+    assert errors[31:].sum() <= LARGEST_SURPLUS + 0.1
+    assert worst(errors[37:]) <= 0.01
 
 
 def test_without_control_a_drift_would_not_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
