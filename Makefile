@@ -12,7 +12,7 @@ quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not faults"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,289 @@
+"""Thirty small faults, planted one at a time in a copy of the package: the tests must see each.
+
+Run with ``pytest -m faults``. Every fault names the tests that see it. If they pass, a test is missing, or the line
+does not matter and can be deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("megatron_slm", "tests", "examples", "benchmarks", "tools", "pyproject.toml")
+SECONDS = 300  # for the tests of one fault
+TESTS_FAILED = 1  # exit code of pytest; an import error or an unknown test has another
+
+pytestmark = pytest.mark.faults
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One error in one place, and the tests that see it."""
+
+    name: str
+    file: str  # below megatron_slm
+    old: str  # occurs once in the file
+    new: str
+    tests: tuple[str, ...]  # files or node ids below tests
+
+
+FAULTS = [
+    Fault(
+        "attention dropout in evaluation",
+        "mcore/layers.py",
+        "dropout = self.dropout if self.training else 0.0",
+        "dropout = self.dropout",
+        ("training/test_loop.py::test_evaluation_does_not_change_training",),
+    ),
+    Fault(
+        "one step count shared by all parameters after loading",
+        "mcore/optimizer.py",
+        'state["step"] = state["step"].clone()',
+        'state["step"] = state["step"]',
+        ("training/test_resume.py::test_resume_is_bit_for_bit[1-1-1-distributed]",),
+    ),
+    Fault(
+        "the same seed on all pipeline stages",
+        "runtime/process.py",
+        "seed_everything(seed + 100 * groups.pp_rank)",
+        "seed_everything(seed)",
+        ("runtime/test_process.py",),
+    ),
+    Fault(
+        "renamed before it is on the disk",
+        "runtime/files.py",
+        "    sync(partial)\n    partial.replace(path)",
+        "    partial.replace(path)",
+        ("runtime/test_files.py",),
+    ),
+    Fault(
+        "a last step of fewer samples than a batch",
+        "config/checks.py",
+        "training.train_samples // batch",
+        "-(-training.train_samples // batch)",
+        ("config/test_checks.py", "config/test_relations.py"),
+    ),
+    Fault(
+        "a manifest without its checksum is accepted",
+        "config/checkpoint_files.py",
+        "expected = recorded is not None or bool(manifest.checksums)",
+        "expected = recorded is not None",
+        ("checkpoint/test_checkpoint_integrity.py::test_edited_manifest_is_refused",),
+    ),
+    Fault(
+        "settings that change ids are left out of a tokenizer's fingerprint",
+        "tokenizers/tiktoken_tokenizer.py",
+        "super().__init__(digest if settings else fingerprint_of(path),",
+        "super().__init__(fingerprint_of(path),",
+        ("tokenizers/test_tokenizers.py::test_tiktoken_of_both_formats",),
+    ),
+    Fault(
+        "damage between two chunks of an index",
+        "corpus/integrity.py",
+        "start : start + CHUNK + overlap]",
+        "start : start + CHUNK]",
+        ("corpus/test_inspection.py::test_a_document_that_ends_before_it_begins_is_found_between_chunks",),
+    ),
+    Fault(
+        "cached sample indices of a corpus with other documents",
+        "corpus/fingerprints.py",
+        'index = hashlib.file_digest(file, "sha256").hexdigest()',
+        "index = str(file.seek(0, 2))",
+        ("data/test_datasets.py::test_a_corpus_rebuilt_under_its_name_is_read_as_it_is",),
+    ),
+    Fault(
+        "documents counted in the place of sequences",
+        "preprocessing/merge.py",
+        "first += info.sequences",
+        "first += info.documents",
+        ("preprocessing/test_merge.py",),
+    ),
+    Fault(
+        "a corpus called complete before it is on the disk",
+        "preprocessing/corpus_writer.py",
+        "        for path in self.paths:\n            sync(path)\n",
+        "",
+        ("preprocessing/test_corpus_writer.py::test_a_composed_corpus_is_on_the_disk",),
+    ),
+    Fault(
+        "ties broken by the position on a rank",
+        "data/batches.py",
+        "first_sample=first,",
+        "first_sample=start,",
+        ("data/test_batches.py::test_any_cut_gives_the_plain_sequence",),
+    ),
+    Fault(
+        "a stale cache entry",
+        "data/index_cache.py",
+        'if entry["description"] != description:',
+        'if not entry["description"]:',
+        ("data/test_datasets.py",),
+    ),
+    Fault(
+        "samples in the order of the text",
+        "data/stable_order.py",
+        "    rng.shuffle(shuffle_index)\n",
+        "",
+        ("data/test_datasets.py::test_the_stable_order_shuffles_the_samples_of_a_document",),
+    ),
+    Fault(
+        "a sidecar renamed before it is on the disk",
+        "scores/writer.py",
+        "        publish(partial, path)",
+        "        partial.replace(path)",
+        ("scores/test_sidecar.py",),
+    ),
+    Fault(
+        "no correction of the predicted threshold",
+        "objective/selection/predictor.py",
+        "aim - GAIN * surplus)",
+        "aim)",
+        ("objective/selection/test_predictor.py::test_share_is_held_over_any_fifty_steps",),
+    ),
+    Fault(
+        "no anti-windup limit",
+        "objective/selection/predictor.py",
+        "(surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)",
+        "surplus + error",
+        (
+            "objective/selection/test_predictor.py::test_a_fall_that_cannot_be_followed_is_not_made_up_for_without_limit",
+        ),
+    ),
+    Fault(
+        "the selected share of one rank",
+        "objective/selection/exact.py",
+        "all_reduce_sum(selected.sum(1), group)",
+        "selected.sum(1)",
+        ("objective/selection/test_exact.py::test_data_parallel_ranks_agree_with_one_process",),
+    ),
+    Fault(
+        "the graph of every micro-batch is kept",
+        "objective/tokens.py",
+        "getattr(tokens, name).detach()",
+        "getattr(tokens, name)",
+        ("objective/test_tokens.py",),
+    ),
+    Fault(
+        "the z-loss grows with the inverse of the selected share",
+        "model/experts.py",
+        "self.config.moe_z_loss_coeff = self.z * share",
+        "self.config.moe_z_loss_coeff = self.z",
+        ("training/test_experts.py::test_selection_and_splits_leave_the_auxiliary_losses_alone[aux_loss]",),
+    ),
+    Fault(
+        "attention FLOPs without the causal half",
+        "model/size.py",
+        "attention = 2 * model.seq_length * query",
+        "attention = 4 * model.seq_length * query",
+        ("training/test_metrics.py",),
+    ),
+    Fault(
+        "master weights of before the load",
+        "checkpoint/optimizer_state.py",
+        "    optimizer.reload_model_params()",
+        "    pass",
+        ("checkpoint/test_optimizer_resume.py",),
+    ),
+    Fault(
+        "the random numbers of the reference model's weights",
+        "reference/replica.py",
+        "with preserved_random_state():",
+        "if True:",
+        ("reference/test_replica.py::test_building_the_reference_model_leaves_random_states_alone",),
+    ),
+    Fault(
+        "clamped losses counted again at every record",
+        "reference/scoring.py",
+        "self.at))\n        self.clamped, self.recorded = 0, time.monotonic()",
+        "self.at))\n        self.recorded = time.monotonic()",
+        ("reference/test_scoring.py::test_scores_are_the_models",),
+    ),
+    Fault(
+        "the loss of the last batch of an evaluation",
+        "training/evaluation.py",
+        "parts += passes.run(everything)",
+        "parts = passes.run(everything)",
+        ("training/test_loop.py::test_evaluation_does_not_change_training",),
+    ),
+    Fault(
+        "no dropout after the first evaluation",
+        "training/evaluation.py",
+        "chunk.train()",
+        "chunk.eval()",
+        ("training/test_loop.py::test_evaluation_does_not_change_training",),
+    ),
+    Fault(
+        "dropout's random state left out of a resume",
+        "training/resume.py",
+        '    get_cuda_rng_tracker().set_states(states["tracker"])\n',
+        "",
+        ("training/test_resume.py::test_resume_is_bit_for_bit[1-1-1-plain]",),
+    ),
+    Fault(
+        "sums over data-parallel ranks without context-parallel ones",
+        "training/metrics.py",
+        "dist.all_reduce(sums, group=groups.dp_cp)",
+        "dist.all_reduce(sums, group=groups.dp)",
+        ("training/test_layouts.py::test_context_parallel_agrees",),
+    ),
+    Fault(
+        "the gap of raw losses with the wrong sign",
+        "analysis/summary.py",
+        "gap = raw_fast - raw_slow",
+        "gap = raw_slow - raw_fast",
+        ("quickstart/test_quickstart.py::test_findings_and_plots",),
+    ),
+    Fault(
+        "tokenizer flags that the reference model's settings replace",
+        "cli/score_corpus.py",
+        "{**to_flat_dict(config), **given_tokenizer_settings(arguments)}",
+        "{**given_tokenizer_settings(arguments), **to_flat_dict(config)}",
+        ("reference/test_score_corpus.py::test_tokenizer_flags_replace_the_settings_of_the_reference_model",),
+    ),
+]
+
+
+def copy_project(directory: Path) -> None:
+    """Copy the package and its tests, with their compiled files, which remain valid."""
+    for name in COPIED:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, directory / name)
+
+
+def run_tests(directory: Path, tests: tuple[str, ...], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run tests of a copy against the package in the copy."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not faults"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_is_seen(tmp_path: Path, fault: Fault) -> None:
+    copy_project(tmp_path)
+    path = tmp_path / "megatron_slm" / fault.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(fault.old) == 1, f"the table is stale: {fault.file} does not hold {fault.old!r} once"
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    run = run_tests(tmp_path, fault.tests, SECONDS)
+    assert run.returncode == TESTS_FAILED, f"no test sees it:\n{run.stdout}{run.stderr}"
+
+
+def test_without_a_fault_all_these_tests_pass(tmp_path: Path) -> None:
+    copy_project(tmp_path)
+    tests = tuple(dict.fromkeys(test for fault in FAULTS for test in fault.tests))
+    run = run_tests(tmp_path, tests, 4 * SECONDS)
+    assert run.returncode == 0, f"{run.stdout}{run.stderr}"
