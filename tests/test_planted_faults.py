@@ -68,7 +68,7 @@ FAULTS = [
         "config/checks.py",
         "training.train_samples // batch",
         "-(-training.train_samples // batch)",
-        ("config/test_checks.py", "config/test_relations.py"),
+        ("config/test_checks.py::test_a_run_in_samples_has_only_complete_batches",),
     ),
     Fault(
         "a manifest without its checksum is accepted",
@@ -196,14 +196,14 @@ FAULTS = [
         "reference/replica.py",
         "with preserved_random_state():",
         "if True:",
-        ("reference/test_replica.py::test_building_the_reference_model_leaves_random_states_alone",),
+        ("reference/test_replica.py::test_building_the_reference_model_preserves_random_states",),
     ),
     Fault(
         "clamped losses counted again at every record",
         "reference/scoring.py",
-        "self.at))\n        self.clamped, self.recorded = 0, time.monotonic()",
-        "self.at))\n        self.recorded = time.monotonic()",
-        ("reference/test_scoring.py::test_scores_are_the_models",),
+        "self.progress))\n        self.clamped, self.recorded = 0, time.monotonic()",
+        "self.progress))\n        self.recorded = time.monotonic()",
+        ("reference/test_scoring.py::test_clamped_losses_are_counted_once",),
     ),
     Fault(
         "the loss of the last batch of an evaluation",

@@ -38,6 +38,10 @@ def test_derived_settings() -> None:
     assert config.training.global_batch_size == 4 and config.model.max_position_embeddings == 32
 
 
+def test_a_run_in_samples_has_only_complete_batches() -> None:
+    assert run_check(1, train_iters=None, train_samples=100, global_batch_size=16).training.train_iters == 6
+
+
 FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
 
 

@@ -27,6 +27,7 @@ from megatron_slm.reference.windows import Documents, build_micro_batch, span
 from megatron_slm.runtime import process
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.scores import quantization
 from megatron_slm.scores.samples import ScoredSamples, label_places
 from megatron_slm.scores.sets import check_scores, open_scores
 from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
@@ -134,6 +135,21 @@ def test_scores_match_direct_evaluation(workspace: Path, context: str, stride: i
     assert np.abs(sidecar.losses(0, tokens) - losses)[below].max() <= header.loss.max_error + 1e-4
     assert header.entropy is not None
     assert np.abs(sidecar.entropies(0, tokens) - entropies).max() <= header.entropy.max_error + 1e-4
+
+
+def _score_with_a_low_ceiling(rank: int, world_size: int, scoring: ScoringJob) -> None:
+    quantization.LOSS_MARGIN = -5.0
+    _score(rank, world_size, scoring)
+
+
+def test_clamped_losses_are_counted_once(workspace: Path) -> None:
+    """However often progress is recorded."""
+    scoring = job(workspace, "clamped")
+    run_ranks(_score_with_a_low_ceiling, 1, scoring, initialise=False)
+    sidecar = opened(sidecar_path(scoring.corpora[0], scoring.name))
+    header = sidecar.header
+    at_ceiling = int((sidecar.losses(0, header.tokens) == np.float32(header.loss.ceiling)).sum())
+    assert header.clamped == pytest.approx(at_ceiling, rel=0.01) and header.clamped > 100
 
 
 @pytest.fixture(scope="module")
