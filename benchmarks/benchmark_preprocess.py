@@ -175,7 +175,7 @@ def trained_tokenizer(corpus: Corpus, arguments: argparse.Namespace) -> Path:
     return path
 
 
-def train_huggingface(texts: Iterator[str], folder: Path) -> None:
+def train_huggingface(texts: Iterator[str], directory: Path) -> None:
     """Train a byte-level BPE tokenizer with GPT-2's expression."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -187,12 +187,12 @@ def train_huggingface(texts: Iterator[str], folder: Path) -> None:
         vocab_size=ENTRIES, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
     model.train_from_iterator(texts, trainer)
-    partial = folder.with_suffix(".partial")
+    partial = directory.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     model.save(str(partial / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (partial / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    partial.rename(folder)
+    partial.rename(directory)
 
 
 def tool_commands(arguments: argparse.Namespace, flags: list[str]) -> dict[str, list[str]]:

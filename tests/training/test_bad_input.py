@@ -15,19 +15,19 @@ from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    make_corpus(folder / "corpus", 1)
-    launch(command(corpus(folder), folder / "rm", train_iters=1))
-    launch(command(corpus(folder), folder / "rm-short", train_iters=1, seq_length=16))
+    directory = tmp_path_factory.mktemp("bad")
+    make_corpus(directory / "corpus", 1)
+    launch(command(corpus(directory), directory / "rm", train_iters=1))
+    launch(command(corpus(directory), directory / "rm-short", train_iters=1, seq_length=16))
     other = ["NullTokenizer" if word == "ByteTokenizer" else word for word in MODEL]
     for suffix in (".bin", ".idx"):
-        shutil.copy(f"{corpus(folder)}{suffix}", f"{folder}/numbers{suffix}")
-    launch(command(f"{folder}/numbers", folder / "rm-null", train_iters=1, model=other, vocab_size=300))
-    return folder
+        shutil.copy(f"{corpus(directory)}{suffix}", f"{directory}/numbers{suffix}")
+    launch(command(f"{directory}/numbers", directory / "rm-null", train_iters=1, model=other, vocab_size=300))
+    return directory
 
 
-def corpus(folder: Path) -> str:
-    return str(folder / "corpus_text_document")
+def corpus(directory: Path) -> str:
+    return str(directory / "corpus_text_document")
 
 
 FLAGS: list[tuple[dict[str, Any], str]] = [
@@ -156,11 +156,11 @@ def test_recipe_is_refused(
     expect_refusal(capsys, message, tmp_path, argv)
 
 
-def expect_refusal(capsys: pytest.CaptureFixture[str], message: str, folder: Path, argv: list[str]) -> None:
-    before = {path for path in folder.rglob("*") if "cache" not in path.parts}
+def expect_refusal(capsys: pytest.CaptureFixture[str], message: str, directory: Path, argv: list[str]) -> None:
+    before = {path for path in directory.rglob("*") if "cache" not in path.parts}
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert message in error, error
     assert "Traceback" not in error
-    after = {path for path in folder.rglob("*") if "cache" not in path.parts}
+    after = {path for path in directory.rglob("*") if "cache" not in path.parts}
     assert after == before, "a file was written"

@@ -59,10 +59,10 @@ USES = {"--load": {}, "--reference-load": {"objective": "slm"}}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    folder = tmp_path_factory.mktemp("trained")
-    corpus = make_corpus(folder / "corpus", 1)
-    launch(command(corpus, folder / "run", train_iters=1, eval_iters=0))
-    return corpus, folder / "run"
+    directory = tmp_path_factory.mktemp("trained")
+    corpus = make_corpus(directory / "corpus", 1)
+    launch(command(corpus, directory / "run", train_iters=1, eval_iters=0))
+    return corpus, directory / "run"
 
 
 @pytest.mark.parametrize("flag", USES)
@@ -84,10 +84,10 @@ def test_checkpoint_unreadable_on_one_rank(tmp_path: Path, trained: tuple[str, P
 
 
 def _main_in_directory_of_rank(
-    rank: int, world_size: int, folder: Path, commands: list[list[str]]
+    rank: int, world_size: int, directory: Path, commands: list[list[str]]
 ) -> list[tuple[int, str]]:
     """Run the trainer several times within one process group."""
-    os.chdir(folder / str(rank))
+    os.chdir(directory / str(rank))
     reporting.SECONDS_FOR_RANK_0 = reporting.SECONDS_FOR_OTHERS = 0.0
     started: list[Any] = []
     start, stop = process.start, process.stop
