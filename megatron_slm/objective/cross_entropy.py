@@ -1,7 +1,7 @@
 """Cross-entropy and entropy of vocabulary-sharded logits, with work in the backward pass for selected rows only.
 
-The logits of a token lie on the ranks of the tensor-parallel group, each with a part of the vocabulary. The maximum,
-the sum of exponentials and the label's logit are all-reduced; no rank ever sees the whole row.
+The logits of a token are sharded over the tensor-parallel ranks by vocabulary. The maximum, the sum of exponentials
+and the label's logit are all-reduced; no rank holds a complete row.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ LOWEST_LOGIT = -1000.0  # below the maximum of its row; its exponential is 0 in 
 def vocab_parallel_token_loss(
     logits: Tensor, labels: Tensor, group: ProcessGroup | None, vocab_size: int | None = None
 ) -> Tensor:
-    """Token losses -log p(label), natural log.
+    """Return token losses -log p(label), natural log.
 
-    Entries that pad the vocabulary have no probability, so that the loss does not depend on how much padding the
-    number of tensor-parallel ranks asks for.
+    Padding entries of the vocabulary have probability 0, so that the loss is independent of the padding and thus of
+    the number of tensor-parallel ranks.
 
     The backward pass computes gradients for the rows whose incoming gradient is not zero, which are the selected
     tokens; all other rows get exact zeros without any arithmetic.
 
     Args:
-        logits: [..., V / tp], fp32 or bf16, the part of the vocabulary of this rank; left as they are.
-        labels: [...] int64, ids in the whole vocabulary.
-        group: the tensor-parallel ranks, in the order of their shards; None where the vocabulary is whole.
-        vocab_size: entries of the vocabulary before padding; None where there is no padding.
+        logits: [..., V / tp], fp32 or bf16, this rank's vocabulary shard; not modified.
+        labels: [...] int64, ids in the full vocabulary.
+        group: tensor-parallel ranks in the order of their shards; None if the vocabulary is not sharded.
+        vocab_size: vocabulary size before padding; None without padding.
 
     Returns:
         [...] fp32, the same on every rank of the group.
@@ -45,7 +45,7 @@ def vocab_parallel_token_loss(
 
 
 def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None = None) -> Tensor:
-    """Entropy of softmax(logits) in nats: log Z - E[logit]. Forward only; arguments and result as above."""
+    """Return the entropy of softmax(logits) in nats: log Z - E[logit]. Forward only; arguments and result as above."""
     with torch.no_grad():
         shifted = _shifted_logits(logits, group, vocab_size)
         weights = shifted.exp()
@@ -90,7 +90,7 @@ def _rank(group: ProcessGroup | None) -> int:
 
 
 def _shifted_logits(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
-    """A fp32 copy of the logits minus the maximum of their whole row; -inf for entries of the padding."""
+    """Return an fp32 copy of the logits minus the maximum of their global row; -inf for padding entries."""
     shard = logits.size(-1)
     real = shard if vocab_size is None else min(max(vocab_size - _rank(group) * shard, 0), shard)
     if real:
@@ -107,7 +107,7 @@ def _shifted_logits(logits: Tensor, group: ProcessGroup | None, vocab_size: int 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
     if labels.device.type != "cpu" or not labels.numel():
-        return  # on a GPU the check would wait for the device; the gather's own assertion stops the run
+        return  # on a GPU the check would wait for the device; the assertion in gather stops the run
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"a label is {low if low < 0 else high}, and the vocabulary has {vocab_size} entries")

@@ -1,4 +1,4 @@
-"""Multi-token prediction: head d predicts the token that lies d places beyond the label of the main head.
+"""Multi-token prediction: head d predicts the token d positions after the label of the main head.
 
     loss  =  Σ selectedᵢ · lossᵢ  +  (λ ÷ D) · Σ_d Σᵢ selectedᵢᵈ · lossᵢᵈ
 

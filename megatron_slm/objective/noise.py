@@ -1,4 +1,4 @@
-"""Random numbers that belong to a token, not to a process: the same for any split over ranks and micro-batches."""
+"""Random numbers per token, independent of the split over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def uniform(index: Tensor, seed: int, stream: int) -> Tensor:
-    """Uniform numbers in (0, 1), a hash of the token's index in the run.
+    """Return uniform numbers in (0, 1), hashed from the token's index in the run.
 
     Args:
         index: [...] int64, the same for the same token of the same run.
         seed: of the run.
-        stream: tells apart several numbers for one token.
+        stream: distinguishes several numbers for one token.
 
     Returns:
         [...] float64

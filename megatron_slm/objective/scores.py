@@ -1,4 +1,4 @@
-"""Scores that tokens are ranked by.
+"""Scores for ranking tokens.
 
 excess lossᵢ  =  token lossᵢ − reference lossᵢ
 """
@@ -16,7 +16,7 @@ from megatron_slm.objective.tokens import TokenBatch
 def ranking_scores(tokens: TokenBatch, config: SelectionConfig, top_k: TopK) -> Tensor:
     """Return the scores that ``top_k`` ranks by, [b, s] fp32; 0 for invalid tokens.
 
-    The highest are selected, so a score of which the lowest are wanted changes its sign.
+    The highest scores are selected, so scores whose lowest values are requested change sign.
     """
     score = _plain_score(tokens, config, top_k.score)
     if top_k.stochastic:

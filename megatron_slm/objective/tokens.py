@@ -1,4 +1,4 @@
-"""The tokens of a micro-batch as the objective takes them: losses, validity, identity and reference scores."""
+"""Tokens of a micro-batch as input of the objective: losses, validity, identity and reference scores."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def run(data: dict[str, Tensor], *, threshold: float | None = None, **head: Any)
 
 
 def assert_agrees(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    """Relative to the largest value of each tensor, which is what a gradient's user sees of rounding."""
+    """Relative to the largest value of each tensor, the relevant measure of a gradient's rounding error."""
     for name, value in wanted.items():
         scale = float(value.abs().max()) or 1.0
         torch.testing.assert_close(got[name].double() / scale, value / scale, rtol=0, atol=tolerance, msg=name)
@@ -257,7 +257,7 @@ def test_tied_weight_gets_both_gradients() -> None:
 
 
 def test_no_gradient_no_work() -> None:
-    """Evaluation leaves main_grad alone and gives the same losses."""
+    """Evaluation does not change main_grad, and returns the same losses."""
     data = make()
     weight = _with_main_grad(data["weight"])
     early = ForwardGradMask(data["valid"])

@@ -1,4 +1,4 @@
-"""The heads of multi-token prediction against the plain definition: which tokens count, and what gradient they get."""
+"""Test MTP heads against the plain definition: counted tokens and their gradients."""
 
 from __future__ import annotations
 

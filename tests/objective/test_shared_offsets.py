@@ -1,7 +1,7 @@
 """Losses, entropies and gradients do not depend on an offset that all logits of a row share.
 
 Hidden states and weights are multiples of 1/8, so that fp32 logits are exact under every offset and differences come
-from the softmax alone.
+from the softmax only.
 """
 
 from __future__ import annotations

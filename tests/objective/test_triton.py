@@ -1,4 +1,4 @@
-"""Runs the cases of on_triton.py where Triton's kernels can run: its interpreter on a CPU, and a GPU.
+"""Run the cases of on_triton.py in Triton's interpreter on a CPU, and on a GPU if available.
 
 The interpreter accepts more than the compiler does, so the kernels are also compiled for Hopper, which needs no GPU.
 """
@@ -18,7 +18,7 @@ CASES = Path(__file__).with_name("on_triton.py")
 
 
 def run_cases(**environment: str) -> None:
-    """In a process of its own: Triton reads its environment when it is imported."""
+    """Run in a separate process, since Triton reads its environment when it is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

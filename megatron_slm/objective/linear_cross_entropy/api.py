@@ -1,15 +1,15 @@
-"""The one function: token losses of an LM head that never needs all its logits in memory.
+"""Linear cross-entropy: token losses of an LM head without all logits in memory.
 
-    zᵢ    = hᵢ Wᵀ, capped to c · tanh(zᵢ / c) where there is a soft-cap c
+    zᵢ    = hᵢ Wᵀ, capped to c · tanh(zᵢ / c) with a soft-cap c
     lseᵢ  = log Σᵥ exp zᵢᵥ, over the true vocabulary and all its shards
     lossᵢ = lseᵢ − zᵢ[labelᵢ]
 
-Its backward pass works for the tokens whose incoming gradient is not zero, the selected ones, and for no others. With
+The backward pass computes gradients only for tokens with a nonzero incoming gradient, the selected ones. With
 a z-loss coefficient ζ (PaLM, arXiv 2204.02311, section 5) the gradient is that of lossᵢ + ζ · lseᵢ², weighted as the
 token is; the value that is returned, ranked and logged stays the pure lossᵢ.
 
-Three engines give the same: ``torch``, the definition, with all logits in memory; ``chunked``, which works chunk by
-chunk in torch operations on any device; ``triton``, the same with fused kernels between the matrix products.
+Three engines compute the same result: ``torch``, the definition, with all logits in memory; ``chunked``, with chunks of
+logits in torch operations on any device; ``triton``, with chunks and fused kernels between the matrix products.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ def linear_cross_entropy(
     forward_grad: ForwardGradMask | None = None,
     with_entropy: bool = False,
 ) -> TokenLosses:
-    """Token losses of ``labels`` under the LM head.
+    """Return the token losses of ``labels`` under the LM head.
 
     FLOPs for N tokens of which k are selected: 2NHV forward and 6kNHV backward, as logits of selected rows are
     computed again; 4kNHV backward for tokens that ``forward_grad`` names rightly, or if the logits were saved.
     Collectives over the tensor-parallel group: two of a few bytes per token forward (two per chunk of rows with
     ``forward_grad``), and those of Megatron-Core's column-parallel layer for the hidden states.
 
-    Where the weight has a ``main_grad`` (Megatron-Core's DDP gives it one), its gradient is added there, and the
-    gradient that autograd sees is a placeholder, as in Megatron-Core's fused accumulation.
+    If the weight has a ``main_grad`` (from Megatron-Core's DDP), its gradient is added there, and autograd receives
+    a placeholder, as in Megatron-Core's fused accumulation.
 
     Args:
         hidden: [s, b, h] fp32 or bf16, or [s / tp, b, h] with sequence parallelism; any leading shape without.
         weight: [V / tp, h] in the same dtype, this rank's shard of the LM head or tied embedding.
-        labels: [s, b] int64, ids in the whole vocabulary.
+        labels: [s, b] int64, ids in the full vocabulary.
         forward_grad: tokens whose gradient is computed while their logits are available, an estimate of the selection.
-            It changes time and never the result. The engine ``torch`` has no use for it, nor for saved logits.
+            It affects only the time, not the result. The engine ``torch`` ignores it, as well as saved logits.
         with_entropy: also give entropies.
 
     Raises:

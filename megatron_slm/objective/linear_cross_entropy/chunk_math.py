@@ -10,15 +10,15 @@ from torch import Tensor
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
 from megatron_slm.objective.linear_cross_entropy.vocab_shard import GradientRows, Statistics
 
-SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32: what stays in a core's cache between the operations
+SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32; remains in a core's cache between operations
 
 
 class ChunkMath(Protocol):
     """Arithmetic of an engine on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry."""
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
-        """Return the statistics of the chunk's rows and overwrite the logits; with ``keep``, by what the gradient of
-        a saved chunk is computed from."""
+        """Return the statistics of the chunk's rows and overwrite the logits; with ``keep``, by the
+        values from which the gradient of a saved chunk is computed."""
         ...
 
     def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
@@ -41,9 +41,9 @@ class ChunkMath(Protocol):
 
 
 class TorchChunkMath:
-    """Chunk arithmetic of the engine ``chunked``; some rows at a time, so that one operation finds in the cache what
-    the one before it left there, and no copy is larger than these rows. An object serves one pass: its memory for
-    these copies is used again, because fresh memory from the system costs as much as the arithmetic.
+    """Chunk arithmetic of the engine ``chunked``; a few rows at a time, so that intermediate results remain
+    in the cache, and copies are limited to these rows. An object serves one pass and reuses the memory of these
+    copies, because allocating memory from the system costs as much as the arithmetic.
 
     A saved chunk holds exponentials relative to its rows' largest logits, or with a soft-cap the capped logits, which
     the gradient needs.
@@ -106,24 +106,24 @@ class TorchChunkMath:
         return values if self.softcap is None else values.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def _scratch(self, rows: Tensor) -> Tensor:
-        """Memory for a copy of a few rows; what it held is lost."""
+        """Return memory for a copy of a few rows; earlier content is overwritten."""
         if self._memory is None or self._memory.numel() < rows.numel():
             self._memory = torch.empty(rows.numel(), device=rows.device)
         return self._memory[: rows.numel()].view(rows.shape)
 
 
 def slices(size: int, step: int) -> list[slice]:
-    """The range of ``size`` in parts of ``step``, the last one shorter where it does not divide."""
+    """Return ``range(size)`` in slices of ``step``; the last one may be shorter."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _few_rows(logits: Tensor, rows: int) -> list[slice]:
-    """So many of the leading ``rows`` of a chunk at a time as SLICE_BYTES says; none of a chunk without entries."""
+    """Return slices of the leading ``rows`` of a chunk, limited to SLICE_BYTES; none if the chunk has no entries."""
     width = logits.size(1)
     return slices(rows, max(SLICE_BYTES[logits.device.type] // (4 * width), 1)) if width else []
 
 
 def _label_place(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The label's column [n, 1], 0 where it is outside the chunk; and whether it is inside [n]."""
+    """Return the label's column [n, 1], 0 if outside of the chunk, and a mask [n] of labels inside."""
     here = (labels >= 0) & (labels < width)
     return (labels * here)[:, None], here

@@ -1,9 +1,9 @@
-"""Chunked linear cross-entropy: at no time is there more than one chunk of logits.
+"""Chunked linear cross-entropy with at most one chunk of logits in memory.
 
-Without gradients in the forward pass a chunk is all rows times a part of the vocabulary. So the weight is read once
-and each part of its gradient is written once, in the backward pass as well, where the lse is known and chunks need
-nothing from each other. With gradients in the forward pass a chunk is some rows times the whole shard, because they
-need the lse first. Logits that are small enough are saved instead: that is as few FLOPs in larger matrix products.
+Without gradients in the forward pass a chunk is all rows times a part of the vocabulary. The weight is then read
+once and each part of its gradient is written once, also in the backward pass, in which the lse is known and chunks are
+independent. With gradients in the forward pass, a chunk is some rows times the full shard, because gradients require
+the lse first. Logits that are small enough are saved instead: that is as few FLOPs in larger matrix products.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from megatron_slm.objective.linear_cross_entropy.vocab_shard import (
 )
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient
 
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # what fits the caches of a CPU; what keeps a GPU busy
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # limited by CPU caches; large enough to saturate a GPU
 SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the logits
 # Rows of a chunk with gradients in the forward pass, and the least number of chunks. Each reads the weight twice and
 # rewrites its gradient, which by count takes 41 ÷ rows of the matrix products' time on two CPU cores (170 GFLOP/s,
-# 15 GB/s) and 580 ÷ rows on an H100 in bf16 (700 TFLOP/s, 3.3 TB/s): what saves memory here costs time.
+# 15 GB/s) and 580 ÷ rows on an H100 in bf16 (700 TFLOP/s, 3.3 TB/s): lower values save memory and cost time.
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
 MIN_ENTRIES = 64  # of a chunk of all rows, whatever their number
@@ -95,7 +95,7 @@ class _Rows:
         return slices(self.shard.real, max(self.chunk_bytes // (LOGIT_BYTES * len(self)), MIN_ENTRIES))
 
     def row_chunks(self) -> list[slice]:
-        """Parts of the rows; the whole shard before one makes a chunk."""
+        """Row slices; a slice times the full shard is a chunk."""
         device = self.hidden.device.type
         rows = FORWARD_GRAD_ROWS[device]
         if self.config.chunk_bytes is not None:
@@ -221,7 +221,7 @@ class _ForwardWork:
     """Gradients from the forward pass, computed before the selection was known."""
 
     chosen: Tensor  # [N] bool
-    hidden: Tensor  # [N, h], gradient for weight 1; 0 where not chosen
+    hidden: Tensor  # [N, h], gradient for weight 1; 0 if not chosen
     weight: Tensor  # [V / tp, h] fp32, the same
 
 
@@ -262,7 +262,7 @@ def _forward_grad_pass(
 
 @dataclass
 class _Gradient:
-    """The gradients of hidden states [N, h] (of this vocabulary shard alone) and of the weight."""
+    """Return the gradients of hidden states [N, h] (for this vocabulary shard only) and of the weight."""
 
     hidden: Tensor
     weight: WeightGradient
@@ -290,7 +290,7 @@ class _Gradient:
         saved_chunks: list[_SavedChunk] | None = None,
         has_hidden: Tensor | None = None,
     ) -> None:
-        """Compute what the rows with an incoming gradient contribute.
+        """Compute the gradients for rows with an incoming gradient.
 
         Args:
             incoming: [N] fp32, weight of each row's loss.

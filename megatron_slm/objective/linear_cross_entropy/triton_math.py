@@ -1,6 +1,6 @@
 """The arithmetic between the matrix products as Triton kernels: one pass for the figures, one for the gradient.
 
-The matrix products stay with cuBLAS, which is what Hopper runs fastest; the kernels read a chunk of logits while it is
+The matrix products stay with cuBLAS, which is fastest on Hopper; the kernels read a chunk of logits while it is
 still in the L2 cache. The running maximum and sum of a row follow Milakov and Gimelshein, arXiv 1805.02867.
 """
 

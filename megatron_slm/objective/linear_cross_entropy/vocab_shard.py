@@ -1,4 +1,4 @@
-"""This rank's part of the vocabulary and of the sequence, and what the tensor-parallel ranks tell each other."""
+"""Vocabulary and sequence shards of a rank, and communication between tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Statistics:
 
 
 def gather_sequence(hidden: Tensor, group: ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Hidden states of all tokens [s, b, h], from this rank's part of the sequence where it is cut."""
+    """Return hidden states of all tokens [s, b, h], gathered with sequence parallelism."""
     if not sequence_parallel or group is None or group.size() == 1:
         return hidden
     whole = hidden.new_empty(hidden.size(0) * group.size(), *hidden.shape[1:])
@@ -152,7 +152,7 @@ def gather_sequence(hidden: Tensor, group: ProcessGroup | None, sequence_paralle
 
 
 def reduce_hidden_gradient(gradient: Tensor, group: ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """The sum of the vocabulary shards' gradients [s, b, h]; this rank's part of it where the sequence is cut."""
+    """Return the sum of the shards' gradients [s, b, h], scattered with sequence parallelism."""
     if group is None or group.size() == 1:
         return gradient
     if not sequence_parallel:

@@ -1,4 +1,4 @@
-"""The gradient of the LM head's weight, added up where Megatron-Core wants it."""
+"""Accumulation of the LM head's weight gradient for Megatron-Core."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megatron_slm.objective.linear_cross_entropy.product import add_product
 
 
 class WeightGradient:
-    """Adds up the parts of one weight's gradient: in its ``main_grad`` where it has one, else in memory of its own.
+    """Accumulate the gradient of one weight in its ``main_grad`` if it has one, else in a separate buffer.
 
     Megatron-Core's DDP gives every parameter a ``main_grad`` and adds ``grad`` to it in a hook, unless
-    ``grad_added_to_main_grad`` says that this was done. The hook still wants a gradient from autograd, so a
-    placeholder of no meaning is returned then; zeros where the weight says ``zero_out_wgrad``, as a tied embedding
-    does, whose own gradient autograd adds to the placeholder (tensor_parallel/layers.py of Megatron-Core).
+    ``grad_added_to_main_grad`` marks this. The hook still requires a gradient from autograd, so a placeholder is
+    returned: zeros if the weight has ``zero_out_wgrad``, as a tied embedding, whose gradient autograd adds to the
+    placeholder (tensor_parallel/layers.py of Megatron-Core).
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -24,7 +24,7 @@ class WeightGradient:
 
     @property
     def sum(self) -> Tensor:
-        """The gradient so far [V / tp, h]; zeros at first where it has no ``main_grad`` to be added to."""
+        """Return the accumulated gradient [V / tp, h], initially zeros without a ``main_grad``."""
         if self._sum is None:
             self._sum = torch.zeros_like(self.weight)
         return self._sum
@@ -34,14 +34,14 @@ class WeightGradient:
         add_product(self.sum[entries], logit_gradient.t(), hidden)
 
     def add(self, part: Tensor, factor: float) -> None:
-        """Add ``factor`` times a whole gradient [V / tp, h]; what comes first gives its memory and dtype to the sum."""
+        """Add ``factor`` times a full gradient [V / tp, h]; the first one provides memory and dtype of the sum."""
         if self._sum is None:
             self._sum = part if factor == 1 else part.mul_(factor)
         else:
             self._sum.add_(part, alpha=factor)
 
     def result(self) -> Tensor:
-        """What autograd is to get for the weight."""
+        """Return the weight's gradient for autograd."""
         if not self.is_fused:
             return self.sum.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

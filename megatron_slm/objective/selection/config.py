@@ -22,4 +22,4 @@ class SelectionConfig:
     seed: int = 1234  # of random and stochastic scores
     temperature: float = 1.0  # of stochastic scores
     mtp_loss_weight: float = 0.0  # of all MTP heads together
-    mtp_is_independent: bool = False  # whether MTP heads rank their own losses, or follow the main head
+    mtp_is_independent: bool = False  # MTP heads rank by their losses instead of following the main head

@@ -1,4 +1,4 @@
-"""Tokens whose gradient may be computed in the forward pass, and the threshold that speculation guesses them by."""
+"""Tokens whose gradient may be computed in the forward pass, and the speculative threshold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def forward_grad_mask(
     """Return the rule for a micro-batch, or None if nothing is known about its selection.
 
     Every valid token if all of them are selected (CLM, k = 1); the selected ones if they are known; else those whose
-    score reaches a threshold, if the policy is one score that depends on the token loss alone. With a mix every token
+    score reaches a threshold, if the policy is one score that depends only on the token loss. With a mix every token
     has a gradient, and there is no rule.
 
     Args:
@@ -49,7 +49,7 @@ def forward_grad_mask(
 
 
 class SpeculativeThreshold:
-    """An estimate of the next micro-batch's threshold from those before it.
+    """Estimate the threshold of the next micro-batch from earlier ones.
 
     The band is the mean step from one threshold to the next. A token in the band that turns out selected costs
     2HV more FLOPs than one with its gradient in the forward pass, a token whose gradient was computed in vain 10HV;

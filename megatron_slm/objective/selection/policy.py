@@ -1,12 +1,12 @@
-"""Selection policies: which score ranks tokens, and how several selections are joined.
+"""Selection policies: scores that rank tokens, and combinations of selections.
 
 The grammar of ``--slm-score``, loosest first; ``and`` binds tighter than ``or``::
 
     policy := both ("or" both)*        both := term ("and" term)*
     term   := NAME [":" RATIO] | "(" policy ")"
 
-A NAME is one of :data:`SCORES`, or ``stochastic-NAME`` for Gumbel top-k by that score. A term without a ratio takes
-the run's. Each term is a top-k of its own over the whole scope; ``and`` intersects selections, ``or`` unites them
+A NAME is one of :data:`SCORES`, or ``stochastic-NAME`` for Gumbel top-k by that score. A term without a ratio uses
+the run's. Each term is a separate top-k over the full scope; ``and`` intersects selections, ``or`` unites them
 (Rho-1, appendix H: the intersection of the two self-reference scores did best).
 """
 
@@ -26,7 +26,7 @@ STOCHASTIC = "stochastic-"
 
 @dataclass(frozen=True)
 class TopK:
-    """One top-k: the name of a score, its own ratio (None: the run's), and whether Gumbel noise is added."""
+    """Represent one top-k: a score, its ratio (None: the run's), and whether Gumbel noise is added."""
 
     score: str
     ratio: float | None = None
@@ -34,7 +34,7 @@ class TopK:
 
     @property
     def sign(self) -> int:
-        """+1 where the highest scores are selected, -1 where the lowest are."""
+        """+1 if the highest scores are selected, -1 if the lowest."""
         return -1 if self.score in LOWEST_FIRST else 1
 
 
@@ -60,12 +60,12 @@ def top_ks(policy: Policy) -> Iterator[TopK]:
 
 
 def needs_reference_loss(policy: Policy) -> bool:
-    """Whether a reference model's token losses are needed."""
+    """Return whether the reference model's token losses are needed."""
     return any(top_k.score in ("excess", "reference-loss") for top_k in top_ks(policy))
 
 
 def needs_reference_entropy(policy: Policy) -> bool:
-    """Whether the entropies of a reference model are needed."""
+    """Return whether the reference model's entropies are needed."""
     return any(top_k.score == "reference-entropy" for top_k in top_ks(policy))
 
 
@@ -78,7 +78,7 @@ def parse_policy(text: str) -> Policy:
     """Read the expression of ``--slm-score``.
 
     Raises:
-        ConfigError: unknown score, ratio outside (0, 1], or a misplaced word; the message shows what was expected.
+        ConfigError: unknown score, ratio outside (0, 1], or a misplaced token; the message shows the expected syntax.
     """
     words = re.findall(r"[()]|[^\s()]+", text)
     policy, rest = _parse_combined(words, "or", text)

@@ -1,9 +1,9 @@
 """The exact distributed top-k threshold: a radix select over order-preserving 32-bit keys.
 
-Every rank holds some of the values of a ranking. Three histograms (11, 11 and 10 bits of the key, highest first),
-each all-reduced, walk down to the one key that the k-th largest value has. The cost on the wire is constant: at most
-3 x 2048 counts of 8 bytes per ranking, whatever the number of tokens. The answer is the k-th largest of the gathered
-values, for any split over ranks.
+Every rank holds some of the values of a ranking. Three all-reduced histograms (11, 11 and 10 bits of the key, highest
+first) determine the key of the k-th largest value. The communication volume is constant: at most 3 x 2048 counts of 8
+bytes per ranking, for any number of tokens. The result is the k-th largest of the gathered values, for any split over
+ranks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def key_values(keys: Tensor) -> Tensor:
 def largest_key(
     keys: Tensor, among: Tensor, count: Tensor, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count``-th largest key of each ranking, over all ranks.
+    """Return the ``count``-th largest key of each ranking over all ranks.
 
     Args:
         keys: [r, n] int32; n may differ between ranks, and be 0.
         among: [r, n] bool, the keys that take part.
-        count: [r] int64, at least 1, the same on every rank; the answer means something only where as many take part.
+        count: [r] int64, at least 1, the same on every rank; the result is undefined if fewer keys take part.
         group: the ranks that share the rankings.
 
     Returns:
@@ -56,7 +56,7 @@ def largest_key(
             digit ^= 1 << (bits - 1)  # the sign: negative keys come first
         histogram = all_reduce_sum(_histograms(digit, among, 1 << bits), group)
         at_least = histogram.flip(1).cumsum(1).flip(1)  # keys whose digit is this or larger
-        chosen = ((at_least >= left[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)  # 0 where nothing takes part
+        chosen = ((at_least >= left[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)  # 0 if no key takes part
         equal = histogram.gather(1, chosen).squeeze(1)
         left = left - (at_least.gather(1, chosen).squeeze(1) - equal)
         found = (found << bits) | chosen.squeeze(1)
@@ -70,18 +70,18 @@ def select_highest(
     """Select exactly the ``count`` highest valid scores of each ranking.
 
     Scores that are equal at the threshold are taken in increasing ``order``, so that the selection depends on the
-    tokens alone and not on how they are spread over ranks. Only where there are such ties is the threshold of
-    ``order`` sought too; the decision rests on global numbers, so that all ranks agree on it.
+    tokens and not on their distribution over ranks. Only if there are such ties, the threshold of ``order`` is
+    computed as well; the decision depends on global counts, so that all ranks agree.
 
     Args:
         scores: [r, n] fp32 without NaN, r rankings; infinities are allowed.
         valid: [r, n] bool.
         count: [r] int64, at most the number of valid scores over all ranks, the same on every rank.
         order: [r, n] int64 in [0, 2^31), different for all tokens of a ranking.
-        group: the ranks that share the rankings; None ranks what is here alone.
+        group: ranks that share the rankings; None ranks only local values.
 
     Returns:
-        selected [r, n] bool, and threshold [r] fp32: the lowest selected score (+inf where count is 0).
+        selected [r, n] bool, and threshold [r] fp32: the lowest selected score (+inf if count is 0).
     """
     some = count > 0
     keys = order_keys(scores)

@@ -56,7 +56,7 @@ def worst(errors: np.ndarray) -> float:
 
 
 def normal(mean: Callable[[int], float], spread: float = 2.0, batch: float = 0.1, n: int = 2000) -> Losses:
-    """Losses around a moving mean; ``batch`` is the standard deviation of a batch's own mean."""
+    """Losses around a moving mean; ``batch`` is the standard deviation of a batch mean."""
     return lambda step, rng: rng.normal(mean(step) + rng.normal(0, batch), spread, n)
 
 
@@ -98,7 +98,7 @@ def test_everything_is_selected_at_a_ratio_of_one() -> None:
 
 
 def test_the_hardest_jump_costs_its_own_step_and_few_more() -> None:
-    """All scores fall below the threshold at once: no rule that decides at once could have known."""
+    """All scores fall below the threshold in one step, which no causal rule can predict."""
     errors, _ = train(normal(lambda step: 0.0 if step < 100 else -50.0), 200)
     assert errors[100] == pytest.approx(-0.6)
     assert worst(errors[106:]) <= 0.01 and worst(errors[1:]) <= 0.02
@@ -113,7 +113,7 @@ def test_a_fall_that_cannot_be_followed_is_not_made_up_for_without_limit() -> No
 
 
 def test_without_control_a_drift_would_not_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The case is hard enough to tell: the same losses without any correction."""
+    """Without correction, the same losses fail, so that the case is a sensitive test."""
     fall = normal(lambda step: -0.4 * step)
     assert worst(train(fall, 150)[0][1:]) <= 0.01
     monkeypatch.setattr("megatron_slm.objective.selection.predictor.GAIN", 0.0)

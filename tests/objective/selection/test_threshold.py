@@ -67,7 +67,7 @@ def test_count_is_the_ceiling_of_the_decimal_that_was_typed(n_valid: int, millio
 
 
 def test_count_is_free_of_binary_rounding() -> None:
-    assert math.ceil(0.55 * 100) == 56  # what floats would give
+    assert math.ceil(0.55 * 100) == 56  # result of float arithmetic
     assert int(selected_count(0.55, torch.tensor(100))) == 55
 
 
