@@ -118,7 +118,7 @@ def default_roots() -> list[Path]:
 
 
 def tokenizer_files(arguments: argparse.Namespace) -> TokenizerFiles:
-    return TokenizerFiles.of(config_from_tokenizer_flags(arguments))
+    return TokenizerFiles.from_config(config_from_tokenizer_flags(arguments))
 
 
 def make_corpus(arguments: argparse.Namespace) -> Corpus:

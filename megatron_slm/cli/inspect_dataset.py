@@ -11,7 +11,7 @@ from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_from_tokenizer_flags
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.tokenizers.tokenizer import Tokenizer, tokenizer_of
+from megatron_slm.tokenizers.tokenizer import Tokenizer, build_run_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def main() -> int:
 
 def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
     config = config_from_tokenizer_flags(arguments)
-    return None if config.tokenizer.tokenizer_type is None else tokenizer_of(config)
+    return None if config.tokenizer.tokenizer_type is None else build_run_tokenizer(config)
 
 
 def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> bool:
@@ -89,7 +89,7 @@ def _show(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: C
     index = open_corpus(arguments.prefix)
     if tokenizer is not None and index.sequences:
         check_tokenizer(arguments.prefix, tokenizer, "the corpus")
-    lengths = Lengths.of(index)
+    lengths = Lengths.from_index(index)
     print_counts(console, index, lengths)
     for number in arguments.documents:
         print_document(console, index, number, tokenizer, arguments.max_tokens)

@@ -46,14 +46,14 @@ def _run(argv: Sequence[str]) -> None:
 
 def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
     from megatron_slm.runtime.console import make_console
-    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.plan import print_plan
     from megatron_slm.training.resume import check_start
     from megatron_slm.training.setup import find_reference, score_headers
     from megatron_slm.training.start import plan_start
 
     console = make_console()
-    tokenizer = tokenizer_of(config)
+    tokenizer = build_run_tokenizer(config)
     check_files(config, tokenizer, verify=True)
     check_device(config, default_device())
     if note:
@@ -88,14 +88,14 @@ def _run_job(config: RunConfig, note: str, groups: Groups, signals: StopSignals 
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.software import describe_software
-    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
     from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
     from megatron_slm.training.setup import build_run
     from megatron_slm.training.sinks import closing_all
 
-    tokenizer = on_every_rank(lambda: tokenizer_of(config))
+    tokenizer = on_every_rank(lambda: build_run_tokenizer(config))
     on_first_rank(lambda: check_files(config, tokenizer))
     on_every_rank(lambda: check_device(config, groups.device))
     on_every_rank(lambda: check_memory(config, tokenizer.vocab_size, groups.device))

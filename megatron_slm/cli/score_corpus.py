@@ -144,7 +144,7 @@ def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:
 
 def find_tokenizer(config: RunConfig, arguments: argparse.Namespace) -> Tokenizer:
     """Return the tokenizer of the reference model's run, with the overrides of the command line."""
-    from megatron_slm.tokenizers.tokenizer import tokenizer_of
+    from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
     settings = {**to_flat_dict(config), **given_tokenizer_settings(arguments)}
-    return tokenizer_of(from_flat_dict(settings, "command line"))
+    return build_run_tokenizer(from_flat_dict(settings, "command line"))

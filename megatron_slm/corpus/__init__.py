@@ -1,1 +1,1 @@
-"""Corpora on disk: .bin and .idx files, their metadata and checks."""
+"""Corpora on disk: ``.bin/.idx`` files, metadata, fingerprints and validation."""

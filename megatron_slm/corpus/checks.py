@@ -1,4 +1,4 @@
-"""Checks of corpora before they are read."""
+"""Validation of corpora before a run reads them."""
 
 from __future__ import annotations
 
@@ -10,40 +10,37 @@ import numpy as np
 from megatron_slm.corpus.document_ends import check_document_ends
 from megatron_slm.corpus.fingerprints import BLOCK, block_starts
 from megatron_slm.corpus.index import Index, bin_path, chunks, idx_path, read_index
-from megatron_slm.corpus.integrity import check_index
+from megatron_slm.corpus.integrity import check_index, count_differences
 from megatron_slm.corpus.metadata import find_metadata, read_metadata
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.identity import identity_conflict
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
-MAKE_AGAIN = "Make it again with tools/preprocess_data.py."
+MAKE_AGAIN = "Recreate it with tools/preprocess_data.py."
 
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """The counts of a corpus."""
+    """Hold the dtype and the counts of a corpus."""
 
     prefix: str
-    dtype: Any  # numpy dtype of the ids
+    dtype: Any  # numpy dtype of the token ids
     sequences: int
     documents: int
     tokens: int
 
 
 def check_corpus(prefix: str, flag: str) -> CorpusInfo:
-    """Validate the index of a corpus, and the size of its ``.bin``.
+    """Validate the index of a corpus and the size of its ``.bin``, and return its counts.
 
     Args:
         prefix: path without ``.bin`` and ``.idx``.
-        flag: the flag that named it, for the message.
+        flag: flag that named the corpus, for error messages.
 
     Raises:
-        ConfigError: missing, unreadable, empty, truncated, inconsistent or foreign files.
+        ConfigError: a file is missing, unreadable, empty, truncated, inconsistent or of another format.
     """
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if not path.is_file():
-            hint = f" Give the prefix without {path.suffix}." if prefix.endswith((".bin", ".idx")) else ""
-            raise ConfigError(f"{flag} {prefix}: {path} is missing.{hint or ' ' + MAKE_AGAIN}")
+    check_files_exist(prefix, f"{flag} {prefix}", MAKE_AGAIN)
     try:
         info = corpus_info(prefix)
         damage = check_index(read_index(prefix))
@@ -56,47 +53,56 @@ def check_corpus(prefix: str, flag: str) -> CorpusInfo:
     if damage:
         raise ConfigError(f"{flag} {prefix}: {'; '.join(damage[0].lines())}. {MAKE_AGAIN}")
     if info.tokens == 0:
-        raise ConfigError(f"{flag} {prefix}: the corpus holds no documents, or only empty ones. {MAKE_AGAIN}")
+        raise ConfigError(f"{flag} {prefix}: the corpus contains no tokens. {MAKE_AGAIN}")
     return info
 
 
+def check_files_exist(prefix: str, subject: str, remedy: str) -> None:
+    """Raise ConfigError, starting with ``subject`` and ending with ``remedy``, if ``.bin`` or ``.idx`` is missing."""
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            hint = f"Omit {prefix[-4:]} from the prefix." if prefix.endswith((".bin", ".idx")) else remedy
+            raise ConfigError(f"{subject}: {path} is missing. {hint}")
+
+
 def corpus_info(prefix: str) -> CorpusInfo:
-    """Header and size of a corpus, which may be empty.
+    """Return the counts of a corpus, which may be empty, after comparing the file sizes with the header.
 
     Raises:
-        ValueError: its files do not fit together, or are no corpus.
+        ValueError: the files are inconsistent or of another format.
+        OSError: a file cannot be read.
     """
     index = read_index(prefix)
     tokens, width = index.tokens(), index.dtype.itemsize
     if index.boundaries[0] != 0 or index.boundaries[-1] != index.sequences:
         raise ValueError(
-            f"{idx_path(prefix)} has {index.sequences} sequences, and its documents hold "
+            f"{idx_path(prefix)} has {index.sequences} sequences, but its documents span sequences "
             f"{index.boundaries[0]} to {index.boundaries[-1]}."
         )
     size = bin_path(prefix).stat().st_size
     if size != tokens * width:
-        raise ValueError(f"{bin_path(prefix)} has {size} bytes, and its index promises {tokens * width}.")
+        raise ValueError(f"{bin_path(prefix)} has {size} bytes, but its index requires {tokens * width}.")
     return CorpusInfo(prefix, index.dtype, index.sequences, index.documents, tokens)
 
 
 def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
-    """Compare a corpus with the tokenizer: its metadata, if there are any, the ends of its documents, and its ids.
+    """Validate a corpus against the tokenizer: its metadata (if present), document ends and token ids.
 
-    Of a ``.bin`` above 64 MiB, 64 blocks of 1 MiB are read; the ids of every sample are checked when it is read.
+    At most 64 blocks of 1 MiB are read from ``.bin``; the ids of each sample are validated when the sample is read.
 
     Raises:
-        ConfigError: another tokenizer, another size, counts that are not those of the corpus, or an id outside the
-            vocabulary.
+        ConfigError: the corpus was made with another tokenizer, its metadata has other counts, or a sampled id is
+            outside the vocabulary.
     """
     index = read_index(prefix)
     _check_metadata(index, tokenizer, flag)
     if index.dtype.kind == "f":
-        raise ConfigError(f"{flag} {prefix}: the dtype {index.dtype} is not one of token ids. {MAKE_AGAIN}")
+        raise ConfigError(f"{flag} {prefix}: {index.dtype} is not an integer dtype. {MAKE_AGAIN}")
     for block in _sampled_ids(index):
         lowest, highest = int(block.min(initial=0)), int(block.max(initial=0))
         if lowest < 0 or highest >= tokenizer.vocab_size:
             raise ConfigError(
-                f"{flag} {prefix} holds the token id {lowest if lowest < 0 else highest}, and the vocabulary of "
+                f"{flag} {prefix} contains the token id {lowest if lowest < 0 else highest}, but the vocabulary of "
                 f"{tokenizer.name} has {tokenizer.vocab_size} entries (--tokenizer-model). Use the tokenizer that made "
                 "the corpus."
             )
@@ -106,7 +112,7 @@ def check_tokenizer(prefix: str, tokenizer: Tokenizer, flag: str) -> None:
 
 
 def has_several_sequences(prefix: str) -> bool:
-    """Return whether a document of the corpus has more than one sequence, as --split-sentences makes them."""
+    """Return whether any document has more than one sequence (made with --split-sentences)."""
     bounds = read_index(prefix).boundaries
     last = 0
     for part in chunks(bounds):
@@ -124,18 +130,17 @@ def _check_metadata(index: Index, tokenizer: Tokenizer, flag: str) -> None:
     if (conflict := identity_conflict(metadata["tokenizer"], tokenizer)) is not None:
         theirs, ours, remedy = conflict
         raise ConfigError(
-            f"{flag} {index.prefix} was made with {theirs}, and this run has {ours} (--tokenizer-model). {remedy}."
+            f"{flag} {index.prefix} was made with {theirs}, but this run uses {ours} (--tokenizer-model). {remedy}."
         )
-    for what, count in (("documents", index.documents), ("tokens", index.tokens())):
-        if isinstance(metadata.get(what), int) and metadata[what] != count:
-            raise ConfigError(
-                f"{flag} {index.prefix}: the metadata {path} have {metadata[what]:,} {what}, and the corpus has "
-                f"{count:,}: another corpus was written under this name. Remove {path} if the corpus is the right one."
-            )
+    if differences := count_differences(index, metadata):
+        raise ConfigError(
+            f"{flag} {index.prefix}: {path} records {differences[0]}: another corpus was written under this name. "
+            f"Remove {path} if the corpus is the right one."
+        )
 
 
 def _sampled_ids(index: Index) -> list[np.ndarray]:
-    """Return blocks of the token ids, mapped."""
+    """Return memory-mapped blocks of the token ids."""
     width = index.dtype.itemsize
     size = bin_path(index.prefix).stat().st_size
     ids = np.memmap(bin_path(index.prefix), index.dtype, "r")

@@ -1,4 +1,4 @@
-"""The token that ends the documents of a corpus, for corpora whose metadata does not name it."""
+"""Validation of document ends, for corpora whose metadata does not record the end-of-document id."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ SAMPLED_DOCUMENTS = 1000
 
 
 def check_document_ends(index: Index, tokenizer: Tokenizer, flag: str) -> None:
-    """Raise ConfigError if all documents end with a special token that is not the tokenizer's end of a document.
+    """Raise ConfigError if all sampled documents end with a special token other than the end-of-document token.
 
-    A token with which the tokenizer itself ends every text is none of these.
+    A token that the tokenizer itself appends to every text is accepted.
     """
     end = _common_end(index)
     if end is None or end == tokenizer.eod or end not in tokenizer.special_ids or tokenizer.encode("a")[-1] == end:
         return
     raise ConfigError(
-        f"{flag} {index.prefix} ends its documents with the id {end}, and the end-of-document id of "
-        f"{tokenizer.source} is {tokenizer.eod}. Give --eod-id {end}, or use the tokenizer that made the corpus."
+        f"{flag} {index.prefix} ends its documents with the id {end}, but the end-of-document id of "
+        f"{tokenizer.source} is {tokenizer.eod}. Set --eod-id {end}, or use the tokenizer that made the corpus."
     )
 
 
 def _common_end(index: Index) -> int | None:
-    """Return the id that ends each of the first documents; None if they differ, or there are none."""
+    """Return the last id of the first documents, or None if they differ or there are no documents."""
     bounds = index.boundaries[: SAMPLED_DOCUMENTS + 1]
     last = bounds[1:][np.diff(bounds) > 0] - 1
     places = index.pointers[last] // index.dtype.itemsize + index.lengths[last] - 1

@@ -1,8 +1,8 @@
-"""The ``.bin/.idx`` format: names, header and arrays of an index, mapped and never read whole.
+"""Megatron-Core's ``.bin/.idx`` format: file names, header, and memory-mapped index arrays.
 
-``.bin`` holds token ids back to back. ``.idx`` holds a header (magic, version, dtype code, counts) and then the length
-of each sequence (int32), its byte offset in ``.bin`` (int64), and the sequence at which each document begins (int64),
-with the number of sequences behind the last one, as Megatron-Core's IndexedDataset writes them.
+``.bin`` contains the concatenated token ids. ``.idx`` contains a header (magic, version, dtype code, counts), the
+length of each sequence (int32), its byte offset in ``.bin`` (int64), and the first sequence of each document (int64)
+followed by the sequence count.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
-CHUNK = 1 << 22  # entries of an array that are looked at together: what bounds the memory of all that reads an index
+CHUNK = 1 << 22  # array entries processed per step; bounds the memory of every reader of an index
 
 
 @dataclass(frozen=True)
 class Index:
-    """An ``.idx``, mapped. The arrays are as they stand in the file, which may be wrong: see data/integrity.py."""
+    """Hold the memory-mapped, unvalidated arrays of an ``.idx``; corpus/integrity.py validates them."""
 
     prefix: str
-    dtype: Any  # numpy dtype of the ids
+    dtype: Any  # numpy dtype of the token ids
     lengths: np.ndarray  # [sequences] int32, tokens
     pointers: np.ndarray  # [sequences] int64, bytes
     boundaries: np.ndarray  # [documents + 1] int64, sequences
@@ -52,7 +52,7 @@ class Index:
         return len(self.boundaries) - 1
 
     def tokens(self) -> int:
-        """The sum of all lengths; reads them."""
+        """Return the token count: the sum of all lengths."""
         return sum(int(part.sum(dtype=np.int64)) for part in chunks(self.lengths))
 
 
@@ -65,66 +65,69 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def partial_prefix(prefix: str | Path) -> str:
-    """The prefix of a corpus that is being written."""
+    """Return the temporary prefix of a corpus that is being written."""
     return f"{prefix}.partial"
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file begins as an index, or is empty, as a full disk leaves one."""
+    """Return whether a file has the magic of an index or is empty (left by a full disk)."""
     try:
         with path.open("rb") as file:
-            begin = file.read(len(MAGIC))
+            magic = file.read(len(MAGIC))
     except OSError:
         return False
-    return begin in (b"", MAGIC)
+    return magic in (b"", MAGIC)
 
 
 def chunks(array: np.ndarray, size: int = CHUNK) -> Iterator[np.ndarray]:
-    """``array`` in pieces of at most ``size`` entries."""
+    """Yield consecutive slices of ``array`` with at most ``size`` entries."""
     for start in range(0, len(array), size):
         yield array[start : start + size]
 
 
-def byte_offsets(lengths: np.ndarray, begin: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
-    """Where sequences of ``lengths`` tokens, at least one, begin when the first is at byte ``begin``; and their end.
+def byte_offsets(lengths: np.ndarray, first: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
+    """Compute the byte offsets of consecutive sequences in ``.bin``.
+
+    Args:
+        lengths: tokens of each sequence, [sequences] with at least one.
+        first: byte offset of the first sequence.
+        dtype: dtype of the token ids.
 
     Returns:
-        [sequences] int64, and a byte.
+        the offset of each sequence, [sequences] int64, and the end offset of the last.
     """
     sizes = lengths.astype(np.int64) * dtype.itemsize
-    ends = begin + np.cumsum(sizes)
+    ends = first + np.cumsum(sizes)
     return ends - sizes, int(ends[-1])
 
 
 def read_index(prefix: str) -> Index:
-    """Map the index of a corpus.
+    """Memory-map the index of a corpus.
 
     Raises:
-        ValueError: the file is cut short, foreign, or of another length than its header promises.
+        ValueError: the file is truncated or of another format, or its size does not match its header.
         OSError: the file cannot be read.
     """
     path = idx_path(prefix)
     with path.open("rb") as file:
         header = file.read(HEADER.size)
     if len(header) < HEADER.size:
-        raise ValueError(f"{path} is cut short: {len(header)} bytes, less than a header.")
+        raise ValueError(f"{path} is truncated: {len(header)} bytes, less than a header.")
     magic, version, code, sequences, boundaries = HEADER.unpack(header)
     if magic != MAGIC or version != VERSION or code not in DTYPES:
-        raise ValueError(f"{path} is not an index of Megatron's (magic {magic!r}, version {version}, dtype {code}).")
+        raise ValueError(f"{path} is not a Megatron-Core index (magic {magic!r}, version {version}, dtype {code}).")
     wanted, size = HEADER.size + sequences * 12 + boundaries * 8, path.stat().st_size
     if size == wanted + sequences and sequences:
-        raise ValueError(
-            f"{path} is of a multimodal corpus (it holds a mode for each sequence), which is not read here."
-        )
+        raise ValueError(f"{path} belongs to a multimodal corpus (it contains sequence modes), which is not supported.")
     if size != wanted:
-        raise ValueError(f"{path} has {size} bytes, and its header promises {wanted}.")
+        raise ValueError(f"{path} has {size} bytes, but its header requires {wanted}.")
     if boundaries == 0:
         raise ValueError(f"{path} has no document boundaries; an index without documents has one.")
-    at = HEADER.size
-    lengths = _mapped(path, np.int32, at, sequences)
-    pointers = _mapped(path, np.int64, at + 4 * sequences, sequences)
+    offset = HEADER.size
+    lengths = _mapped(path, np.int32, offset, sequences)
+    pointers = _mapped(path, np.int64, offset + 4 * sequences, sequences)
     return Index(
-        prefix, np.dtype(DTYPES[code]), lengths, pointers, _mapped(path, np.int64, at + 12 * sequences, boundaries)
+        prefix, np.dtype(DTYPES[code]), lengths, pointers, _mapped(path, np.int64, offset + 12 * sequences, boundaries)
     )
 
 
@@ -133,29 +136,29 @@ def _mapped(path: Path, dtype: Any, offset: int, count: int) -> np.ndarray:
 
 
 def joined_documents(index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens, int32, and the first byte, int64, of each document of an index that has any.
+    """Return the token counts, int32, and byte offsets, int64, of all non-empty documents.
 
     Raises:
-        ConfigError: a document has more tokens than the format allows for a sequence.
+        ConfigError: a document exceeds the maximum sequence length of the format.
     """
-    begins = index.boundaries[:-1][np.diff(index.boundaries) > 0]
-    pointers = np.array(index.pointers[begins])
+    first_sequences = index.boundaries[:-1][np.diff(index.boundaries) > 0]
+    pointers = np.array(index.pointers[first_sequences])
     lengths = np.diff(pointers, append=index.tokens() * index.dtype.itemsize) // index.dtype.itemsize
     if int(lengths.max(initial=0)) > np.iinfo(np.int32).max:
         raise ConfigError(
-            f"--slm-sentences join: {idx_path(index.prefix)} has a document of {int(lengths.max()):,} tokens, and a "
-            "sequence has at most 2^31 - 1. Split the document, or use --slm-sentences separate."
+            f"--slm-sentences join: {idx_path(index.prefix)} has a document of {int(lengths.max()):,} tokens, but the "
+            "maximum sequence length is 2^31 - 1. Split the document, or use --slm-sentences separate."
         )
     return lengths.astype(np.int32), pointers
 
 
 def mapped_tokens(index: Index) -> np.ndarray:
-    """The ids of ``.bin`` as far as they are there, [tokens] of ``index.dtype``."""
+    """Return the memory-mapped token ids of a possibly truncated ``.bin``, [tokens] of ``index.dtype``."""
     path = bin_path(index.prefix)
     return _mapped(path, index.dtype, 0, path.stat().st_size // index.dtype.itemsize)
 
 
 def packed_header(dtype: Any, sequences: int, documents: int) -> bytes:
-    """The first bytes of an index."""
+    """Return the packed header of an index."""
     code = next(code for code, kind in DTYPES.items() if np.dtype(kind) == dtype)
     return HEADER.pack(MAGIC, VERSION, code, sequences, documents + 1)

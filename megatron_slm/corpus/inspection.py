@@ -1,4 +1,4 @@
-"""What a corpus holds: counts, lengths of its documents, and the documents themselves."""
+"""Corpus statistics: document-length distribution, and access to single documents."""
 
 from __future__ import annotations
 
@@ -7,42 +7,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_slm.corpus.checks import corpus_info
+from megatron_slm.corpus.checks import check_files_exist, corpus_info
 from megatron_slm.corpus.index import CHUNK, Index, mapped_tokens, read_index
 from megatron_slm.runtime.errors import ConfigError
 
 
 def open_corpus(prefix: str) -> Index:
-    """The index of a corpus that is whole as far as its sizes tell; it may be empty.
+    """Return the index of a corpus, which may be empty, after comparing the file sizes with the header.
 
     Raises:
-        ConfigError: a file is missing, foreign or cut short.
+        ConfigError: a file is missing, truncated or of another format.
     """
+    check_files_exist(prefix, prefix, "Check the path.")
     try:
         corpus_info(prefix)
         return read_index(prefix)
-    except FileNotFoundError as error:
-        hint = " Give the prefix without it." if prefix.endswith((".bin", ".idx")) else ""
-        raise ConfigError(f"{error.filename} is missing.{hint}") from error
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{error} --check tells more.") from error
+        raise ConfigError(f"{error} Run --check for details.") from error
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many documents have how many tokens. There are at most sqrt(2 x tokens) different lengths."""
+    """Represent the distribution of document lengths, which has at most sqrt(2 x tokens) distinct values."""
 
-    tokens: np.ndarray  # [n] int64, rising
+    tokens: np.ndarray  # [n] int64, ascending
     documents: np.ndarray  # [n] int64
 
     @classmethod
-    def of(cls, index: Index) -> Lengths:
-        """Count the documents of a corpus by length, in pieces."""
+    def from_index(cls, index: Index) -> Lengths:
+        """Count the documents of a corpus by length, in constant memory."""
         tokens, documents = np.zeros(0, np.int64), np.zeros(0, np.int64)
         for part in _document_lengths(index):
             more, counts = np.unique(part, return_counts=True)
-            tokens, where = np.unique(np.concatenate([tokens, more]), return_inverse=True)
-            documents = np.bincount(where, np.concatenate([documents, counts]), len(tokens)).astype(np.int64)
+            tokens, inverse = np.unique(np.concatenate([tokens, more]), return_inverse=True)
+            documents = np.bincount(inverse, np.concatenate([documents, counts]), len(tokens)).astype(np.int64)
         return cls(tokens, documents)
 
     @property
@@ -54,12 +52,12 @@ class Lengths:
         return float((self.tokens * self.documents).sum() / max(self.total, 1))
 
     def quantile(self, share: float) -> int:
-        """The shortest length that at least ``share`` of the documents do not exceed; exact."""
+        """Return the smallest length that is not exceeded by at least ``share`` of the documents."""
         rank = max(int(np.ceil(share * self.total)), 1)
         return int(self.tokens[np.searchsorted(np.cumsum(self.documents), rank)])
 
     def doubling_bins(self) -> list[tuple[int, int, int]]:
-        """(shortest, longest, documents) of the lengths 0, 1, 2-3, 4-7, ... up to the longest."""
+        """Return (shortest, longest, documents) of the bins 0, 1, 2-3, 4-7, ... up to the maximum length."""
         if not self.total:
             return []
         bins = np.where(self.tokens > 0, np.frexp(self.tokens.astype(np.float64))[1], 0)
@@ -69,7 +67,7 @@ class Lengths:
 
 
 def _document_lengths(index: Index) -> Iterator[np.ndarray]:
-    """Tokens of each document, int64, in pieces. Reads pointers, not lengths: a document is a run of sequences."""
+    """Yield the token counts of consecutive documents, int64, computed from the pointers of their first sequences."""
     end = index.tokens()
     for start in range(0, index.documents, CHUNK):
         bounds = index.boundaries[start : start + CHUNK + 1]
@@ -80,13 +78,13 @@ def _document_lengths(index: Index) -> Iterator[np.ndarray]:
 
 
 def document_ids(index: Index, number: int) -> np.ndarray:
-    """The token ids of a document.
+    """Return the token ids of a document.
 
     Args:
-        number: counted from 0; a negative one counts from the end.
+        number: document number from 0; negative numbers count from the end.
 
     Raises:
-        ConfigError: there is no such document, or ``.bin`` ends before it.
+        ConfigError: the document does not exist, or ``.bin`` is truncated before its end.
     """
     count = index.documents
     if not -count <= number < count:
@@ -94,9 +92,9 @@ def document_ids(index: Index, number: int) -> np.ndarray:
     first, last = (int(bound) for bound in index.boundaries[number % count : number % count + 2])
     if first == last:
         return np.zeros(0, index.dtype)
-    begin = int(index.pointers[first]) // index.dtype.itemsize
+    start = int(index.pointers[first]) // index.dtype.itemsize
     length = int(index.lengths[first:last].sum(dtype=np.int64))
-    ids = mapped_tokens(index)[begin : begin + length]
+    ids = mapped_tokens(index)[start : start + length]
     if len(ids) < length:
         raise ConfigError(f"--documents {number}: {index.prefix}.bin ends before this document does (--check).")
     return np.asarray(ids)

@@ -1,4 +1,4 @@
-"""What a person sees of a corpus: a table, a histogram in the terminal or as a plot, and documents."""
+"""Presentation of a corpus: table, length histogram in the terminal or as a plot, and document text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST_BAR = 40  # columns
 
 
 def print_counts(console: Console, index: Index, lengths: Lengths) -> None:
-    """Print counts, the recorded tokenizer, and how long documents are."""
+    """Print the counts, the recorded tokenizer, and a histogram of document lengths."""
     table = Table(title=index.prefix, show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -38,7 +38,7 @@ def print_counts(console: Console, index: Index, lengths: Lengths) -> None:
 
 
 def counts(index: Index, lengths: Lengths) -> list[tuple[str, str]]:
-    """(what, how much) of a corpus."""
+    """Return the (label, value) rows of a corpus summary."""
     tokens = index.tokens()
     rows = [
         ("documents", f"{index.documents:,}"),
@@ -51,9 +51,10 @@ def counts(index: Index, lengths: Lengths) -> list[tuple[str, str]]:
     if metadata is None:
         rows.append(("tokenizer", "not recorded"))
     else:
-        own = metadata["tokenizer"]
-        end = f"end of document {own['eod']}, " if "eod" in own else ""
-        rows.append(("tokenizer", f"{own['name']}, {own['vocab_size']:,} entries, {end}{own['fingerprint']}"))
+        recorded = metadata["tokenizer"]
+        end = f"end of document {recorded['eod']}, " if "eod" in recorded else ""
+        size = f"{recorded['vocab_size']:,} entries"
+        rows.append(("tokenizer", f"{recorded['name']}, {size}, {end}{recorded['fingerprint']}"))
         rows += [(str(key), str(value)) for key, value in metadata.items() if key not in ("tokenizer", *dict(rows))]
     if lengths.total:
         shares = " ".join(f"{lengths.quantile(share):,}" for share in (0, 0.1, 0.5, 0.9, 0.99, 1))
@@ -62,10 +63,10 @@ def counts(index: Index, lengths: Lengths) -> list[tuple[str, str]]:
 
 
 def print_document(console: Console, index: Index, number: int, tokenizer: Tokenizer | None, max_tokens: int) -> None:
-    """Print one document: its text, or its ids where there is no tokenizer.
+    """Print the text of a document, or its ids if there is no tokenizer.
 
     Args:
-        max_tokens: tokens that are shown; 0 shows all.
+        max_tokens: maximum number of tokens to print; 0 prints all.
     """
     ids = document_ids(index, number)
     shown = ids[:max_tokens] if max_tokens else ids
@@ -76,17 +77,18 @@ def print_document(console: Console, index: Index, number: int, tokenizer: Token
         return
     if len(shown) and int(shown.max()) >= tokenizer.vocab_size:
         raise ConfigError(
-            f"--documents {number}: holds the id {int(shown.max())}, and the vocabulary of {tokenizer.name} has "
-            f"{tokenizer.vocab_size:,} entries. Give the tokenizer that made the corpus (--tokenizer-model)."
+            f"--documents {number}: the document contains the id {int(shown.max())}, but the vocabulary of "
+            f"{tokenizer.name} has {tokenizer.vocab_size:,} entries. Use the tokenizer that made the corpus "
+            "(--tokenizer-model)."
         )
     console.print(tokenizer.decode(shown.tolist()), markup=False)
 
 
 def plot_lengths(lengths: Lengths, title: str, path: Path) -> None:
-    """Write a histogram of the documents' lengths, and of the tokens in them, on a logarithmic axis.
+    """Plot a log-scale histogram of document lengths, weighted by documents and by tokens.
 
     Raises:
-        ConfigError: ``path`` cannot be written, or its ending is not one of a picture.
+        ConfigError: ``path`` cannot be written, or its suffix is not an image format.
     """
     import matplotlib.pyplot as plt
 

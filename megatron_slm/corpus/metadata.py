@@ -1,7 +1,7 @@
-"""Corpus metadata: the identity of the tokenizer and the counts of a corpus, in a JSON file beside ``.bin/.idx``.
+"""Corpus metadata: tokenizer identity and counts of a corpus, in a JSON file next to ``.bin/.idx``.
 
-The file is ``NAME.corpus.json``. Earlier releases wrote ``NAME.json``, which may as well be a user's raw text: files
-are recognised by their content, and a file that is not corpus metadata is neither used nor replaced nor removed.
+The file name is ``NAME.corpus.json``. Earlier releases wrote ``NAME.json``, which might also be a user's raw text.
+Metadata is therefore recognized by content, and a file of other content is never used, replaced or removed.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 from megatron_slm.runtime.files import check_replaceable, write_text
 
-MAX_BYTES = 1 << 20  # larger files are not ours, and are not read to find that out
+MAX_BYTES = 1 << 20  # larger files are not corpus metadata
 IDENTITY = {"name": str, "fingerprint": str, "vocab_size": int}  # fields of "tokenizer" in every metadata file
 
 
 def metadata_path(prefix: str | Path) -> Path:
-    """Return the metadata file of a corpus, whether or not it exists."""
+    """Return the path of the metadata file of a corpus."""
     return Path(f"{prefix}.corpus.json")
 
 
 def find_metadata(prefix: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the metadata of a corpus and its file; None if there is none (Megatron-LM writes none)."""
+    """Return the metadata file and metadata of a corpus, or None if there is none (Megatron-LM writes none)."""
     for path in (metadata_path(prefix), _former_path(prefix)):
         if (metadata := _parse(path)) is not None:
             return path, metadata
@@ -30,36 +30,36 @@ def find_metadata(prefix: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
-    """Return the metadata of a corpus; None if there is none."""
+    """Return the metadata of a corpus, or None if there is none."""
     found = find_metadata(prefix)
     return None if found is None else found[1]
 
 
 def write_metadata(prefix: str | Path, metadata: dict[str, Any]) -> None:
-    """Write the metadata of a corpus, atomically.
+    """Write the metadata of a corpus atomically.
 
     Raises:
-        ConfigError: the file cannot be written, or one under its name is not corpus metadata.
+        ConfigError: the file cannot be written, or an existing file of that name is not corpus metadata.
     """
     path, text = metadata_path(prefix), json.dumps(metadata, indent=1) + "\n"
     write_text(path, text, "the corpus metadata", is_ours=is_metadata)
 
 
 def remove_metadata(prefix: str | Path) -> None:
-    """Remove the metadata of a corpus that is about to be replaced; other files under these names are left."""
+    """Remove the metadata of a corpus that is about to be replaced; files of other content are kept."""
     for path in (metadata_path(prefix), _former_path(prefix)):
         if is_metadata(path):
             path.unlink()
 
 
 def check_metadata_writable(prefix: str | Path, flag: str) -> None:
-    """Raise ConfigError, before long work, if a file that is not corpus metadata has the name of the metadata."""
+    """Raise ConfigError if an existing file has the metadata file's name but is not corpus metadata."""
     if metadata_path(prefix).exists():
         check_replaceable(metadata_path(prefix), flag, is_ours=is_metadata)
 
 
 def is_metadata(path: Path) -> bool:
-    """Return whether a file holds corpus metadata."""
+    """Return whether a file contains corpus metadata."""
     return _parse(path) is not None
 
 

@@ -1,1 +1,1 @@
-"""Text to token ids and back, and where a text may be cut without changing them."""
+"""Tokenizers by Megatron-LM's names, and their equivalents for gigatoken."""

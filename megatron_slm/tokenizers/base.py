@@ -1,4 +1,4 @@
-"""The tokenizer interface, the settings that define a tokenizer, and the parts that all kinds share."""
+"""Tokenizer protocol, tokenizer settings, and the shared base class."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 
-TEXT, TOKENS = "text", "tokens"  # how special tokens that occur in a text are encoded
+TEXT, TOKENS = "text", "tokens"  # encoding of special tokens that occur in a text
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Interface of all tokenizers: convert text to token ids and back."""
 
     name: str
-    source: str  # the flag and the file that define it, for messages
+    source: str  # the defining flag and file, for error messages
     vocab_size: int  # the highest id + 1, before padding
     eod: int  # id of the end-of-document token
     special_ids: frozenset[int]  # ids of control tokens
-    fingerprint: str  # sha256 of the files that define it
+    fingerprint: str  # sha256 of the defining files
 
     @property
     def entries(self) -> int:
-        """The number of entries, which is less than ``vocab_size`` if the vocabulary has holes."""
+        """Number of vocabulary entries, which is less than ``vocab_size`` if ids are unused."""
         ...
 
     @property
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
     @property
     def ends_texts(self) -> bool:
-        """Whether the tokenizer itself ends every text with the end-of-document token."""
+        """Whether :meth:`encode` already appends the end-of-document token to every text."""
         ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -44,35 +44,35 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def fast_model(self) -> FastModel:
-        """Return the same tokenizer for gigatoken, or raise UnsupportedTokenizer with the reason."""
+        """Return the equivalent gigatoken model, or raise UnsupportedTokenizer with the reason."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files and settings from which a tokenizer is built, as the flags give them."""
+    """Files and settings of a tokenizer, one field per flag."""
 
     model: str | None = None  # --tokenizer-model
     vocab: str | None = None  # --vocab-file
     merges: str | None = None  # --merge-file
     vocab_size: int | None = None  # --vocab-size
-    tiktoken_pattern: str = "v2"  # --tiktoken-pattern, of Megatron-LM's format
-    tiktoken_num_special_tokens: int = 1000  # --tiktoken-num-special-tokens, of Megatron-LM's format
+    tiktoken_pattern: str = "v2"  # --tiktoken-pattern, for Megatron-LM's format
+    tiktoken_num_special_tokens: int = 1000  # --tiktoken-num-special-tokens, for Megatron-LM's format
     eod_id: int | None = None  # --eod-id
     special_tokens: str = TEXT  # --special-tokens-in-text
 
     @classmethod
-    def of(cls, config: RunConfig, special_tokens: str = TEXT) -> TokenizerFiles:
+    def from_config(cls, config: RunConfig, special_tokens: str = TEXT) -> TokenizerFiles:
         """Return the tokenizer settings of a configuration.
 
         Raises:
-            ConfigError: flags that contradict each other.
+            ConfigError: two flags contradict each other.
         """
         given = config.tokenizer
         eod_id = given.eod_id if given.null_tokenizer_eod_id is None else given.null_tokenizer_eod_id
         if given.null_tokenizer_eod_id is not None and given.tokenizer_type != "NullTokenizer":
             raise ConfigError(
-                f"--null-tokenizer-eod-id has no effect with --tokenizer-type {given.tokenizer_type}. Give --eod-id."
+                f"--null-tokenizer-eod-id has no effect with --tokenizer-type {given.tokenizer_type}. Use --eod-id."
             )
         if given.eod_id not in (None, eod_id):
             raise ConfigError(
@@ -91,7 +91,10 @@ class TokenizerFiles:
 
 
 class BaseTokenizer:
-    """Name, fingerprint and end-of-document id, by which caches are named and corpora compared."""
+    """Base class with the name, fingerprint and end-of-document id that identify a tokenizer.
+
+    Sample-index caches are keyed by this identity, and corpora are compared by it.
+    """
 
     vocab_size: int
     eod: int
@@ -114,27 +117,27 @@ class BaseTokenizer:
         return False
 
     def fast_model(self) -> FastModel:
-        raise UnsupportedTokenizer("")  # it is fast
+        raise UnsupportedTokenizer("")  # no reason to report: the tokenizer is fast already
 
 
-def fingerprint_of(*paths: Path) -> str:
-    """Return the sha256 over the contents of files."""
+def fingerprint_files(*paths: Path) -> str:
+    """Return the sha256 of the concatenated file contents, hexadecimal."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def required_file(path: str | None, flag: str, kind: str) -> Path:
-    """Return the path of a file that a kind of tokenizer needs.
+def require_file(path: str | None, flag: str, kind: str) -> Path:
+    """Return the path of a required tokenizer file.
 
     Raises:
-        ConfigError: the flag was not given, or names no file that can be read.
+        ConfigError: the flag is missing, or the file is missing or unreadable.
     """
     if path is None:
-        raise ConfigError(f"--tokenizer-type {kind} needs {flag}, a file.")
+        raise ConfigError(f"--tokenizer-type {kind} requires {flag} FILE.")
     if not Path(path).is_file():
-        raise ConfigError(f"{flag} {path}: there is no such file.")
+        raise ConfigError(f"{flag} {path}: no such file.")
     try:
         with Path(path).open("rb") as file:
             file.read(1)
@@ -143,8 +146,6 @@ def required_file(path: str | None, flag: str, kind: str) -> Path:
         raise ConfigError(f"{flag} {path} cannot be read ({error.strerror}). Check its permissions (ls -l).") from error
 
 
-def no_eod(source: str) -> ConfigError:
+def missing_eod_error(source: str) -> ConfigError:
     """Return the error for a tokenizer without an end-of-document token."""
-    return ConfigError(
-        f"{source} has no end-of-document token. Give the id of the token that ends documents with --eod-id."
-    )
+    return ConfigError(f"{source} has no end-of-document token. Set its id with --eod-id.")

@@ -1,4 +1,4 @@
-"""The form in which a tokenizer is handed to gigatoken, a BPE library of another order of speed, and its limits."""
+"""Representation of a tokenizer for gigatoken, a BPE library that is orders of magnitude faster, and its limits."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-MOST_PROBES = 400
+MAX_PROBES = 400
 SPACE = "▁"  # in SentencePiece vocabularies
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}  # entries of byte fallback
 SplitMerges = Iterable[tuple[str, str]]
 
 
 class UnsupportedTokenizer(Exception):
-    """A tokenizer for which gigatoken is not known to give the same ids; the message is the reason."""
+    """Raised if gigatoken is not known to produce the same ids as the tokenizer; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class FastModel:
-    """A tokenizer as gigatoken loads it.
+    """Hold a tokenizer in the form that gigatoken loads.
 
     Args:
         settings: contents of a tokenizer.json.
-        prepare: is applied to each text first, or None.
-        before: ids put before each text.
-        after: ids put after each text.
-        avoid: texts with a match are left to the plain tokenizer.
-        unknown: the first of 256 ids for bytes, which the tokenizer does not have, and the id that replaces each run of
-            them; or None.
-        probes: texts that would reveal a difference.
+        prepare: function applied to each text before encoding, or None.
+        before: ids inserted before each text.
+        after: ids inserted after each text.
+        avoid: pattern of texts that the plain tokenizer must encode instead.
+        unknown: first of 256 added byte ids that the tokenizer itself does not have, and the id that replaces each run
+            of them; or None.
+        probes: texts likely to reveal a difference from the tokenizer.
     """
 
     settings: dict[str, Any]
@@ -47,7 +47,7 @@ class FastModel:
         """Return a new gigatoken tokenizer, with an empty cache.
 
         Raises:
-            UnsupportedTokenizer: gigatoken is not installed, or refuses the settings.
+            UnsupportedTokenizer: gigatoken is not installed, or rejects the settings.
         """
         try:
             from gigatoken.gigatoken_rs import load_hf_json
@@ -56,7 +56,7 @@ class FastModel:
         try:
             return load_hf_json(self._json)
         except Exception as error:  # of several kinds, all about the settings
-            raise UnsupportedTokenizer(f"gigatoken refuses it ({str(error).splitlines()[0]})") from error
+            raise UnsupportedTokenizer(f"gigatoken rejects it ({str(error).splitlines()[0]})") from error
 
     @functools.cached_property
     def _json(self) -> str:
@@ -64,10 +64,10 @@ class FastModel:
 
 
 def overlap_probes(merges: SplitMerges) -> tuple[str, ...]:
-    """Return texts in which two merges into the same token overlap, so that the result depends on their order.
+    """Return texts in which two merges into the same token overlap, so that the result depends on the tie-breaking.
 
-    The libraries break such ties by position or by rank: for "aaa" of "a" + "aa" and "aa" + "a", the text "a" + "aa" +
-    "a" has two candidates.
+    Libraries break such ties by position or by rank: if "aaa" is both "a" + "aa" and "aa" + "a", the text "a" + "aa" +
+    "a" has two candidate merges.
     """
     splits: dict[str, list[tuple[str, str]]] = {}
     for left, right in merges:
@@ -78,17 +78,17 @@ def overlap_probes(merges: SplitMerges) -> tuple[str, ...]:
             continue
         for middle in sorted({right for _, right in found} & {left for left, _ in found}, reverse=True):
             probes.append(token[: -len(middle)] + token)
-            if len(probes) == MOST_PROBES:
+            if len(probes) == MAX_PROBES:
                 return tuple(probes)
     return tuple(probes)
 
 
 @functools.cache
 def unstable_under_nfc() -> re.Pattern[str]:
-    """Return a pattern for characters that libraries with tables of different Unicode versions may normalize otherwise.
+    """Return a pattern of the characters whose NFC normalization may depend on a library's Unicode version.
 
-    Normalization of a character never changes once it is assigned, so these are characters with a decomposition or a
-    combining class that Unicode 3.2 did not have, and those that this Python does not know.
+    Normalization of a character never changes once it is assigned. The pattern therefore contains characters with a
+    decomposition or combining class that are newer than Unicode 3.2, and characters unassigned in this Python.
     """
     ranges = [[0x30000, 0xDFFFF], [0xE01F0, 0xEFFFF]]  # planes that are almost empty; the last two are private
     for code in range(0x80, 0x30000):

@@ -1,7 +1,7 @@
-"""Tokenizers of the library ``tokenizers`` for gigatoken: byte-level BPE, and BPE with byte fallback.
+"""Conversion of ``tokenizers`` models to gigatoken: byte-level BPE, and BPE with byte fallback.
 
-gigatoken reads the parts of a tokenizer.json that it needs and leaves the rest out, so everything in the file is looked
-at here: what is not known to be treated alike is refused.
+gigatoken ignores the parts of a tokenizer.json that it does not support. All fields are therefore validated here, and
+a tokenizer with any setting that gigatoken is not known to honor is rejected.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from megatron_slm.tokenizers.fast_model import (
 )
 
 Settings = dict[str, Any]
-CONTEXTS = ("{}", "a{}b", " {} ", "  {}\n{}{}", "1{}.")  # in which added tokens are tried
-PLAIN_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))  # written as their own character
+CONTEXTS = ("{}", "a{}b", " {} ", "  {}\n{}{}", "1{}.")  # contexts in which added tokens are probed
+PLAIN_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))  # written as the character of the same code
 
 
 def byte_characters() -> list[str]:
-    """Return the character that byte-level vocabularies write for each byte."""
+    """Return the character that represents each byte in byte-level vocabularies, [256]."""
     others = iter(range(256, 512))
     return [chr(byte if byte in PLAIN_BYTES else next(others)) for byte in range(256)]
 
 
 def huggingface_fast_model(model: Any) -> FastModel:
-    """Return a ``tokenizers.Tokenizer`` without truncation and padding for gigatoken.
+    """Convert a ``tokenizers.Tokenizer`` without truncation and padding to a gigatoken model.
 
     Raises:
-        UnsupportedTokenizer: gigatoken is not known to give the same ids.
+        UnsupportedTokenizer: gigatoken is not known to produce the same ids.
     """
     settings = json.loads(model.to_str())
     before, after = _special_ids(settings.pop("post_processor"))
-    names = [token["content"] for token in settings["added_tokens"]]  # those that remain text may hide others
-    if model.encode_special_tokens:  # spelled out in a text, special tokens remain text
+    names = [token["content"] for token in settings["added_tokens"]]  # all are probed: one may contain another
+    if model.encode_special_tokens:  # special tokens that occur in a text remain text
         settings["added_tokens"] = [token for token in settings["added_tokens"] if not token["special"]]
     _check_model(settings["model"])
     if settings["model"].get("byte_fallback"):
@@ -66,9 +66,9 @@ def _check_byte_level(settings: Settings) -> None:
     steps = _steps(settings["pre_tokenizer"], "pretokenizers")
     *splits, last = steps or [{"type": "none"}]
     if last["type"] != "ByteLevel" or last["use_regex"] == bool(splits) or (splits and last["add_prefix_space"]):
-        raise UnsupportedTokenizer(f"its pre-tokenizer is {_named(steps)}")
+        raise UnsupportedTokenizer(f"its pre-tokenizer is {_step_names(steps)}")
     if any(step["type"] != "Split" or step["behavior"] != "Isolated" or step["invert"] for step in splits):
-        raise UnsupportedTokenizer(f"its pre-tokenizer is {_named(steps)}, with settings of its own")
+        raise UnsupportedTokenizer(f"its pre-tokenizer is {_step_names(steps)} with unsupported settings")
     kinds = _kinds(settings["normalizer"], "normalizers")
     if kinds - {"NFC"}:
         raise UnsupportedTokenizer(f"its normalizer is {' and '.join(sorted(kinds))}")
@@ -77,7 +77,7 @@ def _check_byte_level(settings: Settings) -> None:
     if not set("".join(vocabulary)) <= set(byte_characters()):
         named = {name for name in vocabulary if not set(name) <= set(byte_characters())}
         if any(not (name.startswith("<") and name.endswith(">")) for name in named):
-            raise UnsupportedTokenizer("its vocabulary holds entries that are not written as bytes")
+            raise UnsupportedTokenizer("its vocabulary contains entries that are not byte-level")
 
 
 def _check_byte_fallback(settings: Settings) -> None:
@@ -94,18 +94,18 @@ def _check_added_tokens(settings: Settings) -> None:
     for token in settings["added_tokens"]:
         if token["single_word"] or (token["normalized"] and is_changed):
             raise UnsupportedTokenizer(
-                f"its added token {token['content']!r} is looked for in normalized text or words"
+                f"its added token {token['content']!r} is matched in normalized text or as a single word"
             )
     if any(token["lstrip"] or token["rstrip"] for token in settings["added_tokens"]):
         spaced = [
             token["content"] for token in settings["added_tokens"] if token["content"].strip() != token["content"]
         ]
-        if spaced:  # the libraries divide white space between neighbours differently
-            raise UnsupportedTokenizer(f"its added token {spaced[0]!r} has spaces that other added tokens take along")
+        if spaced:  # libraries assign the white space between adjacent tokens differently
+            raise UnsupportedTokenizer(f"its added token {spaced[0]!r} has spaces that other added tokens strip")
 
 
 def _special_ids(processor: Settings | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids that the post-processor puts before and after a text."""
+    """Return the ids that the post-processor inserts before and after a text."""
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     for step in _steps(processor, "processors"):
@@ -116,7 +116,7 @@ def _special_ids(processor: Settings | None) -> tuple[tuple[int, ...], tuple[int
         names = [next(iter(part.items())) for part in step["single"]]
         kinds = [kind for kind, _ in names]
         if kinds.count("Sequence") != 1:
-            raise UnsupportedTokenizer("its post-processor does not keep a text once")
+            raise UnsupportedTokenizer("its post-processor does not contain the text exactly once")
         place = kinds.index("Sequence")
         ids = [
             tuple(step["special_tokens"][part["id"]]["ids"]) if kind == "SpecialToken" else () for kind, part in names
@@ -127,12 +127,12 @@ def _special_ids(processor: Settings | None) -> tuple[tuple[int, ...], tuple[int
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
-    """Return merges as pairs; older files write them as one text with a space."""
+    """Return merges as pairs; older files write a merge as one string with a space."""
     return [(pair[0], pair[1]) for pair in (m.split(" ") if isinstance(m, str) else m for m in merges)]
 
 
 def _steps(part: Settings | None, name: str) -> list[Settings]:
-    """Return the steps of a part of a tokenizer.json, whether it is one, a sequence, or none."""
+    """Return the flattened steps of a tokenizer.json component, which may be absent, single or a sequence."""
     if part is None:
         return []
     return [inner for step in part[name] for inner in _steps(step, name)] if part["type"] == "Sequence" else [part]
@@ -142,5 +142,5 @@ def _kinds(part: Settings | None, name: str) -> set[str]:
     return {step["type"] for step in _steps(part, name)}
 
 
-def _named(steps: list[Settings]) -> str:
+def _step_names(steps: list[Settings]) -> str:
     return " and ".join(step["type"] for step in steps) or "missing"

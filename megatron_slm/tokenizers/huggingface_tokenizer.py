@@ -1,4 +1,4 @@
-"""Tokenizers of the library ``tokenizers``: a ``tokenizer.json``, or GPT-2's vocabulary and merges."""
+"""Tokenizers based on the ``tokenizers`` library: ``tokenizer.json`` files, and GPT-2 vocabulary and merge files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.tokenizers.base import TEXT, BaseTokenizer, TokenizerFiles, fingerprint_of, no_eod, required_file
-from megatron_slm.tokenizers.declared_end import declared_end, json_settings
+from megatron_slm.tokenizers.base import (
+    TEXT,
+    BaseTokenizer,
+    TokenizerFiles,
+    fingerprint_files,
+    missing_eod_error,
+    require_file,
+)
+from megatron_slm.tokenizers.eod import find_eod, json_settings
 from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.huggingface_fast import huggingface_fast_model
 
 
 class _TokenizersModel(BaseTokenizer):
-    """A tokenizer of the library ``tokenizers``.
+    """Wrap a ``tokenizers.Tokenizer``.
 
-    Special tokens in a text are text, or with ``special_tokens`` "tokens" the tokens, as Megatron-LM reads them.
+    Special tokens that occur in a text are encoded as text or, if ``special_tokens`` is "tokens", as special tokens
+    (Megatron-LM's behavior).
     """
 
     model: Any
@@ -49,11 +57,10 @@ class _TokenizersModel(BaseTokenizer):
 
 
 class HuggingFaceTokenizer(_TokenizersModel):
-    """A ``tokenizer.json`` (or the directory that holds it), read offline by the tokenizers library.
+    """Load a ``tokenizer.json``, or the directory that contains it, offline.
 
-    A document ends with the token of --eod-id, else the one that the files beside it declare (see declared_end.py).
-    Special tokens that the file's post-processor puts around a text are put there, as in Megatron-LM; truncation and
-    padding are not.
+    The end-of-document id is --eod-id if set, otherwise the declared one (see eod.py). The file's post-processor is
+    applied, as in Megatron-LM; truncation and padding are disabled.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -61,22 +68,22 @@ class HuggingFaceTokenizer(_TokenizersModel):
 
         path = Path(files.model or "")
         path = path / "tokenizer.json" if path.is_dir() else path
-        path = required_file(str(path) if files.model else None, "--tokenizer-model", "HuggingFaceTokenizer")
-        super().__init__(fingerprint_of(path), f"--tokenizer-model {path}")
+        path = require_file(str(path) if files.model else None, "--tokenizer-model", "HuggingFaceTokenizer")
+        super().__init__(fingerprint_files(path), f"--tokenizer-model {path}")
         try:
             declared = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
             model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for a file that it cannot read
+        except Exception as error:  # the library raises bare Exception for unreadable files
             raise ConfigError(f"--tokenizer-model {path} is not a tokenizer.json: {error}") from error
         model.no_truncation()
         model.no_padding()
         _check_declared_ids(path, declared, model)
         self._use(model, files)
-        self.eod = declared_end(path, model.token_to_id) if files.eod_id is None else files.eod_id
+        self.eod = find_eod(path, model.token_to_id) if files.eod_id is None else files.eod_id
 
 
 class GPT2BPETokenizer(_TokenizersModel):
-    """GPT-2's byte-level BPE from a vocabulary and a merge file; <|endoftext|> ends a document."""
+    """Load GPT-2's byte-level BPE from a vocabulary and a merge file; <|endoftext|> ends documents."""
 
     END = "<|endoftext|>"
 
@@ -84,12 +91,12 @@ class GPT2BPETokenizer(_TokenizersModel):
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers
 
-        vocab = required_file(files.vocab, "--vocab-file", "GPT2BPETokenizer")
-        merges = required_file(files.merges, "--merge-file", "GPT2BPETokenizer")
-        super().__init__(fingerprint_of(vocab, merges), f"--vocab-file {vocab}, --merge-file {merges}")
+        vocab = require_file(files.vocab, "--vocab-file", "GPT2BPETokenizer")
+        merges = require_file(files.merges, "--merge-file", "GPT2BPETokenizer")
+        super().__init__(fingerprint_files(vocab, merges), f"--vocab-file {vocab}, --merge-file {merges}")
         try:
             model = Model(models.BPE.from_file(str(vocab), str(merges)))
-        except Exception as error:  # the library raises bare Exception for a file that it cannot read
+        except Exception as error:  # the library raises bare Exception for unreadable files
             raise ConfigError(f"--vocab-file {vocab} and --merge-file {merges} cannot be read: {error}") from error
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
@@ -98,15 +105,15 @@ class GPT2BPETokenizer(_TokenizersModel):
         self._use(model, files)
         eod = end if files.eod_id is None else files.eod_id
         if eod is None:
-            raise no_eod(f"--vocab-file {vocab}")
+            raise missing_eod_error(f"--vocab-file {vocab}")
         self.eod = eod
 
 
 def _check_declared_ids(path: Path, declared: Sequence[dict[str, Any]], model: Any) -> None:
-    """Raise ConfigError if the library loads an added token under another id than a file declares.
+    """Raise ConfigError if the library assigns an added token an id other than the declared one.
 
-    The library numbers added tokens behind the count of entries, so that a vocabulary with holes gives them ids of
-    other tokens.
+    The library numbers added tokens from the entry count on, so that in a vocabulary with unused ids they may receive
+    ids of other tokens.
     """
     for token in declared:
         if (loaded := model.token_to_id(token["content"])) != token["id"]:
@@ -122,7 +129,7 @@ def _check_declared_ids(path: Path, declared: Sequence[dict[str, Any]], model: A
 
 def _other_id(path: Path, token: Any, declared: Any, loaded: int | None) -> ConfigError:
     return ConfigError(
-        f"--tokenizer-model: {path} declares the added token {token!r} with id {declared}, and the tokenizers library "
-        f"loads it with id {loaded}. Put the token into the vocabulary of tokenizer.json under its id, and fill holes "
-        "of the vocabulary with unused entries."
+        f"--tokenizer-model: {path} declares the added token {token!r} with id {declared}, but the tokenizers library "
+        f"loads it with id {loaded}. Add the token to the vocabulary of tokenizer.json under its id, and fill unused "
+        "ids with placeholder entries."
     )

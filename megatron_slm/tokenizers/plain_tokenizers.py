@@ -1,4 +1,4 @@
-"""Tokenizers without files: bytes, and numbers."""
+"""Tokenizers without files: UTF-8 bytes, and pre-tokenized numbers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles
 
 NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
-SHOWN = 40  # characters of a text, in a message
+SHOWN = 40  # characters of a text quoted in a message
 
 
 class ByteTokenizer(BaseTokenizer):
-    """The bytes of UTF-8; id 256 ends a document."""
+    """Encode text as UTF-8 bytes; id 256 ends documents."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         super().__init__(hashlib.sha256(b"utf-8 bytes").hexdigest(), "ByteTokenizer")
@@ -31,26 +31,26 @@ class ByteTokenizer(BaseTokenizer):
 
 
 class NullTokenizer(BaseTokenizer):
-    """Numbers separated by spaces, for corpora that are tokenized already; the last id ends a document."""
+    """Parse space-separated ids of pre-tokenized corpora; the last id ends documents."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         if files.vocab_size is None:
-            raise ConfigError("--tokenizer-type NullTokenizer needs --vocab-size.")
+            raise ConfigError("--tokenizer-type NullTokenizer requires --vocab-size.")
         if files.vocab_size < 1:
-            raise ConfigError(f"--vocab-size is {files.vocab_size}, and must be at least 1.")
+            raise ConfigError(f"--vocab-size {files.vocab_size}: must be at least 1.")
         super().__init__(hashlib.sha256(f"null {files.vocab_size}".encode()).hexdigest(), "NullTokenizer")
         _refuse_special_tokens(files, self.name)
         self.vocab_size = files.vocab_size
-        # the last id as in Megatron-LM since Megatron-Core 0.19; before it was one more
+        # the last id, as in Megatron-LM since Megatron-Core 0.19; one higher in earlier versions
         self.eod = files.vocab_size - 1 if files.eod_id is None else files.eod_id
 
     def encode(self, text: str) -> list[int]:
-        return [self._id(word) for word in text.split()]
+        return [self._parse_id(number) for number in text.split()]
 
-    def _id(self, word: str) -> int:
-        if not NUMBER.fullmatch(word):
-            raise ValueError(f"{word[:SHOWN]!r} is no token id")
-        if not 0 <= (token := int(word)) < self.vocab_size:
+    def _parse_id(self, number: str) -> int:
+        if not NUMBER.fullmatch(number):
+            raise ValueError(f"{number[:SHOWN]!r} is not a token id")
+        if not 0 <= (token := int(number)) < self.vocab_size:
             raise ValueError(f"the id {token} is outside the vocabulary of {self.vocab_size} (--vocab-size)")
         return token
 
@@ -60,4 +60,4 @@ class NullTokenizer(BaseTokenizer):
 
 def _refuse_special_tokens(files: TokenizerFiles, name: str) -> None:
     if files.special_tokens == TOKENS:
-        raise ConfigError(f"--special-tokens-in-text {TOKENS} has no effect with {name}, whose texts hold none.")
+        raise ConfigError(f"--special-tokens-in-text {TOKENS} has no effect with {name}, which has no special tokens.")

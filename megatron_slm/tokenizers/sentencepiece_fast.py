@@ -1,11 +1,12 @@
-"""SentencePiece BPE models for gigatoken.
+"""Conversion of SentencePiece BPE models to gigatoken.
 
-sentencepiece merges the adjacent pair whose piece has the highest score, the leftmost of equals; as a list of merges
-this is every split of every piece, in the order of the scores. Only normal pieces are merged: a control piece such as
-``<s>``, spelled out in a text, remains text.
+sentencepiece merges the adjacent pair whose piece has the highest score, the leftmost one in a tie. The equivalent
+merge list contains every split of every piece, ordered by score. Only normal pieces are merged: a control piece such as
+``<s>`` that occurs in a text remains text.
 
-gigatoken needs an entry for every byte. A model without byte fallback gets some behind its own: a run of their ids is a
-run of characters that the model does not have, for which sentencepiece gives one unknown id.
+gigatoken requires an entry for every byte. For a model without byte fallback, 256 byte entries are appended to the
+vocabulary: a run of their ids corresponds to characters outside the model, which sentencepiece encodes as one unknown
+id.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from megatron_slm.tokenizers.fast_model import BYTES, SPACE, FastModel, Unsuppor
 
 
 def sentencepiece_fast_model(model: Any) -> FastModel:
-    """Return a ``sentencepiece.SentencePieceProcessor`` for gigatoken.
+    """Convert a ``sentencepiece.SentencePieceProcessor`` to a gigatoken model.
 
-    A model without a normalization of its own is given to gigatoken with its two steps, a space in front and "▁" for
-    spaces; for others sentencepiece normalizes each text first.
+    gigatoken performs the dummy prefix and the "▁" replacement if the model has no other normalization; otherwise
+    sentencepiece normalizes each text before encoding.
 
     Raises:
-        UnsupportedTokenizer: gigatoken is not known to give the same ids.
+        UnsupportedTokenizer: gigatoken is not known to produce the same ids.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -62,18 +63,18 @@ def _check(proto: Any) -> None:
     if trainer.model_type != trainer.BPE:
         raise UnsupportedTokenizer("the SentencePiece model is not BPE")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        raise UnsupportedTokenizer("the SentencePiece model does not write spaces as ▁ before words")
+        raise UnsupportedTokenizer("the SentencePiece model does not escape spaces as a ▁ prefix")
     if any(piece.type == piece.UNUSED for piece in proto.pieces):
         raise UnsupportedTokenizer("the SentencePiece model has unused pieces")
     longer = {p.piece: p.score for p in proto.pieces if p.type == p.NORMAL and len(p.piece) > 1}
     if len(set(longer.values())) < len(longer):
-        raise UnsupportedTokenizer("the SentencePiece model has pieces of equal score")
+        raise UnsupportedTokenizer("the SentencePiece model has pieces with equal scores")
     if not set("".join(longer)) <= {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}:
-        raise UnsupportedTokenizer("the SentencePiece model merges characters that are no pieces")
+        raise UnsupportedTokenizer("the SentencePiece model merges characters that are not pieces")
 
 
 def _vocabulary(proto: Any, pieces: Container[str]) -> dict[str, int]:
-    """Return the ids of the pieces that occur in texts, and of bytes."""
+    """Return the ids of all normal pieces and of the byte entries."""
     found = {p.piece: place for place, p in enumerate(proto.pieces) if p.piece in pieces or p.type == p.BYTE}
     if not proto.trainer_spec.byte_fallback:
         found |= {name: place for place, name in enumerate(sorted(BYTES), start=len(proto.pieces))}
@@ -81,12 +82,12 @@ def _vocabulary(proto: Any, pieces: Container[str]) -> dict[str, int]:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return every split of every piece into two pieces, in the order of the scores."""
+    """Return every split of every piece into two pieces, ordered by score."""
     return [
-        (piece[:cut], piece[cut:])
+        (piece[:split], piece[split:])
         for piece in sorted(scores, key=lambda piece: -scores[piece])
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
+        for split in range(1, len(piece))
+        if piece[:split] in scores and piece[split:] in scores
     ]
 
 

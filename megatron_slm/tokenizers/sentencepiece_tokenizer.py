@@ -1,4 +1,4 @@
-"""SentencePiece models."""
+"""SentencePiece tokenizer."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from megatron_slm.tokenizers.base import (
     TOKENS,
     BaseTokenizer,
     TokenizerFiles,
-    fingerprint_of,
-    no_eod,
-    required_file,
+    fingerprint_files,
+    missing_eod_error,
+    require_file,
 )
 from megatron_slm.tokenizers.fast_model import SPACE, FastModel, UnsupportedTokenizer
 from megatron_slm.tokenizers.sentencepiece_fast import sentencepiece_fast_model
 
 
 class SentencePieceTokenizer(BaseTokenizer):
-    """A SentencePiece model; a document ends with its </s>.
+    """Load a SentencePiece model; its </s> ends documents.
 
-    Control pieces in a text are text, or with ``special_tokens`` "tokens" those pieces: the text between them is then
-    encoded piece by piece, as by Megatron-LM's --tokenizer-sentencepiece-legacy.
+    Control pieces that occur in a text are encoded as text or, if ``special_tokens`` is "tokens", as control pieces. In
+    the latter case the text between them is encoded separately, as by Megatron-LM's --tokenizer-sentencepiece-legacy.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
         import sentencepiece
 
-        path = required_file(files.model, "--tokenizer-model", "SentencePieceTokenizer")
-        super().__init__(fingerprint_of(path), f"--tokenizer-model {path}")
+        path = require_file(files.model, "--tokenizer-model", "SentencePieceTokenizer")
+        super().__init__(fingerprint_files(path), f"--tokenizer-model {path}")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -38,7 +38,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         self.special_ids = frozenset(filter(self.model.is_control, range(self.vocab_size)))
         eod = self.model.eos_id() if files.eod_id is None else files.eod_id
         if eod < 0 and files.eod_id is None:
-            raise no_eod(self.source)
+            raise missing_eod_error(self.source)
         self.eod = eod
         names = {self.model.id_to_piece(token): token for token in self.special_ids}
         self._specials = names if files.special_tokens == TOKENS else {}
@@ -54,8 +54,8 @@ class SentencePieceTokenizer(BaseTokenizer):
                 ids.append(self._specials[part])
             elif part:
                 found = self.model.encode(part)
-                begin = 1 if ids and found and self.model.id_to_piece(found[0]) == SPACE else 0  # of the dummy prefix
-                ids += found[begin:]
+                has_dummy_prefix = ids and found and self.model.id_to_piece(found[0]) == SPACE
+                ids += found[1:] if has_dummy_prefix else found
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -63,5 +63,5 @@ class SentencePieceTokenizer(BaseTokenizer):
 
     def fast_model(self) -> FastModel:
         if self._specials:
-            raise UnsupportedTokenizer("special tokens in texts are read as tokens")
+            raise UnsupportedTokenizer("special tokens in texts are encoded as tokens")
         return sentencepiece_fast_model(self.model)

@@ -1,7 +1,8 @@
-"""tiktoken vocabularies for gigatoken.
+"""Conversion of tiktoken vocabularies to gigatoken.
 
-tiktoken merges the adjacent pair whose token has the lowest rank, the leftmost of equals, unless the whole pre-token is
-a token. As a tokenizer.json this is every split of every token in the order of the ranks, with ``ignore_merges``.
+tiktoken merges the adjacent pair whose token has the lowest rank, the leftmost one in a tie, unless the pre-token is
+itself a token. The equivalent tokenizer.json contains every split of every token, ordered by rank, and sets
+``ignore_merges``.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ from megatron_slm.tokenizers.huggingface_fast import CONTEXTS, byte_characters
 
 
 def tiktoken_fast_model(ranks: dict[bytes, int], specials: dict[str, int], pattern: str) -> FastModel:
-    """Return a tiktoken vocabulary for gigatoken.
+    """Convert a tiktoken vocabulary to a gigatoken model.
 
     Args:
-        ranks: ids of the tokens, in the order of merging.
-        specials: ids of the special tokens that are looked for in texts.
-        pattern: expression of the pre-tokens. gigatoken refuses those that it does not know.
+        ranks: token ids, in merge order.
+        specials: ids of the special tokens that are recognized in texts.
+        pattern: regular expression of the pre-tokens; gigatoken rejects patterns that it does not support.
     """
     names = {token: _written(token) for token in ranks}
     merges = [
-        (names[token[:cut]], names[token[cut:]])
+        (names[token[:split]], names[token[split:]])
         for token in sorted(ranks, key=ranks.__getitem__)
-        for cut in range(1, len(token))
-        if token[:cut] in names and token[cut:] in names
+        for split in range(1, len(token))
+        if token[:split] in names and token[split:] in names
     ]
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    pre_split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     settings = {
         "added_tokens": list(_added_tokens(specials)),
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [pre_split, byte_level]},
         "model": {
             "type": "BPE",
             "byte_fallback": False,

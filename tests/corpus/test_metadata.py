@@ -1,4 +1,4 @@
-"""Corpus metadata: found by content, under either name; files of others are neither used, replaced nor removed."""
+"""Corpus metadata: recognition by content under both names, and protection of unrelated files."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def state_of(path: Path) -> Any:
     return path.read_bytes() if path.is_file() else sorted(path.iterdir())
 
 
-def job(folder: Path, **settings: Any) -> Job:
-    text = folder / "in.jsonl"
+def job(directory: Path, **settings: Any) -> Job:
+    text = directory / "in.jsonl"
     if not text.exists():
         text.write_text('{"text": "hello"}\n')
-    return Job([str(text)], ["text"], str(folder / "out"), "ByteTokenizer", TokenizerFiles(), **settings)
+    return Job([str(text)], ["text"], str(directory / "out"), "ByteTokenizer", TokenizerFiles(), **settings)
 
 
 @foreign
-def test_a_file_of_others_beside_a_corpus_is_left_alone(
+def test_other_file_with_the_former_metadata_name_is_kept(
     tmp_path: Path, make: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = tmp_path / "out_text_document.json"
@@ -79,9 +79,7 @@ def test_a_file_of_others_beside_a_corpus_is_left_alone(
 
 
 @pytest.mark.parametrize("make", [case[1] for case in FOREIGN if case[0] not in ("dangling link", "directory")])
-def test_a_file_of_others_under_the_name_of_the_metadata_is_refused_first(
-    tmp_path: Path, make: Callable[[Path], Any]
-) -> None:
+def test_other_file_with_the_metadata_name_is_rejected_before_work(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     theirs = tmp_path / "out_text_document.corpus.json"
     make(theirs)
     before = state_of(theirs)
@@ -94,7 +92,7 @@ def test_a_file_of_others_under_the_name_of_the_metadata_is_refused_first(
     assert find_metadata(tmp_path / "out_text_document") is None
 
 
-def test_metadata_under_the_former_name_is_read_and_goes_with_its_corpus(tmp_path: Path) -> None:
+def test_metadata_under_the_former_name_is_read_and_replaced_with_its_corpus(tmp_path: Path) -> None:
     former = Path(f"{build(tmp_path / 'c', [[[1, 2]]])}.json")
     former.write_text(json.dumps(OURS))
     assert find_metadata(tmp_path / "c") == (former, OURS)
@@ -106,7 +104,7 @@ def test_metadata_under_the_former_name_is_read_and_goes_with_its_corpus(tmp_pat
     assert not former.exists() and find_metadata(tmp_path / "c") is None
 
 
-def test_a_finished_job_with_metadata_under_the_former_name_is_not_done_again(tmp_path: Path) -> None:
+def test_finished_job_with_metadata_under_the_former_name_is_not_repeated(tmp_path: Path) -> None:
     preprocess(job(tmp_path, resume=True))
     prefix = tmp_path / "out_text_document"
     Path(f"{prefix}.corpus.json").rename(f"{prefix}.json")

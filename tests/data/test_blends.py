@@ -148,18 +148,18 @@ WEIGHTS = st.dictionaries(
 def test_a_blend_is_the_same_however_it_is_given(
     tmp_path_factory: pytest.TempPathFactory, blend: dict[str, float]
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    directory = tmp_path_factory.getbasetemp()
     words = [word for prefix, weight in blend.items() for word in (str(weight), prefix)]
-    (folder / "blend.json").write_text(json.dumps(blend))
-    (folder / "blend.yaml").write_text("".join(f"{json.dumps(p)}: {w!r}\n" for p, w in blend.items()))
-    (folder / "list.json").write_text(json.dumps(words))
-    (folder / "split.json").write_text(json.dumps({"train": blend, "valid": words, "test": None}))
+    (directory / "blend.json").write_text(json.dumps(blend))
+    (directory / "blend.yaml").write_text("".join(f"{json.dumps(p)}: {w!r}\n" for p, w in blend.items()))
+    (directory / "list.json").write_text(json.dumps(words))
+    (directory / "split.json").write_text(json.dumps({"train": blend, "valid": words, "test": None}))
     expected = (list(blend), list(blend.values()))
     for name in ("blend.json", "blend.yaml", "list.json"):
-        given = DataConfig(data_path=[str(folder / name)], valid_data_path={"v": [str(folder / name)]})
+        given = DataConfig(data_path=[str(directory / name)], valid_data_path={"v": [str(directory / name)]})
         data = resolve_blends(given)
         assert parse_blend(data.data_path) == parse_blend(data.valid_data_path["v"]) == expected
-    data = resolve_blends(DataConfig(per_split_data_args_path=str(folder / "split.json")))
+    data = resolve_blends(DataConfig(per_split_data_args_path=str(directory / "split.json")))
     assert parse_blend(data.train_data_path) == parse_blend(data.valid_data_path["valid"]) == expected
     assert resolve_blends(data) == data, "a second time changes nothing"
 
@@ -286,6 +286,6 @@ def test_bad_blends(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: l
     assert message.format(tmp_path) in error, error
 
 
-def _placed(word: str, folder: Path) -> str:
+def _placed(word: str, directory: Path) -> str:
     name, equals, rest = word.rpartition("=")
-    return f"{name}{equals}{folder / rest}" if rest in FILES or rest in "ab" or "missing" in rest else word
+    return f"{name}{equals}{directory / rest}" if rest in FILES or rest in "ab" or "missing" in rest else word

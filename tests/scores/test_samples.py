@@ -37,10 +37,12 @@ class Places:
 
 
 def _labels_and_scores(
-    rank: int, world_size: int, folder: str, words: list[str], split: str | None, seq_length: int, seed: int
+    rank: int, world_size: int, directory: str, words: list[str], split: str | None, seq_length: int, seed: int
 ) -> int:
-    first, second = f"{folder}/one", f"{folder}/two"
-    data = DataConfig(data_path=[word.format(folder) for word in words], split=split, data_cache_path=f"{folder}/cache")
+    first, second = f"{directory}/one", f"{directory}/two"
+    data = DataConfig(
+        data_path=[word.format(directory) for word in words], split=split, data_cache_path=f"{directory}/cache"
+    )
     datasets = build_datasets(
         data,
         tokenizer=NullTokenizer(TokenizerFiles(vocab_size=2 * SECOND)),
@@ -79,9 +81,9 @@ def _labels_and_scores(
     ids=str,
 )
 def test_every_label_gets_its_own_score(tmp_path: Path, words: list[str], split: str | None, seq_length: int) -> None:
-    chance = random.Random(seq_length)
+    rng = random.Random(seq_length)
     for name, first in (("one", 0), ("two", SECOND)):
-        documents = [[chance.randint(1, 40) for _ in range(chance.randint(1, 3))] for _ in range(25)]
+        documents = [[rng.randint(1, 40) for _ in range(rng.randint(1, 3))] for _ in range(25)]
         write_numbered_corpus(tmp_path / name, documents, first)
     counts = run_ranks(_labels_and_scores, 2, str(tmp_path), words, split, seq_length, 7 + seq_length)
     assert counts == [48 * seq_length] * 2

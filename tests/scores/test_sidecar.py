@@ -79,8 +79,8 @@ def test_what_is_written_is_read(
     assert path.stat().st_size == HEADER_BYTES + tokens * 2 * (2 if entropy else 1)
 
 
-def finished(folder: Path) -> Path:
-    path = folder / "corpus.rm.scores"
+def finished(directory: Path) -> Path:
+    path = directory / "corpus.rm.scores"
     write(path, header(), np.ones(100, np.float32), np.ones(100, np.float32))
     return path
 

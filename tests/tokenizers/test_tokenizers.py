@@ -1,4 +1,4 @@
-"""Every kind of tokenizer reads its files as Megatron-LM does, gives a text back, and names what is wrong."""
+"""Tokenizers: Megatron-LM's file formats, round trips, special tokens and error messages."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def build(kind: str) -> Tokenizer:
     return build_tokenizer(kind, FILES[kind])
 
 
-def test_every_kind_has_its_files_here() -> None:
+def test_every_tokenizer_type_is_tested() -> None:
     assert FILES.keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FILES if kind != "NullTokenizer"])
-def test_a_text_is_given_back(kind: str) -> None:
+def test_encode_decode_round_trip(kind: str) -> None:
     tokenizer = build(kind)
 
     @settings(max_examples=60, deadline=None)
     @given(TEXTS)
     def run(text: str) -> None:
         ids = tokenizer.encode(text)
-        if kind == "HuggingFaceTokenizer":  # its file puts special tokens around a text
+        if kind == "HuggingFaceTokenizer":  # its post-processor adds special tokens
             assert tokenizer.decode([ids[0], ids[-1]]) == "<s></s>"
             ids = ids[1:-1]
         assert tokenizer.decode(ids) == text
@@ -63,7 +63,7 @@ def test_a_text_is_given_back(kind: str) -> None:
     run()
 
 
-def test_null_reads_numbers() -> None:
+def test_null_tokenizer_parses_ids() -> None:
     tokenizer = build("NullTokenizer")
     assert tokenizer.encode("3 499 0") == [3, 499, 0] and tokenizer.decode([3, 499, 0]) == "3 499 0"
     assert (tokenizer.vocab_size, tokenizer.eod) == (500, 499)
@@ -73,7 +73,7 @@ def test_null_reads_numbers() -> None:
     ("kind", "eod", "vocab_size"),
     [("SentencePieceTokenizer", "</s>", 700), ("HuggingFaceTokenizer", "</s>", 700), ("TikTokenizer", "</s>", 1400)],
 )
-def test_end_of_document_and_size(kind: str, eod: str, vocab_size: int) -> None:
+def test_eod_id_and_vocabulary_size(kind: str, eod: str, vocab_size: int) -> None:
     tokenizer = build(kind)
     assert tokenizer.vocab_size <= vocab_size
     model = tokenizer.model  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def test_end_of_document_and_size(kind: str, eod: str, vocab_size: int) -> None:
     assert tokenizer.eod == known[kind]()
 
 
-def test_kinds_that_need_no_other_library_are_encoded_by_their_own() -> None:
+def test_tokenizers_without_gigatoken_model_use_the_plain_engine() -> None:
     for kind in FILES:
         engine, reason = build_engine(build(kind), np.dtype(np.uint16))
         assert engine.name == ("plain" if kind in ("ByteTokenizer", "NullTokenizer") else "gigatoken"), reason
@@ -103,7 +103,7 @@ def test_kinds_that_need_no_other_library_are_encoded_by_their_own() -> None:
         ("TikTokenizer", "</s>"),
     ],
 )
-def test_special_tokens_in_texts_are_text_or_tokens(kind: str, special: str) -> None:
+def test_special_tokens_in_texts_are_encoded_as_text_or_tokens(kind: str, special: str) -> None:
     text = build(kind)
     tokens = build_tokenizer(kind, replace(FILES[kind], special_tokens="tokens"))
     around = [token for token in text.encode("") if token in text.special_ids]
@@ -115,8 +115,8 @@ def test_special_tokens_in_texts_are_text_or_tokens(kind: str, special: str) -> 
     assert tokens.encode("ab") == text.encode("ab")
 
 
-def test_sentencepiece_between_special_tokens_is_as_megatron_lm_reads_it() -> None:
-    """Each part alone, without the space of the dummy prefix behind a special token."""
+def test_sentencepiece_between_special_tokens_matches_megatron_lm() -> None:
+    """Each part is encoded separately, without the dummy-prefix space after a special token."""
     files = replace(FILES["SentencePieceTokenizer"], special_tokens="tokens")
     model = (tokenizer := build_tokenizer("SentencePieceTokenizer", files)).model  # type: ignore[attr-defined]
     first, second = model.encode("ab"), model.encode("zq c")
@@ -125,12 +125,12 @@ def test_sentencepiece_between_special_tokens_is_as_megatron_lm_reads_it() -> No
 
 
 @pytest.mark.parametrize("kind", ["ByteTokenizer", "NullTokenizer"])
-def test_special_tokens_of_kinds_without_any_are_refused(kind: str) -> None:
+def test_special_tokens_flag_is_rejected_without_special_tokens(kind: str) -> None:
     with pytest.raises(ConfigError, match="--special-tokens-in-text tokens has no effect"):
         build_tokenizer(kind, replace(FILES[kind], special_tokens="tokens"))
 
 
-def test_truncation_and_padding_of_a_tokenizer_json_are_left_out(tmp_path: Path) -> None:
+def test_tokenizer_json_truncation_and_padding_are_disabled(tmp_path: Path) -> None:
     model = Model.from_file(str(FIXTURES / "huggingface/tokenizer.json"))
     model.enable_truncation(4)
     model.enable_padding(length=50)
@@ -151,7 +151,7 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_left_out(tmp_path: Path)
         ({"eos_token": None, "sep_token": "<s>"}, "<s>"),
     ],
 )
-def test_the_end_of_document_is_the_one_declared(tmp_path: Path, declared: dict[str, object] | None, eod: str) -> None:
+def test_declared_eos_token_is_the_eod_token(tmp_path: Path, declared: dict[str, object] | None, eod: str) -> None:
     shutil.copy(FIXTURES / "huggingface/tokenizer.json", tmp_path)
     if declared is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
@@ -159,7 +159,7 @@ def test_the_end_of_document_is_the_one_declared(tmp_path: Path, declared: dict[
     assert tokenizer.decode([tokenizer.eod]) == eod
 
 
-def test_tiktoken_of_both_formats(tmp_path: Path) -> None:
+def test_tiktoken_reads_both_formats(tmp_path: Path) -> None:
     tokens = [base64.b64decode(line["token_bytes"]) for line in json.loads((FIXTURES / "tiktoken.json").read_text())]
     plain = tmp_path / "own.tiktoken"
     plain.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)))
@@ -168,7 +168,7 @@ def test_tiktoken_of_both_formats(tmp_path: Path) -> None:
     text = "words, and 12345 日本語"
     encoding = tiktoken.Encoding(
         "x",
-        pat_str=TikTokenizer.OWN_PATTERN,
+        pat_str=TikTokenizer.TIKTOKEN_PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens={},
     )
@@ -188,10 +188,10 @@ def test_tiktoken_of_both_formats(tmp_path: Path) -> None:
         ("SentencePieceTokenizer", "no model", "is not a sentencepiece model"),
         ("HuggingFaceTokenizer", "{}", "is not a tokenizer.json"),
         ("TikTokenizer", "not base64", "is not a tiktoken file"),
-        ("TikTokenizer", None, "there is no such file"),
+        ("TikTokenizer", None, "no such file"),
     ],
 )
-def test_foreign_files_are_refused(kind: str, content: str | None, message: str, tmp_path: Path) -> None:
+def test_invalid_files_are_rejected(kind: str, content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     if content is not None:
         path.write_text(content)
@@ -200,19 +200,19 @@ def test_foreign_files_are_refused(kind: str, content: str | None, message: str,
 
 
 @pytest.mark.parametrize("size", [1100, 1240])
-def test_a_tiktoken_vocabulary_without_all_bytes_is_refused(size: int) -> None:
-    with pytest.raises(ConfigError, match=r"none is byte 0x.*give a larger --vocab-size"):
+def test_tiktoken_vocabulary_without_all_bytes_is_rejected(size: int) -> None:
+    with pytest.raises(ConfigError, match=r"is byte 0x.*increase --vocab-size"):
         build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=size))
 
 
 @pytest.mark.parametrize("size", [None, 1400, 5000])
-def test_a_vocabulary_that_is_smaller_than_declared_is_padded(size: int | None) -> None:
+def test_smaller_vocabulary_than_declared_is_padded(size: int | None) -> None:
     tokenizer = build_tokenizer("TikTokenizer", TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=size))
     assert tokenizer.vocab_size == 1400
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer"])
-def test_a_corpus_of_another_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+def test_corpus_of_another_tokenizer_is_rejected(kind: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "one two"}\n')
     job = Job([str(tmp_path / "in.jsonl")], ["text"], str(tmp_path / "out"), kind, FILES[kind])
     preprocess(job)

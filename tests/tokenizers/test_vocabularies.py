@@ -1,4 +1,4 @@
-"""Sizes of vocabularies with holes, end-of-document tokens from every source, and one set of flags for all commands."""
+"""Vocabulary sizes with unused ids, sources of the end-of-document token, and tokenizer flags of all commands."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ TOKENIZER_FLAGS = {
 } | {"--vocab-size"}
 
 
-def tokenizer_json(folder: Path, change: Any = None) -> Path:
-    """The fixture's tokenizer.json in a directory of its own, changed."""
+def tokenizer_json(directory: Path, change: Any = None) -> Path:
+    """Write a modified copy of the fixture's tokenizer.json and return its path."""
     content = json.loads((FIXTURES / "huggingface/tokenizer.json").read_text(encoding="utf-8"))
     if change is not None:
         change(content)
-    path = folder / "tokenizer.json"
+    path = directory / "tokenizer.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
 def with_rare_token(content: dict[str, Any]) -> None:
-    """Give the last token an id far behind the others."""
+    """Assign the last token an id far above the others."""
     vocab = content["model"]["vocab"]
     vocab[max(vocab, key=vocab.__getitem__)] = 60_000
 
 
-def test_the_size_of_a_tokenizer_json_with_holes_is_its_highest_id_and_one(tmp_path: Path) -> None:
+def test_tokenizer_json_with_unused_ids_has_highest_id_plus_one_as_size(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
     path = tokenizer_json(tmp_path, with_rare_token)
     tokenizer = build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(path)))
@@ -53,30 +53,30 @@ def test_the_size_of_a_tokenizer_json_with_holes_is_its_highest_id_and_one(tmp_p
 
 
 @pytest.mark.parametrize("declared", [5000, 650])
-def test_an_added_token_that_is_loaded_with_another_id_is_refused(tmp_path: Path, declared: int) -> None:
+def test_added_token_with_undeclared_id_is_rejected(tmp_path: Path, declared: int) -> None:
     def change(content: dict[str, Any]) -> None:
         with_rare_token(content)
         content["added_tokens"].append({**content["added_tokens"][0], "id": declared, "content": "<new>"})
 
     path = tokenizer_json(tmp_path, change)
-    with pytest.raises(ConfigError, match=rf"'<new>' with id {declared}, and the tokenizers library loads it with id"):
+    with pytest.raises(ConfigError, match=rf"'<new>' with id {declared}, but the tokenizers library loads it with id"):
         build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(path), eod_id=1))
 
 
 @pytest.mark.parametrize(("declared", "refused"), [("7", True), ("2", False)])
-def test_ids_of_tokenizer_config_are_compared(tmp_path: Path, declared: str, refused: bool) -> None:
+def test_tokenizer_config_ids_are_compared_with_loaded_ids(tmp_path: Path, declared: str, refused: bool) -> None:
     tokenizer_json(tmp_path)
     decoder = {declared: {"content": "</s>"}, "9000": {"content": "<not there>"}, "3": None}
     settings = {"eos_token": "</s>", "added_tokens_decoder": decoder}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     if refused:
-        with pytest.raises(ConfigError, match=r"tokenizer_config.json declares the .* '</s>' with id 7, and .* 2"):
+        with pytest.raises(ConfigError, match=r"tokenizer_config.json declares the .* '</s>' with id 7, but .* 2"):
             build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path)))
     else:
         assert build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path))).eod == 2
 
 
-def test_the_size_of_a_gpt2_vocabulary_with_holes(tmp_path: Path) -> None:
+def test_gpt2_vocabulary_with_unused_ids(tmp_path: Path) -> None:
     vocab = json.loads((FIXTURES / "gpt2/vocab.json").read_text(encoding="utf-8"))
     rare = max(vocab, key=vocab.__getitem__)
     vocab[rare] = 5000
@@ -85,7 +85,7 @@ def test_the_size_of_a_gpt2_vocabulary_with_holes(tmp_path: Path) -> None:
     assert build_tokenizer("GPT2BPETokenizer", files).vocab_size == 5001
 
 
-def test_tiktoken_ranks_with_holes_and_an_end_beyond_them(tmp_path: Path) -> None:
+def test_tiktoken_vocabulary_with_unused_ranks_and_larger_eod_id(tmp_path: Path) -> None:
     path = tmp_path / "x.tiktoken"
     ranks = [*range(256), 900]
     tokens = [*(bytes([byte]) for byte in range(256)), b"ab"]
@@ -100,19 +100,19 @@ def test_tiktoken_ranks_with_holes_and_an_end_beyond_them(tmp_path: Path) -> Non
     assert all(tokenizer.encode("ab") == [900] for tokenizer in built)
 
 
-def test_ids_that_corpora_cannot_hold_are_refused(tmp_path: Path) -> None:
+def test_ids_beyond_the_corpus_dtype_are_rejected(tmp_path: Path) -> None:
     def with_huge_id(content: dict[str, Any]) -> None:
         vocab = content["model"]["vocab"]
         vocab[max(vocab, key=vocab.__getitem__)] = 1 << 31
 
     path = tokenizer_json(tmp_path, with_huge_id)
-    with pytest.raises(ConfigError, match=r"tokenizer.json has the id 2147483648, and corpora hold ids below"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json has the id 2147483648, but corpora store ids below"):
         build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(path), eod_id=2))
 
 
-def test_a_json_file_of_another_tokenizer_is_no_tiktoken_file(tmp_path: Path) -> None:
+def test_other_json_file_is_rejected_as_tiktoken_vocabulary(tmp_path: Path) -> None:
     path = tokenizer_json(tmp_path)
-    with pytest.raises(ConfigError, match="is not a tiktoken file: it should hold a list of tokens"):
+    with pytest.raises(ConfigError, match="is not a tiktoken file: it must contain a list of tokens"):
         build_tokenizer("TikTokenizer", TokenizerFiles(str(path)))
 
 
@@ -121,7 +121,7 @@ def tiktoken_lines(*more: tuple[bytes, int]) -> bytes:
     return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in tokens)
 
 
-def test_a_tiktoken_file_is_read_again_under_its_name(tmp_path: Path) -> None:
+def test_rewritten_tiktoken_file_is_not_read_from_a_cache(tmp_path: Path) -> None:
     path = tmp_path / "x.tiktoken"
     for more in ([(b"ab", 256)], [(b"xy", 256), (b"ab", 257)]):
         path.write_bytes(tiktoken_lines(*more))
@@ -131,14 +131,14 @@ def test_a_tiktoken_file_is_read_again_under_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tiktoken_lines((b"ab", 7)), "the id 7 is that of two tokens"),
+        (tiktoken_lines((b"ab", 7)), "the id 7 is assigned to two tokens"),
         (tiktoken_lines((b"ab", -1)), "the id -1 is negative"),
         (tiktoken_lines() + b"YWI=\n", "line 257 is not a token in base64 and its rank"),
         (tiktoken_lines() + b"Y*I= 300\n", "line 257 is not a token in base64 and its rank"),
-        (b"\n", "it holds no tokens"),
+        (b"\n", "it contains no tokens"),
     ],
 )
-def test_a_damaged_tiktoken_file_is_explained(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_tiktoken_file_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.tiktoken"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"x.tiktoken is not a tiktoken file: {message}"):
@@ -146,12 +146,12 @@ def test_a_damaged_tiktoken_file_is_explained(tmp_path: Path, content: bytes, me
 
 
 @pytest.mark.parametrize("size", [7, 6, 3, 1400])
-def test_special_tokens_that_do_not_fit_are_refused(size: int) -> None:
+def test_invalid_special_token_count_is_rejected(size: int) -> None:
     files = TokenizerFiles(str(FIXTURES / "tiktoken.json"), vocab_size=1400, tiktoken_num_special_tokens=size)
     if size == 7:
         assert build_tokenizer("TikTokenizer", files).vocab_size == 407
         return
-    with pytest.raises(ConfigError, match=f"--tiktoken-num-special-tokens is {size}, and must be at least 7 and below"):
+    with pytest.raises(ConfigError, match=f"--tiktoken-num-special-tokens {size}: must be at least 7 and below"):
         build_tokenizer("TikTokenizer", files)
 
 
@@ -162,7 +162,7 @@ def test_special_tokens_that_do_not_fit_are_refused(size: int) -> None:
         ("ByteTokenizer", TokenizerFiles(), 257),
     ],
 )
-def test_a_declared_size_is_at_least_the_tokenizers_and_pads_the_model(
+def test_vocab_size_below_the_tokenizer_is_rejected_and_above_it_pads(
     kind: str, files: TokenizerFiles, size: int
 ) -> None:
     exact = build_tokenizer(kind, files).vocab_size
@@ -174,7 +174,7 @@ def test_a_declared_size_is_at_least_the_tokenizers_and_pads_the_model(
     assert padded_vocab_size(ModelConfig(), exact, 1) == -(-exact // 128) * 128
 
 
-ENDS = {  # files beside tokenizer.json, and the end of a document or the error
+ENDS = {  # files next to tokenizer.json, and the end-of-document token or the error
     "text": ({"tokenizer_config.json": {"eos_token": "<s>"}}, "<s>"),
     "object": ({"tokenizer_config.json": {"eos_token": {"content": "<s>", "lstrip": False}}}, "<s>"),
     "separator": ({"tokenizer_config.json": {"eos_token": None, "sep_token": "<s>"}}, "<s>"),
@@ -185,21 +185,21 @@ ENDS = {  # files beside tokenizer.json, and the end of a document or the error
     ),
     "generation": ({"tokenizer_config.json": {}, "generation_config.json": {"eos_token_id": 1}}, 1),
     "generation list of one": ({"generation_config.json": {"eos_token_id": [2]}}, 2),
-    "generation list": ({"generation_config.json": {"eos_token_id": [1, 2]}}, "any of the ids 1, 2 may end"),
-    "generation text": ({"generation_config.json": {"eos_token_id": "1"}}, "eos_token_id is '1', and must be one id"),
+    "generation list": ({"generation_config.json": {"eos_token_id": [1, 2]}}, "ambiguous end-of-document id (1, 2)"),
+    "generation text": ({"generation_config.json": {"eos_token_id": "1"}}, "eos_token_id is '1', but must be an id"),
     "generation range": ({"generation_config.json": {"eos_token_id": 70_000}}, "id 70000 is outside the vocabulary"),
-    "none of several": ({}, "which no eos_token accompanies: any of the ids"),
+    "none of several": ({}, "without a declared eos_token: ambiguous end-of-document id"),
     "unknown token": ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, "'<|im_end|>', which is not in the voc"),
-    "no content": ({"tokenizer_config.json": {"eos_token": {"lstrip": True}}}, "must be a token or an object"),
-    "number": ({"tokenizer_config.json": {"eos_token": 3}}, "eos_token is 3, and must be a token"),
-    "not an object": ({"tokenizer_config.json": ["</s>"]}, "should hold a JSON object"),
+    "no content": ({"tokenizer_config.json": {"eos_token": {"lstrip": True}}}, "must be a string or an object"),
+    "number": ({"tokenizer_config.json": {"eos_token": 3}}, "eos_token is 3, but must be a string"),
+    "not an object": ({"tokenizer_config.json": ["</s>"]}, "must contain a JSON object"),
     "not JSON": ({"tokenizer_config.json": b"{not json"}, "tokenizer_config.json is not JSON"),
     "not UTF-8": ({"tokenizer_config.json": b"\xff\xfe{}"}, "tokenizer_config.json is not JSON"),
 }
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_the_end_of_a_document_comes_from_the_files_or_the_flag(tmp_path: Path, case: str) -> None:
+def test_eod_id_comes_from_the_files_or_the_flag(tmp_path: Path, case: str) -> None:
     beside, expected = ENDS[case]
     tokenizer_json(tmp_path)
     for name, content in beside.items():
@@ -219,7 +219,7 @@ def _escaped(text: str) -> str:
     return "".join(f"[{character}]" if character in "|.()" else character for character in text)
 
 
-def test_one_usual_name_ends_documents(tmp_path: Path) -> None:
+def test_single_usual_token_name_is_the_eod_token(tmp_path: Path) -> None:
     def only_one(content: dict[str, Any]) -> None:
         text = json.dumps(content).replace('"</s>"', '"<b>"').replace('"<|endoftext|>"', '"<c>"')
         content.update(json.loads(text.replace('"<s>"', '"[SEP]"')))
@@ -239,7 +239,7 @@ def test_one_usual_name_ends_documents(tmp_path: Path) -> None:
         ("ByteTokenizer", {}),
     ],
 )
-def test_the_flag_sets_the_end_of_any_kind(kind: str, files: dict[str, Any]) -> None:
+def test_eod_id_flag_applies_to_every_tokenizer(kind: str, files: dict[str, Any]) -> None:
     tokenizer, plain = (build_tokenizer(kind, TokenizerFiles(**files, eod_id=eod)) for eod in (17, None))
     assert tokenizer.eod == 17 != plain.eod
     assert tokenizer.unique_identifiers != plain.unique_identifiers
@@ -248,7 +248,7 @@ def test_the_flag_sets_the_end_of_any_kind(kind: str, files: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("tool", ["preprocess_data", "score_corpus", "inspect_dataset", "benchmark_preprocess"])
-def test_every_tool_has_the_tokenizer_flags(
+def test_every_tool_accepts_the_tokenizer_flags(
     tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = run_tool(monkeypatch, capsys, tool, ["--help"])
@@ -256,7 +256,7 @@ def test_every_tool_has_the_tokenizer_flags(
     assert {flag for flag in TOKENIZER_FLAGS if f"{flag} " in out} == TOKENIZER_FLAGS
 
 
-def test_flags_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+def test_contradicting_tokenizer_flags_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "1 2"}\n')
     base = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out")]
     null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"]
@@ -275,7 +275,7 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert job.tokenizer_files.eod_id == 4
 
 
-def test_a_copied_fixture_is_the_same_tokenizer(tmp_path: Path) -> None:
+def test_copied_tokenizer_has_the_same_identity(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "huggingface", tmp_path / "copy")
     built = [
         build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(path)))

@@ -1,4 +1,4 @@
-"""The end-of-document token of a ``tokenizer.json``, as the files beside it declare it."""
+"""End-of-document token of a ``tokenizer.json``, as declared by the other files in its directory."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 from megatron_slm.runtime.errors import ConfigError
 
 USUAL_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-REMEDY = "Give its id with --eod-id."
+REMEDY = "Set its id with --eod-id."
 
 
-def declared_end(path: Path, token_to_id: Callable[[str], int | None]) -> int:
-    """Return the id of the token that ends documents.
+def find_eod(path: Path, token_to_id: Callable[[str], int | None]) -> int:
+    """Return the id of the end-of-document token.
 
-    It is the ``eos_token`` (or, without one, the ``sep_token``) of ``tokenizer_config.json`` or, without either, of
-    ``special_tokens_map.json``; else the ``eos_token_id`` of ``generation_config.json``; else the one usual name that
-    is in the vocabulary.
+    Sources in order of precedence: ``eos_token``, then ``sep_token``, of ``tokenizer_config.json``; the same fields of
+    ``special_tokens_map.json``; ``eos_token_id`` of ``generation_config.json``; the only one of :data:`USUAL_NAMES`
+    in the vocabulary.
 
     Args:
-        path: the ``tokenizer.json``.
-        token_to_id: returns the id of a token, or None.
+        path: path of ``tokenizer.json``.
+        token_to_id: function from a token to its id, or to None if the vocabulary does not contain it.
 
     Raises:
-        ConfigError: a file that cannot be read, a declared token that is not in the vocabulary, no token, or several.
+        ConfigError: a file cannot be read, the declared token is not in the vocabulary, or there is no candidate or
+            more than one.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = json_settings(path.with_name(name))
@@ -36,47 +37,47 @@ def declared_end(path: Path, token_to_id: Callable[[str], int | None]) -> int:
     ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
     place = f"{path.with_name('generation_config.json')}: eos_token_id"
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ConfigError(f"{place} is {declared!r}, and must be one id or a list of ids. {REMEDY}")
+        raise ConfigError(f"{place} is {declared!r}, but must be an id or a list of ids. {REMEDY}")
     if not ids:
-        place = f"--tokenizer-model {path}, which no eos_token accompanies"
+        place = f"--tokenizer-model {path} without a declared eos_token"
         ids = [token for name in USUAL_NAMES if (token := token_to_id(name)) is not None]
     if len(set(ids)) > 1:
-        raise ConfigError(f"{place}: any of the ids {', '.join(map(str, ids))} may end a document. {REMEDY}")
+        raise ConfigError(f"{place}: ambiguous end-of-document id ({', '.join(map(str, ids))}). {REMEDY}")
     if not ids:
         raise ConfigError(
-            f"--tokenizer-model {path} has no token that ends a document (no eos_token in tokenizer_config.json, none "
-            f"of {', '.join(USUAL_NAMES)}). {REMEDY}"
+            f"--tokenizer-model {path} has no end-of-document token (no eos_token in tokenizer_config.json, and none "
+            f"of {', '.join(USUAL_NAMES)} in the vocabulary). {REMEDY}"
         )
     return ids[0]
 
 
 def json_settings(path: Path) -> dict[str, Any]:
-    """Return the settings of a JSON file; none if there is no such file.
+    """Return the contents of a JSON file, or an empty dict if the file does not exist.
 
     Raises:
-        ConfigError: the file cannot be read, or does not hold a JSON object.
+        ConfigError: the file cannot be read, or is not a JSON object.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}. Look at its permissions (ls -l).") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Check its permissions (ls -l).") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}. Mend it, or remove it and give --eod-id.") from error
+        raise ConfigError(f"{path} is not JSON: {error}. Fix it, or remove it and set --eod-id.") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} should hold a JSON object. Mend it, or remove it and give --eod-id.")
+        raise ConfigError(f"{path} must contain a JSON object. Fix it, or remove it and set --eod-id.")
     return settings
 
 
 def _content(token: Any, path: Path, key: str) -> str | None:
-    """Return the text of a token that is declared as text or as an object with a ``content``; None if unset."""
+    """Return the content of a token declared as a string or as an object with ``content``; None if unset."""
     if isinstance(token, dict):
         token = token.get("content", token)
     if token is None or token == "":
         return None
     if not isinstance(token, str):
-        raise ConfigError(f"{path}: {key} is {token!r}, and must be a token or an object with a 'content'. {REMEDY}")
+        raise ConfigError(f"{path}: {key} is {token!r}, but must be a string or an object with 'content'. {REMEDY}")
     return token
 
 
@@ -84,6 +85,6 @@ def _known(token: str, token_to_id: Callable[[str], int | None], path: Path, key
     if (found := token_to_id(token)) is None:
         raise ConfigError(
             f"{path}: {key} is {token!r}, which is not in the vocabulary of tokenizer.json. Save the tokenizer with "
-            "its tokens, or give the id of the token that ends documents with --eod-id."
+            "its tokens, or set the end-of-document id with --eod-id."
         )
     return found
