@@ -1,1 +1,1 @@
-"""From files of text to .bin/.idx corpora: reading, encoding, writing, restarting, merging."""
+"""Preprocessing of text files to ``.bin/.idx`` corpora: reading, encoding, writing, resuming and merging."""

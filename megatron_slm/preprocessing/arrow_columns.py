@@ -1,4 +1,4 @@
-"""Texts of many JSON lines or table rows as Arrow arrays, without a Python object per document."""
+"""Bulk extraction of texts from JSON lines and table rows to Arrow arrays, without a Python object per document."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-LARGEST = (1 << 31) - 2  # bytes of a block that Arrow's JSON reader takes
+MAX_BYTES = (1 << 31) - 2  # largest block that Arrow's JSON reader accepts
 
 
 def json_columns(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArray] | None:
-    """Return the values by key; None if a line is not exactly one JSON object with a text under each key.
+    """Return one array of texts per key, or None unless every line is a single JSON object with a text for each key.
 
-    Arrow's reader differs from Python's: it refuses repeated keys and lone surrogates, and accepts integers and nesting
-    of any size under keys that are not read.
+    Arrow's reader differs from Python's: it rejects repeated keys and lone surrogates, and accepts integers and nesting
+    of any size in keys that are not read.
     """
     import pyarrow.json
 
     if any("." in key for key in keys):
-        return None  # may be a path into an object
+        return None  # possibly a path into an object
     body = content.removesuffix(b"\n").removesuffix(b"\r")
     lines = body.count(b"\n") + 1
     separated = body.count(b"}\n{") + body.count(b"}\r\n{") + 1
-    if len(content) > LARGEST or separated != lines or not (body.startswith(b"{") and body.endswith(b"}")):
+    if len(content) > MAX_BYTES or separated != lines or not (body.startswith(b"{") and body.endswith(b"}")):
         return None
     try:
         if not content.isascii():
-            content.decode("utf-8")  # Arrow does not look at values that it leaves out
+            content.decode("utf-8")  # Arrow does not validate the values of other keys
         table = pyarrow.json.read_json(
             pa.BufferReader(content),
             read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(content) + 1),
@@ -40,7 +40,7 @@ def json_columns(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArra
 
 
 def table_columns(content: bytes, keys: Sequence[str]) -> list[pa.LargeStringArray] | None:
-    """Return the columns of an Arrow stream; None if they are not texts in UTF-8 without gaps."""
+    """Return the columns of an Arrow stream, or None unless all are valid UTF-8 strings without nulls."""
     table = pa.ipc.open_stream(content).read_all()
     return _checked(table, keys, table.num_rows)
 

@@ -1,7 +1,7 @@
-"""Writes one ``.bin/.idx`` corpus block by block, in constant memory, so that it can be cut back to an earlier block.
+"""Block-wise writing of a ``.bin/.idx`` corpus in constant memory, truncatable to an earlier block.
 
-Beside ``.bin``, the length of each sequence and the number of sequences of each document grow in files of their own
-(4 bytes each). At the end ``.idx`` is composed of them, and only then the corpus gets its name.
+Sequence lengths and sequences per document are appended to two temporary files (int32 each). The ``.idx`` is composed
+from them at the end, and only then are the files renamed to their final names.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from megatron_slm.corpus.index import bin_path, byte_offsets, idx_path, is_index
 from megatron_slm.corpus.metadata import check_metadata_writable
 from megatron_slm.runtime.files import check_replaceable, publish, sync
 
-AT_ONCE = 1 << 20  # numbers that are held in memory while the index is composed
-SMALL_VOCABULARY = 65500  # below it ids are stored as uint16
-Sizes = tuple[int, ...]  # bytes of .bin, of the lengths' file and of the sequences' file
+INDEX_CHUNK = 1 << 20  # numbers held in memory while the index is composed
+SMALL_VOCABULARY = 65500  # smaller vocabularies are stored as uint16
+Sizes = tuple[int, ...]  # bytes of the .bin, lengths and sequences files
 
 
 def corpus_dtype(vocab_size: int) -> np.dtype:
-    """The dtype in which Megatron-Core stores the ids of a vocabulary (its ``DType.optimal_dtype``)."""
+    """Return the dtype in which Megatron-Core stores the ids of a vocabulary (``DType.optimal_dtype``)."""
     return np.dtype(np.uint16 if vocab_size < SMALL_VOCABULARY else np.int32)
 
 
 def check_corpus_writable(prefix: str, flag: str) -> None:
-    """Raise ConfigError, before long work, if a file that belongs to no corpus has a name that a new corpus takes.
+    """Raise ConfigError if writing the corpus would replace a file that does not belong to a corpus.
 
-    A ``.bin`` belongs to the ``.idx`` beside it, which may be missing if a job was killed between their renames.
+    A ``.bin`` belongs to the ``.idx`` of the same prefix, or of the temporary prefix if a job was killed between the
+    two renames.
     """
     check_replaceable(idx_path(prefix), flag, is_ours=is_index)
     is_published = any(is_index(idx_path(name)) for name in (prefix, partial_prefix(prefix)))
@@ -38,11 +39,11 @@ def check_corpus_writable(prefix: str, flag: str) -> None:
 
 
 class CorpusWriter:
-    """One corpus in the making, under temporary names beside its own.
+    """Write one corpus under temporary names in its directory.
 
     Args:
         prefix: path of the corpus without suffix.
-        dtype: of its ids.
+        dtype: dtype of the token ids.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
@@ -50,10 +51,10 @@ class CorpusWriter:
         partial = partial_prefix(prefix)
         self.partial_idx = idx_path(partial)
         self.paths = (bin_path(partial), Path(f"{partial}.lengths"), Path(f"{partial}.sequences"))
-        self.files: list[IO[bytes]] = []  # without buffers, so that a failed write is the end of it
+        self.files: list[IO[bytes]] = []  # unbuffered, so that a failed write leaves nothing pending
 
     def open(self, sizes: Sizes = (0, 0, 0)) -> None:
-        """Begin, or go on behind an earlier block, of which ``sizes`` tells; what stands behind it is cut off."""
+        """Open the temporary files, truncated to the ``sizes`` after an earlier block."""
         for path, size in zip(self.paths, sizes, strict=True):
             file = path.open("r+b" if size else "wb", buffering=0)
             self.files.append(file)
@@ -61,29 +62,35 @@ class CorpusWriter:
             file.seek(size)
 
     def append(self, ids: bytes, lengths: bytes, sequences: bytes) -> Sizes:
-        """Write a block's ids, and as int32 the lengths of its sequences and the sequences of its documents."""
+        """Append a block and return the new file sizes.
+
+        Args:
+            ids: token ids, of ``dtype``.
+            lengths: int32 tokens of each sequence.
+            sequences: int32 sequences of each document.
+        """
         for file, data in zip(self.files, (ids, lengths, sequences), strict=True):
             write_all(file, data)
         return self.sizes()
 
     def sizes(self) -> Sizes:
-        """Where the files end."""
+        """Return the current sizes of the files."""
         ids, lengths, sequences = (file.tell() for file in self.files)
         return ids, lengths, sequences
 
     def has(self, sizes: Sizes) -> bool:
-        """Do the temporary files reach that far?"""
+        """Return whether the temporary files have at least these sizes."""
         return all(path.is_file() and path.stat().st_size >= size for path, size in zip(self.paths, sizes, strict=True))
 
     def compose(self) -> None:
-        """Put everything on the disk, the index too, still under temporary names."""
+        """Compose the index and flush all files to disk, still under temporary names."""
         self.close()
         for path in self.paths:
             sync(path)
         write_index(self.partial_idx, self.dtype, self.paths[1], self.paths[2])
 
     def publish(self) -> None:
-        """Give the corpus its name; may be called again after it was interrupted."""
+        """Rename the files to their final names; may be repeated after an interruption."""
         for partial, path in ((self.paths[0], bin_path(self.prefix)), (self.partial_idx, idx_path(self.prefix))):
             if partial.is_file():
                 publish(partial, path)
@@ -93,31 +100,31 @@ class CorpusWriter:
             self.files.pop().close()
 
     def remove(self) -> None:
-        """Take the temporary files away."""
+        """Remove the temporary files."""
         self.close()
         for path in (*self.paths, self.partial_idx):
             path.unlink(missing_ok=True)
 
 
 def write_all(file: IO[bytes], data: bytes) -> None:
-    """Write all of ``data`` to a file without a buffer, which may take less at once.
+    """Write all of ``data`` to an unbuffered file, repeating partial writes.
 
     Raises:
         OSError: the disk is full.
     """
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> None:
-    """Compose an ``.idx`` file, equal to that of Megatron-Core's builder, in constant memory.
+    """Write an ``.idx`` file, identical to that of Megatron-Core's builder, in constant memory.
 
     Args:
-        path: where to write it.
-        dtype: of the ids in ``.bin``.
-        lengths: file of int32, the tokens of each sequence.
-        sequences: file of int32, the number of sequences of each document.
+        path: output path.
+        dtype: dtype of the ids in ``.bin``.
+        lengths: file of int32 tokens per sequence.
+        sequences: file of int32 sequences per document.
     """
     counts = [file.stat().st_size // 4 for file in (lengths, sequences)]
     with path.open("wb") as index:
@@ -139,5 +146,5 @@ def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> 
 
 def _read(path: Path) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
-        while data := file.read(4 * AT_ONCE):
+        while data := file.read(4 * INDEX_CHUNK):
             yield np.frombuffer(data, np.int32)

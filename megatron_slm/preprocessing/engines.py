@@ -1,4 +1,4 @@
-"""Engines that encode many texts at once: gigatoken where it gives the tokenizer's ids, else the tokenizer itself."""
+"""Batch encoding engines: gigatoken if it reproduces the tokenizer's ids, otherwise the tokenizer's library."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import Tokenizer
 from megatron_slm.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 
-DENSE = 16  # batches that are sampled at 0, 1, 2, 4, 8; later ones at each multiple of it
-FIRST_SAMPLE = 24  # texts of the first batch that are compared; one of each later sample
-SAMPLED_CHARACTERS = 2000  # of a text: the plain tokenizer may be 100 times slower
-MOST_CACHE = 128 << 20  # bytes; past them the tokenizer is made again. Its cache grows by doubling: the peak is twice
-LARGEST_ID = 1 << 24  # gigatoken holds 16 bytes for each id up to the highest, and ends the process if they do not fit
-SHOWN = 60  # characters of a text, in a message
+DENSE = 16  # batches 0, 1, 2, 4 and 8 are sampled, then every 16th
+FIRST_SAMPLE = 24  # texts compared in the first batch; later samples compare one
+SAMPLED_CHARACTERS = 2000  # characters compared per text: the plain tokenizer may be 100 times slower
+MAX_CACHE = 128 << 20  # bytes of cache after which gigatoken is reloaded; the peak is twice that, as the cache doubles
+MAX_ID = 1 << 24  # gigatoken allocates 16 bytes per id, and aborts the process if the allocation fails
+SHOWN = 60  # characters of a text quoted in a message
 PROBES = (
     *("", " ", "  ", "     ", "\n", "\n\n", "\r\n", "\t", " \n", "\n  \n", "\0", "\x1c", "\x85", "\xa0", "\u2028"),
     *("a", " a", "a ", "a  b", "a\n\nb", "\n\n  a", "a\tb", "\t\ta", "▁", "▁▁a", "e\u0301", "\u0301", "'s", "'LL x"),
@@ -43,27 +43,30 @@ PROBES = (
 
 
 class Engine(Protocol):
-    """Encodes batches of texts."""
+    """Interface of batch encoders."""
 
     name: str
 
     def encode(self, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of all texts, back to back in the corpus' dtype, and the number of ids of each text (int64).
+        """Encode a batch of texts.
+
+        Returns:
+            the concatenated ids, [tokens] of the corpus dtype, and the tokens of each text, [texts] int64.
 
         Raises:
-            ConfigError: the engine found itself wrong.
-            ValueError, OverflowError: a text that cannot be encoded.
+            ConfigError: the engine detected a wrong result.
+            ValueError, OverflowError: a text cannot be encoded.
         """
         ...
 
 
 def build_engine(tokenizer: Tokenizer, dtype: np.dtype, use_gigatoken: bool = True) -> tuple[Engine, str]:
-    """Return the fastest engine with the tokenizer's ids, and the reason if it could have been gigatoken and is not."""
+    """Return the fastest engine that reproduces the tokenizer's ids, and the reason if gigatoken cannot be used."""
     plain = PlainEngine(tokenizer, dtype)
     if not use_gigatoken:
         return plain, ""
-    if tokenizer.vocab_size > LARGEST_ID:
-        return plain, f"its ids reach {tokenizer.vocab_size - 1}, and gigatoken holds an entry for each"
+    if tokenizer.vocab_size > MAX_ID:
+        return plain, f"its highest id is {tokenizer.vocab_size - 1}, and gigatoken allocates an entry for each id"
     try:
         return GigatokenEngine(tokenizer, tokenizer.fast_model(), dtype), ""
     except UnsupportedTokenizer as reason:
@@ -71,7 +74,7 @@ def build_engine(tokenizer: Tokenizer, dtype: np.dtype, use_gigatoken: bool = Tr
 
 
 class PlainEngine:
-    """The tokenizer's own library, text by text."""
+    """Encode text by text with the tokenizer's library."""
 
     name = "plain"
 
@@ -91,10 +94,10 @@ class PlainEngine:
 
 
 class GigatokenEngine:
-    """gigatoken, with samples compared with the plain tokenizer, and a bounded cache.
+    """Encode batches with gigatoken, verify samples against the plain tokenizer, and bound the cache.
 
     Raises:
-        UnsupportedTokenizer: gigatoken refuses the tokenizer, or gives other ids for a probe.
+        UnsupportedTokenizer: gigatoken rejects the tokenizer, or produces other ids for a probe.
     """
 
     name = "gigatoken"
@@ -104,14 +107,14 @@ class GigatokenEngine:
         self.plain = PlainEngine(tokenizer, dtype)
         self.gigatoken = model.load()
         self.batches = 0
-        self.most_memory: int | None = None  # bytes of this process; set by the first batch, after a fork
+        self.max_memory: int | None = None  # bytes of resident memory; set by the first batch, after the fork
         self.rng = random.Random(0)
         if (found := self._difference([*PROBES, *model.probes])) is not None:
-            raise UnsupportedTokenizer(f"gigatoken gives other ids for {found[0][:SHOWN]!r}")
+            raise UnsupportedTokenizer(f"gigatoken produces other ids for {found[0][:SHOWN]!r}")
 
     def encode(self, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-        if self.most_memory is None:
-            self.most_memory = _resident() + MOST_CACHE
+        if self.max_memory is None:
+            self.max_memory = _resident_bytes() + MAX_CACHE
         encoded = self._encode(texts)
         self._compare_sample(texts)
         self._bound_cache()
@@ -134,12 +137,15 @@ class GigatokenEngine:
         if self.model.unknown is not None:
             ids, lengths = _with_unknown(ids, lengths, *self.model.unknown)
         if ids.size and (most := int(ids.max())) >= self.tokenizer.vocab_size:
-            raise ConfigError(f"{self.tokenizer.source}: gigatoken gave the id {most}. Run with --no-use-gigatoken.")
+            raise ConfigError(
+                f"{self.tokenizer.source}: gigatoken produced the id {most}, outside the vocabulary. Run with "
+                "--no-use-gigatoken."
+            )
         return ids.astype(self.dtype), lengths
 
     def _encode_apart(self, texts: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts with characters to avoid by the plain tokenizer, and the others around them by gigatoken."""
-        assert self.model.avoid is not None, "only such models come here"
+        """Encode texts that match ``avoid`` with the plain tokenizer, and the others with gigatoken."""
+        assert self.model.avoid is not None, "called only for models with a pattern to avoid"
         parts = []
         for place, text in enumerate(texts.to_pylist()):
             one = texts.slice(place, 1)
@@ -164,7 +170,7 @@ class GigatokenEngine:
         return text[begin : begin + SAMPLED_CHARACTERS]
 
     def _difference(self, batch: Sequence[str]) -> tuple[str, list[int], list[int]] | None:
-        """Return the first text whose ids are not the plain tokenizer's, with gigatoken's ids and the tokenizer's."""
+        """Return the first text with different ids, gigatoken's ids, and the plain tokenizer's; None if all agree."""
         texts = pa.array(batch, pa.large_string())
         ids, lengths = self._encode(texts)
         found = np.split(ids, np.cumsum(lengths)[:-1])
@@ -178,29 +184,29 @@ class GigatokenEngine:
         shared = min(len(got), len(wanted))
         place = next((i for i in range(shared) if got[i] != wanted[i]), shared)
         return (
-            f"{self.tokenizer.source}: gigatoken gives other ids than the tokenizer. The first difference is at token "
-            f"{place} ({_id_at(got, place)}, and {_id_at(wanted, place)} by the tokenizer), after "
-            f"{self.tokenizer.decode(wanted[:place])[-SHOWN:]!r}, in a text that begins {text[:SHOWN]!r}. No corpus "
-            "was written. Run with --no-use-gigatoken, and please report this with the tokenizer's file and the text."
+            f"{self.tokenizer.source}: gigatoken produces other ids than the tokenizer. The first difference is at "
+            f"token {place} ({_id_at(got, place)} instead of {_id_at(wanted, place)}), after "
+            f"{self.tokenizer.decode(wanted[:place])[-SHOWN:]!r}, in a text that starts with {text[:SHOWN]!r}. No "
+            "corpus was written. Run with --no-use-gigatoken, and please report this with the tokenizer and the text."
         )
 
     def _bound_cache(self) -> None:
-        """Make the tokenizer again once its cache, which only grows, has taken its share of memory."""
-        if self.most_memory is not None and _resident() > self.most_memory:
-            self.gigatoken = None  # frees the old one first
+        """Reload gigatoken when its cache, which never shrinks, exceeds the limit."""
+        if self.max_memory is not None and _resident_bytes() > self.max_memory:
+            self.gigatoken = None  # free the old cache before loading
             self.gigatoken = self.model.load()
-            self.most_memory = _resident() + MOST_CACHE
+            self.max_memory = _resident_bytes() + MAX_CACHE
 
 
 def _with_unknown(ids: np.ndarray, lengths: np.ndarray, first: int, unknown: int) -> tuple[np.ndarray, np.ndarray]:
-    """Replace each run of ids from ``first`` on, within a text, by the id ``unknown``."""
+    """Replace each run of ids >= ``first`` within a text by a single id ``unknown``."""
     is_unknown = ids >= first
     if not is_unknown.any():
         return ids, lengths
     continues = np.zeros(len(ids), bool)
     continues[1:] = is_unknown[1:] & is_unknown[:-1]
     ends = np.cumsum(lengths)
-    continues[(ends - lengths)[lengths > 0]] = False  # a text begins
+    continues[(ends - lengths)[lengths > 0]] = False  # runs do not cross texts
     kept = np.concatenate([[0], np.cumsum(~continues)])
     return np.where(is_unknown, unknown, ids)[~continues], kept[ends] - kept[ends - lengths]
 
@@ -208,7 +214,7 @@ def _with_unknown(ids: np.ndarray, lengths: np.ndarray, first: int, unknown: int
 def _surrounded(
     ids: np.ndarray, lengths: np.ndarray, before: Sequence[int], after: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put ids before and after each text."""
+    """Insert the ids ``before`` and ``after`` around each text."""
     if not (before or after):
         return ids, lengths
     ends = np.cumsum(lengths)
@@ -218,26 +224,26 @@ def _surrounded(
 
 
 def _as_awkward(texts: pa.LargeStringArray) -> Any:
-    """Return the texts as an awkward Array on the same memory, which gigatoken reads without an object per text."""
+    """Return the texts as an awkward Array that shares their memory; gigatoken reads it without an object per text."""
     import awkward as ak
 
-    data, begins = texts.buffers()[2], text_offsets(texts)
+    data, offsets = texts.buffers()[2], text_offsets(texts)
     content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
     characters = ak.contents.NumpyArray(content, parameters={"__array__": "char"})
     return ak.Array(
-        ak.contents.ListOffsetArray(ak.index.Index64(begins), characters, parameters={"__array__": "string"})
+        ak.contents.ListOffsetArray(ak.index.Index64(offsets), characters, parameters={"__array__": "string"})
     )
 
 
 def _joined(texts: pa.LargeStringArray) -> str:
-    data, begins = texts.buffers()[2], text_offsets(texts)
+    data, offsets = texts.buffers()[2], text_offsets(texts)
     if data is None:
         return ""
-    content = data[int(begins[0]) : int(begins[-1])].to_pybytes()
+    content = data[int(offsets[0]) : int(offsets[-1])].to_pybytes()
     return "" if content.isascii() else content.decode("utf-8")
 
 
-def _resident() -> int:
+def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 

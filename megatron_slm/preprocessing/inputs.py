@@ -1,4 +1,4 @@
-"""Input files by path, glob or URL: what kind each one is, its size, and its bytes without the compression."""
+"""Input files given by path, glob or URL: format, size, and decompressed content."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 
 STDIN = "-"
-STEP = 1 << 16  # bytes that are read from a file at once
+READ_BYTES = 1 << 16  # bytes per read call
 OTHER_FORMATS = (".csv", ".tsv", ".xls", ".xlsx", ".avro", ".orc", ".warc", ".html", ".xml", ".pdf", ".bin", ".idx")
-PACKED = (".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar", ".br", ".lzo", ".lzma", ".z")  # not read here
+PACKED = (".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar", ".br", ".lzo", ".lzma", ".z")  # unsupported archives
 
 
 class DamagedFile(Exception):
-    """A file that is cut short, or that is not what its name says."""
+    """Raised if a file is truncated, or if its content does not match its suffix."""
 
 
-class Form(StrEnum):
-    """How documents stand in a file."""
+class InputFormat(StrEnum):
+    """Enumerate the formats of input files."""
 
     JSON = "lines of JSON"
     PARAGRAPHS = "texts between blank lines"
@@ -72,23 +72,23 @@ PACKED_MARKS = (
 
 
 def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """Return the files named by paths, globs and URLs, in the order given, each glob sorted.
+    """Return the files that match paths, globs and URLs, in the given order, with each glob sorted.
 
-    A file that is named or matched twice is read once, with a warning.
+    Duplicates are read once, with a warning.
 
     Raises:
-        ConfigError: one that names nothing, a folder, a file that may not be read, or a kind that is not known.
+        ConfigError: a pattern matches nothing or a directory, or a file is unreadable or of an unsupported format.
     """
-    found: dict[str, str] = {}  # name by the file that it leads to
+    found: dict[str, str] = {}  # name by resolved path
     for pattern in patterns:
         names = _matches(pattern)
         if not names:
-            raise ConfigError(f"--input {pattern}: there is no such file, and no file matches it.")
+            raise ConfigError(f"--input {pattern}: no such file.")
         for name in names:
             _check_name(name)
             file = name if name == STDIN or is_remote(name) else str(Path(name).resolve())
             if file in found:
-                warn(f"--input {pattern} names {found[file]} again; it is read once.")
+                warn(f"--input {pattern} repeats {found[file]}, which is read once.")
             found.setdefault(file, name)
     return list(found.values())
 
@@ -100,7 +100,7 @@ def _matches(pattern: str) -> list[str]:
         return _remote_matches(pattern)
     pattern = str(expand_user(pattern.removeprefix("file://")))
     if Path(pattern).is_dir():
-        raise ConfigError(f"--input {pattern} is a folder. Name its files: '{pattern.rstrip('/')}/*.jsonl'.")
+        raise ConfigError(f"--input {pattern} is a directory. Use a glob: '{pattern.rstrip('/')}/*.jsonl'.")
     if Path(pattern).exists():
         return [pattern]
     return sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
@@ -110,23 +110,23 @@ def _check_name(name: str) -> None:
     suffix = suffix_of(name)
     if suffix in PACKED:
         raise ConfigError(
-            f"--input {name}: {suffix} files are not read. Unpack it, or compress its files by "
+            f"--input {name}: {suffix} files are not supported. Unpack it; files may be compressed as "
             f"{', '.join(DECOMPRESSORS)}."
         )
     inner = suffix_of(name[: -len(suffix)]) if suffix in DECOMPRESSORS else suffix
     if inner in OTHER_FORMATS:
         raise ConfigError(
-            f"--input {name}: {inner} files are not read. Convert it to lines of JSON (.jsonl), one object a document, "
-            "or to Parquet."
+            f"--input {name}: {inner} files are not supported. Convert it to JSON lines (.jsonl, one object per "
+            "document) or Parquet."
         )
     if suffix in DECOMPRESSORS and inner in TABLES:
-        raise ConfigError(f"--input {name}: unpack it; tables are read as they are (they are compressed inside).")
+        raise ConfigError(f"--input {name}: compressed tables are not supported. Unpack it.")
     if name != STDIN and not is_remote(name) and not os.access(name, os.R_OK):
-        raise ConfigError(f"--input {name} may not be read by this user. Look at its permissions (ls -l).")
+        raise ConfigError(f"--input {name} cannot be read: permission denied. Check its permissions (ls -l).")
 
 
 def is_remote(name: str) -> bool:
-    """Is it a URL that fsspec opens (s3://, gs://, hdfs://, memory://, ...)?"""
+    """Return whether a name is a URL for fsspec (s3://, gs://, hdfs://, memory://, ...)."""
     return "://" in name and not name.startswith("file://")
 
 
@@ -136,82 +136,82 @@ def suffix_of(name: str) -> str:
 
 
 def compression(name: str) -> str | None:
-    """Return the suffix of a compressed file, in lower case, or None."""
+    """Return the compression suffix of a file in lower case, or None."""
     suffix = suffix_of(name)
     return suffix if suffix in DECOMPRESSORS else None
 
 
-def form_of(name: str, text_document: str = "paragraph") -> Form:
-    """How documents stand in a file, from its name; ``text_document`` tells of .txt files, "paragraph" or "file"."""
+def detect_format(name: str, text_document: str = "paragraph") -> InputFormat:
+    """Return the format of a file from its suffix; a document of a .txt file is a "paragraph" or the "file"."""
     packed = compression(name) or ""
     suffix = suffix_of(name[: len(name) - len(packed)])
     if suffix in TABLES:
-        return Form.TABLE
+        return InputFormat.TABLE
     if suffix == ".txt":
-        return Form.WHOLE if text_document == "file" else Form.PARAGRAPHS
-    return Form.JSON
+        return InputFormat.WHOLE if text_document == "file" else InputFormat.PARAGRAPHS
+    return InputFormat.JSON
 
 
 def check_encoding(begin: bytes) -> None:
-    """Raise DamagedFile if the first bytes of a text file are those of UTF-16, UTF-32, or of no text."""
+    """Raise DamagedFile if a text file starts with the mark of UTF-16, UTF-32 or a binary format."""
     for mark, name in FOREIGN_MARKS:
         if begin.startswith(mark):
             raise DamagedFile(f"{name} text, not UTF-8. Convert it: iconv -f {name} -t UTF-8")
     for mark, suffix in PACKED_MARKS:
         if begin.startswith(mark):
-            raise DamagedFile(f"a {suffix} file by its content. Name it so, or unpack it (standard input, before)")
+            raise DamagedFile(f"a {suffix} file by its content. Rename it, or unpack it (also for standard input)")
 
 
 def is_seekable(name: str) -> bool:
-    """Can any worker read any part of it for itself: a plain file on a local disk?"""
+    """Return whether workers can read byte ranges: whether it is an uncompressed local file."""
     return name != STDIN and not is_remote(name) and compression(name) is None and Path(name).is_file()
 
 
-def size_of(name: str) -> int:
-    """Bytes of a file as it lies there."""
+def input_size(name: str) -> int:
+    """Return the size of a file on disk, in bytes."""
     if is_remote(name):
         filesystem, path = _filesystem(name)
-        return int(_asking(name, lambda: filesystem.size(path)) or 0)
+        return int(_query(name, lambda: filesystem.size(path)) or 0)
     return Path(name).stat().st_size
 
 
 def total_bytes(names: Sequence[str]) -> int | None:
-    """Bytes of all files as they lie there; None where standard input is among them."""
-    return None if STDIN in names else sum(map(size_of, names))
+    """Return the total size of the files on disk, in bytes; None if standard input is among them."""
+    return None if STDIN in names else sum(map(input_size, names))
 
 
-def identity_of(name: str) -> str:
-    """A text that differs when a file has been changed: size and time of a local file, fsspec's key of another."""
+def input_identity(name: str) -> str:
+    """Return a string that changes with the file: size and modification time, or the fsspec key of a URL."""
     if is_remote(name):
         filesystem, path = _filesystem(name)
-        return str(_asking(name, lambda: filesystem.ukey(path)))
+        return str(_query(name, lambda: filesystem.ukey(path)))
     status = Path(name).stat()
     return f"{status.st_size} bytes of {status.st_mtime_ns}"
 
 
 def open_input(name: str) -> IO[bytes]:
-    """The bytes of a file as they lie there."""
+    """Open a file, without decompression."""
     if name == STDIN:
         return sys.stdin.buffer
     if is_remote(name):
         filesystem, path = _filesystem(name)
-        stream: IO[bytes] = _asking(name, lambda: filesystem.open(path, "rb"))
+        stream: IO[bytes] = _query(name, lambda: filesystem.open(path, "rb"))
         return stream
     return Path(name).open("rb")
 
 
-def chunks(name: str) -> Iterator[tuple[bytes, int]]:
-    """(bytes without the compression, bytes of the file that they took), piece by piece.
+def read_decompressed(name: str) -> Iterator[tuple[bytes, int]]:
+    """Yield (decompressed bytes, number of bytes read from the file).
 
-    The pieces depend on the file alone, so that what stands before a damage is the same whenever it is read.
+    Chunk boundaries depend only on the file, so that the content before any damage is reproducible.
 
     Raises:
-        DamagedFile: the file ends in the midst of its compressed data, or that data is broken.
-        OSError: it cannot be read.
+        DamagedFile: the compressed data is truncated or invalid.
+        OSError: the file cannot be read.
     """
     suffix = compression(name)
     with open_input(name) as raw:
-        pieces = iter(lambda: raw.read(STEP), b"")
+        pieces = iter(lambda: raw.read(READ_BYTES), b"")
         if suffix is None:
             for data in pieces:
                 yield data, len(data)
@@ -219,16 +219,16 @@ def chunks(name: str) -> Iterator[tuple[bytes, int]]:
         try:
             yield from _decompressed(pieces, DECOMPRESSORS[suffix])
         except (zlib.error, lzma.LZMAError) as error:
-            raise DamagedFile(f"not whole {suffix} data ({error})") from error
+            raise DamagedFile(f"invalid {suffix} data ({error})") from error
         except Exception as error:  # ZstdError, without importing zstandard; bz2 raises bare OSError and ValueError
             if type(error).__name__ != "ZstdError" and not (suffix == ".bz2" and not getattr(error, "errno", None)):
                 raise
-            raise DamagedFile(f"not whole {suffix} data ({error})") from error
+            raise DamagedFile(f"invalid {suffix} data ({error})") from error
 
 
 def _decompressed(pieces: Iterator[bytes], start: Callable[[], Any]) -> Iterator[tuple[bytes, int]]:
-    """One member after the other, as gzip, xz and zstd files may hold several."""
-    member, has_begun = start(), False
+    """Decompress all members of a file (gzip, xz and zstd files may have several)."""
+    member, has_started = start(), False
     for piece in pieces:
         taken, rest = len(piece), piece
         while rest:
@@ -237,43 +237,43 @@ def _decompressed(pieces: Iterator[bytes], start: Callable[[], Any]) -> Iterator
                 if not rest:
                     break
                 member = start()
-            data, has_begun = member.decompress(rest), True
+            data, has_started = member.decompress(rest), True
             rest = member.unused_data if member.eof else b""
             if data or taken:
                 yield data, taken
             taken = 0
-    if has_begun and not member.eof:
-        raise DamagedFile("cut short in the midst of its compressed data")
+    if has_started and not member.eof:
+        raise DamagedFile("truncated within its compressed data")
 
 
 def _remote_matches(pattern: str) -> list[str]:
     filesystem, path = _filesystem(pattern)
-    if _asking(pattern, lambda: filesystem.isfile(path)):
+    if _query(pattern, lambda: filesystem.isfile(path)):
         return [pattern]
-    found = sorted(_asking(pattern, lambda: filesystem.glob(path)))
+    found = sorted(_query(pattern, lambda: filesystem.glob(path)))
     return [filesystem.unstrip_protocol(name) for name in found if filesystem.isfile(name)]
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it."""
+    """Return the fsspec file system of a URL, and the path in it."""
     try:
         import fsspec
     except ImportError as error:
-        raise ConfigError(f"--input {url}: URLs are read by fsspec. Run 'pip install fsspec'.") from error
+        raise ConfigError(f"--input {url}: URLs require fsspec. Run 'pip install fsspec'.") from error
     protocol = url.partition("://")[0]
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(protocol)
-        remedy = f"Run 'pip install {package}'." if package else f"fsspec says: {error}."
-        raise ConfigError(f"--input {url}: the package that reads {protocol}:// is not installed. {remedy}") from error
+        remedy = f"Run 'pip install {package}'." if package else f"{error}."
+        raise ConfigError(f"--input {url}: the package for {protocol}:// is not installed. {remedy}") from error
     except ValueError as error:
-        raise ConfigError(f"--input {url}: {protocol}:// is no protocol that fsspec knows.") from error
-    except Exception as error:  # each file system has its own errors of connections and credentials
+        raise ConfigError(f"--input {url}: fsspec does not support the protocol {protocol}://.") from error
+    except Exception as error:  # connection and credential errors differ between file systems
         raise _unreachable(url, error) from error
 
 
-def _asking(url: str, question: Callable[[], Any]) -> Any:
+def _query(url: str, question: Callable[[], Any]) -> Any:
     try:
         return question()
     except Exception as error:  # as above
@@ -283,19 +283,19 @@ def _asking(url: str, question: Callable[[], Any]) -> Any:
 def _unreachable(url: str, error: Exception) -> ConfigError:
     first = (str(error).splitlines() or [""])[0]
     return ConfigError(
-        f"--input {url} cannot be reached: {first or type(error).__name__}. Look at the address and the credentials."
+        f"--input {url} cannot be reached: {first or type(error).__name__}. Check the address and the credentials."
     )
 
 
 def read_range(name: str, begin: int, end: int) -> bytes:
-    """Bytes of a local file.
+    """Return the bytes [begin, end) of a local file.
 
     Raises:
-        ConfigError: the file has become shorter.
+        ConfigError: the file was truncated in the meantime.
     """
     with Path(name).open("rb", buffering=0) as file:
         file.seek(begin)
-        data = io.BufferedReader(file, STEP).read(end - begin)
+        data = io.BufferedReader(file, READ_BYTES).read(end - begin)
     if len(data) != end - begin:
-        raise ConfigError(f"--input {name} has become shorter while it was read. Begin anew when it is complete.")
+        raise ConfigError(f"--input {name} was truncated while it was read. Restart when it is complete.")
     return data

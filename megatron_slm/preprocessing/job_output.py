@@ -1,4 +1,4 @@
-"""The files that a preprocessing job writes: a corpus for every key, and the journal from which it can be resumed."""
+"""Output files of a preprocessing job: one corpus per key, and the journal for resuming."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 
 class JobOutput:
-    """Opened as a context: begins anew, or with the job's ``resume`` goes on where a stopped job was.
+    """Context manager of the output files, which starts from scratch or, if ``resume`` is set, from the journal.
 
-    Left with an error it takes its files away, unless the job has ``resume``; left by Ctrl-C it keeps them.
+    An error removes the temporary files unless ``resume`` is set; Ctrl-C keeps them.
 
     Args:
-        job: what to write where.
-        dtype: of the ids.
-        settings: of the job, as the journal compares them.
+        job: settings of the job.
+        dtype: dtype of the token ids.
+        settings: settings that must not change when the job is resumed.
 
     Raises:
-        ConfigError: a file cannot be written, another process writes there, or a stopped job had other settings.
+        ConfigError: a file cannot be written, another process writes the same output, or a stopped job had other
+            settings.
     """
 
     def __init__(self, job: Job, dtype: np.dtype, settings: dict[str, Any]) -> None:
         self.job, self.dtype, self.settings = job, dtype, settings
         self.corpora = [CorpusWriter(job.prefix(key), dtype) for key in job.keys]
         self.journal = Journal(_journal_path(job), settings)
-        self.place = Progress()  # where the next block begins
+        self.place = Progress()  # position of the next block
         self.summary = Summary()
 
     def __enter__(self) -> JobOutput:
@@ -69,11 +70,11 @@ class JobOutput:
         self._leave(error)
 
     def lines_before(self, block: Block) -> int:
-        """Lines (or rows) of the next block's part that stand before it."""
-        return self.place.line if block.part.number == self.place.part else 0
+        """Return the number of lines (or rows) of the next block's chunk before the block."""
+        return self.place.line if block.chunk.number == self.place.chunk else 0
 
     def add(self, block: Block, encoded: EncodedBlock) -> None:
-        """Write a block, and then in the journal that it is written."""
+        """Append a block to the corpora, then record it in the journal."""
         line = self.lines_before(block) + encoded.lines
         with self._writing():
             sizes = tuple(
@@ -81,13 +82,13 @@ class JobOutput:
                 for corpus, *columns in zip(self.corpora, encoded.ids, encoded.lengths, encoded.sequences, strict=True)
             )
             self.summary.count(encoded, sum(map(len, encoded.ids)) // self.dtype.itemsize)
-            part = block.part.number
-            after = (part + 1, 0, 0) if block.damage else (part, block.end, line)  # nothing is read behind a damage
+            chunk = block.chunk.number
+            after = (chunk + 1, 0, 0) if block.damage else (chunk, block.end, line)  # reading stops at damage
             self.place = Progress(*after, sizes, self.summary.counts())
             self.journal.add(self.place)
 
     def finish(self, tokenizer: Tokenizer) -> None:
-        """Compose the indices and give everything its name."""
+        """Compose the indices, rename the corpora to their final names, and write their metadata."""
         with self._writing():
             if not self.place.is_complete:
                 sizes = tuple(corpus.sizes() for corpus in self.corpora)
@@ -98,13 +99,13 @@ class JobOutput:
             for corpus, (ids, *_) in zip(self.corpora, self.place.sizes, strict=True):
                 remove_metadata(corpus.prefix)
                 corpus.publish()
-                counts = {**self.summary.record(), "tokens": ids // self.dtype.itemsize}
+                counts = {**self.summary.named_counts(), "tokens": ids // self.dtype.itemsize}
                 flags = {"append_eod": self.job.append_eod, "job": _digest(self.settings)}
                 write_metadata(corpus.prefix, {"tokenizer": tokenizer_identity(tokenizer), **counts, **flags})
             self.remove()
 
     def remove(self) -> None:
-        """Take the temporary files away, the journal last."""
+        """Remove the temporary files, the journal last."""
         for corpus in self.corpora:
             corpus.remove()
         self.journal.remove()
@@ -112,8 +113,8 @@ class JobOutput:
     def _begin(self, found: Progress | None, was_there: bool) -> None:
         if found is None:
             if was_there:
-                hint = "has no whole block" if self.job.resume else "is not used (--resume goes on with it)"
-                print_error(f"{self.journal.path}: what a stopped job left {hint}; beginning anew")
+                hint = "has no complete block" if self.job.resume else "is ignored (--resume continues it)"
+                print_error(f"{self.journal.path}: the output of a stopped job {hint}; starting from scratch")
             for corpus in self.corpora:
                 corpus.remove()
                 corpus.open()
@@ -130,7 +131,10 @@ class JobOutput:
         )
 
     def _leave(self, error: BaseException | None) -> None:
-        """Take the files away after an error; not after Ctrl-C, not with ``resume``, and not another process's."""
+        """Close the files; after an error, remove them unless ``resume`` is set or another process holds the journal.
+
+        Ctrl-C is no Exception and keeps them.
+        """
         if isinstance(error, Exception) and not self.job.resume and self.journal.is_open():
             self.remove()
         for corpus in self.corpora:
@@ -138,12 +142,12 @@ class JobOutput:
         self.journal.close()
 
     def _writing(self) -> AbstractContextManager[None]:
-        kept = "What is done is kept: the same command continues it." if self.job.resume else ""
+        kept = "Completed blocks are kept: the same command continues the job." if self.job.resume else ""
         return explained_write(self.job.output_prefix, OUTPUT, kept)
 
 
-def finished(job: Job, settings: dict[str, Any]) -> Summary | None:
-    """The summary of the same job, if it was done before and its corpora are there."""
+def find_finished_job(job: Job, settings: dict[str, Any]) -> Summary | None:
+    """Return the summary of an earlier identical job if all its corpora exist, otherwise None."""
     if _journal_path(job).exists():
         return None
     summary = Summary()

@@ -1,7 +1,7 @@
-"""What a preprocessing job has written so far, block by block, so that it can go on after any death.
+"""Journal of a preprocessing job, from which the job can be resumed after it was killed at any moment.
 
-The first line holds the job's settings; each further one, written after the data of its block, says how far the input
-is read, how long the output files are, and what was counted.
+The first line contains the settings of the job. Every other line is written after the data of a block and records the
+input position, the sizes of the output files, and the counts.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_replaceable
 
 OUTPUT = "--output-prefix"
-FIRST = b'{"--tokenizer-type": '  # bytes of every journal
-TAIL = 1 << 20  # bytes of the file that are looked at: thousands of blocks, where one is enough after a kill
+FIRST = b'{"--tokenizer-type": '  # first bytes of every journal
+TAIL = 1 << 20  # bytes searched from the end: thousands of blocks, of which a kill invalidates one
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """Preprocessing progress: input position, output sizes and counts."""
 
-    part: int = 0  # number of the part of the input that is read next
-    offset: int = 0  # in it
-    line: int = 0  # lines (or rows) of it that are read
-    sizes: tuple[tuple[int, ...], ...] = ()  # of the output files, by key
-    counts: tuple[int, ...] = ()  # what the summary counts
-    is_complete: bool = False  # all is written: only the names are to be given
+    chunk: int = 0  # number of the next input chunk
+    offset: int = 0  # position in the chunk
+    line: int = 0  # lines (or rows) read from the chunk
+    sizes: tuple[tuple[int, ...], ...] = ()  # sizes of the output files, by key
+    counts: tuple[int, ...] = ()  # counts of the summary
+    is_complete: bool = False  # all data is on disk, and only the renames remain
 
 
 class Journal:
-    """An append-only file of :class:`Progress`, held by one process at a time.
+    """Append-only file of :class:`Progress`, locked by one process at a time.
 
     Args:
-        path: of the file.
-        settings: of the job, by the flag that gives them: what must be the same for it to go on.
+        path: path of the journal.
+        settings: settings by flag, which must not change when the job is resumed.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -50,17 +50,17 @@ class Journal:
         self.file: IO[bytes] | None = None
 
     def open(self, resume: bool, holds: Callable[[Progress], bool]) -> Progress | None:
-        """Open the file, and with ``resume`` find the last block that it tells of.
+        """Open and lock the journal, and return the last valid progress if ``resume`` is set.
 
         Args:
-            resume: go on where the file ends, if there is one.
-            holds: are the output files as long as this?
+            resume: continue from an existing journal.
+            holds: whether the output files have at least the sizes of a progress.
 
         Returns:
-            None where the job begins anew.
+            the progress to resume from, or None if the job starts from scratch.
 
         Raises:
-            ConfigError: another process has it, it is no journal, or other settings than this job's are in it.
+            ConfigError: another process holds the lock, the file is not a journal, or it records other settings.
         """
         check_replaceable(self.path, OUTPUT, is_ours=_is_journal)
         file = self.path.open("a+b", buffering=0)
@@ -81,7 +81,7 @@ class Journal:
     def add(self, progress: Progress) -> None:
         self._write(
             json.dumps(
-                [progress.part, progress.offset, progress.line, progress.sizes, progress.counts, progress.is_complete],
+                [progress.chunk, progress.offset, progress.line, progress.sizes, progress.counts, progress.is_complete],
                 separators=(",", ":"),
             )
         )
@@ -99,12 +99,12 @@ class Journal:
         self.close()
 
     def _write(self, line: str) -> None:
-        assert self.file is not None, "open() comes first"
+        assert self.file is not None, "the journal is open"
         write_all(self.file, line.encode() + b"\n")
 
     def _last(self, holds: Callable[[Progress], bool]) -> tuple[Progress, int] | None:
-        """The last progress that is whole and that the output files bear out, and where its line ends."""
-        assert self.file is not None, "open() comes first"
+        """Return the last complete progress that the output files support, and the end offset of its line."""
+        assert self.file is not None, "the journal is open"
         header = self.file.readline()
         if not header.endswith(b"\n"):
             return None
@@ -115,54 +115,55 @@ class Journal:
                 return progress, end
         return None
 
-    def _compare(self, earlier: dict[str, Any]) -> None:
-        for name in dict.fromkeys((*earlier, *self.settings)):
-            there, here = earlier.get(name), self.settings.get(name)
-            if there == here:
+    def _compare(self, recorded: dict[str, Any]) -> None:
+        for name in dict.fromkeys((*recorded, *self.settings)):
+            earlier, current = recorded.get(name), self.settings.get(name)
+            if earlier == current:
                 continue
-            if isinstance(there, list) and isinstance(here, list):
-                there, here = _first_difference(there, here)
+            if isinstance(earlier, list) and isinstance(current, list):
+                earlier, current = _first_difference(earlier, current)
             raise ConfigError(
-                f"--resume: the stopped job had {name} {there}, and this one has {here}. Resume it with the settings "
-                "and files that it began with, or leave --resume away to begin anew."
+                f"--resume: the stopped job had {name} {earlier}, but this one has {current}. Resume it with its "
+                "original settings and files, or omit --resume to start from scratch."
             )
 
 
 def lock_output(file: IO[bytes]) -> None:
-    """Lock an output file until it is closed, or close it and raise ConfigError if another process has it."""
+    """Lock an output file until it is closed; close it and raise ConfigError if another process holds the lock."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise ConfigError(
-                f"{OUTPUT}: another process is writing there ({file.name} is locked). Wait for it, or give another "
+                f"{OUTPUT}: another process is writing there ({file.name} is locked). Wait for it, or choose another "
                 "prefix."
             ) from error
-        # a file system without locks: then the user takes care
+        # any other error: the file system does not support locks
 
 
 def _is_journal(path: Path) -> bool:
-    """Return whether a file begins with the settings of a job, which may be cut short, or is empty."""
+    """Return whether a file is empty or starts with the settings of a job, which may be truncated."""
     with path.open("rb") as file:
-        begin = file.read(len(FIRST))
-    return FIRST.startswith(begin)
+        first = file.read(len(FIRST))
+    return FIRST.startswith(first)
 
 
-def _first_difference(there: list[Any], here: list[Any]) -> tuple[Any, Any]:
-    return next(pair for pair in itertools.zip_longest(there, here, fillvalue="nothing there") if pair[0] != pair[1])
+def _first_difference(earlier: list[Any], current: list[Any]) -> tuple[Any, Any]:
+    pairs = itertools.zip_longest(earlier, current, fillvalue="nothing")
+    return next(pair for pair in pairs if pair[0] != pair[1])
 
 
 def _progress(line: bytes) -> Progress | None:
     try:
-        part, offset, count, sizes, counts, is_complete = json.loads(line)
+        chunk, offset, count, sizes, counts, is_complete = json.loads(line)
     except ValueError:
         return None
-    return Progress(part, offset, count, tuple(map(tuple, sizes)), tuple(counts), is_complete)
+    return Progress(chunk, offset, count, tuple(map(tuple, sizes)), tuple(counts), is_complete)
 
 
 def _last_lines(file: IO[bytes], begin: int) -> list[tuple[bytes, int]]:
-    """(line, where it ends in the file) of the last whole lines behind ``begin``, from the last one back."""
+    """Return the last complete lines after offset ``begin`` with their end offsets, in reverse order."""
     place = max(begin, file.seek(0, os.SEEK_END) - TAIL)
     file.seek(place)
     found = []

@@ -1,4 +1,4 @@
-"""Makes one corpus of many, in order: the bytes that one machine would have written, with bounded memory."""
+"""Merge corpora in order, in constant memory; shards merge to the bytes that a single job would have written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_slm.corpus.checks import CorpusInfo, corpus_info
+from megatron_slm.corpus.checks import CorpusInfo, check_files_exist, corpus_info
 from megatron_slm.corpus.index import (
     Index,
     bin_path,
@@ -30,8 +30,8 @@ from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_output_prefix, explained_write, publish
 
-COPIED_AT_ONCE = 1 << 26  # bytes
-# Counts in the metadata are summed; the rest is kept if all agree.
+COPY_BYTES = 1 << 26  # bytes
+# These metadata fields are summed; the others are kept if all corpora agree.
 COUNTS = ("documents", "tokens", "text_bytes", "empty", "blank_lines", "skipped")
 TOKENIZER_FIELDS = {"fingerprint": "fingerprint", "vocab_size": "vocabulary size", "eod": "end-of-document id"}
 NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -39,20 +39,20 @@ NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errn
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote."""
+    """Hold the counts of a merged corpus."""
 
     corpora: int
     documents: int
     tokens: int
-    unrecorded: tuple[str, ...]  # inputs without metadata; the output has none then
+    unrecorded: tuple[str, ...]  # inputs without metadata; if there are any, no metadata is written
 
 
 def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
-    """Write the corpora ``prefixes``, one behind the other, as one. It appears under its name only when it is complete.
+    """Concatenate corpora. The output is renamed to its final name only when it is complete.
 
     Raises:
-        ConfigError: an input is missing, damaged, of another dtype or tokenizer, or is the output; or the output
-            cannot be written. What stood under the output's name is then as it was.
+        ConfigError: an input is missing, damaged, of another dtype or tokenizer, or identical to the output; or the
+            output cannot be written. An existing output is then unchanged.
     """
     _check_names(prefixes, output_prefix)
     check_corpus_writable(output_prefix, OUTPUT)
@@ -70,7 +70,7 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
 
 
 def _write(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
-    """Write the merged corpus under temporary names, and give it its name."""
+    """Write the merged corpus under temporary names, and rename it when it is complete."""
     tokens, index = (path(partial_prefix(output_prefix)) for path in (bin_path, idx_path))
     tokens.touch()
     with tokens.open("r+b", buffering=0) as output:
@@ -86,24 +86,24 @@ def _write(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
 
 
 def _check_names(prefixes: Sequence[str], output_prefix: str) -> None:
-    check_output_prefix(output_prefix, OUTPUT, directory_allowed=True)  # of the shards, as a rule
+    check_output_prefix(output_prefix, OUTPUT, directory_allowed=True)  # usually the directory of the shards
     seen: set[str] = set()
     for prefix in prefixes:
         if _same(prefix, output_prefix):
-            raise ConfigError(f"{OUTPUT} {output_prefix} is one of the inputs. Give it another name.")
+            raise ConfigError(f"{OUTPUT} {output_prefix} is one of the inputs. Choose another name.")
         if (real := os.path.realpath(bin_path(prefix))) in seen:
             raise ConfigError(
-                f"{prefix} is named twice. To draw from a corpus more often, give it more weight in the blend "
+                f"{prefix} is named twice. To sample a corpus more often, increase its weight in the blend "
                 "(--data-path)."
             )
         seen.add(real)
     if Path(f"{output_prefix}.journal").is_file():
         raise ConfigError(
-            f"{OUTPUT} {output_prefix}: a preprocessing job is writing there, or was killed. Let it end (--resume), or "
+            f"{OUTPUT} {output_prefix}: a preprocessing job is writing there, or was killed. Finish it (--resume), or "
             f"remove {output_prefix}.journal."
         )
     if output_prefix.endswith((".bin", ".idx")):
-        raise ConfigError(f"{OUTPUT} {output_prefix}: give the prefix without {output_prefix[-4:]}.")
+        raise ConfigError(f"{OUTPUT} {output_prefix}: omit {output_prefix[-4:]} from the prefix.")
 
 
 def _same(prefix: str, other: str) -> bool:
@@ -111,14 +111,13 @@ def _same(prefix: str, other: str) -> bool:
 
 
 def _checked(prefix: str) -> CorpusInfo:
-    for path in (bin_path(prefix), idx_path(prefix)):
-        if not path.is_file():
-            hint = f" Give the prefix without {path.suffix}." if prefix.endswith((".bin", ".idx")) else ""
-            raise ConfigError(f"{prefix}: {path} is missing.{hint or ' Make this shard first.'}")
+    check_files_exist(prefix, prefix, "Create this shard first.")
     try:
         return corpus_info(prefix)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{prefix}: {error} Make this shard again; tools/inspect_dataset.py tells more.") from error
+        raise ConfigError(
+            f"{prefix}: {error} Recreate this shard; tools/inspect_dataset.py --check shows details."
+        ) from error
 
 
 def _check_kinds(infos: Sequence[CorpusInfo]) -> None:
@@ -126,16 +125,16 @@ def _check_kinds(infos: Sequence[CorpusInfo]) -> None:
     for info in infos[1:]:
         if info.dtype != first.dtype:
             raise ConfigError(
-                f"{info.prefix} holds ids of dtype {info.dtype}, and {first.prefix} of {first.dtype}: they were made "
-                "with vocabularies of different size. Make them again with one tokenizer."
+                f"{info.prefix} has ids of dtype {info.dtype}, but {first.prefix} has {first.dtype}: they were made "
+                "with vocabularies of different sizes. Recreate them with one tokenizer."
             )
 
 
 def _merged_metadata(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """Return the metadata of the merged corpus, or None and the inputs that have none.
+    """Return the metadata of the merged corpus, or None and the inputs without metadata.
 
     Raises:
-        ConfigError: two inputs were made with different tokenizers, or one of them without end-of-document tokens.
+        ConfigError: two inputs were made with different tokenizers or different --append-eod settings.
     """
     found = [(info.prefix, read_metadata(info.prefix)) for info in infos]
     known = [(prefix, metadata) for prefix, metadata in found if metadata is not None]
@@ -147,14 +146,14 @@ def _merged_metadata(infos: Sequence[CorpusInfo]) -> tuple[dict[str, Any] | None
     for key in COUNTS:
         if all(isinstance(metadata.get(key), int) for metadata in all_metadata):
             merged[key] = sum(metadata[key] for metadata in all_metadata)
-    merged["tokenizer"] = max((metadata["tokenizer"] for metadata in all_metadata), key=len)  # with most fields
+    merged["tokenizer"] = max((metadata["tokenizer"] for metadata in all_metadata), key=len)  # the most complete one
     merged |= {"documents": sum(info.documents for info in infos), "tokens": sum(info.tokens for info in infos)}
     return merged, ()
 
 
 def _check_metadata(known: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Raise ConfigError if two corpora record different values of a field; earlier releases recorded fewer fields."""
-    for field, words in TOKENIZER_FIELDS.items():
+    for field, label in TOKENIZER_FIELDS.items():
         values = [
             (prefix, m["tokenizer"]["name"], m["tokenizer"][field]) for prefix, m in known if field in m["tokenizer"]
         ]
@@ -162,28 +161,28 @@ def _check_metadata(known: Sequence[tuple[str, dict[str, Any]]]) -> None:
             first = values[0]
             if value != first[2]:
                 raise ConfigError(
-                    f"{prefix} was made with {name} of {words} {value}, and {first[0]} with {first[1]} of {words} "
-                    f"{first[2]}. Make them again with one tokenizer."
+                    f"{prefix} was made with {name} of {label} {value}, but {first[0]} with {first[1]} of {label} "
+                    f"{first[2]}. Recreate them with one tokenizer."
                 )
     ended = [(prefix, metadata["append_eod"]) for prefix, metadata in known if "append_eod" in metadata]
     with_end = next((prefix for prefix, value in ended if value), None)
     without = next((prefix for prefix, value in ended if not value), None)
     if with_end is not None and without is not None:
         raise ConfigError(
-            f"{with_end} was made with --append-eod, and {without} without, so that its documents have no end. Make "
-            "them again with the same flags, or draw from both in a blend (--data-path)."
+            f"{with_end} was made with --append-eod, but {without} without it. Recreate them with the same flags, or "
+            "use both in a blend (--data-path)."
         )
 
 
 def _check_space(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
     wanted = sum(bin_path(info.prefix).stat().st_size + idx_path(info.prefix).stat().st_size for info in infos)
-    place = Path(output_prefix).absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    directory = Path(output_prefix).absolute().parent
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
     if wanted > free:
         raise ConfigError(
-            f"{OUTPUT} {output_prefix} needs {wanted:,} bytes, and {free:,} are free there. Free some, or give "
+            f"{OUTPUT} {output_prefix} needs {wanted:,} bytes, but only {free:,} are free. Free space, or choose "
             "another disk."
         )
 
@@ -193,17 +192,17 @@ def _copy_tokens(infos: Sequence[CorpusInfo], output: IO[bytes]) -> None:
     with progress("merging", sum(bin_path(info.prefix).stat().st_size for info in infos), "B") as bar:
         for info in infos:
             with bin_path(info.prefix).open("rb", buffering=0) as source:
-                left = os.fstat(source.fileno()).st_size
-                while left:
-                    done = _copy(source, output, min(left, COPIED_AT_ONCE))
-                    if done == 0:
-                        raise OSError(errno.EIO, f"{source.name} became shorter while it was copied")
-                    left -= done
-                    bar.advance(done)
+                remaining = os.fstat(source.fileno()).st_size
+                while remaining:
+                    copied = _copy(source, output, min(remaining, COPY_BYTES))
+                    if copied == 0:
+                        raise OSError(errno.EIO, f"{source.name} was truncated while it was copied")
+                    remaining -= copied
+                    bar.advance(copied)
 
 
 def _copy(source: IO[bytes], output: IO[bytes], count: int) -> int:
-    """Copy up to ``count`` bytes, inside the kernel where it can (it then shares blocks where the file system can)."""
+    """Copy up to ``count`` bytes and return the number copied, in the kernel if possible (which may share blocks)."""
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source.fileno(), output.fileno(), count)
@@ -216,21 +215,21 @@ def _copy(source: IO[bytes], output: IO[bytes], count: int) -> int:
 
 
 def write_merged_index(infos: Sequence[CorpusInfo], target: Path) -> None:
-    """Write the index of corpora, one behind the other, as Megatron-Core's builder would.
+    """Write the index of concatenated corpora, identical to that of Megatron-Core's builder.
 
     Raises:
-        ConfigError: the pointers of an input are not the sums of its lengths, so that its tokens lie otherwise.
+        ConfigError: the pointers of an input are not the sums of its lengths.
     """
     sequences, documents = sum(info.sequences for info in infos), sum(info.documents for info in infos)
     with target.open("wb") as file:
         file.write(packed_header(infos[0].dtype, sequences, documents))
-        for info in infos:  # an index is opened anew for each array: there may be more shards than open files
+        for info in infos:  # indices are reopened for each array: shards may exceed the limit of open files
             for part in chunks(read_index(info.prefix).lengths):
                 file.write(part.tobytes())
-        begin = 0
+        base = 0
         for info in infos:
-            begin = _write_pointers(read_index(info.prefix), begin, file)
-        file.write(bytes(8))  # the first document begins at the first sequence
+            base = _write_pointers(read_index(info.prefix), base, file)
+        file.write(bytes(8))  # the first document starts at sequence 0
         first = 0
         for info in infos:
             for part in chunks(read_index(info.prefix).boundaries[1:]):
@@ -238,15 +237,15 @@ def write_merged_index(infos: Sequence[CorpusInfo], target: Path) -> None:
             first += info.sequences
 
 
-def _write_pointers(index: Index, begin: int, file: IO[bytes]) -> int:
-    """Write the byte offset of each sequence of a corpus that begins at byte ``begin``; where the next one begins."""
-    own = 0
+def _write_pointers(index: Index, base: int, file: IO[bytes]) -> int:
+    """Write the byte offsets of the sequences of a corpus that starts at byte ``base``, and return its end."""
+    end = 0
     for lengths, pointers in zip(chunks(index.lengths), chunks(index.pointers), strict=True):
-        starts, own = byte_offsets(lengths, own, index.dtype)
+        starts, end = byte_offsets(lengths, end, index.dtype)
         if not np.array_equal(starts, pointers):
             raise ConfigError(
-                f"{index.prefix}: the offsets in {idx_path(index.prefix)} are not those of its lengths. Look at it "
-                "with tools/inspect_dataset.py --check, and make this shard again."
+                f"{index.prefix}: the offsets in {idx_path(index.prefix)} are not the sums of its lengths. Recreate "
+                "this shard; tools/inspect_dataset.py --check shows details."
             )
-        file.write((starts + begin).tobytes())
-    return begin + own
+        file.write((starts + base).tobytes())
+    return base + end

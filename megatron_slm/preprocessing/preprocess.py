@@ -1,7 +1,7 @@
-"""Turns documents into ``.bin/.idx`` corpora: workers encode blocks, one writer keeps the order of the input.
+"""Preprocessing of documents to ``.bin/.idx`` corpora: workers encode blocks, and one writer keeps the input order.
 
-Memory does not depend on the size of the input: at most ``3 * workers`` blocks are under way at once, each of 1 MiB of
-text or of one longer document, with their ids, beside what a tokenizer takes in each worker.
+Memory use is independent of the input size: at most ``3 * workers`` blocks are in flight, each of 1 MiB of text or one
+longer document, in addition to the tokenizer of each worker.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.preprocessing.corpus_writer import corpus_dtype
-from megatron_slm.preprocessing.documents import Block, Part, blocks_of, first_line
+from megatron_slm.preprocessing.documents import Block, InputChunk, first_line, read_blocks
 from megatron_slm.preprocessing.encode import BlockEncoder, EncodedBlock
 from megatron_slm.preprocessing.engines import build_engine
-from megatron_slm.preprocessing.inputs import STDIN, Form, identity_of, is_seekable, size_of
+from megatron_slm.preprocessing.inputs import STDIN, InputFormat, input_identity, input_size, is_seekable
 from megatron_slm.preprocessing.job import Job, Summary
-from megatron_slm.preprocessing.job_output import JobOutput, finished
+from megatron_slm.preprocessing.job_output import JobOutput, find_finished_job
 from megatron_slm.preprocessing.journal import Progress
 from megatron_slm.preprocessing.sentences import prepare_punkt, sentence_splitter
-from megatron_slm.preprocessing.shards import plan
+from megatron_slm.preprocessing.shards import split_inputs
 from megatron_slm.preprocessing.tables import check_tables
-from megatron_slm.preprocessing.text_reader import SHOWN_ERRORS, TextReader, bad_document, stop_at
+from megatron_slm.preprocessing.text_reader import SHOWN_ERRORS, TextReader, describe_bad_document, stop_error
 from megatron_slm.preprocessing.workers import worker_processes
 from megatron_slm.runtime.console import progress, warn
 from megatron_slm.runtime.errors import ConfigError
@@ -37,43 +37,43 @@ Encode = Callable[[Iterable[Block]], Iterator[tuple[Block, EncodedBlock]]]
 
 
 def preprocess(job: Job) -> Summary:
-    """Run a job. The corpora appear under their names only when they are complete.
+    """Run a preprocessing job. The corpora are renamed to their final names only when they are complete.
 
-    A job that was killed leaves its temporary files and a journal, with which a job with ``resume`` goes on; the bytes
-    that come out are the same. A job that ends with an error takes them away, unless it has ``resume``.
+    A killed job leaves its temporary files and a journal; a job with ``resume`` continues from them and produces the
+    same bytes. A failed job removes them unless ``resume`` is set.
 
     Raises:
-        ConfigError: a bad document (without ``skip_errors``), nothing to write, output that cannot be written, input
-            that cannot be read or has changed, or settings that do not fit together.
+        ConfigError: a document is unreadable (without ``skip_errors``), there are no documents, the output cannot be
+            written, the input is unreadable or has changed, or settings conflict.
     """
     _check(job)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_files)
     if job.append_eod and tokenizer.ends_texts:
         warn(
-            f"{tokenizer.source} itself ends every text with the end-of-document token, and --append-eod adds another. "
-            "Leave out --append-eod to end documents once."
+            f"{tokenizer.source} already appends the end-of-document token to every text, and --append-eod adds "
+            "another. Omit --append-eod to end documents once."
         )
     dtype = corpus_dtype(tokenizer.vocab_size)
     split = _splitter(job) if job.split_sentences else None
     eod = tokenizer.eod if job.append_eod else None
     engine, reason = build_engine(tokenizer, dtype, job.use_gigatoken)
     if reason:
-        print_error(f"{tokenizer.source}: encoded by its own library, which is slower than gigatoken: {reason}")
+        print_error(f"{tokenizer.source}: encoding with the tokenizer's library, slower than gigatoken: {reason}")
     reader = TextReader(job.keys, lists=split is None, lone_surrogates=job.lone_surrogates)
     encoder = BlockEncoder(reader, engine, eod, split)
-    parts = plan(job.files, job.text_document, job.shard)
+    chunks = split_inputs(job.files, job.text_document, job.shard)
     settings = _settings(job, tokenizer)
-    if job.resume and (done := finished(job, settings)):
+    if job.resume and (done := find_finished_job(job, settings)):
         return done
-    began = time.monotonic()
+    start = time.monotonic()
     with worker_processes(job.workers, encoder) as encode, JobOutput(job, dtype, settings) as output:
         if not output.place.is_complete:
-            _write_blocks(job, parts, encode, output, tokenizer)
-        if not output.summary.documents and job.shard is None:  # of few documents some shards get none
+            _write_blocks(job, chunks, encode, output, tokenizer)
+        if not output.summary.documents and job.shard is None:  # shards of small inputs may be empty
             skipped = f" that can be read: {output.summary.errors[0]}" if output.summary.errors else ""
-            raise ConfigError(f"--input: {', '.join(job.files)} holds no document{skipped}.")
+            raise ConfigError(f"--input: {', '.join(job.files)} contains no document{skipped}.")
         output.finish(tokenizer)
-    output.summary.seconds = time.monotonic() - began
+    output.summary.seconds = time.monotonic() - start
     return output.summary
 
 
@@ -85,21 +85,21 @@ def _splitter(job: Job) -> Callable[[str], list[str]]:
 def _check(job: Job) -> None:
     check_output_prefix(job.output_prefix, "--output-prefix")
     if job.workers < 1:
-        raise ConfigError(f"--workers is {job.workers}, and must be at least 1.")
+        raise ConfigError(f"--workers {job.workers}: must be at least 1.")
     if len(set(job.keys)) < len(job.keys):
-        raise ConfigError(f"--json-keys {' '.join(job.keys)} names a key twice. Each makes a corpus of its own.")
+        raise ConfigError(f"--json-keys {' '.join(job.keys)} repeats a key. Name each key once.")
     if job.keep_newlines and not job.split_sentences:
-        raise ConfigError("--keep-newlines is about the newlines between sentences: give --split-sentences as well.")
+        raise ConfigError("--keep-newlines has no effect without --split-sentences.")
     if job.nltk_data is not None and not job.split_sentences:
-        raise ConfigError("--nltk-data is for splitting sentences: give --split-sentences as well.")
+        raise ConfigError("--nltk-data has no effect without --split-sentences.")
     for flag, is_given in (("--resume", job.resume), ("--shard", job.shard is not None)):
         if is_given and STDIN in job.files:
-            raise ConfigError(f"{flag} needs input that can be read again, and --input - is standard input.")
+            raise ConfigError(f"{flag} requires input files; --input - is standard input, which can be read only once.")
     check_tables(job.files, job.keys)
 
 
 def _settings(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What must be the same for a job to go on with another's files."""
+    """Return the settings that must not change when a job is resumed."""
     return {
         "--tokenizer-type": job.tokenizer_type,
         "a tokenizer with the fingerprint": tokenizer.fingerprint,
@@ -113,72 +113,75 @@ def _settings(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
         "--text-document": job.text_document,
         "--lone-surrogates": job.lone_surrogates,
         "--shard": job.shard,
-        "--input": [f"{name} ({identity_of(name)})" for name in job.files if name != STDIN],
+        "--input": [f"{name} ({input_identity(name)})" for name in job.files if name != STDIN],
     }
 
 
-def _write_blocks(job: Job, parts: Sequence[Part], encode: Encode, output: JobOutput, tokenizer: Tokenizer) -> None:
-    summary, place, began = output.summary, output.place, time.monotonic()
-    total = None if STDIN in job.files else sum(map(_bytes_of, parts))
+def _write_blocks(
+    job: Job, chunks: Sequence[InputChunk], encode: Encode, output: JobOutput, tokenizer: Tokenizer
+) -> None:
+    summary, place, start = output.summary, output.place, time.monotonic()
+    total = None if STDIN in job.files else sum(map(_chunk_bytes, chunks))
     with progress("tokenizing", total, "B") as bar:
-        bar.advance(_bytes_before(parts, place))
-        for block, encoded in encode(_blocks(parts, job.keys, place)):
+        bar.advance(_bytes_read(chunks, place))
+        for block, encoded in encode(_blocks(chunks, job.keys, place)):
             _note_errors(job, block, encoded, output)
             before = summary.documents
             _check_ids(block, encoded, output, tokenizer)
             output.add(block, encoded)
             bar.advance(block.read)
             if job.log_interval and summary.documents // job.log_interval > before // job.log_interval:
-                _log(summary, time.monotonic() - began)
+                _log(summary, time.monotonic() - start)
 
 
-def _blocks(parts: Sequence[Part], keys: Sequence[str], place: Progress) -> Iterator[Block]:
-    """The blocks of all parts from a place on."""
-    for part in parts:
-        if part.number < place.part:
+def _blocks(chunks: Sequence[InputChunk], keys: Sequence[str], place: Progress) -> Iterator[Block]:
+    """Yield the blocks of all chunks, starting at ``place``."""
+    for chunk in chunks:
+        if chunk.number < place.chunk:
             continue
-        yield from blocks_of(part, keys, place.offset if part.number == place.part else 0)
+        yield from read_blocks(chunk, keys, place.offset if chunk.number == place.chunk else 0)
 
 
 def _note_errors(job: Job, block: Block, encoded: EncodedBlock, output: JobOutput) -> None:
-    """Keep the first bad documents for the summary.
+    """Add the first unreadable documents to the summary.
 
     Raises:
-        ConfigError: there is one, and the job stops at errors.
+        ConfigError: there is one, and ``skip_errors`` is not set.
     """
     errors = output.summary.errors
     for offset, reason in encoded.bad[: SHOWN_ERRORS - len(errors)]:
-        errors.append(bad_document(block.part, first_line(block.part) + output.lines_before(block) + offset, reason))
+        errors.append(
+            describe_bad_document(block.chunk, first_line(block.chunk) + output.lines_before(block) + offset, reason)
+        )
         if not job.skip_errors:
-            raise stop_at(errors[-1], is_damage=bool(block.damage))
+            raise stop_error(errors[-1], is_damage=bool(block.damage))
 
 
 def _check_ids(block: Block, encoded: EncodedBlock, output: JobOutput, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError if a block holds an id outside the vocabulary."""
+    """Raise ConfigError if a block contains an id outside the vocabulary."""
     for column in encoded.ids:
         ids = np.frombuffer(column, output.dtype)
         if len(ids) and (ids.max() >= tokenizer.vocab_size or ids.min() < 0):
-            first = first_line(block.part) + output.lines_before(block)
+            first = first_line(block.chunk) + output.lines_before(block)
             lines = f"lines {first} to {first + max(encoded.lines, 1) - 1}"
             outside = ids[(ids >= tokenizer.vocab_size) | (ids < 0)][0]
             raise ConfigError(
-                f"{block.part.file}, {lines}: {tokenizer.source} gives the id {outside}, outside its vocabulary of "
-                f"{tokenizer.vocab_size} ids. No corpus was written. Check the tokenizer's files: they contradict "
-                "each other."
+                f"{block.chunk.file}, {lines}: {tokenizer.source} produced the id {outside}, outside its vocabulary of "
+                f"{tokenizer.vocab_size} ids. No corpus was written. Check the tokenizer files for inconsistencies."
             )
 
 
-def _bytes_of(part: Part) -> int:
-    """Bytes of a part as it lies there, for the bar."""
-    if part.form is Form.TABLE or part.end is None:
-        return size_of(part.file)
-    return part.end - part.begin
+def _chunk_bytes(chunk: InputChunk) -> int:
+    """Return the size of a chunk on disk, for the progress bar."""
+    if chunk.input_format is InputFormat.TABLE or chunk.end is None:
+        return input_size(chunk.file)
+    return chunk.end - chunk.begin
 
 
-def _bytes_before(parts: Sequence[Part], place: Progress) -> int:
-    """Bytes that a stopped job has read, for the bar; where the file is read from its beginning, of whole parts."""
-    done = sum(_bytes_of(part) for part in parts if part.number < place.part)
-    inside = [place.offset - part.begin for part in parts if part.number == place.part and is_seekable(part.file)]
+def _bytes_read(chunks: Sequence[InputChunk], place: Progress) -> int:
+    """Return the bytes read by stopped jobs, for the progress bar; of non-seekable chunks, only complete ones count."""
+    done = sum(_chunk_bytes(chunk) for chunk in chunks if chunk.number < place.chunk)
+    inside = [place.offset - chunk.begin for chunk in chunks if chunk.number == place.chunk and is_seekable(chunk.file)]
     return done + max([0, *inside])
 
 

@@ -1,4 +1,4 @@
-"""Flags of the text that a tool reads, the same for all tools."""
+"""Command-line flags of text input, shared by the preprocessing tools."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import argparse
 
 from megatron_slm.preprocessing.text_reader import ERROR, REPLACE
 
-INPUT = """files, globs, URLs that fsspec opens (s3://, gs://, hdfs://), or - for lines of JSON on standard input.
-Lines of JSON (.jsonl or any other name) and plain text (.txt), each also as .gz, .bz2, .xz or .zst; tables (.parquet,
-.arrow, .feather)"""
+INPUT = """files, globs, URLs supported by fsspec (s3://, gs://, hdfs://), or - for JSON lines on standard input.
+Formats: JSON lines (.jsonl or any other suffix) and plain text (.txt), optionally compressed (.gz, .bz2, .xz, .zst);
+tables (.parquet, .arrow, .feather)"""
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the input and of its reading."""
+    """Add the flags of the input and its parsing."""
     parser.add_argument("--input", nargs="+", required=True, help=INPUT)
     parser.add_argument(
         *("--json-keys", "--json-key"),
         nargs="+",
         default=["text"],
-        help="keys of JSON, or columns of tables; meta.text is the entry text of meta [text]",
+        help="space-separated keys to extract from JSON or tables; meta.text is the key text inside meta [text]",
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at a line or file that cannot be read: stop and leave nothing, or go on; the summary counts them [stop]",
+        help="on an unreadable line or file, stop without output, or skip and count it in the summary [stop]",
     )
     parser.add_argument(
         "--lone-surrogates",
         choices=(ERROR, REPLACE),
         default=ERROR,
-        help="treat halves of surrogate pairs in a text (\\ud800) as an error, or replace each by U+FFFD [error]",
+        help="treat lone surrogates in a text (\\ud800) as an error, or replace each by U+FFFD [error]",
     )

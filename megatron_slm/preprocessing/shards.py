@@ -1,7 +1,8 @@
-"""Cuts the input into shards of about equal size, one for each machine; their corpora merge to that of one machine.
+"""Sharding of the input over machines. The merged corpora of all shards equal the corpus of a single job.
 
-The files stand one behind the other as one row of bytes, which is cut into equal intervals. Everything belongs to the
-shard in whose interval it begins: a document of a plain file, a row group of a Parquet file, any other file whole.
+The concatenated bytes of all files are divided into equal intervals. The unit of sharding is a document of a plain
+file, a row group of a Parquet file, or any other file; a unit belongs to the shard whose interval contains its first
+byte.
 """
 
 from __future__ import annotations
@@ -11,61 +12,63 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_slm.preprocessing.documents import Part, aligned
-from megatron_slm.preprocessing.inputs import DamagedFile, Form, form_of, is_seekable, size_of
+from megatron_slm.preprocessing.documents import InputChunk, align_to_document
+from megatron_slm.preprocessing.inputs import DamagedFile, InputFormat, detect_format, input_size, is_seekable
 from megatron_slm.preprocessing.tables import is_parquet, row_groups
 from megatron_slm.runtime.errors import ConfigError
 
-Shard = tuple[int, int]  # number, counted from 0, and how many there are
+InputShard = tuple[int, int]  # shard number from 0, and shard count
 
 
-def parse_shard(text: str) -> Shard:
-    """Read ``i/n``.
+def parse_shard(text: str) -> InputShard:
+    """Parse ``i/n``.
 
     Raises:
-        ConfigError: not two numbers with 0 <= i < n.
+        ConfigError: the text is not two integers with 0 <= i < n.
     """
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ConfigError(f"--shard {text} should be i/n with i from 0 to n-1, for example 0/8 ... 7/8.")
+        raise ConfigError(f"--shard {text}: must be i/n with i from 0 to n-1, for example 0/8 ... 7/8.")
     return int(number), int(count)
 
 
-def plan(files: Sequence[str], text_document: str, shard: Shard | None) -> list[Part]:
-    """What one job reads, in order: all of the files, or a shard of them."""
-    parts = [Part(name, form_of(name, text_document), number=number) for number, name in enumerate(files)]
+def split_inputs(files: Sequence[str], text_document: str, shard: InputShard | None) -> list[InputChunk]:
+    """Return the input chunks of a job in order: all files, or a shard of them."""
+    chunks = [InputChunk(name, detect_format(name, text_document), number=number) for number, name in enumerate(files)]
     if shard is None:
-        return parts
-    sizes = [size_of(name) for name in files]
-    total, (place, count) = sum(sizes), shard
-    first, last = (total * edge // count for edge in (place, place + 1))
-    begins = itertools.accumulate(sizes, initial=0)
+        return chunks
+    sizes = [input_size(name) for name in files]
+    total, (shard_number, count) = sum(sizes), shard
+    first, last = (total * edge // count for edge in (shard_number, shard_number + 1))
+    offsets = itertools.accumulate(sizes, initial=0)
     return [
         piece
-        for part, size, begin in zip(parts, sizes, begins, strict=False)
-        for piece in _cut(part, size, first - begin, last - begin)
+        for chunk, size, offset in zip(chunks, sizes, offsets, strict=False)
+        for piece in _slice_file(chunk, size, first - offset, last - offset)
     ]
 
 
-def _cut(part: Part, size: int, first: int, last: int) -> Iterator[Part]:
-    """What of a part begins in the bytes from ``first`` up to ``last`` of its file (either may lie outside of it)."""
+def _slice_file(chunk: InputChunk, size: int, first: int, last: int) -> Iterator[InputChunk]:
+    """Yield the range of a file whose units start in its bytes [first, last), which may extend beyond the file."""
     if last <= 0 or first >= size:
         return
-    if is_seekable(part.file) and part.form in (Form.JSON, Form.PARAGRAPHS):
-        with Path(part.file).open("rb") as file:
-            begin, end = (aligned(file, min(max(edge, 0), size), part.form) for edge in (first, last))
+    if is_seekable(chunk.file) and chunk.input_format in (InputFormat.JSON, InputFormat.PARAGRAPHS):
+        with Path(chunk.file).open("rb") as file:
+            begin, end = (
+                align_to_document(file, min(max(edge, 0), size), chunk.input_format) for edge in (first, last)
+            )
         if begin < end:
-            yield replace(part, begin=begin, end=end)
-    elif is_parquet(part.file):
-        inside = [place for place, begin in enumerate(_group_begins(part.file, size)) if first <= begin < last]
+            yield replace(chunk, begin=begin, end=end)
+    elif is_parquet(chunk.file):
+        inside = [place for place, begin in enumerate(_group_offsets(chunk.file, size)) if first <= begin < last]
         if inside:
-            yield replace(part, begin=inside[0], end=inside[-1] + 1)
+            yield replace(chunk, begin=inside[0], end=inside[-1] + 1)
     elif first <= 0:
-        yield part
+        yield chunk
 
 
-def _group_begins(name: str, size: int) -> list[int]:
-    """Where the row groups of a Parquet file begin, scaled to its size; a damaged file has one, which says so."""
+def _group_offsets(name: str, size: int) -> list[int]:
+    """Return the offsets of the row groups of a Parquet file, scaled to its size; [0] for a damaged file."""
     try:
         sizes = [taken for _, taken in row_groups(name)]
     except DamagedFile:

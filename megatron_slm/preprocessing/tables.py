@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as batches of rows, each an Arrow stream of about one block."""
+"""Reading of Parquet and Arrow files in batches of about one block, serialized as Arrow streams."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_slm.preprocessing.inputs import (
     PARQUET,
     DamagedFile,
-    Form,
-    form_of,
+    InputFormat,
+    detect_format,
     is_remote,
     open_input,
     suffix_of,
@@ -20,25 +20,25 @@ from megatron_slm.runtime.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAGIC = b"ARROW1"  # of an Arrow file; an Arrow stream has none
-MOST_ROWS = 1 << 16  # decoded at once
+MAGIC = b"ARROW1"  # start of an Arrow file; Arrow streams have no magic
+MAX_ROWS = 1 << 16  # rows decoded per batch
 
 
-def batches(
+def read_batches(
     name: str, keys: Sequence[str], block: int, groups: tuple[int, int | None], skip: int
 ) -> Iterator[tuple[bytes, int, float]]:
-    """(Arrow stream, number of rows, share of the file) of consecutive rows.
+    """Yield (Arrow stream, row count, fraction of the file) of consecutive rows.
 
     Args:
         name: a .parquet, .arrow or .feather file.
         keys: columns to read.
-        block: bytes that one batch should have.
+        block: target size of a batch in bytes.
         groups: first and last (exclusive; None: all) row group of a Parquet file.
-        skip: rows to leave out at the beginning.
+        skip: number of initial rows to skip.
 
     Raises:
-        DamagedFile: a file that is cut short, or of another kind.
-        ConfigError: a column that is missing, or that holds no text.
+        DamagedFile: the file is truncated or of another format.
+        ConfigError: a column is missing or is not text.
     """
     with _reading(), _open(name) as file:
         reading = _parquet(file, name, keys, block, *groups) if is_parquet(name) else _arrow(file, name, keys)
@@ -50,12 +50,12 @@ def batches(
             rows = max(1, batch.num_rows * block // max(batch.nbytes, 1))
             for begin in range(skip, batch.num_rows, rows):
                 part = batch.slice(begin, rows)
-                yield _serialised(part), part.num_rows, share * part.num_rows / batch.num_rows
+                yield _serialize(part), part.num_rows, share * part.num_rows / batch.num_rows
             skip = 0
 
 
-def rows_of(stream: bytes, keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The values of each row of a batch in the order of ``keys``."""
+def decode_rows(stream: bytes, keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Return the values of each row of a serialized batch, in the order of ``keys``."""
     import pyarrow as pa
 
     table = pa.ipc.open_stream(stream).read_all()
@@ -63,7 +63,7 @@ def rows_of(stream: bytes, keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """A column as Python's values; bytes if a text is not UTF-8."""
+    """Return a column as Python values; a text that is not UTF-8 as bytes."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -78,7 +78,7 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def _by_key(batch: pa.RecordBatch, keys: Sequence[str]) -> pa.RecordBatch:
-    """Return a batch whose columns are named by ``keys``, those within structs too."""
+    """Return a batch with one column per key, extracting struct fields."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -91,20 +91,20 @@ def _by_key(batch: pa.RecordBatch, keys: Sequence[str]) -> pa.RecordBatch:
 
 
 def _path(schema: pa.Schema, key: str) -> list[str]:
-    """Return the names that lead to a column: its own, or those that dots join in ``key``."""
+    """Return the path to a column: ``key`` itself if it is a column name, otherwise its dot-separated parts."""
     return [key] if key in schema.names else key.split(".")
 
 
 def is_parquet(name: str) -> bool:
-    """Return whether a name is that of a Parquet file."""
+    """Return whether a file name has a Parquet suffix."""
     return suffix_of(name) in PARQUET
 
 
 def row_groups(name: str) -> list[tuple[int, int]]:
-    """(rows, compressed bytes) of each row group of a Parquet file.
+    """Return (rows, compressed bytes) of each row group of a Parquet file.
 
     Raises:
-        DamagedFile: a file that is cut short, or of another kind.
+        DamagedFile: the file is truncated or of another format.
     """
     import pyarrow.parquet as pq
 
@@ -115,21 +115,21 @@ def row_groups(name: str) -> list[tuple[int, int]]:
 
 
 def check_tables(names: Sequence[str], keys: Sequence[str]) -> None:
-    """Make sure, before long work, that all local tables among the input files have the columns.
+    """Validate that all local tables among the input files have the columns.
 
     Raises:
-        ConfigError: a column that is missing, or that holds no text.
+        ConfigError: a column is missing or is not text.
     """
     for name in names:
-        if form_of(name) is Form.TABLE and not is_remote(name):
+        if detect_format(name) is InputFormat.TABLE and not is_remote(name):
             check_columns(name, keys)
 
 
 def check_columns(name: str, keys: Sequence[str]) -> None:
-    """Make sure that a file has the columns; a damaged file is left to the one who reads it.
+    """Validate that a table has the columns; damage is reported later, when the file is read.
 
     Raises:
-        ConfigError: a column that is missing, or that holds no text.
+        ConfigError: a column is missing or is not text.
     """
     import pyarrow.parquet as pq
 
@@ -143,17 +143,17 @@ def check_columns(name: str, keys: Sequence[str]) -> None:
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Arrow's errors about content as DamagedFile; those of the disk as they are."""
+    """Convert Arrow's errors about file content to DamagedFile; I/O errors propagate."""
     import pyarrow as pa
 
     try:
         yield
     except pa.ArrowInvalid as error:
-        raise DamagedFile(f"not a whole file of its kind ({error})") from error
-    except OSError as error:  # Arrow's own have no errno
+        raise DamagedFile(f"truncated or of another format ({error})") from error
+    except OSError as error:  # OSErrors raised by Arrow have no errno
         if error.errno is not None:
             raise
-        raise DamagedFile(f"not a whole file of its kind ({error})") from error
+        raise DamagedFile(f"truncated or of another format ({error})") from error
 
 
 def _parquet(
@@ -161,13 +161,13 @@ def _parquet(
 ) -> Iterator[tuple[pa.RecordBatch, float]]:
     import pyarrow.parquet as pq
 
-    parquet = pq.ParquetFile(file, buffer_size=block)  # pages one after the other, not whole row groups
+    parquet = pq.ParquetFile(file, buffer_size=block)  # reads page by page instead of entire row groups
     _check_schema(name, parquet.schema_arrow, keys)
-    every = range(parquet.metadata.num_row_groups)[first:last]
-    total = max(sum(parquet.metadata.row_group(place).num_rows for place in every), 1)
-    for place in every:
+    groups = range(parquet.metadata.num_row_groups)[first:last]
+    total = max(sum(parquet.metadata.row_group(place).num_rows for place in groups), 1)
+    for place in groups:
         group = parquet.metadata.row_group(place)
-        rows = min(MOST_ROWS, max(1, group.num_rows * block // max(group.total_byte_size, 1)))
+        rows = min(MAX_ROWS, max(1, group.num_rows * block // max(group.total_byte_size, 1)))
         for batch in parquet.iter_batches(rows, row_groups=[place], columns=list(dict.fromkeys(keys))):
             yield batch, batch.num_rows / total
 
@@ -179,12 +179,12 @@ def _arrow(file: Any, name: str, keys: Sequence[str]) -> Iterator[tuple[pa.Recor
         for place in range(reader.num_record_batches):
             yield reader.get_batch(place), 1 / reader.num_record_batches
     else:
-        for batch in reader:  # a stream does not say how many there are: the bar ends in one step
+        for batch in reader:  # the batch count of a stream is unknown: the progress bar jumps at the end
             yield batch, 0.0
 
 
 def _open(name: str) -> Any:
-    """A file for Arrow: of a local one, Arrow's own, which reads without Python."""
+    """Open a file for Arrow; local files are read natively by Arrow."""
     import pyarrow as pa
 
     return open_input(name) if is_remote(name) else pa.OSFile(name)
@@ -209,16 +209,14 @@ def _check_schema(name: str, schema: pa.Schema, keys: Sequence[str]) -> None:
         texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_null)
         bytes_of_texts = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary)
         if not any(is_it(inner) for is_it in (*texts, *bytes_of_texts)):
-            raise ConfigError(
-                f"--json-keys {key}: the column of {name} holds {kind}, and must hold text (string or binary)."
-            )
+            raise ConfigError(f"--json-keys {key}: the column of {name} has type {kind}, but must be string or binary.")
 
 
 def _type_of(name: str, schema: pa.Schema, key: str) -> pa.DataType:
-    """Return the type of a column, which may be within structs.
+    """Return the type of a column or struct field.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the column does not exist.
     """
     import pyarrow.types as kinds
 
@@ -226,7 +224,7 @@ def _type_of(name: str, schema: pa.Schema, key: str) -> pa.DataType:
     kind = None
     for place in _path(schema, key):
         if place not in fields:
-            raise ConfigError(f"--json-keys {key}: {name} has no such column. Its columns are {_columns(schema)}.")
+            raise ConfigError(f"--json-keys {key}: {name} has no such column; its columns are {_columns(schema)}.")
         kind = fields[place]
         fields = {field.name: field.type for field in kind} if kinds.is_struct(kind) else {}
     return kind
@@ -242,7 +240,7 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(names)
 
 
-def _serialised(batch: pa.RecordBatch) -> bytes:
+def _serialize(batch: pa.RecordBatch) -> bytes:
     import pyarrow as pa
 
     sink = pa.BufferOutputStream()

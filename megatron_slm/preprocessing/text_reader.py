@@ -1,4 +1,4 @@
-"""The texts of documents: values of JSON lines and table rows, and the reasons why some cannot be read."""
+"""Extraction of texts from JSON lines and table rows, and reporting of unreadable documents."""
 
 from __future__ import annotations
 
@@ -9,29 +9,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_slm.preprocessing.arrow_columns import json_columns
-from megatron_slm.preprocessing.documents import Part, Values, blocks_of, documents_in, is_blank
-from megatron_slm.preprocessing.inputs import BYTE_ORDER_MARK, Form, form_of
+from megatron_slm.preprocessing.documents import InputChunk, Values, is_blank, iter_documents, read_blocks
+from megatron_slm.preprocessing.inputs import BYTE_ORDER_MARK, InputFormat, detect_format
 from megatron_slm.runtime.errors import ConfigError
 
 ERROR, REPLACE = "error", "replace"  # --lone-surrogates
 SURROGATE = re.compile("[\ud800-\udfff]")
-UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # of one document
+UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # errors of a single document
 SHOWN_ERRORS = 5
-OPENINGS = ("{", "[", "[{")  # of JSON that takes several lines
-ONE_LINE = (
-    "; each line must be one object, which jq makes of a list (jq -c '.[]' FILE) or of longer objects (jq -c . FILE)"
-)
+OPENINGS = ("{", "[", "[{")  # first lines of multi-line JSON
+ONE_LINE = "; each line must be one object: convert a list with jq -c '.[]' FILE, longer objects with jq -c . FILE"
 Text = str | list[str]  # one sequence, or one for each text of a JSON list
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """Reads the texts of a document.
+    """Extract the texts of a document.
 
     Args:
-        keys: keys of JSON objects, or columns of tables; ``meta.text`` is the entry "text" of the object "meta".
+        keys: keys of JSON objects, or columns of tables; ``meta.text`` is the key "text" inside "meta".
         lists: whether a value may be a list of texts.
-        lone_surrogates: "error", or "replace" each by U+FFFD.
+        lone_surrogates: "error" to reject them, or "replace" to substitute U+FFFD.
     """
 
     keys: Sequence[str]
@@ -39,7 +37,11 @@ class TextReader:
     lone_surrogates: str = ERROR
 
     def __call__(self, document: Values | bytes, is_json: bool) -> list[Text]:
-        """Return the texts by key. Raises one of UNREADABLE, which :func:`reason_of` explains."""
+        """Return the texts by key.
+
+        Raises:
+            UNREADABLE: the document cannot be read; :func:`describe_error` explains the error.
+        """
         if isinstance(document, tuple):
             values = list(document)
         elif not is_json:
@@ -50,7 +52,7 @@ class TextReader:
 
     def _values(self, line: bytes) -> list[Any]:
         try:
-            record = json.loads(self._decoded(line), parse_int=float)  # an int has at most 4,300 digits
+            record = json.loads(self._decoded(line), parse_int=float)  # int() is limited to 4,300 digits
         except (ValueError, RecursionError):
             columns = json_columns(line, self.keys)
             if columns is None:
@@ -77,7 +79,7 @@ class TextReader:
         if isinstance(value, bytes):
             value = self._decoded(value)
         if not isinstance(value, str):
-            raise TypeError(f"the value of {key!r} is not a text")
+            raise TypeError(f"the value of {key!r} is not a string")
         return self._valid(value)
 
     def _valid(self, text: str) -> str:
@@ -90,7 +92,7 @@ class TextReader:
 
 
 def _value_at(record: dict[str, Any], key: str) -> Any:
-    """Return the value of a key, or of a path of keys joined by dots."""
+    """Return the value of a key, or of a dot-separated path of keys."""
     if key in record:
         return record[key]
     value: Any = record
@@ -101,89 +103,87 @@ def _value_at(record: dict[str, Any], key: str) -> Any:
     return value
 
 
-def reason_of(error: Exception) -> str:
-    """Return in words why a document cannot be read."""
+def describe_error(error: Exception) -> str:
+    """Return the reason why a document cannot be read."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg})" + (ONE_LINE if error.doc.strip() in OPENINGS else "")
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
     if isinstance(error, UnicodeEncodeError):
-        return "half of a surrogate pair, which is no text (--lone-surrogates replace)"
+        return "a lone surrogate, which is not valid text (--lone-surrogates replace)"
     if isinstance(error, KeyError):
         return f"the key {error} is missing (--json-keys)"
     if isinstance(error, OverflowError):
-        return f"a token id that the corpus cannot hold ({error})"
+        return f"a token id outside the range of the corpus ({error})"
     if isinstance(error, RecursionError):
-        return "JSON that is nested too deeply"
+        return "JSON nested too deeply"
     return str(error)
 
 
 @dataclass
 class BadDocuments:
-    """Documents that cannot be read: a message for the first ones, and their count.
+    """Collect unreadable documents: messages for the first ones, and their count.
 
     Args:
-        skip: go on without them (``--on-error skip``), or stop at the first.
+        skip: skip them (``--on-error skip``) instead of stopping at the first.
     """
 
     skip: bool
     messages: list[str] = field(default_factory=list)
     count: int = 0
 
-    def add(self, part: Part, line: int, reason: str, is_damage: bool = False) -> None:
-        """Count a document, or a damaged file.
+    def add(self, chunk: InputChunk, line: int, reason: str, is_damage: bool = False) -> None:
+        """Count an unreadable document or a damaged file.
 
         Raises:
             ConfigError: unless ``skip``.
         """
         self.count += 1
-        message = bad_document(part, line, reason)
+        message = describe_bad_document(chunk, line, reason)
         if not self.skip:
-            raise stop_at(message, is_damage)
+            raise stop_error(message, is_damage)
         if len(self.messages) < SHOWN_ERRORS:
             self.messages.append(message)
 
 
-def bad_document(part: Part, line: int, reason: str) -> str:
-    """Return the place of a document, with the reason why it cannot be read."""
-    place = f", row {line}" if part.form is Form.TABLE else f":{line}"
-    return f"{part.file}{place}: {reason}"
+def describe_bad_document(chunk: InputChunk, line: int, reason: str) -> str:
+    """Return the location of an unreadable document, followed by the reason."""
+    place = f", row {line}" if chunk.input_format is InputFormat.TABLE else f":{line}"
+    return f"{chunk.file}{place}: {reason}"
 
 
-def stop_at(message: str, is_damage: bool) -> ConfigError:
-    """Return the error that stops a job at a document, or at a damaged file."""
-    mend = "Mend the file" if is_damage else "Mend the line"
-    return ConfigError(f"{message}. {mend}, or go on without what cannot be read: --on-error skip.")
+def stop_error(message: str, is_damage: bool) -> ConfigError:
+    """Return the error that stops a job at an unreadable document or a damaged file."""
+    return ConfigError(f"{message}. Fix the {'file' if is_damage else 'line'}, or skip errors with --on-error skip.")
 
 
 def read_texts(
     files: Sequence[str], reader: TextReader, bad: BadDocuments, advance: Callable[[float], None] = lambda amount: None
-) -> Iterator[tuple[Part, int, list[Text]]]:
+) -> Iterator[tuple[InputChunk, int, list[Text]]]:
     """Yield (file, line or row, texts by key) of the documents of all files in order, in this process.
 
     Args:
-        bad: counts the documents that cannot be read.
-        advance: is called with the bytes of the files that were read.
+        bad: collects the unreadable documents.
+        advance: callback that receives the number of bytes read.
 
     Raises:
-        ConfigError: a file that cannot be read, a table without the columns, or a bad document, unless they are
-            skipped.
+        ConfigError: a file cannot be read, a table lacks a column, or a document is unreadable and not skipped.
     """
     for name in files:
-        part, line = Part(name, form_of(name)), 1
-        for block in blocks_of(part, reader.keys):
+        chunk, line = InputChunk(name, detect_format(name)), 1
+        for block in read_blocks(chunk, reader.keys):
             if block.damage:
-                bad.add(part, line, f"the file is {block.damage}", is_damage=True)
+                bad.add(chunk, line, f"the file is {block.damage}", is_damage=True)
                 break
             content = block.load()
-            for place, document in documents_in(content, part.form, reader.keys):
+            for place, document in iter_documents(content, chunk.input_format, reader.keys):
                 if isinstance(document, bytes) and is_blank(document):
                     continue
                 try:
-                    texts = reader(document, part.form is Form.JSON)
+                    texts = reader(document, chunk.input_format is InputFormat.JSON)
                 except UNREADABLE as error:
-                    bad.add(part, line + place, reason_of(error))
+                    bad.add(chunk, line + place, describe_error(error))
                 else:
-                    yield part, line + place, texts
+                    yield chunk, line + place, texts
             line += block.lines(content)
             advance(block.read)

@@ -1,7 +1,7 @@
-"""The texts of a block as Arrow arrays: read by Arrow if every line is in order, else document by document.
+"""Extraction of the texts of a block to Arrow arrays: in bulk if every line is valid, otherwise document by document.
 
-A document has the same texts, or is bad for the same reason, whatever the other lines of its block: Arrow reads only
-blocks of lines that are all in order, and :class:`TextReader` asks it about lines that Python's JSON reader refuses.
+The result for a document does not depend on the other lines of its block: Arrow reads only blocks in which all lines
+are valid, and :class:`TextReader` falls back to Arrow for lines that Python's JSON reader rejects.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_slm.preprocessing.arrow_columns import json_columns, table_columns
-from megatron_slm.preprocessing.documents import documents_in, is_blank
-from megatron_slm.preprocessing.inputs import Form
-from megatron_slm.preprocessing.text_reader import UNREADABLE, Text, TextReader, reason_of
+from megatron_slm.preprocessing.documents import is_blank, iter_documents
+from megatron_slm.preprocessing.inputs import InputFormat
+from megatron_slm.preprocessing.text_reader import UNREADABLE, Text, TextReader, describe_error
 
 Split = Callable[[str], list[str]]
 
 
 @dataclass
 class Column:
-    """The sequences of all documents under one key, back to back."""
+    """Hold the concatenated sequences of all documents for one key."""
 
     texts: pa.LargeStringArray
-    counts: np.ndarray  # sequences of each document
+    counts: np.ndarray  # [documents] sequences of each document
 
     def document(self, place: int) -> Column:
         """Return the column of one document."""
@@ -35,10 +35,10 @@ class Column:
 
 @dataclass
 class Texts:
-    """The documents of a block."""
+    """Hold the readable documents of a block, and the unreadable ones with their reasons."""
 
     columns: list[Column]  # by key
-    lines: Sequence[int]  # of each document, within the block
+    lines: Sequence[int]  # line of each document within the block
     blank_lines: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)  # line within the block, reason
 
@@ -46,11 +46,11 @@ class Texts:
         return len(self.lines)
 
     def bytes(self) -> int:
-        """Return the size of all texts as UTF-8."""
+        """Return the UTF-8 size of all texts."""
         return sum(_utf8_bytes(column.texts) for column in self.columns)
 
     def select(self, places: Sequence[int]) -> Texts:
-        """Return some of the documents."""
+        """Return the documents with the given indices."""
         columns = []
         for column in self.columns:
             parts = [column.document(place) for place in places]
@@ -59,37 +59,40 @@ class Texts:
         return Texts(columns, [self.lines[place] for place in places], self.blank_lines, self.bad)
 
 
-def texts_of_block(content: bytes, form: Form, reader: TextReader, split: Split | None) -> Texts:
-    """Return the texts of a block, of which ``content`` is what ``Block.load`` gives.
+def read_block_texts(content: bytes, input_format: InputFormat, reader: TextReader, split: Split | None) -> Texts:
+    """Return the texts of a block.
 
     Args:
-        content: lines, a text, or an Arrow stream.
-        form: kind of the file.
-        reader: reads the texts of a document.
-        split: from a text to its sentences, each of which is a sequence then; None: a text, or each text of a list.
+        content: lines, a text, or an Arrow stream; the result of ``Block.load``.
+        input_format: format of the file.
+        reader: extracts the texts of a document.
+        split: function from a text to its sentences, each of which becomes a sequence; None makes each text, or each
+            text of a list, a sequence.
     """
     if split is None:
-        arrays = {Form.JSON: json_columns, Form.TABLE: table_columns}.get(form, lambda *_: None)(content, reader.keys)
+        arrays = {InputFormat.JSON: json_columns, InputFormat.TABLE: table_columns}.get(input_format, lambda *_: None)(
+            content, reader.keys
+        )
         if arrays is not None:
             ones = np.ones(len(arrays[0]), np.int64)
             return Texts([Column(array, ones) for array in arrays], range(len(arrays[0])))
-    return _one_by_one(content, form, reader, split)
+    return _one_by_one(content, input_format, reader, split)
 
 
-def _one_by_one(content: bytes, form: Form, reader: TextReader, split: Split | None) -> Texts:
+def _one_by_one(content: bytes, input_format: InputFormat, reader: TextReader, split: Split | None) -> Texts:
     keys = reader.keys
     sequences: list[list[bytes]] = [[] for _ in keys]
     counts: list[list[int]] = [[] for _ in keys]
     found = Texts([], [])
     lines = []
-    for line, document in documents_in(content, form, keys):
+    for line, document in iter_documents(content, input_format, keys):
         if isinstance(document, bytes) and is_blank(document):
             found.blank_lines += 1
             continue
         try:
-            values = [_sequences(text, split) for text in reader(document, form is Form.JSON)]
+            values = [_sequences(text, split) for text in reader(document, input_format is InputFormat.JSON)]
         except UNREADABLE as error:
-            found.bad.append((line, reason_of(error)))
+            found.bad.append((line, describe_error(error)))
             continue
         lines.append(line)
         for texts, count, value in zip(sequences, counts, values, strict=True):
@@ -110,7 +113,7 @@ def _sequences(text: Text, split: Split | None) -> list[bytes]:
 
 
 def text_offsets(texts: pa.LargeStringArray) -> np.ndarray:
-    """Return the first byte of each text in the array's buffer, and the end of the last, int64."""
+    """Return the offsets of the texts in the array's buffer, and the end of the last, [texts + 1] int64."""
     return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
 
 

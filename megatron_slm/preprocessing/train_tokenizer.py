@@ -1,4 +1,4 @@
-"""Trains a SentencePiece model with the defaults that Llama-like models use."""
+"""Training of a SentencePiece model with the defaults of Llama-like models."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from megatron_slm.runtime.files import (
 )
 from megatron_slm.runtime.reporting import print_error
 
-LONGEST_LINE = 4096  # characters; longer ones are cut, which sentencepiece would leave out
-LEAST_LINES = 101  # that sentencepiece takes as the size of a sample
-TRIAL = 4096  # bytes that are written before the long work, to notice a full disk
+MAX_LINE = 4096  # characters; longer lines are split, because sentencepiece would drop them
+MIN_LINES = 101  # smallest sample size that sentencepiece accepts
+TRIAL = 4096  # bytes written before training, to detect a full disk early
 FLAG = "--output-prefix"
 
 
 @dataclass(frozen=True)
 class TokenizerJob:
-    """Input, output and settings of a training job."""
+    """Hold the input, output and settings of a tokenizer training job."""
 
     files: Sequence[str]
     output_prefix: str
     vocab_size: int
     model_type: str = "bpe"  # or "unigram"
     json_keys: Sequence[str] = ("text",)
-    max_lines: int = 1_000_000  # sampled from more
+    max_lines: int = 1_000_000  # sample size if the input has more lines
     threads: int = 2
     skip_errors: bool = False
     lone_surrogates: str = ERROR  # or "replace"
@@ -45,22 +45,23 @@ class TokenizerJob:
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """A trained model, and the input that was skipped."""
+    """Hold the path and size of a trained model, and the errors of skipped input."""
 
     path: Path
     vocab_size: int
     skipped: int
-    errors: Sequence[str]  # the first ones
+    errors: Sequence[str]  # the first messages
 
 
 def train_tokenizer(job: TokenizerJob) -> TrainedTokenizer:
     """Train and write ``<output_prefix>.model`` and ``.vocab``; deterministic for the same input.
 
-    Byte fallback, digits one by one, white space kept as it is, no normalisation; ids 0, 1, 2 are <unk>, <s>, </s>.
+    The model uses byte fallback, splits digits, preserves white space, and does not normalize; ids 0, 1, 2 are <unk>,
+    <s>, </s>.
 
     Raises:
-        ConfigError: input that cannot be read (without ``skip_errors``), a vocabulary that the text cannot fill, or
-            output that cannot be written. An existing model is then unchanged.
+        ConfigError: the input is unreadable (without ``skip_errors``), the text is too small for the vocabulary, or the
+            output cannot be written. An existing model is then unchanged.
     """
     _check(job)
     bad = BadDocuments(job.skip_errors)
@@ -73,17 +74,17 @@ def train_tokenizer(job: TokenizerJob) -> TrainedTokenizer:
 def _check(job: TokenizerJob) -> None:
     for flag, value, least in (
         ("--vocab-size", job.vocab_size, 1),
-        ("--max-lines", job.max_lines, LEAST_LINES),
+        ("--max-lines", job.max_lines, MIN_LINES),
         ("--threads", job.threads, 1),
     ):
         if value < least:
-            raise ConfigError(f"{flag} is {value}, and must be at least {least}.")
+            raise ConfigError(f"{flag} {value}: must be at least {least}.")
     if job.model_type not in ("bpe", "unigram"):
-        raise ConfigError(f"--model-type should be bpe or unigram, not {job.model_type!r}.")
+        raise ConfigError(f"--model-type {job.model_type}: must be bpe or unigram.")
     check_tables(job.files, job.json_keys)
     check_output_prefix(job.output_prefix, FLAG)
     if job.output_prefix.endswith((".model", ".vocab")):
-        raise ConfigError(f"{FLAG} {job.output_prefix}: give the prefix without {job.output_prefix[-6:]}.")
+        raise ConfigError(f"{FLAG} {job.output_prefix}: omit {job.output_prefix[-6:]} from the prefix.")
     for suffix, is_ours in ((".model", _is_model), (".vocab", _is_vocabulary)):
         check_replaceable(f"{job.output_prefix}{suffix}", FLAG, is_ours=is_ours)
     directory = Path(f"{job.output_prefix}.model").resolve().parent
@@ -94,13 +95,13 @@ def _check(job: TokenizerJob) -> None:
 
 
 def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
-    """Return the trained model. It is trained in memory, because sentencepiece does not notice a full disk."""
+    """Train and return the model in memory, because sentencepiece does not detect a full disk."""
     import sentencepiece
 
     model, interrupted = io.BytesIO(), list[BaseException]()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_noting_errors(lines, interrupted),
+            sentence_iterator=_record_errors(lines, interrupted),
             model_writer=model,
             vocab_size=job.vocab_size,
             model_type=job.model_type,
@@ -110,7 +111,7 @@ def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
             remove_extra_whitespaces=False,
             normalization_rule_name="identity",
             character_coverage=0.99995,
-            max_sentence_length=LONGEST_LINE * 4,
+            max_sentence_length=MAX_LINE * 4,
             input_sentence_size=job.max_lines,
             shuffle_input_sentence=True,
             num_threads=job.threads,
@@ -119,18 +120,18 @@ def _train(job: TokenizerJob, lines: Iterator[str]) -> bytes:
     except (RuntimeError, OSError) as error:
         if interrupted:
             raise interrupted[0] from None
-        reason = str(error).rpartition("] ")[2].rstrip(".")  # behind the place in sentencepiece's source
+        reason = str(error).rpartition("] ")[2].rstrip(".")  # without the location in sentencepiece's source
         if "ocabulary" not in reason:
             raise ConfigError(f"sentencepiece could not train on the --input: {reason}.") from error
         raise ConfigError(
-            f"--vocab-size {job.vocab_size}: sentencepiece could not train: {reason}. Byte fallback alone takes 259 "
-            "entries, and a small text cannot fill a large vocabulary."
+            f"--vocab-size {job.vocab_size}: sentencepiece could not train: {reason}. Byte fallback requires 259 "
+            "entries, and a large vocabulary requires more text."
         ) from error
     return model.getvalue()
 
 
-def _noting_errors(lines: Iterator[str], interrupted: list[BaseException]) -> Iterator[str]:
-    """Yield lines, and note the error that ends them, which sentencepiece turns into a RuntimeError."""
+def _record_errors(lines: Iterator[str], interrupted: list[BaseException]) -> Iterator[str]:
+    """Yield the lines, and record an error of the iterator, which sentencepiece turns into a RuntimeError."""
     try:
         yield from lines
     except BaseException as error:
@@ -139,7 +140,7 @@ def _noting_errors(lines: Iterator[str], interrupted: list[BaseException]) -> It
 
 
 def _lines(job: TokenizerJob, bad: BadDocuments, advance: Callable[[float], None]) -> Iterator[str]:
-    """Yield the texts line by line without the newlines (which fall back to their byte); long lines are cut."""
+    """Yield the texts line by line, without newlines (byte fallback encodes them); long lines are split."""
     count = 0
     reader = TextReader(job.json_keys, lone_surrogates=job.lone_surrogates)
     for _, _, texts in read_texts(job.files, reader, bad, advance):
@@ -149,7 +150,7 @@ def _lines(job: TokenizerJob, bad: BadDocuments, advance: Callable[[float], None
                 yield line
     if not count:
         skipped = f" that can be read: {bad.messages[0]}" if bad.messages else ""
-        raise ConfigError(f"--input: {', '.join(job.files)} holds no text{skipped}.")
+        raise ConfigError(f"--input: {', '.join(job.files)} contains no text{skipped}.")
     used = min(count, job.max_lines)
     print_error(f"read {count:,} lines; training on {used:,}, which may take minutes")
 
@@ -157,12 +158,12 @@ def _lines(job: TokenizerJob, bad: BadDocuments, advance: Callable[[float], None
 def _split(text: str | list[str]) -> Iterator[str]:
     for part in [text] if isinstance(text, str) else text:
         for line in part.splitlines():
-            for begin in range(0, len(line), LONGEST_LINE):
-                yield line[begin : begin + LONGEST_LINE]
+            for start in range(0, len(line), MAX_LINE):
+                yield line[start : start + MAX_LINE]
 
 
 def _write(prefix: str, model: bytes) -> int:
-    """Write both files, which appear only when both are complete; returns the size of the vocabulary."""
+    """Write the model and vocabulary files atomically, and return the vocabulary size."""
     import sentencepiece
 
     processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -178,7 +179,7 @@ def _write(prefix: str, model: bytes) -> int:
 
 
 def _is_model(path: Path) -> bool:
-    """Return whether a file is a SentencePiece model, or empty, as an earlier version left it on a full disk."""
+    """Return whether a file is a SentencePiece model or empty (left by an earlier version on a full disk)."""
     import sentencepiece
 
     try:
@@ -188,7 +189,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _is_vocabulary(path: Path) -> bool:
-    """Return whether a file holds lines of a piece and its score, or is empty."""
+    """Return whether a file is a SentencePiece vocabulary or empty."""
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             first = file.readline()

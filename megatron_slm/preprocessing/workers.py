@@ -1,4 +1,4 @@
-"""Work on a stream of items in several processes: in order, with a bounded number of items under way."""
+"""Ordered parallel map over a stream of items in worker processes, with a bounded number of items in flight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from megatron_slm.runtime.errors import ConfigError
 
-AHEAD = 3  # items under way for each worker
+AHEAD = 3  # items in flight per worker
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -24,19 +24,19 @@ Result = TypeVar("Result")
 def worker_processes(
     count: int, work: Callable[[Item], Result]
 ) -> Iterator[Callable[[Iterable[Item]], Iterator[tuple[Item, Result]]]]:
-    """Processes that all have ``work``, forked now; with one worker, this process does the work itself.
+    """Fork ``count`` worker processes that run ``work``; a single worker runs in this process.
 
     Yields:
-        a function from items to (item, result) in their order. It takes at most ``AHEAD * count`` items that are not
-        done yet from its argument, so that memory does not grow with their number. Errors of ``work`` are raised from
-        it, and ConfigError where a worker was killed.
+        a function from an iterable of items to (item, result) pairs in order. At most ``AHEAD * count`` unfinished
+        items are consumed, which bounds the memory. It propagates errors of ``work``, and raises ConfigError if a
+        worker was killed.
     """
     if count == 1:
         yield lambda items: ((item, work(item)) for item in items)
         return
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _start, (work,))
     try:
-        pool.submit(os.getpid).result()  # forks all of them, before this process has opened files or begun threads
+        pool.submit(os.getpid).result()  # forks all workers before this process opens files or starts threads
         yield lambda items: _in_order(pool, items, AHEAD * count)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -53,7 +53,7 @@ def _in_order(pool: ProcessPoolExecutor, items: Iterable[Any], ahead: int) -> It
             yield _done(*pending.popleft())
     except BrokenProcessPool as error:
         raise ConfigError(
-            "--workers: a worker process was killed. If memory was short (dmesg tells), give fewer workers."
+            "--workers: a worker process was killed. If it ran out of memory (see dmesg), use fewer workers."
         ) from error
 
 
@@ -62,21 +62,21 @@ def _done(item: Any, future: Future[Any]) -> tuple[Any, Any]:
 
 
 def _start(work: Callable[[Any], Any]) -> None:
-    """Begin a worker: keep its work, leave Ctrl-C to the parent, and end when the parent is no more."""
-    _held.append(work)
+    """Initialize a worker: store its function, ignore Ctrl-C, and exit when the parent exits."""
+    _worker_function.append(work)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None, "this runs in workers only"
+    assert parent is not None, "called only in workers"
     parent.join()
     os._exit(1)
 
 
 def _work(item: Any) -> Any:
-    return _held[0](item)
+    return _worker_function[0](item)
 
 
-_held: list[Callable[[Any], Any]] = []  # what this worker process does: an executor cannot pass it along otherwise
+_worker_function: list[Callable[[Any], Any]] = []  # inherited by fork, because closures cannot be pickled

@@ -1,4 +1,4 @@
-"""The index is that of Megatron-Core's own writer, also beyond 2^31 tokens and 2^31 bytes of a document."""
+"""Corpus writer: indices identical to Megatron-Core's, including documents beyond 2^31 tokens and bytes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_slm.preprocessing.corpus_writer import CorpusWriter, corpus_dtype,
 LONGEST = 2**31 - 1
 
 
-def compare(folder: Path, dtype: np.dtype, lengths: list[int], sequences: list[int]) -> None:
-    np.array(lengths, np.int32).tofile(folder / "lengths")
-    np.array(sequences, np.int32).tofile(folder / "sequences")
-    write_index(folder / "ours.idx", dtype, folder / "lengths", folder / "sequences")
-    with _IndexWriter(str(folder / "theirs.idx"), dtype.type) as writer:
+def compare(directory: Path, dtype: np.dtype, lengths: list[int], sequences: list[int]) -> None:
+    np.array(lengths, np.int32).tofile(directory / "lengths")
+    np.array(sequences, np.int32).tofile(directory / "sequences")
+    write_index(directory / "ours.idx", dtype, directory / "lengths", directory / "sequences")
+    with _IndexWriter(str(directory / "theirs.idx"), dtype.type) as writer:
         boundaries = [0, *(sum(sequences[: place + 1]) for place in range(len(sequences)))]
         writer.write(lengths, None, boundaries)
-    assert (folder / "ours.idx").read_bytes() == (folder / "theirs.idx").read_bytes()
+    assert (directory / "ours.idx").read_bytes() == (directory / "theirs.idx").read_bytes()
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 100_000])
@@ -39,21 +39,23 @@ def compare(folder: Path, dtype: np.dtype, lengths: list[int], sequences: list[i
         ([LONGEST] * 40, [40]),  # one document of more than 2^36 tokens
     ],
 )
-def test_large_numbers(tmp_path: Path, vocab_size: int, lengths: list[int], sequences: list[int]) -> None:
+def test_index_matches_megatron_core_beyond_32_bits(
+    tmp_path: Path, vocab_size: int, lengths: list[int], sequences: list[int]
+) -> None:
     compare(tmp_path, corpus_dtype(vocab_size), lengths, sequences)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(documents=st.lists(st.lists(st.integers(0, LONGEST), max_size=5), max_size=30), at_once=st.integers(1, 9))
-def test_any_lengths(tmp_path: Path, documents: list[list[int]], at_once: int) -> None:
+def test_index_matches_megatron_core_for_any_lengths(tmp_path: Path, documents: list[list[int]], at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_writer, "AT_ONCE", at_once)
+        patch.setattr(corpus_writer, "INDEX_CHUNK", at_once)
         lengths = [length for document in documents for length in document]
         compare(tmp_path, np.dtype(np.uint16), lengths, [len(document) for document in documents])
 
 
 @pytest.mark.parametrize("vocab_size", [1, 256, 65499, 65500, 65536, 2**20])
-def test_the_dtype_is_megatrons(vocab_size: int) -> None:
+def test_dtype_matches_megatron_core(vocab_size: int) -> None:
     assert corpus_dtype(vocab_size).type is DType.optimal_dtype(vocab_size)
 
 

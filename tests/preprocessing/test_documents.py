@@ -1,4 +1,4 @@
-"""Inputs of every kind hold the same documents, wherever they are cut into blocks or shards, and read on from there."""
+"""Input blocks: the same documents for every input format, block size and shard count, and after resuming."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from megatron_slm.preprocessing import documents as module
 from megatron_slm.preprocessing.documents import (
     Block,
-    Part,
-    blocks_of,
-    documents_in,
+    InputChunk,
     find_inputs,
     first_line,
+    iter_documents,
+    read_blocks,
 )
-from megatron_slm.preprocessing.inputs import Form, form_of
-from megatron_slm.preprocessing.shards import plan
+from megatron_slm.preprocessing.inputs import InputFormat, detect_format
+from megatron_slm.preprocessing.shards import split_inputs
 from megatron_slm.preprocessing.text_reader import BadDocuments, TextReader, read_texts
 from megatron_slm.runtime.errors import ConfigError
 
@@ -52,11 +52,13 @@ def lines(texts: list[str]) -> bytes:
 def texts_in(blocks: list[Block]) -> list[str]:
     found = []
     for block in blocks:
-        for _, document in documents_in(block.load(), block.part.form, ["text"]):
+        for _, document in iter_documents(block.load(), block.chunk.input_format, ["text"]):
             if isinstance(document, tuple):
                 found.append(document[0])
             elif document.strip():
-                found.append(json.loads(document)["text"] if block.part.form is Form.JSON else document.decode())
+                found.append(
+                    json.loads(document)["text"] if block.chunk.input_format is InputFormat.JSON else document.decode()
+                )
     return found
 
 
@@ -83,11 +85,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("pack", PACK)
-def test_compressed_or_not_the_documents_are_the_same(tmp_path: Path, pack: str) -> None:
+def test_compression_does_not_change_the_documents(tmp_path: Path, pack: str) -> None:
     path = tmp_path / f"in.jsonl{pack}"
     half = len(TEXTS) // 2  # two members one behind the other, as parallel compressors write them
     path.write_bytes(PACK[pack](lines(TEXTS[:half])) + PACK[pack](lines(TEXTS[half:])))
-    blocks = list(blocks_of(Part(str(path), form_of(str(path))), ["text"]))
+    blocks = list(read_blocks(InputChunk(str(path), detect_format(str(path))), ["text"]))
     assert texts_in(blocks) == TEXTS
     assert len(blocks) > 1 or pack
     assert sum(block.read for block in blocks) == path.stat().st_size
@@ -95,9 +97,9 @@ def test_compressed_or_not_the_documents_are_the_same(tmp_path: Path, pack: str)
 
 
 @pytest.mark.parametrize("name", ["in.parquet", "in.arrow", "stream.arrow", "in.feather"])
-def test_tables_hold_the_same_documents(tmp_path: Path, name: str) -> None:
+def test_tables_give_the_same_documents(tmp_path: Path, name: str) -> None:
     path = str(write_table(tmp_path / name, TEXTS))
-    blocks = list(blocks_of(Part(path, form_of(path)), ["text"]))
+    blocks = list(read_blocks(InputChunk(path, detect_format(path)), ["text"]))
     assert texts_in(blocks) == TEXTS and len(blocks) > 3
     assert [text for _, text in read([path])] == TEXTS
 
@@ -127,7 +129,7 @@ def test_globs_are_sorted_and_paths_keep_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pack", ["", ".gz"])
 @REUSED
 @given(data=st.data())
-def test_paragraphs_are_those_of_a_plain_definition(tmp_path: Path, pack: str, data: st.DataObject) -> None:
+def test_paragraphs_match_a_simple_definition(tmp_path: Path, pack: str, data: st.DataObject) -> None:
     text = data.draw(st.text(alphabet="ab \t\n\r", max_size=400)).encode() * data.draw(st.sampled_from([1, 9]))
     path = tmp_path / f"in.txt{pack}"
     path.write_bytes(PACK[pack](text))
@@ -137,28 +139,28 @@ def test_paragraphs_are_those_of_a_plain_definition(tmp_path: Path, pack: str, d
         if line.strip():
             expected = [*expected[:-1], expected[-1] + b"\n" + line] if is_open else [*expected, line]
         is_open = bool(line.strip())
-    blocks = list(blocks_of(Part(str(path), Form.PARAGRAPHS), ["text"]))
-    assert [part.removesuffix("\n").encode() for part in texts_in(blocks)] == expected
+    blocks = list(read_blocks(InputChunk(str(path), InputFormat.PARAGRAPHS), ["text"]))
+    assert [chunk.removesuffix("\n").encode() for chunk in texts_in(blocks)] == expected
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.zst", "in.parquet", "in.arrow", "in.txt"])
-def test_going_on_behind_any_block_gives_the_rest(tmp_path: Path, name: str) -> None:
+def test_resuming_after_any_block_gives_the_rest(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name.endswith(("parquet", "arrow")):
         write_table(path, TEXTS)
     else:
         content = "\n\n".join(TEXTS).encode() if name == "in.txt" else lines(TEXTS)
         path.write_bytes(PACK[".zst" if name.endswith("zst") else ""](content))
-    part = Part(str(path), form_of(name))
-    blocks = list(blocks_of(part, ["text"]))
+    chunk = InputChunk(str(path), detect_format(name))
+    blocks = list(read_blocks(chunk, ["text"]))
     for place, block in enumerate(blocks):
-        rest = list(blocks_of(part, ["text"], block.end))
+        rest = list(read_blocks(chunk, ["text"], block.end))
         assert texts_in(rest) == texts_in(blocks[place + 1 :])
 
 
 @REUSED
 @given(lengths=st.lists(st.integers(0, 900), max_size=40), count=st.integers(1, 9))
-def test_shards_are_the_input_in_order_and_about_equal(tmp_path: Path, lengths: list[int], count: int) -> None:
+def test_shards_partition_the_input_in_order_and_are_balanced(tmp_path: Path, lengths: list[int], count: int) -> None:
     texts = [f"{number}:" + "x" * length for number, length in enumerate(lengths)]
     third = len(texts) // 3
     (tmp_path / "a.jsonl").write_bytes(lines(texts[:third]))
@@ -166,55 +168,59 @@ def test_shards_are_the_input_in_order_and_about_equal(tmp_path: Path, lengths: 
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines(texts[2 * third :])))
     write_table(tmp_path / "d.parquet", texts, rows=3)
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl.gz", "d.parquet")]
-    whole = [block for part in plan(files, "paragraph", None) for block in blocks_of(part, ["text"])]
-    shards = [plan(files, "paragraph", (number, count)) for number in range(count)]
-    found = [texts_in([block for part in parts for block in blocks_of(part, ["text"])]) for parts in shards]
+    whole = [block for chunk in split_inputs(files, "paragraph", None) for block in read_blocks(chunk, ["text"])]
+    shards = [split_inputs(files, "paragraph", (number, count)) for number in range(count)]
+    found = [texts_in([block for chunk in chunks for block in read_blocks(chunk, ["text"])]) for chunks in shards]
     assert [text.rstrip("\n") for shard in found for text in shard] == [text.rstrip("\n") for text in texts_in(whole)]
-    for parts in shards:
-        for part in parts:
+    for chunks in shards:
+        for chunk in chunks:
             rows = [row for row, _ in enumerate(texts, 1)]
-            if part.form is Form.TABLE:
-                assert first_line(part) == rows[3 * part.begin] if part.begin < len(rows) / 3 else True
-            elif part.begin:
-                assert first_line(part) == 1 + Path(part.file).read_bytes()[: part.begin].count(b"\n")
+            if chunk.input_format is InputFormat.TABLE:
+                assert first_line(chunk) == rows[3 * chunk.begin] if chunk.begin < len(rows) / 3 else True
+            elif chunk.begin:
+                assert first_line(chunk) == 1 + Path(chunk.file).read_bytes()[: chunk.begin].count(b"\n")
 
 
 def test_shards_of_one_large_file_are_balanced(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(lines([text * 20 for text in TEXTS]))
-    sizes = [part.end - part.begin for number in range(7) for part in plan([str(path)], "paragraph", (number, 7))]  # type: ignore[operator]
+    sizes = [
+        chunk.end - chunk.begin for number in range(7) for chunk in split_inputs([str(path)], "paragraph", (number, 7))
+    ]  # type: ignore[operator]
     assert sum(sizes) == path.stat().st_size and max(sizes) - min(sizes) < path.stat().st_size / 7 / 10
 
 
-def test_a_long_document_is_one_block_and_is_not_copied_again_and_again(tmp_path: Path) -> None:
+def test_long_document_is_one_block_with_bounded_copying(tmp_path: Path) -> None:
     for name in ("in.jsonl", "in.jsonl.gz"):
         path = tmp_path / name
         path.write_bytes(PACK[path.suffix if path.suffix == ".gz" else ""](lines(["a", "x" * 10_000_000, "b"])))
-        assert [len(text) for text in texts_in(list(blocks_of(Part(str(path), Form.JSON), ["text"])))] == [1, 10**7, 1]
+        assert [
+            len(text) for text in texts_in(list(read_blocks(InputChunk(str(path), InputFormat.JSON), ["text"])))
+        ] == [1, 10**7, 1]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_what_stands_before_a_cut_is_kept(tmp_path: Path, suffix: str) -> None:
+def test_documents_before_a_truncation_are_kept(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"in.jsonl{suffix}"
     whole = PACK[suffix](lines(TEXTS[:100])) + PACK[suffix](lines(TEXTS[100:]))
     path.write_bytes(whole[:-20])
-    blocks = list(blocks_of(Part(str(path), Form.JSON), ["text"]))
-    assert "cut short" in blocks[-1].damage and not any(block.damage for block in blocks[:-1])
+    blocks = list(read_blocks(InputChunk(str(path), InputFormat.JSON), ["text"]))
+    assert "truncated" in blocks[-1].damage and not any(block.damage for block in blocks[:-1])
     found = texts_in(blocks)
     assert found == TEXTS[: len(found)] and len(found) >= 100
     path.write_bytes(whole[:50] + b"\x00\xff" * 20 + whole[90:])
-    blocks = list(blocks_of(Part(str(path), Form.JSON), ["text"]))
+    blocks = list(read_blocks(InputChunk(str(path), InputFormat.JSON), ["text"]))
     assert suffix in blocks[-1].damage
 
 
-def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module_name in ("s3fs", "gcsfs"):
         monkeypatch.setitem(sys.modules, module_name, None)
     with pytest.raises(ConfigError, match=r"--input s3://x/y.jsonl.*pip install s3fs"):
         find_inputs(["s3://x/y.jsonl"])
     with pytest.raises(ConfigError, match=r"--input gs://x/y.jsonl.*pip install gcsfs"):
         find_inputs(["gs://x/y.jsonl"])
-    with pytest.raises(ConfigError, match=r"nonsense:// is no protocol"):
+    with pytest.raises(ConfigError, match=r"does not support the protocol nonsense://"):
         find_inputs(["nonsense://x/y.jsonl"])
-    with pytest.raises(ConfigError, match=r"memory://nowhere.jsonl: there is no such file"):
+    with pytest.raises(ConfigError, match=r"memory://nowhere.jsonl: no such file"):
         find_inputs(["memory://nowhere.jsonl"])

@@ -1,4 +1,4 @@
-"""gigatoken gives the tokenizer's own ids, for random vocabularies and any text, or is not used."""
+"""Encoding engines: gigatoken reproduces the tokenizer's ids for random vocabularies and texts, or is not used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ INT32 = np.dtype(np.int32)
 CL100K = LLAMA_3.replace(r"\s*[\r\n]+|", r"\s*[\r\n]|")
 QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-O200K = TikTokenizer.OWN_PATTERN.replace(r"\p{M}]+|", rf"\p{{M}}]+{CONTRACTION}|").replace(
+O200K = TikTokenizer.TIKTOKEN_PATTERN.replace(r"\p{M}]+|", rf"\p{{M}}]+{CONTRACTION}|").replace(
     r"\p{M}]*|", rf"\p{{M}}]*{CONTRACTION}|"
 )
 SPLITS = (CL100K, LLAMA_3, QWEN_2, O200K, TikTokenizer.PATTERNS["v2"])
@@ -115,7 +115,7 @@ def test_sentencepiece_bpe(seed: int, options: dict[str, Any]) -> None:
     expect_equal(of_sentencepiece(sentencepiece_model(seed, **options)), "<x>", "<tag><tag> <tag>")
 
 
-def test_control_pieces_that_merges_could_spell_remain_text() -> None:
+def test_control_pieces_reachable_by_merges_remain_text() -> None:
     """A list of all merges would make "ab" the control piece."""
     model = sentencepiece_model(1, control_symbols="ab,ba,<ab>")
     spelled = [text for text in random_lines(1, 200) if "ab" in text]
@@ -145,7 +145,7 @@ def test_metaspace_and_llama_2(prepend_scheme: str | None) -> None:
     expect_equal(of_huggingface(metaspace_model(1, prepend_scheme)), "<s>a</s>", " <s> a")
 
 
-def test_added_tokens_that_take_spaces_along() -> None:
+def test_added_tokens_that_strip_spaces() -> None:
     model = Tokenizer.from_str(byte_level_model(1).to_str())
     model.add_tokens([AddedToken("<mask>", lstrip=True, normalized=False), AddedToken("<r>", rstrip=True)])
     expect_equal(of_huggingface(model), "a <mask> b", "  <mask>\n<r>  x", "<r><mask>")
@@ -166,8 +166,8 @@ def test_tiktoken_v2(special_tokens: str, tmp_path: Path) -> None:
     files = TokenizerFiles(
         str(path), vocab_size=len(tokens) + 20, tiktoken_num_special_tokens=20, special_tokens=special_tokens
     )
-    chance = random.Random(1)
-    overlaps = ["".join(chance.choices("ab", k=12)) for _ in range(100)]
+    rng = random.Random(1)
+    overlaps = ["".join(rng.choices("ab", k=12)) for _ in range(100)]
     expect_equal(build_tokenizer("TikTokenizer", files), "xyzzyplugh", "a<s>b <SPECIAL_7></s>", *overlaps)
 
 
@@ -175,23 +175,23 @@ def test_tiktoken_v2(special_tokens: str, tmp_path: Path) -> None:
     ("make", "reason"),
     [
         (lambda: of_sentencepiece(sentencepiece_model(1, model_type="unigram")), "not BPE"),
-        (lambda: of_sentencepiece(sentencepiece_model(1, treat_whitespace_as_suffix=True)), "before words"),
+        (lambda: of_sentencepiece(sentencepiece_model(1, treat_whitespace_as_suffix=True)), "escape spaces"),
         (lambda: of_sentencepiece(changed(sentencepiece_model(1), unused_piece)), "unused"),
         (lambda: of_sentencepiece(changed(sentencepiece_model(1), equal_scores)), "equal score"),
-        (lambda: of_sentencepiece(changed(sentencepiece_model(1), unknown_character)), "no pieces"),
+        (lambda: of_sentencepiece(changed(sentencepiece_model(1), unknown_character)), "not pieces"),
         (lambda: of_huggingface(byte_level_model(1, normalizer="NFKC")), "normalizer is NFKC"),
-        (lambda: of_huggingface(byte_level_model(1, r"\w+|\W+")), "gigatoken refuses it"),
-        (lambda: of_huggingface(with_changes(replaces_runs)), "gigatoken refuses it"),
+        (lambda: of_huggingface(byte_level_model(1, r"\w+|\W+")), "gigatoken rejects it"),
+        (lambda: of_huggingface(with_changes(replaces_runs)), "gigatoken rejects it"),
         (lambda: of_huggingface(with_changes(merges_bytes)), "merges bytes"),
         (lambda: of_huggingface(with_changes(lacks_a_byte)), "incomplete"),
-        (lambda: of_huggingface(with_changes(whole_words)), "looked for in normalized text or words"),
-        (lambda: of_huggingface(added("\xa0", "<r>", rstrip=True)), "spaces that other added tokens take"),
-        (lambda: of_huggingface(added("e\u0301", "e", special=True)), "gigatoken gives other ids"),
+        (lambda: of_huggingface(with_changes(whole_words)), "matched in normalized text or as a single word"),
+        (lambda: of_huggingface(added("\xa0", "<r>", rstrip=True)), "spaces that other added tokens strip"),
+        (lambda: of_huggingface(added("e\u0301", "e", special=True)), "gigatoken produces other ids"),
         (lambda: of_huggingface(with_changes(splits_digits)), "pre-tokenizer is Digits and ByteLevel"),
         (lambda: of_huggingface(with_changes(has_suffix)), "end_of_word_suffix"),
     ],
 )
-def test_other_tokenizers_are_encoded_by_their_own_library(make: Callable[[], Any], reason: str) -> None:
+def test_unsupported_tokenizers_use_the_plain_engine(make: Callable[[], Any], reason: str) -> None:
     subject = make()
     engine, message = build_engine(subject, INT32)
     assert engine.name == "plain" and reason in message
@@ -256,7 +256,7 @@ def has_suffix(content: dict[str, Any]) -> None:
     content["model"]["end_of_word_suffix"] = "</w>"
 
 
-def test_without_the_package_the_tokenizer_itself_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gigatoken_package_selects_the_plain_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gigatoken.gigatoken_rs", None)
     engine, reason = build_engine(of_huggingface(byte_level_model(1)), INT32)
     assert engine.name == "plain" and reason == "the package gigatoken is not installed"
@@ -278,16 +278,16 @@ class Wrong(Subject):
         super().__init__(encode, lambda: huggingface_fast_model(model))
 
 
-def test_a_difference_found_before_work_leaves_the_job_to_the_tokenizer() -> None:
+def test_difference_in_a_probe_selects_the_plain_engine() -> None:
     engine, reason = build_engine(Wrong("lazy dogs"), INT32)  # type: ignore[arg-type]
-    assert engine.name == "plain" and "gigatoken gives other ids for 'The quick" in reason
+    assert engine.name == "plain" and "gigatoken produces other ids for 'The quick" in reason
 
 
-def test_a_difference_in_a_sample_ends_the_job() -> None:
+def test_difference_in_a_sample_stops_the_job() -> None:
     def engine() -> Any:
         return build_engine(Wrong("zebra"), INT32)[0]  # type: ignore[arg-type]
 
-    with pytest.raises(ConfigError, match=r"--tokenizer-model subject.*at token 0 \(.*7 by the tokenizer") as caught:
+    with pytest.raises(ConfigError, match=r"--tokenizer-model subject.*token 0 \(.* instead of .*7\)") as caught:
         engine().encode(array(["a zebra"]))
     assert "--no-use-gigatoken" in str(caught.value)
     sampled = []
@@ -300,10 +300,10 @@ def test_a_difference_in_a_sample_ends_the_job() -> None:
     assert sampled == [1, 2, 4, 8, engines.DENSE, 2 * engines.DENSE], "densest at first, and never ending"
 
 
-def test_the_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Growth is simulated: in a worker that ran other tests, freed memory absorbs the growth of a small cache."""
-    resident = itertools.count(0, engines.MOST_CACHE // 2)
-    monkeypatch.setattr(engines, "_resident", lambda: next(resident))
+    resident = itertools.count(0, engines.MAX_CACHE // 2)
+    monkeypatch.setattr(engines, "_resident_bytes", lambda: next(resident))
     engine: Any = build_engine(of_huggingface(byte_level_model(1)), INT32)[0]
     used = []
     for _ in range(6):
@@ -314,14 +314,14 @@ def test_the_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_cache_is_bounded_over_millions_of_words() -> None:
+def test_cache_is_bounded_over_millions_of_pre_tokens() -> None:
     engine: Any = build_engine(of_huggingface(byte_level_model(1)), INT32)[0]
     most = fill(engine, 4_000_000)
-    assert most < 2 * engines.MOST_CACHE + (64 << 20), f"{most:,} bytes; without a bound they grow to 600 MB"
+    assert most < 2 * engines.MAX_CACHE + (64 << 20), f"{most:,} bytes; without a bound they grow to 600 MB"
 
 
 def fill(engine: GigatokenEngine, words: int) -> int:
-    """Encode distinct words; the most bytes by which the process has grown after a batch."""
+    """Encode distinct pre-tokens and return the maximum memory growth of the process after a batch, in bytes."""
     first = engine.gigatoken
     process, batch = psutil.Process(), 20_000
     engine.encode(array(["start"]))
@@ -337,7 +337,7 @@ def fill(engine: GigatokenEngine, words: int) -> int:
 LETTERS = str.maketrans("0123456789", "qrstuvwxyz")
 
 
-def test_a_vocabulary_with_a_far_id_is_not_given_to_gigatoken() -> None:
+def test_vocabulary_with_huge_id_uses_the_plain_engine() -> None:
     """It would allocate 16 bytes for each id up to the highest, and end the process if that fails."""
     subject = of_huggingface(byte_level_model(1))
     subject.vocab_size = 1 << 30
@@ -345,7 +345,7 @@ def test_a_vocabulary_with_a_far_id_is_not_given_to_gigatoken() -> None:
     assert engine.name == "plain" and "its ids reach 1073741823" in reason
 
 
-def test_ids_beyond_the_dtype_are_an_error_of_the_text() -> None:
+def test_id_beyond_the_dtype_is_a_document_error() -> None:
     def unsupported() -> FastModel:
         raise UnsupportedTokenizer("a stand-in")
 

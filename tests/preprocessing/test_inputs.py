@@ -1,4 +1,4 @@
-"""Names, encodings and columns of input files: every spelling of the same text gives the same documents."""
+"""Input files: names, encodings and column types that give the same documents, and error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_slm.config.recipe import settings
 from megatron_slm.preprocessing.documents import find_inputs
 from megatron_slm.preprocessing.inputs import BYTE_ORDER_MARK
 from megatron_slm.preprocessing.preprocess import preprocess
-from megatron_slm.preprocessing.shards import plan
+from megatron_slm.preprocessing.shards import split_inputs
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.corpus_files import run_tool
 
@@ -31,9 +31,9 @@ MARK = BYTE_ORDER_MARK
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
 
-def corpus(folder: Path, *flags: str) -> tuple[bytes, bytes]:
+def corpus(directory: Path, *flags: str) -> tuple[bytes, bytes]:
     """The bytes of ids and of the index that preprocess_data.py makes."""
-    arguments = [*flags, "--output-prefix", str(folder / "out"), "--tokenizer-type", "ByteTokenizer", "--append-eod"]
+    arguments = [*flags, "--output-prefix", str(directory / "out"), "--tokenizer-type", "ByteTokenizer", "--append-eod"]
     job = preprocess_data.make_job(preprocess_data.parse_arguments(arguments))
     preprocess(job)
     return tuple(Path(f"{job.prefix(job.keys[0])}.{suffix}").read_bytes() for suffix in ("bin", "idx"))  # type: ignore[return-value]
@@ -41,7 +41,7 @@ def corpus(folder: Path, *flags: str) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "in.jsonl.gz", "in.jsonl.zst", "in.txt.xz", "in.JSONL.BZ2"])
 @pytest.mark.parametrize("where", ["path", "url", "stdin", "shards"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str) -> None:
     content = b"one\n\ntwo\n" if "txt" in name else LINES
     suffix = Path(name).suffix.lower()
     pack = PACK.get(suffix, bytes)
@@ -56,7 +56,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MARK + LINES)))
         found = read(["-"])
     else:
-        parts = [part for number in range(2) for part in plan([str(path)], "paragraph", (number, 2))]
+        parts = [part for number in range(2) for part in split_inputs([str(path)], "paragraph", (number, 2))]
         assert parts
         monkeypatch.chdir(tmp_path)
         with_mark = corpus(tmp_path, "--input", str(path), "--text-document", "file")
@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [text.strip() for _, text in found] == ["one", "two"]
 
 
-def test_marks_of_files_that_were_joined(tmp_path: Path) -> None:
+def test_byte_order_marks_of_concatenated_files(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes((MARK + LINES) * 2)
     assert [text for _, text in read([str(tmp_path / "in.jsonl")])] == ["one", "two"] * 2
 
@@ -84,14 +84,14 @@ def test_marks_of_files_that_were_joined(tmp_path: Path) -> None:
         *(("in.Txt.Bz2", ".bz2"), ("in.ndjson.XZ", ".xz")),
     ],
 )
-def test_suffixes_in_any_case(tmp_path: Path, name: str, packed: str) -> None:
+def test_suffixes_are_case_insensitive(tmp_path: Path, name: str, packed: str) -> None:
     content = b"one\n\ntwo\n" if "txt" in name.lower() else LINES
     (tmp_path / name).write_bytes(PACK[packed](content))
     assert [text.strip() for _, text in read([str(tmp_path / name)])] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["in.ZIP", "in.parquet.GZ", "in.PQ.gz"])
-def test_refused_suffixes_in_any_case(tmp_path: Path, name: str) -> None:
+def test_rejected_suffixes_are_case_insensitive(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=r"[Uu]npack it"):
         find_inputs([str(tmp_path / name)])
@@ -148,7 +148,7 @@ def test_nested_fields(tmp_path: Path, name: str, key: str) -> None:
     assert corpus(tmp_path, "--input", str(path), *flags) == corpus(tmp_path, "--input", str(plain), *flags)
 
 
-def test_two_keys_of_which_one_is_nested(tmp_path: Path) -> None:
+def test_plain_and_nested_key(tmp_path: Path) -> None:
     path = write(tmp_path / "in.parquet", pa.table({"title": TEXTS, "meta": NESTED}))
     ids, _ = corpus(tmp_path, "--input", path, "--json-keys", "meta.text", "title")
     assert ids == (tmp_path / "out_title_document.bin").read_bytes()
@@ -170,14 +170,14 @@ def test_bad_columns(tmp_path: Path, table: dict[str, Any], key: str, message: s
         corpus(tmp_path, "--input", path, "--json-keys", key)
 
 
-def test_bytes_that_are_not_utf8_name_their_row(tmp_path: Path) -> None:
+def test_invalid_utf8_names_the_row(tmp_path: Path) -> None:
     path = write(tmp_path / "in.parquet", pa.table({"text": pa.array([b"a", b"\xff", b"\xed\xa0\x80"])}))
     for flags, row in (((), 2), (("--lone-surrogates", "replace"), 2)):
         with pytest.raises(ConfigError, match=f"in.parquet, row {row}: not UTF-8"):
             corpus(tmp_path, "--input", path, *flags)
 
 
-def test_a_missing_nested_key_names_its_line(tmp_path: Path) -> None:
+def test_missing_nested_key_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"meta": {"text": "a"}}\n{"meta": null}\n')
     with pytest.raises(ConfigError, match=r"in.jsonl:2: the key 'meta.text' is missing \(--json-keys\)"):
         corpus(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--json-keys", "meta.text")
@@ -193,16 +193,16 @@ def test_a_missing_nested_key_names_its_line(tmp_path: Path) -> None:
         (rb'{"text": ["\ud800", "ok"]}', "\ufffdok"),
     ],
 )
-def test_lone_surrogates_are_an_error_or_replaced(tmp_path: Path, raw: bytes, replaced: str) -> None:
+def test_lone_surrogates_are_rejected_or_replaced(tmp_path: Path, raw: bytes, replaced: str) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "x"}\n' + raw + b"\n")
     source = str(tmp_path / "in.jsonl")
-    with pytest.raises(ConfigError, match=r"in.jsonl:2: (half of a surrogate pair|not UTF-8)"):
+    with pytest.raises(ConfigError, match=r"in.jsonl:2: (a lone surrogate|not UTF-8)"):
         corpus(tmp_path, "--input", source)
     ids, _ = corpus(tmp_path, "--input", source, "--lone-surrogates", "replace")
     assert ids == np.array([ord("x"), 256, *replaced.encode(), 256], np.uint16).tobytes()
 
 
-def test_a_file_that_two_patterns_match_is_read_once_with_a_warning(
+def test_duplicate_input_file_is_read_once_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -212,9 +212,9 @@ def test_a_file_that_two_patterns_match_is_read_once_with_a_warning(
     assert find_inputs(["b.jsonl", "*.jsonl", str(tmp_path / "a.jsonl")]) == ["b.jsonl", "a.jsonl"]
     warnings = capsys.readouterr().err.splitlines()
     assert warnings == [
-        "warning: --input *.jsonl names b.jsonl again; it is read once.",
-        "warning: --input *.jsonl names b.jsonl again; it is read once.",
-        f"warning: --input {tmp_path}/a.jsonl names a.jsonl again; it is read once.",
+        "warning: --input *.jsonl repeats b.jsonl, which is read once.",
+        "warning: --input *.jsonl repeats b.jsonl, which is read once.",
+        f"warning: --input {tmp_path}/a.jsonl repeats a.jsonl, which is read once.",
     ]
     assert find_inputs(["a.jsonl", "b.jsonl"]) == ["a.jsonl", "b.jsonl"] and not capsys.readouterr().err
 
@@ -237,7 +237,7 @@ def test_home_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert os.path.expanduser("~") == str(tmp_path)  # noqa: PTH111
 
 
-def test_every_path_setting_is_known_as_one() -> None:
+def test_every_path_setting_is_expanded() -> None:
     names = {setting.name for _, setting, _ in settings()}
     ending = {name for name in names if name.endswith(("_path", "_dir", "_file", "_model", "_load"))}
     assert ending <= PATH_SETTINGS <= names

@@ -1,4 +1,4 @@
-"""The same bytes as Megatron-LM's own tool, recorded once by fixtures/record.py, for each kind of tokenizer."""
+"""Bytes identical to those of Megatron-LM's tool, recorded by fixtures/record.py, for each tokenizer type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUNS = json.loads((FIXTURES / "megatron_lm.json").read_text(encoding="utf-8"))["
 
 @pytest.mark.parametrize("more", [[], ["--no-use-gigatoken"]], ids=["gigatoken", "plain"])
 @pytest.mark.parametrize("run", RUNS, ids=[" ".join(run["flags"]) for run in RUNS])
-def test_bytes_are_those_of_megatron_lms_tool(
+def test_bytes_match_megatron_lm_tool(
     run: dict[str, Any], more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(FIXTURES, tmp_path, dirs_exist_ok=True)
@@ -28,7 +28,7 @@ def test_bytes_are_those_of_megatron_lms_tool(
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
     flags = ["--input", "corpus.jsonl", "--output-prefix", "out", *run["flags"], *more]
     if run["flags"][1] in ("HuggingFaceTokenizer", "GPT2BPETokenizer", "TikTokenizer"):
-        flags += ["--special-tokens-in-text", "tokens"]  # as Megatron-LM reads them
+        flags += ["--special-tokens-in-text", "tokens"]  # Megatron-LM's behavior
     if run["flags"][1] == "NullTokenizer":  # the numbers exceed the recorded size, which Megatron-LM does not check
         flags += ["--vocab-size", "300000", "--eod-id", "69999"]
     preprocess(preprocess_data.make_job(preprocess_data.parse_arguments(flags)))

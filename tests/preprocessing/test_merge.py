@@ -1,4 +1,4 @@
-"""Merging: the bytes of one machine, in order, whole or not at all; and the arithmetic of sizes past 32 bits."""
+"""Merging: bytes identical to a single job's, atomic output, validation of the inputs, and sizes beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ corpus = st.lists(st.lists(sequences, max_size=3), max_size=4)
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(corpus, min_size=1, max_size=4))
-def test_bytes_are_those_of_one_builder(tmp_path: Path, shards: list[Documents]) -> None:
+def test_merged_bytes_match_a_single_builder(tmp_path: Path, shards: list[Documents]) -> None:
     prefixes = [build(tmp_path / f"shard{number}", shard) for number, shard in enumerate(shards)]
     everything = list(itertools.chain.from_iterable(shards))
     build(tmp_path / "whole", everything)
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_one_builder(tmp_path: Path, shards: list[Documents])
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint8])
-def test_what_is_merged_is_what_megatron_merges(tmp_path: Path, dtype: Any) -> None:
+def test_merged_bytes_match_megatron_core_merge(tmp_path: Path, dtype: Any) -> None:
     shards = [[[[1, 2], [3]], [[4]]], [], [[[5]]], [[[6, 7, 8]], []]]
     prefixes = [build(tmp_path / f"shard{number}", shard, dtype) for number, shard in enumerate(shards)]
     builder = IndexedDatasetBuilder(f"{tmp_path}/theirs.bin", dtype=dtype)
@@ -66,7 +66,7 @@ def test_what_is_merged_is_what_megatron_merges(tmp_path: Path, dtype: Any) -> N
     assert dataset.document_indices.tolist() == [0, 2, 3, 4, 5, 5]
 
 
-def test_shards_of_text_are_the_corpus_of_one_run(tmp_path: Path) -> None:
+def test_merged_text_shards_match_a_single_job(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {number} " * (number % 5)}) for number in range(47)]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
 
@@ -81,7 +81,7 @@ def test_shards_of_text_are_the_corpus_of_one_run(tmp_path: Path) -> None:
         part = tmp_path / f"part{number}.jsonl"
         part.write_text("\n".join(lines[number * 4 : (number + 1) * 4]))
         run(part, tmp_path / "shards" / f"raw_shard{number}-of-12")
-    output = tmp_path / "shards" / "raw_text_document"  # beside its shards, and a second time over the first
+    output = tmp_path / "shards" / "raw_text_document"  # in the directory of its shards, and merged twice
     for _ in range(2):
         result = tool("--input", tmp_path / "shards", "--output-prefix", output)
         assert result.returncode == 0, result.stderr
@@ -92,7 +92,7 @@ def test_shards_of_text_are_the_corpus_of_one_run(tmp_path: Path) -> None:
     assert "47 documents" in result.stdout
 
 
-def test_records_are_added_up(tmp_path: Path) -> None:
+def test_metadata_counts_are_summed(tmp_path: Path) -> None:
     prefixes = [build(tmp_path / f"s{n}", [[[1, 2]]] * (n + 1), tokenizer="aa") for n in range(3)]
     merge_corpora(prefixes, str(tmp_path / "out"))
     record = json.loads((tmp_path / "out.corpus.json").read_text())
@@ -108,7 +108,7 @@ def test_records_are_added_up(tmp_path: Path) -> None:
     assert not (tmp_path / "out.corpus.json").exists(), "the record of the corpus that stood here before"
 
 
-def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_shards_are_sorted_by_number(tmp_path: Path) -> None:
     for number in (10, 9, 1, 100):
         build(tmp_path / f"part_{number}_text_document", [])
     found = [Path(name).name for name in find_shards(str(tmp_path), str(tmp_path / "out"))]
@@ -138,7 +138,7 @@ def test_sizes_past_32_bits(tmp_path: Path) -> None:
     assert corpus_info(str(tmp_path / "out")).tokens == 3 * long + 15
 
 
-def test_a_file_system_that_cannot_copy_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_range_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any) -> int:
         raise OSError(errno.EXDEV, "cross-device")
 
@@ -149,7 +149,7 @@ def test_a_file_system_that_cannot_copy_ranges(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("fails", ["copy_file_range", "fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+def test_full_disk_keeps_the_existing_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     prefixes = [build(tmp_path / name, [[[1, 2, 3]]], tokenizer="aa") for name in "ab"]
     build(tmp_path / "out", [[[9]]], tokenizer="bb")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_two_merges_do_not_write_one_corpus(tmp_path: Path) -> None:
+def test_concurrent_merges_are_rejected(tmp_path: Path) -> None:
     prefixes = [build(tmp_path / name, [[[1, 2, 3]]]) for name in "ab"]
     partial = tmp_path / "out.partial.bin"
     hold = f"import fcntl, sys; f = open({str(partial)!r}, 'w+b'); f.write(b'theirs'); f.flush()"
@@ -174,7 +174,7 @@ def test_two_merges_do_not_write_one_corpus(tmp_path: Path) -> None:
             merge_corpora(prefixes, str(tmp_path / "out"))
         assert partial.read_bytes() == b"theirs"
         holder.communicate(b"")
-    merge_corpora(prefixes, str(tmp_path / "out"))  # what was left is written again
+    merge_corpora(prefixes, str(tmp_path / "out"))  # leftover files are overwritten
     assert len(IndexedDataset(str(tmp_path / "out"))) == 2 and not partial.exists()
 
 
@@ -182,22 +182,22 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-def odd_offsets(folder: Path) -> None:
-    content = bytearray((folder / "b.idx").read_bytes())
+def odd_offsets(directory: Path) -> None:
+    content = bytearray((directory / "b.idx").read_bytes())
     content[HEADER.size + 2 * 4 + 8] ^= 1  # the second offset
-    (folder / "b.idx").write_bytes(content)
+    (directory / "b.idx").write_bytes(content)
 
 
-def other_tokenizer(folder: Path) -> None:
-    build(folder / "b", [[[4, 5]]], tokenizer="bb22")
+def other_tokenizer(directory: Path) -> None:
+    build(directory / "b", [[[4, 5]]], tokenizer="bb22")
 
 
 OURS = "was not written by megatron_slm"
 
 
-def change_metadata(folder: Path, name: str, **changes: Any) -> None:
+def change_metadata(directory: Path, name: str, **changes: Any) -> None:
     """Change fields of the metadata of a corpus, or of its tokenizer's identity; None removes one."""
-    path = folder / f"{name}.corpus.json"
+    path = directory / f"{name}.corpus.json"
     metadata = json.loads(path.read_text())
     for field, value in changes.items():
         place = metadata["tokenizer"] if field in ("eod", "vocab_size") else metadata
@@ -207,7 +207,7 @@ def change_metadata(folder: Path, name: str, **changes: Any) -> None:
     path.write_text(json.dumps(metadata))
 
 
-def test_corpora_of_an_earlier_release_record_fewer_fields(tmp_path: Path) -> None:
+def test_merging_metadata_of_an_earlier_release(tmp_path: Path) -> None:
     prefixes = [build(tmp_path / name, [[[1, 2, 3]]], tokenizer="aa") for name in "abc"]
     change_metadata(tmp_path, "a", append_eod=None)
     change_metadata(tmp_path, "b", eod=2)
@@ -217,38 +217,38 @@ def test_corpora_of_an_earlier_release_record_fewer_fields(tmp_path: Path) -> No
 
 
 BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
-    ("no folder", lambda f: None, ["--input", "nowhere"], "--input {}/nowhere: there is no such folder"),
-    ("empty folder", lambda f: (f / "e").mkdir(), ["--input", "e"], "the folder holds no corpus"),
+    ("no directory", lambda f: None, ["--input", "nowhere"], "--input {}/nowhere: no such directory"),
+    ("empty directory", lambda f: (f / "e").mkdir(), ["--input", "e"], "the directory contains no corpus"),
     ("no such shard", lambda f: None, ["--input-prefixes", "a", "x"], "x.bin is missing"),
-    ("suffix given", lambda f: None, ["--input-prefixes", "a.bin"], "Give the prefix without .bin"),
+    ("suffix given", lambda f: None, ["--input-prefixes", "a.bin"], "Omit .bin from the prefix"),
     ("no index", lambda f: (f / "b.idx").unlink(), ["--input", "."], "b.idx is missing"),
     ("no tokens", lambda f: (f / "b.bin").unlink(), ["--input", "."], "b.bin is missing"),
-    ("tokens cut", lambda f: cut(f / "b.bin"), ["--input", "."], "its index promises"),
-    ("index cut", lambda f: cut(f / "b.idx"), ["--input", "."], "its header promises"),
-    ("foreign", lambda f: (f / "b.idx").write_bytes(b"PK" * 50), ["--input", "."], "is not an index of Megatron's"),
-    ("odd offsets", odd_offsets, ["--input", "."], "are not those of its lengths"),
-    ("dtypes", lambda f: build(f / "b", [[[1]]], np.int32), ["--input", "."], "dtype int32, and {}/a of uint16"),
-    ("tokenizers", other_tokenizer, ["--input", "."], "fingerprint bb22, and {}/a with"),
+    ("tokens cut", lambda f: cut(f / "b.bin"), ["--input", "."], "its index requires"),
+    ("index cut", lambda f: cut(f / "b.idx"), ["--input", "."], "its header requires"),
+    ("foreign", lambda f: (f / "b.idx").write_bytes(b"PK" * 50), ["--input", "."], "is not a Megatron-Core index"),
+    ("odd offsets", odd_offsets, ["--input", "."], "are not the sums of its lengths"),
+    ("dtypes", lambda f: build(f / "b", [[[1]]], np.int32), ["--input", "."], "dtype int32, but {}/a has uint16"),
+    ("tokenizers", other_tokenizer, ["--input", "."], "fingerprint bb22, but {}/a with"),
     (
         "ends",
         lambda f: [change_metadata(f, "a", eod=1), change_metadata(f, "b", eod=2)],
         ["--input", "."],
-        "b was made with SentencePieceTokenizer of end-of-document id 2, and {}/a with SentencePieceTokenizer of",
+        "b was made with SentencePieceTokenizer of end-of-document id 2, but {}/a with SentencePieceTokenizer of",
     ),
     (
         "no ends",
         lambda f: change_metadata(f, "a", append_eod=False),
         ["--input", "."],
-        "b was made with --append-eod, and {}/a without",
+        "b was made with --append-eod, but {}/a without",
     ),
     ("twice", lambda f: None, ["--input-prefixes", "a", "b", "./a"], "a is named twice"),
     ("output is input", lambda f: None, ["--input-prefixes", "a", "out"], "out is one of the inputs"),
-    ("output in folder", lambda f: build(f / "out", []), ["--input", "."], "out is one of the inputs"),
+    ("output in directory", lambda f: build(f / "out", []), ["--input", "."], "out is one of the inputs"),
     ("being written", lambda f: build(f / "c.partial", []), ["--input", "."], "c.partial is being written"),
     ("gap", lambda f: [build(f / f"s{n}-of-4", []) for n in (0, 1, 3)] and strip(f), ["--input", "."], "# = 2"),
     ("end missing", lambda f: [build(f / f"s{n}-of-3", []) for n in (1, 2)] and strip(f), ["--input", "."], "# = 0"),
     ("two jobs", lambda f: [build(f / f"{n}0-of-1", []) for n in "st"] and strip(f), ["--input", "."], "2 corpora"),
-    ("stranger", lambda f: [build(f / "s0-of-1", [])], ["--input", "."], "holds numbered shards, and"),
+    ("stranger", lambda f: [build(f / "s0-of-1", [])], ["--input", "."], "contains numbered shards, but"),
     ("no output", lambda f: None, ["--input", ".", "--output-prefix", "a.bin/out"], "a.bin/out.idx cannot be written"),
     (
         "foreign .bin",
@@ -274,15 +274,15 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
         ["--input-prefixes", "a", "--output-prefix", "m"],
         "a preprocessing job is writing there, or was killed",
     ),
-    ("no room", lambda f: None, ["--input", ".", "--output-prefix", "/proc/x/out"], "and 0 are free there"),
+    ("no room", lambda f: None, ["--input", ".", "--output-prefix", "/proc/x/out"], "but only 0 are free"),
     ("no input", lambda f: None, [], "one of the arguments --input --input-prefixes is required"),
     ("both inputs", lambda f: None, ["--input", ".", "--input-prefixes", "a"], "not allowed with argument --input"),
 ]
 
 
-def strip(folder: Path) -> None:
+def strip(directory: Path) -> None:
     for name in ("a", "b"):
-        for path in folder.glob(f"{name}.*"):
+        for path in directory.glob(f"{name}.*"):
             path.unlink()
 
 

@@ -1,4 +1,4 @@
-"""Corpora: what is written is what Megatron-Core's own builder writes and reads, for every input and tokenizer kind."""
+"""Preprocessing: corpora identical to those of Megatron-Core's builder, for every input format and tokenizer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def documents(prefix: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, suffix: str, workers: int) -> None:
+def test_bytes_match_megatron_core_builder(tmp_path: Path, suffix: str, workers: int) -> None:
     ours = job(write(tmp_path / f"in{suffix}", TEXTS), tmp_path / "ours", append_eod=True, workers=workers)
     preprocess(ours)
     builder = IndexedDatasetBuilder(
@@ -81,14 +81,14 @@ def test_bytes_are_those_of_megatrons_builder(tmp_path: Path, suffix: str, worke
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=8))
-def test_any_text_is_read_back(tmp_path: Path, texts: list[str]) -> None:
+def test_any_text_round_trips(tmp_path: Path, texts: list[str]) -> None:
     texts = [text.encode("utf-8", "ignore").decode() or "x" for text in texts]
     done = job(write(tmp_path / "in.jsonl", texts), tmp_path / "out", append_eod=True)
     preprocess(done)
     assert documents(done.prefix("text")) == [[*text.encode(), 256] for text in texts]
 
 
-def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
+def test_plain_text_is_split_at_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\ntwo\n\n\nthree")
     done = job(tmp_path / "in.txt", tmp_path / "out")
     preprocess(done)
@@ -105,7 +105,7 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
         (b"[1]", "not a JSON object"),
     ],
 )
-def test_bad_lines_stop_or_are_skipped(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_unreadable_lines_stop_or_are_skipped(tmp_path: Path, line: bytes, reason: str) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'{"text": "good"}\n' + line + b"\n" + b'{"text": "too"}\n')
     with pytest.raises(ConfigError, match=rf"in.jsonl:2: .*{reason}"):
@@ -115,7 +115,7 @@ def test_bad_lines_stop_or_are_skipped(tmp_path: Path, line: bytes, reason: str)
     assert (summary.documents, summary.skipped) == (2, 1) and reason in summary.errors[0]
 
 
-def test_sentencepiece_end_to_end_and_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_sentencepiece_end_to_end_and_rejection_of_another_tokenizer(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [f"words and numbers {i * i} again\n" for i in range(300)])
     models = [
         train_tokenizer(TokenizerJob([str(source)], str(tmp_path / f"t{size}"), size)).path for size in (300, 310)
@@ -136,7 +136,7 @@ Sequences = list[list[int]]
 
 
 def megatrons(values: list[Any], split: Callable[[str], list[str]] | None, append_eod: bool) -> list[Sequences]:
-    """The sequences of each document as Megatron-LM's tool makes them, written plainly, for ByteTokenizer."""
+    """Return the sequences of each document by a simple definition of Megatron-LM's tool, for ByteTokenizer."""
     made = []
     for value in values:
         texts = value if isinstance(value, list) else [value]
@@ -150,7 +150,7 @@ def megatrons(values: list[Any], split: Callable[[str], list[str]] | None, appen
 
 
 def built(documents: list[Sequences], prefix: Path) -> list[bytes]:
-    """What Megatron-Core's builder writes of them."""
+    """Return the bytes that Megatron-Core's builder writes."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for sequences in documents:
         ids = [token for sequence in sequences for token in sequence]
@@ -176,8 +176,10 @@ VALUES = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
     append_eod=st.booleans(),
     block=st.integers(1, 200),
 )
-def test_documents_are_megatrons(tmp_path: Path, pairs: list[tuple[Any, str]], append_eod: bool, block: int) -> None:
-    """Two keys, empty texts, lists of texts; wherever the blocks are cut."""
+def test_documents_match_megatron_lm(
+    tmp_path: Path, pairs: list[tuple[Any, str]], append_eod: bool, block: int
+) -> None:
+    """Two keys, empty texts and lists of texts, for every block size."""
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": a, "title": b}) + "\n" for a, b in pairs), encoding="utf-8")
     done = replace(job(source, tmp_path / "out", append_eod=append_eod), keys=["title", "text"])
@@ -189,7 +191,7 @@ def test_documents_are_megatrons(tmp_path: Path, pairs: list[tuple[Any, str]], a
     assert summary.documents == len(pairs)
 
 
-def test_sentences_are_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_sentences_match_megatron_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_splitter", lambda job: sentences)
     texts = ["One. Two..three", "", ".", "no end"]
     done = job(write(tmp_path / "in.jsonl", texts), tmp_path / "out", append_eod=True, split_sentences=True)
@@ -207,7 +209,7 @@ def test_one_and_two_documents(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.parametrize("name", ["in.parquet", "in.arrow", "in.feather", "in.txt", "memory", "-", "in.jsonl.bz2"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_kind_of_input_gives_the_same_bytes(
+def test_every_input_format_gives_the_same_bytes(
     tmp_path: Path, name: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 500)
@@ -232,7 +234,7 @@ def test_every_kind_of_input_gives_the_same_bytes(
     assert written(done) == written(expected)
 
 
-def test_a_text_file_as_one_document(tmp_path: Path) -> None:
+def test_text_file_as_one_document(tmp_path: Path) -> None:
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(f"{name}\n\nmore\n")
     done = job(tmp_path, tmp_path / "out", text_document="file")
@@ -256,8 +258,8 @@ class StandIn:
         return np.frombuffer(data, np.uint8).astype(self.dtype), lengths
 
 
-def test_a_document_of_100_mb_is_one_like_others(tmp_path: Path) -> None:
-    """Its bytes go through as they are; only the stand-in for the tokenizer is quick."""
+def test_document_of_100_mb(tmp_path: Path) -> None:
+    """All bytes are processed; only the tokenizer is replaced by a fast stub."""
     text = "x" * 100_000_000
     (tmp_path / "in.jsonl").write_bytes(lines(["before", text, "after"]))
     done = job(tmp_path / "in.jsonl", tmp_path / "out", workers=2, append_eod=True)
@@ -267,16 +269,16 @@ def test_a_document_of_100_mb_is_one_like_others(tmp_path: Path) -> None:
     assert check_corpus(done.prefix("text"), "x").tokens == 100_000_000 + 11 + 3
 
 
-def merge(folder: Path, prefix: Path) -> list[bytes]:
-    """The corpora of a folder, in the order of their names, as one: Megatron-Core's own way."""
+def merge(directory: Path, prefix: Path) -> list[bytes]:
+    """Merge the corpora of a directory in name order with Megatron-Core."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for path in sorted(folder.glob("*.idx")):
+    for path in sorted(directory.glob("*.idx")):
         builder.add_index(str(path.with_suffix("")))
     builder.finalize(f"{prefix}.idx")
     return [Path(f"{prefix}{end}").read_bytes() for end in (".bin", ".idx")]
 
 
-def test_merged_shards_are_the_corpus_of_one_machine(tmp_path: Path) -> None:
+def test_merged_shards_match_a_single_job(tmp_path: Path) -> None:
     """By the Slurm script, with a plain, a compressed and a table file."""
     texts = [f"text {number} " * (number % 4 + 1) for number in range(40)]
     write(tmp_path / "a.jsonl", texts)
@@ -291,12 +293,12 @@ def test_merged_shards_are_the_corpus_of_one_machine(tmp_path: Path) -> None:
         slurm = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_CPUS_PER_TASK": "2"}
         slurm |= {"SLURM_SUBMIT_DIR": str(TOOLS.parent), "PYTHON": sys.executable}
         subprocess.run([*command, "--tokenizer-type", "ByteTokenizer"], env=os.environ | slurm, check=True)
-    folder = tmp_path / "out_text_document"
-    assert sorted(path.stem for path in folder.glob("*.bin")) == [f"{number:05d}-of-00003" for number in range(3)]
-    assert merge(folder, tmp_path / "merged") == written(whole)
+    directory = tmp_path / "out_text_document"
+    assert sorted(path.stem for path in directory.glob("*.bin")) == [f"{number:05d}-of-00003" for number in range(3)]
+    assert merge(directory, tmp_path / "merged") == written(whole)
 
 
-def test_of_few_documents_some_shards_are_empty(tmp_path: Path) -> None:
+def test_small_input_leaves_empty_shards(tmp_path: Path) -> None:
     whole = job(write(tmp_path / "in.jsonl", ["one", "a longer text " * 9, "three"]), tmp_path / "whole")
     preprocess(whole)
     for number in range(6):
@@ -306,7 +308,7 @@ def test_of_few_documents_some_shards_are_empty(tmp_path: Path) -> None:
     assert merge(tmp_path / "many_text_document", tmp_path / "merged") == written(whole)
 
 
-def test_errors_of_a_shard_name_the_line_of_the_whole_file(tmp_path: Path) -> None:
+def test_shard_errors_name_the_line_of_the_file(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(lines(["good"] * 50) + b"bad\n" + lines(["good"] * 20))
     errors = [
@@ -317,7 +319,7 @@ def test_errors_of_a_shard_name_the_line_of_the_whole_file(tmp_path: Path) -> No
     assert len(errors) == 1 and "in.jsonl:51: not JSON" in errors[0]
 
 
-def test_no_more_items_are_under_way_than_promised() -> None:
+def test_number_of_items_in_flight_is_bounded() -> None:
     taken = 0
 
     def items() -> Iterator[int]:
@@ -333,7 +335,7 @@ def test_no_more_items_are_under_way_than_promised() -> None:
             time.sleep(0.001)  # the workers are quicker than the one who takes
 
 
-def test_errors_of_workers_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_errors_stop_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(action: Callable[[], object]) -> Callable[..., tuple[Engine, str]]:
         return lambda tokenizer, dtype, _: (StandIn(dtype, action), "")
 
@@ -352,7 +354,7 @@ def test_errors_of_workers_end_the_job(tmp_path: Path, monkeypatch: pytest.Monke
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "something half-written was left"
 
 
-def test_the_summary_counts_everything(tmp_path: Path) -> None:
+def test_summary_counts(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(lines(["four", "", "日本"]) + b"\n \nbad\n")
     command = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", str(tmp_path / "in.jsonl")]
     command += ["--tokenizer-type", "ByteTokenizer", "--output-prefix", str(tmp_path / "out"), "--on-error", "skip"]
@@ -365,7 +367,7 @@ def test_the_summary_counts_everything(tmp_path: Path) -> None:
     assert record["documents"] == 3 and record["tokens"] == 12 and record["tokenizer"]["name"] == "ByteTokenizer"
 
 
-def test_tools_answer_in_one_line(tmp_path: Path) -> None:
+def test_tools_report_errors_in_one_line(tmp_path: Path) -> None:
     for arguments, message in (
         (["preprocess_data.py", "--input", "/nowhere"], "--input /nowhere"),
         (["train_tokenizer.py", "--input", "/nowhere"], "--input /nowhere"),

@@ -1,4 +1,4 @@
-"""Whatever is wrong with flags, files or lines: exit code 2, a message with it and the remedy, nothing left behind."""
+"""Invalid flags, files and lines: exit code 2, a message with location and remedy, and no leftover files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BYTES = ["--tokenizer-type", "ByteTokenizer"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Good and bad inputs; the test runs in this folder."""
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Good and bad inputs; the test runs in this directory."""
     monkeypatch.chdir(tmp_path)
     files = {
         "good.jsonl": GOOD,
@@ -83,11 +83,11 @@ LINES = [  # name, place, reason
     ("extra.jsonl", ":3", "not JSON (Extra data"),
     ("no_key.jsonl", ":1", "the key 'text' is missing (--json-keys)"),
     ("not_utf8.jsonl", ":3", "not UTF-8"),
-    ("number.jsonl", ":3", "the value of 'text' is not a text"),
-    ("null.jsonl", ":3", "the value of 'text' is not a text"),
-    ("list.jsonl", ":3", "the value of 'text' is not a text"),
+    ("number.jsonl", ":3", "the value of 'text' is not a string"),
+    ("null.jsonl", ":3", "the value of 'text' is not a string"),
+    ("list.jsonl", ":3", "the value of 'text' is not a string"),
     ("array.jsonl", ":3", "not a JSON object"),
-    ("surrogate.jsonl", ":3", "half of a surrogate pair"),
+    ("surrogate.jsonl", ":3", "a lone surrogate"),
     ("deep.jsonl", ":3", "nested too deeply"),
     *(
         (name, ":1", "the file is UTF-16 text, not UTF-8. Convert it: iconv -f UTF-16")
@@ -95,22 +95,22 @@ LINES = [  # name, place, reason
     ),
     ("utf32.jsonl", ":1", "the file is UTF-32 text"),
     ("not_utf8.txt", ":3", "not UTF-8"),
-    ("cut.jsonl.gz", ":", "cut short"),
-    ("cut.jsonl.xz", ":", "cut short"),
-    ("cut.jsonl.zst", ":", "cut short"),
-    ("false.jsonl.gz", ":1", "not whole .gz data"),
-    ("false.jsonl.zst", ":1", "not whole .zst data"),
-    ("false.parquet", ", row 1", "not a whole file of its kind"),
-    ("false.arrow", ", row 1", "not a whole file of its kind"),
-    ("cut.parquet", ", row 1", "not a whole file of its kind"),
-    ("null.parquet", ", row 2", "the value of 'text' is not a text"),
+    ("cut.jsonl.gz", ":", "truncated within"),
+    ("cut.jsonl.xz", ":", "truncated within"),
+    ("cut.jsonl.zst", ":", "truncated within"),
+    ("false.jsonl.gz", ":1", "invalid .gz data"),
+    ("false.jsonl.zst", ":1", "invalid .zst data"),
+    ("false.parquet", ", row 1", "truncated or of another format"),
+    ("false.arrow", ", row 1", "truncated or of another format"),
+    ("cut.parquet", ", row 1", "truncated or of another format"),
+    ("null.parquet", ", row 2", "the value of 'text' is not a string"),
 ]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(("name", "place", "reason"), LINES, ids=[name for name, _, _ in LINES])
-def test_what_cannot_be_read_stops_or_is_skipped(
-    folder: Path,
+def test_unreadable_input_stops_or_is_skipped(
+    directory: Path,
     name: str,
     place: str,
     reason: str,
@@ -118,13 +118,13 @@ def test_what_cannot_be_read_stops_or_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = sorted(folder.iterdir())
+    before = sorted(directory.iterdir())
     arguments = ["--input", "good.jsonl", name, "good.jsonl", *BYTES, "--output-prefix", "out", "--workers", workers]
     assert run(arguments, monkeypatch) == 2
     message = capsys.readouterr().err
     assert f"error: {name}{place}" in message and reason in message and "--on-error skip" in message
     assert "Traceback" not in message
-    assert sorted(folder.iterdir()) == before, "something half-written was left"
+    assert sorted(directory.iterdir()) == before, "something half-written was left"
     assert run([*arguments, "--on-error", "skip"], monkeypatch) == 0
     done = capsys.readouterr()
     assert f"skipped {name}{place}" in done.err and reason in done.err
@@ -133,28 +133,28 @@ def test_what_cannot_be_read_stops_or_is_skipped(
 
 BAD: list[tuple[str, list[str], list[str]]] = [
     ("no such file", ["--input", "nowhere.jsonl"], ["--input nowhere.jsonl", "no such file"]),
-    ("no match", ["--input", "nowhere*.jsonl"], ["--input nowhere*.jsonl", "no file matches"]),
-    ("folder", ["--input", "sub"], ["--input sub is a folder", "'sub/*.jsonl'"]),
+    ("no match", ["--input", "nowhere*.jsonl"], ["--input nowhere*.jsonl", "no such file"]),
+    ("directory", ["--input", "sub"], ["--input sub is a directory", "'sub/*.jsonl'"]),
     ("archive", ["--input", "in.zip"], ["--input in.zip", "Unpack it"]),
-    ("csv", ["--input", "table.csv"], ["--input table.csv: .csv files are not read. Convert it to lines of JSON"]),
-    ("packed csv", ["--input", "table.csv.gz"], ["--input table.csv.gz: .csv files are not read"]),
+    ("csv", ["--input", "table.csv"], ["--input table.csv: .csv files are not supported. Convert it to JSON lines"]),
+    ("packed csv", ["--input", "table.csv.gz"], ["--input table.csv.gz: .csv files are not supported"]),
     ("list", ["--input", "list.json"], ["list.json:1: not a JSON object", "jq -c '.[]' FILE"]),
     ("indented", ["--input", "indented.json"], ["indented.json:1: not JSON", "jq -c . FILE"]),
     ("indented list", ["--input", "indented_list.json"], ["indented_list.json:1: not JSON", "jq -c '.[]' FILE"]),
     ("unnamed gzip", ["--input", "unnamed_gzip"], ["unnamed_gzip:1: the file is a .gz file by its content"]),
-    ("unnamed zstd", ["--input", "unnamed_zstd.jsonl"], ["the file is a .zst file by its content. Name it so"]),
-    ("packed table", ["--input", "table.parquet.gz"], ["table.parquet.gz", "unpack it"]),
-    ("empty", ["--input", "empty.jsonl"], ["--input: empty.jsonl holds no document"]),
-    ("blank", ["--input", "blank.jsonl"], ["--input: blank.jsonl holds no document"]),
+    ("unnamed zstd", ["--input", "unnamed_zstd.jsonl"], ["the file is a .zst file by its content. Rename it"]),
+    ("packed table", ["--input", "table.parquet.gz"], ["table.parquet.gz", "Unpack it"]),
+    ("empty", ["--input", "empty.jsonl"], ["--input: empty.jsonl contains no document"]),
+    ("blank", ["--input", "blank.jsonl"], ["--input: blank.jsonl contains no document"]),
     (
         "all bad",
         ["--input", "array.jsonl", "--json-keys", "y", "--on-error", "skip"],
-        ["holds no document that can be read", "array.jsonl:1", "the key 'y' is missing"],
+        ["contains no document that can be read", "array.jsonl:1", "the key 'y' is missing"],
     ),
     ("column", ["--input", "good.parquet", "--json-keys", "body"], ["--json-keys body", "number, text"]),
-    ("column kind", ["--input", "numbers.parquet"], ["--json-keys text", "numbers.parquet holds int64"]),
-    ("key twice", ["--json-keys", "text", "text"], ["--json-keys text text names a key twice"]),
-    ("workers", ["--workers", "0"], ["--workers is 0", "at least 1"]),
+    ("column kind", ["--input", "numbers.parquet"], ["--json-keys text", "numbers.parquet has type int64"]),
+    ("key twice", ["--json-keys", "text", "text"], ["--json-keys text text repeats a key"]),
+    ("workers", ["--workers", "0"], ["--workers 0: must be at least 1"]),
     ("workers word", ["--workers", "many"], ["--workers", "many"]),
     ("keep newlines", ["--keep-newlines"], ["--keep-newlines", "--split-sentences"]),
     ("nltk data", ["--nltk-data", "sub"], ["--nltk-data", "--split-sentences"]),
@@ -166,8 +166,8 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     ("partitions", ["--partitions", "3", "--workers", "4"], ["--partitions 3 must divide --workers 4"]),
     ("partitions order", ["--partitions", "2", "--workers", "2"], ["--partitions 2", "--keep-sequential-samples"]),
     ("log interval", ["--log-interval", "0"], ["--log-interval is 0"]),
-    ("shard", ["--shard", "3/3"], ["--shard 3/3 should be i/n", "0/8 ... 7/8"]),
-    ("shard words", ["--shard", "first"], ["--shard first should be i/n"]),
+    ("shard", ["--shard", "3/3"], ["--shard 3/3: must be i/n", "0/8 ... 7/8"]),
+    ("shard words", ["--shard", "first"], ["--shard first: must be i/n"]),
     ("stdin resume", ["--input", "-", "--resume"], ["--resume", "standard input"]),
     ("stdin shard", ["--input", "-", "--shard", "0/2"], ["--shard", "standard input"]),
     ("megatron's flag", ["--find-optimal-num-workers"], ["--find-optimal-num-workers", "benchmark_preprocess.py"]),
@@ -180,7 +180,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
     (
         "no words",
         ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--input", "words.jsonl"],
-        ["words.jsonl:1: 'x' is no token id"],
+        ["words.jsonl:1: 'x' is not a token id"],
     ),
     (
         "id too large",
@@ -197,7 +197,7 @@ BAD: list[tuple[str, list[str], list[str]]] = [
         ["--output-prefix good.jsonl/out_text_document.idx cannot be written"],
     ),
     ("package", ["--input", "s3://bucket/in.jsonl"], ["--input s3://bucket/in.jsonl", "pip install s3fs"]),
-    ("protocol", ["--input", "nonsense://in.jsonl"], ["nonsense:// is no protocol"]),
+    ("protocol", ["--input", "nonsense://in.jsonl"], ["does not support the protocol nonsense://"]),
 ]
 
 
@@ -205,11 +205,11 @@ def offline(*given: object, **named: object) -> None:
     raise OSError("no connection")
 
 
-@pytest.mark.parametrize(("arguments", "words"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
-def test_bad_flags_and_files_are_named(
-    folder: Path,
+@pytest.mark.parametrize(("arguments", "messages"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_invalid_flags_and_files_are_named(
+    directory: Path,
     arguments: list[str],
-    words: list[str],
+    messages: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -217,10 +217,10 @@ def test_bad_flags_and_files_are_named(
     monkeypatch.setattr(Downloader, "download", offline)
     defaults = {"--input": ["good.jsonl"], "--tokenizer-type": ["ByteTokenizer"], "--output-prefix": ["out"]}
     rest = [word for flag, value in defaults.items() if flag not in arguments for word in (flag, *value)]
-    before = sorted(folder.iterdir())
+    before = sorted(directory.iterdir())
     assert run([*rest, *arguments], monkeypatch) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "Traceback" not in message
-    for word in words:
-        assert word in message
-    assert sorted(folder.iterdir()) == before, "something half-written was left"
+    for message_part in messages:
+        assert message_part in message
+    assert sorted(directory.iterdir()) == before, "something half-written was left"

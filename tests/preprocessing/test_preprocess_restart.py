@@ -1,4 +1,4 @@
-"""A job that was killed at any moment goes on, with the same bytes as one never killed; a full disk costs nothing."""
+"""Resuming: killed jobs continue and write the same bytes, and a full disk leaves existing corpora intact."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "BLOCK", 3000)
 
 
-def write_inputs(folder: Path, times: int = 1) -> list[str]:
-    """Plain, compressed and cut short, table, plain text, each with several blocks; with bad lines."""
+def write_inputs(directory: Path, times: int = 1) -> list[str]:
+    """Write plain, compressed, truncated, table and text inputs of several blocks, with unreadable lines."""
     texts = TEXTS * times
-    (folder / "a.jsonl").write_bytes(lines(texts[:60]) + BAD + lines(texts[60:]))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines(texts) + BAD)[:-9])
-    write_table(folder / "c.parquet", [*texts, None])
-    (folder / "d.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    return [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
+    (directory / "a.jsonl").write_bytes(lines(texts[:60]) + BAD + lines(texts[60:]))
+    (directory / "b.jsonl.gz").write_bytes(gzip.compress(lines(texts) + BAD)[:-9])
+    write_table(directory / "c.parquet", [*texts, None])
+    (directory / "d.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    return [str(directory / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.txt")]
 
 
 def make_job(files: list[str], prefix: Path, **more: Any) -> Job:
@@ -62,7 +62,7 @@ def counted(summary: Summary) -> tuple[int, ...]:
 
 
 class Killed(BaseException):
-    """Stands for kill -9 within a process: nothing handles it, and nothing is tidied up."""
+    """Simulate kill -9 within a process: it is not handled, and no cleanup runs."""
 
 
 class Countdown:
@@ -135,7 +135,7 @@ def run_until(job: Job, change: int) -> Summary | None:
             return None
 
 
-def test_killed_at_every_change_of_a_file_it_goes_on(tmp_path: Path) -> None:
+def test_job_killed_at_every_file_operation_resumes(tmp_path: Path) -> None:
     files = write_inputs(tmp_path)
     expected_job = make_job(files, tmp_path / "expected")
     expected = preprocess(expected_job)
@@ -143,21 +143,21 @@ def test_killed_at_every_change_of_a_file_it_goes_on(tmp_path: Path) -> None:
     change = 0
     while True:  # every change costs a run: the few first, then some of the many blocks, then every one of the end
         change += 1 if change < 30 else 7
-        folder = tmp_path / f"out{change}"
-        job = make_job(files, folder / "out", resume=True)
+        directory = tmp_path / f"out{change}"
+        job = make_job(files, directory / "out", resume=True)
         if run_until(job, change) is not None:
             break
         summary = preprocess(job)
         assert counted(summary) == counted(expected), change
         assert corpus_bytes(job) == corpus_bytes(expected_job), change
-        assert sorted(path.suffix for path in folder.iterdir()) == [".bin", ".idx", ".json"], change
-        shutil.rmtree(folder)
+        assert sorted(path.suffix for path in directory.iterdir()) == [".bin", ".idx", ".json"], change
+        shutil.rmtree(directory)
     assert change > 100
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(changes=st.lists(st.integers(1, 200), max_size=4))
-def test_killed_again_and_again(tmp_path: Path, changes: list[int]) -> None:
+def test_repeatedly_killed_job_resumes(tmp_path: Path, changes: list[int]) -> None:
     files = write_inputs(tmp_path)
     expected = make_job(files, tmp_path / "expected")
     preprocess(expected)
@@ -170,8 +170,8 @@ def test_killed_again_and_again(tmp_path: Path, changes: list[int]) -> None:
         path.unlink()
 
 
-def test_every_kill_at_the_end_leaves_one_whole_corpus(tmp_path: Path) -> None:
-    """An earlier corpus under the same name is there until the new one is, and then the new one."""
+def test_kill_during_publication_leaves_a_complete_corpus(tmp_path: Path) -> None:
+    """Either the earlier or the new corpus exists under the name at any moment."""
     (tmp_path / "in.jsonl").write_bytes(lines(TEXTS[:5]))
     (tmp_path / "old.jsonl").write_bytes(lines(["old"]))
     job = make_job([str(tmp_path / "in.jsonl")], tmp_path / "out", resume=True)
@@ -188,7 +188,7 @@ def test_every_kill_at_the_end_leaves_one_whole_corpus(tmp_path: Path) -> None:
     assert 10 < change < 99
 
 
-def test_a_finished_job_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_job_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(write_inputs(tmp_path), tmp_path / "out", resume=True)
     first = preprocess(job)
     monkeypatch.setattr(module, "_write_blocks", None)
@@ -196,7 +196,7 @@ def test_a_finished_job_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert counted(again) == counted(first) and again.resumed == first.documents
 
 
-def test_resume_is_refused_where_something_differs(tmp_path: Path) -> None:
+def test_resume_with_other_settings_is_rejected(tmp_path: Path) -> None:
     files = write_inputs(tmp_path)
     job = make_job(files, tmp_path / "out", resume=True)
     assert run_until(job, 60) is None
@@ -219,16 +219,16 @@ def test_resume_is_refused_where_something_differs(tmp_path: Path) -> None:
             preprocess(other)
     with Path(files[3]).open("a") as file:
         file.write("more")
-    with pytest.raises(ConfigError, match=r"--resume: the stopped job had --input .*d.txt .*leave --resume away"):
+    with pytest.raises(ConfigError, match=r"--resume: the stopped job had --input .*d.txt .*omit --resume"):
         preprocess(job)
-    assert preprocess(replace(job, resume=False)).documents, "without --resume it begins anew"
+    assert preprocess(replace(job, resume=False)).documents, "without --resume it starts from scratch"
 
 
-def test_an_error_keeps_what_is_done_only_with_resume(tmp_path: Path) -> None:
+def test_error_keeps_temporary_files_only_with_resume(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(lines(TEXTS) + BAD + lines(TEXTS))
     job = make_job([str(source)], tmp_path / "out", skip_errors=False, resume=True)
-    with pytest.raises(ConfigError, match=r"in.jsonl:121: the value of 'text' is not a text"):
+    with pytest.raises(ConfigError, match=r"in.jsonl:121: the value of 'text' is not a string"):
         preprocess(job)
     skipping = replace(job, skip_errors=True)
     summary = preprocess(skipping)
@@ -252,7 +252,7 @@ def test_an_error_keeps_what_is_done_only_with_resume(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_full_disk_is_said_and_leaves_what_was_there(
+def test_full_disk_is_reported_and_keeps_the_existing_corpus(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     text: str,
@@ -290,7 +290,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".journal"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_foreign_file_is_not_replaced(tmp_path: Path, suffix: str, resume: bool) -> None:
+def test_unrelated_file_is_not_replaced(tmp_path: Path, suffix: str, resume: bool) -> None:
     (tmp_path / "in.jsonl").write_bytes(lines(TEXTS))
     foreign = tmp_path / f"out_text_document{suffix}"
     foreign.write_bytes(b"PK weights")
@@ -299,7 +299,7 @@ def test_a_foreign_file_is_not_replaced(tmp_path: Path, suffix: str, resume: boo
     assert foreign.read_bytes() == b"PK weights"
 
 
-def test_two_jobs_do_not_write_one_corpus(tmp_path: Path) -> None:
+def test_concurrent_jobs_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(lines(TEXTS))
     job = make_job([str(tmp_path / "in.jsonl")], tmp_path / "out")
     hold = f"""
@@ -334,7 +334,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def tool(files: list[str], prefix: Path) -> list[str]:
-    """The real command with two workers and small blocks; the environment's SECONDS slow each document down."""
+    """Return the command with two workers and small blocks; SECONDS in the environment delays each document."""
     path = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
     command = [sys.executable, "-c", RUN, str(path), "--input", *files, "--tokenizer-type", "ByteTokenizer"]
     return [*command, "--append-eod", "--on-error", "skip", "--output-prefix", str(prefix), "--workers", "2"]
@@ -345,7 +345,7 @@ def _heeds_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_completed_blocks(tmp_path: Path) -> None:
     job = make_job(write_inputs(tmp_path), tmp_path / "out", resume=True)
     with subprocess.Popen(
         tool(list(job.files), tmp_path / "out"),
@@ -367,7 +367,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
 @pytest.mark.kills
 def test_twenty_random_kills(tmp_path: Path) -> None:
     """kill -9 of the real command with two workers at random moments; no worker outlives it."""
-    chance = random.Random(4)
+    rng = random.Random(4)
     files = write_inputs(tmp_path, times=20)
     command = [*tool(files, tmp_path / "out"), "--resume"]
     slow = {**os.environ, "SECONDS": "0.004"}
@@ -378,7 +378,7 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
         size = journal.stat().st_size if journal.exists() else 0
         while kills % 2 and process.poll() is None and (not journal.exists() or journal.stat().st_size <= size):
             time.sleep(0.005)  # every second time it gets further; else it may not even have begun
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.5))
         workers = psutil.Process(process.pid).children()
         assert process.poll() is None, "it ended before its twentieth kill: make it slower"
         process.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Sentences: equal to Megatron-LM's own splitter, from every place where a Punkt model may lie."""
+"""Sentence splitting: identical to Megatron-LM's, with Punkt models from every supported location."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, Punkt
 
 from megatron_slm.preprocessing import sentences
 from megatron_slm.preprocessing.preprocess import Job, preprocess
-from megatron_slm.preprocessing.sentences import LANGUAGES, LONGEST_TEXT, prepare_punkt, sentence_splitter
+from megatron_slm.preprocessing.sentences import LANGUAGES, MAX_TEXT, prepare_punkt, sentence_splitter
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles
 
@@ -32,12 +32,12 @@ TEXT = (
 LEARNED_FROM = "Dr. Brown met Dr. Green at 5 p.m. on Monday. Dr. White came later. It was late. It rained. " * 50
 
 
-def train_punkt(folder: Path, language: str) -> Any:
-    """A small model in the layout of punkt_tab; its parameters."""
+def train_punkt(directory: Path, language: str) -> Any:
+    """Write a small model in punkt_tab's layout and return its parameters."""
     trainer = PunktTrainer()
     trainer.train(LEARNED_FROM)
     parameters = trainer.get_params()
-    target = folder / "tokenizers" / "punkt_tab" / language
+    target = directory / "tokenizers" / "punkt_tab" / language
     target.mkdir(parents=True)
     table = TabEncoder()
     (target / "collocations.tab").write_text(table.tups2tab(parameters.collocations))
@@ -81,7 +81,7 @@ def without_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("keep_newlines", [False, True])
-def test_sentences_are_those_of_megatron(tmp_path: Path, keep_newlines: bool) -> None:
+def test_sentences_match_megatron_lm(tmp_path: Path, keep_newlines: bool) -> None:
     parameters = train_punkt(tmp_path, "invented")
     assert "dr" in parameters.abbrev_types
     split = sentence_splitter("invented", keep_newlines, str(tmp_path))
@@ -93,7 +93,7 @@ def test_sentences_are_those_of_megatron(tmp_path: Path, keep_newlines: bool) ->
 
 
 @pytest.mark.parametrize("keep_newlines", [False, True])
-def test_a_corpus_of_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_newlines: bool) -> None:
+def test_corpus_of_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_newlines: bool) -> None:
     parameters = train_punkt(tmp_path, "invented")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (TEXT, "", "One. Two.")))
@@ -118,37 +118,37 @@ def test_a_corpus_of_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="aB .!?\n\t\"')…。é1", max_size=60))
-def test_any_text_is_split_as_megatron_splits_it(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    folder = tmp_path_factory.getbasetemp() / "any"
-    if not folder.exists():
-        train_punkt(folder, "invented")
+def test_any_text_is_split_like_megatron_lm(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    directory = tmp_path_factory.getbasetemp() / "any"
+    if not directory.exists():
+        train_punkt(directory, "invented")
     for keep_newlines in (False, True):
-        parameters = sentences._installed("invented", str(folder))
+        parameters = sentences._installed("invented", str(directory))
         expected = megatron_sentences(parameters, keep_newlines, text)
-        assert sentence_splitter("invented", keep_newlines, str(folder))(text) == expected
+        assert sentence_splitter("invented", keep_newlines, str(directory))(text) == expected
 
 
-def test_a_long_text_is_cut_where_megatron_cuts_it(tmp_path: Path) -> None:
+def test_long_text_is_cut_like_megatron_lm(tmp_path: Path) -> None:
     parameters = train_punkt(tmp_path, "invented")
-    text = "late " * (LONGEST_TEXT // 5 - 10) + "It was late today. " * 20
+    text = "late " * (MAX_TEXT // 5 - 10) + "It was late today. " * 20
     found = sentence_splitter("invented", False, str(tmp_path))(text)
     assert found == megatron_sentences(parameters, False, text)
     assert len(found) == 21 and not found[2].endswith("."), "it was not cut in the middle of a sentence"
 
 
 @pytest.mark.parametrize("where", ["NLTK_DATA", "zip"])
-def test_data_is_found_in_nltks_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_model_is_found_in_nltk_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     parameters = train_punkt(tmp_path, "invented")
     if where == "zip":
-        folder = tmp_path / "tokenizers"
-        shutil.make_archive(str(folder / "punkt_tab"), "zip", folder, "punkt_tab")
-        shutil.rmtree(folder / "punkt_tab")
+        directory = tmp_path / "tokenizers"
+        shutil.make_archive(str(directory / "punkt_tab"), "zip", directory, "punkt_tab")
+        shutil.rmtree(directory / "punkt_tab")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     prepare_punkt("invented")
     assert sentence_splitter("invented", False)(TEXT) == megatron_sentences(parameters, False, TEXT)
 
 
-def test_a_package_that_ships_the_models_is_used() -> None:
+def test_packaged_model_is_used() -> None:
     pytest.importorskip("punkt.data")
     for language in ("english", "german", "malayalam"):
         assert language in LANGUAGES
@@ -162,13 +162,13 @@ def test_a_package_that_ships_the_models_is_used() -> None:
     kept = sentence_splitter("english", True)("Dr. Smith left.\n\nHe came back.")
     assert kept == ["Dr. Smith left.\n\n", "He came back."]
     with pytest.raises(ConfigError, match="english_web"):
-        sentence_splitter("english_web", False)  # the package's own, which Megatron-LM does not know
+        sentence_splitter("english_web", False)  # a model of the package that nltk does not have
 
 
 @pytest.mark.usefixtures("without_package")
 @pytest.mark.parametrize("ask", [prepare_punkt, lambda lang, data: sentence_splitter(lang, False, data)])
 @pytest.mark.parametrize("language", ["english", "klingon", "../english", ""])
-def test_missing_data_is_told(
+def test_missing_model_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str, str], Any], language: str
 ) -> None:
     def offline(*_: Any, **__: Any) -> None:
@@ -183,7 +183,7 @@ def test_missing_data_is_told(
 
 
 @pytest.mark.usefixtures("without_package")
-def test_data_is_downloaded_once_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_model_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(self: Any, what: str, download_dir: str | None = None, **_: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The texts of a line do not depend on the other lines of its block, nor on which JSON reader reads it."""
+"""Text extraction: results are independent of the other lines of a block and of the JSON reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.preprocessing.inputs import Form
+from megatron_slm.preprocessing.inputs import InputFormat
 from megatron_slm.preprocessing.text_reader import (
     ERROR,
     REPLACE,
@@ -17,10 +17,10 @@ from megatron_slm.preprocessing.text_reader import (
     BadDocuments,
     Text,
     TextReader,
+    describe_error,
     read_texts,
-    reason_of,
 )
-from megatron_slm.preprocessing.texts import texts_of_block
+from megatron_slm.preprocessing.texts import read_block_texts
 
 VALUES = [
     *(
@@ -89,12 +89,12 @@ def one_by_one(content: bytes, reader: TextReader) -> Found:
             try:
                 found.append((number, reader(document, True)))
             except UNREADABLE as error:
-                found.append((number, reason_of(error)))
+                found.append((number, describe_error(error)))
     return found
 
 
 def as_block(content: bytes, reader: TextReader) -> Found:
-    texts = texts_of_block(content, Form.JSON, reader, None)
+    texts = read_block_texts(content, InputFormat.JSON, reader, None)
     found: Found = [*texts.bad]
     for place, number in enumerate(texts.lines):
         columns = [column.document(place) for column in texts.columns]
@@ -117,7 +117,9 @@ def as_lists(found: Found) -> Found:
 @example([b'{"text":"a","x":' + b"9" * 5000 + b"}"], b"\n", b"\n", ["text"], ERROR)
 @example([b'{"text":"a","x":-Inf}'], b"\n", b"\n", ["text"], ERROR)
 @example([b'{"text":"a","x":' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"text":1}'], b"\n", b"\n", ["text"], ERROR)
-def test_both_readers_agree(lines: list[bytes], joint: bytes, end: bytes, keys: list[str], surrogates: str) -> None:
+def test_arrow_and_python_readers_agree(
+    lines: list[bytes], joint: bytes, end: bytes, keys: list[str], surrogates: str
+) -> None:
     content = joint.join(lines) + end
     reader = TextReader(keys, lone_surrogates=surrogates)
     assert as_block(content, reader) == as_lists(one_by_one(content, reader))
@@ -126,7 +128,7 @@ def test_both_readers_agree(lines: list[bytes], joint: bytes, end: bytes, keys: 
 @pytest.mark.parametrize(
     "unread", ["9" * 5000, "[" * 100_000 + "]" * 100_000, "NaN", '{"text":1}', '"' + "x" * (1 << 20) + '"']
 )
-def test_an_unread_key_holds_anything(tmp_path: Path, unread: str) -> None:
+def test_unread_keys_may_have_any_value(tmp_path: Path, unread: str) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(f'{{"text":"a","x":{unread}}}\n')
     found = list(read_texts([str(path)], TextReader(["text"]), BadDocuments(skip=False)))

@@ -1,4 +1,4 @@
-"""Training a tokenizer: Llama-like properties of both kinds, and every mistake told with nothing left behind."""
+"""Tokenizer training: Llama-like properties of both model types, error messages, and no leftover files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from megatron_slm.preprocessing.train_tokenizer import LONGEST_LINE, TokenizerJob, train_tokenizer
+from megatron_slm.preprocessing.train_tokenizer import MAX_LINE, TokenizerJob, train_tokenizer
 from megatron_slm.runtime import files
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.corpus_files import run_tool
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles, build_tokenizer
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-CHANCE = random.Random(1)
-WORDS = ["".join(CHANCE.choices("abcdefghij", k=CHANCE.randint(2, 7))) for _ in range(200)]
-TEXTS = [" ".join(CHANCE.choices(WORDS, k=30)) + f" {CHANCE.randint(0, 9999)}\n" for _ in range(300)]
+RNG = random.Random(1)
+WORDS = ["".join(RNG.choices("abcdefghij", k=RNG.randint(2, 7))) for _ in range(200)]
+TEXTS = [" ".join(RNG.choices(WORDS, k=30)) + f" {RNG.randint(0, 9999)}\n" for _ in range(300)]
 
 
 def write(path: Path, texts: list[str] = TEXTS) -> str:
@@ -33,7 +33,7 @@ def write(path: Path, texts: list[str] = TEXTS) -> str:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_model_is_as_llamas_are(tmp_path: Path, kind: str) -> None:
+def test_model_has_llama_properties(tmp_path: Path, kind: str) -> None:
     model = train_tokenizer(
         TokenizerJob([write(tmp_path / "in.jsonl")], str(tmp_path / "deep" / "tok"), 400, kind)
     ).path
@@ -52,8 +52,8 @@ def test_a_model_is_as_llamas_are(tmp_path: Path, kind: str) -> None:
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) * 0.7, "nothing was learned"
 
 
-def test_long_lines_and_a_sample_of_many_are_learned_from(tmp_path: Path) -> None:
-    long = " ".join(CHANCE.choices(WORDS, k=LONGEST_LINE))
+def test_training_on_long_lines_and_on_a_sample(tmp_path: Path) -> None:
+    long = " ".join(RNG.choices(WORDS, k=MAX_LINE))
     model = train_tokenizer(TokenizerJob([write(tmp_path / "in.jsonl", [long])], str(tmp_path / "tok"), 400)).path
     tokenizer = build_tokenizer("SentencePieceTokenizer", TokenizerFiles(str(model)))
     assert len(tokenizer.encode(long)) < len(long) * 0.6
@@ -62,19 +62,19 @@ def test_long_lines_and_a_sample_of_many_are_learned_from(tmp_path: Path) -> Non
 
 
 BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
-    ("no file", lambda f: None, ["--input", "/nowhere"], "--input /nowhere: there is no such file"),
-    ("nothing", lambda f: (f / "in.jsonl").write_text(""), [], "holds no text"),
-    ("empty texts", lambda f: write(f / "in.jsonl", ["", "\n"]), [], "holds no text"),
+    ("no file", lambda f: None, ["--input", "/nowhere"], "--input /nowhere: no such file"),
+    ("nothing", lambda f: (f / "in.jsonl").write_text(""), [], "contains no text"),
+    ("empty texts", lambda f: write(f / "in.jsonl", ["", "\n"]), [], "contains no text"),
     ("no JSON", lambda f: (f / "in.jsonl").write_text('{"text": "a"}\n{x'), [], "error: {}/in.jsonl:2: not JSON"),
     ("no key", lambda f: None, ["--json-key", "body"], "in.jsonl:1: the key 'body' is missing (--json-keys)"),
-    ("number", lambda f: (f / "in.jsonl").write_text('{"text": 3}'), [], "the value of 'text' is not a text"),
+    ("number", lambda f: (f / "in.jsonl").write_text('{"text": 3}'), [], "the value of 'text' is not a string"),
     ("list", lambda f: (f / "in.jsonl").write_text("[1]"), [], "error: {}/in.jsonl:1: not a JSON object"),
     ("not UTF-8", lambda f: (f / "in.jsonl").write_bytes(b'{"text": "\xff"}'), [], "error: {}/in.jsonl:1: not UTF-8"),
     ("too large", lambda f: None, ["--vocab-size", "100000"], "could not train: Vocabulary size too high (100000)"),
     ("unknown flag", lambda f: None, ["--vocabsize", "300"], "unknown flag --vocabsize. Did you mean --vocab-size?"),
     ("no number", lambda f: None, ["--vocab-size", "many"], "invalid int value: 'many'"),
     ("too small", lambda f: None, ["--vocab-size", "100"], "--vocab-size 100: sentencepiece could not train"),
-    ("surrogate", lambda f: (f / "in.jsonl").write_text('{"text": "\\ud800"}'), [], "in.jsonl:1: half of a surrogate"),
+    ("surrogate", lambda f: (f / "in.jsonl").write_text('{"text": "\\ud800"}'), [], "in.jsonl:1: a lone surrogate"),
     (
         "damaged",
         lambda f: (f / "in.jsonl").rename(f / "x.parquet"),
@@ -95,10 +95,10 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
         "y.model exists and was not",
     ),
     ("foreign words", lambda f: (f / "y.vocab").write_text("a\nb\n"), ["--output-prefix", "{}/y"], "y.vocab exists"),
-    ("suffix", lambda f: None, ["--output-prefix", "{}/tok.model"], "tok.model: give the prefix without .model"),
-    ("no vocabulary", lambda f: None, ["--vocab-size", "0"], "--vocab-size is 0, and must be at least 1"),
-    ("no lines", lambda f: None, ["--max-lines", "-1"], "--max-lines is -1, and must be at least 101"),
-    ("no threads", lambda f: None, ["--threads", "0"], "--threads is 0, and must be at least 1"),
+    ("suffix", lambda f: None, ["--output-prefix", "{}/tok.model"], "tok.model: omit .model from the prefix"),
+    ("no vocabulary", lambda f: None, ["--vocab-size", "0"], "--vocab-size 0: must be at least 1"),
+    ("no lines", lambda f: None, ["--max-lines", "-1"], "--max-lines -1: must be at least 101"),
+    ("no threads", lambda f: None, ["--threads", "0"], "--threads 0: must be at least 1"),
     ("kind", lambda f: None, ["--model-type", "wordpiece"], "invalid choice: 'wordpiece'"),
     ("output", lambda f: None, ["--output-prefix", "/proc/tok"], "--output-prefix /proc/tok cannot be written"),
 ]
@@ -127,9 +127,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize("fails", ["write", "sync", "replace"])
-def test_a_disk_that_becomes_full_leaves_the_model_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
-) -> None:
+def test_full_disk_keeps_the_existing_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     before = (FIXTURES / "sentencepiece.model").read_bytes()
     (tmp_path / "tok.model").write_bytes(before)
 
@@ -146,7 +144,7 @@ def test_a_disk_that_becomes_full_leaves_the_model_that_was_there(
     assert (tmp_path / "tok.model").read_bytes() == before
 
 
-def test_the_vocabulary_is_the_one_that_sentencepiece_writes(tmp_path: Path) -> None:
+def test_vocabulary_file_matches_sentencepiece(tmp_path: Path) -> None:
     trained = train_tokenizer(TokenizerJob([write(tmp_path / "in.jsonl")], str(tmp_path / "tok"), 300))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "in.jsonl"), model_prefix=str(tmp_path / "own"), vocab_size=300, minloglevel=2
@@ -161,7 +159,7 @@ def test_the_vocabulary_is_the_one_that_sentencepiece_writes(tmp_path: Path) -> 
     assert (tmp_path / "tok.model").read_bytes() == again, "an existing model is replaced, and training deterministic"
 
 
-def test_bad_lines_are_skipped_as_preprocessing_skips_them(
+def test_unreadable_lines_are_skipped_as_in_preprocessing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in.jsonl"
@@ -171,11 +169,11 @@ def test_bad_lines_are_skipped_as_preprocessing_skips_them(
     flags += ["--output-prefix", str(tmp_path / "tok")]
     code, out, errors = run_tool(monkeypatch, capsys, "train_tokenizer", [*flags, "--on-error", "skip"])
     assert code == 0 and "(300 pieces), 3 skipped" in out
-    for place in (":6: not JSON", ":8: the key 'meta.text' is missing", ":9: half of a surrogate pair"):
+    for place in (":6: not JSON", ":8: the key 'meta.text' is missing", ":9: a lone surrogate"):
         assert f"skipped {source}{place}" in errors
     more = ["--on-error", "skip", "--lone-surrogates", "replace"]
     code, out, _ = run_tool(monkeypatch, capsys, "train_tokenizer", [*flags, *more])
     assert code == 0 and "2 skipped" in out
     source.write_text("{x\n")
     code, _, errors = run_tool(monkeypatch, capsys, "train_tokenizer", [*flags, "--on-error", "skip"])
-    assert code == 2 and f"holds no text that can be read: {source}:1: not JSON" in errors
+    assert code == 2 and f"contains no text that can be read: {source}:1: not JSON" in errors
