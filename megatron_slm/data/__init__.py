@@ -1,1 +1,1 @@
-"""Tokenizers, corpora and batches."""
+"""Datasets and micro-batches: blends, splits, sample orders and index caching."""

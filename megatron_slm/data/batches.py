@@ -1,4 +1,4 @@
-"""Micro-batches of one data-parallel rank, in an order that depends on the run alone."""
+"""Micro-batches of a data-parallel rank, in an order that is independent of the parallel layout."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from megatron_slm.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one rank reads. Under context parallelism s is this rank's part of each sample."""
+    """Hold the inputs of one forward pass; with context parallelism, s is the length of this rank's slice."""
 
     tokens: Tensor  # [b, s] int64
     labels: Tensor  # [b, s] int64, the next tokens
-    loss_mask: Tensor  # [b, s] bool, True where the label counts
+    loss_mask: Tensor  # [b, s] bool, True for labels that contribute to the loss
     position_ids: Tensor  # [b, s] int64
-    sample_index: Tensor  # [b] int64, place of the sample in the run
-    first_sample: int  # place of the first sample of this micro-batch step over all data-parallel ranks
-    attention_mask: Tensor | None = None  # [b, 1, s, s] bool, True where attention is forbidden; None: causal
-    reference_loss: Tensor | None = None  # [b, s] fp32 of the labels, nats, where the dataset has sidecars
-    reference_entropy: Tensor | None = None  # [b, s] fp32 of the distributions that predict the labels, nats
-    context_size: int = 1  # ranks that hold a part of each sample
-    positions: Tensor | None = None  # [s] int64, places of the columns in their sample; None: the whole in order
+    sample_index: Tensor  # [b] int64, index of each sample in the run
+    first_sample: int  # index of the first sample of this micro-batch step over all data-parallel ranks
+    attention_mask: Tensor | None = None  # [b, 1, s, s] bool, True for masked pairs; None: causal
+    reference_loss: Tensor | None = None  # [b, s] fp32 in nats, of the labels; None without sidecars
+    reference_entropy: Tensor | None = None  # [b, s] fp32 in nats, of the distributions that predict the labels
+    context_size: int = 1  # context-parallel size
+    positions: Tensor | None = None  # [s] int64, positions of the columns in their sample; None: 0 ... s - 1
 
     @property
     def sample_length(self) -> int:
-        """Tokens of a whole sample."""
+        """Return the number of tokens of a full sample."""
         return self.tokens.size(1) * self.context_size
 
     def token_index(self) -> Tensor:
-        """Place of each token in the run, [b, s] int64."""
+        """Return the index of each token in the run, [b, s] int64."""
         positions = self.positions
         if positions is None:
             positions = torch.arange(self.sample_length, device=self.tokens.device)
         return self.sample_index[:, None] * self.sample_length + positions
 
-    def part(self, size: int, rank: int) -> MicroBatch:
-        """What context-parallel rank ``rank`` of ``size`` holds of every sample."""
+    def cp_slice(self, size: int, rank: int) -> MicroBatch:
+        """Return the slice of every sample for context-parallel rank ``rank`` of ``size``."""
         if size == 1:
             return self
         shape, positions = self.tokens.shape, context_positions(self.sample_length, size, rank)
@@ -69,9 +69,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is cut: micro-batch step j takes the samples [j · b · dp, (j + 1) · b · dp) of it, and
-    data-parallel rank r the slice [r · b, (r + 1) · b) of those (Megatron-LM's order). Context-parallel ranks share
-    samples."""
+    """Represent the division of a global batch into micro-batches, in Megatron-LM's order.
+
+    Micro-batch step j consists of the samples [j · b · dp, (j + 1) · b · dp) of the global batch, of which
+    data-parallel rank r processes the slice [r · b, (r + 1) · b). Context-parallel ranks share samples.
+    """
 
     micro_batch_size: int
     num_micro_batches: int
@@ -86,18 +88,18 @@ class BatchShape:
 
 
 class BatchStream(Iterator[list[MicroBatch]]):
-    """Each ``next`` is one optimizer step's micro-batches for one data-parallel rank.
+    """Iterate over the optimizer steps of a run, yielding the micro-batches of one data-parallel rank.
 
     Args:
-        dataset: samples as Megatron-Core's GPT dataset gives them.
-        shape: how a global batch is cut.
-        start_sample: samples that the run has consumed; a resumed run goes on exactly where it was.
-        read_ahead: steps that a background thread prepares; 0 reads when asked.
-        device: where the tensors go.
-        masks_missing: samples beyond the dataset's end are given with an empty loss mask (evaluation).
+        dataset: dataset with the sample format of Megatron-Core's GPT dataset.
+        shape: division of the global batch.
+        start_sample: number of consumed samples, from which a resumed run continues.
+        read_ahead: steps that a background thread prefetches; 0 reads synchronously.
+        device: device of the returned tensors.
+        masks_missing: pad with samples of empty loss mask beyond the end of the dataset (for evaluation).
 
     Raises:
-        ConfigError: the dataset has fewer samples than are asked for.
+        ConfigError: the dataset has fewer samples than requested.
     """
 
     def __init__(
@@ -122,12 +124,12 @@ class BatchStream(Iterator[list[MicroBatch]]):
             return self._on_device(self._step(self._advance()))
         while len(self.ahead) <= self.read_ahead:
             if self.ahead and self.next_sample + self.shape.global_batch_size > self.size:
-                break  # nothing left to read ahead
+                break  # end of the dataset
             self.ahead.append(self.pool.submit(self._step, self._advance()))
         return self._on_device(self.ahead.popleft().result())
 
     def close(self) -> None:
-        """End the background thread."""
+        """Stop the background thread."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
@@ -138,9 +140,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
 
     def _step(self, first: int) -> list[MicroBatch]:
         if first + self.shape.global_batch_size > self.size and not self.masks_missing:
-            raise ConfigError(
-                f"the dataset has {self.size} samples, and the batch that begins at {first} is not there."
-            )
+            raise ConfigError(f"the dataset has {self.size} samples, but the batch at sample {first} exceeds it.")
         stride = self.shape.micro_batch_size * self.shape.dp_size
         return [self._micro_batch(first + step * stride) for step in range(self.shape.num_micro_batches)]
 
@@ -148,7 +148,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
         size = self.shape.micro_batch_size
         start = first + self.shape.dp_rank * size
         samples = [self._sample(index) for index in range(start, start + size)]
-        names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]  # a blend adds a number
+        names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]  # a blend adds an int
         columns = {name: torch.stack([sample[name] for sample in samples]) for name in names}
         return MicroBatch(
             tokens=columns["tokens"],
@@ -170,4 +170,4 @@ class BatchStream(Iterator[list[MicroBatch]]):
 
     def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         shape = self.shape
-        return [batch.part(shape.cp_size, shape.cp_rank).to(self.device) for batch in micro_batches]
+        return [batch.cp_slice(shape.cp_size, shape.cp_rank).to(self.device) for batch in micro_batches]

@@ -1,4 +1,4 @@
-"""Training and validation datasets: Megatron-Core's GPT dataset over blends of ``.bin/.idx`` corpora."""
+"""Training and validation datasets: Megatron-Core's GPT dataset for blends of ``.bin/.idx`` corpora."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer, has_several_sequences
 from megatron_slm.corpus.fingerprints import corpus_identity
-from megatron_slm.data.blends import Blend, Drawn, drawn, parse_blend, training_blend
+from megatron_slm.data.blends import Blend, parse_blend, training_blend
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
-from megatron_slm.data.splits import check_splits, split_matrix, split_of, wants_split
+from megatron_slm.data.splits import check_splits, effective_split, split_matrix, wants_split
+from megatron_slm.data.usage import DatasetUsage, measure_usage
 from megatron_slm.mcore.datasets import without_cache_warnings
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
@@ -25,56 +26,60 @@ MOCK: Blend = (["mock data"], None)
 
 @dataclass(frozen=True)
 class Datasets:
-    """Samples to train on, and named sets to evaluate on."""
+    """Hold the training set and the named validation sets."""
 
     train: Dataset
     valid: dict[str, Dataset]
-    drawn: Callable[[], list[Drawn]] = list  # what the run takes from each corpus; reads the lengths of all documents
+    usage: Callable[[], list[DatasetUsage]] = list  # usage per corpus; reads all document lengths
 
 
 def blends(data: DataConfig) -> dict[str, Blend]:
-    """Every blend of the run, by the flag that gives it.
+    """Return all blends of the run by flag.
 
     Raises:
-        ConfigError: weights that cannot be.
+        ConfigError: a blend is invalid.
     """
-    words = {"--data-path": data.data_path, "--train-data-path": data.train_data_path}
-    words |= {f"--valid-data-path {name}": words for name, words in data.valid_data_path.items()}
-    return {flag: parse_blend(given, flag) for flag, given in words.items() if given}
+    arguments = {"--data-path": data.data_path, "--train-data-path": data.train_data_path}
+    arguments |= {f"--valid-data-path {name}": blend for name, blend in data.valid_data_path.items()}
+    return {flag: parse_blend(blend, flag) for flag, blend in arguments.items() if blend}
 
 
 def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a missing, damaged or foreign corpus, and one made with another tokenizer, before work begins."""
+    """Validate all corpora of a run against their format, the tokenizer and the settings.
+
+    Raises:
+        ConfigError: a corpus is missing, damaged, made with another tokenizer, or conflicts with a setting.
+    """
     for flag, (prefixes, weights) in blends(data).items():
         for prefix in prefixes:
             check_corpus(prefix, flag)
             check_tokenizer(prefix, tokenizer, flag)
             if data.slm_sentences == "refuse" and has_several_sequences(prefix):
                 raise ConfigError(
-                    f"{flag} {prefix}: its documents have several sequences, as --split-sentences makes them, and "
-                    "training would shuffle the sentences of a document. Make the corpus again without it, join the "
+                    f"{flag} {prefix}: its documents have several sequences (made with --split-sentences), and "
+                    "training would shuffle the sentences of a document. Recreate the corpus without it, join the "
                     "sentences of each document with --slm-sentences join, or shuffle them as Megatron-LM does with "
                     "--slm-sentences separate."
                 )
-        whole = data.full_validation and not (flag == "--data-path" and data.valid_data_path)
-        if whole and weights is not None and flag != "--train-data-path":
+        is_full_validation = data.full_validation and not (flag == "--data-path" and data.valid_data_path)
+        if is_full_validation and weights is not None and flag != "--train-data-path":
             raise ConfigError(
-                f"--full-validation takes all of a set once, so that the weights of {flag} cannot hold. Leave out the "
-                "weights, or --full-validation."
+                f"--full-validation reads every corpus exactly once and conflicts with the weights of {flag}. Omit the "
+                "weights or --full-validation."
             )
 
 
 def corpus_identities(data: DataConfig) -> dict[str, str]:
-    """Return the fingerprints of all corpora of the run, by prefix. Collective over all ranks; rank 0 reads."""
+    """Return the identities of all corpora of the run by prefix. Collective over all ranks; rank 0 reads."""
     prefixes = dict.fromkeys(prefix for blend in blends(data).values() for prefix in blend[0])
     return on_first_rank(lambda: {prefix: corpus_identity(prefix) for prefix in prefixes})
 
 
 def training_samples(data: DataConfig, *, tokenizer: Tokenizer, seq_length: int, samples: int, seed: int) -> Dataset:
-    """Build the training dataset of a run on this rank alone, for comparison.
+    """Build the training dataset of a run on this rank only, for comparison.
 
     Raises:
-        ConfigError: a corpus or a split of it is too small.
+        ConfigError: a corpus or one of its splits is too small.
     """
     blend = training_blend(data)
     builder = _Builder(
@@ -99,19 +104,19 @@ def build_datasets(
     seed: int,
     identities: dict[str, str] | None = None,
 ) -> Datasets:
-    """Build, or read from the cache, the sample indices of all datasets. Collective over all ranks.
+    """Build all datasets, reading their sample indices from the cache if possible. Collective over all ranks.
 
-    Rank 0 builds and writes first, the others then read.
+    Rank 0 builds and writes the indices, then the other ranks read them.
 
     Args:
-        train_samples: samples of the entire run; the corpus is repeated as often as it takes. With 0, no training set
-            is built, and the test split of --data-path is one of the validation sets.
-        valid_samples: samples of one evaluation of each set; with --full-validation one epoch is taken instead.
-        seed: of the order of documents and samples.
-        identities: :func:`corpus_identities`, if they are known.
+        train_samples: samples of the entire run, for which the corpus is repeated if necessary. If 0, no training set
+            is built, and the test split of --data-path is added to the validation sets.
+        valid_samples: samples per evaluation of each set; --full-validation uses one epoch instead.
+        seed: seed of the document and sample order.
+        identities: result of :func:`corpus_identities`, if known.
 
     Raises:
-        ConfigError: a corpus or a split of it is too small.
+        ConfigError: a corpus or one of its splits is too small.
     """
     builder = _Builder(
         data=data,
@@ -133,7 +138,7 @@ def build_datasets(
 
 
 class NoSamples(Dataset):
-    """The training set of a run that only evaluates."""
+    """Empty training set of a run that only evaluates."""
 
     def __len__(self) -> int:
         return 0
@@ -158,14 +163,14 @@ class _Builder:
             return Datasets(NoSamples(), self._held_out())
         blend = training_blend(self.data)
         train, valid = self.train(blend)
-        reports = [partial(drawn, "train", train, blend, self.train_samples, self.seq_length)]
-        for name, words in self.data.valid_data_path.items():
-            held_out = parse_blend(words)
+        reports = [partial(measure_usage, "train", train, blend, self.train_samples, self.seq_length)]
+        for name, arguments in self.data.valid_data_path.items():
+            held_out = parse_blend(arguments)
             valid[name] = self._valid(name, held_out)
             if len(held_out[0]) > 1:
                 size: int = len(valid[name])  # type: ignore[arg-type]
                 wanted = min(size, self._valid_size or size)
-                reports.append(partial(drawn, name, valid[name], held_out, wanted, self.seq_length))
+                reports.append(partial(measure_usage, name, valid[name], held_out, wanted, self.seq_length))
         return Datasets(train, valid, lambda: [row for report in reports for row in report()])
 
     @property
@@ -173,16 +178,16 @@ class _Builder:
         return None if self.data.full_validation else self.valid_samples
 
     def _mock(self) -> Datasets:
-        """Return Megatron-LM's mock data: a third of it each for training, validation and test."""
+        """Return Megatron-LM's mock data, a third each for training, validation and test."""
         test_size = 0 if self.train_samples else self._valid_size
         train, *held_out = self._split(None, [self.train_samples, self._valid_size, test_size])
         valid = {name: split for name, split in zip(("valid", "test"), held_out, strict=True) if split is not None}
         if train is None:
             return Datasets(NoSamples(), valid)
-        return Datasets(train, valid, partial(drawn, "train", train, MOCK, self.train_samples, self.seq_length))
+        return Datasets(train, valid, partial(measure_usage, "train", train, MOCK, self.train_samples, self.seq_length))
 
     def train(self, blend: Blend) -> tuple[Dataset, dict[str, Dataset]]:
-        """Return the training set, and the validation set if --data-path gives it."""
+        """Return the training set, and the validation set if it is a split of --data-path."""
         valid: dict[str, Dataset] = {}
         if self.data.train_data_path:
             train = self._per_split([blend, None, None], [self.train_samples, 0, 0])[0]
@@ -199,7 +204,8 @@ class _Builder:
     def _held_out(self) -> dict[str, Dataset]:
         """Return the sets of --valid-data-path, or the validation and the test split of --data-path."""
         if not wants_split(self.data, self.valid_samples):
-            return {name: self._valid(name, parse_blend(words)) for name, words in self.data.valid_data_path.items()}
+            blends = {name: parse_blend(arguments) for name, arguments in self.data.valid_data_path.items()}
+            return {name: self._valid(name, blend) for name, blend in blends.items()}
         sizes = [0, self._valid_size, self._valid_size]
         _, valid, test = self._split(parse_blend(self.data.data_path), sizes)
         return {name: split for name, split in (("valid", valid), ("test", test)) if split is not None}
@@ -207,29 +213,29 @@ class _Builder:
     def _valid(self, name: str, blend: Blend) -> Dataset:
         built = self._per_split([None, blend, None], [0, self._valid_size, 0])[1]
         if built is None or not len(built):  # type: ignore[arg-type]
-            raise ConfigError(f"--valid-data-path {name}: the corpus gives no sample of {self.seq_length} tokens.")
+            raise ConfigError(f"--valid-data-path {name}: too few tokens for a sample of {self.seq_length} tokens.")
         return built
 
     def _check_size(self, train: Dataset, blend: Blend) -> None:
-        """Several corpora without weights are read once, so that a long run would end in the middle."""
+        """Raise ConfigError if a blend without weights, which is read only once, is too small for the run."""
         size: int = len(train)  # type: ignore[arg-type]
         if size < self.train_samples:
             raise ConfigError(
-                f"the {len(blend[0])} corpora hold {size:,} samples in one epoch, and the run takes "
-                f"{self.train_samples:,}. Corpora without weights are read once: give weights (--data-path W1 P1 W2 "
-                "P2), or fewer --train-iters."
+                f"the {len(blend[0])} corpora have {size:,} samples in one epoch, but the run requires "
+                f"{self.train_samples:,}. Corpora without weights are read once: add weights (--data-path W1 P1 W2 "
+                "P2), or reduce --train-iters."
             )
 
     def _split(self, blend: Blend | None, sizes: list[int | None]) -> list[Dataset | None]:
         """Build the splits of one blend, or of mock data."""
-        config = self._config(blend=blend, split=split_of(self.data))
+        config = self._config(blend=blend, split=effective_split(self.data))
         matrix = config.split_matrix if blend is None else split_matrix(self.data)
-        # Parts that nobody reads are not built: of an empty one Megatron-Core would never make an end.
+        # Unused splits are not built: Megatron-Core would never terminate for an empty one.
         config.split_matrix = [None if size == 0 else split for split, size in zip(matrix, sizes, strict=True)]
         return self._build(config, sizes)
 
     def _per_split(self, blend_per_split: list[Blend | None], sizes: list[int | None]) -> list[Dataset | None]:
-        """Build splits that have separate blends."""
+        """Build splits with separate blends."""
         return self._build(self._config(blend_per_split=blend_per_split), sizes)
 
     def _build(self, config: SamplesConfig, sizes: list[int | None]) -> list[Dataset | None]:
@@ -238,7 +244,7 @@ class _Builder:
             splits: list[Dataset | None] = LocalBuilder(kind, sizes, lambda: True, config).build()
         return splits
 
-    def _config(self, **where: Any) -> SamplesConfig:
+    def _config(self, **source: Any) -> SamplesConfig:
         data = self.data
         return SamplesConfig(
             random_seed=self.seed,
@@ -252,5 +258,5 @@ class _Builder:
             cache_directory=data.data_cache_path,
             data_order=data.data_order,
             join_sentences=data.slm_sentences == "join",
-            **where,
+            **source,
         )

@@ -1,7 +1,7 @@
-"""Cache of index arrays: complete, unchanged files that were made from the same data, or a miss.
+"""Cache of index arrays. A hit requires complete, unmodified files that were built from the same data.
 
-An entry is one ``.npy`` file per array and a JSON file, written last, with the description of the data and the quick
-fingerprints of the arrays. Files are written atomically, so that a run that is killed leaves no part of one.
+An entry consists of one ``.npy`` file per array and a JSON file, written last, with the description of the data and the
+quick fingerprints of the arrays. Files are written atomically, so that a killed run leaves no partial file.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Arrays = tuple[np.ndarray, ...]
 def cached_arrays(
     directory: str | None, key: str, description: str, names: Sequence[str], build: Callable[[], Arrays]
 ) -> Arrays:
-    """Return the arrays of an entry, mapped; if it is missing or damaged, build them, and on rank 0 write them.
+    """Return the memory-mapped arrays of an entry, building them (and writing them on rank 0) on a miss.
 
-    If they cannot be written, a warning names the flag, and every rank keeps the arrays in memory.
+    If they cannot be written, a warning is issued, and every rank keeps the arrays in memory.
 
     Args:
-        directory: of the cache; None keeps the arrays in memory.
-        key: the first part of the names of the files.
-        description: of the data that the arrays depend on.
-        names: of the arrays.
-        build: makes the arrays.
+        directory: cache directory; None keeps the arrays in memory.
+        key: prefix of the file names.
+        description: description of the data that determines the arrays.
+        names: names of the arrays.
+        build: function that builds the arrays.
     """
     if directory is None:
         return build()
@@ -57,7 +57,7 @@ def cached_arrays(
 
 @cache
 def _warn_once(text: str) -> None:
-    """Warn of a directory that cannot be written once, not for every set that is read from its corpus."""
+    """Issue a warning once, although several datasets may share an unwritable directory."""
     warn(text)
 
 

@@ -1,4 +1,4 @@
-"""Overlap of sample orders: how many of the next tokens of a run it has read before, in this or another order."""
+"""Overlap of sample orders: the number of upcoming tokens that a run has already read in the same or another order."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_slm.corpus.index import chunks
-from megatron_slm.data.blends import samples_per_corpus
-from megatron_slm.data.places import corpus_file, label_places, locate_sample
+from megatron_slm.data.sample_locations import corpus_file, label_ranges, locate_sample
+from megatron_slm.data.usage import samples_per_corpus
 
-SAMPLES_COMPARED = 4096  # of more, evenly spaced ones are compared
+SAMPLES_COMPARED = 4096  # evenly spaced if there are more
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Tokens that a run reads next, and those of them that were read before."""
+    """Hold the number of upcoming tokens and the number of those read before."""
 
     tokens: int
     seen: int
@@ -33,7 +33,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class ReadSamples:
-    """Samples [first, stop) of a training dataset, which a run has read."""
+    """Represent the samples [first, stop) of a training dataset that a run has read."""
 
     dataset: Any
     first: int
@@ -41,18 +41,18 @@ class ReadSamples:
 
 
 def order_overlap(read: Iterable[ReadSamples], dataset: Any, first: int, stop: int) -> Overlap:
-    """Return how many label tokens of the samples [first, stop) of ``dataset`` were labels of samples read before.
+    """Count the label tokens of the samples [first, stop) of ``dataset`` that were labels of samples read before.
 
     Args:
-        read: the samples read before, in any number of orders; a token that is in several of them counts once.
-        dataset: the training dataset from now on; corpora are compared by their paths.
+        read: samples read before, in any number of orders; a token that occurs in several counts once.
+        dataset: the current training dataset; corpora are identified by path.
     """
     count = min(stop - first, SAMPLES_COMPARED)
     indices = np.linspace(first, stop - 1, count).round().astype(np.int64).tolist() if count > 0 else []
     places: dict[Path, list[np.ndarray]] = defaultdict(list)
     for index in indices:
         corpus, number = locate_sample(dataset, index)
-        for start, end in label_places(corpus, number):
+        for start, end in label_ranges(corpus, number):
             places[corpus_file(corpus)].append(np.arange(start, end))
     found = {path: np.concatenate(parts) for path, parts in places.items()}
     seen = {path: np.zeros(len(each), bool) for path, each in found.items()}
@@ -67,7 +67,7 @@ def order_overlap(read: Iterable[ReadSamples], dataset: Any, first: int, stop: i
 
 
 def _corpora(samples: ReadSamples) -> list[tuple[Any, int, int]]:
-    """Return the datasets of the corpora, and the first and last sample of each that is among ``samples``."""
+    """Return the dataset of each corpus with the range [first, stop) of its samples among ``samples``."""
     dataset = samples.dataset
     if not isinstance(dataset, BlendedDataset):
         return [(dataset, samples.first, samples.stop)]
@@ -76,7 +76,7 @@ def _corpora(samples: ReadSamples) -> list[tuple[Any, int, int]]:
 
 
 def _read_before(corpus: Any, first: int, stop: int, places: np.ndarray) -> np.ndarray:
-    """Return which tokens of a corpus are labels of its samples [first, stop), [places] bool."""
+    """Return whether tokens of a corpus are labels of its samples [first, stop), [places] bool."""
     width = np.dtype(corpus.dataset.index.dtype).itemsize
     pointers = corpus.dataset.index.sequence_pointers
     sequences = np.searchsorted(pointers, places * width, side="right") - 1
@@ -93,7 +93,7 @@ def _read_before(corpus: Any, first: int, stop: int, places: np.ndarray) -> np.n
 
 
 def _occurrences(document_index: np.ndarray, sequences: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return, for each time that the order reads a sequence, the queries of it and its positions in the order."""
+    """Return, for each repetition of a sequence in the order, the query indices and the positions in the order."""
     wanted = np.zeros(int(sequences.max(initial=0)) + 1, bool)
     wanted[sequences] = True
     found, start = [], 0
@@ -117,7 +117,7 @@ def _occurrences(document_index: np.ndarray, sequences: np.ndarray) -> list[tupl
 def _rows(sample_index: np.ndarray, positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Return the row whose sample has the token at (position, offset) among its labels; -1 for the first token.
 
-    The labels of a row begin behind its own (position, offset) and end with that of the next row.
+    The labels of a row start after its (position, offset) and end with that of the next row.
     """
     low = np.zeros(len(positions), np.int64)
     high = np.full(len(positions), len(sample_index), np.int64)

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPT dataset with sample indices that are cached by content, checked ids, and a choice of orders."""
+"""Megatron-Core's GPT dataset, with content-addressed caching of sample indices, id validation and sample orders."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from megatron_slm.runtime.errors import ConfigError
 
 INDICES = ("document_index", "sample_index", "shuffle_index")
 BLEND_INDICES = ("dataset_index", "dataset_sample_index")
-IN_MEMORY = ""  # a cache path with which Megatron-Core reads and writes no cache
+IN_MEMORY = ""  # cache path that disables Megatron-Core's cache
 
 
 @dataclass
 class SamplesConfig(GPTDatasetConfig):
-    """Settings of all corpora of a blend."""
+    """Extend Megatron-Core's dataset settings."""
 
-    identities: dict[str, str] = field(default_factory=dict)  # fingerprints of the corpora, by prefix
-    cache_directory: str | None = None  # None: beside each corpus
+    identities: dict[str, str] = field(default_factory=dict)  # corpus identities, by prefix
+    cache_directory: str | None = None  # None: in the directory of each corpus
     data_order: str = "megatron"
     join_sentences: bool = False
-    corpus_identity: str = ""  # of one corpus; set by its dataset
+    corpus_identity: str = ""  # identity of a single corpus; set by its dataset
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,8 +42,8 @@ class SamplesConfig(GPTDatasetConfig):
 class CorpusSamples(GPTDataset):
     """Samples of one corpus.
 
-    The identity of the corpus is part of the description by which Megatron-Core names cached indices, so that a corpus
-    that was rebuilt under its name gets new ones.
+    The corpus identity is part of the description that keys the cached indices, so that rebuilding a corpus under the
+    same name invalidates them.
     """
 
     def __init__(self, dataset: Any, prefix: str, indices: Any, num_samples: Any, split: Any, config: Any) -> None:
@@ -82,15 +82,15 @@ class CorpusSamples(GPTDataset):
         ids, size = found[0], self.config.tokenizer.vocab_size
         if len(ids) and int(ids.max()) >= size:
             raise ConfigError(
-                f"{self.dataset_path}: a document among the sequences {int(found[1][0])} to {int(found[1][-1])} holds "
-                f"the token id {int(ids.max())}, and the vocabulary has {size} entries. Use the tokenizer that made "
+                f"{self.dataset_path}: a document among the sequences {int(found[1][0])} to {int(found[1][-1])} has "
+                f"the token id {int(ids.max())}, but the vocabulary has {size} entries. Use the tokenizer that made "
                 "the corpus; tools/inspect_dataset.py --check finds all such ids."
             )
         return found
 
 
 class MockSamples(CorpusSamples):
-    """Megatron-Core's mock data, which need no corpus: counting sequences of random lengths, always the same."""
+    """Megatron-Core's mock data: reproducible counting sequences of random lengths, without a corpus."""
 
     numel_low_level_dataset = staticmethod(MockGPTDataset.numel_low_level_dataset)
     build_low_level_dataset = staticmethod(MockGPTDataset.build_low_level_dataset)
@@ -110,7 +110,7 @@ class CorpusBlend(BlendedDataset):
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron-Core's builder on this rank alone: the caller decides which rank builds first, and shares its errors."""
+    """Megatron-Core's builder without synchronization: the caller orders the ranks and broadcasts errors."""
 
     @staticmethod
     def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
@@ -127,7 +127,7 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
 
 
 def _join_sentences(dataset: IndexedDataset) -> None:
-    """Make each document one sequence of the dataset."""
+    """Replace the sequences of a dataset by its documents."""
     index = dataset.index
     index.sequence_lengths, index.sequence_pointers = joined_documents(read_index(dataset.path_prefix))
     index.sequence_count = len(index.sequence_lengths)

@@ -1,11 +1,11 @@
-"""The sample order ``--data-order stable``: each epoch is shuffled independently of all others.
+"""Sample order of ``--data-order stable``, which shuffles each epoch independently.
 
-Epoch e shuffles the documents with a generator seeded by (--seed, e), cuts their text into samples, and shuffles these.
-So the first samples of a run do not depend on its length, and each epoch reads every sample exactly once before the
-next one begins; up to --seq-length tokens at the end of each epoch's text are left out. In Megatron-LM's order one
-generator shuffles all epochs together, and a longer run has another order from its first sample on.
+Epoch e shuffles the documents with a generator seeded by (--seed, e), splits their text into samples, and shuffles the
+samples. The first samples of a run are therefore independent of its length, and each epoch reads every sample exactly
+once; up to --seq-length tokens at the end of each epoch are dropped. Megatron-LM's order shuffles all epochs with one
+generator, so that a longer run has a different order from its first sample on.
 
-A blend draws from its corpora in proportion to their weights, sample by sample, each corpus in its stable order.
+A blend interleaves its corpora in proportion to their weights, each corpus in its stable order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_slm.runtime.errors import ConfigError
 
 
 def stable_indices(samples: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return document, sample and shuffle index of a GPT dataset, in Megatron-Core's format.
+    """Build the document, sample and shuffle index of a GPT dataset in Megatron-Core's format.
 
-    The sample index has one row more than samples in each epoch, so that no sample crosses the end of an epoch.
+    The sample index has one more row than samples in each epoch, so that no sample crosses an epoch boundary.
 
     Raises:
         ConfigError: an epoch is shorter than a sample.
@@ -31,8 +31,8 @@ def stable_indices(samples: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     per_epoch = (tokens - 1) // length
     if per_epoch < 1:
         raise ConfigError(
-            f"{samples.dataset_path}: {tokens:,} tokens are too few for one sample of --seq-length {length} and the "
-            "label behind it. Leave the corpus out, or use --data-order megatron, which joins several epochs."
+            f"{samples.dataset_path}: {tokens:,} tokens are too few for one sample of --seq-length {length} plus one "
+            "label. Omit the corpus, or use --data-order megatron, which joins several epochs."
         )
     epochs = 1 if samples.num_samples is None else max(-(-samples.num_samples // per_epoch), 1)
     parts = [_epoch(samples, seed, epoch, tokens) for epoch in range(epochs)]
@@ -45,7 +45,7 @@ def stable_indices(samples: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _epoch(samples: Any, seed: int, epoch: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the indices of one epoch, from 0."""
+    """Build the indices of one epoch, starting from 0."""
     rng = np.random.RandomState([seed, epoch])
     document_index = np.array(samples.indices, np.int32)
     rng.shuffle(document_index)

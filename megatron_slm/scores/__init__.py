@@ -1,1 +1,1 @@
-"""The score sidecar of a corpus: reference losses of every token, scored once and read by many runs."""
+"""Score sidecars: per-token reference losses of a corpus, computed once and shared by many runs."""

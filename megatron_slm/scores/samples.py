@@ -1,4 +1,4 @@
-"""Samples of Megatron-Core's GPT dataset with the reference losses of their labels, gathered from score sidecars."""
+"""GPT dataset samples with the reference losses of their labels, gathered from score sidecars."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_slm.data.places import label_places, locate_sample
+from megatron_slm.data.sample_locations import label_ranges, locate_sample
 from megatron_slm.scores.sets import ScoreSet
 
 
 class ScoredSamples(Dataset):
-    """The samples of ``dataset``, unchanged and in its order, with the reference scores of their labels.
+    """Wrap a dataset and add the reference scores of the labels to each sample.
 
-    A sample has two more entries: ``reference_loss`` [s] fp32 and, with entropies, ``reference_entropy`` [s] fp32.
-    The positions in the corpus come from Megatron-Core's sample indices, so that seed, epoch, blend, sequence length
-    and split do not matter.
+    The added entries are ``reference_loss`` [s] fp32 and, if the sidecars have entropies, ``reference_entropy`` [s]
+    fp32, both in nats. Corpus positions come from Megatron-Core's sample indices, so that the scores are independent of
+    seed, epoch, blend, sequence length and split.
 
     Args:
-        dataset: one corpus, or a blend of several.
-        scores: sidecars by the prefix of the corpus.
+        dataset: Megatron-Core's GPT dataset or blended dataset.
+        scores: sidecars by corpus prefix.
     """
 
     def __init__(self, dataset: Any, scores: ScoreSet) -> None:
@@ -35,9 +35,9 @@ class ScoredSamples(Dataset):
         sample: dict[str, Tensor] = self.dataset[index]
         corpus, corpus_index = locate_sample(self.dataset, index)
         scores = self.scores[corpus.dataset.path_prefix]
-        loss, entropy = (np.zeros(len(sample["labels"]), np.float32) for _ in range(2))  # 0 beyond the corpus's end
+        loss, entropy = (np.zeros(len(sample["labels"]), np.float32) for _ in range(2))  # 0 after the corpus end
         done = 0
-        for start, stop in label_places(corpus, corpus_index):
+        for start, stop in label_ranges(corpus, corpus_index):
             here = slice(done, done + stop - start)
             loss[here] = scores.losses(start, stop)
             if scores.with_entropy:

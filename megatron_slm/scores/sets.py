@@ -1,4 +1,4 @@
-"""The sidecars of a training run: their validation, and the combination of several reference models."""
+"""Sidecars of a training run: validation, and combination of several reference models."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ COMBINE = "--reference-combine"
 
 @dataclass(frozen=True)
 class Combine:
-    """Combination of the values of several reference models: their minimum, or their weighted mean."""
+    """Combine the values of several reference models by minimum or weighted mean."""
 
-    weights: tuple[float, ...] | None  # that add up to 1; None: the minimum
+    weights: tuple[float, ...] | None  # weights with a sum of 1; None: minimum
 
     @staticmethod
     def parse(text: str, count: int) -> Combine:
-        """Read ``--reference-combine`` for ``count`` sidecars: "mean", "min", or a weight for each.
+        """Parse ``--reference-combine`` for ``count`` sidecars: "mean", "min", or one weight per sidecar.
 
         Raises:
-            ConfigError: an unknown name, another number of weights, or weights that are not above 0.
+            ConfigError: the name is unknown, the number of weights differs from ``count``, or a weight is not above 0.
         """
         if text == "mean":
             return Combine((1 / count,) * count)
@@ -53,15 +53,15 @@ class Combine:
         try:
             weights = [float(weight) for weight in text.split(",")]
         except ValueError:
-            raise ConfigError(f"{COMBINE} should be mean, min, or weights such as 0.7,0.3, not {text!r}.") from None
+            raise ConfigError(f"{COMBINE} must be mean, min, or weights such as 0.7,0.3, not {text!r}.") from None
         if len(weights) != count:
-            raise ConfigError(f"{COMBINE} {text} has {len(weights)} weights, and {FLAG} names {count} sidecars.")
+            raise ConfigError(f"{COMBINE} {text} has {len(weights)} weights, but {FLAG} names {count} sidecars.")
         if not all(weight > 0 and math.isfinite(weight) for weight in weights):
             raise ConfigError(f"{COMBINE} {text}: every weight must be above 0.")
         return Combine(tuple(weight / sum(weights) for weight in weights))
 
     def __call__(self, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return one fp32 array from one per sidecar."""
+        """Return the combination of one array per sidecar, fp32 of the same shape."""
         if len(values) == 1:
             return values[0]
         if self.weights is None:
@@ -72,7 +72,7 @@ class Combine:
 
 @dataclass(frozen=True)
 class CorpusScores:
-    """The sidecars of one corpus, combined."""
+    """Combined sidecars of one corpus."""
 
     sidecars: tuple[Sidecar, ...]
     combine: Combine
@@ -87,18 +87,18 @@ class CorpusScores:
         return self.combine([sidecar.entropies(start, stop) for sidecar in self.sidecars])
 
 
-ScoreSet = dict[str, CorpusScores]  # by the prefix of the corpus
-Headers = dict[Path, ScoresHeader]  # of sidecars, by path
+ScoreSet = dict[str, CorpusScores]  # by corpus prefix
+Headers = dict[Path, ScoresHeader]  # by sidecar path
 
 
 def open_scores(reference: ReferenceConfig, headers: Headers, data: DataConfig, *, with_entropy: bool) -> ScoreSet:
-    """Map the sidecars of every corpus that the run trains on.
+    """Memory-map the sidecars of all training corpora.
 
     Args:
-        headers: from :func:`check_scores`.
+        headers: result of :func:`check_scores`.
 
     Raises:
-        ConfigError: a sidecar is missing or cut short on this host.
+        ConfigError: a sidecar is missing or truncated on this host.
     """
     names = reference.reference_scores
     combine = Combine.parse(reference.reference_combine, len(names))
@@ -113,15 +113,14 @@ def open_scores(reference: ReferenceConfig, headers: Headers, data: DataConfig, 
 
 
 def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokenizer, *, with_entropy: bool) -> Headers:
-    """Return the headers of the sidecars of every corpus that the run trains on.
+    """Validate the sidecars of all training corpora, and return their headers.
 
     Args:
-        with_entropy: the score needs entropies.
+        with_entropy: whether the score requires entropies.
 
     Raises:
-        ConfigError: a sidecar that is missing, damaged, unfinished or of a former format, that belongs to another
-            corpus or tokenizer, that lacks entropies, or whose reference model or context is not the same over the
-            corpora of a blend.
+        ConfigError: a sidecar is missing, damaged, unfinished, of a former format, of another corpus or tokenizer, or
+            without required entropies; or the reference model or context differs between the corpora of a blend.
     """
     Combine.parse(reference.reference_combine, len(reference.reference_scores))
     prefixes = list(dict.fromkeys(training_blend(data)[0]))
@@ -136,7 +135,7 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
             _check_belongs(path, header, prefix, corpora[prefix], tokenizer)
             if with_entropy and header.entropy is None:
                 raise ConfigError(
-                    f"{FLAG}: {path} holds no entropies, which this --slm-score needs. Remove it, and make it again "
+                    f"{FLAG}: {path} has no entropies, which this --slm-score requires. Remove it, and recreate it "
                     f"with {TOOL} --entropy."
                 )
             _check_alike(first, found[first], path, header)
@@ -144,7 +143,7 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
 
 
 def verify_scores(headers: Headers) -> None:
-    """Compare the content of all sidecars with their checksums. Collective over all ranks, which share the reading.
+    """Verify the checksums of all sidecars. Collective over all ranks, which share the reading.
 
     Raises:
         ConfigError: a sidecar is damaged or cannot be read; on every rank.
@@ -162,39 +161,39 @@ def _compare_checksums(recorded: dict[Path, str], found: Sequence[str]) -> None:
         if checksum != wanted:
             raise ConfigError(
                 f"{FLAG}: {path} is damaged: its content does not match its checksum. Copy it again, or remove it and "
-                f"make it again with {TOOL}. --no-slm-verify-checksums skips this check."
+                f"recreate it with {TOOL}. --no-slm-verify-checksums skips this check."
             )
 
 
 def recorded_tokenizer(tokenizer: Tokenizer) -> str:
-    """Return the name of a tokenizer in a sidecar's header."""
+    """Return the tokenizer description recorded in sidecar headers."""
     return f"{tokenizer.name} {tokenizer.fingerprint}"
 
 
 def _check_format(path: Path, header: ScoresHeader, rescore: str) -> None:
     if header.bytes_per_value != DTYPE.itemsize:
         raise ConfigError(
-            f"{FLAG}: {path} has one byte per value, a format of earlier releases; values have two bytes now. Score "
-            f"again, with the reference model of fingerprint {header.reference} as CHECKPOINT:\n  {rescore}"
+            f"{FLAG}: {path} has the one-byte format of earlier releases, which is no longer supported. Score the "
+            f"corpora again, with the reference model of fingerprint {header.reference} as CHECKPOINT:\n  {rescore}"
         )
 
 
 def _check_belongs(path: Path, header: ScoresHeader, prefix: str, corpus: str, tokenizer: Tokenizer) -> None:
     if header.corpus != corpus:
         raise ConfigError(
-            f"{FLAG}: {path} was made for a corpus of fingerprint {header.corpus}, and {prefix} has {corpus}. "
-            f"Remove the sidecar, and score the corpus as it is now with {TOOL}."
+            f"{FLAG}: {path} was made for a corpus of fingerprint {header.corpus}, but {prefix} has {corpus}. "
+            f"Remove the sidecar, and score the current corpus with {TOOL}."
         )
     ours = recorded_tokenizer(tokenizer)
     if header.tokenizer != ours:
         raise ConfigError(
-            f"{FLAG}: {path} was made with the tokenizer {header.tokenizer}, and this run has {ours}. "
+            f"{FLAG}: {path} was made with the tokenizer {header.tokenizer}, but this run uses {ours}. "
             "The reference model must have the run's tokenizer."
         )
     if header.eod not in (None, tokenizer.eod):
         raise ConfigError(
-            f"{FLAG}: {path} was made with the end-of-document id {header.eod}, and this run has {tokenizer.eod}. "
-            f"Give --eod-id {header.eod}, or remove the sidecar and make it again with {TOOL} --eod-id {tokenizer.eod}."
+            f"{FLAG}: {path} was made with the end-of-document id {header.eod}, but this run uses {tokenizer.eod}. "
+            f"Set --eod-id {header.eod}, or remove the sidecar and recreate it with {TOOL} --eod-id {tokenizer.eod}."
         )
 
 
@@ -205,6 +204,6 @@ def _check_alike(first: Path, ours: ScoresHeader, other: Path, theirs: ScoresHea
     ):
         if one != two:
             raise ConfigError(
-                f"{FLAG}: {first} was made with {subject} {one}, and {other} with {two}. "
-                "All corpora of a blend must be scored alike."
+                f"{FLAG}: {first} was made with {subject} {one}, but {other} with {two}. "
+                "Score all corpora of a blend with the same reference model and context."
             )

@@ -1,12 +1,12 @@
-"""Score sidecars: the reference loss (and entropy) of every token of a corpus, by its position in ``.bin``.
+"""Score sidecars: reference loss (and entropy) of every token of a corpus, indexed by position in ``.bin``.
 
-A sidecar is one file: a header of 4,096 bytes (eight of magic, then JSON, padded with spaces), the reference losses,
-and then the entropies if they were asked for; two bytes per value, in the order of ``.bin``. The loss of a token is
-that of predicting it, and the entropy that of the distribution that predicts it, both from the text before it. Since
-values are found by position, a sidecar serves any seed, epoch, blend, sequence length and number of ranks.
+A sidecar is one file: a header of 4,096 bytes (8 bytes of magic, then JSON padded with spaces), the reference losses,
+and optionally the entropies, with two bytes per value in ``.bin`` order. The loss of a token is that of predicting it
+from the preceding text, and the entropy that of the predicting distribution. Indexing by position makes a sidecar
+independent of seed, epoch, blend, sequence length and number of ranks.
 
-The sidecar NAME of the corpus ``directory/corpus`` is ``directory/corpus.NAME.scores``; with a directory in the name,
-``other/NAME``, it is ``other/corpus.NAME.scores``. So one name serves all corpora of a blend.
+The sidecar NAME of the corpus ``directory/corpus`` is ``directory/corpus.NAME.scores``. If the name has a directory,
+``other/NAME``, it is ``other/corpus.NAME.scores``. One name therefore covers all corpora of a blend.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TOOL = "tools/score_corpus.py"
 
 @dataclass(frozen=True)
 class ContextRule:
-    """The text before a token when it is scored.
+    """Represent the context in which tokens are scored.
 
-    ``kind`` "document": the text of its document; "stream": the text before it in the corpus. Scoring windows hold
-    ``window`` tokens and begin every ``stride`` tokens, so that a token has all the text there is, or at least
-    ``window`` − ``stride`` + 1 tokens of it, the end-of-document token before the text included.
+    ``kind`` "document" limits the context to the document, "stream" to the corpus. Scoring windows of ``window`` tokens
+    start every ``stride`` tokens, so that each token has all preceding text as context, or at least ``window`` −
+    ``stride`` + 1 tokens of it, including the end-of-document token before the text.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class ContextRule:
 
 @dataclass(frozen=True)
 class ScoresHeader:
-    """Header of a sidecar."""
+    """Represent the header of a sidecar."""
 
     tokens: int
     corpus: str  # fingerprint of the .idx and the .bin
@@ -62,60 +62,60 @@ class ScoresHeader:
     context: ContextRule
     loss: Quantization
     entropy: Quantization | None
-    eod: int | None = None  # end-of-document id, the input before a text; versions 2 and 3 do not record it
-    bytes_per_value: int = DTYPE.itemsize  # 1 in some files of versions 2 and 3, which are refused
-    clamped: int = 0  # losses above the ceiling
+    eod: int | None = None  # end-of-document id, the first input of a text; not recorded in versions 2 and 3
+    bytes_per_value: int = DTYPE.itemsize  # 1 in some files of versions 2 and 3, which are rejected
+    clamped: int = 0  # number of losses above the ceiling
     complete: bool = False
-    checksum: str | None = None  # of everything after the header; None while unfinished, and in version 2
+    checksum: str | None = None  # checksum of the content; None while unfinished, and in version 2
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the content: the losses and, if there are any, the entropies of all tokens."""
+        """Shape of the content: [1 or 2, tokens], losses and optional entropies."""
         return (1 if self.entropy is None else 2), self.tokens
 
     @property
     def file_bytes(self) -> int:
-        """Size of the file."""
+        """File size in bytes."""
         return self.entropy_start if self.entropy is None else self.entropy_start + self.tokens * DTYPE.itemsize
 
     @property
     def entropy_start(self) -> int:
-        """Offset of the entropies; the losses begin after the header."""
+        """Byte offset of the entropies; the losses follow the header."""
         return HEADER_BYTES + self.tokens * DTYPE.itemsize
 
     def unfinished(self) -> ScoresHeader:
-        """Return the header without the fields that are known only at the end: the identity of a scoring job."""
+        """Return the header without the fields that are set on completion; it identifies a scoring job."""
         return replace(self, clamped=0, complete=False, checksum=None)
 
     def pack(self) -> bytes:
-        """Return the 4,096 bytes of the header."""
+        """Return the header as 4,096 bytes."""
         fields = {"version": VERSION, **asdict(self), "max_error_nats": self.loss.max_error}
         fields["header_checksum"] = _checksum(fields)
         text = json.dumps(fields, indent=1).encode("ascii")
-        assert len(text) < HEADER_BYTES - len(MAGIC), "a header has a fixed size"
+        assert len(text) < HEADER_BYTES - len(MAGIC), "the header has a fixed size"
         return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
 
     @staticmethod
     def unpack(block: bytes) -> ScoresHeader:
-        """Return the header that ``block`` holds.
+        """Parse the header in ``block``.
 
         Raises:
-            ValueError: the header is cut short, foreign, of another version, or damaged.
+            ValueError: the header is truncated, damaged, or of another format or version.
         """
         if len(block) < HEADER_BYTES:
-            raise ValueError(f"is cut short: {len(block)} bytes, less than a header")
+            raise ValueError(f"is truncated: {len(block)} bytes, less than a header")
         if not block.startswith(MAGIC):
             raise ValueError("is not a score sidecar")
         try:
             fields: dict[str, Any] = json.loads(block[len(MAGIC) :])
             if (version := fields["version"]) in READABLE:
-                return _header_of(fields)
+                return _parse_header(fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"has a damaged header ({error})") from error
-        raise ValueError(f"is of version {version}, and this program reads {READABLE[0]} to {READABLE[-1]}")
+        raise ValueError(f"has version {version}; supported versions are {READABLE[0]} to {READABLE[-1]}")
 
 
-def _header_of(fields: dict[str, Any]) -> ScoresHeader:
+def _parse_header(fields: dict[str, Any]) -> ScoresHeader:
     if fields["version"] >= FIRST_WITH_CHECKSUMS and fields.pop("header_checksum") != _checksum(fields):
         raise ValueError("its content does not match its checksum")
     if fields.pop("version") < FIRST_WITH_TWO_BYTES_ONLY:
@@ -125,14 +125,14 @@ def _header_of(fields: dict[str, Any]) -> ScoresHeader:
     context, loss, entropy = (fields.pop(name) for name in ("context", "loss", "entropy"))
     return ScoresHeader(
         context=ContextRule(**context),
-        loss=_quantization_of(loss),
-        entropy=None if entropy is None else _quantization_of(entropy),
+        loss=_parse_quantization(loss),
+        entropy=None if entropy is None else _parse_quantization(entropy),
         **fields,
     )
 
 
-def _quantization_of(fields: dict[str, Any]) -> Quantization:
-    """Versions 2 and 3 have further fields: the bytes of a value, and the shape of the codebooks of one-byte losses."""
+def _parse_quantization(fields: dict[str, Any]) -> Quantization:
+    """Return a recorded quantization, ignoring the bytes per value and codebook shape of versions 2 and 3."""
     return Quantization(**{name: fields[name] for name in ("ceiling", "curve") if name in fields})
 
 
@@ -153,14 +153,14 @@ def partial_path(path: Path) -> Path:
 
 
 class Sidecar:
-    """The values of a sidecar, mapped and read from disk on demand.
+    """Access the memory-mapped values of a sidecar.
 
     Args:
-        path: the file.
-        header: its header, from :func:`read_header`, perhaps on another host.
+        path: path of the file.
+        header: result of :func:`read_header`, possibly from another host.
 
     Raises:
-        ConfigError: the file is missing, unreadable or cut short on this host.
+        ConfigError: the file is missing, unreadable or truncated on this host.
     """
 
     def __init__(self, path: Path, header: ScoresHeader) -> None:
@@ -176,41 +176,41 @@ class Sidecar:
 
     def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return the reference entropies of the tokens [start, stop) of the corpus, in nats."""
-        assert self.header.entropy is not None, "check_scores refuses a sidecar without entropies"
+        assert self.header.entropy is not None, "check_scores rejects sidecars without entropies"
         return self.header.entropy.decode(self._codes[1, start:stop])
 
 
 def read_header(path: Path) -> ScoresHeader:
-    """Return the header of a complete sidecar.
+    """Read the header of a complete sidecar.
 
     Raises:
-        ConfigError: the sidecar is missing, unfinished, cut short, foreign, or damaged.
+        ConfigError: the sidecar is missing, unfinished, truncated, damaged, or of another format.
     """
     if not path.is_file():
         if partial_path(path).is_file():
-            raise ConfigError(f"{FLAG}: {path} is not finished yet. Run {TOOL} with the same flags again to continue.")
-        raise ConfigError(f"{FLAG}: {path} is missing. Make it with {TOOL}.")
+            raise ConfigError(f"{FLAG}: {path} is not finished yet. Run {TOOL} again with the same flags to continue.")
+        raise ConfigError(f"{FLAG}: {path} is missing. Create it with {TOOL}.")
     try:
         with path.open("rb") as file:
             header = ScoresHeader.unpack(file.read(HEADER_BYTES))
     except OSError as error:
         raise ConfigError(f"{FLAG}: {path} cannot be read ({error.strerror}). Check its permissions.") from error
     except ValueError as error:
-        raise ConfigError(f"{FLAG}: {path} {error}. Remove it, and make it again with {TOOL}.") from error
+        raise ConfigError(f"{FLAG}: {path} {error}. Remove it, and recreate it with {TOOL}.") from error
     size = path.stat().st_size
     if header.bytes_per_value == DTYPE.itemsize and size != header.file_bytes:
         raise ConfigError(
-            f"{FLAG}: {path} has {size} bytes, and its header promises {header.file_bytes}. "
-            f"Copy it again, or remove it and make it again with {TOOL}."
+            f"{FLAG}: {path} has {size} bytes, but its header requires {header.file_bytes}. "
+            f"Copy it again, or remove it and recreate it with {TOOL}."
         )
     if not header.complete:
-        raise ConfigError(f"{FLAG}: {path} was never finished. Remove it, and make it again with {TOOL}.")
+        raise ConfigError(f"{FLAG}: {path} was never finished. Remove it, and recreate it with {TOOL}.")
     return header
 
 
 def rescore_command(prefixes: Iterable[str], name: str, header: ScoresHeader, *, with_entropy: bool) -> str:
-    """Return the command that scores corpora again by the rule of ``header``; CHECKPOINT is the reference model."""
-    words = ["--reference-load", "CHECKPOINT", "--data-path", *prefixes, FLAG, name]
-    words += ["--context", header.context.kind, "--stride", str(header.context.stride)]
-    words += ["--entropy"] if with_entropy or header.entropy is not None else []
-    return shlex.join(["python", TOOL, *words])
+    """Return the command that rescores corpora with the context of ``header``; CHECKPOINT is a placeholder."""
+    arguments = ["--reference-load", "CHECKPOINT", "--data-path", *prefixes, FLAG, name]
+    arguments += ["--context", header.context.kind, "--stride", str(header.context.stride)]
+    arguments += ["--entropy"] if with_entropy or header.entropy is not None else []
+    return shlex.join(["python", TOOL, *arguments])

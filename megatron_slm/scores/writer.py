@@ -1,8 +1,8 @@
-"""Writing a score sidecar from many processes, which may be killed at any moment and resumed.
+"""Parallel, resumable writing of a score sidecar.
 
-The complete file is reserved under a temporary name, and every process writes its tokens' codes to their positions. At
-intervals all processes flush them to disk, and then the first rank records the progress. A resumed job continues from
-that record; the file gets its final name at the end. The first rank holds a lock of the temporary file meanwhile.
+The file is allocated in full under a temporary name, and every process writes the codes of its tokens to their
+positions. At intervals all processes flush to disk, and then rank 0 records the progress, from which a resumed job
+continues. Rank 0 holds a lock on the temporary file, which is renamed on completion.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from megatron_slm.scores.sidecar import FLAG, HEADER_BYTES, ScoresHeader, partia
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a scoring job: all rows of the chunks before ``chunk``, and ``rows`` rows of it."""
+    """Scoring progress: all rows of the chunks before ``chunk``, and ``rows`` rows of ``chunk``."""
 
     chunk: int = 0
     rows: int = 0
-    clamped: int = 0  # losses above the ceiling so far
-    tokens: int = 0  # scored so far
+    clamped: int = 0  # number of losses above the ceiling
+    tokens: int = 0  # scored tokens
 
     @staticmethod
     def read(record: Path) -> Progress | None:
-        """Return the progress in a record; None if it is missing or damaged."""
+        """Return the recorded progress, or None if the record is missing or damaged."""
         try:
             found = json.loads(record.read_text(encoding="ascii"))
             return Progress(**{field.name: int(found[field.name]) for field in fields(Progress)})
@@ -47,10 +47,10 @@ class Progress:
 
 
 def is_finished(path: Path, header: ScoresHeader) -> bool:
-    """Return whether ``path`` is the sidecar that the job would make; one of the former one-byte format is not.
+    """Return whether ``path`` is the complete sidecar of this job; the former one-byte format does not count.
 
     Raises:
-        ConfigError: it is the sidecar of another job, or is damaged.
+        ConfigError: the sidecar is damaged or was made by another job.
     """
     if not path.is_file():
         return False
@@ -58,7 +58,7 @@ def is_finished(path: Path, header: ScoresHeader) -> bool:
     _check_same_job(path, there, header)
     if there.bytes_per_value != header.bytes_per_value:
         return False
-    _record_path(path).unlink(missing_ok=True)  # of a job that was killed after it gave the file its name
+    _record_path(path).unlink(missing_ok=True)  # left by a job that was killed after the rename
     return True
 
 
@@ -79,7 +79,7 @@ def reserved(path: Path, header: ScoresHeader) -> Iterator[Progress]:
 
 
 class SidecarWriter:
-    """One process's access to the temporary file of a sidecar that is :func:`reserved`."""
+    """Write access of one process to the temporary file of a :func:`reserved` sidecar."""
 
     def __init__(self, path: Path, header: ScoresHeader) -> None:
         self.partial, self.header = partial_path(path), header
@@ -101,7 +101,7 @@ class SidecarWriter:
                 data, offset = data[written:], offset + written
 
     def sync(self) -> None:
-        """Flush everything that this process wrote to disk."""
+        """Flush all writes of this process to disk."""
         with explained_write(self.partial, FLAG, _remedy(self.header)):
             os.fsync(self.file)
 
@@ -110,7 +110,7 @@ class SidecarWriter:
 
 
 def record_progress(path: Path, progress: Progress) -> None:
-    """Record that everything up to ``progress`` is on disk."""
+    """Record that all data up to ``progress`` is on disk."""
     write_text(_record_path(path), json.dumps(asdict(progress)), FLAG)
 
 
@@ -120,7 +120,7 @@ def content_checksum(path: Path) -> str:
 
 
 def finish(path: Path, header: ScoresHeader, progress: Progress, checksum: str) -> ScoresHeader:
-    """Write and return the final header, give the file its name, and remove the progress record."""
+    """Write and return the final header, rename the file to its final name, and remove the progress record."""
     final = replace(header, clamped=progress.clamped, complete=True, checksum=checksum)
     partial = partial_path(path)
     with explained_write(partial, FLAG, _remedy(header)):
@@ -139,10 +139,10 @@ def _reserve(path: Path, header: ScoresHeader, locks: list[int]) -> Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         locks.append(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666))
         _lock(locks[0], partial)
-        begun = _begun(path, header)
-        if begun is None:
+        found = _find_progress(path, header)
+        if found is None:
             _begin(path, header, locks[0])
-    return begun or Progress()
+    return found or Progress()
 
 
 def _lock(descriptor: int, partial: Path) -> None:
@@ -152,13 +152,11 @@ def _lock(descriptor: int, partial: Path) -> None:
     except OSError as error:
         is_free = error.errno not in (errno.EACCES, errno.EAGAIN)  # else a file system without locks
     if not is_free:
-        raise ConfigError(
-            f"{FLAG}: another process writes {partial}. Wait for its end, or choose another name with {FLAG}."
-        )
+        raise ConfigError(f"{FLAG}: another process writes {partial}. Wait for it, or choose another name with {FLAG}.")
 
 
-def _begun(path: Path, header: ScoresHeader) -> Progress | None:
-    """Return the progress of the job if it was begun; None if there is nothing to continue.
+def _find_progress(path: Path, header: ScoresHeader) -> Progress | None:
+    """Return the progress of an interrupted job, or None if there is nothing to continue.
 
     Raises:
         ConfigError: another job left an unfinished sidecar.
@@ -177,14 +175,14 @@ def _begun(path: Path, header: ScoresHeader) -> Progress | None:
 
 
 def _begin(path: Path, header: ScoresHeader, descriptor: int) -> None:
-    """Reserve the disk space and write the header; on a full disk nothing is left."""
+    """Allocate the disk space and write the header; a full disk leaves no files."""
     record = _record_path(path)
     record.unlink(missing_ok=True)
     try:
         os.ftruncate(descriptor, 0)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, header.file_bytes)
-        else:  # macOS lacks it: a full disk is noticed later
+        else:  # macOS lacks posix_fallocate, and detects a full disk later
             os.ftruncate(descriptor, header.file_bytes)
         os.pwrite(descriptor, header.unfinished().pack(), 0)
         os.fsync(descriptor)
@@ -209,7 +207,7 @@ def _check_same_job(path: Path, there: ScoresHeader, ours: ScoresHeader) -> None
     for name, value in found.items():
         if name not in ignored and value != wanted[name]:
             raise ConfigError(
-                f"{FLAG}: {path} exists, and was made with another {name}: {value}; this job has {wanted[name]}. "
+                f"{FLAG}: {path} was made with another {name}: {value}; this job has {wanted[name]}. "
                 f"Remove it, or choose another name with {FLAG}."
             )
 

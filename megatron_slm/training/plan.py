@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.data.blends import lines_of
-from megatron_slm.data.splits import expected_drawn
+from megatron_slm.data.splits import estimate_training_usage
+from megatron_slm.data.usage import format_usage
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
 from megatron_slm.training.preflight import default_device, device_memory, gib, least_memory
 
@@ -20,13 +20,13 @@ def print_plan(console: Console, config: RunConfig, vocab_size: int, world_size:
     console.print(table)
     if config.training.skip_train:
         return
-    rows = expected_drawn(
+    rows = estimate_training_usage(
         config.data,
         train_samples=config.training.train_iters * config.training.global_batch_size,
         valid_samples=config.logging.eval_iters,
         seq_length=config.model.seq_length,
     )
-    console.print("expected data usage, from the corpus sizes:", *lines_of(rows), sep="\n", markup=False)
+    console.print("expected data usage, from the corpus sizes:", *format_usage(rows), sep="\n", markup=False)
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str, str]]:

@@ -19,8 +19,8 @@ from megatron_slm.corpus.fingerprints import corpus_identity
 from megatron_slm.data.blends import training_blend
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.data.overlap import ReadSamples, order_overlap
-from megatron_slm.data.places import corpus_file, label_places, locate_sample
-from megatron_slm.data.splits import split_of
+from megatron_slm.data.sample_locations import corpus_file, label_ranges, locate_sample
+from megatron_slm.data.splits import effective_split
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ class SampleOrder:
             identities: corpus identities by prefix, including all training corpora.
             first: first sample that is read in this order.
         """
-        data = {name: getattr(config.data, name) for name in DATA_SETTINGS} | {"split": split_of(config.data)}
+        data = {name: getattr(config.data, name) for name in DATA_SETTINGS} | {"split": effective_split(config.data)}
         prefixes = [] if config.data.mock_data else training_blend(config.data)[0]
         corpora = {prefix: identities[prefix] for prefix in prefixes if prefix in identities}
         return SampleOrder(first, samples, config.model.seq_length, config.training.seed, data, corpora)
@@ -176,7 +176,7 @@ def _reads_the_same(last: SampleOrder, order: SampleOrder, dataset: Any, consume
 
 def _places(dataset: Any, index: int) -> tuple[Path, list[tuple[int, int]]]:
     corpus, number = locate_sample(dataset, index)
-    return corpus_file(corpus), list(label_places(corpus, number))
+    return corpus_file(corpus), list(label_ranges(corpus, number))
 
 
 def _epoch_samples(dataset: Any) -> int:

@@ -9,8 +9,8 @@ from rich.console import Console
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import ObjectiveConfig, RunConfig
 from megatron_slm.data.batches import BatchShape
-from megatron_slm.data.blends import lines_of
 from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identities
+from megatron_slm.data.usage import format_usage
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.objective.selection.config import SelectionConfig
@@ -209,7 +209,7 @@ def _report_data(
     console: Console,
 ) -> DataRecord:
     """Print the data usage of the run and the repetition of read text; return the data record."""
-    console.print("data usage:", *lines_of(datasets.drawn()), sep="\n", markup=False)
+    console.print("data usage:", *format_usage(datasets.usage()), sep="\n", markup=False)
     order = SampleOrder.from_config(config, length.samples, builder.identities)
     if saved is None:
         return DataRecord(builder.identities, orders=(order,))

@@ -64,7 +64,7 @@ def test_intact_checkpoint_is_opened(checkpoint: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_flipped_bit_is_refused(checkpoint: Path, name: str) -> None:
+def test_flipped_bit_is_rejected(checkpoint: Path, name: str) -> None:
     path = checkpoint / name
     content = bytearray(path.read_bytes())
     content[500] ^= 1

@@ -1,4 +1,4 @@
-"""Batches: the order of samples for any cut, resuming anywhere, reading ahead, and what the dataset's options do."""
+"""Batches: sample order for any batch shape, resuming, prefetching, and the dataset options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Sample i holds the number i."""
+    """Dataset whose sample i consists of the number i."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -36,29 +36,29 @@ class Numbers(torch.utils.data.Dataset):
 
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.booleans())
-def test_context_parallel_parts_are_megatron_cores(size: int, chunk: int, masked: bool) -> None:
-    """Every token is on one rank, at its own index, in the order of Megatron-Core's get_batch_on_this_cp_rank."""
+def test_context_parallel_slices_match_megatron_core(size: int, chunk: int, masked: bool) -> None:
+    """Every token is on exactly one rank, in the order of Megatron-Core's get_batch_on_this_cp_rank."""
     length = 2 * size * chunk
     columns = torch.arange(2 * length).view(2, length)
     mask = torch.rand(2, 1, length, length) < 0.5 if masked else None
-    whole = MicroBatch(columns, columns, columns > 3, columns, torch.tensor([7, 8]), 7, mask)
+    batch = MicroBatch(columns, columns, columns > 3, columns, torch.tensor([7, 8]), 7, mask)
     indices = []
     for rank in range(size):
-        part = whole.part(size, rank)
+        piece = batch.cp_slice(size, rank)
         chunks = columns.view(2, 2 * size, chunk)
         expected = torch.cat((chunks[:, rank], chunks[:, 2 * size - 1 - rank]), 1)
-        for got in (part.tokens, part.labels, part.position_ids, part.token_index() - 7 * length):
+        for got in (piece.tokens, piece.labels, piece.position_ids, piece.token_index() - 7 * length):
             assert torch.equal(got, expected)
-        assert part.sample_length == length and torch.equal(part.loss_mask, expected > 3)
+        assert piece.sample_length == length and torch.equal(piece.loss_mask, expected > 3)
         if mask is not None and size > 1:
-            assert part.attention_mask is not None and part.positions is not None
-            assert torch.equal(part.attention_mask, mask[:, :, part.positions])
-        indices.append(part.token_index().flatten())
-    assert torch.equal(torch.cat(indices).sort().values, whole.token_index().flatten())
+            assert piece.attention_mask is not None and piece.positions is not None
+            assert torch.equal(piece.attention_mask, mask[:, :, piece.positions])
+        indices.append(piece.token_index().flatten())
+    assert torch.equal(torch.cat(indices).sort().values, batch.token_index().flatten())
 
 
-def drawn(size: int, micro: int, steps: int, dp: int, start: int, batches: int, ahead: int) -> list[int]:
-    """The samples of ``batches`` global batches in the order of the run."""
+def read_samples(size: int, micro: int, steps: int, dp: int, start: int, batches: int, ahead: int) -> list[int]:
+    """Return the samples of ``batches`` global batches in run order."""
     streams = [
         BatchStream(Numbers(size), BatchShape(micro, steps, rank, dp), device=CPU, start_sample=start, read_ahead=ahead)
         for rank in range(dp)
@@ -78,13 +78,13 @@ def drawn(size: int, micro: int, steps: int, dp: int, start: int, batches: int, 
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 2))
-def test_any_cut_gives_the_plain_sequence(micro: int, steps: int, dp: int, start: int, ahead: int) -> None:
+def test_samples_are_in_order_for_any_batch_shape(micro: int, steps: int, dp: int, start: int, ahead: int) -> None:
     count = 2 * micro * steps * dp
-    assert drawn(start + count, micro, steps, dp, start, 2, ahead) == list(range(start, start + count))
+    assert read_samples(start + count, micro, steps, dp, start, 2, ahead) == list(range(start, start + count))
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_running_out_is_an_error(ahead: int) -> None:
+def test_exhausted_dataset_is_an_error(ahead: int) -> None:
     stream = BatchStream(Numbers(5), BatchShape(2, 1, 0, 2), device=CPU, read_ahead=ahead)
     next(stream)
     with pytest.raises(ConfigError, match="the dataset has 5 samples"):
@@ -92,12 +92,12 @@ def test_running_out_is_an_error(ahead: int) -> None:
     stream.close()
 
 
-def test_evaluation_masks_what_is_missing() -> None:
+def test_evaluation_masks_missing_samples() -> None:
     stream = BatchStream(Numbers(3), BatchShape(2, 2, 0, 1), device=CPU, masks_missing=True)
     assert [bool(row.any()) for batch in next(stream) for row in batch.loss_mask] == [True, True, True, False]
 
 
-def test_blends_are_read_as_megatron_reads_them() -> None:
+def test_blends_match_megatron_core() -> None:
     assert parse_blend(["a"]) == (["a"], None)
     assert parse_blend(["0.3", "a", "0.7", "b"]) == (["a", "b"], [0.3, 0.7])
     assert parse_blend(["a", "b"]) == (["a", "b"], None)
@@ -111,7 +111,7 @@ def _with_options(rank: int, world_size: int, data: DataConfig) -> list[dict[str
     return [sets.train[index] for index in range(30)]
 
 
-def test_options_at_the_end_of_a_document(tmp_path: Path) -> None:
+def test_document_boundary_options(tmp_path: Path) -> None:
     prefix = make_corpus(tmp_path / "corpus", 1)
     data = DataConfig(
         data_path=["0.5", prefix, "0.5", make_corpus(tmp_path / "other", 2)],

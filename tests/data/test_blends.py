@@ -1,4 +1,4 @@
-"""Blends: the same from the command line, recipes and files; what was drawn is what is reported; what is too small."""
+"""Blends: equivalent sources, reported dataset usage, and rejection of corpora that are too small."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from megatron_slm.cli.pretrain import main
 from megatron_slm.config.blends import resolve_blends
 from megatron_slm.config.flags import parse
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.data.blends import drawn, parse_blend
+from megatron_slm.data.blends import parse_blend
 from megatron_slm.data.datasets import build_datasets, check_corpora
-from megatron_slm.data.splits import expected_drawn
+from megatron_slm.data.splits import estimate_training_usage
+from megatron_slm.data.usage import measure_usage
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.corpus_files import Documents, build
 from megatron_slm.testing.ranks import run_ranks
@@ -31,12 +32,12 @@ LENGTH = 16  # tokens of a sample
 
 
 def corpus_of(prefix: Path, token: int, tokens: int) -> str:
-    """A corpus of one token alone, so that a sample tells where it comes from."""
+    """Write a corpus of a single token id, which identifies the corpus of a sample."""
     return build(prefix, [[[token] * 10]] * (tokens // 10))
 
 
 def _build(rank: int, world_size: int, data: DataConfig, train: int, valid: int) -> dict[str, Any]:
-    """What a run reads and what it reports, or the exception."""
+    """Return the samples read and the usage reported by a run, or its error."""
     try:
         check_corpora(data, ByteTokenizer(TokenizerFiles()))
         sets = build_datasets(
@@ -54,12 +55,12 @@ def _build(rank: int, world_size: int, data: DataConfig, train: int, valid: int)
         name: Counter(int(built[index]["tokens"][3]) for index in range(min(valid, len(built))))  # type: ignore[arg-type]
         for name, built in sets.valid.items()
     }
-    return {"counts": counts, "valid": valid_counts, "drawn": [asdict(row) for row in sets.drawn()]}
+    return {"counts": counts, "valid": valid_counts, "drawn": [asdict(row) for row in sets.usage()]}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("weights", [True, False])
-def test_what_is_reported_is_what_is_drawn(tmp_path: Path, world_size: int, weights: bool) -> None:
+def test_reported_usage_matches_the_samples_read(tmp_path: Path, world_size: int, weights: bool) -> None:
     a, b = corpus_of(tmp_path / "a", 1, 800), corpus_of(tmp_path / "b", 2, 3200)
     data = DataConfig(
         data_path=["3", a, "1", b] if weights else [a, b],
@@ -79,42 +80,49 @@ def test_what_is_reported_is_what_is_drawn(tmp_path: Path, world_size: int, weig
         assert rows["both", prefix]["samples"] == result["valid"]["both"][token]
     assert rows["train", a]["weight"] == (0.75 if weights else None)
     assert result["counts"][1] == pytest.approx(90 if weights else 24, abs=2)
-    guessed = expected_drawn(data, train_samples=120, valid_samples=20, seq_length=LENGTH)
+    guessed = estimate_training_usage(data, train_samples=120, valid_samples=20, seq_length=LENGTH)
     for row in guessed:
         assert row.samples is None
         assert row.share == pytest.approx(rows["train", row.prefix]["share"], abs=0.02)
         assert row.epochs == pytest.approx(rows["train", row.prefix]["epochs"], abs=0.3)
 
 
-def test_a_part_of_a_split_counts_its_own_tokens(tmp_path: Path) -> None:
+def test_epochs_are_relative_to_the_split(tmp_path: Path) -> None:
     data = DataConfig(data_path=[corpus_of(tmp_path / "a", 1, 1600)], split="75,25,0")
     [result] = run_ranks(_build, 1, data, 100, 4)
     assert result["drawn"][0]["epochs"] == pytest.approx(100 * LENGTH / 1200)
-    [row] = expected_drawn(data, train_samples=100, valid_samples=4, seq_length=LENGTH)
+    [row] = estimate_training_usage(data, train_samples=100, valid_samples=4, seq_length=LENGTH)
     assert row.epochs == pytest.approx(100 * LENGTH / 1200)
     assert result["valid"] == {"valid": {1: 4}}
 
 
 SMALL: list[tuple[str, Documents, dict[str, Any], str]] = [
-    ("0 documents", [], {"split": "1,0,0"}, "holds no documents"),
-    ("1 empty document", [[]], {"split": "1,0,0"}, "holds no documents, or only empty ones"),
+    ("0 documents", [], {"split": "1,0,0"}, "contains no tokens"),
+    ("1 empty document", [[]], {"split": "1,0,0"}, "contains no tokens"),
     ("1 of one token", [[[7]]], {"split": "1,0,0"}, ""),
     ("1 document", [[[7] * 40]], {"split": "1,0,0"}, ""),
-    ("1 document split", [[[7] * 40]], {}, "--split 969, 30, 1 leaves no sequence of 1 for validation"),
+    ("1 document split", [[[7] * 40]], {}, "--split 969, 30, 1 leaves none of 1 sequences for validation"),
     ("2 documents", [[[7] * 40], [[7]]], {"split": "1,0,0"}, ""),
     ("2 documents split", [[[7] * 40], [[7] * 9]], {"split": "1,1,0"}, ""),
-    ("2 for none", [[[7] * 40], [[7]]], {"split": "0,1,0"}, "leaves no sequence of 2 for training"),
+    ("2 for none", [[[7] * 40], [[7]]], {"split": "0,1,0"}, "leaves none of 2 sequences for training"),
     ("60 documents", [[[7] * 40]] * 60, {}, ""),  # of which the default leaves none for the test that nobody reads
     ("0 to evaluate", [], {"valid": True}, "--valid-data-path v"),
     ("1 to evaluate", [[[7]]], {"valid": True}, ""),
-    ("1 to evaluate whole", [[[7] * 9]], {"valid": True, "full_validation": True}, "gives no sample of 16 tokens"),
+    (
+        "1 to evaluate whole",
+        [[[7] * 9]],
+        {"valid": True, "full_validation": True},
+        "too few tokens for a sample of 16 tokens",
+    ),
     ("too small for one epoch", [[[7] * 16]], {"beside": True}, "16 tokens are too few for one sample"),
     ("one sample in one epoch", [[[7] * 17]], {"beside": True}, ""),
 ]
 
 
 @pytest.mark.parametrize(("documents", "flags", "message"), [case[1:] for case in SMALL], ids=[c[0] for c in SMALL])
-def test_small_corpora(tmp_path: Path, documents: Documents, flags: dict[str, Any], message: str) -> None:
+def test_corpora_too_small_for_the_run_are_rejected(
+    tmp_path: Path, documents: Documents, flags: dict[str, Any], message: str
+) -> None:
     small = build(tmp_path / "small", documents)
     large = corpus_of(tmp_path / "large", 1, 2000)
     flags = dict(flags)
@@ -129,10 +137,10 @@ def test_small_corpora(tmp_path: Path, documents: Documents, flags: dict[str, An
     assert bool(message) == ("error" in result), result
 
 
-def test_a_run_longer_than_one_epoch_of_unweighted_corpora_is_refused(tmp_path: Path) -> None:
+def test_run_longer_than_one_epoch_of_unweighted_corpora_is_rejected(tmp_path: Path) -> None:
     data = DataConfig(data_path=[corpus_of(tmp_path / name, 1, 400) for name in "ab"], split="1,0,0")
     [result] = run_ranks(_build, 1, data, 49, 0)
-    assert "hold 48 samples in one epoch, and the run takes 49" in result["error"]
+    assert "have 48 samples in one epoch, but the run requires 49" in result["error"]
 
 
 WEIGHTS = st.dictionaries(
@@ -145,9 +153,7 @@ WEIGHTS = st.dictionaries(
 
 @settings(max_examples=40, deadline=None)
 @given(WEIGHTS)
-def test_a_blend_is_the_same_however_it_is_given(
-    tmp_path_factory: pytest.TempPathFactory, blend: dict[str, float]
-) -> None:
+def test_blend_is_independent_of_its_source(tmp_path_factory: pytest.TempPathFactory, blend: dict[str, float]) -> None:
     directory = tmp_path_factory.getbasetemp()
     words = [word for prefix, weight in blend.items() for word in (str(weight), prefix)]
     (directory / "blend.json").write_text(json.dumps(blend))
@@ -164,7 +170,7 @@ def test_a_blend_is_the_same_however_it_is_given(
     assert resolve_blends(data) == data, "a second time changes nothing"
 
 
-def test_a_file_of_words_and_a_recipe(tmp_path: Path) -> None:
+def test_argument_file_and_recipe(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("0.3 some/a\n0.7 some/b\n")
     data = resolve_blends(DataConfig(data_args_path=str(tmp_path / "words.txt")))
     assert data.data_path == ["0.3", "some/a", "0.7", "some/b"]
@@ -174,11 +180,11 @@ def test_a_file_of_words_and_a_recipe(tmp_path: Path) -> None:
     assert parse_blend(config.data.valid_data_path["v"]) == (["c", "d"], [1.0, 2.0])
 
 
-def test_drawn_of_nothing(tmp_path: Path) -> None:
-    class Part:
+def test_usage_of_an_empty_split(tmp_path: Path) -> None:
+    class Corpus:
         indices: tuple[int, ...] = ()
 
-    [row] = drawn("train", Part(), (["a"], None), 0, 8)
+    [row] = measure_usage("train", Corpus(), (["a"], None), 0, 8)
     assert (row.samples, row.share, row.epochs) == (0, 0.0, 0.0)
 
 
@@ -190,7 +196,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_says_what_it_draws(tmp_path: Path, world_size: int) -> None:
+def test_run_prints_its_dataset_usage(tmp_path: Path, world_size: int) -> None:
     blend = tmp_path / "blend.yaml"
     blend.write_text("".join(f"{corpus_of(tmp_path / name, 65, 4000)}: {w}\n" for name, w in (("a", 3), ("b", 1))))
     argv = command(str(blend), tmp_path / "run", dp=world_size, train_iters=2)
@@ -207,7 +213,7 @@ def test_a_run_says_what_it_draws(tmp_path: Path, world_size: int) -> None:
     assert "blend.yaml" not in saved and f"{tmp_path}/b" in saved
 
 
-def test_a_dry_run_says_what_will_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_estimated_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = corpus_of(tmp_path / "a", 65, 4000), corpus_of(tmp_path / "b", 65, 1000)
     argv = [*command("3", None, train_iters=2), "--dry-run"]
     argv[argv.index("--data-path") + 1 : argv.index("--data-path") + 2] = ["3", a, "1", b]
@@ -249,13 +255,13 @@ BAD: list[tuple[list[str], str]] = [
     (["--data-path", "nested.yaml"], "must be a list of prefixes or weights and prefixes"),
     (["--data-path", "twice.yaml"], "a is given twice"),
     (["--data-path", "twice.json"], "a is given twice"),
-    (["--data-path", "zero.yaml"], "the weight of a is 0.0, and must be above 0"),
+    (["--data-path", "zero.yaml"], "the weight of a is 0.0, but must be above 0"),
     (["--data-path", "binary.yaml"], "binary.yaml is not a text file"),
     (["--data-path", "-1", "a", "2", "b"], "the weight of {}/a is -1.0"),
     (["--data-path", "nan", "a", "2", "b"], "the weight of {}/a is nan"),
-    (["--data-path", "0.5", "a", "b"], "weights and prefixes come in pairs"),
-    (["--data-path", "0.5", "a", "0.5"], "weights and prefixes come in pairs"),
-    (["--data-path", "a", "0.5", "b", "0.5"], "weights and prefixes come in pairs, weight first"),
+    (["--data-path", "0.5", "a", "b"], "expected pairs of weight and prefix"),
+    (["--data-path", "0.5", "a", "0.5"], "expected pairs of weight and prefix"),
+    (["--data-path", "a", "0.5", "b", "0.5"], "expected pairs of weight and prefix"),
     (["--data-path", "a", "--valid-data-path", "v=missing.yaml"], "--valid-data-path v {}/missing.yaml cannot be read"),
     (["--data-path", "a", "--split", "x"], "--split x must be up to three proportions"),
     (["--data-path", "a", "--split", "0,0,0"], "--split 0,0,0 must be up to three proportions"),
@@ -269,12 +275,14 @@ BAD: list[tuple[list[str], str]] = [
     (["--per-split-data-args-path", "test.json"], "the key test is not supported"),
     (["--per-split-data-args-path", "good.json", "--data-path", "a"], "and --data-path were both given"),
     (["--data-path", "a", "--full-validation", "--valid-data-path", "1", "a", "1", "b"], "the weights of --valid"),
-    (["--data-path", "1", "a", "1", "b", "--full-validation"], "the weights of --data-path cannot hold"),
+    (["--data-path", "1", "a", "1", "b", "--full-validation"], "conflicts with the weights of --data-path"),
 ]
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
-def test_bad_blends(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+def test_invalid_blends_are_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     for name, text in FILES.items():
         (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     for name in "ab":

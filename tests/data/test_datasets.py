@@ -1,4 +1,4 @@
-"""Datasets: caches that follow the content of corpora, orders, joined sentences, mock data, ids."""
+"""Datasets: content-addressed caches, sample orders, joined sentences, mock data, and id validation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.index import read_index
 from megatron_slm.data.datasets import Datasets, build_datasets, check_corpora
 from megatron_slm.data.overlap import ReadSamples, order_overlap
-from megatron_slm.data.places import label_places
+from megatron_slm.data.sample_locations import label_ranges
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.corpus_files import build
 from megatron_slm.testing.ranks import run_ranks
@@ -40,7 +40,7 @@ def read(dataset: Any, count: int = 20) -> list[list[int]]:
 
 
 def numbered(prefix: Path, lengths: list[int], first: int = 0) -> str:
-    """A corpus whose ids count, so that each token is known by its id; int32."""
+    """Write an int32 corpus of consecutive ids, which identify its tokens."""
     starts = np.cumsum([first, *lengths])
     return build(prefix, [[list(range(a, b))] for a, b in itertools.pairwise(starts)], np.int32)
 
@@ -51,8 +51,8 @@ NUMBERS = NullTokenizer(TokenizerFiles(vocab_size=100_000))
 # Caches
 
 
-def test_a_corpus_rebuilt_under_its_name_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one of equal size and modification time, and one of a relative prefix in another directory."""
+def test_rebuilt_corpus_invalidates_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for equal size and modification time, and for a relative prefix in another directory."""
     cache = str(tmp_path / "cache")
     contents = [[5, 11, 24], [24, 11, 5], [39, 1]]
     for round, lengths in enumerate([*contents, *contents]):
@@ -85,7 +85,7 @@ DAMAGE: list[Callable[[Path], Any]] = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=["cut", "empty", "zeros", "flipped", "missing", "directory"])
-def test_a_damaged_cache_file_is_a_miss(
+def test_damaged_cache_file_is_a_miss(
     tmp_path: Path, damage: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (numbered(tmp_path / name, [50, 60, 70]) for name in "ab")
@@ -104,7 +104,7 @@ def test_a_damaged_cache_file_is_a_miss(
             path.rmdir()
 
 
-def test_an_unwritable_cache_is_replaced_by_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_cache_falls_back_to_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = numbered(tmp_path / "a", [50, 60, 70])
     (tmp_path / "a").write_text("a file, so that nothing can be written below it")
     data = DataConfig(data_path=[prefix], split="2,1,0")
@@ -119,7 +119,7 @@ def _ranks(rank: int, world_size: int, data: DataConfig) -> list[list[int]]:
     return read(built(data, tokenizer=NUMBERS).train)
 
 
-def test_ranks_agree_also_without_a_cache(tmp_path: Path) -> None:
+def test_ranks_agree_without_a_cache(tmp_path: Path) -> None:
     a, b = (numbered(tmp_path / name, [50, 60, 70]) for name in "ab")
     data = DataConfig(data_path=["1", a, "2", b])
     expected = read(built(data, tokenizer=NUMBERS).train)
@@ -135,22 +135,22 @@ def test_ranks_agree_also_without_a_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [True, False])
-def test_ids_outside_the_vocabulary_are_found(tmp_path: Path, tail: bool) -> None:
-    """Also with metadata that declare a larger vocabulary, and behind the first million of tokens."""
+def test_ids_outside_the_vocabulary_are_rejected(tmp_path: Path, tail: bool) -> None:
+    """Also if the metadata declares a larger vocabulary, and after the first million tokens."""
     ids = [7] * 1_500_000
     ids[-1 if tail else 3] = 300
     prefix = build(tmp_path / "c", [[ids]])
-    with pytest.raises(ConfigError, match="holds the token id 300, and the vocabulary of ByteTokenizer has 257"):
+    with pytest.raises(ConfigError, match="contains the token id 300, but the vocabulary of ByteTokenizer has 257"):
         check_corpora(DataConfig(data_path=[prefix]), BYTES)
 
 
-def test_an_id_outside_the_vocabulary_ends_the_run_when_it_is_read(tmp_path: Path) -> None:
+def test_id_outside_the_vocabulary_stops_the_run_when_it_is_read(tmp_path: Path) -> None:
     prefix = build(tmp_path / "c", [[[7] * 40], [[7] * 30 + [300] + [7] * 9], [[7] * 40]])
-    with pytest.raises(ConfigError, match=r"c: a document among the sequences .* holds the token id 300"):
+    with pytest.raises(ConfigError, match=r"c: a document among the sequences .* has the token id 300"):
         read(built(DataConfig(data_path=[prefix], split="1,0,0")).train)
 
 
-def test_sentences_are_refused_joined_or_separate(tmp_path: Path) -> None:
+def test_sentences_are_rejected_joined_or_separate(tmp_path: Path) -> None:
     documents = [[[10 * document + sentence] * 3 for sentence in range(4)] for document in range(12)]
     prefix = build(tmp_path / "c", [*documents, []])
     with pytest.raises(ConfigError, match=r"--data-path .*several sequences.*--slm-sentences join"):
@@ -164,11 +164,11 @@ def test_sentences_are_refused_joined_or_separate(tmp_path: Path) -> None:
         assert bool(inside) == (sentences == "separate"), "a sentence that is not the last has another behind it"
         tokens = np.memmap(f"{prefix}.bin", np.uint16)
         for index in range(17):
-            places = [place for start, stop in label_places(train, index) for place in range(start, stop)]
+            places = [place for start, stop in label_ranges(train, index) for place in range(start, stop)]
             assert tokens[places].tolist() == train[index]["labels"].tolist()
 
 
-def test_the_same_corpus_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_corpus_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     numbered(tmp_path / "a", [40] * 10)
     numbered(tmp_path / "b", [40] * 10, first=1000)
@@ -188,7 +188,7 @@ def test_the_same_corpus_twice_counts_once(tmp_path: Path, monkeypatch: pytest.M
 # Splits
 
 
-def test_without_split_the_default_is_megatrons_also_without_evaluation(tmp_path: Path) -> None:
+def test_default_split_matches_megatron_lm_with_and_without_evaluation(tmp_path: Path) -> None:
     prefix = numbered(tmp_path / "a", [100] * 100)
     per_epoch = 97 * 100 // LENGTH
     for valid in (0, 4):
@@ -208,7 +208,7 @@ def seen(train: Any, first: int, last: int) -> Counter[int]:
     return Counter(token for index in range(first, last) for token in train[index]["labels"].tolist())
 
 
-def test_the_stable_order_reads_each_epoch_once_and_survives_extension(tmp_path: Path) -> None:
+def test_stable_order_reads_each_epoch_once_and_is_independent_of_run_length(tmp_path: Path) -> None:
     prefix = numbered(tmp_path / "a", [13, 50, 1, 70, 30, 9, 40])  # 213 tokens: 26 samples
     data = DataConfig(data_path=[prefix], split="1,0,0", data_order="stable")
     short: Any = built(data, 20, tokenizer=NUMBERS).train
@@ -224,17 +224,17 @@ def test_the_stable_order_reads_each_epoch_once_and_survives_extension(tmp_path:
     assert read(built(data, 20, seed=4, tokenizer=NUMBERS).train) != read(short)
     tokens = np.memmap(f"{prefix}.bin", np.int32)
     for index in range(100):
-        places = [place for start, stop in label_places(long, index) for place in range(start, stop)]
+        places = [place for start, stop in label_ranges(long, index) for place in range(start, stop)]
         assert tokens[places].tolist() == long[index]["labels"].tolist()
 
 
-def test_the_stable_order_shuffles_the_samples_of_a_document(tmp_path: Path) -> None:
+def test_stable_order_shuffles_the_samples_of_a_document(tmp_path: Path) -> None:
     data = DataConfig(data_path=[numbered(tmp_path / "a", [213])], split="1,0,0", data_order="stable")
     first_tokens = [tokens[0] for tokens in read(built(data, 26, tokenizer=NUMBERS).train, 26)]
     assert sorted(first_tokens) == list(range(0, 26 * LENGTH, LENGTH)) != first_tokens
 
 
-def test_the_stable_order_of_a_blend_survives_extension(tmp_path: Path) -> None:
+def test_stable_order_of_a_blend_is_independent_of_run_length(tmp_path: Path) -> None:
     a, b = numbered(tmp_path / "a", [90] * 3), numbered(tmp_path / "b", [45] * 3, first=1000)
     data = DataConfig(data_path=["1", a, "3", b], split="1,0,0", data_order="stable")
     short, long = (built(data, count, tokenizer=NUMBERS).train for count in (50, 300))
@@ -244,7 +244,7 @@ def test_the_stable_order_of_a_blend_survives_extension(tmp_path: Path) -> None:
     assert read(long, 50) != read(short, 50), "as in Megatron-LM"
 
 
-def test_the_stable_order_needs_a_sample_in_each_epoch(tmp_path: Path) -> None:
+def test_stable_order_requires_a_sample_per_epoch(tmp_path: Path) -> None:
     data = DataConfig(data_path=[numbered(tmp_path / "a", [LENGTH])], split="1,0,0", data_order="stable")
     with pytest.raises(ConfigError, match="8 tokens are too few for one sample"):
         built(data, tokenizer=NUMBERS)
@@ -253,18 +253,18 @@ def test_the_stable_order_needs_a_sample_in_each_epoch(tmp_path: Path) -> None:
 # Mock data
 
 
-def test_mock_data_need_no_corpus_and_are_always_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mock_data_is_reproducible_without_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_corpora(DataConfig(mock_data=True), BYTES)
     first, again = (built(DataConfig(mock_data=True), valid=5) for _ in range(2))
     assert read(first.train) == read(again.train) and read(first.valid["valid"], 5) == read(again.valid["valid"], 5)
     assert read(built(DataConfig(mock_data=True), seed=4).train) != read(first.train)
     assert max(map(max, read(first.train))) < BYTES.vocab_size
-    assert [row.samples for row in first.drawn()] == [20]
+    assert [row.samples for row in first.usage()] == [20]
     assert not list(tmp_path.iterdir())
 
 
-def test_the_index_is_validated_before_training(tmp_path: Path) -> None:
+def test_index_is_validated_before_training(tmp_path: Path) -> None:
     prefix = build(tmp_path / "c", [[[1, 2, 3]], [[4, 5]], [[6]]])
     content = Path(f"{prefix}.idx").read_bytes()
     index = read_index(prefix)
@@ -292,13 +292,13 @@ def test_the_index_is_validated_before_training(tmp_path: Path) -> None:
 
 
 def counted(before: Any, consumed: int, after: Any, stop: int) -> int:
-    """The tokens of the next samples that were read before, by their ids, which are all different."""
+    """Tokens read before are identified by their ids, which are unique."""
     read_before = set(seen(before, 0, consumed))
     return sum(count for token, count in seen(after, consumed, stop).items() if token in read_before)
 
 
 @pytest.mark.parametrize("order", ["megatron", "stable"])
-def test_tokens_that_were_read_before_are_counted_exactly(tmp_path: Path, order: str) -> None:
+def test_overlap_counts_tokens_read_before(tmp_path: Path, order: str) -> None:
     a, b = numbered(tmp_path / "a", [13, 50, 1, 70, 30, 9, 40]), numbered(tmp_path / "b", [45] * 5, first=1000)
     alone = DataConfig(data_path=[a], split="1,0,0", data_order=order)
     blend = DataConfig(data_path=["1", a, "1", b], split="1,0,0", data_order=order)
@@ -320,7 +320,7 @@ def test_tokens_that_were_read_before_are_counted_exactly(tmp_path: Path, order:
     assert order == "megatron" or order_overlap([ReadSamples(old, 0, 90)], new, 90, 90).tokens == 0
 
 
-def test_tokens_that_were_read_in_several_orders_count_once(tmp_path: Path) -> None:
+def test_overlap_counts_tokens_of_several_orders_once(tmp_path: Path) -> None:
     a, b = numbered(tmp_path / "a", [13, 50, 1, 70, 30, 9, 40]), numbered(tmp_path / "b", [45] * 5, first=1000)
     alone = DataConfig(data_path=[a], split="1,0,0")
     blend = DataConfig(data_path=["1", a, "1", b], split="1,0,0")

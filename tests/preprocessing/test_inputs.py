@@ -158,10 +158,10 @@ def test_plain_and_nested_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "key", "message"),
     [
-        ({"meta": NESTED}, "meta", "--json-keys meta: the column of .* holds struct"),
-        ({"meta": NESTED}, "meta.body", r"no such column\. Its columns are meta\.text, meta\.id, meta\.deep"),
-        ({"meta": NESTED}, "meta.id", "holds int64, and must hold text"),
-        ({"text": TEXTS}, "text.more", r"no such column\. Its columns are text\."),
+        ({"meta": NESTED}, "meta", "--json-keys meta: the column of .* has type struct"),
+        ({"meta": NESTED}, "meta.body", r"no such column; its columns are meta\.text, meta\.id, meta\.deep"),
+        ({"meta": NESTED}, "meta.id", "has type int64, but must be string or binary"),
+        ({"text": TEXTS}, "text.more", r"no such column; its columns are text\."),
     ],
 )
 def test_bad_columns(tmp_path: Path, table: dict[str, Any], key: str, message: str) -> None:

@@ -89,7 +89,7 @@ def test_mismatched_corpus_is_refused(workspace: Path, tmp_path: Path, capsys: p
     content = json.loads(metadata.read_text())
     content["tokenizer"]["fingerprint"] = "another"
     metadata.write_text(json.dumps(content))
-    refused(capsys, tmp_path, argv(workspace, tmp_path), "fingerprint another, and this run has ByteTokenizer")
+    refused(capsys, tmp_path, argv(workspace, tmp_path), "fingerprint another, but this run uses ByteTokenizer")
     metadata.unlink()
     truncated = tmp_path / "corpus_text_document.bin"
     truncated.write_bytes(truncated.read_bytes()[:-2])

@@ -28,7 +28,7 @@ from megatron_slm.runtime import process
 from megatron_slm.runtime.console import make_console
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.scores import quantization
-from megatron_slm.scores.samples import ScoredSamples, label_places
+from megatron_slm.scores.samples import ScoredSamples, label_ranges
 from megatron_slm.scores.sets import check_scores, open_scores
 from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
 from megatron_slm.testing.ranks import run_ranks
@@ -242,7 +242,7 @@ def _compare(
     in_windows = [
         number
         for number in range(len(dataset))
-        if len(places := list(label_places(dataset, number))) == 1 and places[0][0] % WINDOW == 0
+        if len(places := list(label_ranges(dataset, number))) == 1 and places[0][0] % WINDOW == 0
     ]
     scored = torch.utils.data.Subset(ScoredSamples(dataset, scores), in_windows)
     shape = BatchShape(32, 1, 0, 1)

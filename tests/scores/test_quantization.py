@@ -15,7 +15,7 @@ CURVES = st.sampled_from([1.0, 1.5, 2.0, 3.0])
 
 @settings(deadline=None)
 @given(CEILINGS, CURVES, st.lists(st.floats(0, 1), min_size=1, max_size=50))
-def test_the_error_is_within_the_bound(ceiling: float, curve: float, shares: list[float]) -> None:
+def test_error_is_within_the_bound(ceiling: float, curve: float, shares: list[float]) -> None:
     code = Quantization(ceiling, curve)
     values = (np.array(shares) * ceiling).astype(np.float32)
     errors = np.abs(code.decode(code.encode(values)).astype(np.float64) - values)
@@ -24,8 +24,8 @@ def test_the_error_is_within_the_bound(ceiling: float, curve: float, shares: lis
 
 @settings(max_examples=40, deadline=None)
 @given(CEILINGS, CURVES)
-def test_the_bound_is_reached(ceiling: float, curve: float) -> None:
-    """A bound that is far too wide would also hold: the middle of the widest gap comes near it."""
+def test_error_bound_is_tight(ceiling: float, curve: float) -> None:
+    """The error in the middle of the widest gap approaches the bound."""
     code = Quantization(ceiling, curve)
     middle = ((code.values[-2] + code.values[-1]) / 2).astype(np.float32).reshape(1)
     error = abs(float(code.decode(code.encode(middle))[0]) - float(middle[0]))

@@ -1,4 +1,4 @@
-"""Each label gets the score of its own place: any seed, epoch, blend, split, sequence length, cut and rank."""
+"""Scored samples: each label gets the score of its corpus position, for any seed, epoch, blend, split and layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECOND = 100_000  # the first token of the second corpus
 
 
 class Places:
-    """Scores that identify their token: the loss of a token is its number, the entropy the negative of it."""
+    """Write scores that identify their token: the loss is the token position, and the entropy its negative."""
 
     with_entropy = True
 
@@ -80,7 +80,9 @@ def _labels_and_scores(
     ],
     ids=str,
 )
-def test_every_label_gets_its_own_score(tmp_path: Path, words: list[str], split: str | None, seq_length: int) -> None:
+def test_every_label_gets_the_score_of_its_position(
+    tmp_path: Path, words: list[str], split: str | None, seq_length: int
+) -> None:
     rng = random.Random(seq_length)
     for name, first in (("one", 0), ("two", SECOND)):
         documents = [[rng.randint(1, 40) for _ in range(rng.randint(1, 3))] for _ in range(25)]

@@ -1,4 +1,4 @@
-"""The sidecar file: written by several processes, resumed and locked; foreign, damaged and former files are refused."""
+"""Score sidecars: parallel writing, resuming, locking, and rejection of damaged, unrelated and former files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def header(tokens: int = 100, entropy: bool = True) -> ScoresHeader:
 
 
 def write(path: Path, wanted: ScoresHeader, losses: np.ndarray, entropies: np.ndarray) -> None:
-    """By two writers, the later part first."""
+    """Two writers write the second half first."""
     half = wanted.tokens // 3
     with reserved(path, wanted):
         for start, stop in ((half, wanted.tokens), (0, half)):
@@ -60,9 +60,7 @@ def write(path: Path, wanted: ScoresHeader, losses: np.ndarray, entropies: np.nd
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 500), st.booleans(), st.integers(0, 2**32 - 1))
-def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, tokens: int, entropy: bool, seed: int
-) -> None:
+def test_write_read_round_trip(tmp_path_factory: pytest.TempPathFactory, tokens: int, entropy: bool, seed: int) -> None:
     path = tmp_path_factory.mktemp("scores") / "corpus.rm.scores"
     wanted = header(tokens, entropy)
     rng = np.random.default_rng(seed)
@@ -98,22 +96,22 @@ def _unfinish(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "is missing. Make it with"),
+        (Path.unlink, "is missing. Create it with"),
         (lambda path: path.rename(f"{path}.partial"), "is not finished yet"),
-        (lambda path: path.write_bytes(b"SLM"), "is cut short: 3 bytes"),
+        (lambda path: path.write_bytes(b"SLM"), "is truncated: 3 bytes"),
         (lambda path: path.write_bytes(b"x" * 9000), "is not a score sidecar"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"{" * 9000), "has a damaged header"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"[1] ".ljust(9000)), "has a damaged header"),
-        (lambda path: _edit(path, version=1), "is of version 1, and this program reads 2 to 4"),
+        (lambda path: _edit(path, version=1), "has version 1; supported versions are 2 to 4"),
         (lambda path: _edit(path, colour="red"), "has a damaged header"),
         (lambda path: _edit(path, tokens=99), "has a damaged header (its content does not match its checksum)"),
         (lambda path: _edit(path, header_checksum=None), "has a damaged header"),
         (lambda path: _unfinish(path), "was never finished"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 4495 bytes, and its header promises 4496"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 4495 bytes, but its header requires 4496"),
         (lambda path: path.write_bytes(path.read_bytes() + b"1"), "has 4497 bytes"),
     ],
 )
-def test_damage_is_refused(tmp_path: Path, damage: object, message: str) -> None:
+def test_damaged_sidecar_is_rejected(tmp_path: Path, damage: object, message: str) -> None:
     path = finished(tmp_path)
     damage(path)  # type: ignore[operator]
     with pytest.raises(ConfigError, match="--reference-scores") as caught:
@@ -126,8 +124,8 @@ def _headers(path: Path) -> Headers:
 
 
 @pytest.mark.parametrize("place", [HEADER_BYTES, -1, -201])
-def test_one_flipped_bit_is_refused(tmp_path: Path, place: int) -> None:
-    """In the codes of losses and entropies, where all values are valid codes."""
+def test_flipped_bit_is_rejected(tmp_path: Path, place: int) -> None:
+    """The flipped bit is in the codes of losses or entropies, in which every value is valid."""
     path = finished(tmp_path)
     verify_scores(_headers(path))
     content = bytearray(path.read_bytes())
@@ -170,7 +168,7 @@ def test_one_byte_sidecar_is_replaced_by_the_same_job(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_names() -> None:
+def test_sidecar_paths() -> None:
     assert sidecar_path("data/corpus", "rm") == Path("data/corpus.rm.scores")
     assert sidecar_path("data/corpus.v2", "rm") == Path("data/corpus.v2.rm.scores")
     assert sidecar_path("data/corpus", "./rm") == Path("corpus.rm.scores")
@@ -180,7 +178,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     "other", [{"reference": "x"}, {"tokens": 99}, {"context": ContextRule("stream", 32, 32)}, {"eod": 7}]
 )
-def test_another_jobs_file_is_not_overwritten(tmp_path: Path, other: dict[str, object]) -> None:
+def test_sidecar_of_another_job_is_not_overwritten(tmp_path: Path, other: dict[str, object]) -> None:
     path = finished(tmp_path)
     assert is_finished(path, header())
     with pytest.raises(ConfigError, match=f"was made with another {next(iter(other))}"):
@@ -200,7 +198,7 @@ def test_another_jobs_file_is_not_overwritten(tmp_path: Path, other: dict[str, o
 
 @pytest.mark.parametrize("record", ["", "{", "[1]", '{"chunk": 1}', '{"chunk": null, "rows": 0}', None])
 def test_unusable_progress_is_not_continued(tmp_path: Path, record: str | None) -> None:
-    """Neither with a damaged record, nor with one whose file is gone (None)."""
+    """The progress record is damaged, or its file is missing (None)."""
     path = tmp_path / "corpus.rm.scores"
     with reserved(path, header()):
         record_progress(path, Progress(2, 3, 4, 5))
@@ -212,8 +210,8 @@ def test_unusable_progress_is_not_continued(tmp_path: Path, record: str | None) 
         assert progress == Progress()
 
 
-def test_two_writers_of_one_sidecar(tmp_path: Path) -> None:
-    """The second is refused while the first works, and leaves its file as it is."""
+def test_concurrent_writer_is_rejected(tmp_path: Path) -> None:
+    """The second writer is rejected while the first holds the lock, and does not change its file."""
     path = tmp_path / "corpus.rm.scores"
     with reserved(path, header()):
         record_progress(path, Progress(2, 3, 4, 5))
@@ -242,7 +240,7 @@ def test_full_disk_is_reported_before_scoring(tmp_path: Path, monkeypatch: pytes
         assert [each.name for each in tmp_path.iterdir()] == ["corpus.rm.scores"]
 
 
-def test_a_full_disk_at_the_end_leaves_the_job_to_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_can_be_resumed_after_a_full_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "corpus.rm.scores"
 
     def full(*_: object) -> None:
@@ -267,8 +265,8 @@ def test_combinations() -> None:
     assert Combine.parse("mean", 1)(values[:1]).tolist() == [1, 5, 3]
     assert Combine.parse("min", 2)(values).dtype == Combine.parse("0.1,0.9", 2)(values).dtype == np.float32
     for text, message in (
-        ("most", "should be mean, min, or weights such as 0.7,0.3, not 'most'"),
-        ("1,2,3", "has 3 weights, and --reference-scores names 2 sidecars"),
+        ("most", "must be mean, min, or weights such as 0.7,0.3, not 'most'"),
+        ("1,2,3", "has 3 weights, but --reference-scores names 2 sidecars"),
         ("1,0", "every weight must be above 0"),
         ("1,nan", "every weight must be above 0"),
     ):
@@ -277,8 +275,8 @@ def test_combinations() -> None:
         assert message in str(caught.value)
 
 
-def test_fingerprint_sees_ends_size_and_order(tmp_path: Path) -> None:
-    """A sparse file of more than the blocks that are read."""
+def test_fingerprint_depends_on_ends_size_and_order(tmp_path: Path) -> None:
+    """The sparse file is larger than the sampled blocks."""
     path, small = tmp_path / "large", tmp_path / "small"
     size = 3 * BLOCK * BLOCKS + 5
     prints = []

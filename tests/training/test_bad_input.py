@@ -98,9 +98,9 @@ DAMAGE = [
     (".bin", Path.unlink, ".bin is missing"),
     (".idx", Path.unlink, ".idx is missing"),
     (".bin", _cut, "its index promises"),
-    (".idx", _cut, "its header promises"),
+    (".idx", _cut, "its header requires"),
     (".bin", lambda path: path.write_bytes(b""), "has 0 bytes"),
-    (".idx", lambda path: path.write_bytes(b""), "is cut short"),
+    (".idx", lambda path: path.write_bytes(b""), "is truncated"),
     (".idx", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "is not an index of Megatron's"),
 ]
 
@@ -135,7 +135,7 @@ def test_id_outside_the_vocabulary_is_refused(
     """The corpus has no metadata, as written by Megatron-LM's tool."""
     small = ["NullTokenizer" if word == "ByteTokenizer" else word for word in MODEL]
     argv = command(f"{workspace}/numbers", tmp_path / "run", train_iters=1, model=small, vocab_size=50)
-    expect_refusal(capsys, "holds the token id 256, and the vocabulary", tmp_path, argv)
+    expect_refusal(capsys, "contains the token id 256, but the vocabulary", tmp_path, argv)
 
 
 @pytest.mark.parametrize(

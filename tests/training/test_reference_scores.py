@@ -126,20 +126,26 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"reference_scores": ["rm", "rm"]}, ["--reference-scores names rm twice"]),
     ({"reference_scores": ["rm.scores", "other"]}, ["--reference-scores rm.scores: give the name only"]),
     ({"reference_scores": ["rm"]}, ["--reference-combine min has no effect without two"]),
-    ({"reference_combine": "most"}, ["--reference-combine should be mean, min, or weights"]),
+    ({"reference_combine": "most"}, ["--reference-combine must be mean, min, or weights"]),
     ({"reference_combine": "1,2,3"}, ["--reference-combine 1,2,3 has 3 weights"]),
     ({"reference_combine": "1,-2"}, ["--reference-combine 1,-2: every weight must be above 0"]),
-    ({"reference_scores": ["rm", "absent"]}, ["one_text_document.absent.scores is missing. Make it with tools/score"]),
+    (
+        {"reference_scores": ["rm", "absent"]},
+        ["one_text_document.absent.scores is missing. Create it with tools/score"],
+    ),
     ({"reference_scores": ["rm", "/no/rm2"]}, ["/no/one_text_document.rm2.scores is missing"]),
     ({"slm_score": "excess", "reference_scores": ["rm", "plain"]}, ["two_text_document.plain.scores is missing"]),
     (
         {"slm_score": "excess", "reference_scores": ["rm", "mixed"]},
         ["one_text_document.mixed.scores was made with the reference model", "All"],
     ),
-    ({"slm_score": "excess", "reference_scores": ["rm", "stride"]}, ["stride 16", "stride 8", "must be scored alike"]),
+    (
+        {"slm_score": "excess", "reference_scores": ["rm", "stride"]},
+        ["stride 16", "stride 8", "with the same reference model and context"],
+    ),
     (
         {"data_path": "one", "reference_scores": ["rm", "plain"]},
-        ["one_text_document.plain.scores holds no entropies", "--entropy"],
+        ["one_text_document.plain.scores has no entropies", "--entropy"],
     ),
     ({"reference_scores": None, "reference_combine": None}, ["needs a reference model", "--reference-scores"]),
 ]
@@ -172,7 +178,7 @@ def _touch_corpus(path: Path) -> None:
 
 
 DAMAGE: list[tuple[Any, list[str]]] = [
-    (lambda path: path.write_bytes(path.read_bytes()[:-5]), ["bytes, and its header promises"]),
+    (lambda path: path.write_bytes(path.read_bytes()[:-5]), ["bytes, but its header requires"]),
     (lambda path: path.rename(f"{path}.partial"), ["is not finished yet. Run tools/score_corpus.py"]),
     (
         lambda path: _edit_header(path, tokenizer="ByteTokenizer beef"),
@@ -180,7 +186,7 @@ DAMAGE: list[tuple[Any, list[str]]] = [
     ),
     (
         lambda path: _edit_header(path, eod=5),
-        ["was made with the end-of-document id 5, and this run has 256. Give --eod-id 5, or"],
+        ["was made with the end-of-document id 5, but this run uses 256. Set --eod-id 5, or"],
     ),
     (_touch_corpus, ["was made for a corpus of fingerprint", "one_text_document has"]),
     (lambda path: path.write_bytes(b"\x89PNG" * 2000), ["is not a score sidecar"]),
@@ -217,7 +223,7 @@ def test_one_byte_sidecar_is_refused_with_a_rescoring_command(
     argv = slm(workspace, None, data_path=[str(corpus)], reference_scores=["rm"], reference_combine=None, dry_run=True)
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert "one byte per value" in error
+    assert "one-byte format" in error
     program, tool, *words = shlex.split(error.strip().splitlines()[-1])
     assert (program, tool) == ("python", "tools/score_corpus.py")
     assert score_corpus.main([str(workspace / "rm") if word == "CHECKPOINT" else word for word in words]) == 0

@@ -1,4 +1,4 @@
-"""Places of samples: the tokens of the corpora that a sample of a dataset holds, whatever its order."""
+"""Location of samples in their corpora, independent of the sample order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 
 
 def locate_sample(dataset: Any, index: int) -> tuple[Any, int]:
-    """Return the dataset of one corpus that a sample of a dataset comes from, and its number there."""
+    """Return the single-corpus dataset that contains a sample, and the index of the sample in it."""
     if not isinstance(dataset, BlendedDataset):
         return dataset, index
     corpus = dataset.datasets[dataset.dataset_index[index]]
@@ -19,21 +19,21 @@ def locate_sample(dataset: Any, index: int) -> tuple[Any, int]:
 
 
 def corpus_file(corpus: Any) -> Path:
-    """Return the ``.bin`` of the dataset of one corpus, the same for every spelling of its prefix."""
+    """Return the resolved ``.bin`` path of a single-corpus dataset."""
     return Path(f"{corpus.dataset.path_prefix}.bin").resolve()
 
 
-def label_places(corpus: Any, index: int) -> Iterator[tuple[int, int]]:
-    """Yield the places [start, stop) in ``.bin`` of the labels of one sample, in tokens, in the sample's order.
+def label_ranges(corpus: Any, index: int) -> Iterator[tuple[int, int]]:
+    """Yield the token ranges [start, stop) of the labels of one sample in ``.bin``, in order.
 
-    A sample is the text from one (document, offset) of Megatron-Core's sample index to the next and one token more;
-    its labels are that text without the first token.
+    A sample extends from its (document, offset) in Megatron-Core's sample index to that of the next sample, plus one
+    token; its labels are all its tokens but the first.
     """
     row = int(corpus.shuffle_index[index])
     (first, offset), (last, end) = corpus.sample_index[row : row + 2].tolist()
     pointers, lengths = corpus.dataset.index.sequence_pointers, corpus.dataset.index.sequence_lengths
     width = np.dtype(corpus.dataset.index.dtype).itemsize
-    skip = 1  # the first token of the sample is no label
+    skip = 1  # the first token of the sample is not a label
     for number in range(first, last + 1):
         sequence = corpus.document_index[number]
         begin = int(pointers[sequence]) // width
