@@ -54,9 +54,9 @@ def is_finished(path: Path, header: ScoresHeader) -> bool:
     """
     if not path.is_file():
         return False
-    there = read_header(path)
-    _check_same_job(path, there, header)
-    if there.bytes_per_value != header.bytes_per_value:
+    existing = read_header(path)
+    _check_same_job(path, existing, header)
+    if existing.bytes_per_value != header.bytes_per_value:
         return False
     _record_path(path).unlink(missing_ok=True)  # left by a job that was killed after the rename
     return True
@@ -167,11 +167,11 @@ def _find_progress(path: Path, header: ScoresHeader) -> Progress | None:
     if progress is None or not block:
         return None
     try:
-        there = ScoresHeader.unpack(block)
+        existing = ScoresHeader.unpack(block)
     except ValueError as error:
         raise ConfigError(f"{FLAG}: {partial} {error}. Remove it to score from the start.") from error
-    _check_same_job(partial, there, header)
-    return progress if there.bytes_per_value == header.bytes_per_value else None
+    _check_same_job(partial, existing, header)
+    return progress if existing.bytes_per_value == header.bytes_per_value else None
 
 
 def _begin(path: Path, header: ScoresHeader, descriptor: int) -> None:
@@ -196,13 +196,13 @@ def _record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.progress")
 
 
-def _check_same_job(path: Path, there: ScoresHeader, ours: ScoresHeader) -> None:
+def _check_same_job(path: Path, existing: ScoresHeader, ours: ScoresHeader) -> None:
     """Raise ConfigError if a sidecar was made by another job, as far as its format records that."""
-    found, wanted = asdict(there.unfinished()), asdict(ours.unfinished())
+    found, wanted = asdict(existing.unfinished()), asdict(ours.unfinished())
     ignored = {"bytes_per_value"}
-    if there.eod is None:
+    if existing.eod is None:
         ignored.add("eod")
-    if there.bytes_per_value != ours.bytes_per_value:
+    if existing.bytes_per_value != ours.bytes_per_value:
         ignored.add("entropy")  # the sidecar is replaced
     for name, value in found.items():
         if name not in ignored and value != wanted[name]:

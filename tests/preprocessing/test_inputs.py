@@ -40,19 +40,19 @@ def corpus(directory: Path, *flags: str) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "in.jsonl.gz", "in.jsonl.zst", "in.txt.xz", "in.JSONL.BZ2"])
-@pytest.mark.parametrize("where", ["path", "url", "stdin", "shards"])
-def test_byte_order_mark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: str) -> None:
+@pytest.mark.parametrize("location", ["path", "url", "stdin", "shards"])
+def test_byte_order_mark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, location: str) -> None:
     content = b"one\n\ntwo\n" if "txt" in name else LINES
     suffix = Path(name).suffix.lower()
     pack = PACK.get(suffix, bytes)
     path = tmp_path / name
     path.write_bytes(pack(MARK + content))
-    if where == "path":
+    if location == "path":
         found = read([str(path)])
-    elif where == "url":
+    elif location == "url":
         fsspec.filesystem("memory").pipe(f"/marks/{name}", path.read_bytes())
         found = read([f"memory://marks/{name}"])
-    elif where == "stdin":
+    elif location == "stdin":
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MARK + LINES)))
         found = read(["-"])
     else:

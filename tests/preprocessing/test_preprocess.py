@@ -101,7 +101,7 @@ def test_plain_text_is_split_at_blank_lines(tmp_path: Path) -> None:
         (b"{not json", "not JSON"),
         (b'{"other": "x"}', "the key 'text' is missing"),
         (b'{"text": "\xff"}', "not UTF-8"),
-        (b'{"text": 3}', "is not a text"),
+        (b'{"text": 3}', "is not a string"),
         (b"[1]", "not a JSON object"),
     ],
 )

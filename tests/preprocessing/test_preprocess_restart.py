@@ -201,19 +201,19 @@ def test_resume_with_other_settings_is_rejected(tmp_path: Path) -> None:
     job = make_job(files, tmp_path / "out", resume=True)
     assert run_until(job, 60) is None
     for other, message in (
-        (replace(job, append_eod=False), "had --append-eod True, and this one has False"),
+        (replace(job, append_eod=False), "had --append-eod True, but this one has False"),
         (
             replace(job, tokenizer_files=TokenizerFiles(eod_id=7)),
-            "had a tokenizer with the end-of-document id 256, and this one has 7",
+            "had a tokenizer with the end-of-document id 256, but this one has 7",
         ),
-        (replace(job, lone_surrogates="replace"), "had --lone-surrogates error, and this one has replace"),
-        (replace(job, text_document="file"), "had --text-document paragraph, and this one has file"),
+        (replace(job, lone_surrogates="replace"), "had --lone-surrogates error, but this one has replace"),
+        (replace(job, text_document="file"), "had --text-document paragraph, but this one has file"),
         (
             replace(job, tokenizer_type="NullTokenizer", tokenizer_files=TokenizerFiles(vocab_size=9)),
-            "--tokenizer-type ByteTokenizer, and this one has NullTokenizer",
+            "--tokenizer-type ByteTokenizer, but this one has NullTokenizer",
         ),
-        (replace(job, files=files[:-1]), r"--input .*d.txt \(.*and this one has nothing there"),
-        (replace(job, files=[files[1], files[0], *files[2:]]), "--input .*a.jsonl .*and this one has .*b.jsonl.gz"),
+        (replace(job, files=files[:-1]), r"--input .*d.txt \(.*but this one has nothing"),
+        (replace(job, files=[files[1], files[0], *files[2:]]), "--input .*a.jsonl .*but this one has .*b.jsonl.gz"),
     ):
         with pytest.raises(ConfigError, match=message):
             preprocess(other)
@@ -377,7 +377,7 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
         process = subprocess.Popen(command, env=slow, stderr=subprocess.DEVNULL)
         size = journal.stat().st_size if journal.exists() else 0
         while kills % 2 and process.poll() is None and (not journal.exists() or journal.stat().st_size <= size):
-            time.sleep(0.005)  # every second time it gets further; else it may not even have begun
+            time.sleep(0.005)  # in every other run it makes progress; in the others it may not have started
         time.sleep(rng.uniform(0, 0.5))
         workers = psutil.Process(process.pid).children()
         assert process.poll() is None, "it ended before its twentieth kill: make it slower"

@@ -136,10 +136,10 @@ def test_long_text_is_cut_like_megatron_lm(tmp_path: Path) -> None:
     assert len(found) == 21 and not found[2].endswith("."), "it was not cut in the middle of a sentence"
 
 
-@pytest.mark.parametrize("where", ["NLTK_DATA", "zip"])
-def test_model_is_found_in_nltk_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize("location", ["NLTK_DATA", "zip"])
+def test_model_is_found_in_nltk_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
     parameters = train_punkt(tmp_path, "invented")
-    if where == "zip":
+    if location == "zip":
         directory = tmp_path / "tokenizers"
         shutil.make_archive(str(directory / "punkt_tab"), "zip", directory, "punkt_tab")
         shutil.rmtree(directory / "punkt_tab")
