@@ -148,7 +148,9 @@ def make_job(arguments: argparse.Namespace) -> Job:
         keys=arguments.json_keys,
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
-        tokenizer_files=TokenizerFiles.from_config(config_from_tokenizer_flags(arguments), arguments.special_tokens_in_text),
+        tokenizer_files=TokenizerFiles.from_config(
+            config_from_tokenizer_flags(arguments), arguments.special_tokens_in_text
+        ),
         append_eod=arguments.append_eod,
         split_sentences=arguments.split_sentences,
         keep_newlines=arguments.keep_newlines,

@@ -270,7 +270,7 @@ def test_index_is_validated_before_training(tmp_path: Path) -> None:
     index = read_index(prefix)
     lengths = 34
     for place, value, kind, message in (
-        (lengths + 4, 3, np.int32, "its index promises"),
+        (lengths + 4, 3, np.int32, "its index requires"),
         (lengths + 12 + 8, 2, np.int64, "offsets are not the sums of the lengths"),
         (lengths + 12 + 24 + 8, 9, np.int64, "documents begin outside the corpus"),
         (lengths + 12 + 24 + 16, 0, np.int64, "documents end before they begin"),

@@ -97,7 +97,7 @@ def _cut(path: Path) -> None:
 DAMAGE = [
     (".bin", Path.unlink, ".bin is missing"),
     (".idx", Path.unlink, ".idx is missing"),
-    (".bin", _cut, "its index promises"),
+    (".bin", _cut, "its index requires"),
     (".idx", _cut, "its header requires"),
     (".bin", lambda path: path.write_bytes(b""), "has 0 bytes"),
     (".idx", lambda path: path.write_bytes(b""), "is truncated"),
