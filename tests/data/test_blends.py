@@ -220,7 +220,7 @@ def test_dry_run_prints_the_estimated_usage(tmp_path: Path, capsys: pytest.Captu
     argv[argv.index("own=3")] = f"own={a}"
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert "from the sizes of its corpora" in out
+    assert "from the corpus sizes" in out
     assert [line.split()[1:] for line in out.splitlines() if line.strip().startswith("train ")] == [
         ["75.00%", "75.00%", "0.192", a],
         ["25.00%", "25.00%", "0.256", b],

@@ -272,8 +272,8 @@ def test_index_is_validated_before_training(tmp_path: Path) -> None:
     for place, value, kind, message in (
         (lengths + 4, 3, np.int32, "its index requires"),
         (lengths + 12 + 8, 2, np.int64, "offsets are not the sums of the lengths"),
-        (lengths + 12 + 24 + 8, 9, np.int64, "documents begin outside the corpus"),
-        (lengths + 12 + 24 + 16, 0, np.int64, "documents end before they begin"),
+        (lengths + 12 + 24 + 8, 9, np.int64, "documents start outside the corpus"),
+        (lengths + 12 + 24 + 16, 0, np.int64, "documents end before they start"),
     ):
         changed = bytearray(content)
         changed[place : place + np.dtype(kind).itemsize] = np.array([value], kind).tobytes()

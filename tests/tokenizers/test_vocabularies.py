@@ -266,7 +266,7 @@ def test_contradicting_tokenizer_flags_are_rejected(tmp_path: Path) -> None:
         ([*null, "--eod-id", "-1"], "--eod-id is -1"),
         (
             ["--tokenizer-type", "TikTokenizer", "--tiktoken-pattern", "v3"],
-            "--tiktoken-pattern should be one of v1, v2",
+            "--tiktoken-pattern must be one of v1, v2",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
