@@ -34,6 +34,12 @@ def test_named_paths_exist(page: Path) -> None:
         assert not slash or folder not in FOLDERS or (ROOT / path).exists(), f"{page.name}: {path} is missing"
 
 
+def test_tests_that_the_contributing_guide_names_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert all(f"def {name}(" in sources for name in re.findall(r"`(test_\w+)`", page))
+
+
 def test_identifiers_of_the_glossary_are_defined() -> None:
     page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_slm").rglob("*.py"))
