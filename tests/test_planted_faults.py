@@ -80,23 +80,23 @@ FAULTS = [
     Fault(
         "settings that change ids are left out of a tokenizer's fingerprint",
         "tokenizers/tiktoken_tokenizer.py",
-        "super().__init__(digest if settings else fingerprint_of(path),",
-        "super().__init__(fingerprint_of(path),",
-        ("tokenizers/test_tokenizers.py::test_tiktoken_of_both_formats",),
+        "super().__init__(digest if settings else fingerprint_files(path),",
+        "super().__init__(fingerprint_files(path),",
+        ("tokenizers/test_tokenizers.py::test_tiktoken_reads_both_formats",),
     ),
     Fault(
         "damage between two chunks of an index",
         "corpus/integrity.py",
         "start : start + CHUNK + overlap]",
         "start : start + CHUNK]",
-        ("corpus/test_inspection.py::test_a_document_that_ends_before_it_begins_is_found_between_chunks",),
+        ("corpus/test_inspection.py::test_document_that_ends_before_its_start_is_found_across_chunks",),
     ),
     Fault(
         "cached sample indices of a corpus with other documents",
         "corpus/fingerprints.py",
         'index = hashlib.file_digest(file, "sha256").hexdigest()',
         "index = str(file.seek(0, 2))",
-        ("data/test_datasets.py::test_a_corpus_rebuilt_under_its_name_is_read_as_it_is",),
+        ("data/test_datasets.py::test_rebuilt_corpus_invalidates_the_cache",),
     ),
     Fault(
         "documents counted in the place of sequences",
@@ -117,7 +117,7 @@ FAULTS = [
         "data/batches.py",
         "first_sample=first,",
         "first_sample=start,",
-        ("data/test_batches.py::test_any_cut_gives_the_plain_sequence",),
+        ("data/test_batches.py::test_samples_are_in_order_for_any_batch_shape",),
     ),
     Fault(
         "a stale cache entry",
@@ -131,7 +131,7 @@ FAULTS = [
         "data/stable_order.py",
         "    rng.shuffle(shuffle_index)\n",
         "",
-        ("data/test_datasets.py::test_the_stable_order_shuffles_the_samples_of_a_document",),
+        ("data/test_datasets.py::test_stable_order_shuffles_the_samples_of_a_document",),
     ),
     Fault(
         "a sidecar renamed before it is on the disk",
@@ -175,7 +175,7 @@ FAULTS = [
         "model/experts.py",
         "self.config.moe_z_loss_coeff = self.z * share",
         "self.config.moe_z_loss_coeff = self.z",
-        ("training/test_experts.py::test_selection_and_splits_leave_the_auxiliary_losses_alone[aux_loss]",),
+        ("training/test_experts.py::test_auxiliary_losses_are_independent_of_selection_and_splits[aux_loss]",),
     ),
     Fault(
         "attention FLOPs without the causal half",
@@ -208,8 +208,8 @@ FAULTS = [
     Fault(
         "the loss of the last batch of an evaluation",
         "training/evaluation.py",
-        "parts += passes.run(everything)",
-        "parts = passes.run(everything)",
+        "parts += passes.run(all_tokens)",
+        "parts = passes.run(all_tokens)",
         ("training/test_loop.py::test_evaluation_does_not_change_training",),
     ),
     Fault(
