@@ -95,7 +95,7 @@ def test_transformer_engine_with_document_mask_is_refused(monkeypatch: pytest.Mo
     """If it is requested, before torch is loaded; if it is the default of a GPU, when the device is checked."""
     flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3"
     flags += " --train-iters 1 --tokenizer-type ByteTokenizer --data-path corpus --reset-attention-mask"
-    message = "would attend across them. Use --transformer-impl local"
+    message = "would attend across documents. Use --transformer-impl local"
     with pytest.raises(ConfigError, match=message):
         resolve(parse([*flags.split(), "--transformer-impl", "transformer_engine"]).config, 1)
     config = resolve(parse(flags.split()).config, 1)

@@ -93,7 +93,7 @@ def test_mismatched_corpus_is_refused(workspace: Path, tmp_path: Path, capsys: p
     metadata.unlink()
     truncated = tmp_path / "corpus_text_document.bin"
     truncated.write_bytes(truncated.read_bytes()[:-2])
-    refused(capsys, tmp_path, argv(workspace, tmp_path), "its index promises")
+    refused(capsys, tmp_path, argv(workspace, tmp_path), "its index requires")
 
 
 def test_tokenizer_flags_replace_the_settings_of_the_reference_model(tmp_path: Path) -> None:

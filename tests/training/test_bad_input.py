@@ -101,7 +101,7 @@ DAMAGE = [
     (".idx", _cut, "its header requires"),
     (".bin", lambda path: path.write_bytes(b""), "has 0 bytes"),
     (".idx", lambda path: path.write_bytes(b""), "is truncated"),
-    (".idx", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "is not an index of Megatron's"),
+    (".idx", lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "is not a Megatron-Core index"),
 ]
 
 
@@ -143,7 +143,7 @@ def test_id_outside_the_vocabulary_is_refused(
     [
         ("num_layer: 3", "num_layer is unknown. Did you mean num_layers?"),
         ("lr: fast", "lr must be a number, not 'fast'"),
-        ("- a\n- b", "a recipe is a list of 'name: value' lines"),
+        ("- a\n- b", "a recipe must be a mapping of flag names to values"),
         ("lr: [", "not valid YAML"),
     ],
 )
