@@ -11,6 +11,8 @@ from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_from_tokenizer_flags
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import print_error
+from megatron_slm.runtime.reporting import run_tool
 from megatron_slm.tokenizers.tokenizer import Tokenizer, build_run_tokenizer
 
 if TYPE_CHECKING:
@@ -43,19 +45,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    return run_tool(_inspect)
+
+
+def _inspect() -> None:
     from megatron_slm.runtime.console import make_console
 
     console = make_console()
-    try:
-        arguments = parse_arguments()
-        tokenizer = _tokenizer(arguments)
-        if arguments.check and _check(arguments, tokenizer, console):
-            return ConfigError.exit_code
-        _show(arguments, tokenizer, console)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    arguments = parse_arguments()
+    tokenizer = _tokenizer(arguments)
+    if arguments.check:
+        _check(arguments, tokenizer, console)
+    _show(arguments, tokenizer, console)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
@@ -63,22 +64,25 @@ def _tokenizer(arguments: argparse.Namespace) -> Tokenizer | None:
     return None if config.tokenizer.tokenizer_type is None else build_run_tokenizer(config)
 
 
-def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> bool:
-    """Print all damage; return whether there is any."""
+def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> None:
+    """Print all damage.
+
+    Raises:
+        ConfigError: there is some.
+    """
     from megatron_slm.corpus.integrity import check_integrity
 
     limit = tokenizer.vocab_size if tokenizer else getattr(arguments, "vocab_size", None)
     found = check_integrity(arguments.prefix, limit)
     for damage in found.damage:
         for line in damage.lines():
-            print(line, file=sys.stderr)
+            print_error(line)
     if found.damage:
-        print(f"error: {arguments.prefix} is damaged. Recreate it with tools/preprocess_data.py.", file=sys.stderr)
-    elif found.vocab_size is None:
+        raise ConfigError(f"{arguments.prefix} is damaged. Recreate it with tools/preprocess_data.py.")
+    if found.vocab_size is None:
         console.print(f"{arguments.prefix} is intact; ids were not checked (no corpus metadata: give --vocab-size)")
     else:
         console.print(f"{arguments.prefix} is intact, and all ids are below {found.vocab_size:,}")
-    return bool(found.damage)
 
 
 def _show(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: Console) -> None:

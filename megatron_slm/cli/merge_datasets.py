@@ -7,8 +7,8 @@ import sys
 
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
-from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.output import prepare_output
+from megatron_slm.runtime.output import print_error, print_summary
+from megatron_slm.runtime.reporting import run_tool
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,21 +35,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the command line and return the exit code."""
-    prepare_output()
-    try:
-        arguments = parse_arguments()
-        from megatron_slm.preprocessing.merge import merge_corpora
-        from megatron_slm.preprocessing.shard_names import find_shards
+    return run_tool(_merge, "stopped; an existing corpus is unchanged")
 
-        prefixes = arguments.input_prefixes or find_shards(arguments.input, arguments.output_prefix)
-        merged = merge_corpora(prefixes, arguments.output_prefix)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def _merge() -> None:
+    arguments = parse_arguments()
+    from megatron_slm.preprocessing.merge import merge_corpora
+    from megatron_slm.preprocessing.shard_names import find_shards
+
+    prefixes = arguments.input_prefixes or find_shards(arguments.input, arguments.output_prefix)
+    merged = merge_corpora(prefixes, arguments.output_prefix)
     if merged.unrecorded:
-        print(f"no corpus metadata written: {merged.unrecorded[0]} has none", file=sys.stderr)
-    print(
+        print_error(f"no corpus metadata written: {merged.unrecorded[0]} has none")
+    print_summary(
         f"{arguments.output_prefix}: {merged.documents:,} documents, {merged.tokens:,} tokens from "
         f"{merged.corpora:,} corpora"
     )
-    return 0

@@ -18,7 +18,8 @@ from megatron_slm.preprocessing.preprocess import Job, preprocess
 from megatron_slm.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.preprocessing.shards import parse_shard
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.output import prepare_output
+from megatron_slm.runtime.output import print_error, print_summary
+from megatron_slm.runtime.reporting import run_tool
 from megatron_slm.tokenizers.base import TEXT, TOKENS, TokenizerFiles
 
 SHARD = """process only shard i (from 0) of n shards of similar size, into the directory
@@ -169,17 +170,12 @@ def make_job(arguments: argparse.Namespace) -> Job:
 
 def main() -> int:
     """Run the command line and return the exit code."""
-    prepare_output()
-    try:
-        job = make_job(parse_arguments(sys.argv[1:]))
-        summary = preprocess(job)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; rerun the command with --resume to continue", file=sys.stderr)
-        return 130
+    return run_tool(_preprocess, "stopped; rerun the command with --resume to continue")
+
+
+def _preprocess() -> None:
+    job = make_job(parse_arguments(sys.argv[1:]))
+    summary = preprocess(job)
     for message in summary.errors:
-        print(f"skipped {message}", file=sys.stderr)
-    print(f"{', '.join(job.prefix(key) for key in job.keys)}: {summary.line()}")
-    return 0
+        print_error(f"skipped {message}")
+    print_summary(f"{', '.join(job.prefix(key) for key in job.keys)}: {summary.line()}")

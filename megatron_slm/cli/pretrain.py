@@ -15,6 +15,7 @@ from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.launch import read_launch
+from megatron_slm.runtime.output import print_result
 from megatron_slm.runtime.reporting import run_command
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.preflight import check_device, check_files, check_memory, default_device, resolve_values
@@ -33,7 +34,7 @@ def _run(argv: Sequence[str]) -> None:
     launch = read_launch()
     if command.action == "print-config":
         if launch.rank == 0:
-            print(dump_config(command.config), end="")
+            print_result(dump_config(command.config))
         return
     config = resolve_values(command.config, launch.world_size)
     if command.action == "train":

@@ -11,8 +11,8 @@ from megatron_slm.config.paths import expand_user
 from megatron_slm.preprocessing.documents import find_inputs
 from megatron_slm.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
-from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.output import prepare_output
+from megatron_slm.runtime.output import print_error, print_summary
+from megatron_slm.runtime.reporting import run_tool
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,28 +34,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the command line and return the exit code."""
-    prepare_output()
-    try:
-        arguments = parse_arguments()
-        job = TokenizerJob(
-            files=find_inputs(arguments.input),
-            output_prefix=arguments.output_prefix,
-            vocab_size=arguments.vocab_size,
-            model_type=arguments.model_type,
-            json_keys=arguments.json_keys,
-            max_lines=arguments.max_lines,
-            threads=arguments.threads,
-            skip_errors=arguments.on_error == "skip",
-            lone_surrogates=arguments.lone_surrogates,
-        )
-        trained = train_tokenizer(job)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; an existing model is unchanged", file=sys.stderr)
-        return 130
+    return run_tool(_train, "stopped; an existing model is unchanged")
+
+
+def _train() -> None:
+    arguments = parse_arguments()
+    job = TokenizerJob(
+        files=find_inputs(arguments.input),
+        output_prefix=arguments.output_prefix,
+        vocab_size=arguments.vocab_size,
+        model_type=arguments.model_type,
+        json_keys=arguments.json_keys,
+        max_lines=arguments.max_lines,
+        threads=arguments.threads,
+        skip_errors=arguments.on_error == "skip",
+        lone_surrogates=arguments.lone_surrogates,
+    )
+    trained = train_tokenizer(job)
     for message in trained.errors:
-        print(f"skipped {message}", file=sys.stderr)
-    print(f"wrote {trained.path} ({trained.vocab_size:,} pieces), {trained.skipped:,} skipped")
-    return 0
+        print_error(f"skipped {message}")
+    print_summary(f"wrote {trained.path} ({trained.vocab_size:,} pieces), {trained.skipped:,} skipped")

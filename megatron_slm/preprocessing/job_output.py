@@ -24,7 +24,7 @@ from megatron_slm.preprocessing.encode import EncodedBlock
 from megatron_slm.preprocessing.job import Job, Summary
 from megatron_slm.preprocessing.journal import OUTPUT, Journal, Progress
 from megatron_slm.runtime.files import explained_write
-from megatron_slm.runtime.reporting import print_error
+from megatron_slm.runtime.output import print_error
 from megatron_slm.tokenizers.identity import tokenizer_identity
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 

@@ -28,7 +28,7 @@ from megatron_slm.preprocessing.workers import worker_processes
 from megatron_slm.runtime.console import progress, warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_output_prefix
-from megatron_slm.runtime.reporting import print_error
+from megatron_slm.runtime.output import print_error
 from megatron_slm.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
 __all__ = ["Job", "Summary", "preprocess"]

@@ -20,7 +20,7 @@ from megatron_slm.runtime.files import (
     check_replaceable,
     explained_write,
 )
-from megatron_slm.runtime.reporting import print_error
+from megatron_slm.runtime.output import print_error
 
 MAX_LINE = 4096  # characters; longer lines are split, because sentencepiece would drop them
 MIN_LINES = 101  # smallest sample size that sentencepiece accepts

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TextIO, cast
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -26,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from megatron_slm.runtime.launch import launched_rank
-from megatron_slm.runtime.output import prepare_output
+from megatron_slm.runtime.output import fail_safe, prepare_output, print_error
 
 SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
 UNBOUNDED = 10_000  # columns of an output that is not a terminal; disables wrapping
@@ -56,58 +55,18 @@ def make_console(enabled: bool = True) -> Console:
     width = None if sys.stdout.isatty() or columns.isdigit() else UNBOUNDED
     if columns.isdigit() and int(columns) == 0:  # a terminal without a size, on which rich would print nothing
         width = shutil.get_terminal_size((UNBOUNDED, 0)).columns
-    return Console(file=_fail_safe(sys.stdout), quiet=not enabled, highlight=False, soft_wrap=True, width=width)
+    return Console(file=fail_safe(sys.stdout), quiet=not enabled, highlight=False, soft_wrap=True, width=width)
 
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    print(f"warning: {message}", file=_fail_safe(sys.stderr), flush=True)
+    print_error(f"warning: {message}")
 
 
 def notice(message: str) -> None:
     """Print a note on standard error, on rank 0."""
     if launched_rank() == 0:
-        print(f"note: {message}", file=_fail_safe(sys.stderr), flush=True)
-
-
-def _fail_safe(stream: TextIO) -> TextIO:
-    return cast(TextIO, _FailSafe(stream))
-
-
-class _FailSafe:
-    """Text stream that ignores its errors, since they cannot be reported elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            return self._failed(len(text))
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._failed(0)
-
-    def _failed(self, count: int) -> int:
-        atexit.unregister(_discard_unwritten)
-        atexit.register(_discard_unwritten)
-        return count
-
-
-def _discard_unwritten() -> None:
-    """Discard unwritten output, which would make the interpreter fail at exit."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        print_error(f"note: {message}")
 
 
 def format_duration(seconds: float) -> str:
@@ -142,7 +101,7 @@ def progress(description: str, total: float | None, unit: str = "it", *, enabled
         _Rate(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=_fail_safe(sys.stderr))) as bar:
+    with Progress(*columns, console=Console(file=fail_safe(sys.stderr))) as bar:
         yield _RichProgress(bar, description, total)
 
 
@@ -194,4 +153,4 @@ class _PlainProgress:
             remaining = max((self.total - self.done) / rate, 0.0) if rate else 0.0
             text += f" of {format_amount(self.total, self.unit)} ({self.done / self.total:.0%})"
             text += f", {format_duration(remaining)} left"
-        print(f"{text}, {format_amount(rate, self.unit)}/s", file=_fail_safe(sys.stderr), flush=True)
+        print_error(f"{text}, {format_amount(rate, self.unit)}/s")

@@ -23,7 +23,7 @@ import psutil
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import explained_write
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
-from megatron_slm.runtime.reporting import print_error
+from megatron_slm.runtime.output import print_error
 
 LOCK_FILE = ".slm_run.lock"
 SECONDS_BETWEEN_TOUCHES = 10.0

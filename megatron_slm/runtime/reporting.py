@@ -17,7 +17,7 @@ from typing import Protocol
 from megatron_slm.runtime import early_reports
 from megatron_slm.runtime.errors import ConfigError, DivergedError, explain
 from megatron_slm.runtime.launch import guess_launch, launched_rank
-from megatron_slm.runtime.output import prepare_output
+from megatron_slm.runtime.output import prepare_output, print_error
 
 SECONDS_FOR_RANK_0 = 2.0  # head start of rank 0 in reporting
 SECONDS_FOR_OTHERS = 1.0  # for the other ranks to query the report of rank 0 afterwards
@@ -73,6 +73,30 @@ def run_command(action: Callable[[], None]) -> int:
     return 0
 
 
+def run_tool(action: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Run a command of one process, which may be one of many independent tasks of a job; return its exit code.
+
+    ConfigError and errors of the machine become messages.
+
+    Args:
+        action: the command.
+        interrupted: printed after Ctrl+C.
+    """
+    prepare_output()
+    try:
+        action()
+    except KeyboardInterrupt:
+        print_error(interrupted)
+        return INTERRUPTED
+    except Exception as error:
+        problem = error if isinstance(error, ConfigError) else explain(error)
+        if problem is None:
+            raise
+        print_error(f"error: {problem}")
+        return problem.exit_code
+    return 0
+
+
 def report_error(error: Exception) -> None:
     """Print the error message of rank 0, and those of other ranks if they differ, once over all ranks."""
     launch, message = guess_launch(), str(error)
@@ -123,8 +147,3 @@ def _report_failure(error: Exception) -> None:
         print_error(f"{prefix}: another rank exited without a report, for example because it was killed ({reason})")
     else:
         print_error(f"{traceback.format_exc()}{prefix}: see the traceback above")
-
-
-def print_error(text: str) -> None:
-    """Print a line to standard error."""
-    print(text, file=sys.stderr, flush=True)

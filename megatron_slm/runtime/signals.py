@@ -7,6 +7,7 @@ torchrun forwards SIGTERM, SIGINT, SIGHUP and SIGQUIT to its ranks and kills the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -79,7 +80,8 @@ class StopSignals:
             if self._announces:
                 again = "; a second Ctrl+C aborts" if number == signal.SIGINT else ""
                 line = f"{signal_name(number)} received: stopping after the step in progress{again}\n"
-                os.write(2, line.encode())  # print is not safe in a signal handler
+                with contextlib.suppress(OSError):  # a terminal that is gone, which SIGHUP announces
+                    os.write(2, line.encode())  # print is not safe in a signal handler
 
 
 def _stays_ignored(number: signal.Signals) -> bool:

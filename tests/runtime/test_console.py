@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -52,6 +53,52 @@ def test_ascii(script: str, env: dict[str, str]) -> None:
 def test_a_log_that_cannot_be_written_does_not_end_the_run(script: str, redirected: str) -> None:
     ended = run(f"{script} {redirected}; exit ${{PIPESTATUS[0]}}")
     assert (ended.returncode, b"Traceback" in ended.stderr) == (0, False), ended.stderr
+
+
+PRINTS = """
+import sys
+from megatron_slm.runtime import reporting
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import print_result, print_summary
+
+def action():
+    print_summary("done") if sys.argv[1] == "summary" else print_result("result\\n")
+    if sys.argv[2:]:
+        raise ConfigError("wrong")
+
+sys.exit(getattr(reporting, "run_tool" if sys.argv[1] == "summary" else "run_command")(action))
+"""
+FULL = "standard output cannot be written (No space left on device)"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "errors"),
+    [
+        ("summary >/dev/full", 0, f"warning: {FULL}; its lines are lost.\n"),
+        ("summary | true", 0, ""),
+        ("result | true", 0, ""),
+        ("result >/dev/full", 2, f"error: {FULL}. Write it elsewhere.\n"),
+        ("summary wrong 2>/dev/full", 2, ""),
+        ("result wrong 2>/dev/full", 2, ""),
+        ("summary <&- >&- 2>&-", 0, ""),
+        ("result wrong >&-", 2, "error: wrong\n"),
+        ("result wrong 2>&-", 2, ""),
+    ],
+)
+def test_exit_code_with_streams_that_cannot_be_written(tmp_path: Path, redirected: str, code: int, errors: str) -> None:
+    (tmp_path / "prints.py").write_text(PRINTS, encoding="utf-8")
+    ended = run(f"{sys.executable} {tmp_path}/prints.py {redirected}; exit ${{PIPESTATUS[0]}}")
+    assert (ended.returncode, ended.stderr.decode()) == (code, errors)
+
+
+def test_closed_streams_leave_their_descriptors_to_no_file(tmp_path: Path) -> None:
+    """A signal handler writes to descriptor 2, whatever it is."""
+    program = (
+        "import os; from megatron_slm.runtime.output import prepare_output; prepare_output(); "
+        f"file = open({str(tmp_path / 'file')!r}, 'wb'); os.write(1, b'x'); os.write(2, b'x'); "
+        "assert file.fileno() > 2 and os.fstat(file.fileno()).st_size == 0"
+    )
+    assert run(f'{sys.executable} -c "{program}" <&- >&- 2>&-').returncode == 0
 
 
 def test_tables_in_a_file_are_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 
@@ -34,6 +35,17 @@ def test_a_second_interrupt_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(signals, "SECONDS_BETWEEN_INTERRUPTS", -1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_from_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with StopSignals(announces=True) as stop:
+        stop.record_all()
+        monkeypatch.setattr(os, "write", write)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == signal.SIGHUP
 
 
 def test_a_start_that_waits_for_other_ranks_can_be_terminated() -> None:
