@@ -8,8 +8,10 @@ import pickle
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -39,7 +41,19 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")  # imports run once, and every rank starts in a clean process
     context.set_forkserver_preload(PRELOAD)
-    port = _free_port()
+    with reserved_port() as port:
+        return _run(context, function, world_size, port, initialise, args, timeout)
+
+
+def _run(
+    context: ForkServerContext,
+    function: Callable[..., Any],
+    world_size: int,
+    port: int,
+    initialise: bool,
+    args: tuple[Any, ...],
+    timeout: float,
+) -> list[Any]:
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
@@ -104,7 +118,10 @@ def _rank(
             dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a free port that the system gives to no other socket meanwhile; a server that names it can listen on it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield int(holder.getsockname()[1])
