@@ -22,6 +22,7 @@ from rich.console import Console
 
 from megatron_slm.checkpoint.weights import checkpoint_fingerprint, find_checkpoint
 from megatron_slm.config.checkpoint_files import saved_config
+from megatron_slm.config.relations.objective import sidecar_name_problem
 from megatron_slm.config.schema import ParallelConfig, ReferenceConfig, RunConfig
 from megatron_slm.corpus.checks import CorpusInfo, bin_path, check_corpus
 from megatron_slm.corpus.fingerprints import corpus_fingerprint
@@ -85,10 +86,8 @@ class ScoringJob:
         if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
             raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1.")
         check_output_prefix(self.name, "--reference-scores", directory_allowed=True)
-        if self.name.endswith(".scores"):
-            raise ConfigError(
-                f"--reference-scores {self.name}: omit the suffix .scores; NAME creates CORPUS.NAME.scores."
-            )
+        if (problem := sidecar_name_problem(self.name)) is not None:
+            raise ConfigError(problem)
 
     def directory(self) -> Path:
         """Return the checkpoint directory of the reference model."""

@@ -143,7 +143,9 @@ class WandbSink:
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError("--wandb-project needs the package wandb: pip install wandb.") from error
+            raise ConfigError(
+                f"--wandb-project: the package wandb cannot be imported ({error}). Install it again: pip install wandb."
+            ) from error
         logging, checkpoint = config.logging, config.checkpoint
         identity = os.environ.get("WANDB_RUN_ID")
         if identity is None and resumed_step:

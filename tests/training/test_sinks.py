@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_slm.config.recipe import with_settings
+from megatron_slm.config.relations.files import unwritable_outputs
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.metrics_file import prepare_metrics_file
@@ -180,6 +182,31 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
 def wandb_config(save: Path | None = None, load: Path | None = None) -> RunConfig:
     paths = {"save": str(save) if save else None, "load": str(load) if load else None}
     return with_settings(RunConfig(), {"wandb_project": "project", **paths})
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_missing_wandb_is_noticed_before_the_run_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leftover: bool
+) -> None:
+    """Also if an offline run has left its directory ``wandb``, which Python imports as a package without content."""
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if "site-packages" not in path)])
+    if leftover:
+        (tmp_path / "wandb").mkdir()
+    importlib.invalidate_caches()
+    assert list(unwritable_outputs(wandb_config())) == ["--wandb-project needs the package wandb: pip install wandb."]
+    (tmp_path / "wandb").mkdir(exist_ok=True)
+    (tmp_path / "wandb" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert not list(unwritable_outputs(wandb_config()))
+
+
+def test_wandb_directory_must_be_writable(wandb: Wandb, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = with_settings(wandb_config(), {"wandb_save_dir": str(tmp_path / "file" / "logs")})
+    assert [message.split(":")[0] for message in unwritable_outputs(config)] == [
+        f"--wandb-save-dir {tmp_path / 'file' / 'logs'}"
+    ]
 
 
 def test_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,26 @@ def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
         yield "--finetune needs --load, the initial weights."
 
 
+def wandb(config: RunConfig, _: int) -> Iterator[str]:
+    """Settings of Weights & Biases need its project."""
+    logging = config.logging
+    for flag, value in (("--wandb-exp-name", logging.wandb_exp_name), ("--wandb-save-dir", logging.wandb_save_dir)):
+        if value is not None and logging.wandb_project is None:
+            yield f"{flag} {value} has no effect without --wandb-project. Add --wandb-project, or leave it out."
+
+
+def _missing_wandb(config: RunConfig) -> Iterator[str]:
+    """Yield a message if the package of Weights & Biases is needed and not installed.
+
+    The directory ``wandb`` that an offline run leaves behind can be imported too, as a package without content.
+    """
+    if config.logging.wandb_project is None or "wandb" in sys.modules:
+        return
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:
+        yield "--wandb-project needs the package wandb: pip install wandb."
+
+
 def output_directories(config: RunConfig, world_size: int) -> Iterator[str]:
     """Require writable output directories; on several ranks, one rank checks this after the process group exists."""
     if world_size == 1:
@@ -37,11 +59,13 @@ def output_directories(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def unwritable_outputs(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each unwritable output directory and for an unsuitable metrics file."""
+    """Yield a message for every output that cannot be written: directories, the metrics file, Weights & Biases."""
+    yield from _missing_wandb(config)
     for flag, directory in (
         ("--save", config.checkpoint.save),
         ("--tensorboard-dir", config.logging.tensorboard_dir),
         ("--slm-log-dir", config.logging.slm_log_dir),
+        ("--wandb-save-dir", config.logging.wandb_save_dir),
         ("--data-cache-path", config.data.data_cache_path),
     ):
         is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # optional, and may be complete
@@ -86,4 +110,4 @@ def _unwritable(flag: str, directory: Path) -> Iterator[str]:
         )
 
 
-RELATIONS = (checkpoints, output_directories)
+RELATIONS = (checkpoints, wandb, output_directories)

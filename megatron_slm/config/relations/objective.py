@@ -63,16 +63,28 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
         )
 
 
+def sidecar_name_problem(name: str) -> str | None:
+    """Return the error for a text that is no name of sidecars, if it is none."""
+    if name.endswith((".scores", "/")):
+        return (
+            f"--reference-scores {name}: omit .scores and a final slash; NAME names CORPUS.NAME.scores beside every corpus."
+        )
+    if not any(character.isalnum() for character in Path(name).name):
+        return (
+            f"--reference-scores {name}: a name has a letter or a digit. Give the names separated by spaces: "
+            "--reference-scores NAME NAME."
+        )
+    return None
+
+
 def sidecars(config: RunConfig, _: int) -> Iterator[str]:
     """Require unique sidecar names without suffixes."""
     names = config.reference.reference_scores
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"--reference-scores names {name} twice. Give each sidecar once."
     for name in names:
-        if name.endswith((".scores", "/")):
-            yield (
-                f"--reference-scores {name}: give the name only. NAME refers to CORPUS.NAME.scores next to each corpus."
-            )
+        if (problem := sidecar_name_problem(name)) is not None:
+            yield problem
     if len(names) < 2 and config.reference.reference_combine != "mean":
         yield (
             f"--reference-combine {config.reference.reference_combine} has no effect without two or more "
