@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_sharded_metadata
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_slm.config.checkpoint_files import (
     MANIFEST_FILE,
@@ -143,6 +146,22 @@ def check_metadata(directory: Path, flag: str) -> None:
                 raise pickle.UnpicklingError("common.pt does not contain a dictionary")
 
     on_first_rank(check)
+
+
+def check_objects(directory: Path, flag: str) -> None:
+    """Read the objects inside ``.distcp`` files that a run loads, such as random states; they are small.
+
+    Raises:
+        ConfigError: they are damaged, or hold code.
+    """
+    with explained_load(directory, flag):
+        reader = FileSystemReader(directory)
+        metadata = reader.read_metadata()
+        for index, place in metadata.storage_data.items():
+            is_object = isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
+            if is_object and EXTRA_STATE not in index.fqn:
+                with (directory / place.relative_path).open("rb") as file:
+                    torch.load(io.BytesIO(reader._slice_file(file, place).read(place.length)), weights_only=False)
 
 
 def saved_keys(directory: Path, flag: str) -> frozenset[str]:

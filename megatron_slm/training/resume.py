@@ -63,7 +63,10 @@ def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference
     """
     if start.checkpoint is None:
         return ""
-    return _compare(start, _open(start.checkpoint, config), config, tokenizer, reference)[1]
+    directory = _open(start.checkpoint, config)
+    if not start.weights_only:
+        weights.check_objects(directory, start.checkpoint.flag)
+    return _compare(start, directory, config, tokenizer, reference)[1]
 
 
 def _open(checkpoint: Checkpoint, config: RunConfig) -> Path:
@@ -93,7 +96,25 @@ def _compare(
         raise ConfigError(
             f"{flag}: {directory} has no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
         )
-    return reconcile(config, saved, directory, flag, _reference_difference(config, saved, record, reference))
+    further = _reference_difference(config, saved, record, reference)
+    adopted, differences = reconcile(config, saved, directory, flag, further)
+    return adopted, "\n".join(filter(None, (differences, _completion(config, manifest, start))))
+
+
+def _completion(config: Config, manifest: Manifest, start: Start) -> str:
+    """Return a line if the checkpoint has reached the end of the run, so that nothing is left to train."""
+    training = config.training
+    is_complete = manifest.step >= training.train_iters
+    shown = f"--train-iters {training.train_iters}"
+    if training.train_samples is not None:
+        is_complete = training.train_samples - manifest.consumed_samples < training.global_batch_size
+        shown = f"--train-samples {training.train_samples}"
+    if not is_complete or not start.trains:
+        return ""
+    return (
+        f"nothing to train: the checkpoint is at step {manifest.step} ({manifest.consumed_samples:,} samples), and the "
+        f"run ends at {shown}. Give more to extend it, or --skip-train to evaluate the checkpoint."
+    )
 
 
 def _reference_difference(config: RunConfig, saved: RunConfig, record: DataRecord, reference: str | None) -> list[str]:
