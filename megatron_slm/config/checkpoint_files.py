@@ -18,7 +18,7 @@ from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, read_error
-from megatron_slm.runtime.files import write_text
+from megatron_slm.runtime.files import check_regular, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's file with the newest step
 CONFIG_FILE = "config.yaml"
@@ -56,6 +56,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
     """
     path = directory / MANIFEST_FILE
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         recorded = content.pop("checksum", None)
         manifest = Manifest(**content)
@@ -98,6 +99,7 @@ def latest_step(root: Path) -> int | None:
     """Return the newest complete step below ``root``, or None if there is no checkpoint."""
     tracker = root / TRACKER
     try:
+        check_regular(tracker)
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
@@ -72,6 +73,7 @@ def partial_prefix(prefix: str | Path) -> str:
 def is_index(path: Path) -> bool:
     """Return whether a file has the magic of an index or is empty (left by a full disk)."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             magic = file.read(len(MAGIC))
     except OSError:

@@ -18,7 +18,7 @@ from megatron_slm.corpus.fingerprints import quick_fingerprint
 from megatron_slm.runtime.collective import is_first_rank
 from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import atomic_path, explained_write, write_text
+from megatron_slm.runtime.files import atomic_path, check_regular, explained_write, write_text
 
 FLAG = "--data-cache-path"
 Arrays = tuple[np.ndarray, ...]
@@ -63,10 +63,12 @@ def _warn_once(text: str) -> None:
 
 def _read(base: Path, description: str, names: Sequence[str]) -> Arrays | None:
     try:
+        paths = [_array_path(base, name) for name in names]
+        for path in (_entry_path(base), *paths):
+            check_regular(path)
         entry: dict[str, Any] = json.loads(_entry_path(base).read_bytes())
         if entry["description"] != description:
             return None
-        paths = [_array_path(base, name) for name in names]
         if [quick_fingerprint(path) for path in paths] != [entry["arrays"][name] for name in names]:
             return None
         return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)

@@ -35,6 +35,8 @@ def check_corpus_writable(prefix: str, flag: str) -> None:
     check_replaceable(idx_path(prefix), flag, is_ours=is_index)
     is_published = any(is_index(idx_path(name)) for name in (prefix, partial_prefix(prefix)))
     check_replaceable(bin_path(prefix), flag, is_ours=lambda path: is_published or path.stat().st_size == 0)
+    for path in (*_parts(prefix), idx_path(partial_prefix(prefix))):
+        check_replaceable(path, flag)
     check_metadata_writable(prefix, flag)
 
 
@@ -48,9 +50,8 @@ class CorpusWriter:
 
     def __init__(self, prefix: str, dtype: np.dtype) -> None:
         self.prefix, self.dtype = prefix, dtype
-        partial = partial_prefix(prefix)
-        self.partial_idx = idx_path(partial)
-        self.paths = (bin_path(partial), Path(f"{partial}.lengths"), Path(f"{partial}.sequences"))
+        self.partial_idx = idx_path(partial_prefix(prefix))
+        self.paths = _parts(prefix)
         self.files: list[IO[bytes]] = []  # unbuffered, so that a failed write leaves nothing pending
 
     def open(self, sizes: Sizes = (0, 0, 0)) -> None:
@@ -104,6 +105,12 @@ class CorpusWriter:
         self.close()
         for path in (*self.paths, self.partial_idx):
             path.unlink(missing_ok=True)
+
+
+def _parts(prefix: str) -> tuple[Path, Path, Path]:
+    """Return the temporary files of ids, lengths and sequences."""
+    partial = partial_prefix(prefix)
+    return bin_path(partial), Path(f"{partial}.lengths"), Path(f"{partial}.sequences")
 
 
 def write_all(file: IO[bytes], data: bytes) -> None:

@@ -6,6 +6,7 @@ replaced; with ``is_ours``, only those that the predicate accepts.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -92,6 +93,12 @@ def check_replaceable(path: str | Path, role: str = "the file", *, is_ours: IsOu
         raise ConfigError(
             f"{role} {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
         )
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError unless ``path`` is a regular file, before it is opened: a named pipe would block its reader."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def check_output_prefix(prefix: str, flag: str, *, directory_allowed: bool = False) -> None:

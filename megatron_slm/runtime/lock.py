@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import explained_write
+from megatron_slm.runtime.files import check_regular, explained_write
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.output import print_error
 
@@ -201,6 +201,7 @@ def _machine() -> str:
 def _read_owner(path: Path) -> Owner | None:
     """Return the owner in a lock file; None if the file is missing or unreadable."""
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         return Owner(**{**content, "job": SlurmJob(**content["job"])})
     except (OSError, ValueError, TypeError, KeyError):

@@ -133,8 +133,9 @@ def finish(path: Path, header: ScoresHeader, progress: Progress, checksum: str) 
 
 def _reserve(path: Path, header: ScoresHeader, locks: list[int]) -> Progress:
     """Reserve the temporary file and return its progress; the descriptor in ``locks`` holds its lock until closed."""
-    check_replaceable(path, FLAG)
     partial = partial_path(path)
+    for each in (path, partial, _record_path(path)):
+        check_replaceable(each, FLAG)
     with explained_write(partial, FLAG, _remedy(header)):
         path.parent.mkdir(parents=True, exist_ok=True)
         locks.append(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666))

@@ -16,7 +16,7 @@ from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
 from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.config.schema import CheckpointConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
-from megatron_slm.runtime.files import explained_write, write_text
+from megatron_slm.runtime.files import check_regular, explained_write, write_text
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.lock import DirectoryLock
 from megatron_slm.training.sinks import WANDB_ID_FILE
@@ -53,6 +53,7 @@ class RunRecord:
 def read_record(directory: Path) -> RunRecord | None:
     """Return the record of the run in ``directory``, or None if it is missing or not valid."""
     try:
+        check_regular(directory / RECORD_FILE)
         content: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
         origin = content["origin"]
         return RunRecord(content["run_id"], None if origin is None else Origin(**origin), SlurmJob(**content["job"]))

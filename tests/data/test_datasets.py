@@ -81,10 +81,11 @@ DAMAGE: list[Callable[[Path], Any]] = [
     lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"),
     Path.unlink,
     lambda path: (path.unlink(), path.mkdir()),
+    lambda path: (path.unlink(), os.mkfifo(path)),
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=["cut", "empty", "zeros", "flipped", "missing", "directory"])
+@pytest.mark.parametrize("damage", DAMAGE, ids=["cut", "empty", "zeros", "flipped", "missing", "directory", "pipe"])
 def test_damaged_cache_file_is_a_miss(
     tmp_path: Path, damage: Callable[[Path], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +102,7 @@ def test_damaged_cache_file_is_a_miss(
             assert path.read_bytes() == before, "it was written again"
         else:
             assert "--data-cache-path" in capsys.readouterr().err
-            path.rmdir()
+            path.unlink() if path.is_fifo() else path.rmdir()
 
 
 def test_unwritable_cache_falls_back_to_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -203,6 +204,23 @@ BAD: list[tuple[str, list[str], list[str]]] = [
 
 def offline(*given: object, **named: object) -> None:
     raise OSError("no connection")
+
+
+@pytest.mark.parametrize("end", [".partial.bin", ".partial.lengths", ".partial.sequences", ".partial.idx", ".journal"])
+def test_temporary_names_that_are_taken(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    taken = directory / f"out_text_document{end}"
+    words = ["--input", "good.jsonl", "--tokenizer-type", "ByteTokenizer", "--output-prefix", "out"]
+    taken.mkdir()
+    for kind in ("a directory", "a named pipe"):
+        before = sorted(directory.iterdir())
+        assert run(words, monkeypatch) == 2
+        assert f"{taken.name} is {kind}, which is not replaced" in capsys.readouterr().err
+        assert sorted(directory.iterdir()) == before
+        if kind == "a directory":
+            taken.rmdir()
+            os.mkfifo(taken)
 
 
 @pytest.mark.parametrize(("arguments", "messages"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])

@@ -140,6 +140,12 @@ def test_unreadable_lock_expires(tmp_path: Path) -> None:
     acquire_and_release(tmp_path)
 
 
+def test_a_named_pipe_in_the_place_of_a_lock_expires(tmp_path: Path) -> None:
+    """Reading it would wait for a writer."""
+    os.mkfifo(tmp_path / LOCK_FILE)
+    acquire_and_release(tmp_path)
+
+
 def test_one_of_several_takes_an_expired_lock(tmp_path: Path) -> None:
     write_owner(tmp_path, started=1.0)
     contenders = [DirectoryLock(tmp_path, "--save") for _ in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +110,15 @@ def test_requeue_loads_its_optimizer_state_with_no_load_optim(tmp_path: Path, ba
     assert adjusted.load_optim and adjusted.load_rng
     config = with_settings(config, {"load": config.checkpoint.save, "finetune": False})
     assert not plan_start(config).adjusted(config).checkpoint.load_optim, "here the flag concerns the run itself"
+
+
+def test_a_named_pipe_is_no_record_of_a_run(tmp_path: Path) -> None:
+    """Reading it would wait for a writer."""
+    os.mkfifo(tmp_path / "slm_run.json")
+    assert read_record(tmp_path) is None
+    os.mkfifo(tmp_path / TRACKER)
+    with pytest.raises(ConfigError, match=f"{TRACKER} cannot be read .not a regular file"):
+        plan(load=tmp_path, save=tmp_path)
 
 
 def test_continuation_in_another_directory_resumes_itself(tmp_path: Path, base: Path) -> None:
