@@ -69,3 +69,11 @@ def test_note_is_printed(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main([*argv, *action]) == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert "satisfied by every run: --use-mcore-models; without effect: --log-params-norm" in shown
+
+
+def test_a_complete_run_has_nothing_to_train(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = command(corpus(workspace), load=workspace / "rm", train_iters=1)
+    for action in ([], ["--dry-run"]):
+        assert main([*argv, *action]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "nothing to train: the checkpoint is at step 1 (16 samples), and the run ends at --train-iters 1" in text

@@ -124,7 +124,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"reference_load": "rm"}, ["--reference-load and --reference-scores were both given"]),
     ({"objective": "clm"}, ["--reference-scores has no effect with --objective clm"]),
     ({"reference_scores": ["rm", "rm"]}, ["--reference-scores names rm twice"]),
-    ({"reference_scores": ["rm.scores", "other"]}, ["--reference-scores rm.scores: give the name only"]),
+    ({"reference_scores": ["rm.scores", "other"]}, ["--reference-scores rm.scores: omit the suffix .scores"]),
     ({"reference_scores": ["rm"]}, ["--reference-combine min has no effect without two"]),
     ({"reference_combine": "most"}, ["--reference-combine must be mean, min, or weights"]),
     ({"reference_combine": "1,2,3"}, ["--reference-combine 1,2,3 has 3 weights"]),

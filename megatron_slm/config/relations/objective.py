@@ -67,7 +67,8 @@ def sidecar_name_problem(name: str) -> str | None:
     """Return the error for a text that is no name of sidecars, if it is none."""
     if name.endswith((".scores", "/")):
         return (
-            f"--reference-scores {name}: omit .scores and a final slash; NAME names CORPUS.NAME.scores beside every corpus."
+            f"--reference-scores {name}: omit the suffix .scores and a final slash; NAME names CORPUS.NAME.scores "
+            "beside every corpus."
         )
     if not any(character.isalnum() for character in Path(name).name):
         return (
