@@ -101,7 +101,7 @@ def _compare(
     return adopted, "\n".join(filter(None, (differences, _completion(config, manifest, start))))
 
 
-def _completion(config: Config, manifest: Manifest, start: Start) -> str:
+def _completion(config: RunConfig, manifest: Manifest, start: Start) -> str:
     """Return a line if the checkpoint has reached the end of the run, so that nothing is left to train."""
     training = config.training
     is_complete = manifest.step >= training.train_iters
