@@ -158,7 +158,7 @@ def check_weights_fit(config: RunConfig, saved: RunConfig, directory: Path, flag
     refuse(
         [
             f"{flag}: {each.flag} {_show(each.ours)} differs from the model in {directory} ({_show(each.theirs)}), "
-            f"whose weights do not fit. Give {each.flag} {_show(each.theirs)}, or add --use-checkpoint-args."
+            f"whose weights do not fit. {_remedy(each)}, or add --use-checkpoint-args."
             for each in found
             if each.rule is Rule.STRUCTURE
         ]
@@ -172,7 +172,7 @@ def score_changed(config: RunConfig, saved: RunConfig) -> bool:
 
 
 def _refusal(each: Difference, directory: Path, flag: str) -> str:
-    remedy = f"Give {each.flag} {_show(each.theirs)}"
+    remedy = _remedy(each)
     if each.rule is Rule.OPTIMIZER:
         remedy += ", or add --no-load-optim to start with a new optimizer state"
     elif each.rule is Rule.ERROR:
@@ -181,6 +181,15 @@ def _refusal(each: Difference, directory: Path, flag: str) -> str:
         remedy += ", or add --use-checkpoint-args"
     values = f"{_show(each.ours)} differs from the checkpoint {directory} ({_show(each.theirs)})"
     return f"{flag}: {each.flag} {values}. {remedy}."
+
+
+def _remedy(each: Difference) -> str:
+    """Return the instruction to give the flag as the checkpoint has it."""
+    if each.theirs is None:
+        return f"Leave {each.flag} out"
+    if isinstance(each.theirs, bool):
+        return f"Give {each.flag if each.theirs else each.flag.replace('--', '--no-', 1)}"
+    return f"Give {each.flag} {_show(each.theirs)}"
 
 
 def _line(found: list[Difference], adopted: set[Rule], directory: Path, additional: Sequence[str] = ()) -> str:

@@ -37,6 +37,8 @@ def test_equal_settings_give_no_line() -> None:
         ("rotary_base", 500000, "Give --rotary-base 10000, add --use-checkpoint-args, or start a new run"),
         ("seq_length", 64, "Give --seq-length 32"),
         ("swiglu", True, "--swiglu on differs"),
+        ("swiglu", True, "Give --no-swiglu, or add --use-checkpoint-args"),
+        ("num_experts", 4, "Leave --num-experts out, or add --use-checkpoint-args"),
         ("activation", "gelu_tanh", "--activation gelu_tanh differs"),
         ("optimizer", "sgd", "add --no-load-optim"),
     ],
