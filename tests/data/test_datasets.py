@@ -16,6 +16,7 @@ import pytest
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.index import read_index
 from megatron_slm.data.datasets import Datasets, build_datasets, check_corpora
+from megatron_slm.data.index_cache import cached_arrays
 from megatron_slm.data.overlap import ReadSamples, order_overlap
 from megatron_slm.data.sample_locations import label_ranges
 from megatron_slm.runtime.errors import ConfigError
@@ -103,6 +104,14 @@ def test_damaged_cache_file_is_a_miss(
         else:
             assert "--data-cache-path" in capsys.readouterr().err
             path.unlink() if path.is_fifo() else path.rmdir()
+
+
+def test_cache_entry_of_other_data_is_a_miss(tmp_path: Path) -> None:
+    for number in (1, 2):
+        arrays = cached_arrays(
+            str(tmp_path), "key", f"data {number}", ["a"], lambda number=number: (np.array([number]),)
+        )
+        assert arrays[0].tolist() == [number]
 
 
 def test_unwritable_cache_falls_back_to_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
