@@ -124,7 +124,7 @@ FAULTS = [
         "data/index_cache.py",
         'if entry["description"] != description:',
         'if not entry["description"]:',
-        ("data/test_datasets.py",),
+        ("data/test_datasets.py::test_cache_entry_of_other_data_is_a_miss",),
     ),
     Fault(
         "samples in the order of the text",
@@ -208,8 +208,8 @@ FAULTS = [
     Fault(
         "the loss of the last batch of an evaluation",
         "training/evaluation.py",
-        "parts += passes.run(all_tokens)",
-        "parts = passes.run(all_tokens)",
+        "parts += passes.run(",
+        "parts = passes.run(",
         ("training/test_loop.py::test_evaluation_does_not_change_training",),
     ),
     Fault(
