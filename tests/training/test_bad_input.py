@@ -51,7 +51,7 @@ FLAGS: list[tuple[dict[str, Any], str]] = [
     ({"train_iters": 2.5}, "--train-iters must be an integer"),
     ({"min_lr": 1}, "--min-lr 1.0 is above --lr"),
     ({"tokenizer_type": "Magic"}, "--tokenizer-type must be one of"),
-    ({"tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
+    ({"tokenizer_type": "SentencePieceTokenizer"}, "requires --tokenizer-model"),
     ({"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "/nowhere"}, "--tokenizer-model /nowhere"),
     ({"vocab_size": 256}, "--vocab-size 256 is below the size"),
     ({"data_path": "/nowhere/corpus"}, "/nowhere/corpus.bin is missing"),

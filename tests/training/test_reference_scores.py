@@ -137,7 +137,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"slm_score": "excess", "reference_scores": ["rm", "plain"]}, ["two_text_document.plain.scores is missing"]),
     (
         {"slm_score": "excess", "reference_scores": ["rm", "mixed"]},
-        ["one_text_document.mixed.scores was made with the reference model", "All"],
+        ["one_text_document.mixed.scores was made with the reference model", "Score all corpora"],
     ),
     (
         {"slm_score": "excess", "reference_scores": ["rm", "stride"]},
@@ -182,7 +182,7 @@ DAMAGE: list[tuple[Any, list[str]]] = [
     (lambda path: path.rename(f"{path}.partial"), ["is not finished yet. Run tools/score_corpus.py"]),
     (
         lambda path: _edit_header(path, tokenizer="ByteTokenizer beef"),
-        ["the tokenizer ByteTokenizer beef, and this run"],
+        ["the tokenizer ByteTokenizer beef, but this run"],
     ),
     (
         lambda path: _edit_header(path, eod=5),
