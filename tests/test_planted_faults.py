@@ -143,9 +143,16 @@ FAULTS = [
     Fault(
         "no correction of the predicted threshold",
         "objective/selection/predictor.py",
-        "aim - GAIN * surplus)",
-        "aim)",
+        "aim, aim - GAIN * surplus)",
+        "aim, aim)",
         ("objective/selection/test_predictor.py::test_share_is_held_over_any_fifty_steps",),
+    ),
+    Fault(
+        "no velocity of the predicted threshold",
+        "objective/selection/predictor.py",
+        "corrected, corrected + velocity)",
+        "corrected, corrected)",
+        ("objective/selection/test_predictor.py::test_the_velocity_holds_a_drift_of_more_than_the_spread",),
     ),
     Fault(
         "no anti-windup limit",
@@ -187,8 +194,8 @@ FAULTS = [
     Fault(
         "master weights of before the load",
         "checkpoint/optimizer_state.py",
-        "    optimizer.reload_model_params()",
-        "    pass",
+        "        merge(loaded, read({",
+        "        merge({}, read({",
         ("checkpoint/test_optimizer_resume.py",),
     ),
     Fault(

@@ -64,7 +64,6 @@ def load_optimizer_state(
     names = {match["name"] for key in saved if (match := _KEY.match(key))}
     request = _select(sharded_optimizer_state(optimizer, model_state, is_loading=True), _tensor)
     _check_names(request, names, step, flag)
-    optimizer.reload_model_params()  # initializes master weights that are missing in the checkpoint
     loaded = read({"tensors": found})["tensors"] if (found := _select(request, _saved_as(names))) else {}
     if not names & MASTERS and (weights := _select(request, _master_as_weight)):
         merge(loaded, read({"tensors": weights})["tensors"])

@@ -40,8 +40,7 @@ def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
         if state.selection.has_rank_state:
             content["guess"] = checkpoint.selection_state(state, "guess")
         else:
-            threshold, tied, surplus, share, ratio = state.selection.state_dict()["values"]
-            values = [threshold, tied, surplus, [9.0], [9.0], share, ratio]
+            values = state.selection.state_dict()["values"]
             content["carried"] = {"policy": "Term(score='token-loss', ratio=None, stochastic=False)", "values": values}
         return content
 

@@ -1,19 +1,20 @@
 """The predicted threshold: selection over the global batch that needs no other tokens of the step.
 
 When a step ends, its scores are known on all ranks, and so is the exact threshold that would have selected any share
-of them. The next step's threshold is that of a share which compensates for the surplus selected so far:
+of them. The next step's threshold is that of a share which compensates for the surplus selected so far, moved on by
+the velocity of the thresholds:
 
     surplusₜ   = surplusₜ₋₁ + (shareₜ − kₜ)
     exactₜ(r)  = the exact threshold of step t's scores for the share r
-    threshold of step t + 1  =  exactₜ(k − GAIN · surplusₜ)
+    velocityₜ  = SMOOTHING · velocityₜ₋₁ + (1 − SMOOTHING) · (exactₜ(k) − exactₜ₋₁(k))
+    threshold of step t + 1  =  exactₜ(k − GAIN · surplusₜ) + velocityₜ
 
 Over n steps the mean share is off by the change of the surplus divided by n. Noise of a batch cancels in the surplus,
-a steady drift changes it only until the surplus makes up for one step of drift, and a jump J of the share enters it
-once: J / 50 over 50 steps, so that |J| ≤ 1/2 costs at most 1 %. It holds while the scores of a step move by less than
-their spread.
+a steady drift leaves none once its velocity is known, and a jump J of the share enters it once: J / 50 over 50 steps,
+so that |J| ≤ 1/2 costs at most 1 %. It holds while the scores of a step move by less than their spread.
 
-Of the scores that are equal to the threshold, a share is selected by a hash of the token's index: ties do no harm
-either, and the selection of a token still depends on nothing but itself.
+If many scores are equal to the threshold, it is not moved on, and a share of them is selected by a hash of the token's
+index: ties do no harm either, and the selection of a token still depends on nothing but itself.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from megatron_slm.objective.tokens import TokenBatch, all_reduce_counts
 from megatron_slm.runtime.collective import broadcast_from_last_stage
 
 GAIN = 0.7
+SMOOTHING = 0.5
 LARGEST_SURPLUS = 1.0  # anti-windup limit of the integral term
-ROWS_0_2 = [0, 1, 2, 5, 6]  # of the state of versions 0.1 and 0.2, which also held a velocity of the threshold
+MANY_TIES = 0.001  # of the valid tokens
 
 
 @dataclass(frozen=True)
@@ -95,23 +97,23 @@ class ThresholdPredictor:
         assert config.policy is not None
         self.config = config
         self.top_ks = list(top_ks(config.policy))
-        # One column per top-k: the threshold, the share of equal scores, the surplus, the share of the combined
-        # selection, and the run's ratio that the threshold is predicted for. float64, which holds fp32 as it is, in
-        # one message.
-        self.values = torch.zeros(5, len(self.top_ks), dtype=torch.float64, device=device)
+        # One column per top-k: the threshold, the share of equal scores, the surplus, the last exact threshold, the
+        # velocity, the share of the combined selection, and the run's ratio that the threshold is predicted for.
+        # float64, which holds fp32 as it is, in one message.
+        self.values = torch.zeros(7, len(self.top_ks), dtype=torch.float64, device=device)
         self.values[-1] = torch.nan
         self.predicted_ratio = math.nan  # the last row, known without waiting for the device
 
     @property
     def share(self) -> float:
         """The share of the valid tokens that the last step selected."""
-        return float(self.values[3, 0])
+        return float(self.values[5, 0])
 
     def predict(self, ratio: float) -> PredictedThreshold | None:
         """Return the thresholds of a step with this ratio; None if it must be selected exactly."""
         if self.predicted_ratio != ratio:
             return None
-        threshold, tied, _, share, _ = self.values
+        threshold, tied, _, _, _, share, _ = self.values
         return PredictedThreshold(threshold.float(), tied, share[0].float())
 
     def observe(self, tokens: TokenBatch, selected: Tensor, ratio: float, next_ratio: float) -> None:
@@ -126,7 +128,7 @@ class ThresholdPredictor:
         Raises:
             DivergedError: a loss of a valid token is NaN or infinite, on any rank.
         """
-        surplus = self.values[2]
+        _, _, surplus, before, velocity, _, _ = self.values
         reached = torch.zeros_like(surplus, dtype=torch.int64)
         if (predicted := self.predict(ratio)) is not None:
             reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
@@ -139,11 +141,16 @@ class ThresholdPredictor:
             error = n_reached / n_valid - self._shares(ratio)
             surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
         aim = self._shares(next_ratio)
-        threshold, needed, ties = self._exact_thresholds(tokens, n_valid, aim - GAIN * surplus)
+        exact, corrected, needed, ties = self._exact_thresholds(tokens, n_valid, aim, aim - GAIN * surplus)
+        if predicted is not None:
+            moved = (exact - before).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
+            velocity = SMOOTHING * velocity + (1 - SMOOTHING) * moved
+        threshold = torch.where(ties - 1 > MANY_TIES * n_valid, corrected, corrected + velocity)
         everything = aim >= 1
         threshold, tied = threshold.masked_fill(everything, -torch.inf), (needed / ties).masked_fill(everything, 1.0)
         share, predicted_ratio = (n_selected / n_valid).expand_as(aim), torch.full_like(aim, next_ratio)
-        self.values = torch.stack((threshold.double(), tied, surplus, share, predicted_ratio))
+        rows = (threshold.float(), tied, surplus, exact, velocity, share, predicted_ratio)
+        self.values = torch.stack(rows).double()
         self.predicted_ratio = next_ratio
 
     def broadcast(self, pipeline: ProcessGroup | None) -> None:
@@ -155,18 +162,20 @@ class ThresholdPredictor:
         return {"values": self.values.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        values = torch.tensor(state["values"], dtype=torch.float64, device=self.values.device)
-        self.values = values if len(values) == len(self.values) else values[ROWS_0_2]
+        self.values = torch.tensor(state["values"], dtype=torch.float64, device=self.values.device)
         self.predicted_ratio = float(self.values[-1, 0])
 
-    def _exact_thresholds(self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the exact threshold of each top-k for a share of the valid tokens, [t] fp32; and how many of the
-        scores equal to it belong to that share, and their number, [t] int64."""
-        count = (shares * n_valid).round().long().clamp(min=1).minimum(n_valid)
+    def _exact_thresholds(
+        self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor, corrected: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the exact thresholds of each top-k for two shares of the valid tokens, [t] float64; and for the second
+        share, how many of the scores equal to its threshold belong to it, and their number, [t] int64."""
+        count = (torch.cat((shares, corrected)) * n_valid).round().long().clamp(min=1).minimum(n_valid)
         scores = torch.stack([ranking_scores(tokens, self.config, top_k).flatten() for top_k in self.top_ks])
         valid = tokens.valid.reshape(1, -1).expand(len(count), -1)
-        key, needed, ties = largest_key(order_keys(scores), valid, count, self.config.group)
-        return key_values(key), needed, ties
+        key, needed, ties = largest_key(order_keys(scores).repeat(2, 1), valid, count, self.config.group)
+        thresholds, half = key_values(key).double(), len(self.top_ks)
+        return thresholds[:half], thresholds[half:], needed[half:], ties[half:]
 
     def _shares(self, ratio: float) -> Tensor:
         shares = [top_k.ratio or ratio for top_k in self.top_ks]

@@ -104,12 +104,20 @@ def test_the_hardest_jump_costs_its_own_step_and_few_more() -> None:
     assert worst(errors[106:]) <= 0.01 and worst(errors[1:]) <= 0.02
 
 
-def test_a_fall_that_cannot_be_followed_is_not_made_up_for_without_limit() -> None:
-    """For 30 steps every score is below the threshold of the step before; then losses stand still."""
+def test_a_fall_that_cannot_be_followed_is_not_made_up_for_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 30 steps every score is below the threshold of the step before, which is not moved on; then none is."""
+    monkeypatch.setattr("megatron_slm.objective.selection.predictor.SMOOTHING", 1.0)  # no velocity
     errors, _ = train(normal(lambda step: -50.0 * min(step, 30)), 100)
     assert errors[1:31] == pytest.approx(-0.6)
     assert errors[31:].sum() <= LARGEST_SURPLUS + 0.1
     assert worst(errors[37:]) <= 0.01
+
+
+def test_the_velocity_holds_a_drift_of_more_than_the_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    fall = normal(lambda step: -2.5 * step)
+    assert worst(train(fall, 200)[0][1:]) <= 0.01
+    monkeypatch.setattr("megatron_slm.objective.selection.predictor.SMOOTHING", 1.0)
+    assert worst(train(fall, 200)[0][1:]) > 0.01
 
 
 def test_without_control_a_drift_would_not_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +125,7 @@ def test_without_control_a_drift_would_not_be_held(monkeypatch: pytest.MonkeyPat
     fall = normal(lambda step: -0.4 * step)
     assert worst(train(fall, 150)[0][1:]) <= 0.01
     monkeypatch.setattr("megatron_slm.objective.selection.predictor.GAIN", 0.0)
+    monkeypatch.setattr("megatron_slm.objective.selection.predictor.SMOOTHING", 1.0)  # no velocity
     assert worst(train(fall, 150)[0][1:]) > 0.03
 
 
