@@ -365,7 +365,7 @@ def test_ctrl_c_keeps_completed_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.kills
-def test_twenty_random_kills(tmp_path: Path) -> None:
+def test_random_kills(tmp_path: Path) -> None:
     """kill -9 of the real command with two workers at random moments; no worker outlives it."""
     rng = random.Random(4)
     files = write_inputs(tmp_path, times=20)
@@ -373,14 +373,14 @@ def test_twenty_random_kills(tmp_path: Path) -> None:
     slow = {**os.environ, "SECONDS": "0.004"}
     journal = tmp_path / "out_text_document.journal"
     kills, records = 0, []
-    while kills < 20:
+    while kills < 8:
         process = subprocess.Popen(command, env=slow, stderr=subprocess.DEVNULL)
         size = journal.stat().st_size if journal.exists() else 0
         while kills % 2 and process.poll() is None and (not journal.exists() or journal.stat().st_size <= size):
             time.sleep(0.005)  # in every other run it makes progress; in the others it may not have started
         time.sleep(rng.uniform(0, 0.5))
         workers = psutil.Process(process.pid).children()
-        assert process.poll() is None, "it ended before its twentieth kill: make it slower"
+        assert process.poll() is None, "it ended before its last kill: make it slower"
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
