@@ -7,7 +7,7 @@ import io
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_slm.cli.pretrain import main
 from megatron_slm.preprocessing.preprocess import Job, preprocess
@@ -56,9 +56,23 @@ def launch(argv: list[str], world_size: int = 1) -> None:
         assert code == 0, errors
 
 
+class Outcome(NamedTuple):
+    """Exit code and output of one run of the trainer."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def run_each(*commands: list[str]) -> list[Outcome]:
+    """Run the trainer once per command line in one process, which saves start-up time."""
+    return run_ranks(_main_each, 1, commands, initialise=False)[0]
+
+
 def launch_each(commands: list[list[str]]) -> None:
-    """Run the trainer several times in one process, which saves start-up time."""
-    run_ranks(_main_each, 1, commands, initialise=False)
+    """Run the trainer once per command line in one process, and assert exit code 0 of each run."""
+    for outcome in run_each(*commands):
+        assert outcome.code == 0, outcome.errors
 
 
 def launch_and_fail(argv: list[str], world_size: int = 1) -> tuple[int, str]:
@@ -66,17 +80,20 @@ def launch_and_fail(argv: list[str], world_size: int = 1) -> tuple[int, str]:
     return run_ranks(_main, world_size, argv, initialise=False)[0]
 
 
-def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+def _captured(argv: list[str]) -> Outcome:
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         code = main(argv)
-    return code, errors.getvalue()
+    return Outcome(code, output.getvalue(), errors.getvalue())
 
 
-def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> None:
-    for argv in commands:
-        code, errors = _main(rank, world_size, argv)
-        assert code == 0, errors
+def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+    outcome = _captured(argv)
+    return outcome.code, outcome.errors
+
+
+def _main_each(rank: int, world_size: int, commands: tuple[list[str], ...]) -> list[Outcome]:
+    return [_captured(argv) for argv in commands]
 
 
 def records(save: Path, kind: str = "train") -> list[dict[str, Any]]:

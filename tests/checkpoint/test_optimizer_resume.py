@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_slm.cli.pretrain import main
-from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import command, losses, make_corpus, records
+from megatron_slm.testing.tiny import command, losses, make_corpus, records, run_each
 
 KINDS: dict[str, list[str]] = {
     "plain": [],
@@ -27,30 +22,6 @@ PAIRS = [
     *(("plain", "bf16-distributed"), ("distributed", "bf16"), ("bf16", "distributed"), ("bf16-distributed", "plain")),
     *(("sgd", "sgd"), ("sgd-without-momentum", "sgd-without-momentum")),
 ]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Hold the exit code and output of one run."""
-
-    code: int
-    output: str
-    errors: str
-
-
-def run_each(commands: list[list[str]]) -> list[Outcome]:
-    """Run the trainer once for each command line, in one process."""
-    return run_ranks(_run_each, 1, commands, initialise=False)[0]
-
-
-def _run_each(rank: int, world_size: int, commands: list[list[str]]) -> list[Outcome]:
-    outcomes = []
-    for argv in commands:
-        output, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            code = main(argv)
-        outcomes.append(Outcome(code, output.getvalue(), errors.getvalue()))
-    return outcomes
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +40,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
     for name, flags in KINDS.items():
         commands.append(command(corpus, directory / f"{name}-uninterrupted", train_iters=4) + SCHEDULE + flags)
         commands.append(command(corpus, directory / name, train_iters=4, exit_interval=2) + SCHEDULE + flags)
-    for outcome in run_each(commands):
+    for outcome in run_each(*commands):
         assert outcome.code == 0, outcome.errors
     return directory
 
@@ -81,7 +52,7 @@ def resume(corpus: str, saved: Path, name: str, save: Path, *flags: str, **setti
 
 def test_every_optimizer_resumes_with_the_state_of_another(tmp_path: Path, corpus: str, saved: Path) -> None:
     commands = [resume(corpus, saved, one, tmp_path / f"{one}-{other}", *KINDS[other]) for one, other in PAIRS]
-    for (one, other), outcome in zip(PAIRS, run_each(commands), strict=True):
+    for (one, other), outcome in zip(PAIRS, run_each(*commands), strict=True):
         assert outcome.code == 0, (one, other, outcome.errors)
         uninterrupted = saved / f"{one}-uninterrupted"
         if one == other:
@@ -98,10 +69,8 @@ def _progress(save: Path) -> list[float]:
 
 def test_other_optimizer_type_is_refused_or_starts_fresh(tmp_path: Path, corpus: str, saved: Path) -> None:
     refused, started = run_each(
-        [
-            resume(corpus, saved, "distributed", tmp_path / "refused", *KINDS["sgd"]),
-            resume(corpus, saved, "distributed", tmp_path / "started", *KINDS["sgd"], "--no-load-optim"),
-        ]
+        resume(corpus, saved, "distributed", tmp_path / "refused", *KINDS["sgd"]),
+        resume(corpus, saved, "distributed", tmp_path / "started", *KINDS["sgd"], "--no-load-optim"),
     )
     assert refused.code == 2
     assert "--optimizer sgd differs" in refused.errors and "--no-load-optim" in refused.errors
@@ -121,7 +90,7 @@ def test_optimizer_flags_apply_on_resume(tmp_path: Path, corpus: str, saved: Pat
         for kind, each in cases.items()
         for number, flags in enumerate(each)
     ]
-    outcomes = run_each(commands)
+    outcomes = run_each(*commands)
     assert [outcome.code for outcome in outcomes] == [0] * len(commands), outcomes
     for kind, each in cases.items():
         last = [records(tmp_path / f"{kind}-{number}")[-1] for number in range(len(each))]
@@ -134,12 +103,10 @@ def test_changed_schedule_is_refused_without_a_scheduler_flag(tmp_path: Path, co
     longer = {"train_iters": 8, "lr": "2e-2"}
     use = "--use-checkpoint-opt_param-scheduler"
     refused, override, checkpoint, without = run_each(
-        [
-            resume(corpus, saved, "plain", tmp_path / "refused", **longer),
-            resume(corpus, saved, "plain", tmp_path / "override", "--override-opt_param-scheduler", **longer),
-            resume(corpus, saved, "plain", tmp_path / "checkpoint", use, **longer),
-            resume(corpus, saved, "plain", tmp_path / "without", "--no-load-optim"),
-        ]
+        resume(corpus, saved, "plain", tmp_path / "refused", **longer),
+        resume(corpus, saved, "plain", tmp_path / "override", "--override-opt_param-scheduler", **longer),
+        resume(corpus, saved, "plain", tmp_path / "checkpoint", use, **longer),
+        resume(corpus, saved, "plain", tmp_path / "without", "--no-load-optim"),
     )
     assert refused.code == 2 and use in refused.errors and "lr_decay_steps (in samples) 128" in refused.errors
     assert override.code == checkpoint.code == without.code == 0, (override, checkpoint, without)
@@ -163,18 +130,16 @@ def test_resume_without_random_or_optimizer_states(tmp_path: Path, corpus: str) 
         return [*command(corpus, tmp_path / save, load=tmp_path / name, **dropout), *SCHEDULE, *flags]
 
     outcomes = run_each(
-        [
-            uninterrupted,
-            first,
-            [*bare, "--no-save-optim"],
-            again("run", "same"),
-            again("run", "rng", "--no-load-rng"),
-            again("bare", "refused"),
-            again("bare", "started", "--no-load-optim"),
-            again("run", "tuned", "--finetune", "--no-load-optim", "--lr", "2e-2", "--optimizer", "sgd"),
-            again("run", "both", "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
-            again("run", "kept", "--use-checkpoint-opt_param-scheduler", "--no-load-optim", "--lr", "2e-2"),
-        ]
+        uninterrupted,
+        first,
+        [*bare, "--no-save-optim"],
+        again("run", "same"),
+        again("run", "rng", "--no-load-rng"),
+        again("bare", "refused"),
+        again("bare", "started", "--no-load-optim"),
+        again("run", "tuned", "--finetune", "--no-load-optim", "--lr", "2e-2", "--optimizer", "sgd"),
+        again("run", "both", "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
+        again("run", "kept", "--use-checkpoint-opt_param-scheduler", "--no-load-optim", "--lr", "2e-2"),
     )
     codes = dict(zip(("same", "rng", "refused", "started", "tuned", "both", "kept"), outcomes[3:], strict=True))
     assert {name: outcome.code for name, outcome in codes.items()} == {

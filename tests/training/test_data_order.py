@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -19,29 +17,12 @@ from megatron_slm.config.schema import DataConfig, RunConfig
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.testing.corpus_files import build
 from megatron_slm.testing.numbered import write_numbered_corpus
-from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import command, losses, records
+from megatron_slm.testing.tiny import command, losses, records, run_each
 from megatron_slm.tokenizers.plain_tokenizers import NullTokenizer
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles
 from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 NUMBERS = NullTokenizer(TokenizerFiles(vocab_size=5000))
-
-
-def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    results = []
-    for argv in commands:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(argv)
-        results.append((code, out.getvalue(), err.getvalue()))
-    return results
-
-
-def run_each(*commands: list[str]) -> list[tuple[int, str, str]]:
-    """Run the trainer several times in one process; return exit code, stdout and stderr of each run."""
-    [results] = run_ranks(_main_each, 1, list(commands), initialise=False)
-    return results
 
 
 @pytest.fixture(scope="module")

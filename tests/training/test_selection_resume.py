@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_slm.cli.pretrain import main
-from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import command, losses, make_corpus, records
-
-
-def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    results = []
-    for argv in commands:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(argv)
-        results.append((code, out.getvalue(), err.getvalue()))
-    return results
-
-
-def run_each(*commands: list[str]) -> list[tuple[int, str, str]]:
-    [results] = run_ranks(_main_each, 1, list(commands), initialise=False)
-    return results
+from megatron_slm.testing.tiny import command, losses, make_corpus, records, run_each
 
 
 @pytest.fixture(scope="module")
