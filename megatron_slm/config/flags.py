@@ -135,7 +135,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="YAML files with settings by flag name; later recipes override earlier ones, and flags override recipes",
     )
     for name, text in (
-        ("print-config", "print the resolved settings as a recipe and exit"),
+        ("print-config", "print the settings of the command line and its recipes as a recipe and exit"),
         ("dry-run", "validate the configuration and files, print the plan and exit"),
     ):
         parser.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
