@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, latest_step, locate_checkpoint, saved_config
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import settings, with_settings
+from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
 from megatron_slm.config.resume import RULES, Rule
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 
@@ -29,20 +29,19 @@ def adopt_checkpoint_args(config: RunConfig) -> tuple[RunConfig, str]:
     directory = _checkpoint(config.checkpoint)
     if directory is None:
         return config, f"{FLAG}: no checkpoint yet; using the flags"
-    saved = saved_config(directory)
+    saved, current = to_flat_dict(saved_config(directory)), to_flat_dict(config)
     with_tokenizer = config.tokenizer.tokenizer_type is None
     adopted: dict[str, Any] = {}
     changed = []
     for group, setting, _ in settings():
-        is_model = RULES.get(setting.name) in (Rule.STRUCTURE, Rule.ERROR) or setting.name in ALSO
-        if is_model or (with_tokenizer and (group == "tokenizer" or setting.name == "vocab_size")):
-            value = getattr(getattr(saved, group), setting.name)
-            if value != getattr(getattr(config, group), setting.name):
-                adopted[setting.name] = value
-                changed.append(f"{flag_name(setting)} {'unset' if value is None else value}")
-    return with_settings(
-        config, adopted
-    ), f"{FLAG}: from {directory}: {', '.join(changed) or 'no differences from the flags'}"
+        name, value = setting.name, saved[setting.name]
+        is_model = RULES.get(name) in (Rule.STRUCTURE, Rule.ERROR) or name in ALSO
+        is_adopted = is_model or (with_tokenizer and (group == "tokenizer" or name == "vocab_size"))
+        if is_adopted and value != current[name]:
+            adopted[name] = value
+            changed.append(f"{flag_name(setting)} {'unset' if value is None else value}")
+    note = f"{FLAG}: from {directory}: {', '.join(changed) or 'no differences from the flags'}"
+    return with_settings(config, adopted), note
 
 
 def _checkpoint(flags: CheckpointConfig) -> Path | None:

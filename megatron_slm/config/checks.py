@@ -8,7 +8,7 @@ from typing import Any
 from megatron_slm.config.activation import default_ffn_size
 from megatron_slm.config.blends import resolve_blends
 from megatron_slm.config.constraints import UNSET, flag_name, violations
-from megatron_slm.config.recipe import settings, with_settings
+from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
 from megatron_slm.config.relations import relation_violations
 from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import RunConfig
@@ -63,22 +63,17 @@ def _with_default_tokenizer(config: RunConfig) -> RunConfig:
 
 def value_violations(config: RunConfig) -> list[str]:
     """Return a message for each setting that violates its constraints."""
-    return [
-        message
-        for group, setting, _ in settings()
-        for message in violations(setting, getattr(getattr(config, group), setting.name))
-    ]
+    values = to_flat_dict(config)
+    return [message for _, setting, _ in settings() for message in violations(setting, values[setting.name])]
 
 
 def _missing(config: RunConfig) -> list[str]:
-    training = config.training
+    training, values = config.training, to_flat_dict(config)
     optional = {"train_iters", "lr"} if training.skip_train else {"train_iters"} if training.train_samples else set()
     unset = [
         flag_name(setting)
-        for group, setting, _ in settings()
-        if setting.metadata["required"]
-        and setting.name not in optional
-        and getattr(getattr(config, group), setting.name) is UNSET
+        for _, setting, _ in settings()
+        if setting.metadata["required"] and setting.name not in optional and values[setting.name] is UNSET
     ]
     return [f"missing required settings: {' '.join(unset)}"] if unset else []
 

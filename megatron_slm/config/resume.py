@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_slm.config.activation import activation_name
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import settings, with_settings
+from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import refuse
 
@@ -111,13 +111,14 @@ class Difference:
 
 def differences(config: RunConfig, saved: RunConfig) -> list[Difference]:
     """Return the differing settings that have an effect, except local ones, in the order of the help."""
+    current, earlier = to_flat_dict(config), to_flat_dict(saved)
     found = []
-    for group, setting, _ in settings():
-        rule = RULES.get(setting.name, Rule.FLAG)
-        ours, theirs = (getattr(getattr(each, group), setting.name) for each in (config, saved))
-        if rule is not Rule.LOCAL and ours != theirs and _has_effect(setting.name, config, saved):
-            flag = flag_name(setting)
-            found.append(Difference(setting.name, flag, ours, theirs, rule))
+    for _, setting, _ in settings():
+        name, rule = setting.name, RULES.get(setting.name, Rule.FLAG)
+        ours, theirs = current[name], earlier[name]
+        follows = name in DERIVED and (None in (ours, theirs) or _sources(config) != _sources(saved))
+        if rule is not Rule.LOCAL and ours != theirs and not follows and _has_effect(name, config, saved):
+            found.append(Difference(name, flag_name(setting), ours, theirs, rule))
     return found
 
 
@@ -217,8 +218,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:
-    if name in DERIVED and (_sources(config) != _sources(saved) or None in (_value(config, name), _value(saved, name))):
-        return False  # the difference in a source setting is reported instead
     if name in ("swiglu", "activation"):
         return activation_name(config.model) != activation_name(saved.model)
     if name in ("rotary_base", "rotary_percent"):
@@ -227,11 +226,8 @@ def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:
 
 
 def _sources(config: RunConfig) -> tuple[Any, ...]:
+    """Return the settings from which others are derived; a difference in them is reported instead of its effects."""
     return config.model.hidden_size, config.model.num_attention_heads, activation_name(config.model)
-
-
-def _value(config: RunConfig, name: str) -> Any:
-    return getattr(config.model, name)
 
 
 def _fixed_decay(config: RunConfig, saved: RunConfig) -> dict[str, Any]:
