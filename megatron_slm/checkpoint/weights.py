@@ -138,21 +138,14 @@ def check_metadata(directory: Path, flag: str) -> None:
     Raises:
         ConfigError: a file is damaged or contains code; on every rank.
     """
-
-    def check() -> None:
-        with explained_load(directory, flag):
-            load_sharded_metadata(str(directory))
-            if not isinstance(load_common_state_dict(str(directory)), dict):
-                raise pickle.UnpicklingError("common.pt does not contain a dictionary")
-
-    on_first_rank(check)
+    on_first_rank(lambda: _read_keys(directory, flag))
 
 
 def check_objects(directory: Path, flag: str) -> None:
-    """Read the objects inside ``.distcp`` files that a run loads, such as random states; they are small.
+    """Validate the objects in ``.distcp`` files that a run loads, such as random states; they are small.
 
     Raises:
-        ConfigError: they are damaged, or hold code.
+        ConfigError: an object is damaged or contains code.
     """
     with explained_load(directory, flag):
         reader = FileSystemReader(directory)
@@ -170,13 +163,14 @@ def saved_keys(directory: Path, flag: str) -> frozenset[str]:
     Raises:
         ConfigError: a metadata file of the checkpoint is unreadable on some rank; on every rank.
     """
+    return on_every_rank(lambda: _read_keys(directory, flag))
 
-    def read() -> frozenset[str]:
-        with explained_load(directory, flag):
-            dist_checkpointing.load_common_state_dict(str(directory))
-            return frozenset(load_sharded_metadata(str(directory)))
 
-    return on_every_rank(read)
+def _read_keys(directory: Path, flag: str) -> frozenset[str]:
+    with explained_load(directory, flag):
+        if not isinstance(load_common_state_dict(str(directory)), dict):
+            raise pickle.UnpicklingError("common.pt does not contain a dictionary")
+        return frozenset(load_sharded_metadata(str(directory)))
 
 
 @contextmanager
