@@ -1,4 +1,4 @@
-"""Standard output and error for terminals of any encoding, full disks, and streams that the caller has closed."""
+"""Standard output and error on terminals of any encoding, on full disks, and if the caller has closed them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ASCII = {"τ": "tau", "θ": "theta", "−": "-", "–": "-", "—": "-", "±": "
 
 
 def prepare_output() -> None:
-    """Let standard output and error take any character, whatever the terminal's encoding is, and replace closed ones.
+    """Configure standard output and error to accept any character, and reopen closed standard streams.
 
-    Call it before files are opened: the first ones would get the descriptors of closed streams.
+    Call this before opening files, which would otherwise get the descriptors of closed streams.
     """
     _open_closed_streams()
     codecs.register_error("spelled", _spelled)
@@ -27,20 +27,20 @@ def prepare_output() -> None:
 
 
 def print_error(text: str) -> None:
-    """Print a line to standard error; an error in doing so is ignored, because it can be reported nowhere."""
+    """Print a line to standard error; ignore errors, which cannot be reported."""
     print(text, file=fail_safe(sys.stderr), flush=True)
 
 
 def print_summary(text: str) -> None:
-    """Print the last line of completed work to standard output, which must not make it fail."""
+    """Print the summary of completed work to standard output; write errors do not change the exit code."""
     print(text, file=fail_safe(sys.stdout), flush=True)
 
 
 def print_result(text: str) -> None:
-    """Print text for which the command was called to standard output; a closed pipe is not an error.
+    """Print the requested result of a command to standard output; a closed pipe is not an error.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: standard output cannot be written.
     """
     try:
         print(text, end="", flush=True)
@@ -52,12 +52,12 @@ def print_result(text: str) -> None:
 
 
 def fail_safe(stream: TextIO) -> TextIO:
-    """Return ``stream`` without its errors, such as a full disk or a closed pipe; the first one gives a warning."""
+    """Wrap ``stream`` to ignore write errors, such as a full disk or a closed pipe, after one warning."""
     return cast(TextIO, _FailSafe(stream))
 
 
 class _FailSafe:
-    """A text stream whose errors do not end the process."""
+    """Text stream that ignores write errors."""
 
     has_warned = False
 
@@ -93,7 +93,7 @@ def _discard_at_exit() -> None:
 
 
 def _discard_unwritten() -> None:
-    """Keep the interpreter from failing at exit because of lines that it still cannot write."""
+    """Discard unwritable buffered output, with which the interpreter would fail at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -102,10 +102,10 @@ def _discard_unwritten() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Connect standard streams that the caller has closed to /dev/null, which takes their free descriptors in order."""
+    """Open /dev/null for each closed standard stream; in this order, each gets the descriptor of its stream."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 it stays open
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 (stays open)
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
 

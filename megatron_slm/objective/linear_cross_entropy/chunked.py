@@ -52,7 +52,7 @@ def chunked_token_loss(
     with_entropy: bool,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Token losses and entropies [s, b] as the one function describes them."""
+    """Return token losses and entropies, [s, b] each, as :func:`linear_cross_entropy` describes them."""
     loss, entropy = _ChunkedLoss.apply(
         hidden, weight, labels, config, shard, forward_grad, with_entropy, needs_gradient
     )
