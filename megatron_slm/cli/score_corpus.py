@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.flags import Parser, parse_strictly
@@ -32,7 +32,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown or removed flag, or an invalid value.
     """
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    _add_reference_and_corpora(parser.add_argument)
+    _add_scoring(parser.add_argument)
+    _add_distributed(parser.add_argument)
+    group = parser.add_argument_group("tokenizer", "default: the tokenizer of the reference model's run")
+    add_tokenizer_flags(group)
+    return parse_strictly(parser, argv, REFUSED)
+
+
+def _add_reference_and_corpora(add: Callable[..., argparse.Action]) -> None:
     add(
         "--reference-load",
         type=expand_user,
@@ -59,6 +67,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help="sidecar name: NAME writes CORPUS.NAME.scores next to each corpus, DIRECTORY/NAME into DIRECTORY",
     )
+
+
+def _add_scoring(add: Callable[..., argparse.Action]) -> None:
     add(
         "--context",
         choices=("document", "stream"),
@@ -74,6 +85,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="verify the checksums of the checkpoint before use",
     )
     add("--micro-batch-size", type=int, default=8, help="batch size per data-parallel rank and forward pass")
+
+
+def _add_distributed(add: Callable[..., argparse.Action]) -> None:
     add("--tensor-model-parallel-size", type=int, default=1, help="degree of tensor model parallelism")
     add("--pipeline-model-parallel-size", type=int, default=1, help="degree of pipeline model parallelism")
     add("--sequence-parallel", action="store_true", help="enable sequence parallelism")
@@ -83,9 +97,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="backend of torch.distributed; default nccl on GPUs, gloo on CPUs",
     )
     add("--distributed-timeout-minutes", type=int, default=10, help="timeout in minutes of collective operations")
-    group = parser.add_argument_group("tokenizer", "default: the tokenizer of the reference model's run")
-    add_tokenizer_flags(group)
-    return parse_strictly(parser, argv, REFUSED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
