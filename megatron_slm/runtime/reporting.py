@@ -76,7 +76,7 @@ def run_command(action: Callable[[], None]) -> int:
 def run_tool(action: Callable[[], None], interrupted: str = "interrupted") -> int:
     """Run a command of one process, which may be one of many independent tasks of a job; return its exit code.
 
-    ConfigError and errors of the machine become messages.
+    ConfigError, file errors and lack of memory become messages; any other error is raised.
 
     Args:
         action: the command.
