@@ -27,6 +27,11 @@ class Tokenizer(Protocol):
     fingerprint: str  # sha256 of the defining files
 
     @property
+    def bos(self) -> int | None:
+        """Id of the beginning-of-sequence token, if the tokenizer's files declare one."""
+        ...
+
+    @property
     def entries(self) -> int:
         """Number of vocabulary entries, which is less than ``vocab_size`` if ids are unused."""
         ...
@@ -40,6 +45,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Encode a text without the tokens that the tokenizer's post-processor adds."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -109,12 +118,19 @@ class BaseTokenizer:
         return OrderedDict(name=self.name, fingerprint=self.fingerprint, eod=str(self.eod))
 
     @property
+    def bos(self) -> int | None:
+        return None
+
+    @property
     def entries(self) -> int:
         return self.vocab_size
 
     @property
     def ends_texts(self) -> bool:
         return False
+
+    def encode_plain(self: Tokenizer, text: str) -> list[int]:
+        return self.encode(text)
 
     def fast_model(self) -> FastModel:
         raise UnsupportedTokenizer("")  # no reason to report: the tokenizer is fast already

@@ -1,4 +1,4 @@
-"""End-of-document token of a ``tokenizer.json``, as declared by the other files in its directory."""
+"""End-of-document and beginning-of-sequence tokens that the files beside a ``tokenizer.json`` declare."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def find_eod(path: Path, token_to_id: Callable[[str], int | None]) -> int:
             f"of {', '.join(USUAL_NAMES)} in the vocabulary). {REMEDY}"
         )
     return ids[0]
+
+
+def find_bos(path: Path, token_to_id: Callable[[str], int | None]) -> int | None:
+    """Return the id of the declared beginning-of-sequence token, or None if none is declared.
+
+    Sources in order of precedence: ``bos_token`` of ``tokenizer_config.json`` and of ``special_tokens_map.json``.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = json_settings(path.with_name(name)).get("bos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            return token_to_id(content)
+    return None
 
 
 def json_settings(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_slm.tokenizers.base import (
     missing_eod_error,
     require_file,
 )
-from megatron_slm.tokenizers.eod import find_eod, json_settings
+from megatron_slm.tokenizers.eod import find_bos, find_eod, json_settings
 from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.huggingface_fast import huggingface_fast_model
 
@@ -49,6 +49,9 @@ class _TokenizersModel(BaseTokenizer):
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text).ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
 
@@ -80,6 +83,11 @@ class HuggingFaceTokenizer(_TokenizersModel):
         _check_declared_ids(path, declared, model)
         self._use(model, files)
         self.eod = find_eod(path, model.token_to_id) if files.eod_id is None else files.eod_id
+        self.path = path
+
+    @property
+    def bos(self) -> int | None:
+        return find_bos(self.path, self.model.token_to_id)
 
 
 class GPT2BPETokenizer(_TokenizersModel):

@@ -45,6 +45,10 @@ class SentencePieceTokenizer(BaseTokenizer):
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
 
+    @property
+    def bos(self) -> int | None:
+        return bos if (bos := self.model.bos_id()) >= 0 else None
+
     def encode(self, text: str) -> list[int]:
         if not self._specials:
             return self.model.encode(text)

@@ -159,6 +159,24 @@ def test_declared_eos_token_is_the_eod_token(tmp_path: Path, declared: dict[str,
     assert tokenizer.decode([tokenizer.eod]) == eod
 
 
+def test_the_bos_token_is_the_declared_one(tmp_path: Path) -> None:
+    assert build("SentencePieceTokenizer").bos == 1 and build("ByteTokenizer").bos is None
+    shutil.copy(FIXTURES / "huggingface/tokenizer.json", tmp_path)
+    files = TokenizerFiles(str(tmp_path), eod_id=2)
+    assert build_tokenizer("HuggingFaceTokenizer", files).bos is None
+    for name, token in (("special_tokens_map.json", "</s>"), ("tokenizer_config.json", {"content": "<s>"})):
+        (tmp_path / name).write_text(json.dumps({"bos_token": token, "eos_token": "</s>"}))
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", files)
+        assert tokenizer.bos is not None
+        assert tokenizer.decode([tokenizer.bos]) == (token if isinstance(token, str) else token["content"])
+
+
+def test_plain_encoding_has_no_added_tokens() -> None:
+    tokenizer = build("HuggingFaceTokenizer")
+    assert tokenizer.encode("some text")[1:-1] == tokenizer.encode_plain("some text")
+    assert build("ByteTokenizer").encode_plain("some text") == build("ByteTokenizer").encode("some text")
+
+
 def test_tiktoken_reads_both_formats(tmp_path: Path) -> None:
     tokens = [base64.b64decode(line["token_bytes"]) for line in json.loads((FIXTURES / "tiktoken.json").read_text())]
     plain = tmp_path / "own.tiktoken"
