@@ -34,7 +34,8 @@ class TorchAttention(MegatronModule):
     """Causal attention over the heads of this tensor-parallel rank, by ``scaled_dot_product_attention``.
 
     Under context parallelism, each rank gathers the keys and values of the full sequence and attends from its local
-    positions; the gradients of keys and values are reduced to their source ranks.
+    positions; the gradients of keys and values are reduced to their source ranks. With a key-value cache, Megatron-Core
+    passes the keys and values of all positions, and the mask type ``no_mask`` for new tokens after the prompt.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class TorchAttention(MegatronModule):
 
         Args:
             query: [s, b, heads, d].
-            key: [s, b, groups, d]; groups divides heads.
+            key: [t, b, groups, d]; groups divides heads, and t is s without a key-value cache.
             value: as ``key``.
-            attention_mask: [b, 1, s, s] bool, True for masked pairs; None for causal attention. Under context
+            attention_mask: [b, 1, s, t] bool, True for masked pairs; None for causal attention. Under context
                 parallelism, its columns cover the full sequence.
+            attn_mask_type: ``no_mask`` attends to all keys if there is no ``attention_mask``.
 
         Returns:
             [s, b, heads * d]
@@ -82,7 +84,7 @@ class TorchAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         arguments: dict[str, Any] = {
             "attn_mask": allowed,
-            "is_causal": allowed is None,
+            "is_causal": allowed is None and attn_mask_type is not AttnMaskType.no_mask,
             "dropout_p": dropout,
             "scale": self.scale,
             "enable_gqa": query.size(2) != key.size(2),

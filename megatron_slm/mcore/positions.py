@@ -16,7 +16,7 @@ class RotaryByPosition(torch.nn.Module):
     context parallelism, the ids are already those of the local positions.
     """
 
-    position_ids: Tensor  # [b, s], set before each forward pass of the model
+    position_ids: Tensor | None  # [b, s], set before each forward pass; None counts, as with a key-value cache
 
     def __init__(self, rotary: RotaryEmbedding) -> None:
         super().__init__()
@@ -26,8 +26,10 @@ class RotaryByPosition(torch.nn.Module):
         """Return the sequence length as Megatron-Core counts it."""
         return self.rotary.get_rotary_seq_len(*arguments, **options)
 
-    def forward(self, length: int, **_: Any) -> Tensor:
-        """Return the angles [s, b, 1, d]; the length follows from the position ids."""
+    def forward(self, length: int, **options: Any) -> Tensor:
+        """Return the angles [s, b, 1, d] of the position ids, or [length, 1, 1, d] without ids."""
+        if self.position_ids is None:
+            return self.rotary(length, **options)
         frequencies = self.rotary.inv_freq.to(self.position_ids.device)
         angles = self.position_ids.t()[:, :, None, None] * frequencies
         return torch.cat((angles, angles), dim=-1)

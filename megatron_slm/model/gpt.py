@@ -36,7 +36,7 @@ class GPT(GPTModel):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
-            rotary.position_ids = inputs[1]
+            rotary.position_ids = inputs[1] if options.get("inference_context") is None else None
         return super().forward(*inputs, **options)
 
     def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool = False, **inputs: Any) -> Any:

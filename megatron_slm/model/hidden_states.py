@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
 from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig, TokenLosses
+from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard, gather_sequence
 
 
 class LMHead(ColumnParallelLinear):
@@ -61,3 +64,33 @@ class HiddenStates:
             self.heads[head], self.weight, labels=labels.t(), forward_grad=forward_grad, with_entropy=with_entropy
         )
         return TokenLosses(loss.t().contiguous(), None if entropy is None else entropy.t().contiguous())
+
+    def select(self, tokens: Tensor) -> Tensor:
+        """Return the main head's hidden states of selected tokens, [n, h] in batch order.
+
+        Args:
+            tokens: [b, s] bool, True for selected tokens.
+        """
+        return self._main_head().transpose(0, 1)[tokens]
+
+    def last_column(self) -> Tensor:
+        """Return the main head's hidden states of the last token of each sequence, [b, h]."""
+        return self._main_head()[-1]
+
+    def _main_head(self) -> Tensor:
+        """Return the main head's hidden states of all tokens, [s, b, h]."""
+        return gather_sequence(self.heads[0], self.lm_head.settings.group, self.lm_head.sequence_parallel)
+
+    @torch.no_grad()
+    def logits(self, selected: Tensor) -> Tensor:
+        """Return this rank's vocabulary shard of the logits, [n, V / tp] fp32; padding entries are -inf.
+
+        Args:
+            selected: [n, h], the result of :meth:`select` or :meth:`last_column`, or some rows of it.
+        """
+        weight, settings = self.lm_head.weight if self.weight is None else self.weight, self.lm_head.settings
+        logits = linear_in_fp32(selected, weight)
+        if settings.softcap is not None:
+            logits = settings.softcap * torch.tanh(logits / settings.softcap)
+        logits[:, Shard.of(weight, settings.group, settings.vocab_size).real :] = -torch.inf
+        return logits

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def run_pipeline(
     last_stage: LastStage[Batch, Report],
     *,
     forward_only: bool,
+    inference_context: BaseInferenceContext | None = None,
 ) -> list[Report]:
     """Run all micro-batches of a step with the 1F1B schedule, or interleaved if there are several chunks.
 
@@ -50,6 +52,7 @@ def run_pipeline(
             returns the sum to differentiate, its token count, and a report. Megatron-Core divides by the sum of
             these counts over the global batch.
         forward_only: omit the backward pass.
+        inference_context: key-value cache of the only micro-batch, whose tokens follow the cached ones.
 
     Returns:
         the reports of all micro-batches on the last stage, an empty list on other stages.
@@ -59,7 +62,8 @@ def run_pipeline(
         numbered: Iterator[tuple[int, Batch]], chunk: torch.nn.Module
     ) -> tuple[Any, Callable[[HiddenStates], Any]]:
         number, batch = next(numbered)
-        output = chunk(batch.tokens, batch.position_ids, batch.attention_mask)
+        inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
+        output = chunk(*inputs, inference_context=inference_context)
         return output, partial(last_stage, number, batch)
 
     return get_forward_backward_func()(

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_slm.checkpoint.frozen import load_frozen_model
 from megatron_slm.checkpoint.weights import check_metadata, find_checkpoint, load_weights, open_checkpoint
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.relations.wording import has_uneven_stages
 from megatron_slm.config.schema import ParallelConfig, RunConfig
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.model.gpt import build_model, virtual_stages
+from megatron_slm.model.gpt import virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.tokens import ReferenceScores
@@ -53,20 +54,15 @@ class ReferenceReplica:
         self.config = reference = on_first_rank(lambda: _matching_config(directory, config, tokenizer))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
+        model = replace(reference.model, transformer_impl=config.model.transformer_impl)
         with preserved_random_state():
-            self.chunks = build_model(
-                replace(reference.model, transformer_impl=config.model.transformer_impl, mtp_num_layers=None),
+            self.chunks = load_frozen_model(
+                replace(config, model=model, parallel=_layout(reference, config)),
+                partial(load_weights, directory=directory, flag=FLAG),
                 vocab_size=tokenizer.vocab_size,
-                parallel=_layout(reference, config),
-                training=replace(config.training, recompute_granularity=None),
-                objective=config.objective,
                 groups=groups,
                 bf16=config.training.bf16 if precision is None else precision == "bf16",
-                resets_positions=config.data.reset_position_ids,
             )
-        load_weights(self.chunks, directory, FLAG)
-        for chunk in self.chunks:
-            chunk.eval().requires_grad_(False)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
         """Compute reference losses and optionally entropies. Collective over all ranks of the replica.

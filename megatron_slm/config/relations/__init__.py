@@ -21,8 +21,19 @@ RELATIONS: tuple[Relation, ...] = (
     *data.RELATIONS,
     *files.RELATIONS,
 )
+INFERENCE_RELATIONS: tuple[Relation, ...] = (
+    layout.processes,
+    layout.tensor_parallel,
+    layout.pipeline_parallel,
+    experts.expert_parallel,
+)
 
 
 def relation_violations(config: RunConfig, world_size: int) -> list[str]:
     """Return the messages of all violated relations."""
     return [message for relation in RELATIONS for message in relation(config, world_size)]
+
+
+def inference_violations(config: RunConfig, world_size: int) -> list[str]:
+    """Return the messages of the violated relations between a saved model and a layout for inference."""
+    return [message for relation in INFERENCE_RELATIONS for message in relation(config, world_size)]

@@ -34,7 +34,7 @@ def with_experts(config: RunConfig, world_size: int) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     if model.num_experts is None:
         return
-    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     if model.moe_router_topk > model.num_experts:
         yield f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}."
     if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
@@ -42,10 +42,7 @@ def with_experts(config: RunConfig, world_size: int) -> Iterator[str]:
             "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over a single expert is constant, so "
             "the router would receive no gradient."
         )
-    yield from not_dividing(expert, "--expert-model-parallel-size", model.num_experts, "--num-experts")
-    ranks = world_size // (tensor * parallel.pipeline_model_parallel_size)
-    shared = "ranks that hold the same layers, CP x DP ="
-    yield from not_dividing(expert, "--expert-model-parallel-size", ranks, shared)
+    yield from expert_parallel(config, world_size)
     for holds, needed in (
         (parallel.sequence_parallel, "--sequence-parallel"),
         (model.disable_bias_linear, "--disable-bias-linear"),
@@ -54,6 +51,15 @@ def with_experts(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--num-experts with --tensor-model-parallel-size above 1 needs {needed}."
     if model.moe_grouped_gemm and model.transformer_impl == "local":
         yield "--moe-grouped-gemm needs --transformer-impl transformer_engine."
+
+
+def expert_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Require experts and ranks that expert-parallel groups can split evenly."""
+    parallel, flag = config.parallel, "--expert-model-parallel-size"
+    expert = parallel.expert_model_parallel_size
+    ranks = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    yield from not_dividing(expert, flag, config.model.num_experts or 1, "--num-experts")
+    yield from not_dividing(expert, flag, ranks, "ranks that hold the same layers, CP x DP =")
 
 
 RELATIONS = (without_experts, with_experts)

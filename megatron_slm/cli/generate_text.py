@@ -1,0 +1,232 @@
+"""Generate text with a trained model: prompts from the command line or JSON lines, text to the terminal or JSON lines.
+
+Runs in one process or under torchrun, in any parallel layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_slm.cli.layout import add_layout_flags, given_layout, start_ranks
+from megatron_slm.config.flags import Parser, parse_strictly
+from megatron_slm.config.paths import expand_user
+from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.output import print_result
+from megatron_slm.runtime.reporting import run_command
+
+if TYPE_CHECKING:
+    from megatron_slm.inference.generation import Generation
+    from megatron_slm.inference.model import InferenceModel
+    from megatron_slm.inference.prompts import Prompt
+    from megatron_slm.inference.sampling import Decoding
+
+REFUSED = {
+    "--prompts": "Use --prompt.",
+    "--num-tokens-to-generate": "Use --max-new-tokens.",
+    "--top_k": "Use --top-k.",
+    "--top_p": "Use --top-p.",
+    "--prompt-file": "Use --input, a file of JSON lines with the key prompt.",
+    "--stream": "Text is streamed to the terminal without a flag, and not to --output.",
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        ConfigError: an unknown flag, an invalid value, or not exactly one source of prompts.
+    """
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_files(parser.add_argument)
+    _add_decoding(parser.add_argument)
+    add_layout_flags(parser.add_argument)
+    add_tokenizer_flags(parser.add_argument_group("tokenizer", "default: the tokenizer of the checkpoint's run"))
+    arguments = parse_strictly(parser, argv, REFUSED)
+    if bool(arguments.prompt) == bool(arguments.input):
+        raise ConfigError("Give the prompts with either --prompt TEXT or --input FILE.")
+    if arguments.micro_batch_size < 1:
+        raise ConfigError(f"--micro-batch-size is {arguments.micro_batch_size}, and must be above 0.")
+    return arguments
+
+
+def _add_files(add: Callable[..., argparse.Action]) -> None:
+    add("--load", type=expand_user, required=True, help="checkpoint directory of the model")
+    add("--ckpt-step", type=int, help="checkpoint iteration; default the newest")
+    add("--precision", choices=("fp32", "bf16"), help="precision of the model; default that of its training run")
+    add("--prompt", action="append", metavar="TEXT", help="prompt; may be given several times")
+    add("--input", type=expand_user, metavar="FILE", help="JSON lines with the key prompt")
+    add(
+        "--output",
+        type=expand_user,
+        metavar="FILE",
+        help="write JSON lines with the keys prompt and text; default: stream the text to the terminal",
+    )
+    add(
+        "--slm-verify-checksums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="verify the checksums of the checkpoint before use",
+    )
+
+
+def _add_decoding(add: Callable[..., argparse.Action]) -> None:
+    add("--max-new-tokens", type=int, default=128, help="maximum number of tokens to generate per prompt")
+    add("--greedy", action="store_true", help="take the most probable token instead of sampling")
+    add("--temperature", type=float, default=1.0, help="divisor of the logits before sampling")
+    add("--top-k", type=int, default=0, help="sample among the k most probable tokens; 0 for all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the most probable tokens with this total probability",
+    )
+    add("--seed", type=int, default=1234, help="seed of sampling; the text depends on it, not on batch or layout")
+    add("--ignore-eos", action="store_true", help="continue after the end-of-document token")
+    add(
+        "--micro-batch-size",
+        "--batch-size",
+        type=int,
+        default=8,
+        help="prompts per data-parallel rank and forward pass",
+    )
+    add(
+        "--use-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="cache keys and values instead of recomputing them for every token",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    return run_command(lambda: generate_text(parse_arguments(sys.argv[1:] if argv is None else argv)))
+
+
+def generate_text(arguments: argparse.Namespace) -> None:
+    """Generate text for the prompts of the command line."""
+    from megatron_slm.inference.model import open_model
+    from megatron_slm.inference.prompts import check_output, encode_prompts
+    from megatron_slm.inference.sampling import Decoding
+    from megatron_slm.runtime.collective import on_first_rank
+
+    parallel = given_layout(arguments)
+    decoding = Decoding(
+        max_new_tokens=arguments.max_new_tokens,
+        greedy=arguments.greedy,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        ignore_eos=arguments.ignore_eos,
+    )
+    decoding.check()
+    groups = start_ranks(parallel, arguments)
+    prompts = on_first_rank(lambda: given_prompts(arguments))
+    if arguments.output:
+        on_first_rank(lambda: check_output(arguments.output))
+    model = open_model(
+        arguments.load,
+        parallel,
+        groups,
+        step=arguments.ckpt_step,
+        precision=arguments.precision,
+        tokenizer_settings=given_tokenizer_settings(arguments),
+        verify=arguments.slm_verify_checksums,
+    )
+    encoded = encode_prompts(prompts, model, decoding)
+    run = write_file if arguments.output else stream
+    run(model, prompts, encoded, decoding, arguments)
+
+
+def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    """Return the prompts of the command line or the input file."""
+    from megatron_slm.inference.prompts import Prompt, read_prompts
+
+    if arguments.input:
+        return read_prompts(arguments.input)
+    return [Prompt(text, f"--prompt number {number}") for number, text in enumerate(arguments.prompt, 1)]
+
+
+def write_file(
+    model: InferenceModel,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[list[int]],
+    decoding: Decoding,
+    arguments: argparse.Namespace,
+) -> None:
+    """Generate for all prompts and write the output file. Collective over all ranks."""
+    from megatron_slm.inference.generation import generate
+    from megatron_slm.inference.prompts import write_output
+    from megatron_slm.runtime.collective import on_first_rank
+    from megatron_slm.runtime.console import progress
+
+    results: list[Generation] = []
+    size = arguments.micro_batch_size * model.groups.dp_size
+    with progress("generating", len(prompts), "prompts", enabled=model.groups.is_logging_rank) as bar:
+        for start in range(0, len(prompts), size):
+            batch = encoded[start : start + size]
+            results += generate(
+                model,
+                batch,
+                decoding,
+                micro_batch_size=arguments.micro_batch_size,
+                first_request=start,
+                use_cache=arguments.use_cache,
+            )
+            bar.advance(len(batch))
+    on_first_rank(lambda: write_output(arguments.output, prompts, results))
+
+
+def stream(
+    model: InferenceModel,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[list[int]],
+    decoding: Decoding,
+    arguments: argparse.Namespace,
+) -> None:
+    """Print every prompt and its text, token by token, in the order of the prompts. Collective over all ranks."""
+    from megatron_slm.inference.generation import generate
+
+    size = arguments.micro_batch_size * model.groups.dp_size
+    for start in range(0, len(prompts), size):
+        texts = [prompt.text for prompt in prompts[start : start + size]]
+        printer = StreamPrinter(texts, is_first=start == 0) if model.groups.is_logging_rank else None
+        results = generate(
+            model,
+            encoded[start : start + size],
+            decoding,
+            micro_batch_size=arguments.micro_batch_size,
+            first_request=start,
+            on_text=printer.add if printer is not None else None,
+            use_cache=arguments.use_cache,
+        )
+        if printer is not None:
+            printer.finish([result.text for result in results])
+
+
+class StreamPrinter:
+    """Print the texts of a batch in order: the first one as it grows, the others once those before have ended."""
+
+    def __init__(self, prompts: Sequence[str], *, is_first: bool) -> None:
+        self.prompts, self.printed, self.is_first = prompts, [""] * len(prompts), is_first
+        self._open(0)
+
+    def add(self, index: int, new: str) -> None:
+        """Print new text of the first prompt."""
+        if index == 0:
+            self.printed[0] += new
+            print_result(new)
+
+    def finish(self, texts: Sequence[str]) -> None:
+        """Print the remaining texts, and end the last line."""
+        for index, text in enumerate(texts):
+            if index:
+                self._open(index)
+            print_result(text[len(self.printed[index]) :] + "\n")
+
+    def _open(self, index: int) -> None:
+        print_result(("" if self.is_first and index == 0 else "\n") + self.prompts[index])

@@ -1,0 +1,60 @@
+"""Flags of the parallel layout for commands that run a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from megatron_slm.config.schema import ParallelConfig
+from megatron_slm.runtime.errors import refuse
+
+if TYPE_CHECKING:
+    from megatron_slm.runtime.groups import Groups
+
+
+def add_layout_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add the flags of the parallel layout and of communication, with the trainer's names."""
+    add("--tensor-model-parallel-size", type=int, default=1, help="degree of tensor model parallelism")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="degree of pipeline model parallelism")
+    add("--expert-model-parallel-size", type=int, default=1, help="degree of expert model parallelism")
+    add(
+        "--distributed-backend",
+        choices=("nccl", "gloo"),
+        help="backend of torch.distributed; default nccl on GPUs, gloo on CPUs",
+    )
+    add("--distributed-timeout-minutes", type=int, default=10, help="timeout in minutes of collective operations")
+
+
+def given_layout(arguments: argparse.Namespace) -> ParallelConfig:
+    """Return the layout of the command line.
+
+    Raises:
+        ConfigError: a size is not positive.
+    """
+    sizes = {
+        name: getattr(arguments, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+    }
+    refuse([f"--{name.replace('_', '-')} is {size}, and must be above 0." for name, size in sizes.items() if size < 1])
+    return ParallelConfig(**sizes)
+
+
+def start_ranks(parallel: ParallelConfig, arguments: argparse.Namespace) -> Groups:
+    """Join the process group in the layout of the command line. Collective over all ranks.
+
+    Raises:
+        ConfigError: the number of processes does not fit the layout.
+    """
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.groups import ParallelLayout
+
+    return process.start(
+        ParallelLayout(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            expert=parallel.expert_model_parallel_size,
+        ),
+        backend=arguments.distributed_backend,
+        timeout_minutes=arguments.distributed_timeout_minutes,
+    )

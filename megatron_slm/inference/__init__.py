@@ -1,0 +1,1 @@
+"""Inference with trained models: log-likelihoods of tokens, and text generation."""

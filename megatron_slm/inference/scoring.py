@@ -1,0 +1,124 @@
+"""Log-probabilities of given tokens, for any number of sequences of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_slm.inference.batches import ScoringBatch, ScoringRequest
+from megatron_slm.inference.model import InferenceModel
+from megatron_slm.inference.vocabulary import sharded_argmax
+from megatron_slm.model.gpt import model_config
+from megatron_slm.model.hidden_states import HiddenStates
+from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
+from megatron_slm.runtime.collective import broadcast_from_last_stage
+from megatron_slm.runtime.console import progress
+
+LOGIT_BYTES = 64 << 20  # of logits in memory at a time
+MICRO_BATCHES = 4  # per pass and pipeline stage
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of the tokens of one request, from its ``first`` on."""
+
+    log_probs: NDArray[np.float32]  # natural logarithm
+    is_greedy: NDArray[np.bool_]  # whether the token has the highest probability
+
+
+def score_tokens(
+    model: InferenceModel, requests: Sequence[ScoringRequest], *, micro_batch_size: int = 8, label: str | None = None
+) -> list[TokenScores]:
+    """Return the scores of every request, on every rank. Collective over all ranks.
+
+    Data-parallel ranks divide the requests, which are sorted by length, so that little is padded.
+
+    Args:
+        model: in evaluation mode.
+        requests: the same on every rank; their lengths are at most the context length + 1.
+        micro_batch_size: sequences per data-parallel rank and forward pass.
+        label: description of a progress bar; None for no bar.
+    """
+    results: list[TokenScores | None] = [None] * len(requests)
+    longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
+    shown = label is not None and model.groups.is_logging_rank
+    with progress(label or "", len(requests), "sequences", enabled=shown) as bar:
+        for places in _passes(longest_first, micro_batch_size, model):
+            rows = [requests[place] for place in places]
+            for place, scores in zip(places, _score_pass(model, rows, micro_batch_size), strict=True):
+                results[place] = scores
+            bar.advance(len(places))
+    return [scores for scores in results if scores is not None]
+
+
+def _passes(order: Sequence[int], micro_batch_size: int, model: InferenceModel) -> Iterator[Sequence[int]]:
+    """Yield the requests of each pass over all data-parallel ranks."""
+    size = micro_batch_size * MICRO_BATCHES * model.groups.pp_size * model.groups.dp_size
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+@torch.no_grad()
+def _score_pass(model: InferenceModel, rows: Sequence[ScoringRequest], micro_batch_size: int) -> list[TokenScores]:
+    """Score the requests of one pass, and share the scores with all data-parallel ranks."""
+    groups = model.groups
+    ranks = groups.dp_size
+    batches = _micro_batches(model, rows, micro_batch_size)
+    reports = run_pipeline(model.chunks, batches, _token_scores, forward_only=True)
+    counts = [sum(row.scored for row in rows[rank::ranks]) for rank in range(ranks)]
+    values = torch.zeros(2, max(counts), device=groups.device)
+    if reports:
+        values[:, : counts[groups.dp_rank]] = torch.cat(reports, 1)
+    shared = [torch.empty_like(values) for _ in range(ranks)]
+    dist.all_gather(shared, broadcast_from_last_stage(values, groups.pp), group=groups.dp)
+    results: list[TokenScores] = [TokenScores(np.empty(0, np.float32), np.empty(0, np.bool_))] * len(rows)
+    for rank, part in enumerate(shared):
+        losses, greedy = part.cpu().numpy()
+        start = 0
+        for place in range(rank, len(rows), ranks):
+            stop = start + rows[place].scored
+            results[place] = TokenScores(-losses[start:stop], greedy[start:stop] > 0)
+            start = stop
+    return results
+
+
+def _micro_batches(model: InferenceModel, rows: Sequence[ScoringRequest], micro_batch_size: int) -> list[ScoringBatch]:
+    """Return this rank's micro-batches; their shape and number are the same on all data-parallel ranks.
+
+    Expert-parallel ranks exchange tokens, and the interleaved schedule needs a multiple of the pipeline stages.
+    """
+    groups, parallel = model.groups, model.config.parallel
+    per_rank = -(-len(rows) // groups.dp_size)
+    size = min(micro_batch_size, per_rank)
+    count = -(-per_rank // size)
+    if parallel.num_layers_per_virtual_pipeline_stage:
+        count = -(-count // groups.pp_size) * groups.pp_size
+    length = max(1, *(len(row.tokens) - 1 for row in rows))
+    if model_config(list(model.chunks)).sequence_parallel:
+        length = -(-length // groups.tp_size) * groups.tp_size
+    local = rows[groups.dp_rank :: groups.dp_size]
+    return [
+        ScoringBatch.build(local[start : start + size], size, length, model.tokenizer.eod, groups.device)
+        for start in range(0, count * size, size)
+    ]
+
+
+def _token_scores(number: int, batch: ScoringBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token losses and greedy matches of a micro-batch, [2, n] fp32, on the last pipeline stage."""
+    settings = hidden.lm_head.settings
+    selected, labels = hidden.select(batch.scored), batch.labels[batch.scored]
+    rows = max(1, LOGIT_BYTES // (4 * hidden.lm_head.output_size_per_partition))
+    parts = [torch.empty(2, 0, device=labels.device)]
+    for start in range(0, len(labels), rows):
+        logits, targets = hidden.logits(selected[start : start + rows]), labels[start : start + rows]
+        loss = vocab_parallel_token_loss(logits, targets, settings.group, settings.vocab_size)
+        parts.append(torch.stack((loss, (sharded_argmax(logits, settings.group) == targets).float())))
+    scores = torch.cat(parts, 1)
+    return scores[0].sum(), torch.tensor(scores.size(1), device=labels.device), scores

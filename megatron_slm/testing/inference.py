@@ -1,0 +1,25 @@
+"""Models for inference in tests, opened on the ranks of one job."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+from megatron_slm.config.schema import ParallelConfig
+from megatron_slm.inference.model import InferenceModel, open_model
+from megatron_slm.runtime import process
+from megatron_slm.runtime.groups import ParallelLayout
+
+
+@contextlib.contextmanager
+def opened(checkpoint: str, tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[InferenceModel]:
+    """Open a checkpoint on the ranks of this job; remaining ranks are data-parallel."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
+    )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield open_model(checkpoint, parallel, process.start(ParallelLayout(tp, pp, expert=ep)))
+    finally:
+        process.stop()
