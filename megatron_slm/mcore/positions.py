@@ -31,5 +31,6 @@ class RotaryByPosition(torch.nn.Module):
         if self.position_ids is None:
             return self.rotary(length, **options)
         frequencies = self.rotary.inv_freq.to(self.position_ids.device)
-        angles = self.position_ids.t()[:, :, None, None] * frequencies
+        positions = self.position_ids.t()[:, :, None, None] / (self.rotary.seq_len_interpolation_factor or 1)
+        angles = positions * frequencies
         return torch.cat((angles, angles), dim=-1)

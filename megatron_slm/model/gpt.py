@@ -81,7 +81,7 @@ def build_model(
     rotates_by_id = resets_positions and model.position_embedding_type == "rope"
     if rotates_by_id:
         config.apply_rope_fusion = False  # the fused kernel assumes the same positions in all samples
-    head = linear_cross_entropy_config(model, parallel, objective, vocab_size, groups)
+    head = linear_cross_entropy_config(model, parallel, objective, max(vocab_size, model.vocab_size or 0), groups)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual_stages):
@@ -99,6 +99,9 @@ def build_model(
             position_embedding_type=model.position_embedding_type,
             rotary_percent=model.rotary_percent,
             rotary_base=model.rotary_base,
+            rope_scaling=model.use_rope_scaling,
+            rope_scaling_factor=model.rope_scaling_factor,
+            seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             vp_stage=vp_stage,
             mtp_block_spec=mtp_heads_spec(config, layers, implementation, vp_stage) if model.mtp_num_layers else None,

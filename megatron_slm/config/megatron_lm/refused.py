@@ -10,7 +10,7 @@ _PHASES = "the global batch is constant; train in phases: --load with another --
 _DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and --min-lr."
 _SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated separately."
 _SYNCHRONOUS = "checkpoints are written synchronously. Leave the flag out."
-_SCALED_ROPE = "rotary embeddings are not scaled. Set --rotary-base, and train at the final --seq-length."
+_SCALED_ROPE = "rotary embeddings are scaled as in Llama 3 only. Use --use-rope-scaling."
 _PROFILE = "there is no built-in profiler. Run the command under nsys or py-spy."
 _STATE_DTYPE = "optimizer state is kept in fp32 on the device. Shard it with --use-distributed-optimizer."
 _SAME_BATCH = "evaluation uses the batch sizes of training. Set the extent with --eval-iters."
@@ -44,10 +44,7 @@ CURATED: dict[str, str] = {
     "--quick-geglu": "the sigmoid approximation of GELU is not supported. Use --activation geglu.",
     "--init-method-xavier-uniform": "weights are initialized from a normal distribution. Set --init-method-std.",
     "--rotary-interleaved": "rotary embeddings rotate the halves of a head, as in Llama. Leave the flag out.",
-    "--use-rope-scaling": _SCALED_ROPE,
-    "--rope-scaling-factor": _SCALED_ROPE,
     "--rotary-scaling-factor": _SCALED_ROPE,
-    "--rotary-seq-len-interpolation-factor": _SCALED_ROPE,
     "--mscale": _SCALED_ROPE,
     "--mscale-all-dim": _SCALED_ROPE,
     "--no-rope-freq": "all layers use the same position embedding. Leave the flag out.",
@@ -133,7 +130,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "yarn rope rotary",
-        "rotary embeddings are configured by --rotary-base and --rotary-percent only.",
+        "rotary embeddings are configured by --rotary-base, --rotary-percent and --use-rope-scaling.",
     ),
     (
         "bert biencoder retriever ^--ict- evidence embedding-path titles block-data indexer query-in-block "

@@ -35,6 +35,11 @@ class ModelConfig:
     )
     rotary_base: int = flag(10000, "base of the rotary position embeddings", above=0)
     rotary_percent: float = flag(1.0, "fraction of each head's channels to rotate", above=0, at_most=1)
+    rotary_seq_len_interpolation_factor: int | None = flag(
+        None, "divide rotary positions by this factor (linear interpolation for longer sequences)", above=0
+    )
+    use_rope_scaling: bool = flag(False, "scale the frequencies of rotary embeddings as in Llama 3.x")
+    rope_scaling_factor: float = flag(8.0, "scaling factor of --use-rope-scaling", at_least=1)
     normalization: str = flag("LayerNorm", "normalization layer", choices=("LayerNorm", "RMSNorm"), core="model")
     norm_epsilon: float = flag(1e-5, "epsilon of the normalization layers", above=0, core="model.layernorm_epsilon")
     swiglu: bool = flag(False, "use gated linear units and SiLU activation instead of GELU (--activation swiglu)")
