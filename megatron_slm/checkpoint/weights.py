@@ -25,7 +25,6 @@ from megatron_slm.config.checkpoint_files import (
     OTHER,
     Manifest,
     check_sizes,
-    locate_checkpoint,
     read_manifest,
 )
 from megatron_slm.corpus.fingerprints import files_fingerprint
@@ -46,24 +45,16 @@ EXTRA_STATE = "_extra_state"
 VERIFY_FLAG = "--no-slm-verify-checksums"
 
 
-def open_checkpoint(path: str, step: int | None, flag: str, *, verify: bool = True) -> Path:
-    """Return the directory of a complete checkpoint. Collective over all ranks, which divide the reading.
-
-    Args:
-        path: directory with a tracker file, or an ``iter_*`` directory.
-        step: requested step, or None for the newest.
-        flag: flag that names ``path``, for error messages.
-        verify: compare every file with its checksum; sizes are always compared.
+def verify_checkpoint(directory: Path, flag: str, *, checksums: bool) -> None:
+    """Validate a checkpoint's manifest and file sizes, and on request all contents. Collective over all ranks.
 
     Raises:
-        ConfigError: the checkpoint is missing, incomplete, unreadable or damaged; on every rank.
+        ConfigError: the checkpoint is incomplete, unreadable or damaged; on every rank.
     """
-    directory = on_first_rank(lambda: find_checkpoint(path, step, flag))
-    manifest = on_first_rank(lambda: read_manifest(directory, flag))
+    manifest = on_first_rank(lambda: check_complete(directory, flag))
     _check_copies(directory, manifest, flag)
-    if verify:
+    if checksums:
         _verify_checksums(directory, manifest, flag)
-    return directory
 
 
 def _check_copies(directory: Path, manifest: Manifest, flag: str) -> None:
@@ -92,14 +83,15 @@ def _compare_checksums(directory: Path, manifest: Manifest, found: dict[str, str
             )
 
 
-def find_checkpoint(path: str, step: int | None, flag: str) -> Path:
-    """Return the directory of a complete checkpoint; not collective. See :func:`open_checkpoint`.
+def check_complete(directory: Path, flag: str) -> Manifest:
+    """Return the manifest of a checkpoint after validating it and the file sizes. Not collective.
 
-    The manifest and file sizes are verified, file contents are not.
+    Raises:
+        ConfigError: the manifest is missing or damaged, or a file is missing or has another size.
     """
-    directory = locate_checkpoint(path, step, flag)
-    check_sizes(directory, read_manifest(directory, flag, text_checksum), flag)
-    return directory
+    manifest = read_manifest(directory, flag, text_checksum)
+    check_sizes(directory, manifest, flag)
+    return manifest
 
 
 def checkpoint_fingerprint(directory: Path, flag: str) -> str:

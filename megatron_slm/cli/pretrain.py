@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from megatron_slm.checkpoint.adoption import adopt_settings
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-    command = parse(argv)
+    command = parse(argv, adopt_settings)
     launch = read_launch()
     if command.action == "print-config":
         if launch.rank == 0:

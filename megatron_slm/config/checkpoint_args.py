@@ -1,56 +1,84 @@
-"""``--use-checkpoint-args``: take the model settings from a checkpoint instead of the flags, as in Megatron-LM."""
+"""Model settings from a checkpoint instead of the command line: all of them, or those that are not given."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, latest_step, locate_checkpoint, saved_config
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
-from megatron_slm.config.resume import RULES, Rule
-from megatron_slm.config.schema import CheckpointConfig, RunConfig
+from megatron_slm.config.resume import RULES, Rule, differences, show
+from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.errors import refuse
 
 FLAG = "--use-checkpoint-args"
 ALSO = {"max_position_embeddings", "make_vocab_size_divisible_by", "attention_dropout", "hidden_dropout"}
 
+# Returns the configuration with settings from a checkpoint, and a line for the log; takes the names of given settings.
+Adopt = Callable[[RunConfig, frozenset[str]], tuple[RunConfig, str]]
 
-def adopt_checkpoint_args(config: RunConfig) -> tuple[RunConfig, str]:
-    """Replace the model settings by those of the checkpoint in --load, else in --pretrained-checkpoint.
+
+def adopt_all(config: RunConfig, saved: RunConfig, directory: Path) -> tuple[RunConfig, str]:
+    """Replace the model settings by those of a checkpoint, for --use-checkpoint-args.
 
     The tokenizer comes from the checkpoint if --tokenizer-type is not given.
 
     Returns:
         The configuration and one line for the log.
+    """
+    with_tokenizer = config.tokenizer.tokenizer_type is None
+    adopted = _differing(config, saved, _model_settings() | (_tokenizer_settings() if with_tokenizer else set()))
+    return with_settings(config, adopted), f"{FLAG}: from {directory}: {_listed(adopted) or 'no differences'}"
+
+
+def adopt_missing(
+    config: RunConfig, saved: RunConfig, given: frozenset[str], directory: Path, flag: str
+) -> tuple[RunConfig, str]:
+    """Take the model settings that the command line does not give from a published model.
+
+    The sequence length is that of the run: published models are trained with shorter sequences than they accept.
+
+    Args:
+        given: names of the settings on the command line and in recipes.
+        flag: flag that names the model, for error messages.
 
     Raises:
-        ConfigError: the checkpoint cannot be read.
+        ConfigError: a given setting contradicts the model; the message has both values of each.
     """
-    directory = _checkpoint(config.checkpoint)
-    if directory is None:
-        return config, f"{FLAG}: no checkpoint yet; using the flags"
-    saved, current = to_flat_dict(saved_config(directory)), to_flat_dict(config)
-    with_tokenizer = config.tokenizer.tokenizer_type is None
-    adopted: dict[str, Any] = {}
-    changed = []
-    for group, setting, _ in settings():
-        name, value = setting.name, saved[setting.name]
-        is_model = RULES.get(name) in (Rule.STRUCTURE, Rule.ERROR) or name in ALSO
-        is_adopted = is_model or (with_tokenizer and (group == "tokenizer" or name == "vocab_size"))
-        if is_adopted and value != current[name]:
-            adopted[name] = value
-            changed.append(f"{flag_name(setting)} {'unset' if value is None else value}")
-    note = f"{FLAG}: from {directory}: {', '.join(changed) or 'no differences from the flags'}"
-    return with_settings(config, adopted), note
+    names = _model_settings() - {"seq_length"} - given
+    names |= {"init_method_std", "vocab_size"} - given
+    if config.tokenizer.tokenizer_type is None and config.tokenizer.vocab_file is None:
+        names |= _tokenizer_settings() - given
+    elif saved.tokenizer.tokenizer_type == config.tokenizer.tokenizer_type:
+        names |= {"tokenizer_model", "vocab_file", "merge_file"} - given
+    adopted = _differing(config, saved, names)
+    config = with_settings(config, adopted)
+    fixed = _model_settings(also=set()) - {"seq_length"} | {"vocab_size"}
+    refuse(
+        [
+            f"{flag}: {each.flag} {show(each.ours)} contradicts the model in {directory} ({show(each.theirs)}). "
+            f"Leave {each.flag} out."
+            for each in differences(config, saved)
+            if each.name in fixed & given
+        ]
+    )
+    return config, f"{flag}: settings from {directory}: {_listed(adopted) or 'none'}"
 
 
-def _checkpoint(flags: CheckpointConfig) -> Path | None:
-    for flag, path, step in (
-        ("--load", flags.load, flags.ckpt_step),
-        ("--pretrained-checkpoint", flags.pretrained_checkpoint, None),
-    ):
-        if path is None or not Path(path).is_dir():
-            continue
-        if step is not None or (Path(path) / MANIFEST_FILE).is_file() or latest_step(Path(path)) is not None:
-            return locate_checkpoint(path, step, flag)
-    return None
+def _model_settings(also: set[str] = ALSO) -> set[str]:
+    return {name for name, rule in RULES.items() if rule in (Rule.STRUCTURE, Rule.ERROR)} | also
+
+
+def _tokenizer_settings() -> set[str]:
+    return {setting.name for group, setting, _ in settings() if group == "tokenizer" or setting.name == "vocab_size"}
+
+
+def _differing(config: RunConfig, saved: RunConfig, names: set[str]) -> dict[str, Any]:
+    ours, theirs = to_flat_dict(config), to_flat_dict(saved)
+    return {name: theirs[name] for name in theirs if name in names and theirs[name] != ours[name]}
+
+
+def _listed(adopted: dict[str, Any]) -> str:
+    flags = {setting.name: flag_name(setting) for _, setting, _ in settings()}
+    return ", ".join(f"{flags[name]} {'unset' if value is None else value}" for name, value in adopted.items())

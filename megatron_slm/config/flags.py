@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_slm.config import schema
-from megatron_slm.config.checkpoint_args import adopt_checkpoint_args
+from megatron_slm.config.checkpoint_args import Adopt
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
 from megatron_slm.config.layers import read_layers
@@ -83,8 +83,11 @@ def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, st
     raise ConfigError(f"unknown flag {flag}.{suggest_name(flag, list(parser._option_string_actions))}")
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str], adopt: Adopt | None = None) -> Command:
     """Parse the command line and its recipes.
+
+    Args:
+        adopt: function that takes settings from the checkpoint which the run starts from.
 
     Raises:
         ConfigError: one message with all unknown or unsupported flags and settings and all invalid values.
@@ -106,8 +109,8 @@ def parse(argv: Sequence[str]) -> Command:
         given, stated, problems = given | converted, stated | flags, [*problems, *wrong, *unusable]
     config = with_settings(RunConfig(), given)
     notes.append(describe(stated))
-    if config.checkpoint.use_checkpoint_args and not problems:
-        config, note = adopt_checkpoint_args(config)
+    if adopt is not None and not problems:
+        config, note = adopt(config, frozenset(given))
         notes.append(note)
     refuse([*problems, *value_violations(config), *contradictions(config, stated)])
     return Command(config, action, "\n".join(filter(None, notes)))

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_slm.config.schema import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
+TOKENIZER_DIRECTORY = "tokenizer"  # in the directory of an imported model
 PATH_SETTINGS = frozenset(
     {
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path"),

@@ -38,6 +38,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.ERROR: (
         *("seq_length", "rotary_base", "rotary_percent", "norm_epsilon", "slm_logit_softcap", "mtp_num_layers"),
         *("moe_router_topk", "moe_router_pre_softmax"),
+        *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     ),
     Rule.SCHEDULE: (
         *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters", "lr_warmup_fraction"),
@@ -158,7 +159,7 @@ def check_weights_fit(config: RunConfig, saved: RunConfig, directory: Path, flag
     found = [each for each in differences(config, saved) if each.rule in (Rule.STRUCTURE, Rule.ERROR)]
     refuse(
         [
-            f"{flag}: {each.flag} {_show(each.ours)} differs from the model in {directory} ({_show(each.theirs)}), "
+            f"{flag}: {each.flag} {show(each.ours)} differs from the model in {directory} ({show(each.theirs)}), "
             f"whose weights do not fit. {_remedy(each)}, or add --use-checkpoint-args."
             for each in found
             if each.rule is Rule.STRUCTURE
@@ -180,7 +181,7 @@ def _refusal(each: Difference, directory: Path, flag: str) -> str:
         remedy += ", add --use-checkpoint-args, or start a new run from the weights with --finetune"
     else:
         remedy += ", or add --use-checkpoint-args"
-    values = f"{_show(each.ours)} differs from the checkpoint {directory} ({_show(each.theirs)})"
+    values = f"{show(each.ours)} differs from the checkpoint {directory} ({show(each.theirs)})"
     return f"{flag}: {each.flag} {values}. {remedy}."
 
 
@@ -190,22 +191,23 @@ def _remedy(each: Difference) -> str:
         return f"Leave {each.flag} out"
     if isinstance(each.theirs, bool):
         return f"Give {each.flag if each.theirs else each.flag.replace('--', '--no-', 1)}"
-    return f"Give {each.flag} {_show(each.theirs)}"
+    return f"Give {each.flag} {show(each.theirs)}"
 
 
 def _line(found: list[Difference], adopted: set[Rule], directory: Path, additional: Sequence[str] = ()) -> str:
     if not found and not additional:
         return ""
     shown = [
-        f"{each.flag} {_show(each.theirs)} -> {_show(each.ours)}"
+        f"{each.flag} {show(each.theirs)} -> {show(each.ours)}"
         if each.rule not in adopted
-        else f"{each.flag} {_show(each.ours)} ignored, {_show(each.theirs)} kept"
+        else f"{each.flag} {show(each.ours)} ignored, {show(each.theirs)} kept"
         for each in found
     ]
     return f"differences from {directory}: {'; '.join([*shown, *additional])}"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """Format a value of a setting for a message."""
     if isinstance(value, dict):
         return " ".join(f"{name}={' '.join(blend)}" for name, blend in value.items()) or "none"
     if isinstance(value, list):
@@ -220,9 +222,19 @@ def _is_number(value: Any) -> bool:
 def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:
     if name in ("swiglu", "activation"):
         return activation_name(config.model) != activation_name(saved.model)
-    if name in ("rotary_base", "rotary_percent"):
+    if name in ("group_query_attention", "num_query_groups"):
+        return _query_groups(config) != _query_groups(saved)
+    if name == "rope_scaling_factor" and not (config.model.use_rope_scaling or saved.model.use_rope_scaling):
+        return False
+    if name.startswith(("rotary_", "rope_", "use_rope_")):
         return config.model.position_embedding_type == "rope"
     return not name.startswith("moe_router_") or config.model.num_experts is not None
+
+
+def _query_groups(config: RunConfig) -> int | None:
+    """Return the number of key/value heads."""
+    model = config.model
+    return model.num_query_groups if model.group_query_attention else model.num_attention_heads
 
 
 def _sources(config: RunConfig) -> tuple[Any, ...]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_slm.checkpoint.frozen import load_frozen_model
-from megatron_slm.checkpoint.weights import check_metadata, load_weights, open_checkpoint
-from megatron_slm.config.checkpoint_files import read_manifest, saved_config
+from megatron_slm.checkpoint.source import CheckpointSource, open_source
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.relations import inference_violations
 from megatron_slm.config.schema import ParallelConfig, RunConfig
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.tokenizers.identity import identity_conflict
 from megatron_slm.tokenizers.tokenizer import Tokenizer, build_run_tokenizer
 
 
@@ -57,7 +54,7 @@ def open_model(
     """Load the model of a checkpoint for inference. Collective over all ranks.
 
     Args:
-        path: checkpoint directory.
+        path: checkpoint directory, or directory of a published model.
         parallel: layout, which may differ from that of the training run.
         groups: process groups of the layout.
         step: iteration to load; None for the newest.
@@ -70,13 +67,12 @@ def open_model(
         ConfigError: the checkpoint is missing or damaged, its tokenizer cannot be built or is another one, or the
             layout does not divide the model.
     """
-    directory = open_checkpoint(path, step, flag, verify=verify)
-    check_metadata(directory, flag)
-    config = on_first_rank(lambda: _inference_config(directory, parallel, groups.world_size))
-    tokenizer = on_every_rank(partial(_build_tokenizer, directory, config, tokenizer_settings or {}, flag))
+    source = open_source(path, step, flag, verify=verify)
+    config = on_first_rank(lambda: _inference_config(source, parallel, groups.world_size))
+    tokenizer = on_every_rank(partial(_build_tokenizer, source, config, tokenizer_settings or {}))
     chunks = load_frozen_model(
         config,
-        partial(load_weights, directory=directory, flag=flag),
+        source.load_weights,
         vocab_size=tokenizer.vocab_size,
         groups=groups,
         bf16=config.training.bf16 if precision is None else precision == "bf16",
@@ -84,12 +80,12 @@ def open_model(
     return InferenceModel(chunks, config, tokenizer, groups)
 
 
-def _inference_config(directory: Path, parallel: ParallelConfig, world_size: int) -> RunConfig:
+def _inference_config(source: CheckpointSource, parallel: ParallelConfig, world_size: int) -> RunConfig:
     """Return the saved configuration with the layout and the modules of inference.
 
     Layers are local, since Transformer Engine ignores the mask of padded prompts.
     """
-    saved = saved_config(directory)
+    saved = source.config()
     model = replace(
         saved.model, transformer_impl="local", moe_grouped_gemm=False, moe_token_dispatcher_type="allgather"
     )
@@ -98,14 +94,14 @@ def _inference_config(directory: Path, parallel: ParallelConfig, world_size: int
     return config
 
 
-def _build_tokenizer(directory: Path, config: RunConfig, settings: Mapping[str, Any], flag: str) -> Tokenizer:
+def _build_tokenizer(source: CheckpointSource, config: RunConfig, settings: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer of the checkpoint's run with the given settings.
 
     Raises:
         ConfigError: it cannot be built, or it is not the tokenizer that the model was trained with.
     """
     tokenizer = build_run_tokenizer(from_flat_dict({**to_flat_dict(config), **settings}, "command line"))
-    if (conflict := identity_conflict(read_manifest(directory, flag).tokenizer, tokenizer)) is not None:
+    if (conflict := source.tokenizer_conflict(tokenizer)) is not None:
         theirs, ours, remedy = conflict
-        raise ConfigError(f"{flag}: the model was trained with {theirs}, and the tokenizer is {ours}. {remedy}.")
+        raise ConfigError(f"{source.flag}: the model was trained with {theirs}, and the tokenizer is {ours}. {remedy}.")
     return tokenizer

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, locate_checkpoint
+from megatron_slm.checkpoint.source import find_source
 from megatron_slm.config.schema import ReferenceConfig
 from megatron_slm.runtime.checksums import text_checksum
-from megatron_slm.runtime.errors import read_error
 from megatron_slm.scores.sets import Headers
 
 FLAG = "--reference-load"
@@ -14,8 +13,8 @@ FLAG = "--reference-load"
 def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | None:
     """Return a checksum that identifies the reference model, or None if the run has none. Not collective.
 
-    With sidecars, it is computed from the fingerprints of their reference models; otherwise from the checkpoint's
-    manifest, which contains the checksums of all files.
+    With sidecars, it is computed from the fingerprints of their reference models; otherwise from the
+    checkpoint.
 
     Args:
         headers: headers of the run's sidecars, if any.
@@ -27,8 +26,4 @@ def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | No
         return text_checksum(" ".join(sorted({header.reference for header in headers.values()})))
     if reference.reference_load is None:
         return None
-    path = locate_checkpoint(reference.reference_load, reference.reference_ckpt_step, FLAG) / MANIFEST_FILE
-    try:
-        return text_checksum(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise read_error(FLAG, path, error if isinstance(error, OSError) else str(error)) from error
+    return find_source(reference.reference_load, reference.reference_ckpt_step, FLAG).identity()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_slm.checkpoint.frozen import load_frozen_model
-from megatron_slm.checkpoint.weights import check_metadata, find_checkpoint, load_weights, open_checkpoint
-from megatron_slm.config.checkpoint_files import read_manifest, saved_config
+from megatron_slm.checkpoint.source import CheckpointSource, find_source, open_source
 from megatron_slm.config.relations.wording import has_uneven_stages
 from megatron_slm.config.schema import ParallelConfig, RunConfig
 from megatron_slm.data.batches import MicroBatch
@@ -24,7 +21,6 @@ from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.process import preserved_random_state
-from megatron_slm.tokenizers.identity import identity_conflict
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 FLAG = "--reference-load"
@@ -49,16 +45,15 @@ class ReferenceReplica:
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
         path, step = config.reference.reference_load, config.reference.reference_ckpt_step
         assert path is not None, "checked by config.checks"
-        directory = open_checkpoint(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
-        check_metadata(directory, FLAG)
-        self.config = reference = on_first_rank(lambda: _matching_config(directory, config, tokenizer))
+        source = open_source(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
+        self.config = reference = on_first_rank(lambda: _matching_config(source, config, tokenizer))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
         model = replace(reference.model, transformer_impl=config.model.transformer_impl)
         with preserved_random_state():
             self.chunks = load_frozen_model(
                 replace(config, model=model, parallel=_layout(reference, config)),
-                partial(load_weights, directory=directory, flag=FLAG),
+                source.load_weights,
                 vocab_size=tokenizer.vocab_size,
                 groups=groups,
                 bf16=config.training.bf16 if precision is None else precision == "bf16",
@@ -89,28 +84,26 @@ def check_reference(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = F
     """
     path = config.reference.reference_load
     assert path is not None, "checked by config.checks"
-    find = partial(open_checkpoint, verify=config.checkpoint.slm_verify_checksums) if verify else find_checkpoint
-    directory = find(path, config.reference.reference_ckpt_step, FLAG)
-    _matching_config(directory, config, tokenizer)
+    source = find_source(path, config.reference.reference_ckpt_step, FLAG)
     if verify:
-        check_metadata(directory, FLAG)
+        source.verify(checksums=config.checkpoint.slm_verify_checksums)
+    else:
+        source.check()
+    _matching_config(source, config, tokenizer)
 
 
-def _matching_config(directory: Path, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+def _matching_config(source: CheckpointSource, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """Return the reference model's configuration after comparing it with the run's."""
-    _check_tokenizer(read_manifest(directory, FLAG).tokenizer, tokenizer)
-    reference = saved_config(directory)
-    _check_shape(reference, config)
-    return reference
-
-
-def _check_tokenizer(recorded: dict[str, object], tokenizer: Tokenizer) -> None:
-    if (conflict := identity_conflict(recorded, tokenizer)) is not None:
+    if (conflict := source.tokenizer_conflict(tokenizer)) is not None:
         theirs, ours, remedy = conflict
         raise ConfigError(
             f"{FLAG}: the reference model was trained with {theirs}, and the training model has {ours}. {remedy} for "
             "both models."
         )
+    source.check_fits(config)
+    reference = source.config()
+    _check_shape(reference, config)
+    return reference
 
 
 def _layout(reference: RunConfig, config: RunConfig) -> ParallelConfig:

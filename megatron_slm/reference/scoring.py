@@ -20,8 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from rich.console import Console
 
-from megatron_slm.checkpoint.weights import checkpoint_fingerprint, find_checkpoint
-from megatron_slm.config.checkpoint_files import saved_config
+from megatron_slm.checkpoint.source import CheckpointSource, find_source
 from megatron_slm.config.relations.objective import sidecar_name_problem
 from megatron_slm.config.schema import ParallelConfig, ReferenceConfig, RunConfig
 from megatron_slm.corpus.checks import CorpusInfo, bin_path, check_corpus
@@ -89,9 +88,11 @@ class ScoringJob:
         if (problem := sidecar_name_problem(self.name)) is not None:
             raise ConfigError(problem)
 
-    def directory(self) -> Path:
-        """Return the checkpoint directory of the reference model."""
-        return find_checkpoint(self.reference.reference_load or "", self.reference.reference_ckpt_step, FLAG)
+    def source(self) -> CheckpointSource:
+        """Return the checkpoint of the reference model."""
+        source = find_source(self.reference.reference_load or "", self.reference.reference_ckpt_step, FLAG)
+        source.check()
+        return source
 
     def rule(self, window: int) -> ContextRule:
         """Return the context rule for a model trained with a sequence length of ``window`` tokens.
@@ -111,7 +112,7 @@ def reference_config(job: ScoringJob) -> RunConfig:
     Raises:
         ConfigError: the checkpoint is missing, or its --seq-length does not match --stride.
     """
-    saved = saved_config(job.directory())
+    saved = job.source().config()
     job.rule(saved.model.seq_length)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
     model = saved.model
@@ -136,7 +137,7 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
     config = on_first_rank(lambda: reference_config(job))
     rule = job.rule(config.model.seq_length)
     model = ReferenceReplica(config, tokenizer, groups, with_entropy=job.with_entropy)
-    fingerprint = on_first_rank(lambda: checkpoint_fingerprint(job.directory(), FLAG))
+    fingerprint = on_first_rank(lambda: job.source().fingerprint())
     paths = []
     for prefix in job.corpora:
         path = sidecar_path(prefix, job.name)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_slm.checkpoint import weights
 from megatron_slm.checkpoint.optimizer_state import load_optimizer_state, master_weight_request, saved_step
+from megatron_slm.checkpoint.source import CheckpointSource, open_source
 from megatron_slm.config.checkpoint_files import Manifest, read_manifest, saved_config
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import RunConfig
@@ -40,14 +41,14 @@ def resume(state: TrainState, config: RunConfig, start: Start, reference: str | 
     """
     if start.checkpoint is None:
         return config
-    flag, directory = start.checkpoint.flag, _open(start.checkpoint, config)
-    config, differences = _compare(start, directory, config, state.tokenizer, reference)
+    source = _open(start.checkpoint, config)
+    config, differences = _compare(start, source, config, state.tokenizer, reference)
     if differences:
         console.print(differences, markup=False)
     if not start.weights_only:
-        _resume_from(directory, state, config, reference, flag)
+        _resume_from(source.directory, state, config, reference, source.flag)
         return config
-    weights.load_weights(plain_chunks(state.chunks), directory, flag)
+    source.load_weights(plain_chunks(state.chunks))
     state.optimizer.reload_model_params()
     return config
 
@@ -63,18 +64,16 @@ def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference
     """
     if start.checkpoint is None:
         return ""
-    directory = _open(start.checkpoint, config)
+    source = _open(start.checkpoint, config)
     if not start.weights_only:
-        weights.check_objects(directory, start.checkpoint.flag)
-    return _compare(start, directory, config, tokenizer, reference)[1]
+        weights.check_objects(source.directory, source.flag)
+    return _compare(start, source, config, tokenizer, reference)[1]
 
 
-def _open(checkpoint: Checkpoint, config: RunConfig) -> Path:
-    """Return the directory of a complete checkpoint. Collective over all ranks."""
+def _open(checkpoint: Checkpoint, config: RunConfig) -> CheckpointSource:
+    """Return a complete checkpoint. Collective over all ranks."""
     verify = config.checkpoint.slm_verify_checksums
-    directory = weights.open_checkpoint(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
-    weights.check_metadata(directory, checkpoint.flag)
-    return directory
+    return open_source(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
 
 
 def _read(directory: Path, flag: str) -> tuple[Manifest, RunConfig, DataRecord]:
@@ -83,14 +82,13 @@ def _read(directory: Path, flag: str) -> tuple[Manifest, RunConfig, DataRecord]:
 
 
 def _compare(
-    start: Start, directory: Path, config: RunConfig, tokenizer: Tokenizer, reference: str | None
+    start: Start, source: CheckpointSource, config: RunConfig, tokenizer: Tokenizer, reference: str | None
 ) -> tuple[RunConfig, str]:
     """Compare a checkpoint with the flags, and return the same values as :func:`reconcile`."""
-    assert start.checkpoint is not None
-    flag = start.checkpoint.flag
-    manifest, saved, record = _read(directory, flag)
+    flag, directory = source.flag, source.directory
     if start.weights_only:
-        return config, check_weights_fit(config, saved, directory, flag)
+        return config, check_weights_fit(config, on_first_rank(source.config), directory, flag)
+    manifest, saved, record = _read(directory, flag)
     _check_tokenizer(directory, manifest, tokenizer, flag)
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
         raise ConfigError(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.checkpoint.source import holds_only_weights
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
 from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.config.schema import CheckpointConfig
@@ -108,7 +109,8 @@ def outside_origin(checkpoint: CheckpointConfig) -> Origin | None:
     """Return the initial checkpoint of the flags if it is outside of --save."""
     if checkpoint.load is not None and not belongs_to(checkpoint.load, checkpoint.save):
         path = str(Path(checkpoint.load).resolve())
-        return Origin("--load", path, checkpoint.ckpt_step, weights_only=checkpoint.finetune)
+        weights_only = checkpoint.finetune or holds_only_weights(path)
+        return Origin("--load", path, checkpoint.ckpt_step, weights_only=weights_only)
     if checkpoint.pretrained_checkpoint is not None and checkpoint.load is None:
         path = str(Path(checkpoint.pretrained_checkpoint).resolve())
         return Origin("--pretrained-checkpoint", path, None, weights_only=True)

@@ -7,6 +7,7 @@ built, and is printed.
     --load B --save X                    continue B in X; resume X if it has a checkpoint of that run
     --load B --finetune --save X         start from the weights of B; resume X if it has a checkpoint of that run
     --pretrained-checkpoint B --save X   same as --load B --finetune --save X
+    --load P --save X                    start from the weights of the published model P, as with --finetune
     --save X                             start a new run; refused if X contains a run
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_slm.checkpoint.source import find_source, holds_only_weights
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_directory
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
@@ -142,6 +144,8 @@ def _check_overwrite(config: RunConfig) -> None:
 def _plan(flags: CheckpointConfig) -> Start:
     if flags.load is not None and Path(flags.load).exists() and not Path(flags.load).is_dir():
         raise ConfigError(f"--load {flags.load} is a file. Specify the --save directory of a run.")
+    if flags.save is not None and holds_only_weights(flags.save):
+        raise ConfigError(f"--save {flags.save} contains a published model. Choose another directory for the run.")
     if flags.load is not None and belongs_to(flags.load, flags.save):
         return _plan_in_save(flags, flags.load)
     origin = outside_origin(flags)
@@ -247,6 +251,8 @@ def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | No
     Raises:
         ConfigError: the step does not exist, or no existing checkpoint is known to be complete.
     """
+    if holds_only_weights(path):
+        return Checkpoint(flag, str(find_source(path, step, flag).directory), None), ""
     root = Path(path)
     if step is None and (root / MANIFEST_FILE).is_file():
         return Checkpoint(flag, path, None), ""

@@ -20,7 +20,8 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from megatron_slm.checkpoint import weights
-from megatron_slm.checkpoint.weights import explained_load, open_checkpoint
+from megatron_slm.checkpoint.source import find_source
+from megatron_slm.checkpoint.weights import explained_load, verify_checkpoint
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, Manifest, file_sizes, read_manifest, saved_config
 from megatron_slm.mcore.pickles import UnsafePickleError, restricted_loads, restricted_pickles
 from megatron_slm.runtime import checksums
@@ -54,7 +55,9 @@ def write_manifest(directory: Path) -> None:
 
 
 def opened(directory: Path, *, verify: bool = True) -> Path:
-    return open_checkpoint(str(directory.parent), None, "--load", verify=verify)
+    found = find_source(str(directory.parent), None, "--load").directory
+    verify_checkpoint(found, "--load", checksums=verify)
+    return found
 
 
 def test_intact_checkpoint_is_opened(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.checkpoint.adoption import adopt_settings
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
@@ -25,7 +26,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def adopt(*argv: str) -> tuple[RunConfig, str]:
-    command = parse([*argv, "--use-checkpoint-args"])
+    command = parse([*argv, "--use-checkpoint-args"], adopt_settings)
     return command.config, command.note
 
 

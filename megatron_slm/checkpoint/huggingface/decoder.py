@@ -1,0 +1,168 @@
+"""Parts that the Llama-like families share: RMSNorm, rotary embeddings, gated MLP, grouped-query attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
+from megatron_slm.checkpoint.huggingface.family import Weight
+from megatron_slm.checkpoint.huggingface.layouts import GateUp, QueryKeyValue
+from megatron_slm.checkpoint.huggingface.rotary import rotary_fields, rotary_settings
+from megatron_slm.config.activation import activation_name
+from megatron_slm.config.schema import ModelConfig
+
+ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}  # of a gated MLP
+LAYER = "model.layers.{layer}"
+ATTENTION = "decoder.layers.self_attention"
+MLP = "decoder.layers.mlp"
+
+
+def decoder_settings(config: PublishedConfig, *, query_groups: int | None, head_width: int | None) -> dict[str, Any]:
+    """Return the settings that all Llama-like families have.
+
+    Args:
+        query_groups: the family's default of num_key_value_heads; None: the number of heads.
+        head_width: the family's default of head_dim; None: hidden size / heads.
+
+    Raises:
+        ConfigError: a field is missing or cannot be represented.
+    """
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    is_null = "num_key_value_heads" in config.values
+    groups = config.integer("num_key_value_heads", heads if is_null or query_groups is None else query_groups)
+    activation = config.text("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise config.error(f"hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    return {
+        "num_layers": config.integer("num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_hidden_size": config.integer("intermediate_size"),
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups if groups != heads else None,
+        "kv_channels": _head_width(config, hidden, heads, head_width),
+        "max_position_embeddings": config.integer("max_position_embeddings"),
+        "seq_length": config.integer("max_position_embeddings"),
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.number("rms_norm_eps", 1e-6),
+        "swiglu": ACTIVATIONS[activation] == "swiglu",
+        "activation": None if ACTIVATIONS[activation] == "swiglu" else ACTIVATIONS[activation],
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": not config.switch("tie_word_embeddings", False),
+        "attention_dropout": config.number("attention_dropout", 0.0),
+        "hidden_dropout": 0.0,
+        "init_method_std": config.number("initializer_range", 0.02),
+        "vocab_size": config.integer("vocab_size"),
+        **rotary_settings(config),
+    }
+
+
+def _head_width(config: PublishedConfig, hidden: int, heads: int, default: int | None) -> int:
+    if config.values.get("head_dim") is None and default is None and hidden % heads:
+        raise config.error(f"head_dim is missing, and num_attention_heads {heads} does not divide hidden_size {hidden}")
+    return config.integer("head_dim", hidden // heads if default is None else default)
+
+
+def limit_to_window(config: PublishedConfig, settings: dict[str, Any], *, default: int | None) -> dict[str, Any]:
+    """Limit the number of positions to the sliding window, within which it has no effect.
+
+    Args:
+        default: the family's default of sliding_window; None: attention to all tokens.
+    """
+    value = config.values.get("sliding_window", default)
+    if value is not None:
+        window = min(settings["max_position_embeddings"], config.integer("sliding_window", value))
+        settings |= {"seq_length": window, "max_position_embeddings": window}
+    return settings
+
+
+def optional_window(config: PublishedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Limit the number of positions to the sliding window if the field use_sliding_window enables it."""
+    return limit_to_window(config, settings, default=4096) if config.switch("use_sliding_window", False) else settings
+
+
+def decoder_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of ``config.json`` that all Llama-like families have."""
+    published = {name: field for field, name in reversed(ACTIVATIONS.items())}
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": query_groups(model),
+        "head_dim": model.kv_channels,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "hidden_act": published.get(activation_name(model), activation_name(model)),
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_method_std,
+        **rotary_fields(model),
+    }
+
+
+def query_groups(model: ModelConfig) -> int:
+    """Return the number of key/value heads."""
+    groups = model.num_query_groups if model.group_query_attention else None
+    return groups or model.num_attention_heads
+
+
+def decoder_weights(model: ModelConfig, mlp: list[Weight]) -> list[Weight]:
+    """Return the weights of a Llama-like model, with the weights of its MLP after the norm."""
+    projections = QueryKeyValue(model.num_attention_heads, query_groups(model), model.kv_channels)
+    bias = not model.disable_bias_linear
+    weights = [
+        Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), is_vocabulary=True),
+        Weight(f"{ATTENTION}.linear_qkv.layer_norm_weight", (f"{LAYER}.input_layernorm.weight",)),
+        Weight(f"{ATTENTION}.linear_qkv.weight", _projections("weight"), projections),
+        Weight(f"{ATTENTION}.linear_proj.weight", (f"{LAYER}.self_attn.o_proj.weight",)),
+        Weight(
+            f"{MLP}.linear_fc1.layer_norm_weight",
+            (f"{LAYER}.post_attention_layernorm.weight",),
+            aliases=("decoder.layers.pre_mlp_layernorm.weight",),  # mixture of experts with Transformer Engine
+        ),
+        *mlp,
+        Weight("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    ]
+    if bias or model.add_qkv_bias:
+        weights.append(Weight(f"{ATTENTION}.linear_qkv.bias", _projections("bias"), projections))
+    if bias:
+        weights.append(Weight(f"{ATTENTION}.linear_proj.bias", (f"{LAYER}.self_attn.o_proj.bias",)))
+    if model.qk_layernorm:
+        weights += [
+            Weight(f"{ATTENTION}.{part}_layernorm.weight", (f"{LAYER}.self_attn.{part}_norm.weight",)) for part in "qk"
+        ]
+    if model.untie_embeddings_and_output_weights:
+        weights.append(Weight("output_layer.weight", ("lm_head.weight",), is_vocabulary=True))
+    return weights
+
+
+def _projections(kind: str) -> tuple[str, ...]:
+    return tuple(f"{LAYER}.self_attn.{part}_proj.{kind}" for part in "qkv")
+
+
+def dense_mlp(model: ModelConfig) -> list[Weight]:
+    """Return the weights of a gated MLP."""
+    kinds = ("weight",) if model.disable_bias_linear else ("weight", "bias")
+    weights = []
+    for kind in kinds:
+        names = (f"{LAYER}.mlp.gate_proj.{kind}", f"{LAYER}.mlp.up_proj.{kind}")
+        weights.append(Weight(f"{MLP}.linear_fc1.{kind}", names, GateUp()))
+        weights.append(Weight(f"{MLP}.linear_fc2.{kind}", (f"{LAYER}.mlp.down_proj.{kind}",)))
+    return weights
+
+
+def experts_mlp(router: str, expert: str, gate: str, up: str, down: str) -> list[Weight]:
+    """Return the weights of a mixture of gated experts.
+
+    Args:
+        router: name of the router below a layer.
+        expert: name of an expert below a layer, with {expert}.
+        gate: name of the gate projection below an expert, as ``up`` and ``down``.
+    """
+    names = (f"{LAYER}.{expert}.{gate}.weight", f"{LAYER}.{expert}.{up}.weight")
+    return [
+        Weight(f"{MLP}.router.weight", (f"{LAYER}.{router}.weight",)),
+        Weight(f"{MLP}.experts.experts.linear_fc1.weight", names, GateUp()),
+        Weight(f"{MLP}.experts.experts.linear_fc2.weight", (f"{LAYER}.{expert}.{down}.weight",)),
+    ]

@@ -1,0 +1,1 @@
+"""Model families: settings and tensor names of one architecture per module."""

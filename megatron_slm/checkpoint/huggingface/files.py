@@ -1,0 +1,22 @@
+"""Names of the files of a published model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+TOKENIZER_FILES = (
+    *(TOKENIZER_JSON, SENTENCEPIECE_MODEL, VOCABULARY, MERGES),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "chat_template.json",
+)
+
+
+def has_weights(directory: Path) -> bool:
+    """Return whether the directory contains weights of a published model."""
+    return any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))

@@ -1,0 +1,156 @@
+"""Load a published model into model chunks of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_slm.checkpoint.huggingface.family import Weight
+from megatron_slm.checkpoint.huggingface.registry import find_family
+from megatron_slm.checkpoint.huggingface.tensors import PublishedTensors
+from megatron_slm.checkpoint.weights import loadable_model_state
+from megatron_slm.config.schema import ModelConfig
+from megatron_slm.runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_slm.checkpoint.huggingface.source import HuggingFaceSource
+
+
+class PublishedModel:
+    """An open published model, whose tensors are read in Megatron-Core's arrangement; a context manager.
+
+    Raises:
+        ConfigError: the model is unreadable, or its tensors are not those of its configuration.
+    """
+
+    def __init__(self, source: HuggingFaceSource) -> None:
+        published = source.published()
+        family = find_family(published)
+        self.flag, self.directory = source.flag, source.directory
+        self.model: ModelConfig = source.config().model
+        self.weights = family.weights(self.model)
+        self.tensors = PublishedTensors(source.directory, source.flag, family.prefix)
+        self._check_size(source)
+        ignored = family.ignored
+        if not self.model.untie_embeddings_and_output_weights:
+            ignored = (*ignored, r"^lm_head\.weight$")  # a copy of the embedding
+        names = [name for weight in self.weights for unit in weight.units(self.model) for name in _names(weight, unit)]
+        self.tensors.check_names(names, ignored)
+
+    def __enter__(self) -> PublishedModel:
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.tensors.__exit__(*details)
+
+    def read(self, weight: Weight, unit: tuple[int, ...]) -> Tensor:
+        """Return one layer's or expert's tensor in Megatron-Core's arrangement, without vocabulary padding."""
+        return self._join(weight, [self.tensors.read(name) for name in _names(weight, unit)])
+
+    def describe(self, weight: Weight) -> Tensor:
+        """Return a tensor without data, with the shape and dtype of one unit."""
+        unit = next(weight.units(self.model))
+        return self._join(weight, [self.tensors.describe(name) for name in _names(weight, unit)])
+
+    def _join(self, weight: Weight, parts: list[Tensor]) -> Tensor:
+        try:
+            return weight.layout.join(parts)
+        except (RuntimeError, IndexError) as error:
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
+            raise ConfigError(
+                f"{self.flag}: {self.directory}: {', '.join(weight.names)} of shape {shapes} do not match config.json. "
+                "Correct config.json."
+            ) from error
+
+    def _check_size(self, source: HuggingFaceSource) -> None:
+        """Raise ConfigError if the tokenizer has more entries than the model has rows."""
+        if source.config().tokenizer.tokenizer_type is None:
+            return
+        size, rows = source.tokenizer().vocab_size, self.model.vocab_size or 0
+        if size > rows:
+            raise ConfigError(
+                f"{self.flag}: the tokenizer in {self.directory} has ids up to {size - 1}, and the model has {rows} "
+                f"embeddings. Resize the model (model.resize_token_embeddings({size}) in transformers), or remove the "
+                "added tokens from the tokenizer."
+            )
+
+
+def check_tensors(source: HuggingFaceSource) -> None:
+    """Validate the configuration, the names of all tensors, and the vocabulary size. Not collective.
+
+    Raises:
+        ConfigError: a file or tensor is missing or damaged, or does not match the configuration.
+    """
+    with PublishedModel(source) as published:
+        for weight in published.weights:
+            shape = published.describe(weight).shape
+            if weight.is_vocabulary and shape[0] != published.model.vocab_size:
+                raise ConfigError(
+                    f"{source.flag}: {source.directory}: {weight.names[0]} has {shape[0]} rows, but config.json has a "
+                    f"vocab_size of {published.model.vocab_size}. Correct config.json."
+                )
+
+
+@torch.no_grad()
+def load_weights(source: HuggingFaceSource, chunks: Sequence[torch.nn.Module]) -> None:
+    """Copy this rank's part of every tensor into the model chunks. Not collective.
+
+    Raises:
+        ConfigError: the model has other tensors or shapes.
+    """
+    with PublishedModel(source) as published:
+        by_key = {key: weight for weight in published.weights for key in (weight.key, *weight.aliases)}
+        current: tuple[Any, Tensor | None] = (None, None)
+        for shard in _shards(loadable_model_state(chunks)):
+            weight = _find(by_key, shard, source)
+            unit = tuple(shard.global_offset[: shard.prepend_axis_num])
+            if current[0] != (weight.key, unit):
+                current = ((weight.key, unit), published.read(weight, unit))
+            assert current[1] is not None
+            _copy(current[1], shard, weight, source)
+
+
+def _shards(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:
+    """Yield the sharded tensors of the model chunks, whose data are the parameters or views of them."""
+    for chunk in state.values():
+        for leaf in chunk.values():
+            if isinstance(leaf, ShardedTensorFactory):
+                yield from leaf.build()
+            elif isinstance(leaf, ShardedTensor):
+                yield leaf
+
+
+def _find(by_key: Mapping[str, Weight], shard: ShardedTensor, source: HuggingFaceSource) -> Weight:
+    if shard.key not in by_key:
+        raise ConfigError(
+            f"{source.flag}: {source.directory} has no weights for {shard.key} of this run's model. Leave out the "
+            "model flag that adds it."
+        )
+    return by_key[shard.key]
+
+
+def _copy(tensor: Tensor, shard: ShardedTensor, weight: Weight, source: HuggingFaceSource) -> None:
+    """Copy the shard's window of ``tensor`` into its data; vocabulary rows beyond the tensor are zero."""
+    axes = shard.prepend_axis_num
+    shape = tuple(shard.global_shape[axes:])
+    fits = tensor.shape[1:] == shape[1:] if weight.is_vocabulary else tuple(tensor.shape) == shape
+    if not fits or (weight.is_vocabulary and tensor.shape[0] > shape[0]):
+        raise ConfigError(
+            f"{source.flag}: {', '.join(weight.names)} in {source.directory} form a tensor of shape "
+            f"{list(tensor.shape)}, and this run's model has {list(shape)}. Leave out the model flags that differ."
+        )
+    offset, size = shard.global_offset[axes:], shard.local_shape
+    window = tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
+    part, data = tensor[window], shard.data
+    if weight.is_vocabulary:
+        data.zero_()
+        data = data[: part.shape[0]]
+    data.copy_(part)
+
+
+def _names(weight: Weight, unit: tuple[int, ...]) -> list[str]:
+    return weight.published_names(unit)
