@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "megatron_slm"
 PACKAGES = (  # from the lowest to the highest
     *("mcore", "runtime", "config", "tokenizers", "corpus", "preprocessing", "data", "scores", "objective", "model"),
-    *("checkpoint", "reference", "inference", "training", "analysis", "cli", "testing", "pretrain", "torchrun"),
+    *(
+        "checkpoint",
+        "reference",
+        "inference",
+        "evaluation",
+        "training",
+        "analysis",
+        "cli",
+        "testing",
+        "pretrain",
+        "torchrun",
+    ),
 )
 RESTRICTED = {
     "objective": {"runtime"},

@@ -1,0 +1,1 @@
+"""Benchmarks: log-likelihoods and generated text of a model, scored as lm-evaluation-harness does."""
