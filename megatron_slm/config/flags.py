@@ -32,7 +32,7 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 DESCRIPTION = """Pretrain a language model with Selective Language Modeling on Megatron-Core.
-Flags have Megatron-LM's names and meanings; additional flags start with --slm- or --reference-."""
+Flags have Megatron-LM's names and meanings; additional flags start with --slm-, --reference- or --replay-."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Path settings: the default of --slm-metrics-file, and expansion of ``~`` in recipes and ``--flag=`` arguments."""
+"""Path settings: defaults of record files, and expansion of ``~`` in recipes and ``--flag=`` arguments."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from megatron_slm.config.schema import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
 TOKENIZER_DIRECTORY = "tokenizer"  # in the directory of an imported model
+EVENTS_FILE = "events.jsonl"
 PATH_SETTINGS = frozenset(
     {
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path"),
         *("data_cache_path", "tokenizer_model", "vocab_file", "merge_file", "save", "load", "pretrained_checkpoint"),
-        *("tensorboard_dir", "wandb_save_dir", "slm_log_dir", "slm_metrics_file", "reference_load", "reference_scores"),
+        *("tensorboard_dir", "wandb_save_dir", "slm_log_dir", "slm_metrics_file", "slm_events_file", "replay_report"),
+        *("reference_load", "reference_scores"),
     }
 )
 
@@ -24,6 +26,13 @@ def metrics_file(config: RunConfig) -> Path | None:
     if config.logging.slm_metrics_file:
         return Path(config.logging.slm_metrics_file)
     return Path(config.checkpoint.save) / METRICS_FILE if config.checkpoint.save else None
+
+
+def events_file(config: RunConfig) -> Path | None:
+    """Return the path of the JSONL file of spikes and NaN, or None if they are not written."""
+    if config.logging.slm_events_file:
+        return Path(config.logging.slm_events_file)
+    return Path(config.checkpoint.save) / EVENTS_FILE if config.checkpoint.save else None
 
 
 def expand_user(path: str) -> str:

@@ -59,6 +59,8 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
         *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
         "accumulate_allreduce_grads_in_fp32",
+        *("check_for_spiky_loss", "check_for_large_grads"),
+        *("slm_spike_window", "slm_spike_threshold", "slm_spike_action"),
         *("data_order", "slm_sentences", "mock_data"),
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path", "split"),
         *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"),  # fingerprints are compared elsewhere
@@ -72,7 +74,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.CHECKPOINT: ("init_method_std",),
     Rule.LOCAL: (
         *("distributed_backend", "distributed_timeout_minutes"),
-        *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train"),
+        *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train", "replay_step"),
         *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
         *("data_cache_path", "num_workers", "full_validation", "slm_accept_changed_corpora"),
         *("save", "load", "pretrained_checkpoint", "save_interval", "save_retain_interval", "finetune", "ckpt_step"),
@@ -80,6 +82,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("slm_verify_checksums", "slm_overwrite_save"),
         *("log_interval", "eval_interval", "eval_iters", "tensorboard_dir"),
         *("wandb_project", "wandb_exp_name", "wandb_save_dir", "slm_log_dir", "slm_metrics_file"),
+        *("slm_events_file", "replay_report"),
     ),
 }
 RULES: dict[str, Rule] = {name: rule for rule, names in _TABLE.items() for name in names}

@@ -1,18 +1,67 @@
-"""Workarounds for faults of Megatron-Core 0.16.1 to 0.19.2 in saving and loading optimizer state."""
+"""Optimizer updates in two phases, and workarounds for faults of Megatron-Core 0.16.1 to 0.19.2 in optimizer state."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import wraps
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """Return the optimizers chained by Megatron-Core, or the only one."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+@torch.no_grad()
+def prepared_gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Copy the reduced gradients to the optimizer's parameters, and return their norm. Collective over all ranks.
+
+    Together with :func:`update_weights`, this is Megatron-Core's ``ChainedOptimizer.step``, divided so that an update
+    can be refused by its gradient norm.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def update_weights(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the prepared gradients, whose norm is ``grad_norm``, and update the weights."""
+    for part in optimizer_parts(optimizer):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+def gradients_of_norm(
+    part: Any, parameters: Iterable[torch.nn.Parameter]
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Yield the model parameters and prepared gradients that contribute to the gradient norm on this rank.
+
+    Args:
+        part: an optimizer of :func:`optimizer_parts`; its ``get_grad_stats_parallel_group`` sums the norm.
+        parameters: parameters of the model.
+    """
+    shards = getattr(part, "model_param_group_index_map", None)  # of the distributed optimizer
+    held = set(map(id, part.get_parameters()))
+    for parameter in parameters:
+        main = getattr(parameter, "main_param", None)
+        main = parameter if main is None else main
+        if shards is not None:
+            if parameter not in shards:
+                continue
+            group, place = shards[parameter]
+            main = part.optimizer.param_groups[group]["params"][place]
+        is_counted = param_is_not_shared(main) and param_is_not_tensor_parallel_duplicate(main)
+        if id(main) in held and main.grad is not None and is_counted:
+            yield parameter, main.grad
 
 
 def repair_loading(optimizer: MegatronOptimizer) -> None:

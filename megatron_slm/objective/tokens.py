@@ -7,10 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-
-from megatron_slm.runtime.collective import all_reduce_sum
-from megatron_slm.runtime.errors import DivergedError
 
 
 @dataclass(frozen=True)
@@ -49,28 +45,12 @@ def concat_micro_batches(micro_batches: Sequence[TokenBatch]) -> TokenBatch:
     )
 
 
-def all_reduce_counts(tokens: TokenBatch, counts: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return ``counts`` [c] int64 summed over the group; the same message carries the number of diverged losses.
+def diverged_tokens(tokens: TokenBatch) -> Tensor:
+    """Return the valid tokens whose token loss or reference loss is NaN or infinite, [b, s] bool.
 
-    Raises:
-        DivergedError: a loss of a valid token is NaN or infinite, on any rank.
+    Selection accepts such losses and leaves their report to the trainer, which decides for all ranks.
     """
-    diverged = tokens.valid & ~tokens.loss.detach().isfinite()
+    finite = tokens.loss.detach().isfinite()
     if tokens.reference is not None:
-        diverged |= tokens.valid & ~tokens.reference.loss.isfinite()
-    summed = all_reduce_sum(torch.cat((counts, diverged.sum()[None])), group)
-    if summed[-1]:
-        raise DivergedError(_describe_divergence(tokens, diverged, int(summed[-1])))
-    return summed[:-1]
-
-
-def _describe_divergence(tokens: TokenBatch, diverged: Tensor, total: int) -> str:
-    places = diverged.nonzero()
-    if not len(places):
-        return f"{total} losses on other ranks are NaN or infinite."
-    row, position = (int(number) for number in places[0])
-    loss = float(tokens.loss[row, position])
-    values = f"token loss {loss}"
-    if tokens.reference is not None:
-        values += f", reference loss {float(tokens.reference.loss[row, position])}"
-    return f"{total} losses are NaN or infinite; the first here is row {row}, position {position}: {values}."
+        finite = finite & tokens.reference.loss.isfinite()
+    return tokens.valid & ~finite

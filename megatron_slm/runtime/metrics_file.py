@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from megatron_slm.runtime.append import is_stream
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import explained_write, write_bytes
 
 METRICS_FLAG = "--slm-metrics-file"
+EVENTS_FLAG = "--slm-events-file"
 
 
 def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
@@ -26,7 +28,7 @@ def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
         ConfigError: the file was not written by megatron_slm, or cannot be written.
     """
     if is_foreign(path):
-        raise ConfigError(foreign_message(path))
+        raise ConfigError(foreign_message(path, METRICS_FLAG))
     if is_stream(path) or not path.exists() or not path.stat().st_size:
         return None
     if not resumed_step:
@@ -46,6 +48,14 @@ def has_evaluation(path: Path | None, step: int) -> bool:
     return any(_step(line) == step and json.loads(line)["kind"] == "eval" for line in lines)
 
 
+def training_record(path: Path | None, step: int) -> dict[str, Any] | None:
+    """Return the newest training metrics of ``step``, or None if the file has none."""
+    if path is None or is_stream(path) or not path.exists():
+        return None
+    records = (json.loads(line) for line in reversed(path.read_bytes().splitlines(True)) if _step(line) == step)
+    return next((record for record in records if record["kind"] == "train"), None)
+
+
 def is_foreign(path: Path) -> bool:
     """Return whether ``path`` is a nonempty regular file that megatron_slm did not write."""
     if is_stream(path) or not path.exists():
@@ -55,12 +65,9 @@ def is_foreign(path: Path) -> bool:
     return bool(first) and not _is_ours(first)
 
 
-def foreign_message(path: Path) -> str:
+def foreign_message(path: Path, flag: str) -> str:
     """Return the error message for a file that must not be replaced."""
-    return (
-        f"{METRICS_FLAG}: {path} exists and is not a metrics file of megatron_slm. Choose another path, or remove the "
-        "file."
-    )
+    return f"{flag}: {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
 
 
 def _keep(path: Path) -> Path:

@@ -26,14 +26,14 @@ class ScoredSamples(Dataset):
     """
 
     def __init__(self, dataset: Any, scores: ScoreSet) -> None:
-        self.dataset, self.scores = dataset, scores
+        self.unscored, self.scores = dataset, scores
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.unscored)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample: dict[str, Tensor] = self.dataset[index]
-        corpus, corpus_index = locate_sample(self.dataset, index)
+        sample: dict[str, Tensor] = self.unscored[index]
+        corpus, corpus_index = locate_sample(self.unscored, index)
         scores = self.scores[corpus.dataset.path_prefix]
         loss, entropy = (np.zeros(len(sample["labels"]), np.float32) for _ in range(2))  # 0 after the corpus end
         done = 0

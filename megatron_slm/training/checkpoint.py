@@ -36,6 +36,7 @@ from megatron_slm.training.state import TrainState
 
 RNG = "rng"
 SELECTION = "selection"
+SPIKES = "spikes"
 
 
 def save_checkpoint(state: TrainState, config: RunConfig) -> Path:
@@ -138,6 +139,7 @@ def _all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     if config.checkpoint.save_optim:
         content["optimizer"] = sharded_optimizer_state(state.optimizer, content, is_loading=False)
         content["scheduler"] = schedule_state(state.scheduler)
+    content[SPIKES] = state.spikes.state_dict()
     if config.checkpoint.save_rng:
         content[RNG] = random_state(state.groups)
     if state.selection.state_dict():

@@ -13,6 +13,7 @@ from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.strategies import ExactSelection
 from megatron_slm.runtime.console import Advance, progress
+from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.state import TrainState
 from megatron_slm.training.step import NoReference, StepPasses
@@ -67,9 +68,12 @@ def _evaluate_set(
             return None
         micro_batches = next(stream)
         passes = StepPasses(state.chunks, micro_batches, NoReference().score(micro_batches))
-        parts += passes.run(all_tokens)
+        parts += [result.sums for result in passes.run(all_tokens)]
         bar.advance()
-    _, _, loss, tokens, _, _ = TokenSums.reduce(parts, groups).values.tolist()
+    sums = TokenSums.reduce(parts, groups)
+    if sums.diverged:
+        raise DivergedError(f"evaluation: {sums.diverged} losses are NaN or infinite.")
+    _, _, loss, tokens, *_ = sums.values.tolist()
     return Evaluation(loss / max(tokens, 1), int(tokens))
 
 

@@ -15,17 +15,17 @@ from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED, format_duration
-from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.metrics_file import has_evaluation
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.checkpoint import save_checkpoint
 from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
+from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
 from megatron_slm.training.retention import Retention
 from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
-from megatron_slm.training.step import ReferenceSource, Step, selection_ratio, train_step
+from megatron_slm.training.step import ReferenceSource, Step, StepObserver, selection_ratio, train_step
 from megatron_slm.training.stopping import StopDecision
 
 logger = logging.getLogger(__name__)
@@ -80,17 +80,18 @@ class _Loop:
         self.iterations = training.train_iters
         self.clock = StepClock(Schedule(self.iterations, logging.eval_interval, checkpoint.save_interval))
         self.retention = Retention(checkpoint)
+        self.monitor = StepMonitor(run.state, run.config, run.datasets.train)
         self.saved, self.evaluated = run.progress.step, -1
         self.unlogged: list[Step] = []
 
     def steps(self) -> str | None:
         """Run steps, and return the reason for an early stop, if any."""
         run, config = self.run, self.run.config
-        stream = self._stream()
+        stream = training_stream(run)
         self.clock.start()
         try:
             while run.progress.step < self.iterations and not self.stop.agreed():
-                self.unlogged.append(_one_step(run, stream))
+                self.unlogged.append(one_step(run, stream, self.monitor))
                 self.clock.tick()
                 step = run.progress.step
                 logger.info("step %d", step)
@@ -146,16 +147,6 @@ class _Loop:
         logger.info("saved step %d", run.progress.step)
         run.console.print(f"saved {directory} in {format_duration(time.perf_counter() - start)}", markup=False)
 
-    def _stream(self) -> BatchStream:
-        run = self.run
-        return BatchStream(
-            run.datasets.train,
-            run.shape,
-            device=run.state.groups.device,
-            start_sample=run.progress.consumed_samples,
-            read_ahead=run.config.data.num_workers,
-        )
-
     def _log(self) -> None:
         """Log the mean losses and times of the steps since the last log."""
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
@@ -177,20 +168,29 @@ class _Loop:
             sink.write({"kind": "train", **asdict(metrics)})
 
 
-def _one_step(run: Run, stream: BatchStream) -> Step:
+def training_stream(run: Run) -> BatchStream:
+    """Return the training batches from the progress of the run."""
+    return BatchStream(
+        run.datasets.train,
+        run.shape,
+        device=run.state.groups.device,
+        start_sample=run.progress.consumed_samples,
+        read_ahead=run.config.data.num_workers,
+    )
+
+
+def one_step(run: Run, stream: BatchStream, observer: StepObserver) -> Step:
+    """Run the next step, and advance the progress of the run. Collective over all ranks."""
     progress = run.progress
     ratio, next_ratio = (selection_ratio(run.config.objective, progress.step + ahead) for ahead in (0, 1))
-    try:
-        step = train_step(
-            run.state,
-            next(stream),
-            ratio=ratio,
-            next_ratio=next_ratio,
-            reference=run.reference,
-        )
-    except DivergedError as error:
-        rank = run.state.groups.rank
-        raise DivergedError(f"step {progress.step + 1}, rank {rank}: {error}") from error
+    step = train_step(
+        run.state,
+        next(stream),
+        ratio=ratio,
+        next_ratio=next_ratio,
+        reference=run.reference,
+        observer=observer,
+    )
     progress.step += 1
     progress.consumed_samples += run.shape.global_batch_size
     return step

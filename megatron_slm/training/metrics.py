@@ -17,7 +17,7 @@ from megatron_slm.config.recipe import to_flat_dict
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
 from megatron_slm.objective.selective_loss import SelectiveLoss
-from megatron_slm.objective.tokens import TokenBatch
+from megatron_slm.objective.tokens import TokenBatch, diverged_tokens
 from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.groups import Groups
 
@@ -28,15 +28,20 @@ SETTINGS_WIDTH = 160  # columns of the printed settings
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Hold sums over tokens, additive over micro-batches and ranks; [6] float64."""
+    """Hold sums over tokens, additive over micro-batches and ranks; [7] float64."""
 
-    values: Tensor  # loss of selected, selected, loss of valid, valid, Σ threshold, micro-batches
+    values: Tensor  # loss of selected, selected, loss of valid, valid, Σ threshold, micro-batches, diverged
     fingerprint: Tensor  # int64 hash of the set of selected tokens, independent of their order
 
     @property
     def selected(self) -> int:
         """Return the number of selected tokens."""
         return int(self.values[1])
+
+    @property
+    def diverged(self) -> int:
+        """Return the number of valid tokens with a NaN or infinite loss."""
+        return int(self.values[6])
 
     @staticmethod
     def from_micro_batch(tokens: TokenBatch, loss: SelectiveLoss) -> TokenSums:
@@ -50,6 +55,7 @@ class TokenSums:
             tokens.valid.sum(),
             loss.threshold.double(),
             one,
+            diverged_tokens(tokens).sum(),
         )
         index = tokens.global_token_index[loss.selected]
         return TokenSums(torch.stack([value.double() for value in values]), (index * index + index).sum())
@@ -66,7 +72,7 @@ class TokenSums:
     @staticmethod
     def add(parts: Iterable[TokenSums], device: torch.device) -> TokenSums:
         """Return the sums of several micro-batches or steps."""
-        values = torch.zeros(6, dtype=torch.float64, device=device)
+        values = torch.zeros(7, dtype=torch.float64, device=device)
         fingerprint = torch.zeros((), dtype=torch.int64, device=device)
         for part in parts:
             values += part.values
@@ -148,7 +154,7 @@ def short(number: float) -> str:
 
 def step_losses(sums: TokenSums) -> dict[str, Any]:
     """Return the loss fields of :class:`StepMetrics` for one step from its reduced sums."""
-    selected_loss, selected, all_loss, valid, threshold, micro_batches = sums.values.tolist()
+    selected_loss, selected, all_loss, valid, threshold, micro_batches, _ = sums.values.tolist()
     rest = valid - selected
     threshold /= max(micro_batches, 1)
     return {

@@ -21,7 +21,7 @@ from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.identity import identity_conflict
 from megatron_slm.tokenizers.tokenizer import Tokenizer
-from megatron_slm.training.checkpoint import RNG, SELECTION, plain_chunks, random_state, selection_state
+from megatron_slm.training.checkpoint import RNG, SELECTION, SPIKES, plain_chunks, random_state, selection_state
 from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.schedule import resume_schedule
 from megatron_slm.training.start import Checkpoint, Start
@@ -147,6 +147,7 @@ def _resume_from(directory: Path, state: TrainState, config: RunConfig, referenc
     is_comparable = not (score_changed(config, saved) or _reference_difference(config, saved, record, reference))
     if thresholds is not None and is_comparable:
         state.selection.load_state_dict(thresholds)
+    state.spikes.load_state_dict(loaded.get(SPIKES, {}))
     if RNG in loaded:
         _set_random_states(loaded[RNG])
     state.progress = TrainProgress(manifest.step, manifest.consumed_samples)

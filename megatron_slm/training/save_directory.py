@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_slm.checkpoint.source import holds_only_weights
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
-from megatron_slm.config.paths import METRICS_FILE
+from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
 from megatron_slm.config.schema import CheckpointConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.files import check_regular, explained_write, write_text
@@ -90,7 +90,7 @@ def holds_checkpoints(directory: Path) -> bool:
 def remove_run(directory: Path) -> None:
     """Remove the checkpoints, metrics and record of the run in ``directory``; other files are kept."""
     with explained_write(directory, "--save"):
-        for name in (TRACKER, RECORD_FILE, METRICS_FILE, WANDB_ID_FILE):
+        for name in (TRACKER, RECORD_FILE, METRICS_FILE, EVENTS_FILE, WANDB_ID_FILE):
             (directory / name).unlink(missing_ok=True)
         for path in directory.iterdir():
             if STEP_DIRECTORY.fullmatch(path.name) or PARTIAL_DIRECTORY.fullmatch(path.name):

@@ -38,6 +38,7 @@ from megatron_slm.training.resume import resume
 from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder, continue_orders, repetition_report
 from megatron_slm.training.sinks import open_sinks
+from megatron_slm.training.spikes import SpikeDetector
 from megatron_slm.training.start import Start, plan_start, prepare_save
 from megatron_slm.training.state import TrainState
 from megatron_slm.training.step import NoReference, ReferenceSource
@@ -157,6 +158,7 @@ def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length
         tokenizer=tokenizer,
         selection=build_selection(config, groups),
         auxiliary=AuxiliaryLosses(chunks, groups),
+        spikes=SpikeDetector.from_config(config.training),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,12 +9,13 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_slm.mcore.optimizer import prepared_gradient_norm, update_weights
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.objective.selection.strategies import SelectionStrategy
-from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import DataRecord
+from megatron_slm.training.spikes import SpikeDetector
 
 
 @dataclass
@@ -37,6 +37,7 @@ class TrainState:
     tokenizer: Tokenizer
     selection: SelectionStrategy
     auxiliary: AuxiliaryLosses
+    spikes: SpikeDetector
     data: DataRecord = field(default_factory=DataRecord)
     progress: TrainProgress = field(default_factory=TrainProgress)
 
@@ -52,16 +53,15 @@ class TrainState:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
 
-    def optimizer_step(self, samples: int) -> tuple[float, float]:
-        """Update the weights and advance the schedule by ``samples``; return the learning rate and gradient norm.
+    @property
+    def lr(self) -> float:
+        """Return the learning rate of the next update."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
-        Raises:
-            DivergedError: the gradient norm is NaN or infinite.
-        """
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        _, grad_norm, _ = self.optimizer.step()
-        norm = float(grad_norm) if grad_norm is not None else math.nan
-        if grad_norm is not None and not math.isfinite(norm):
-            raise DivergedError(f"the gradient norm is {norm}. A lower --lr or a longer warm-up may help.")
-        self.scheduler.step(increment=samples)
-        return lr, norm
+    def gradient_norm(self) -> float:
+        """Pass the gradients to the optimizer, and return their norm. Collective over all ranks."""
+        return prepared_gradient_norm(self.optimizer)
+
+    def optimizer_step(self, grad_norm: float) -> None:
+        """Clip the gradients, whose norm is ``grad_norm``, and update the weights. Collective over all ranks."""
+        update_weights(self.optimizer, grad_norm)

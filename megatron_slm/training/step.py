@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from megatron_slm.objective.multi_token import mtp_labels, multi_token_loss
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.objective.selective_loss import selective_loss
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch, concat_micro_batches
+from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.process import preserved_random_state
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.state import TrainState
@@ -45,6 +47,45 @@ class Step:
     grad_norm: float
     lr: float
     seconds_ranking: float | None  # time of the ranking pass, if any
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """Hold the token losses of a micro-batch and their sums, without graph."""
+
+    sums: TokenSums
+    tokens: TokenBatch
+    selected: Tensor  # [b, s] bool
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """Hold the results of a step between its backward pass and its update."""
+
+    sums: TokenSums  # over the global batch, on every rank
+    micro_batches: Sequence[MicroBatch]  # of this data-parallel rank
+    results: Sequence[MicroBatchResult]  # one per micro-batch on the last pipeline stage, none elsewhere
+
+
+class StepObserver(Protocol):
+    """Examine the losses and gradients of a step before its update."""
+
+    def accept(self, step: StepResults, grad_norm: float) -> bool:
+        """Return whether the weights are updated, equally on every rank. Collective over all ranks.
+
+        Args:
+            step: results of the step.
+            grad_norm: norm of all gradients; NaN or infinite also if losses are.
+        """
+
+
+class FiniteSteps:
+    """Implement an observer that ends the run if a loss or gradient is NaN or infinite."""
+
+    def accept(self, step: StepResults, grad_norm: float) -> bool:
+        if step.sums.diverged or not math.isfinite(grad_norm):
+            raise DivergedError(f"{step.sums.diverged} losses are NaN or infinite; the gradient norm is {grad_norm}.")
+        return True
 
 
 def selection_ratio(config: ObjectiveConfig, step: int) -> float:
@@ -90,10 +131,10 @@ class StepPasses:
         with preserved_random_state(), torch.no_grad():
             return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=True)
 
-    def run(self, selection: SelectionStrategy) -> list[TokenSums]:
+    def run(self, selection: SelectionStrategy) -> list[MicroBatchResult]:
         """Run forward and, if gradients are enabled, backward; return one entry per micro-batch on the last stage."""
 
-        def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenSums]:
+        def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, MicroBatchResult]:
             mask = None
             if torch.is_grad_enabled():
                 mask = selection.forward_grad_mask(number, batch.loss_mask, batch.token_index(), self.scores[number])
@@ -105,7 +146,9 @@ class StepPasses:
                 labels = mtp_labels(batch.labels, tokens, selection.config, len(hidden.heads) - 1)
                 losses = [hidden.token_losses(of_head, head=head).loss for head, of_head in enumerate(labels, start=1)]
                 numerator = numerator + multi_token_loss(losses, tokens, selected, selection.config, selection.ratio)
-            return numerator, loss.count, TokenSums.from_micro_batch(tokens, loss)
+            without_graph = replace(tokens, loss=tokens.loss.detach())
+            result = MicroBatchResult(TokenSums.from_micro_batch(tokens, loss), without_graph, loss.selected)
+            return numerator, loss.count, result
 
         return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=not torch.is_grad_enabled())
 
@@ -120,15 +163,17 @@ def train_step(
     ratio: float,
     next_ratio: float,
     reference: ReferenceSource,
+    observer: StepObserver | None = None,
 ) -> Step:
     """Run one optimizer step on a global batch. Collective over all ranks.
 
     Args:
         ratio: selection ratio of this step.
         next_ratio: selection ratio of the next step.
+        observer: decides on the update; default :class:`FiniteSteps`.
 
     Raises:
-        DivergedError: a loss or the gradient norm is NaN or infinite.
+        DivergedError: the observer ends the run, equally on every rank.
     """
     state.zero_grad()
     passes = StepPasses(state.chunks, micro_batches, reference.score(micro_batches))
@@ -136,10 +181,14 @@ def train_step(
     ranked = state.selection.begin_step(ratio, next_ratio, passes.rank)
     seconds_ranking = time.perf_counter() - start if ranked else None
     state.auxiliary.scale(state.selection.selected_share)
-    parts = passes.run(state.selection)
+    results = passes.run(state.selection)
     state.selection.end_step()
-    sums = TokenSums.reduce(parts, state.groups)
+    sums = TokenSums.reduce([result.sums for result in results], state.groups)
     if state.auxiliary.active and not sums.selected:
         state.zero_grad()  # without selected tokens, the auxiliary gradients cannot be normalized
-    lr, grad_norm = state.optimizer_step(micro_batches[0].tokens.size(0) * len(micro_batches) * state.groups.dp_size)
+    lr, grad_norm = state.lr, state.gradient_norm()
+    samples = micro_batches[0].tokens.size(0) * len(micro_batches) * state.groups.dp_size
+    if (observer or FiniteSteps()).accept(StepResults(sums, micro_batches, results), grad_norm):
+        state.optimizer_step(grad_norm)
+    state.scheduler.step(increment=samples)
     return Step(sums, grad_norm, lr, seconds_ranking)

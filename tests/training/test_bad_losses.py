@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,16 @@ def test_micro_batch_rank_and_step_without_valid_tokens(workspace: Path, variant
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
 def test_non_finite_loss_ends_the_run_on_every_rank(workspace: Path, variant: str, fault: float) -> None:
     name = f"{variant}-{fault}"
-    other, owner = run(slm(workspace, name, 2, *VARIANTS[variant]), 2, fault=fault)
-    assert (other[0], owner[0]) == (3, 3)
-    assert "step 2, rank 0" in other[1] and "on other ranks" in other[1]
-    row = 2 if variant == "data-parallel" else 6  # with the scope global-batch rows are counted over micro-batches
-    assert f"row {row}, position 5" in owner[1] and f"reference loss {fault}" in owner[1]
+    first, owner = run(slm(workspace, name, 2, *VARIANTS[variant]), 2, fault=fault)
+    assert (first[0], owner[0]) == (3, 3)
+    place = "step 2: 1 losses are NaN or infinite; the first is on rank 1, sample 30 (micro-batch 1, row 2), position 5"
+    assert place in first[1] and f"reference loss {fault}" in first[1] and not owner[1]
     assert not list((workspace / name).glob("iter_*"))
+    (event,) = (json.loads(line) for line in (workspace / name / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["step"], event["ranks"], event["diverged"]) == ("nan_loss", 2, [1], 1)
+    assert [(sample["sample"], sample["rank"]) for sample in event["samples"] if sample["diverged"]] == [(30, 1)]
+    assert sorted(sample["sample"] for sample in event["samples"]) == list(range(16, 32))
+    assert all(sum(span["tokens"] for span in sample["documents"]) == 33 for sample in event["samples"])
 
 
 @pytest.mark.parametrize("variant", ["global-batch", "predicted"])

@@ -69,12 +69,12 @@ def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[to
         loss = selective_loss(tokens, selection)
         return objective.SelectiveLoss(loss.numerator * 0.0, loss.count, loss.selected, loss.threshold)
 
-    def recorded_step(state: TrainState, samples: int) -> Any:
+    def recorded_step(state: TrainState, grad_norm: float) -> Any:
         for chunk in state.chunks:
             for name, parameter in chunk.named_parameters():
                 if "router" in name:
                     gradients.append(parameter.main_grad.clone())
-        return optimizer_step(state, samples)
+        return optimizer_step(state, grad_norm)
 
     selective_loss, optimizer_step = objective.selective_loss, TrainState.optimizer_step
     with (

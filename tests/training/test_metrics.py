@@ -43,7 +43,7 @@ def test_line_without_width_has_all_metrics() -> None:
 
 
 def test_losses_are_ratios_of_sums() -> None:
-    values = torch.tensor([6.0, 3, 20, 5, 1.0, 2], dtype=torch.float64)
+    values = torch.tensor([6.0, 3, 20, 5, 1.0, 2, 0], dtype=torch.float64)
     figures = step_losses(TokenSums(values, torch.tensor(-1)))
     assert (figures["loss"], figures["loss_all"], figures["loss_unselected"]) == (2.0, 4.0, 7.0)
     assert (figures["share_selected"], figures["threshold"], figures["selection"]) == (0.6, 0.5, "f" * 16)

@@ -22,7 +22,6 @@ CURATED: dict[str, str] = {
     "--fp32-residual-connection": "the residual stream has the precision of the weights. For fp32, leave out --bf16.",
     "--apply-query-key-layer-scaling": "it guards against fp16 overflow only. Use --bf16 and leave the flag out.",
     "--no-check-for-nan-in-loss-and-grad": "a NaN or infinite loss always ends the run. Leave the flag out.",
-    "--check-for-spiky-loss": "loss spikes do not end the run. See metrics.jsonl.",
     "--use-precision-aware-optimizer": _STATE_DTYPE,
     "--optimizer-cpu-offload": _STATE_DTYPE,
     "--deterministic-mode": "runs on CPUs are deterministic; on GPUs this depends on the kernels. Leave the flag out.",

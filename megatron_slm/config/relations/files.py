@@ -8,16 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_slm.config.paths import metrics_file
+from megatron_slm.config.paths import events_file, metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.append import NOT_APPENDABLE, can_be_appended_to, is_stream
-from megatron_slm.runtime.metrics_file import METRICS_FLAG, foreign_message, is_foreign
+from megatron_slm.runtime.metrics_file import EVENTS_FLAG, METRICS_FLAG, foreign_message, is_foreign
 
 
 def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
     """Require a directory for the checkpoint settings that refer to one."""
-    checkpoint = config.checkpoint
-    if checkpoint.save is None and checkpoint.save_interval is not None:
+    checkpoint, saves = config.checkpoint, config.training.replay_step is None
+    if saves and checkpoint.save is None and checkpoint.save_interval is not None:
         yield "--save-interval needs --save, the output directory."
     interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
     if retained is not None and interval is None:
@@ -30,6 +30,22 @@ def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
         yield "--skip-train evaluates a checkpoint: give it with --load."
     if checkpoint.load is None and checkpoint.finetune:
         yield "--finetune needs --load, the initial weights."
+
+
+def replay(config: RunConfig, _: int) -> Iterator[str]:
+    """Relations of --replay-step."""
+    training, report = config.training, config.logging.replay_report
+    if training.replay_step is None:
+        if report is not None:
+            yield f"--replay-report {report} has no effect without --replay-step. Add the step, or leave it out."
+        return
+    if training.skip_train:
+        yield "--replay-step trains, and --skip-train does not. Give one of them."
+    if training.train_samples is None and training.replay_step > training.train_iters:
+        yield (
+            f"--replay-step {training.replay_step} is beyond the end of the run, --train-iters {training.train_iters}. "
+            "Choose a smaller step."
+        )
 
 
 def wandb(config: RunConfig, _: int) -> Iterator[str]:
@@ -59,7 +75,14 @@ def output_directories(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def unwritable_outputs(config: RunConfig) -> Iterator[str]:
-    """Yield a message for every output that cannot be written: directories, the metrics file, Weights & Biases."""
+    """Yield a message for every output that cannot be written: directories, the metrics file, Weights & Biases.
+
+    A replay has no output but its report, and the run that it repeats may be another user's.
+    """
+    if config.training.replay_step is not None:
+        if config.logging.replay_report is not None:
+            yield from _unwritable("--replay-report", Path(config.logging.replay_report).parent)
+        return
     yield from _missing_wandb(config)
     for flag, directory in (
         ("--save", config.checkpoint.save),
@@ -71,25 +94,30 @@ def unwritable_outputs(config: RunConfig) -> Iterator[str]:
         is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # optional, and may be complete
         if directory is not None and not is_cache:
             yield from _unwritable(flag, Path(directory))
-    if (path := metrics_file(config)) is not None:
-        yield from _metrics_file(path, is_given=config.logging.slm_metrics_file is not None)
+    logging = config.logging
+    for flag, record_file, given in (
+        (METRICS_FLAG, metrics_file(config), logging.slm_metrics_file),
+        (EVENTS_FLAG, events_file(config), logging.slm_events_file),
+    ):
+        if record_file is not None:
+            yield from _record_file(flag, record_file, is_given=given is not None)
 
 
-def _metrics_file(path: Path, *, is_given: bool) -> Iterator[str]:
-    """Yield a message if ``path`` is not a metrics file, or if its directory is unwritable and not --save."""
+def _record_file(flag: str, path: Path, *, is_given: bool) -> Iterator[str]:
+    """Yield a message if ``path`` is not a file of records, or if its directory is unwritable and not --save."""
     try:
         if not can_be_appended_to(path):
-            yield f"{METRICS_FLAG} {path}: {NOT_APPENDABLE}. Choose another path."
+            yield f"{flag} {path}: {NOT_APPENDABLE}. Choose another path."
             return
         if is_stream(path):
             return  # opened for appending; its directory, such as /dev, need not be writable
         if is_foreign(path):
-            yield foreign_message(path)
+            yield foreign_message(path, flag)
     except OSError as error:
-        yield f"{METRICS_FLAG} {path} cannot be read ({error.strerror}). Choose another path."
+        yield f"{flag} {path} cannot be read ({error.strerror}). Choose another path."
     else:
         if is_given:
-            yield from _unwritable(METRICS_FLAG, path.parent)
+            yield from _unwritable(flag, path.parent)
 
 
 def _unwritable(flag: str, directory: Path) -> Iterator[str]:
@@ -110,4 +138,4 @@ def _unwritable(flag: str, directory: Path) -> Iterator[str]:
         )
 
 
-RELATIONS = (checkpoints, wandb, output_directories)
+RELATIONS = (checkpoints, replay, wandb, output_directories)

@@ -53,3 +53,7 @@ class LoggingConfig:
     wandb_save_dir: str | None = flag(None, "local directory for Weights & Biases logs")
     slm_log_dir: str | None = flag(None, "directory for one log file per rank, with timestamps; default no log files")
     slm_metrics_file: str | None = flag(None, "JSONL file for all metrics; default metrics.jsonl in --save")
+    slm_events_file: str | None = flag(
+        None, "JSONL file for spikes and NaN, with samples and documents; default events.jsonl in --save"
+    )
+    replay_report: str | None = flag(None, "JSON file for the report of --replay-step; default the log only")

@@ -84,6 +84,27 @@ class TrainingConfig:
     exit_signal_handler: bool = flag(
         True, "save and exit at SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 (Megatron-LM: off, SIGTERM only)"
     )
+    check_for_spiky_loss: bool = flag(
+        True, "record steps whose loss is a spike, with their samples and documents (Megatron-LM: off)"
+    )
+    check_for_large_grads: bool = flag(
+        True, "record steps whose gradient norm is a spike, with their samples and documents (Megatron-LM: off)"
+    )
+    slm_spike_window: int = flag(
+        128, "number of steps of the running mean and standard deviation that define a spike", at_least=4
+    )
+    slm_spike_threshold: float = flag(6.0, "number of standard deviations above the mean that is a spike", above=0)
+    slm_spike_action: str = flag(
+        "log",
+        "action at a spike: log it, skip the update of the weights, or stop the run before the update",
+        choices=("log", "skip", "stop"),
+    )
+    replay_step: int | None = flag(
+        None,
+        "repeat this iteration exactly, from the newest checkpoint before it, report its samples, and exit; writes "
+        "nothing to --save",
+        above=0,
+    )
     skip_train: bool = flag(False, "skip training: evaluate the checkpoint of --load and save nothing")
 
 

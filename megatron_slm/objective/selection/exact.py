@@ -14,7 +14,7 @@ from megatron_slm.objective.scores import ranking_scores
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import Policy, TopK, top_ks
 from megatron_slm.objective.selection.threshold import select_highest
-from megatron_slm.objective.tokens import TokenBatch, all_reduce_counts
+from megatron_slm.objective.tokens import TokenBatch
 from megatron_slm.runtime.collective import all_reduce_sum
 
 
@@ -40,14 +40,10 @@ def select(tokens: TokenBatch, config: SelectionConfig, ratio: float) -> Selecti
             from the reference model needs ``tokens.reference``.
         config: settings of the selection.
         ratio: the share k of the valid tokens that is selected.
-
-    Raises:
-        DivergedError: a token loss or reference loss of a valid token is NaN or infinite, here or elsewhere in the
-            scope; the rank that holds it names its position.
     """
     by_row, group = _rankings(config)
     valid, order = _as_rankings(tokens.valid, by_row), _as_rankings(tokens.step_token_index, by_row)
-    n_valid = all_reduce_counts(tokens, valid.sum(1), group)
+    n_valid = all_reduce_sum(valid.sum(1), group)
     if config.policy is None:
         return Selection(tokens.valid, tokens.valid.float(), torch.full((), -torch.inf, device=valid.device))
     masks, thresholds = [], []

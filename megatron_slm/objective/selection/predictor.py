@@ -33,8 +33,8 @@ from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection, combine_masks, mixed_weight
 from megatron_slm.objective.selection.policy import top_ks
 from megatron_slm.objective.selection.threshold import key_values, largest_key, order_keys
-from megatron_slm.objective.tokens import TokenBatch, all_reduce_counts
-from megatron_slm.runtime.collective import broadcast_from_last_stage
+from megatron_slm.objective.tokens import TokenBatch
+from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
 
 GAIN = 0.7
 SMOOTHING = 0.5
@@ -52,10 +52,7 @@ class PredictedThreshold:
 
 
 def select_by_threshold(tokens: TokenBatch, config: SelectionConfig, predicted: PredictedThreshold) -> Selection:
-    """Select every token whose score reaches the predicted threshold. Nothing is communicated.
-
-    A loss that is NaN is not selected; :meth:`ThresholdPredictor.observe` finds it when the step ends.
-    """
+    """Select every token whose score reaches the predicted threshold; NaN is not selected. Nothing is communicated."""
     assert config.policy is not None
     selected = combine_masks(config.policy, iter(predicted_masks(tokens, config, predicted)))
     weight = selected.float()
@@ -124,16 +121,13 @@ class ThresholdPredictor:
             selected: their selection, [b, s] bool.
             ratio: the step's selection ratio.
             next_ratio: that of the next step.
-
-        Raises:
-            DivergedError: a loss of a valid token is NaN or infinite, on any rank.
         """
         _, _, surplus, before, velocity, _, _ = self.values
         reached = torch.zeros_like(surplus, dtype=torch.int64)
         if (predicted := self.predict(ratio)) is not None:
             reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
         here = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), reached))
-        counts = all_reduce_counts(tokens, here, self.config.group)
+        counts = all_reduce_sum(here, self.config.group)
         n_valid, n_selected, n_reached = counts.split((1, 1, len(self.top_ks)))
         if not n_valid:
             return  # there is nothing to learn from
