@@ -7,8 +7,9 @@ format do not import torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_slm.checkpoint.adoption import adopt_settings
@@ -23,6 +24,7 @@ from megatron_slm.training.preflight import check_device, check_files, check_mem
 
 if TYPE_CHECKING:
     from megatron_slm.runtime.groups import Groups
+    from megatron_slm.training.loop import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,11 +52,14 @@ def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.plan import print_plan
+    from megatron_slm.training.replay_start import replay_config
     from megatron_slm.training.resume import check_start
     from megatron_slm.training.setup import find_reference, score_headers
     from megatron_slm.training.start import plan_start
 
     console = make_console()
+    if config.training.replay_step is not None:
+        config = replay_config(config)
     tokenizer = build_run_tokenizer(config)
     check_files(config, tokenizer, verify=True)
     check_device(config, default_device())
@@ -70,8 +75,11 @@ def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
 
 def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
     from megatron_slm.runtime import process
-    from megatron_slm.runtime.collective import on_every_rank
+    from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.logs import logging_to, open_log
+    from megatron_slm.training.loop import train
+    from megatron_slm.training.replay import replay
+    from megatron_slm.training.replay_start import replay_config
     from megatron_slm.training.setup import parallel_layout
 
     groups = process.start(
@@ -82,16 +90,21 @@ def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
     )
     if signals is not None:
         signals.record_all()
+    if config.training.replay_step is not None:
+        action = partial(replay, original=config, signals=signals)
+        config = on_first_rank(lambda: replay_config(config))
+    else:
+        action = partial(train, signals=signals)
     with logging_to(on_every_rank(lambda: open_log(config.logging.slm_log_dir, groups.rank))):
-        _run_job(config, note, groups, signals)
+        _run_job(config, note, groups, action)
 
 
-def _run_job(config: RunConfig, note: str, groups: Groups, signals: StopSignals | None) -> None:
+def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run], None]) -> None:
+    """Build the run of a configuration, and run ``action`` on it. Collective over all ranks."""
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
-    from megatron_slm.training.loop import train
     from megatron_slm.training.metrics import print_settings
     from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
     from megatron_slm.training.setup import build_run
@@ -111,4 +124,4 @@ def _run_job(config: RunConfig, note: str, groups: Groups, signals: StopSignals 
         with unchanged_if_refused(save):
             run = build_run(config, tokenizer, groups, console)
         with closing_all(run.sinks):
-            train(run, signals)
+            action(run)
