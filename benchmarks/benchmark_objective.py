@@ -203,10 +203,10 @@ def loss_errors(problem: Problem) -> dict[str, float]:
         return -logits.double().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
     expected = exact(hidden.double() @ weight.double().t())
-    engine = "triton" if hidden.is_cuda else "chunked"
+    implementation = "triton" if hidden.is_cuda else "chunked"
     found = {
         "fp32 logits (ours)": linear_cross_entropy(
-            hidden, weight, labels, LinearCrossEntropyConfig(engine=engine)
+            hidden, weight, labels, LinearCrossEntropyConfig(implementation=implementation)
         ).loss,
         "logits in the weight's dtype": exact(F.linear(hidden, weight)),
     }

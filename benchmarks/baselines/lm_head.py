@@ -144,10 +144,10 @@ def _needs_gpu(problem: Problem) -> None:
 
 
 def make_ours(
-    problem: Problem, *, forward_grad: str = "", engine: str | None = None, saves_logits: bool = False
+    problem: Problem, *, forward_grad: str = "", implementation: str | None = None, saves_logits: bool = False
 ) -> Callable[[], None]:
-    engine = engine or ("triton" if problem.hidden.is_cuda else "chunked")
-    head = LinearCrossEntropyConfig(engine=engine, saved_logits_bytes=1 << 40 if saves_logits else 0)
+    implementation = implementation or ("triton" if problem.hidden.is_cuda else "chunked")
+    head = LinearCrossEntropyConfig(implementation=implementation, saved_logits_bytes=1 << 40 if saves_logits else 0)
     valid = torch.ones_like(problem.reference_loss, dtype=torch.bool)
     masks = {
         "": None,
@@ -189,7 +189,7 @@ IMPLEMENTATIONS = {
     "cut-cross-entropy": Implementation(partial(make_cut, impl="cce"), lambda k: 8),
     "cut-cross-entropy, torch.compile": Implementation(partial(make_cut, impl="torch_compile"), lambda k: 6),
     "quack (all tokens)": Implementation(make_quack, lambda k: 6),
-    "ours, torch": Implementation(partial(make_ours, engine="torch"), lambda k: 6, True),
+    "ours, torch": Implementation(partial(make_ours, implementation="torch"), lambda k: 6, True),
     "ours, all tokens": Implementation(partial(make_ours, forward_grad="all"), lambda k: 6, True),
     "ours, recompute": Implementation(make_ours, lambda k: 2 + 6 * k, True),
     "ours, speculative": Implementation(partial(make_ours, forward_grad="speculative"), lambda k: 2 + 4 * k, True),

@@ -61,8 +61,8 @@ def next_tokens(hidden: HiddenStates, decoding: Decoding, requests: Tensor, step
     settings = hidden.lm_head.settings
     logits = hidden.logits(hidden.last_column())
     if decoding.greedy:
-        return sharded_argmax(logits, settings.group)
-    logits = gather_vocabulary(logits, settings.group)[:, : settings.vocab_size]
+        return sharded_argmax(logits, settings.tp_group)
+    logits = gather_vocabulary(logits, settings.tp_group)[:, : settings.vocab_size]
     return sample(logits, uniform(requests, decoding.seed, step), decoding)
 
 

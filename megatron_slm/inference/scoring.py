@@ -118,7 +118,7 @@ def _token_scores(number: int, batch: ScoringBatch, hidden: HiddenStates) -> tup
     parts = [torch.empty(2, 0, device=labels.device)]
     for start in range(0, len(labels), rows):
         logits, targets = hidden.logits(selected[start : start + rows]), labels[start : start + rows]
-        loss = vocab_parallel_token_loss(logits, targets, settings.group, settings.vocab_size)
-        parts.append(torch.stack((loss, (sharded_argmax(logits, settings.group) == targets).float())))
+        loss = vocab_parallel_token_loss(logits, targets, settings.tp_group, settings.vocab_size)
+        parts.append(torch.stack((loss, (sharded_argmax(logits, settings.tp_group) == targets).float())))
     scores = torch.cat(parts, 1)
     return scores[0].sum(), torch.tensor(scores.size(1), device=labels.device), scores

@@ -140,12 +140,12 @@ def linear_cross_entropy_config(
 ) -> LinearCrossEntropyConfig:
     """Return the configuration of the LM head's linear cross-entropy."""
     return LinearCrossEntropyConfig(
-        group=groups.tp,
+        tp_group=groups.tp,
         vocab_size=vocab_size,
         sequence_parallel=parallel.sequence_parallel,
         softcap=model.slm_logit_softcap,
         z_loss=objective.slm_z_loss,
-        engine=choose_cross_entropy(objective.slm_cross_entropy, groups.device),
+        implementation=choose_cross_entropy(objective.slm_cross_entropy, groups.device),
         saved_logits_bytes=objective.slm_saved_logits_mb << 20,
     )
 

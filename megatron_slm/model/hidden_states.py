@@ -79,7 +79,7 @@ class HiddenStates:
 
     def _main_head(self) -> Tensor:
         """Return the main head's hidden states of all tokens, [s, b, h]."""
-        return gather_sequence(self.heads[0], self.lm_head.settings.group, self.lm_head.sequence_parallel)
+        return gather_sequence(self.heads[0], self.lm_head.settings.tp_group, self.lm_head.sequence_parallel)
 
     @torch.no_grad()
     def logits(self, selected: Tensor) -> Tensor:
@@ -92,5 +92,5 @@ class HiddenStates:
         logits = linear_in_fp32(selected, weight)
         if settings.softcap is not None:
             logits = settings.softcap * torch.tanh(logits / settings.softcap)
-        logits[:, Shard.of(weight, settings.group, settings.vocab_size).real :] = -torch.inf
+        logits[:, Shard.of(weight, settings.tp_group, settings.vocab_size).real :] = -torch.inf
         return logits

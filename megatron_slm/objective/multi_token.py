@@ -24,7 +24,7 @@ from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, heads: int) -> list[Tensor]:
     """Return the labels [b, s] of each MTP head; 0 beyond the sequence's end. Collective over the config's context
     group."""
-    sequence = _Sequence(tokens.global_token_index, config.context)
+    sequence = _Sequence(tokens.global_token_index, config.cp_group)
     return [sequence.ahead(labels, distance) for distance in range(1, heads + 1)]
 
 
@@ -43,7 +43,7 @@ def multi_token_loss(
         ratio: the selection ratio.
     """
     total = torch.zeros_like(heads[0][0, 0])
-    sequence = _Sequence(tokens.global_token_index, config.context)
+    sequence = _Sequence(tokens.global_token_index, config.cp_group)
     for distance, loss in enumerate(heads, start=1):
         if config.mtp_is_independent:
             weight = select(_tokens_ahead(tokens, loss, distance, sequence), config, ratio).weight

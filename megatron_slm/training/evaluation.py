@@ -61,7 +61,7 @@ def _evaluate_set(
 ) -> Evaluation | None:
     """Return the mean loss over ``batches`` batches, or None if the evaluation was stopped."""
     groups = state.groups
-    all_tokens = ExactSelection(SelectionConfig(None, group=groups.dp_cp, context=groups.cp), groups.device)
+    all_tokens = ExactSelection(SelectionConfig(None, dp_cp_group=groups.dp_cp, cp_group=groups.cp), groups.device)
     parts: list[TokenSums] = []
     for _ in range(batches):
         if must_stop():

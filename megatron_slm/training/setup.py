@@ -62,9 +62,9 @@ def build_selection(config: RunConfig, groups: Groups) -> SelectionStrategy:
     settings = SelectionConfig(
         policy=policy,
         scope=objective.slm_scope,
-        group=groups.dp_cp,
-        context=groups.cp,
-        pipeline=groups.pp,
+        dp_cp_group=groups.dp_cp,
+        cp_group=groups.cp,
+        pp_group=groups.pp,
         mix=objective.slm_mix if policy is not None else 0.0,
         seed=config.training.seed,
         temperature=objective.slm_gumbel_temperature,

@@ -1,4 +1,4 @@
-"""The engine ``triton`` against the definition. Run by test_triton.py: under Triton's interpreter, or on a GPU."""
+"""The ``triton`` implementation against the definition; run by test_triton.py: by Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def test_agrees_with_the_definition(
     """Tiles that are wider than a row, and rows of several tiles, the last of them not full."""
     monkeypatch.setattr(triton_math, "LARGEST_TILE", tile)
     data = {name: value.to(DEVICE) for name, value in make(dtype).items()}
-    got = {name: value.cpu() for name, value in run(data, engine="triton", **MODES[mode], **VARIANTS[variant]).items()}
+    got = {
+        name: value.cpu()
+        for name, value in run(data, implementation="triton", **MODES[mode], **VARIANTS[variant]).items()
+    }
     assert_agrees(got, expected(make(dtype), **VARIANTS[variant]), TOLERANCE[dtype])
     assert bool((got["weight"][VOCAB:] == 0).all()), "the padding got a gradient"
     for name in ("loss", "entropy"):  # exact for bf16 weights too
@@ -48,7 +51,7 @@ def test_agrees_with_the_definition(
 @pytest.mark.parametrize("selection", ["all", "none"])
 def test_everything_and_nothing_selected(selection: str) -> None:
     data = make(share=SELECTIONS[selection])
-    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton")
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, implementation="triton")
     assert_agrees({name: value.cpu() for name, value in got.items()}, expected(data), 1e-5)
 
 
@@ -57,7 +60,7 @@ def test_everything_and_nothing_selected(selection: str) -> None:
 def test_offset_changes_nothing(mode: str, offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_math, "LARGEST_TILE", 32)
     data = shifted(offset)
-    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", **MODES[mode])
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, implementation="triton", **MODES[mode])
     assert_agrees(compared({name: value.cpu() for name, value in got.items()}), compared(expected(data)), 2e-6)
 
 
@@ -66,7 +69,7 @@ def test_impossible_entries() -> None:
     data["hidden"][..., -1] = 1.0
     data["weight"][:40, -1] = -torch.inf
     data["labels"].clamp_(min=40)
-    got = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton", chunk_bytes=700)
+    got = run({name: value.to(DEVICE) for name, value in data.items()}, implementation="triton", chunk_bytes=700)
     wanted = {name: values for name, values in expected(data).items() if name in ("loss", "entropy")}
     assert_agrees({name: got[name].cpu() for name in wanted}, wanted, 2e-6)
 
@@ -74,5 +77,5 @@ def test_impossible_entries() -> None:
 def test_not_a_number_is_not_hidden() -> None:
     data = make()
     data["hidden"][2, 1, 3] = torch.nan
-    loss = run({name: value.to(DEVICE) for name, value in data.items()}, engine="triton")["loss"]
+    loss = run({name: value.to(DEVICE) for name, value in data.items()}, implementation="triton")["loss"]
     assert loss.isnan().nonzero().tolist() == [[2, 1]]

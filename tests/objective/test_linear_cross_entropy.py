@@ -1,4 +1,4 @@
-"""Linear cross-entropy: every engine and mode against the plain float64 definition, in value and gradient."""
+"""Linear cross-entropy: every implementation and mode against the plain float64 definition, in value and gradient."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both": {"softcap": 4.0, "z_loss": 0.1},
 }
 MODES: dict[str, dict[str, Any]] = {
-    "torch": {"engine": "torch"},
-    "recompute": {"engine": "chunked"},
-    "small blocks": {"engine": "chunked", "chunk_bytes": 700},
-    "kept": {"engine": "chunked", "saved_logits_bytes": 1 << 20},
-    "all early": {"engine": "chunked", "threshold": -torch.inf},
-    "some early": {"engine": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
-    "none early": {"engine": "chunked", "threshold": 1e6},
+    "torch": {"implementation": "torch"},
+    "recompute": {"implementation": "chunked"},
+    "small blocks": {"implementation": "chunked", "chunk_bytes": 700},
+    "kept": {"implementation": "chunked", "saved_logits_bytes": 1 << 20},
+    "all early": {"implementation": "chunked", "threshold": -torch.inf},
+    "some early": {"implementation": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
+    "none early": {"implementation": "chunked", "threshold": 1e6},
 }
 SELECTIONS = {"0.6": 0.6, "all": 1.0, "none": 0.0}
 
@@ -66,8 +66,8 @@ def expected(data: dict[str, Tensor], softcap: float | None = None, z_loss: floa
 
 
 def run(data: dict[str, Tensor], *, threshold: float | None = None, **head: Any) -> dict[str, Tensor]:
-    """The loss, entropy and gradients; on the ranks of ``head["group"]`` with this rank's shards."""
-    group, rank, ranks = head.get("group"), 0, 1
+    """The loss, entropy and gradients; on the ranks of ``head["tp_group"]`` with this rank's shards."""
+    group, rank, ranks = head.get("tp_group"), 0, 1
     if group is not None:
         rank, ranks = group.rank(), group.size()
     hidden = data["hidden"].chunk(ranks)[rank] if head.get("sequence_parallel") else data["hidden"]
@@ -128,7 +128,7 @@ def test_many_rows(mode: str, share: float) -> None:
 
 
 def _on_shards(rank: int, world_size: int, dtype: torch.dtype, cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-    return [run(make(dtype), group=dist.group.WORLD, **case) for case in cases]
+    return [run(make(dtype), tp_group=dist.group.WORLD, **case) for case in cases]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -162,7 +162,7 @@ def test_any_guess_gives_the_same_gradient(seed: int, share: float, threshold: f
     """Early tokens that have nothing to do with those whose gradient arrives, at any scale of the loss."""
     data = make(share=share, seed=seed)
     data["incoming"] = data["incoming"] * scale
-    got = run(data, engine="chunked", threshold=threshold, chunk_bytes=3000)
+    got = run(data, implementation="chunked", threshold=threshold, chunk_bytes=3000)
     assert_agrees(got, expected(data), 1e-5)
 
 
@@ -171,9 +171,9 @@ def test_guess_that_is_wrong_everywhere() -> None:
     data = make()
     loss = expected(data)["loss"]
     data["incoming"] = (loss < 3.0) * torch.rand(S, B, generator=torch.Generator().manual_seed(1))
-    assert_agrees(run(data, engine="chunked", threshold=3.0), expected(data), 1e-5)
+    assert_agrees(run(data, implementation="chunked", threshold=3.0), expected(data), 1e-5)
     data["incoming"] = 0.5 * (loss >= 3.0) + 0.25 * (loss < 3.0)
-    assert_agrees(run(data, engine="chunked", threshold=3.0), expected(data), 1e-5)
+    assert_agrees(run(data, implementation="chunked", threshold=3.0), expected(data), 1e-5)
 
 
 def test_early_scores_are_losses_minus_offsets() -> None:
@@ -213,7 +213,7 @@ def test_the_logits_are_never_all_there(threshold: float | None, share: float) -
         (loss * (loss.detach() > 4)).sum().backward()
     assert largest.elements <= tokens * entries * share
     with _LargestTensor() as largest:
-        linear_cross_entropy(hidden, weight, labels, LinearCrossEntropyConfig(engine="torch"))
+        linear_cross_entropy(hidden, weight, labels, LinearCrossEntropyConfig(implementation="torch"))
     assert largest.elements >= tokens * entries, "the measurement sees nothing"
 
 
@@ -273,9 +273,9 @@ def test_not_a_number_is_not_hidden() -> None:
     """A hidden state that diverged shows in its token's loss, and in no other."""
     data = make()
     data["hidden"][2, 1, 3] = torch.nan
-    for engine in ("torch", "chunked"):
+    for implementation in ("torch", "chunked"):
         loss = linear_cross_entropy(
-            data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(engine=engine)
+            data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(implementation=implementation)
         ).loss
         assert loss.isnan().nonzero().tolist() == [[2, 1]]
 
@@ -301,4 +301,6 @@ def test_label_outside_the_vocabulary_is_refused(label: int) -> None:
 def test_unknown_engine_is_refused() -> None:
     data = make()
     with pytest.raises(ValueError, match=r"'cuda' is unknown; there are torch, chunked, triton"):
-        linear_cross_entropy(data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(engine="cuda"))
+        linear_cross_entropy(
+            data["hidden"], data["weight"], data["labels"], LinearCrossEntropyConfig(implementation="cuda")
+        )

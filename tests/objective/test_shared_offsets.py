@@ -21,12 +21,12 @@ from megatron_slm.testing.ranks import run_ranks
 
 OFFSETS = (0.0, 1e3, -1e3, 1e4, -1e4)
 MODES: dict[str, dict[str, Any]] = {
-    "torch": {"engine": "torch"},
-    "recompute": {"engine": "chunked"},
-    "small blocks": {"engine": "chunked", "chunk_bytes": 700},
-    "kept": {"engine": "chunked", "saved_logits_bytes": 1 << 20, "chunk_bytes": 700},
-    "some early": {"engine": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
-    "z-loss": {"engine": "chunked", "z_loss": 1e-4},
+    "torch": {"implementation": "torch"},
+    "recompute": {"implementation": "chunked"},
+    "small blocks": {"implementation": "chunked", "chunk_bytes": 700},
+    "kept": {"implementation": "chunked", "saved_logits_bytes": 1 << 20, "chunk_bytes": 700},
+    "some early": {"implementation": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
+    "z-loss": {"implementation": "chunked", "z_loss": 1e-4},
 }
 
 
@@ -46,7 +46,7 @@ def compared(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _on_shards(rank: int, world_size: int, cases: list[tuple[float, dict[str, Any]]]) -> list[dict[str, Tensor]]:
-    return [run(shifted(offset), group=dist.group.WORLD, **mode) for offset, mode in cases]
+    return [run(shifted(offset), tp_group=dist.group.WORLD, **mode) for offset, mode in cases]
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])

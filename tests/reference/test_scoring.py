@@ -247,7 +247,7 @@ def _compare(
     scored = torch.utils.data.Subset(ScoredSamples(dataset, scores), in_windows)
     shape = BatchShape(32, 1, 0, 1)
     stream = BatchStream(scored, shape, device=groups.device)
-    selector = SelectionConfig(parse_policy("excess"), group=groups.dp_cp)
+    selector = SelectionConfig(parse_policy("excess"), dp_cp_group=groups.dp_cp)
     tokens = differ = selected = 0
     farthest = 0.0
     for _ in range(len(in_windows) // 32):

@@ -8,8 +8,9 @@ The backward pass computes gradients only for tokens with a nonzero incoming gra
 a z-loss coefficient ζ (PaLM, arXiv 2204.02311, section 5) the gradient is that of lossᵢ + ζ · lseᵢ², weighted as the
 token is; the value that is returned, ranked and logged stays the pure lossᵢ.
 
-Three engines compute the same result: ``torch``, the definition, with all logits in memory; ``chunked``, with chunks of
-logits in torch operations on any device; ``triton``, with chunks and fused kernels between the matrix products.
+Three implementations compute the same result: ``torch``, the definition, with all logits in memory; ``chunked``, with
+chunks of logits in torch operations on any device; ``triton``, with chunks and fused kernels between the matrix
+products.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_slm.objective.cross_entropy import check_labels
 from megatron_slm.objective.linear_cross_entropy.chunked import chunked_token_loss
 from megatron_slm.objective.linear_cross_entropy.definition import full_token_loss
 from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
-from megatron_slm.objective.linear_cross_entropy.settings import ENGINES, LinearCrossEntropyConfig, TokenLosses
+from megatron_slm.objective.linear_cross_entropy.settings import IMPLEMENTATIONS, LinearCrossEntropyConfig, TokenLosses
 from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard
 
 
@@ -49,17 +50,18 @@ def linear_cross_entropy(
         weight: [V / tp, h] in the same dtype, this rank's shard of the LM head or tied embedding.
         labels: [s, b] int64, ids in the full vocabulary.
         forward_grad: tokens whose gradient is computed while their logits are available, an estimate of the selection.
-            It affects only the time, not the result. The engine ``torch`` ignores it, as well as saved logits.
+            It affects only the time, not the result. The implementation ``torch`` ignores it, as well as saved logits.
         with_entropy: also give entropies.
 
     Raises:
-        ValueError: a label is outside the vocabulary, or the engine is unknown.
+        ValueError: a label is outside the vocabulary, or the implementation is unknown.
     """
-    if config.engine not in ENGINES:
-        raise ValueError(f"the cross-entropy engine {config.engine!r} is unknown; there are {', '.join(ENGINES)}")
-    shard = Shard.of(weight, config.group, config.vocab_size)
+    if config.implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"the cross-entropy implementation {config.implementation!r} is unknown; there are {known}")
+    shard = Shard.of(weight, config.tp_group, config.vocab_size)
     check_labels(labels, shard.vocab_size)
-    if config.engine == "torch":
+    if config.implementation == "torch":
         return TokenLosses(*full_token_loss(hidden, weight, labels, config, shard, with_entropy))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss, entropy = chunked_token_loss(

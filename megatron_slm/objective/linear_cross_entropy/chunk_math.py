@@ -14,7 +14,7 @@ SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32; remains in a core's
 
 
 class ChunkMath(Protocol):
-    """Arithmetic of an engine on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry."""
+    """Arithmetic on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry."""
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
         """Return the statistics of the chunk's rows and overwrite the logits; with ``keep``, by the
@@ -41,7 +41,7 @@ class ChunkMath(Protocol):
 
 
 class TorchChunkMath:
-    """Chunk arithmetic of the engine ``chunked``; a few rows at a time, so that intermediate results remain
+    """Chunk arithmetic of the implementation ``chunked``; a few rows at a time, so that intermediate results remain
     in the cache, and copies are limited to these rows. An object serves one pass and reuses the memory of these
     copies, because allocating memory from the system costs as much as the arithmetic.
 

@@ -60,8 +60,8 @@ def chunked_token_loss(
 
 
 def chunk_math(config: LinearCrossEntropyConfig, dtype: torch.dtype) -> ChunkMath:
-    """Return the arithmetic of the engine for matrix products in ``dtype``; Triton is imported only if it is used."""
-    if config.engine == "triton":
+    """Return the arithmetic for matrix products in ``dtype``; Triton is imported only if it is used."""
+    if config.implementation == "triton":
         from megatron_slm.objective.linear_cross_entropy.triton_math import TritonChunkMath
 
         return TritonChunkMath(config.softcap, dtype)
@@ -179,12 +179,12 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient.finish(rows, partition, incoming, done)
         ctx.saved_chunks = None
         whole = gradient.hidden.to(hidden.dtype).view(*labels.shape, hidden.size(-1))
-        part = reduce_hidden_gradient(whole, ctx.config.group, ctx.config.sequence_parallel)
+        part = reduce_hidden_gradient(whole, ctx.config.tp_group, ctx.config.sequence_parallel)
         return part, gradient.weight.result(), None, None, None, None, None, None
 
 
 def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: Shard) -> _Rows:
-    whole = gather_sequence(hidden.detach(), config.group, config.sequence_parallel)
+    whole = gather_sequence(hidden.detach(), config.tp_group, config.sequence_parallel)
     flat = whole.reshape(-1, whole.size(-1))
     flat = flat.to(product_dtype(flat))
     math = chunk_math(config, flat.dtype)
@@ -196,7 +196,7 @@ def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEnt
 class _SavedChunk(NamedTuple):
     """A chunk of all rows whose gradient is computed without its matrix product."""
 
-    logits: Tensor  # [N, w], as the engine's statistics left them
+    logits: Tensor  # [N, w], as the implementation's statistics left them
     highest: Tensor  # [N] fp32, largest logit of each row of the chunk
 
 

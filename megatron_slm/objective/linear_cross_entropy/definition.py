@@ -1,4 +1,4 @@
-"""The engine ``torch``: the definition of linear cross-entropy, with all logits in memory."""
+"""The implementation ``torch``: the definition of linear cross-entropy, with all logits in memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def full_token_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: Shard, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Token losses and entropies as the one function describes them."""
-    whole = _WholeHidden.apply(hidden, config.group, config.sequence_parallel)
+    whole = _WholeHidden.apply(hidden, config.tp_group, config.sequence_parallel)
     logits = linear_in_fp32(whole, weight)
     if config.softcap is not None:
         logits = config.softcap * torch.tanh(logits / config.softcap)
-    loss = vocab_parallel_token_loss(logits, labels, config.group, shard.vocab_size)
-    entropy = vocab_parallel_entropy(logits.detach(), config.group, shard.vocab_size) if with_entropy else None
+    loss = vocab_parallel_token_loss(logits, labels, config.tp_group, shard.vocab_size)
+    entropy = vocab_parallel_entropy(logits.detach(), config.tp_group, shard.vocab_size) if with_entropy else None
     if config.z_loss:
         lse = loss + _label_logit(logits, labels, shard)
         term = config.z_loss * lse.square()

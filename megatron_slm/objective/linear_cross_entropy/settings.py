@@ -8,19 +8,19 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-ENGINES = ("torch", "chunked", "triton")
+IMPLEMENTATIONS = ("torch", "chunked", "triton")
 
 
 @dataclass(frozen=True)
 class LinearCrossEntropyConfig:
     """Settings of an LM head and its cross-entropy, the same for every micro-batch."""
 
-    group: ProcessGroup | None = None  # tensor-parallel ranks, in the order of their vocabulary shards
+    tp_group: ProcessGroup | None = None  # tensor-parallel ranks, in the order of their vocabulary shards
     vocab_size: int | None = None  # entries of the vocabulary before padding; None: there is no padding
     sequence_parallel: bool = False  # hidden states come as [s / tp, b, h], this rank's part of the sequence
     softcap: float | None = None  # c of c · tanh(z / c)
     z_loss: float = 0.0  # ζ
-    engine: str = "chunked"
+    implementation: str = "chunked"
     chunk_bytes: int | None = None  # largest chunk of logits; None: a fitting one for device and size
     saved_logits_bytes: int = 0  # logits of a micro-batch up to this size are saved for the backward pass
 

@@ -20,7 +20,7 @@ LARGEST_TILE = 4096  # entries of a row that one step of a program works on
 
 @dataclass(frozen=True)
 class TritonChunkMath:
-    """Arithmetic of the engine ``triton`` as :class:`chunk_math.ChunkMath` describes it. Statistics leave the
+    """Arithmetic of the implementation ``triton`` as :class:`chunk_math.ChunkMath` describes it. Statistics leave the
     logits as they are, so a saved chunk holds logits."""
 
     softcap: float | None

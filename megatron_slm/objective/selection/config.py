@@ -15,9 +15,9 @@ class SelectionConfig:
 
     policy: Policy | None
     scope: str = "data-parallel"  # or "sequence", "micro-batch", "global-batch"
-    group: ProcessGroup | None = None  # data- and context-parallel ranks, which share a micro-batch step
-    context: ProcessGroup | None = None  # context-parallel ranks, which share a micro-batch and its sequences
-    pipeline: ProcessGroup | None = None  # pipeline-parallel ranks, of which the last has the losses
+    dp_cp_group: ProcessGroup | None = None  # data- and context-parallel ranks, which share a micro-batch step
+    cp_group: ProcessGroup | None = None  # context-parallel ranks, which share a micro-batch and its sequences
+    pp_group: ProcessGroup | None = None  # pipeline-parallel ranks, of which the last has the losses
     mix: float = 0.0  # share of the weight that is spread evenly over all valid tokens
     seed: int = 1234  # of random and stochastic scores
     temperature: float = 1.0  # of stochastic scores

@@ -33,7 +33,7 @@ class Selection:
 
 
 def select(tokens: TokenBatch, config: SelectionConfig, ratio: float) -> Selection:
-    """Score and rank tokens, and select exactly ⌈k · valid⌉ of each ranking. Collective over ``config.group``.
+    """Score and rank tokens, and select exactly ⌈k · valid⌉ of each ranking. Collective over ``config.dp_cp_group``.
 
     Args:
         tokens: the micro-batch, or with the scope "global-batch" all micro-batches of the step concatenated; a score
@@ -87,7 +87,7 @@ def mixed_weight(weight: Tensor, valid: Tensor, share: Tensor, mix: float) -> Te
 def _rankings(config: SelectionConfig) -> tuple[bool, ProcessGroup | None]:
     """Return whether each sequence is a ranking, and the group that shares a ranking."""
     shared = config.scope in ("data-parallel", "global-batch")
-    return config.scope == "sequence", config.group if shared else config.context
+    return config.scope == "sequence", config.dp_cp_group if shared else config.cp_group
 
 
 def _as_rankings(values: Tensor, by_row: bool) -> Tensor:

@@ -127,7 +127,7 @@ class ThresholdPredictor:
         if (predicted := self.predict(ratio)) is not None:
             reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
         here = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), reached))
-        counts = all_reduce_sum(here, self.config.group)
+        counts = all_reduce_sum(here, self.config.dp_cp_group)
         n_valid, n_selected, n_reached = counts.split((1, 1, len(self.top_ks)))
         if not n_valid:
             return  # there is nothing to learn from
@@ -167,7 +167,7 @@ class ThresholdPredictor:
         count = (torch.cat((shares, corrected)) * n_valid).round().long().clamp(min=1).minimum(n_valid)
         scores = torch.stack([ranking_scores(tokens, self.config, top_k).flatten() for top_k in self.top_ks])
         valid = tokens.valid.reshape(1, -1).expand(len(count), -1)
-        key, needed, ties = largest_key(order_keys(scores).repeat(2, 1), valid, count, self.config.group)
+        key, needed, ties = largest_key(order_keys(scores).repeat(2, 1), valid, count, self.config.dp_cp_group)
         thresholds, half = key_values(key).double(), len(self.top_ks)
         return thresholds[:half], thresholds[half:], needed[half:], ties[half:]
 

@@ -167,8 +167,8 @@ class GlobalBatchSelection(SelectionStrategy):
         self.ranked = ()
 
     def selected_share(self) -> float:
-        counts = all_reduce_sum(self.counts.clone(), self.config.group)
-        selected, valid = broadcast_from_last_stage(counts, self.config.pipeline).tolist()
+        counts = all_reduce_sum(self.counts.clone(), self.config.dp_cp_group)
+        selected, valid = broadcast_from_last_stage(counts, self.config.pp_group).tolist()
         return selected / max(valid, 1)
 
 
@@ -211,7 +211,7 @@ class PredictedSelection(GlobalBatchSelection):
         if self.tokens:
             tokens, selected = concat_micro_batches(self.tokens), torch.cat(self.masks)
             self.predictor.observe(tokens, selected, self.ratio, self.next_ratio)
-        self.predictor.broadcast(self.config.pipeline)
+        self.predictor.broadcast(self.config.pp_group)
 
     def selected_share(self) -> float:
         if self.predicted is None:
