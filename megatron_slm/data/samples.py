@@ -80,12 +80,13 @@ class CorpusSamples(GPTDataset):
     def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
         found = super()._query_document_sample_shuffle_indices(idx)
         ids, size = found[0], self.config.tokenizer.vocab_size
-        if len(ids) and int(ids.max()) >= size:
-            raise ConfigError(
-                f"{self.dataset_path}: a document among the sequences {int(found[1][0])} to {int(found[1][-1])} has "
-                f"the token id {int(ids.max())}, but the vocabulary has {size} entries. Use the tokenizer that made "
-                "the corpus; tools/inspect_dataset.py --check finds all such ids."
-            )
+        for token in (int(ids.min()), int(ids.max())) if len(ids) else ():
+            if not 0 <= token < size:
+                raise ConfigError(
+                    f"{self.dataset_path}: a document among the sequences {int(found[1][0])} to {int(found[1][-1])} "
+                    f"has the token id {token}, but the vocabulary has {size} entries. Use the tokenizer that made the "
+                    "corpus; tools/inspect_dataset.py --check finds all such ids."
+                )
         return found
 
 

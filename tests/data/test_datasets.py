@@ -154,9 +154,11 @@ def test_ids_outside_the_vocabulary_are_rejected(tmp_path: Path, tail: bool) -> 
         check_corpora(DataConfig(data_path=[prefix]), BYTES)
 
 
-def test_id_outside_the_vocabulary_stops_the_run_when_it_is_read(tmp_path: Path) -> None:
-    prefix = build(tmp_path / "c", [[[7] * 40], [[7] * 30 + [300] + [7] * 9], [[7] * 40]])
-    with pytest.raises(ConfigError, match=r"c: a document among the sequences .* has the token id 300"):
+@pytest.mark.parametrize("token", [300, -1])
+def test_id_outside_the_vocabulary_stops_the_run_when_it_is_read(tmp_path: Path, token: int) -> None:
+    documents = [[[7] * 40], [[7] * 30 + [token] + [7] * 9], [[7] * 40]]
+    prefix = build(tmp_path / "c", documents, np.int32)
+    with pytest.raises(ConfigError, match=rf"c: a document among the sequences .* has the token id {token}"):
         read(built(DataConfig(data_path=[prefix], split="1,0,0")).train)
 
 
