@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -148,7 +149,7 @@ WEIGHTS = st.dictionaries(
     st.floats(1e-6, 1e6),
     min_size=1,
     max_size=4,
-)
+).filter(lambda blend: len({os.path.normpath(prefix) for prefix in blend}) == len(blend))  # equal paths are merged
 
 
 @settings(max_examples=40, deadline=None)
