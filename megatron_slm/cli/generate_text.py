@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_slm.cli.layout import add_layout_flags, given_layout, start_ranks
@@ -19,7 +20,6 @@ from megatron_slm.runtime.output import print_result
 from megatron_slm.runtime.reporting import run_command
 
 if TYPE_CHECKING:
-    from megatron_slm.inference.generation import Generation
     from megatron_slm.inference.model import InferenceModel
     from megatron_slm.inference.prompts import Prompt
     from megatron_slm.inference.sampling import Decoding
@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate_text(arguments: argparse.Namespace) -> None:
     """Generate text for the prompts of the command line."""
     from megatron_slm.inference.model import open_model
-    from megatron_slm.inference.prompts import check_output, encode_prompts
+    from megatron_slm.inference.output_file import check_output
+    from megatron_slm.inference.prompts import encode_prompts
     from megatron_slm.inference.sampling import Decoding
     from megatron_slm.runtime.collective import on_first_rank
 
@@ -148,7 +149,9 @@ def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
     if arguments.input:
         return read_prompts(arguments.input)
-    return [Prompt(text, f"--prompt number {number}") for number, text in enumerate(arguments.prompt, 1)]
+    return [
+        Prompt(text, f"--prompt number {number}", {"prompt": text}) for number, text in enumerate(arguments.prompt, 1)
+    ]
 
 
 def write_file(
@@ -158,27 +161,31 @@ def write_file(
     decoding: Decoding,
     arguments: argparse.Namespace,
 ) -> None:
-    """Generate for all prompts and write the output file. Collective over all ranks."""
+    """Generate for the remaining prompts and write the output file. Collective over all ranks."""
     from megatron_slm.inference.generation import generate
-    from megatron_slm.inference.prompts import write_output
+    from megatron_slm.inference.output_file import OutputFile, job_key
     from megatron_slm.runtime.collective import on_first_rank
-    from megatron_slm.runtime.console import progress
+    from megatron_slm.runtime.console import notice, progress
 
-    results: list[Generation] = []
     size = arguments.micro_batch_size * model.groups.dp_size
+    file = on_first_rank(lambda: OutputFile(arguments.output, job_key(model.identity, decoding, prompts)))
+    if file.finished:
+        notice(f"continuing {file.partial} after {file.finished:,} prompts")
     with progress("generating", len(prompts), "prompts", enabled=model.groups.is_logging_rank) as bar:
-        for start in range(0, len(prompts), size):
-            batch = encoded[start : start + size]
-            results += generate(
+        bar.advance(file.finished)
+        for start in range(file.finished, len(prompts), size):
+            stop = min(start + size, len(prompts))
+            results = generate(
                 model,
-                batch,
+                encoded[start:stop],
                 decoding,
                 micro_batch_size=arguments.micro_batch_size,
                 first_request=start,
                 use_cache=arguments.use_cache,
             )
-            bar.advance(len(batch))
-    on_first_rank(lambda: write_output(arguments.output, prompts, results))
+            on_first_rank(partial(file.append, prompts[start:stop], results))
+            bar.advance(stop - start)
+    on_first_rank(file.publish)
 
 
 def stream(

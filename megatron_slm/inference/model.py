@@ -33,6 +33,7 @@ class InferenceModel:
     config: RunConfig  # model settings and layout
     tokenizer: Tokenizer
     groups: Groups
+    identity: str = ""  # identifies the checkpoint and its precision; empty during training
 
     @property
     def context_length(self) -> int:
@@ -70,14 +71,16 @@ def open_model(
     source = open_source(path, step, flag, verify=verify)
     config = on_first_rank(lambda: _inference_config(source, parallel, groups.world_size))
     tokenizer = on_every_rank(partial(_build_tokenizer, source, config, tokenizer_settings or {}))
+    bf16 = config.training.bf16 if precision is None else precision == "bf16"
     chunks = load_frozen_model(
         config,
         source.load_weights,
         vocab_size=tokenizer.vocab_size,
         groups=groups,
-        bf16=config.training.bf16 if precision is None else precision == "bf16",
+        bf16=bf16,
     )
-    return InferenceModel(chunks, config, tokenizer, groups)
+    identity = f"{on_first_rank(source.identity)} {'bf16' if bf16 else 'fp32'}"
+    return InferenceModel(chunks, config, tokenizer, groups, identity)
 
 
 def _inference_config(source: CheckpointSource, parallel: ParallelConfig, world_size: int) -> RunConfig:

@@ -1,32 +1,32 @@
-"""Prompts from the command line and from JSON lines, and JSON lines of their continuations."""
+"""Prompts from the command line and from JSON lines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.inference.generation import Generation, encode_prompt
+from megatron_slm.inference.generation import encode_prompt
 from megatron_slm.inference.model import InferenceModel
 from megatron_slm.inference.sampling import Decoding
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, read_error, refuse
-from megatron_slm.runtime.files import check_regular, check_replaceable, write_text
+from megatron_slm.runtime.files import check_regular
 
-INPUT, OUTPUT = "--input", "--output"
-PROMPT, TEXT = "prompt", "text"  # keys
+INPUT = "--input"
+PROMPT = "prompt"  # key
 SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its place for messages, and the other keys of its line."""
+    """A prompt, its place for messages, and all keys of its line."""
 
     text: str
-    place: str  # "--prompt 1" or "FILE:12"
-    record: dict[str, Any] = field(default_factory=dict)
+    place: str  # "--prompt number 1" or "FILE:12"
+    record: dict[str, Any]
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -112,33 +112,3 @@ def encode_prompts(prompts: Sequence[Prompt], model: InferenceModel, decoding: D
             f"{model.context_length:,} positions of the model (--max-position-embeddings); their texts end there."
         )
     return encoded
-
-
-def check_output(path: str) -> None:
-    """Raise ConfigError if the output file exists and holds something else, or its directory does not exist."""
-    check_replaceable(path, OUTPUT, is_ours=is_output)
-    if not Path(path).resolve().parent.is_dir():
-        raise ConfigError(f"{OUTPUT} {path}: the directory {Path(path).parent} does not exist. Create it.")
-
-
-def is_output(path: Path) -> bool:
-    """Return whether a file is empty or begins with a line of generated text."""
-    try:
-        with path.open("rb") as file:
-            line = file.readline()
-        return not line or {PROMPT, TEXT} <= json.loads(line).keys()
-    except (ValueError, AttributeError):
-        return False
-
-
-def write_output(path: str, prompts: Iterable[Prompt], generations: Iterable[Generation]) -> None:
-    """Write one JSON line per prompt: its other keys, the prompt, and the generated text.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    lines = (
-        json.dumps({**prompt.record, PROMPT: prompt.text, TEXT: generation.text}, ensure_ascii=False)
-        for prompt, generation in zip(prompts, generations, strict=True)
-    )
-    write_text(path, "".join(f"{line}\n" for line in lines), OUTPUT, is_ours=is_output)

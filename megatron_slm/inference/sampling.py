@@ -73,7 +73,7 @@ def sample(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
 
     Args:
         logits: [n, V] fp32.
-        draws: [n] float64 in (0, 1).
+        draws: [n] float64 in (0, 1].
     """
     logits, ids = (logits.double() / decoding.temperature).sort(dim=-1, descending=True, stable=True)
     if decoding.top_k:
@@ -81,7 +81,6 @@ def sample(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
     probabilities = logits.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= decoding.top_p] = 0.0
-    probabilities[:, 0] = probabilities[:, 0].clamp(min=torch.finfo(torch.double).tiny)
     totals = probabilities.cumsum(-1)
-    places = torch.searchsorted(totals, draws[:, None] * totals[:, -1:], right=True)
-    return ids.gather(-1, places.clamp(max=logits.size(-1) - 1))[:, 0]
+    places = torch.searchsorted(totals, draws[:, None] * totals[:, -1:])
+    return ids.gather(-1, places)[:, 0]

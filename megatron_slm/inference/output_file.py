@@ -1,0 +1,98 @@
+"""Generated texts as JSON lines. Unfinished files are continued."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_slm.inference.generation import Generation
+from megatron_slm.inference.prompts import PROMPT, Prompt
+from megatron_slm.inference.sampling import Decoding
+from megatron_slm.runtime.checksums import text_checksum
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_replaceable, explained_write, write_bytes
+
+FLAG = "--output"
+TEXT, KEY = "text", "generate_text"  # keys of a line, and of the first line of an unfinished file
+
+
+def job_key(model: str, decoding: Decoding, prompts: Sequence[Prompt]) -> str:
+    """Return the checksum of all that the texts depend on.
+
+    Args:
+        model: identity of the checkpoint and its precision.
+    """
+    return text_checksum(json.dumps([model, asdict(decoding), [prompt.record for prompt in prompts]]))
+
+
+def check_output(path: str) -> None:
+    """Raise ConfigError if the file exists with other content than generated texts, or has no directory."""
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"{FLAG} {path}: the directory {Path(path).parent} does not exist. Create it.")
+    check_replaceable(path, FLAG, is_ours=_is_output)
+    check_replaceable(partial_path(path), FLAG, is_ours=_is_partial)
+
+
+def partial_path(path: str) -> Path:
+    """Return the path of the unfinished file."""
+    target = Path(path).resolve()
+    return target.with_name(f"{target.name}.partial")
+
+
+class OutputFile:
+    """Append texts to ``PATH.partial``, and publish the complete file as ``PATH``. For one process.
+
+    Args:
+        path: path of the complete file.
+        key: result of :func:`job_key`; an unfinished file with another key is replaced.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path, self.partial = path, partial_path(path)
+        header = json.dumps({KEY: key}).encode() + b"\n"
+        with explained_write(path, FLAG):
+            content = self.partial.read_bytes() if self.partial.exists() else b""
+            if not content.startswith(header):
+                self.partial.write_bytes(header)
+                content = header
+            complete = content[: content.rindex(b"\n") + 1]
+            os.truncate(self.partial, len(complete))
+        self.header_size = len(header)
+        self.finished = complete.count(b"\n") - 1  # prompts
+
+    def append(self, prompts: Sequence[Prompt], generations: Sequence[Generation]) -> None:
+        """Write one line per prompt: the other keys of its line, the prompt, and the generated text."""
+        lines = (
+            json.dumps({**prompt.record, PROMPT: prompt.text, TEXT: generation.text}, ensure_ascii=False) + "\n"
+            for prompt, generation in zip(prompts, generations, strict=True)
+        )
+        with explained_write(self.path, FLAG), self.partial.open("ab") as file:
+            file.write("".join(lines).encode("utf-8", "surrogatepass"))
+
+    def publish(self) -> None:
+        """Write the complete file, and remove the unfinished one."""
+        write_bytes(self.path, self.partial.read_bytes()[self.header_size :], FLAG, is_ours=_is_output)
+        self.partial.unlink()
+
+
+def _is_output(path: Path) -> bool:
+    """Return whether a file is empty or begins with a line of generated text."""
+    return not path.stat().st_size or {PROMPT, TEXT} <= _first_line_keys(path)
+
+
+def _is_partial(path: Path) -> bool:
+    return KEY in _first_line_keys(path)
+
+
+def _first_line_keys(path: Path) -> set[str]:
+    try:
+        with path.open("rb") as file:
+            return set(json.loads(file.readline()))
+    except (ValueError, TypeError):
+        return set()

@@ -1,0 +1,97 @@
+"""Test the files of the generation command: prompts are read with places, and texts are written once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.inference.generation import Generation
+from megatron_slm.inference.output_file import OutputFile, check_output, job_key, partial_path
+from megatron_slm.inference.prompts import Prompt, read_prompts
+from megatron_slm.inference.sampling import Decoding
+from megatron_slm.runtime.errors import ConfigError
+
+
+def test_prompts_keep_their_line_numbers_and_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "id": 7}\r\n\n  \n{"prompt": ""}')
+    assert read_prompts(str(path)) == [
+        Prompt("a", f"{path}:1", {"prompt": "a", "id": 7}),
+        Prompt("", f"{path}:4", {"prompt": ""}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"promt": "a", "id": 1}', "the key 'prompt' is missing (keys: 'promt', 'id')"),
+        (b'{"prompt": ["a"]}', "the value of 'prompt' is not a string"),
+        (b'"a"', 'not a JSON object; write {"prompt": "text"}'),
+        (b'{"prompt": "a"', "not JSON ("),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "\\ud800"}', "a lone surrogate"),
+        (b"[" * 100_000, "JSON nested too deeply"),
+    ],
+)
+def test_unreadable_lines_are_refused_with_their_place(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "good"}\n\n' + line + b"\n")
+    with pytest.raises(ConfigError) as error:
+        read_prompts(str(path))
+    assert f"--input: {path}:3: " in str(error.value) and message in str(error.value)
+
+
+def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        read_prompts(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_prompts(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_prompts(str(tmp_path))
+
+
+PROMPTS = [Prompt(text, f"f:{number}", {"prompt": text, "id": number}) for number, text in enumerate("abc")]
+TEXTS = [Generation([], f"text \u00fc {number}\n") for number in range(3)]
+KEY = job_key("model", Decoding(), PROMPTS)
+
+
+def written(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_interrupted_file_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    OutputFile(str(path), KEY).append(PROMPTS[:2], TEXTS[:2])
+    with partial_path(str(path)).open("ab") as file:
+        file.write(b'{"prompt": "c", "te')  # a line cut by a kill
+    check_output(str(path))
+    file = OutputFile(str(path), KEY)
+    assert file.finished == 2 and not path.exists()
+    file.append(PROMPTS[2:], TEXTS[2:])
+    file.publish()
+    assert written(path) == [generation.text for generation in TEXTS]
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[1]) == {
+        "prompt": "b",
+        "id": 1,
+        "text": TEXTS[1].text,
+    }
+    assert [each.name for each in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_other_settings_start_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "out.jsonl")
+    OutputFile(path, KEY).append(PROMPTS, TEXTS)
+    for key in (job_key("model", Decoding(seed=1), PROMPTS), job_key("other", Decoding(), PROMPTS)):
+        assert OutputFile(path, key).finished == 0
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigError, match=f"--output .*{name} exists and was not written by megatron_slm"):
+        check_output(str(tmp_path / "out.jsonl"))
+    with pytest.raises(ConfigError, match=r"the directory .* does not exist"):
+        check_output(str(tmp_path / "missing" / "out.jsonl"))
