@@ -12,6 +12,7 @@ from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
 from megatron_slm.config.relations import relation_violations
 from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.selection import finetuning_settings
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 
@@ -31,7 +32,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     except ConfigError as error:
         problems.append(str(error))
     refuse([*problems, *_missing(config), *value_violations(config)])
-    config = derive(with_settings(config, _derive_run_settings(config, world_size)))
+    derived = _derive_run_settings(config, world_size) | finetuning_settings(config)
+    config = derive(with_settings(config, derived))
     refuse(relation_violations(config, world_size))
     return config
 

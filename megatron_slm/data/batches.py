@@ -171,3 +171,13 @@ class BatchStream(Iterator[list[MicroBatch]]):
     def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         shape = self.shape
         return [batch.cp_slice(shape.cp_size, shape.cp_rank).to(self.device) for batch in micro_batches]
+
+
+def document_mask(numbers: Tensor) -> Tensor:
+    """Return the attention mask [b, 1, s, s] bool for the document number of each token, [b, s].
+
+    True masks later tokens and those of other documents.
+    """
+    length = numbers.size(1)
+    later = torch.ones(length, length, dtype=torch.bool, device=numbers.device).triu(1)
+    return (later | (numbers[:, :, None] != numbers[:, None, :]))[:, None]

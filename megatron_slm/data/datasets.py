@@ -11,9 +11,12 @@ from torch.utils.data import Dataset
 
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer, has_several_sequences
-from megatron_slm.corpus.fingerprints import corpus_identity
+from megatron_slm.corpus.index import read_index
+from megatron_slm.corpus.loss_masks import check_mask, has_mask, masked_identity
 from megatron_slm.data.blends import Blend, parse_blend, training_blend
-from megatron_slm.data.samples import CorpusSamples, LocalBuilder, MockSamples, SamplesConfig
+from megatron_slm.data.packed_samples import CorpusBuilder
+from megatron_slm.data.packing import check_example_lengths
+from megatron_slm.data.samples import CorpusSamples, MockSamples, SamplesConfig
 from megatron_slm.data.splits import check_splits, effective_split, split_matrix, wants_split
 from megatron_slm.data.usage import DatasetUsage, measure_usage
 from megatron_slm.mcore.datasets import without_cache_warnings
@@ -69,10 +72,31 @@ def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
+def check_loss_masks(data: DataConfig, seq_length: int, *, verify: bool = True) -> None:
+    """Validate the loss masks of all corpora of a fine-tuning run, and the lengths of their examples.
+
+    Validation corpora without the mask are plain text.
+
+    Args:
+        verify: compare the masks with their checksums.
+
+    Raises:
+        ConfigError: a mask is missing or damaged, belongs to another corpus, or an example is longer than a sample.
+    """
+    name = data.slm_loss_mask
+    if name is None:
+        return
+    for flag, (prefixes, _) in blends(data).items():
+        for prefix in prefixes:
+            if has_mask(prefix, name) or not flag.startswith("--valid-data-path"):
+                check_mask(prefix, name, verify=verify)
+                check_example_lengths(f"{flag} {prefix}", read_index(prefix).lengths, seq_length)
+
+
 def corpus_identities(data: DataConfig) -> dict[str, str]:
     """Return the identities of all corpora of the run by prefix. Collective over all ranks; rank 0 reads."""
     prefixes = dict.fromkeys(prefix for blend in blends(data).values() for prefix in blend[0])
-    return on_first_rank(lambda: {prefix: corpus_identity(prefix) for prefix in prefixes})
+    return on_first_rank(lambda: {prefix: masked_identity(prefix, data.slm_loss_mask) for prefix in prefixes})
 
 
 def training_samples(data: DataConfig, *, tokenizer: Tokenizer, seq_length: int, samples: int, seed: int) -> Dataset:
@@ -89,7 +113,7 @@ def training_samples(data: DataConfig, *, tokenizer: Tokenizer, seq_length: int,
         train_samples=samples,
         valid_samples=0,
         seed=seed,
-        identities={prefix: corpus_identity(prefix) for prefix in blend[0]},
+        identities={prefix: masked_identity(prefix, data.slm_loss_mask) for prefix in blend[0]},
     )
     return builder.train(blend)[0]
 
@@ -163,14 +187,14 @@ class _Builder:
             return Datasets(NoSamples(), self._held_out())
         blend = training_blend(self.data)
         train, valid = self.train(blend)
-        reports = [partial(measure_usage, "train", train, blend, self.train_samples, self.seq_length)]
+        reports = [partial(measure_usage, "train", train, blend, self.train_samples)]
         for name, arguments in self.data.valid_data_path.items():
             held_out = parse_blend(arguments)
             valid[name] = self._valid(name, held_out)
             if len(held_out[0]) > 1:
                 size: int = len(valid[name])  # type: ignore[arg-type]
                 wanted = min(size, self._valid_size or size)
-                reports.append(partial(measure_usage, name, valid[name], held_out, wanted, self.seq_length))
+                reports.append(partial(measure_usage, name, valid[name], held_out, wanted))
         return Datasets(train, valid, lambda: [row for report in reports for row in report()])
 
     @property
@@ -184,7 +208,7 @@ class _Builder:
         valid = {name: split for name, split in zip(("valid", "test"), held_out, strict=True) if split is not None}
         if train is None:
             return Datasets(NoSamples(), valid)
-        return Datasets(train, valid, partial(measure_usage, "train", train, MOCK, self.train_samples, self.seq_length))
+        return Datasets(train, valid, partial(measure_usage, "train", train, MOCK, self.train_samples))
 
     def train(self, blend: Blend) -> tuple[Dataset, dict[str, Dataset]]:
         """Return the training set, and the validation set if it is a split of --data-path."""
@@ -241,7 +265,7 @@ class _Builder:
     def _build(self, config: SamplesConfig, sizes: list[int | None]) -> list[Dataset | None]:
         kind = MockSamples if config.mock else CorpusSamples
         with without_cache_warnings():
-            splits: list[Dataset | None] = LocalBuilder(kind, sizes, lambda: True, config).build()
+            splits: list[Dataset | None] = CorpusBuilder(kind, sizes, lambda: True, config).build()
         return splits
 
     def _config(self, **source: Any) -> SamplesConfig:
@@ -258,5 +282,6 @@ class _Builder:
             cache_directory=data.data_cache_path,
             data_order=data.data_order,
             join_sentences=data.slm_sentences == "join",
+            loss_mask=data.slm_loss_mask,
             **source,
         )

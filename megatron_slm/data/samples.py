@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +31,7 @@ class SamplesConfig(GPTDatasetConfig):
     cache_directory: str | None = None  # None: in the directory of each corpus
     data_order: str = "megatron"
     join_sentences: bool = False
+    loss_mask: str | None = None  # name of the loss mask of packed corpora
     corpus_identity: str = ""  # identity of a single corpus; set by its dataset
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class CorpusSamples(GPTDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
-        return [*GPTDataset._key_config_attributes(), "corpus_identity", "data_order", "join_sentences"]
+        return [*GPTDataset._key_config_attributes(), "corpus_identity", "data_order", "join_sentences", "loss_mask"]
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> IndexedDataset:
@@ -69,13 +69,20 @@ class CorpusSamples(GPTDataset):
         config = cast(SamplesConfig, self.config)
         return config.cache_directory or str(Path(self.dataset.path_prefix) / "cache" / "sample_indices")
 
+    def samples_per_epoch(self) -> float:
+        """Return the number of samples in one epoch."""
+        return max(split_tokens(self), 1) / self.config.sequence_length
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        build = super()._build_document_sample_shuffle_indices
-        if self.config.data_order == "stable":
-            build = partial(stable_indices, self)
         key = f"{self.unique_description_hash}-{self.index_split.name}"
-        arrays = cached_arrays(self._cache_directory(), key, self.unique_description, INDICES, build)
+        arrays = cached_arrays(self._cache_directory(), key, self.unique_description, INDICES, self._build_indices)
         return cast(tuple[np.ndarray, np.ndarray, np.ndarray], arrays)
+
+    def _build_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Build the document, sample and shuffle index."""
+        if self.config.data_order == "stable":
+            return stable_indices(self)
+        return super()._build_document_sample_shuffle_indices()
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
         found = super()._query_document_sample_shuffle_indices(idx)
@@ -88,6 +95,14 @@ class CorpusSamples(GPTDataset):
                     "corpus; tools/inspect_dataset.py --check finds all such ids."
                 )
         return found
+
+
+def split_tokens(corpus: Any) -> int:
+    """Return the number of tokens in the split of a corpus, which is a contiguous range of its sequences."""
+    if not len(corpus.indices):
+        return 0
+    lengths = corpus.dataset.sequence_lengths[int(corpus.indices[0]) : int(corpus.indices[-1]) + 1]
+    return int(lengths.sum(dtype=np.int64))
 
 
 class MockSamples(CorpusSamples):

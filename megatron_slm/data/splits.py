@@ -63,6 +63,8 @@ def check_splits(data: DataConfig, *, valid_samples: int, seq_length: int, train
     """
     if data.mock_data:
         return []
+    if data.slm_loss_mask is not None:
+        seq_length = 0  # samples of packed examples are padded
     for name, arguments in data.valid_data_path.items():
         flag = f"--valid-data-path {name}"
         blend = parse_blend(arguments, flag)
@@ -118,11 +120,12 @@ def _lengths(prefix: str, data: DataConfig) -> np.ndarray:
 
 
 def _check_epoch(flag: str, blend: Blend, tokens: Sequence[int], seq_length: int) -> None:
+    """Raise ConfigError if a corpus of a blend without weights has no sample; a ``seq_length`` of 0 accepts all."""
     prefixes, weights = blend
     if len(prefixes) == 1 or weights is not None:
         return
     for prefix, count in zip(prefixes, tokens, strict=True):
-        if count <= seq_length:
+        if count <= seq_length and seq_length:
             raise ConfigError(
                 f"{flag} {prefix}: {count:,} tokens are too few for one sample of --seq-length {seq_length} plus one "
                 "label. Omit the corpus, or add weights so that it is repeated."

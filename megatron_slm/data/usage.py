@@ -25,7 +25,7 @@ class DatasetUsage:
     epochs: float  # tokens sampled / tokens of the split of the corpus
 
 
-def measure_usage(name: str, dataset: Any, blend: Blend, samples: int, seq_length: int) -> list[DatasetUsage]:
+def measure_usage(name: str, dataset: Any, blend: Blend, samples: int) -> list[DatasetUsage]:
     """Return the usage of each corpus by the first ``samples`` samples of a built dataset; reads all document lengths.
 
     Args:
@@ -38,7 +38,7 @@ def measure_usage(name: str, dataset: Any, blend: Blend, samples: int, seq_lengt
         corpora, counts = [dataset], [samples]
     total = max(sum(counts), 1)
     return [
-        DatasetUsage(name, prefix, weight, count, count / total, count * seq_length / max(_tokens(corpus), 1))
+        DatasetUsage(name, prefix, weight, count, count / total, count / corpus.samples_per_epoch())
         for prefix, weight, corpus, count in zip(blend[0], normalized_weights(blend), corpora, counts, strict=True)
     ]
 
@@ -79,11 +79,3 @@ def samples_per_corpus(blend: BlendedDataset, samples: int) -> list[int]:
     for indices in chunks(blend.dataset_index[:samples]):
         counts += np.bincount(indices, minlength=len(counts))
     return counts.tolist()
-
-
-def _tokens(corpus: Any) -> int:
-    """Return the number of tokens in the split of a corpus, which is a contiguous range of its sequences."""
-    if not len(corpus.indices):
-        return 0
-    lengths = corpus.dataset.sequence_lengths[int(corpus.indices[0]) : int(corpus.indices[-1]) + 1]
-    return int(lengths.sum(dtype=np.int64))

@@ -44,7 +44,7 @@ class DataRecord:
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             milestones = tuple((int(step), int(samples)) for step, samples in content["milestones"])
-            orders = tuple(SampleOrder(**order) for order in content.get("orders", ()))
+            orders = tuple(_read_order(order) for order in content.get("orders", ()))
             return DataRecord(dict(content["corpora"]), milestones, orders, content.get("reference"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"--load: {path} cannot be read: {error}. Choose another step.") from error
@@ -99,6 +99,11 @@ def check_corpora_unchanged(saved: SavedRun, corpora: dict[str, str], config: Ru
 def _changed(saved: SavedRun, corpora: dict[str, str]) -> list[str]:
     before = {_corpus_path(prefix): identity for prefix, identity in saved.corpora.items()}
     return [prefix for prefix, identity in corpora.items() if before.get(_corpus_path(prefix), identity) != identity]
+
+
+def _read_order(content: dict[str, Any]) -> SampleOrder:
+    """Return a recorded order; earlier releases had no loss masks."""
+    return SampleOrder(**{**content, "data": {"slm_loss_mask": None, **content["data"]}})
 
 
 def _corpus_path(prefix: str) -> Path:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
@@ -39,8 +40,9 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
     batch, length, steps = training.global_batch_size, model.seq_length, training.train_iters
     flops = training_flops_per_token(model, padded) * batch * length
     settings = config.objective
-    slm = f"SLM, {settings.slm_score}, k = {settings.slm_selection_ratio:g}"
-    objective = "CLM" if settings.objective == "clm" else slm
+    objective = f"SLM, {settings.slm_score}, k = {settings.slm_selection_ratio:g}" if selects_tokens(config) else "CLM"
+    if config.data.slm_loss_mask is not None:
+        objective += f" over the tokens of the loss mask {config.data.slm_loss_mask}"
     return [
         ("objective", objective),
         ("reference", _reference(config)),

@@ -12,6 +12,7 @@ from megatron_slm.config.checks import resolve
 from megatron_slm.config.relations.files import unwritable_outputs
 from megatron_slm.config.relations.model import MASK_IGNORED
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.selection import selects_tokens
 from megatron_slm.objective.selection.policy import (
     BooleanOp,
     needs_reference_entropy,
@@ -42,7 +43,7 @@ def resolve_values(config: RunConfig, world_size: int) -> RunConfig:
 def _score_violations(config: RunConfig) -> Iterator[str]:
     objective, reference = config.objective, config.reference
     policy = parse_policy(objective.slm_score)
-    if objective.objective != "slm":
+    if not selects_tokens(config):
         return
     needed = needs_reference_loss(policy) or needs_reference_entropy(policy)
     if needed and reference.reference_load is None and not reference.reference_scores:
@@ -68,7 +69,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
     Raises:
         ConfigError: a file is missing, damaged, or does not match the run.
     """
-    from megatron_slm.data.datasets import check_corpora
+    from megatron_slm.data.datasets import check_corpora, check_loss_masks
     from megatron_slm.data.splits import check_splits
     from megatron_slm.reference.replica import check_reference
     from megatron_slm.scores.sets import verify_scores
@@ -77,6 +78,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
     refuse(list(unwritable_outputs(config)))
     check_corpora(config.data, tokenizer)
     trains, length = not config.training.skip_train, config.model.seq_length
+    check_loss_masks(config.data, length, verify=config.checkpoint.slm_verify_checksums)
     check_splits(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)
     if not trains:
         return
@@ -85,7 +87,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
         headers = score_headers(config, tokenizer)
         if config.checkpoint.slm_verify_checksums:
             verify_scores(headers)
-    if needs_reference(config.objective) and config.reference.reference_load is not None:
+    if needs_reference(config) and config.reference.reference_load is not None:
         check_reference(config, tokenizer, verify=verify)
 
 

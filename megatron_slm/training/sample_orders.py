@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.config.schema import DataConfig, RunConfig
-from megatron_slm.corpus.fingerprints import corpus_identity
+from megatron_slm.corpus.loss_masks import masked_identity
 from megatron_slm.data.blends import training_blend
 from megatron_slm.data.datasets import training_samples
 from megatron_slm.data.overlap import ReadSamples, order_overlap
@@ -25,7 +25,8 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 SAMPLES_PROBED = 64  # samples compared between two orders
-DATA_SETTINGS = ("data_path", "train_data_path", "data_order", "slm_sentences", "mock_data")  # in addition to the split
+# The data settings on which an order depends, in addition to the split.
+DATA_SETTINGS = ("data_path", "train_data_path", "data_order", "slm_sentences", "mock_data", "slm_loss_mask")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class OrderBuilder:
         Raises:
             ConfigError: a corpus is missing, or its content has changed.
         """
-        moved = {prefix: self._locate(prefix, identity) for prefix, identity in order.corpora.items()}
+        mask = order.data["slm_loss_mask"]
+        moved = {prefix: self._locate(prefix, identity, mask) for prefix, identity in order.corpora.items()}
         paths = {
             name: [moved.get(value, value) for value in order.data[name]] for name in ("data_path", "train_data_path")
         }
@@ -93,7 +95,7 @@ class OrderBuilder:
             data, tokenizer=self.tokenizer, seq_length=order.seq_length, samples=order.samples, seed=order.seed
         )
 
-    def _locate(self, prefix: str, identity: str) -> str:
+    def _locate(self, prefix: str, identity: str, mask: str | None) -> str:
         if self.identities.get(prefix) == identity:
             return prefix
         found = next((name for name, content in self.identities.items() if content == identity), None)
@@ -101,7 +103,7 @@ class OrderBuilder:
             return found
         if not all(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
             raise ConfigError(f"the corpus {prefix} is missing")
-        if corpus_identity(prefix) != identity:
+        if masked_identity(prefix, mask) != identity:
             raise ConfigError(f"the content of the corpus {prefix} has changed")
         return prefix
 
@@ -182,5 +184,4 @@ def _places(dataset: Any, index: int) -> tuple[Path, list[tuple[int, int]]]:
 def _epoch_samples(dataset: Any) -> int:
     """Return the number of samples in one epoch of all corpora."""
     corpora = getattr(dataset, "datasets", [dataset])
-    tokens = sum(int(c.dataset.sequence_lengths[c.indices].sum(dtype=np.int64)) for c in corpora)
-    return max(tokens // corpora[0].config.sequence_length, 1)
+    return max(int(sum(corpus.samples_per_epoch() for corpus in corpora)), 1)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from rich.console import Console
 
 from megatron_slm.config.recipe import with_settings
-from megatron_slm.config.schema import ObjectiveConfig, RunConfig
+from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.batches import BatchShape
 from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identities
 from megatron_slm.data.usage import format_usage
@@ -58,7 +59,7 @@ def parallel_layout(config: RunConfig) -> ParallelLayout:
 def build_selection(config: RunConfig, groups: Groups) -> SelectionStrategy:
     """Build the selection strategy of the configuration."""
     objective = config.objective
-    policy = parse_policy(objective.slm_score) if objective.objective == "slm" else None
+    policy = parse_policy(objective.slm_score) if selects_tokens(config) else None
     settings = SelectionConfig(
         policy=policy,
         scope=objective.slm_scope,
@@ -227,7 +228,7 @@ def score_headers(config: RunConfig, tokenizer: Tokenizer) -> Headers:
     Raises:
         ConfigError: a sidecar is missing, damaged, unfinished, or does not match the run.
     """
-    needs_loss, needs_entropy = _needs(config.objective)
+    needs_loss, needs_entropy = _needs(config)
     if not (needs_loss or needs_entropy) or not config.reference.reference_scores:
         return {}
     return check_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
@@ -239,25 +240,25 @@ def _open_scores(config: RunConfig, headers: Headers) -> ScoreSet | None:
         return None
     if config.checkpoint.slm_verify_checksums:
         verify_scores(headers)
-    with_entropy = _needs(config.objective)[1]
+    with_entropy = _needs(config)[1]
     return on_every_rank(lambda: open_scores(config.reference, headers, config.data, with_entropy=with_entropy))
 
 
 def find_reference(config: RunConfig, headers: Headers) -> str | None:
     """Return the identity of the reference model, or None if the score needs none. Not collective."""
-    return reference_identity(config.reference, headers) if needs_reference(config.objective) else None
+    return reference_identity(config.reference, headers) if needs_reference(config) else None
 
 
-def needs_reference(objective: ObjectiveConfig) -> bool:
+def needs_reference(config: RunConfig) -> bool:
     """Return whether the score needs reference losses or entropies."""
-    return any(_needs(objective))
+    return any(_needs(config))
 
 
-def _needs(objective: ObjectiveConfig) -> tuple[bool, bool]:
+def _needs(config: RunConfig) -> tuple[bool, bool]:
     """Return whether reference losses and reference entropies are needed."""
-    if objective.objective != "slm":
+    if not selects_tokens(config):
         return False, False
-    policy = parse_policy(objective.slm_score)
+    policy = parse_policy(config.objective.slm_score)
     return needs_reference_loss(policy), needs_reference_entropy(policy)
 
 
@@ -265,7 +266,7 @@ def _build_reference(
     config: RunConfig, tokenizer: Tokenizer, groups: Groups
 ) -> tuple[ReferenceSource, RunConfig | None]:
     """Build the reference source; also return the reference model's configuration if it runs in every step."""
-    needs_loss, needs_entropy = _needs(config.objective)
+    needs_loss, needs_entropy = _needs(config)
     if not (needs_loss or needs_entropy):
         return NoReference(), None
     if config.reference.reference_scores:

@@ -181,11 +181,12 @@ def test_argument_file_and_recipe(tmp_path: Path) -> None:
     assert parse_blend(config.data.valid_data_path["v"]) == (["c", "d"], [1.0, 2.0])
 
 
-def test_usage_of_an_empty_split(tmp_path: Path) -> None:
+def test_usage_of_an_empty_split() -> None:
     class Corpus:
-        indices: tuple[int, ...] = ()
+        def samples_per_epoch(self) -> float:
+            return 1 / 8
 
-    [row] = measure_usage("train", Corpus(), (["a"], None), 0, 8)
+    [row] = measure_usage("train", Corpus(), (["a"], None), 0)
     assert (row.samples, row.share, row.epochs) == (0, 0.0, 0.0)
 
 

@@ -29,6 +29,7 @@ class Fact:
 # Flag -> setting and value that it implies in Megatron-LM.
 IMPLIED: dict[str, tuple[str, Any]] = {
     "--use-rotary-position-embeddings": ("position_embedding_type", "rope"),
+    "--sft": ("objective", "sft"),
     "--squared-relu": ("activation", "squared_relu"),
     "--openai-gelu": ("activation", "gelu_tanh"),
     "--recompute-activations": ("recompute_granularity", "selective"),

@@ -94,7 +94,7 @@ CURATED: dict[str, str] = {
     "--memory-snapshot-path": _PROFILE,
     "--exit-signal": "use --exit-signal-handler: SIGTERM and SIGUSR1 save and end the run.",
     "--exit-signal-handler-for-training": "use --exit-signal-handler.",
-    "--sft": "only pretraining is supported. Use a finetuning framework.",
+    "--sft-tokenizer-prompt-format": "the chat template is applied by tools/preprocess_sft.py (--chat-template).",
 }
 
 # Patterns of a family of flags -> remedy; the first matching family applies.

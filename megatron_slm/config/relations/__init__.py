@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megatron_slm.config.relations import data, experts, files, layout, model, objective, schedule
+from megatron_slm.config.relations import data, experts, files, finetuning, layout, model, objective, schedule
 from megatron_slm.config.schema import RunConfig
 
 Relation = Callable[[RunConfig, int], Iterator[str]]
@@ -19,6 +19,7 @@ RELATIONS: tuple[Relation, ...] = (
     *schedule.RELATIONS,
     *objective.RELATIONS,
     *data.RELATIONS,
+    *finetuning.RELATIONS,
     *files.RELATIONS,
 )
 INFERENCE_RELATIONS: tuple[Relation, ...] = (

@@ -8,8 +8,8 @@ from megatron_slm.config.relations.wording import not_dividing
 from megatron_slm.config.schema import RunConfig
 
 MASK_IGNORED = (
-    "--reset-attention-mask: Transformer Engine ignores the document mask and would attend across documents. Use "
-    "--transformer-impl local, or leave --reset-attention-mask out."
+    "--reset-attention-mask (or --objective sft): Transformer Engine ignores the document mask and would attend across "
+    "documents. Use --transformer-impl local, or leave --reset-attention-mask out."
 )
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slm.config.relations.wording import both_given
-from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.schema import ObjectiveConfig, RunConfig
+from megatron_slm.config.selection import selects_tokens
 
 
 def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
-    """Refuse selection settings without --objective slm."""
+    """Refuse selection settings of a run that selects no tokens."""
     objective, reference = config.objective, config.reference
     given = [
         name
@@ -24,8 +25,15 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
         )
         if not unset
     ]
-    if objective.objective != "slm" and given:
+    if objective.objective == "clm" and given:
         yield f"{' '.join(given)} has no effect with --objective clm. Add --objective slm, or leave it out."
+    if objective.objective == "sft" and objective.slm_selection_ratio != ObjectiveConfig().slm_selection_ratio:
+        given = ["--slm-selection-ratio", *given]
+    if objective.objective == "sft" and given and not selects_tokens(config):
+        yield (
+            f"{' '.join(given)} has no effect with --objective sft and every answer token selected. Give a reference "
+            "model (--reference-load or --reference-scores) or another --slm-score, or leave it out."
+        )
     if objective.slm_selection_ratio_start is not None and not objective.slm_selection_ratio_warmup_iters:
         yield "--slm-selection-ratio-start needs --slm-selection-ratio-warmup-iters."
 

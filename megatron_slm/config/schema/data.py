@@ -51,6 +51,11 @@ class DataConfig:
     reset_attention_mask: bool = flag(False, "reset the attention mask after each end-of-document token")
     eod_mask_loss: bool = flag(False, "mask the loss of end-of-document tokens")
     num_workers: int = flag(2, "number of batches to prefetch; 0 loads each batch on demand", at_least=0)
+    slm_loss_mask: str | None = flag(
+        None,
+        "name of the loss masks CORPUS.NAME.mask of --objective sft; default answers, which tools/preprocess_sft.py "
+        "writes",
+    )
     full_validation: bool = flag(False, "evaluate on a full epoch of each validation set")
 
 

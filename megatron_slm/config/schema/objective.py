@@ -12,7 +12,10 @@ class ObjectiveConfig:
     """Selective Language Modeling"""
 
     objective: str = flag(
-        "clm", "training objective; clm: train on all tokens; slm: train on selected tokens", choices=("clm", "slm")
+        "clm",
+        "training objective; clm: train on all tokens; slm: train on selected tokens; sft: train on the answers of "
+        "examples from tools/preprocess_sft.py, or on selected tokens of them if a reference or a score is given",
+        choices=("clm", "slm", "sft"),
     )
     slm_selection_ratio: float = flag(
         0.6,

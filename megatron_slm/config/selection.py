@@ -1,0 +1,30 @@
+"""Whether a run selects tokens, and the settings that --objective sft implies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_slm.config.schema import ObjectiveConfig, RunConfig
+
+ANSWERS = "answers"  # loss mask of tools/preprocess_sft.py
+
+
+def selects_tokens(config: RunConfig) -> bool:
+    """Return whether the run selects tokens: with --objective sft, only if a reference or a score is given."""
+    objective, reference = config.objective, config.reference
+    if objective.objective == "sft":
+        has_reference = reference.reference_load is not None or bool(reference.reference_scores)
+        return has_reference or objective.slm_score != ObjectiveConfig().slm_score
+    return objective.objective == "slm"
+
+
+def finetuning_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that --objective sft implies: isolated examples with a loss mask."""
+    if config.objective.objective != "sft":
+        return {}
+    return {
+        "reset_position_ids": True,
+        "reset_attention_mask": True,
+        "slm_loss_mask": config.data.slm_loss_mask or ANSWERS,
+        "transformer_impl": config.model.transformer_impl or "local",
+    }
