@@ -15,6 +15,7 @@ PACKAGES = (  # from the lowest to the highest
         "reference",
         "inference",
         "evaluation",
+        "finetune",
         "training",
         "analysis",
         "cli",

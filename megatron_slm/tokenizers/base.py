@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     vocab_size: int  # the highest id + 1, before padding
     eod: int  # id of the end-of-document token
     special_ids: frozenset[int]  # ids of control tokens
+    special_texts: frozenset[str]  # their texts
     fingerprint: str  # sha256 of the defining files
 
     @property
@@ -108,6 +109,7 @@ class BaseTokenizer:
     vocab_size: int
     eod: int
     special_ids: frozenset[int] = frozenset()
+    special_texts: frozenset[str] = frozenset()
 
     def __init__(self, fingerprint: str, source: str) -> None:
         self.name = type(self).__name__

@@ -37,6 +37,7 @@ class _TokenizersModel(BaseTokenizer):
         self.vocab_size = max(ids.values(), default=-1) + 1
         added = model.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self.special_texts = frozenset(entry.content for entry in added.values() if entry.special)
 
     @property
     def entries(self) -> int:

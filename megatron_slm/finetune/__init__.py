@@ -1,0 +1,1 @@
+"""Supervised fine-tuning data: examples with answers, chat templates, and selection over a corpus."""
