@@ -72,9 +72,9 @@ def _add_reference_and_corpora(add: Callable[..., argparse.Action]) -> None:
 def _add_scoring(add: Callable[..., argparse.Action]) -> None:
     add(
         "--context",
-        choices=("document", "stream"),
-        default="document",
-        help="context of each token: its document, or the preceding token stream across documents",
+        choices=("document", "stream", "example"),
+        help="context of each token: its document, the preceding token stream across documents, or its example as in "
+        "fine-tuning; default example for corpora of tools/preprocess_sft.py, else document",
     )
     add("--stride", type=int, help="stride between scoring windows in tokens; default half the model's --seq-length")
     add("--entropy", action="store_true", help="also store entropies, which --slm-score reference-entropy requires")
@@ -114,13 +114,14 @@ def score(arguments: argparse.Namespace) -> None:
     from megatron_slm.runtime.groups import ParallelLayout
 
     launch = read_launch()
+    corpora = parse_blend(arguments.data_path)[0]
     job = ScoringJob(
         reference=ReferenceConfig(
             reference_load=arguments.reference_load,
             reference_ckpt_step=arguments.reference_ckpt_step,
             reference_precision=arguments.reference_precision,
         ),
-        corpora=parse_blend(arguments.data_path)[0],
+        corpora=corpora,
         name=arguments.reference_scores,
         parallel=ParallelConfig(
             tensor_model_parallel_size=arguments.tensor_model_parallel_size,
@@ -128,7 +129,7 @@ def score(arguments: argparse.Namespace) -> None:
             sequence_parallel=arguments.sequence_parallel,
         ),
         micro_batch_size=arguments.micro_batch_size,
-        context=arguments.context,
+        context=arguments.context or default_context(corpora),
         stride=arguments.stride,
         with_entropy=arguments.entropy,
         verify_checksums=arguments.slm_verify_checksums,
@@ -142,6 +143,13 @@ def score(arguments: argparse.Namespace) -> None:
     tokenizer = find_tokenizer(on_first_rank(lambda: reference_config(job)), arguments)
     on_first_rank(lambda: check_data(job.corpora, tokenizer))
     score_corpora(job, tokenizer, groups, make_console(launch.rank == 0))
+
+
+def default_context(prefixes: Sequence[str]) -> str:
+    """Return the context of fine-tuning for corpora of examples, else the document."""
+    from megatron_slm.corpus.loss_masks import ANSWERS, has_mask
+
+    return "example" if all(has_mask(prefix, ANSWERS) for prefix in prefixes) else "document"
 
 
 def check_data(prefixes: Sequence[str], tokenizer: Tokenizer) -> None:

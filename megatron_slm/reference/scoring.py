@@ -61,7 +61,7 @@ class ScoringJob:
     name: str  # sidecar name
     parallel: ParallelConfig
     micro_batch_size: int = 8
-    context: str = "document"  # or "stream"
+    context: str = "document"  # or "stream", or "example" for fine-tuning
     stride: int | None = None  # default: half of the window
     with_entropy: bool = False
     verify_checksums: bool = True  # verify the reference checkpoint's checksums
@@ -116,7 +116,7 @@ def reference_config(job: ScoringJob) -> RunConfig:
     job.rule(saved.model.seq_length)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
     model = saved.model
-    if job.context == "document":  # rows pack several documents, whose mask Transformer Engine does not support
+    if job.context != "stream":  # rows pack several documents, whose mask Transformer Engine does not support
         model = replace(model, transformer_impl="local")
     checkpoint = replace(saved.checkpoint, slm_verify_checksums=job.verify_checksums)
     return replace(

@@ -2,7 +2,8 @@
 
 A text of n tokens is covered by windows of w tokens with stride s. The first window scores all of its tokens, each
 later window its last s. Each token is therefore scored once, with its complete preceding text or at least w − s + 1
-tokens of it as input. The input before the first token of a text is the end-of-document token, as in training.
+tokens of it as input. The input before the first token of a text is the end-of-document token, as in training. The
+first token of an example of fine-tuning is never a label and is not scored.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_slm.corpus.checks import CorpusInfo
 from megatron_slm.corpus.index import read_index
-from megatron_slm.data.batches import MicroBatch
-from megatron_slm.scores.sidecar import ContextRule
+from megatron_slm.data.batches import MicroBatch, document_mask
+from megatron_slm.scores.sidecar import EXAMPLE, ContextRule
 
 CHUNK_TOKENS = 1 << 20
 
@@ -50,7 +50,7 @@ def span(text_start: int, text_stop: int, number: int, rule: ContextRule) -> Spa
     """Return the span of window ``number`` over the text [text_start, text_stop) of a corpus."""
     start = text_start + number * rule.stride
     first = start + rule.window - rule.stride if number else start
-    return Span(start, first, min(start + rule.window, text_stop), number == 0)
+    return Span(start, first, min(start + rule.window, text_stop), number == 0 and rule.kind != EXAMPLE)
 
 
 class RowSource(Protocol):
@@ -104,7 +104,8 @@ class Documents:
 class DocumentRows:
     """Treat every document as a separate text: the context of a token is limited to its document.
 
-    Spans of several documents share a row. A document belongs to the chunk that contains its first token.
+    With the context "example", a text starts at the second token of its document. Spans of several documents share a
+    row. A document belongs to the chunk that contains its first token.
     """
 
     packed = True
@@ -115,10 +116,12 @@ class DocumentRows:
 
     def rows(self, chunk: int) -> list[Row]:
         """Return the packed spans of a chunk's documents."""
+        skipped = int(self.rule.kind == EXAMPLE)
         texts = self.documents.starting_in(chunk * self.chunk_tokens, (chunk + 1) * self.chunk_tokens)
         spans = [
             span(start, stop, number, self.rule)
-            for start, stop in texts
+            for start, stop in ((start + skipped, stop) for start, stop in texts)
+            if start < stop
             for number in range(span_count(stop - start, self.rule))
         ]
         return pack(sorted(spans, key=len, reverse=True), self.rule.window)
@@ -176,14 +179,8 @@ def build_micro_batch(
         position_ids=torch.from_numpy(positions),
         sample_index=torch.arange(size),
         first_sample=0,
-        attention_mask=_attention_mask(torch.from_numpy(texts)) if packed else None,
+        attention_mask=document_mask(torch.from_numpy(texts)) if packed else None,
     )
-
-
-def _attention_mask(texts: Tensor) -> Tensor:
-    """Return the attention mask [b, 1, w, w] bool from text numbers [b, w]; True masks later tokens and other texts."""
-    later = torch.ones(texts.size(1), texts.size(1), dtype=torch.bool).triu(1)
-    return (later | (texts[:, :, None] != texts[:, None, :]))[:, None]
 
 
 def scored_positions(rows: Sequence[Row]) -> Iterator[tuple[int, slice, Span]]:

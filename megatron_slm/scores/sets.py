@@ -19,6 +19,7 @@ from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.quantization import DTYPE
 from megatron_slm.scores.sidecar import (
+    EXAMPLE,
     FLAG,
     HEADER_BYTES,
     TOOL,
@@ -138,6 +139,7 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
                     f"{FLAG}: {path} has no entropies, which this --slm-score requires. Remove it, and recreate it "
                     f"with {TOOL} --entropy."
                 )
+            _check_context(path, header, data)
             _check_alike(first, found[first], path, header)
     return found
 
@@ -175,6 +177,17 @@ def _check_format(path: Path, header: ScoresHeader, rescore: str) -> None:
         raise ConfigError(
             f"{FLAG}: {path} has the one-byte format of earlier releases, which is no longer supported. Score the "
             f"corpora again, with the reference model of fingerprint {header.reference} as CHECKPOINT:\n  {rescore}"
+        )
+
+
+def _check_context(path: Path, header: ScoresHeader, data: DataConfig) -> None:
+    """Raise ConfigError if the tokens were scored in another context than that of this run's objective."""
+    is_example = header.context.kind == EXAMPLE
+    if is_example != (data.slm_loss_mask is not None):
+        wanted, run = ("document", "pretraining") if is_example else (EXAMPLE, "--objective sft")
+        raise ConfigError(
+            f"{FLAG}: {path} was made with the context {header.context.kind}, which does not apply to {run}. Score the "
+            f"corpora under another name with {TOOL} --context {wanted}."
         )
 
 

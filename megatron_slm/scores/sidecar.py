@@ -32,15 +32,17 @@ FIRST_WITH_CHECKSUMS, FIRST_WITH_TWO_BYTES_ONLY = 3, 4
 HEADER_BYTES = 4096
 FLAG = "--reference-scores"
 TOOL = "tools/score_corpus.py"
+EXAMPLE = "example"  # context of fine-tuning examples
 
 
 @dataclass(frozen=True)
 class ContextRule:
     """Represent the context in which tokens are scored.
 
-    ``kind`` "document" limits the context to the document, "stream" to the corpus. Scoring windows of ``window`` tokens
-    start every ``stride`` tokens, so that each token has all preceding text as context, or at least ``window`` −
-    ``stride`` + 1 tokens of it, including the end-of-document token before the text.
+    ``kind`` "document" limits the context to the document, "stream" to the corpus. "example" is "document" without the
+    end-of-document token before the text, as in fine-tuning; the first token has no score. Scoring windows of
+    ``window`` tokens start every ``stride`` tokens, so that each token has all preceding text as context, or at least
+    ``window`` − ``stride`` + 1 tokens of it, including the end-of-document token before the text.
     """
 
     kind: str
