@@ -35,10 +35,10 @@ def texts(prefix: str) -> list[tuple[bytes, bytes]]:
 def test_prompts_and_completions(tmp_path: Path) -> None:
     records = [{"prompt": f"p{number}" * number, "completion": "é" * (number + 1)} for number in range(20)]
     prefix = make_examples(tmp_path / "x", records)
-    expected = [(r["prompt"].encode(), r["completion"].encode() + b"|") for r in records]
-    assert texts(prefix) == [(prompt + answer, answer) for prompt, answer in expected]
-    header = check_mask(prefix, "answers")
-    assert header.selected == sum(len(answer) for _, answer in expected)
+    pairs = [(r["prompt"].encode(), r["completion"].encode() + b"|") for r in records]
+    expected = [(prompt + answer, (prompt + answer)[max(len(prompt), 1) :]) for prompt, answer in pairs]
+    assert texts(prefix) == expected, "the first token of an example is never predicted"
+    assert check_mask(prefix, "answers").selected == sum(len(answer) for _, answer in expected)
 
 
 def test_workers_and_input_files_give_the_same_corpus(tmp_path: Path) -> None:
