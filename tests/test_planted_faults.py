@@ -215,8 +215,8 @@ FAULTS = [
     Fault(
         "the loss of the last batch of an evaluation",
         "training/evaluation.py",
-        "parts += passes.run(",
-        "parts = passes.run(",
+        "parts += [result.sums",
+        "parts = [result.sums",
         ("training/test_loop.py::test_evaluation_does_not_change_training",),
     ),
     Fault(

@@ -25,7 +25,7 @@ class BareLoop:
 
     def __init__(self, run: Run, *, fused: bool) -> None:
         self.run = run
-        for chunk in run.state.chunks:
+        for chunk in run.state.model_chunks:
             for module in chunk.modules():
                 if isinstance(module, GPT):
                     module.__class__ = GPTModel  # GPT adds only methods to Megatron-Core's model
@@ -35,13 +35,13 @@ class BareLoop:
     def step(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Run one optimizer step, and return its mean loss."""
         state = self.run.state
-        for chunk in state.chunks:
+        for chunk in state.model_chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         state.optimizer.zero_grad()
         reports = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=iter(micro_batches),
-            model=list(state.chunks),
+            model=list(state.model_chunks),
             num_microbatches=len(micro_batches),
             seq_length=micro_batches[0].sample_length,
             micro_batch_size=micro_batches[0].tokens.size(0),

@@ -36,17 +36,17 @@ LastStage = Callable[[int, Batch, HiddenStates], tuple[Tensor, Tensor, Report]]
 
 
 def run_pipeline(
-    chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[Batch],
     last_stage: LastStage[Batch, Report],
     *,
     forward_only: bool,
     inference_context: BaseInferenceContext | None = None,
 ) -> list[Report]:
-    """Run all micro-batches of a step with the 1F1B schedule, or interleaved if there are several chunks.
+    """Run all micro-batches of a step with the 1F1B schedule, or interleaved if there are several model chunks.
 
     Args:
-        chunks: model chunks of this rank.
+        model_chunks: model chunks of this rank.
         micro_batches: micro-batches of this data-parallel rank, identical on its tensor and pipeline ranks.
         last_stage: called on the last stage with the micro-batch index, the micro-batch and its final hidden states;
             returns the sum to differentiate, its token count, and a report. Megatron-Core divides by the sum of
@@ -61,15 +61,15 @@ def run_pipeline(
     def forward_step(
         numbered: Iterator[tuple[int, Batch]], chunk: torch.nn.Module
     ) -> tuple[Any, Callable[[HiddenStates], Any]]:
-        number, batch = next(numbered)
+        micro_batch_index, batch = next(numbered)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
         output = chunk(*inputs, inference_context=inference_context)
-        return output, partial(last_stage, number, batch)
+        return output, partial(last_stage, micro_batch_index, batch)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(enumerate(micro_batches)) for _ in chunks],
-        model=list(chunks),
+        data_iterator=[iter(enumerate(micro_batches)) for _ in model_chunks],
+        model=list(model_chunks),
         num_microbatches=len(micro_batches),
         seq_length=micro_batches[0].sample_length,
         micro_batch_size=micro_batches[0].tokens.size(0),

@@ -50,7 +50,7 @@ def save_checkpoint(state: TrainState, config: RunConfig) -> Path:
     root = Path(config.checkpoint.save)
     final = step_directory(root, state.progress.step)
     partial = final.with_name(f"{final.name}.partial")
-    gather_parameters(state.chunks)
+    gather_parameters(state.model_chunks)
     try:
         on_first_rank(lambda: _prepare(partial))
         _save_state(_all_state(state, config), partial)
@@ -135,7 +135,7 @@ def selection_state(state: TrainState, key: str = SELECTION) -> ShardedObject:
 
 def _all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     """Return the complete checkpoint content as Megatron-Core's sharded state."""
-    content: dict[str, Any] = weights.model_state(plain_chunks(state.chunks))
+    content: dict[str, Any] = weights.model_state(plain_chunks(state.model_chunks))
     if config.checkpoint.save_optim:
         content["optimizer"] = sharded_optimizer_state(state.optimizer, content, is_loading=False)
         content["scheduler"] = schedule_state(state.scheduler)

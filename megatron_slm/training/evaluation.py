@@ -67,7 +67,7 @@ def _evaluate_set(
         if must_stop():
             return None
         micro_batches = next(stream)
-        passes = StepPasses(state.chunks, micro_batches, NoReference().score(micro_batches))
+        passes = StepPasses(state.model_chunks, micro_batches, NoReference().score(micro_batches))
         parts += [result.sums for result in passes.run(all_tokens)]
         bar.advance()
     sums = TokenSums.reduce(parts, groups)
@@ -81,14 +81,14 @@ def _evaluate_set(
 def evaluation_mode(state: TrainState, config: RunConfig) -> Iterator[None]:
     """Disable dropout in the block, and overlapped parameter gathering, whose parameters are gathered first."""
     overlap = config.parallel.overlap_param_gather
-    for chunk in state.chunks:
+    for chunk in state.model_chunks:
         if overlap:
             chunk.disable_forward_pre_hook()  # type: ignore[operator]
         chunk.eval()
     try:
         yield
     finally:
-        for chunk in state.chunks:
+        for chunk in state.model_chunks:
             chunk.train()
             if overlap:
                 chunk.enable_forward_pre_hook()  # type: ignore[operator]

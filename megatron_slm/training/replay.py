@@ -123,11 +123,11 @@ def _rank_gradient_norms(run: Run) -> Iterator[list[float]]:
 
     With --overlap-grad-reduce, gradients are reduced during the backward pass, and the list remains empty.
     """
-    schedule, norms = model_config(list(run.state.chunks)), list[float]()
+    schedule, norms = model_config(list(run.state.model_chunks)), list[float]()
     finalize = schedule.finalize_model_grads_func
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        parameters = (parameter for chunk in run.state.chunks for parameter in chunk.parameters())
+        parameters = (parameter for chunk in run.state.model_chunks for parameter in chunk.parameters())
         squares = [p.main_grad.double().square().sum() for p in parameters if hasattr(p, "main_grad")]
         norms.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
         return finalize(*args, **kwargs)

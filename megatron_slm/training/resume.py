@@ -48,7 +48,7 @@ def resume(state: TrainState, config: RunConfig, start: Start, reference: str | 
     if not start.weights_only:
         _resume_from(source.directory, state, config, reference, source.flag)
         return config
-    source.load_weights(plain_chunks(state.chunks))
+    source.load_weights(plain_chunks(state.model_chunks))
     state.optimizer.reload_model_params()
     return config
 
@@ -133,7 +133,7 @@ def _resume_from(directory: Path, state: TrainState, config: RunConfig, referenc
     if settings.load_optim:
         load_optimizer_state(
             state.optimizer,
-            weights.model_state(plain_chunks(state.chunks)),
+            weights.model_state(plain_chunks(state.model_chunks)),
             keys,
             saved_step(loaded.get("optimizer")),
             lambda request: weights.load_state(request, directory, flag),
@@ -157,7 +157,7 @@ def _load(
     flag: str, directory: Path, state: TrainState, config: RunConfig, keys: frozenset[str], *, same_layout: bool
 ) -> dict[str, Any]:
     """Load weights, random states, the selection state, and all common (unsharded) state."""
-    request = weights.loadable_model_state(plain_chunks(state.chunks))
+    request = weights.loadable_model_state(plain_chunks(state.model_chunks))
     if config.checkpoint.load_rng and same_layout and any(key.startswith(f"{RNG}/") for key in keys):
         request[RNG] = random_state(state.groups)
     for key in (SELECTION, state.selection.legacy_key):
@@ -172,7 +172,7 @@ def _load_model(
     flag: str, directory: Path, state: TrainState, loaded: dict[str, Any], keys: frozenset[str], *, exact: bool
 ) -> None:
     """Copy weights into the model; with ``exact``, use the fp32 master weights of a bf16 checkpoint."""
-    chunks = plain_chunks(state.chunks)
+    chunks = plain_chunks(state.model_chunks)
     if exact and (request := master_weight_request(weights.loadable_model_state(chunks), keys)):
         for chunk, masters in weights.load_state(request, directory, flag).items():
             if chunk in request:

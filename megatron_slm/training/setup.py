@@ -152,7 +152,7 @@ def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length
         chunk.train()
     optimizer = build_optimizer(chunks, config)
     return TrainState(
-        chunks=chunks,
+        model_chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config, length),
         groups=groups,

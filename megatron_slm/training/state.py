@@ -30,7 +30,7 @@ class TrainProgress:
 class TrainState:
     """Hold the model, optimizer, schedule, selection and progress of a run on this rank."""
 
-    chunks: Sequence[torch.nn.Module]
+    model_chunks: Sequence[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     groups: Groups
@@ -49,7 +49,7 @@ class TrainState:
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
-        for chunk in self.chunks:
+        for chunk in self.model_chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
 

@@ -97,15 +97,15 @@ def selection_ratio(config: ObjectiveConfig, step: int) -> float:
 
 
 def token_batch(
-    batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores | None, first_sample: int
+    batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores | None, step_first_sample: int
 ) -> TokenBatch:
-    """Return the tokens of a micro-batch with their losses; ``first_sample`` is the first sample of the step."""
+    """Return the tokens of a micro-batch with their losses; its step starts at ``step_first_sample``."""
     index = batch.token_index()
     return TokenBatch(
         loss=token_loss,
         valid=batch.loss_mask,
         global_token_index=index,
-        step_token_index=index - first_sample * batch.sample_length,
+        step_token_index=index - step_first_sample * batch.sample_length,
         reference=reference,
     )
 
@@ -114,32 +114,32 @@ def token_batch(
 class StepPasses:
     """Run the micro-batches of a step through the model and the objective. Collective over all ranks."""
 
-    chunks: Sequence[torch.nn.Module]
+    model_chunks: Sequence[torch.nn.Module]
     micro_batches: Sequence[MicroBatch]
-    scores: Sequence[ReferenceScores | None]
+    references: Sequence[ReferenceScores | None]
 
-    def rank(self) -> list[TokenBatch]:
+    def ranking_pass(self) -> list[TokenBatch]:
         """Run the ranking pass (forward without gradients); return one entry per micro-batch on the last stage.
 
         Random states are restored, so that the following pass has the same dropout and losses.
         """
 
-        def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenBatch]:
-            tokens = self._tokens(number, batch, hidden.token_losses(batch.labels).loss)
+        def last_stage(index: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenBatch]:
+            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels).loss)
             return tokens.loss.sum(), batch.loss_mask.sum(), concat_micro_batches([tokens])
 
         with preserved_random_state(), torch.no_grad():
-            return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=True)
+            return run_pipeline(self.model_chunks, self.micro_batches, last_stage, forward_only=True)
 
     def run(self, selection: SelectionStrategy) -> list[MicroBatchResult]:
         """Run forward and, if gradients are enabled, backward; return one entry per micro-batch on the last stage."""
 
-        def last_stage(number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, MicroBatchResult]:
+        def last_stage(index: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, MicroBatchResult]:
             mask = None
             if torch.is_grad_enabled():
-                mask = selection.forward_grad_mask(number, batch.loss_mask, batch.token_index(), self.scores[number])
-            tokens = self._tokens(number, batch, hidden.token_losses(batch.labels, forward_grad=mask).loss)
-            selected = selection.select(number, tokens)
+                mask = selection.forward_grad_mask(index, batch.loss_mask, batch.token_index(), self.references[index])
+            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, forward_grad=mask).loss)
+            selected = selection.select(index, tokens)
             loss = selective_loss(tokens, selected)
             numerator = loss.numerator
             if torch.is_grad_enabled() and len(hidden.heads) > 1:
@@ -150,10 +150,10 @@ class StepPasses:
             result = MicroBatchResult(TokenSums.from_micro_batch(tokens, loss), without_graph, loss.selected)
             return numerator, loss.count, result
 
-        return run_pipeline(self.chunks, self.micro_batches, last_stage, forward_only=not torch.is_grad_enabled())
+        return run_pipeline(self.model_chunks, self.micro_batches, last_stage, forward_only=not torch.is_grad_enabled())
 
-    def _tokens(self, number: int, batch: MicroBatch, token_loss: Tensor) -> TokenBatch:
-        return token_batch(batch, token_loss, self.scores[number], self.micro_batches[0].first_sample)
+    def _tokens(self, index: int, batch: MicroBatch, token_loss: Tensor) -> TokenBatch:
+        return token_batch(batch, token_loss, self.references[index], self.micro_batches[0].first_sample)
 
 
 def train_step(
@@ -176,9 +176,9 @@ def train_step(
         DivergedError: the observer ends the run, equally on every rank.
     """
     state.zero_grad()
-    passes = StepPasses(state.chunks, micro_batches, reference.score(micro_batches))
+    passes = StepPasses(state.model_chunks, micro_batches, reference.score(micro_batches))
     start = time.perf_counter()
-    ranked = state.selection.begin_step(ratio, next_ratio, passes.rank)
+    ranked = state.selection.begin_step(ratio, next_ratio, passes.ranking_pass)
     seconds_ranking = time.perf_counter() - start if ranked else None
     state.auxiliary.scale(state.selection.selected_share)
     results = passes.run(state.selection)

@@ -165,7 +165,7 @@ def module_gradient_norms(state: TrainState) -> dict[str, float]:
 
 def _named_parameters(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield all parameters of this rank, with the layer numbers of the complete model."""
-    for chunk in plain_chunks(state.chunks):
+    for chunk in plain_chunks(state.model_chunks):
         for name, parameter in chunk.named_parameters():
             name = name.removeprefix("module.")
             if (layer := LAYER.match(name)) is not None:

@@ -39,7 +39,7 @@ def _measure(
     with quiet():
         bench.prepare()
         measurements = measure(bench, names, steps=2, warmup=1)
-    return {name: _gradients(each.run.state.chunks[0]) for name, each in measurements.items()}, {
+    return {name: _gradients(each.run.state.model_chunks[0]) for name, each in measurements.items()}, {
         name: each.shares() for name, each in measurements.items()
     }
 

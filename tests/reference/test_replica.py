@@ -73,7 +73,7 @@ def _train_with_reference(rank: int, world_size: int, argv: list[str]) -> dict[s
             "unchanged": all(torch.equal(old, new) for old, new in zip(before, after, strict=True)),
             "count": len(after),
             "gradients": [p for p in after if p.requires_grad or p.grad is not None or hasattr(p, "main_grad")],
-            "trained": sum(p.numel() for chunk in run.state.chunks for p in chunk.parameters()),
+            "trained": sum(p.numel() for chunk in run.state.model_chunks for p in chunk.parameters()),
             "training": any(chunk.training for chunk in reference.chunks),
         }
 

@@ -70,7 +70,7 @@ def _auxiliary_gradients(rank: int, world_size: int, argv: list[str]) -> list[to
         return objective.SelectiveLoss(loss.numerator * 0.0, loss.count, loss.selected, loss.threshold)
 
     def recorded_step(state: TrainState, grad_norm: float) -> Any:
-        for chunk in state.chunks:
+        for chunk in state.model_chunks:
             for name, parameter in chunk.named_parameters():
                 if "router" in name:
                     gradients.append(parameter.main_grad.clone())

@@ -42,13 +42,13 @@ class SelectionStrategy(Protocol):
     def __init__(self, config: SelectionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
 
-    def begin_step(self, ratio: float, next_ratio: float, rank: Callable[[], Sequence[TokenBatch]]) -> bool:
+    def begin_step(self, ratio: float, next_ratio: float, ranking_pass: Callable[[], Sequence[TokenBatch]]) -> bool:
         """Prepare a step. Collective over all ranks.
 
         Args:
             ratio: the selection ratio of the step.
             next_ratio: that of the next step.
-            rank: runs an additional forward pass; returns the tokens of each micro-batch on the last stage, and
+            ranking_pass: runs an additional forward pass; returns the tokens of each micro-batch on the last stage, and
                 nothing elsewhere.
 
         Returns:
@@ -58,13 +58,13 @@ class SelectionStrategy(Protocol):
         return False
 
     def forward_grad_mask(
-        self, number: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
     ) -> ForwardGradMask | None:
-        """Return the rule for tokens of micro-batch ``number`` whose gradient is computed in the forward pass."""
+        """Return the rule for tokens whose gradient is computed in the forward pass."""
         ...
 
-    def select(self, number: int, tokens: TokenBatch) -> Selection:
-        """Select tokens of micro-batch ``number``. Collective over the config's group if its scope needs that."""
+    def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
+        """Select the tokens of a micro-batch. Collective over the config's group if its scope needs that."""
         ...
 
     def end_step(self) -> None:
@@ -113,12 +113,12 @@ class ExactSelection(SelectionStrategy):
         self.speculation = SpeculativeThreshold() if speculates else None
 
     def forward_grad_mask(
-        self, number: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
     ) -> ForwardGradMask | None:
         threshold = self.speculation.estimate() if self.speculation is not None else None
         return forward_grad_mask(self.config, self.ratio, valid, reference, threshold=threshold)
 
-    def select(self, number: int, tokens: TokenBatch) -> Selection:
+    def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         selection = select(tokens, self.config, self.ratio)
         if self.speculation is not None:
             self.speculation.observe(selection.threshold)
@@ -145,9 +145,9 @@ class GlobalBatchSelection(SelectionStrategy):
         self.ranked: Sequence[Selection] = ()
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # selected and valid tokens on this rank
 
-    def begin_step(self, ratio: float, next_ratio: float, rank: Callable[[], Sequence[TokenBatch]]) -> bool:
+    def begin_step(self, ratio: float, next_ratio: float, ranking_pass: Callable[[], Sequence[TokenBatch]]) -> bool:
         self.ratio = ratio
-        micro_batches = rank()
+        micro_batches = ranking_pass()
         if micro_batches:
             tokens = concat_micro_batches(micro_batches)
             selection = select(tokens, self.config, ratio)
@@ -156,12 +156,14 @@ class GlobalBatchSelection(SelectionStrategy):
         return True
 
     def forward_grad_mask(
-        self, number: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
     ) -> ForwardGradMask | None:
-        return forward_grad_mask(self.config, self.ratio, valid, reference, selected=self.ranked[number].selected)
+        return forward_grad_mask(
+            self.config, self.ratio, valid, reference, selected=self.ranked[micro_batch_index].selected
+        )
 
-    def select(self, number: int, tokens: TokenBatch) -> Selection:
-        return self.ranked[number]
+    def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
+        return self.ranked[micro_batch_index]
 
     def end_step(self) -> None:
         self.ranked = ()
@@ -185,23 +187,25 @@ class PredictedSelection(GlobalBatchSelection):
         self.tokens: list[TokenBatch] = []  # of this step's micro-batches, and the masks of those selected
         self.masks: list[Tensor] = []
 
-    def begin_step(self, ratio: float, next_ratio: float, rank: Callable[[], Sequence[TokenBatch]]) -> bool:
+    def begin_step(self, ratio: float, next_ratio: float, ranking_pass: Callable[[], Sequence[TokenBatch]]) -> bool:
         self.ratio, self.next_ratio = ratio, next_ratio
         self.predicted = self.predictor.predict(ratio)
         self.tokens, self.masks = [], []
-        return self.predicted is None and super().begin_step(ratio, next_ratio, rank)
+        return self.predicted is None and super().begin_step(ratio, next_ratio, ranking_pass)
 
     def forward_grad_mask(
-        self, number: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
     ) -> ForwardGradMask | None:
         if self.predicted is None:
-            return super().forward_grad_mask(number, valid, global_token_index, reference)
+            return super().forward_grad_mask(micro_batch_index, valid, global_token_index, reference)
         lowest = lowest_selected_scores(global_token_index, self.config, self.predicted)[0]
         return forward_grad_mask(self.config, self.ratio, valid, reference, threshold=lowest)
 
-    def select(self, number: int, tokens: TokenBatch) -> Selection:
+    def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         predicted = self.predicted
-        selection = self.ranked[number] if predicted is None else select_by_threshold(tokens, self.config, predicted)
+        selection = (
+            self.ranked[micro_batch_index] if predicted is None else select_by_threshold(tokens, self.config, predicted)
+        )
         self.tokens.append(concat_micro_batches([tokens]))
         self.masks.append(selection.selected)
         return selection
