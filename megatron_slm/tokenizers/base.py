@@ -11,6 +11,7 @@ from typing import Protocol
 
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.byte_lengths import ByteLengths
 from megatron_slm.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 
 TEXT, TOKENS = "text", "tokens"  # encoding of special tokens that occur in a text
@@ -52,6 +53,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+    def byte_lengths(self) -> ByteLengths | None:
+        """Return the bytes of text that each token represents, or None if they are unknown."""
+        ...
 
     def fast_model(self) -> FastModel:
         """Return the equivalent gigatoken model, or raise UnsupportedTokenizer with the reason."""
@@ -133,6 +138,9 @@ class BaseTokenizer:
 
     def encode_plain(self: Tokenizer, text: str) -> list[int]:
         return self.encode(text)
+
+    def byte_lengths(self) -> ByteLengths | None:
+        return None
 
     def fast_model(self) -> FastModel:
         raise UnsupportedTokenizer("")  # no reason to report: the tokenizer is fast already

@@ -142,5 +142,10 @@ def _kinds(part: Settings | None, name: str) -> set[str]:
     return {step["type"] for step in _steps(part, name)}
 
 
+def decoder_kinds(settings: Settings) -> set[str]:
+    """Return the kinds of the decoder's steps."""
+    return _kinds(settings["decoder"], "decoders")
+
+
 def _step_names(steps: list[Settings]) -> str:
     return " and ".join(step["type"] for step in steps) or "missing"

@@ -16,6 +16,7 @@ from megatron_slm.tokenizers.base import (
     missing_eod_error,
     require_file,
 )
+from megatron_slm.tokenizers.byte_lengths import ByteLengths, huggingface_byte_lengths
 from megatron_slm.tokenizers.eod import find_bos, find_eod, json_settings
 from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.huggingface_fast import huggingface_fast_model
@@ -55,6 +56,9 @@ class _TokenizersModel(BaseTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
+
+    def byte_lengths(self) -> ByteLengths | None:
+        return huggingface_byte_lengths(self.model, self.vocab_size)
 
     def fast_model(self) -> FastModel:
         return huggingface_fast_model(self.model)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles
+from megatron_slm.tokenizers.byte_lengths import ByteLengths
 
 NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
 SHOWN = 40  # characters of a text quoted in a message
@@ -28,6 +29,9 @@ class ByteTokenizer(BaseTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> ByteLengths:
+        return ByteLengths.from_bytes([*(bytes([byte]) for byte in range(256)), b""])
 
 
 class NullTokenizer(BaseTokenizer):

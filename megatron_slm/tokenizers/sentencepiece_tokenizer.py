@@ -14,6 +14,7 @@ from megatron_slm.tokenizers.base import (
     missing_eod_error,
     require_file,
 )
+from megatron_slm.tokenizers.byte_lengths import ByteLengths, sentencepiece_byte_lengths
 from megatron_slm.tokenizers.fast_model import SPACE, FastModel, UnsupportedTokenizer
 from megatron_slm.tokenizers.sentencepiece_fast import sentencepiece_fast_model
 
@@ -65,6 +66,9 @@ class SentencePieceTokenizer(BaseTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
+
+    def byte_lengths(self) -> ByteLengths:
+        return sentencepiece_byte_lengths(self.model)
 
     def fast_model(self) -> FastModel:
         if self._specials:

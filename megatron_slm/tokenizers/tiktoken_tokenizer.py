@@ -12,6 +12,7 @@ from typing import Final
 
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles, fingerprint_files, require_file
+from megatron_slm.tokenizers.byte_lengths import ByteLengths
 from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.tiktoken_fast import tiktoken_fast_model
 
@@ -67,6 +68,10 @@ class TikTokenizer(BaseTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
+
+    def byte_lengths(self) -> ByteLengths:
+        texts = {token: text for text, token in self._vocabulary[0].items()}
+        return ByteLengths.from_bytes(texts.get(token, b"") for token in range(self.vocab_size))
 
     def fast_model(self) -> FastModel:
         ranks, specials, pattern = self._vocabulary

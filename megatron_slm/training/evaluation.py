@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.strategies import ExactSelection
+from megatron_slm.runtime.collective import all_reduce_sum
 from megatron_slm.runtime.console import Advance, progress
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.training.metrics import TokenSums
@@ -21,10 +23,20 @@ from megatron_slm.training.step import NoReference, StepPasses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over all valid tokens of one set, in nats per token."""
+    """Mean loss over all valid tokens of one set, in nats per token, and their text."""
 
     loss: float
     tokens: int
+    bytes: int | None  # UTF-8 bytes of the text of these tokens; None if the tokenizer does not define them
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Return the loss in bits per byte of text; losses of end-of-document tokens are included."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def __str__(self) -> str:
+        bits = self.bits_per_byte
+        return f"{self.loss:.4f}" if bits is None else f"{self.loss:.4f} ({bits:.4f} bits/byte)"
 
 
 def evaluate(
@@ -63,18 +75,22 @@ def _evaluate_set(
     groups = state.groups
     all_tokens = ExactSelection(SelectionConfig(None, dp_cp_group=groups.dp_cp, cp_group=groups.cp), groups.device)
     parts: list[TokenSums] = []
+    size = torch.zeros((), dtype=torch.int64, device=groups.device)
     for _ in range(batches):
         if must_stop():
             return None
         micro_batches = next(stream)
         passes = StepPasses(state.model_chunks, micro_batches, NoReference().score(micro_batches))
         parts += [result.sums for result in passes.run(all_tokens)]
+        for batch in micro_batches:
+            size += state.label_bytes.count(batch)
         bar.advance()
     sums = TokenSums.reduce(parts, groups)
     if sums.diverged:
         raise DivergedError(f"evaluation: {sums.diverged} losses are NaN or infinite.")
     _, _, loss, tokens, *_ = sums.values.tolist()
-    return Evaluation(loss / max(tokens, 1), int(tokens))
+    all_reduce_sum(size, groups.dp_cp)
+    return Evaluation(loss / max(tokens, 1), int(tokens), int(size) if state.label_bytes.is_known else None)
 
 
 @contextmanager

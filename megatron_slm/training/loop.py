@@ -127,12 +127,13 @@ class _Loop:
         if not results:
             return
         self.evaluated = run.progress.step
-        line = "  ".join(f"{name} {result.loss:.4f}" for name, result in results.items())
+        line = "  ".join(f"{name} {result}" for name, result in results.items())
         run.console.print(f"held-out loss at step {run.progress.step}: {line}", style="bold", markup=False)
         for name, result in results.items():
             record = {"step": run.progress.step, "tokens": run.tokens, "set": name, "loss": result.loss}
+            sizes = {"tokens_evaluated": result.tokens, "bytes_evaluated": result.bytes}
             for sink in run.sinks:
-                sink.write({"kind": "eval", **record, "tokens_evaluated": result.tokens})
+                sink.write({"kind": "eval", **record, "bits_per_byte": result.bits_per_byte, **sizes})
 
     def save(self) -> None:
         """Save a checkpoint, unless --save is missing or this step is already saved."""

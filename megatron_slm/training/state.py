@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -15,6 +16,7 @@ from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import DataRecord
+from megatron_slm.training.label_bytes import LabelBytes
 from megatron_slm.training.spikes import SpikeDetector
 
 
@@ -40,6 +42,11 @@ class TrainState:
     spikes: SpikeDetector
     data: DataRecord = field(default_factory=DataRecord)
     progress: TrainProgress = field(default_factory=TrainProgress)
+
+    @cached_property
+    def label_bytes(self) -> LabelBytes:
+        """Return the counter of the bytes of labels."""
+        return LabelBytes(self.tokenizer, self.groups.device)
 
     def layout(self) -> dict[str, int]:
         """Return the parallel sizes for the manifest."""
