@@ -84,19 +84,20 @@ class Harness:
         """Return the names of all tasks and groups."""
         return list(self._manager.all_tasks)
 
-    def load(self, name: str | dict[str, Any], fewshot: int | None = None) -> Any:
+    def load(self, task: str | dict[str, Any], fewshot: int | None = None) -> Any:
         """Load a task or group with its data.
 
         Args:
-            name: task or group, or the definition of a task.
+            task: name of a task or group, or the definition of a task.
             fewshot: examples in each context, except in tasks that are defined without; None for the default.
 
         Raises:
             ConfigError: the data cannot be downloaded, or the task runs code without permission.
         """
+        name = task if isinstance(task, str) else task["task"]
         try:
             with _quiet():
-                loaded = self._manager.load([name])
+                loaded = self._manager.load([task])
         except Exception as error:  # of any library that the definition of the task uses
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ConfigError(
@@ -104,16 +105,16 @@ class Harness:
                 "Face Hub, set HF_HOME to a directory that has the data, or give them with --tasks-dir."
             ) from error
         tasks = loaded["tasks"].values()
-        if not self._runs_code and any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
+        if not self._runs_code and any(getattr(member, "UNSAFE_CODE", False) for member in tasks):
             raise ConfigError(
                 f"task {name} runs code that the model generates. Allow it with --confirm-run-unsafe-code in an "
                 "isolated environment, or leave the task out."
             )
-        for task in tasks:
-            default = task.get_config("num_fewshot")
+        for member in tasks:
+            default = member.get_config("num_fewshot")
             if default is None or (fewshot is not None and default != 0):
-                task.set_config(key="num_fewshot", value=fewshot or 0)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+                member.set_config(key="num_fewshot", value=fewshot or 0)
+            member.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
 
     def evaluate(self, runner: RequestRunner, tasks: Sequence[Any], limit: int | None = None) -> list[TaskResult]:
