@@ -103,7 +103,10 @@ def _build_tokenizer(source: CheckpointSource, config: RunConfig, settings: Mapp
     Raises:
         ConfigError: it cannot be built, or it is not the tokenizer that the model was trained with.
     """
-    tokenizer = build_run_tokenizer(from_flat_dict({**to_flat_dict(config), **settings}, "command line"))
+    if settings:
+        tokenizer = build_run_tokenizer(from_flat_dict({**to_flat_dict(config), **settings}, "command line"))
+    else:
+        tokenizer = source.tokenizer()
     if (conflict := source.tokenizer_conflict(tokenizer)) is not None:
         theirs, ours, remedy = conflict
         raise ConfigError(f"{source.flag}: the model was trained with {theirs}, and the tokenizer is {ours}. {remedy}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_slm.config.schema import ParallelConfig
 from megatron_slm.inference.model import InferenceModel, open_model
@@ -13,13 +14,18 @@ from megatron_slm.runtime.groups import ParallelLayout
 
 
 @contextlib.contextmanager
-def opened(checkpoint: str, tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[InferenceModel]:
-    """Open a checkpoint on the ranks of this job; remaining ranks are data-parallel."""
+def opened(checkpoint: str, tp: int = 1, pp: int = 1, ep: int = 1, **tokenizer: Any) -> Iterator[InferenceModel]:
+    """Open a checkpoint on the ranks of this job; remaining ranks are data-parallel.
+
+    Args:
+        tokenizer: tokenizer settings, for checkpoints without a tokenizer.
+    """
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            yield open_model(checkpoint, parallel, process.start(ParallelLayout(tp, pp, expert=ep)))
+            groups = process.start(ParallelLayout(tp, pp, expert=ep))
+            yield open_model(checkpoint, parallel, groups, tokenizer_settings=tokenizer)
     finally:
         process.stop()
