@@ -16,6 +16,7 @@ from megatron_slm.inference.batches import PromptBatch
 from megatron_slm.inference.model import InferenceModel
 from megatron_slm.inference.sampling import Decoding, next_tokens
 from megatron_slm.inference.text_stream import TextStream
+from megatron_slm.mcore.sequence import without_sequence_parallelism
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.runtime.collective import broadcast_from_last_stage
@@ -164,6 +165,10 @@ class _Batch:
     @torch.no_grad()
     def run(self) -> None:
         """Generate until all rows have ended. Collective over the model replica, or all ranks with experts."""
+        with without_sequence_parallelism(self.model.chunks):
+            self._run()
+
+    def _run(self) -> None:
         step, cached = 0, 0
         while self._is_active():
             last_position = self.model.context_length - 1
@@ -186,7 +191,11 @@ class _Batch:
             drawn = next_tokens(hidden, self.decoding, self.requests, step)
             return torch.zeros((), device=groups.device), torch.tensor(1, device=groups.device), drawn
 
-        reports = run_pipeline(self.model.chunks, [batch], last_stage, forward_only=True, inference_context=self.cache)
+        has_virtual_stages = bool(self.model.config.parallel.num_layers_per_virtual_pipeline_stage)
+        copies = groups.pp_size if has_virtual_stages else 1  # the interleaved schedule needs one per stage
+        reports = run_pipeline(
+            self.model.chunks, [batch] * copies, last_stage, forward_only=True, inference_context=self.cache
+        )
         tokens = reports[0] if reports else torch.empty_like(self.requests)
         tokens = broadcast_from_last_stage(tokens, groups.pp)
         if groups.tp_size > 1:

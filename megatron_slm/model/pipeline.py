@@ -52,7 +52,8 @@ def run_pipeline(
             returns the sum to differentiate, its token count, and a report. Megatron-Core divides by the sum of
             these counts over the global batch.
         forward_only: omit the backward pass.
-        inference_context: key-value cache of the only micro-batch, whose tokens follow the cached ones.
+        inference_context: key-value cache of the only micro-batch, whose tokens follow the cached ones. Copies of the
+            micro-batch write the same values.
 
     Returns:
         the reports of all micro-batches on the last stage, an empty list on other stages.

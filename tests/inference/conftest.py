@@ -16,7 +16,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     corpus = make_corpus(directory / "corpus", 1)
     variants = {
         "trained": {"train_iters": 10},
-        "random": {"train_iters": 1, "init_method_std": 0.3, "lr": 1e-6},
+        "random": {"train_iters": 1, "init_method_std": 0.3, "lr": 1e-6, "num_layers": 4},
         "experts": {"train_iters": 1, "init_method_std": 0.3, "lr": 1e-6, **EXPERTS},
     }
     launch_each([command(corpus, directory / name, **{**SHARED, **flags}) for name, flags in variants.items()])

@@ -29,7 +29,7 @@ class Results(NamedTuple):
     sampled: list[Generation]
 
 
-def _results(rank: int, world_size: int, checkpoint: str, layout: dict[str, int]) -> Results:
+def _results(rank: int, world_size: int, checkpoint: str, layout: dict[str, Any]) -> Results:
     with opened(checkpoint, **layout) as model:
         prompts = [encode_prompt(model.tokenizer, prompt) for prompt in PROMPTS]
         greedy = generate(model, prompts, GREEDY, micro_batch_size=3)
@@ -77,21 +77,27 @@ def _continue_greedily(model: InferenceModel, prompt: list[int]) -> Generation:
     return Generation(new, model.tokenizer.decode(new))
 
 
+@pytest.fixture(scope="module")
+def definitions(checkpoints: dict[str, str]) -> dict[str, Results]:
+    return {kind: run_ranks(_definition, 1, path, initialise=False)[0] for kind, path in checkpoints.items()}
+
+
 @pytest.mark.parametrize(
     ("kind", "ranks", "layout"),
     [
         ("trained", 1, {}),
         ("random", 1, {}),
-        ("random", 4, {"tp": 2}),
+        ("random", 4, {"tp": 2, "sequence_parallel": True}),
         ("random", 2, {"pp": 2}),
+        ("random", 2, {"pp": 2, "virtual_stages": True}),
         ("experts", 4, {"tp": 2, "ep": 2}),
     ],
     ids=str,
 )
 def test_results_equal_the_definition(
-    checkpoints: dict[str, str], kind: str, ranks: int, layout: dict[str, int]
+    checkpoints: dict[str, str], definitions: dict[str, Results], kind: str, ranks: int, layout: dict[str, Any]
 ) -> None:
-    [expected] = run_ranks(_definition, 1, checkpoints[kind], initialise=False)
+    expected = definitions[kind]
     for found in run_ranks(_results, ranks, checkpoints[kind], layout, initialise=False):
         assert found.greedy == expected.greedy
         assert found.sampled == expected.sampled
