@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold
 from megatron_slm.objective.selection.threshold import select_highest
@@ -151,9 +151,9 @@ def make_ours(
     valid = torch.ones_like(problem.reference_loss, dtype=torch.bool)
     masks = {
         "": None,
-        "all": ForwardGradMask(valid),
-        "predicted": ForwardGradMask(valid, problem.threshold, problem.reference_loss),
-        "speculative": ForwardGradMask(
+        "all": ForwardGradPolicy(valid),
+        "predicted": ForwardGradPolicy(valid, problem.threshold, problem.reference_loss),
+        "speculative": ForwardGradPolicy(
             valid, problem.guess if problem.guess is not None else 0.0, problem.reference_loss
         ),
     }

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig, TokenLosses
 from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard, gather_sequence
@@ -49,7 +49,7 @@ class HiddenStates:
         labels: Tensor,
         *,
         head: int = 0,
-        forward_grad: ForwardGradMask | None = None,
+        forward_grad: ForwardGradPolicy | None = None,
         with_entropy: bool = False,
     ) -> TokenLosses:
         """Return the token losses of one head, and optionally entropies, each [b, s].

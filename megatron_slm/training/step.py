@@ -135,10 +135,12 @@ class StepPasses:
         """Run forward and, if gradients are enabled, backward; return one entry per micro-batch on the last stage."""
 
         def last_stage(index: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, MicroBatchResult]:
-            mask = None
+            forward_grad = None
             if torch.is_grad_enabled():
-                mask = selection.forward_grad_mask(index, batch.loss_mask, batch.token_index(), self.references[index])
-            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, forward_grad=mask).loss)
+                forward_grad = selection.forward_grad_policy(
+                    index, batch.loss_mask, batch.token_index(), self.references[index]
+                )
+            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, forward_grad=forward_grad).loss)
             selected = selection.select(index, tokens)
             loss = selective_loss(tokens, selected)
             numerator = loss.numerator

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.testing.ranks import run_ranks
 
@@ -73,7 +73,7 @@ def run(data: dict[str, Tensor], *, threshold: float | None = None, **head: Any)
     hidden = data["hidden"].chunk(ranks)[rank] if head.get("sequence_parallel") else data["hidden"]
     hidden = hidden.detach().clone().requires_grad_()
     weight = data["weight"].chunk(ranks)[rank].detach().clone().requires_grad_()
-    early = None if threshold is None else ForwardGradMask(data["valid"], threshold)
+    early = None if threshold is None else ForwardGradPolicy(data["valid"], threshold)
     result = linear_cross_entropy(
         hidden,
         weight,
@@ -180,11 +180,11 @@ def test_early_scores_are_losses_minus_offsets() -> None:
     data = make()
     offset = torch.rand(B, S, generator=torch.Generator().manual_seed(2)) * 3
     loss = torch.arange(S * B).float()
-    chosen = ForwardGradMask(data["valid"], 12.0, offset).chosen(slice(5, 20), loss[5:20])
+    chosen = ForwardGradPolicy(data["valid"], 12.0, offset).chosen(slice(5, 20), loss[5:20])
     score = loss.view(S, B) - offset.t()
     assert torch.equal(chosen, ((score >= 12.0) & data["valid"].t()).flatten()[5:20])
     rows = torch.full((B, S), 12.0)
-    assert torch.equal(ForwardGradMask(data["valid"], rows, offset).chosen(slice(5, 20), loss[5:20]), chosen)
+    assert torch.equal(ForwardGradPolicy(data["valid"], rows, offset).chosen(slice(5, 20), loss[5:20]), chosen)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -207,7 +207,7 @@ def test_the_logits_are_never_all_there(threshold: float | None, share: float) -
     hidden = torch.randn(tokens, 1, width, generator=chance).requires_grad_()
     weight = torch.randn(entries, width, generator=chance).requires_grad_()
     labels = torch.randint(0, entries, (tokens, 1), generator=chance)
-    early = None if threshold is None else ForwardGradMask(torch.ones(1, tokens, dtype=torch.bool), threshold)
+    early = None if threshold is None else ForwardGradPolicy(torch.ones(1, tokens, dtype=torch.bool), threshold)
     with _LargestTensor() as largest:
         loss = linear_cross_entropy(hidden, weight, labels, LinearCrossEntropyConfig(), forward_grad=early).loss
         (loss * (loss.detach() > 4)).sum().backward()
@@ -230,7 +230,7 @@ def test_gradient_is_added_to_main_grad(dtype: torch.dtype, threshold: float | N
     """As Megatron-Core's DDP wants it: two micro-batches add up, in fp32 under bf16 weights too."""
     data = make(dtype)
     weight = _with_main_grad(data["weight"])
-    early = None if threshold is None else ForwardGradMask(data["valid"], threshold)
+    early = None if threshold is None else ForwardGradPolicy(data["valid"], threshold)
     for _ in range(2):
         loss = linear_cross_entropy(
             data["hidden"], weight, data["labels"], LinearCrossEntropyConfig(vocab_size=VOCAB), forward_grad=early
@@ -260,7 +260,7 @@ def test_no_gradient_no_work() -> None:
     """Evaluation does not change main_grad, and returns the same losses."""
     data = make()
     weight = _with_main_grad(data["weight"])
-    early = ForwardGradMask(data["valid"])
+    early = ForwardGradPolicy(data["valid"])
     with torch.no_grad():
         loss = linear_cross_entropy(
             data["hidden"], weight, data["labels"], LinearCrossEntropyConfig(vocab_size=VOCAB), forward_grad=early
@@ -282,7 +282,7 @@ def test_not_a_number_is_not_hidden() -> None:
 
 def test_no_tokens() -> None:
     hidden, weight = torch.zeros(0, 2, H, requires_grad=True), torch.randn(PADDED, H, requires_grad=True)
-    for early in (None, ForwardGradMask(torch.zeros(2, 0, dtype=torch.bool))):
+    for early in (None, ForwardGradPolicy(torch.zeros(2, 0, dtype=torch.bool))):
         loss = linear_cross_entropy(
             hidden, weight, torch.zeros(0, 2, dtype=torch.long), LinearCrossEntropyConfig(), forward_grad=early
         ).loss

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_slm.objective.cross_entropy import check_labels
 from megatron_slm.objective.linear_cross_entropy.chunked import chunked_token_loss
 from megatron_slm.objective.linear_cross_entropy.definition import full_token_loss
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.settings import IMPLEMENTATIONS, LinearCrossEntropyConfig, TokenLosses
 from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard
 
@@ -32,7 +32,7 @@ def linear_cross_entropy(
     labels: Tensor,
     config: LinearCrossEntropyConfig,
     *,
-    forward_grad: ForwardGradMask | None = None,
+    forward_grad: ForwardGradPolicy | None = None,
     with_entropy: bool = False,
 ) -> TokenLosses:
     """Return the token losses of ``labels`` under the LM head.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.chunk_math import ChunkMath, TorchChunkMath, slices
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import add_product, fp32_product, product_dtype
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.objective.linear_cross_entropy.vocab_shard import (
@@ -48,7 +48,7 @@ def chunked_token_loss(
     labels: Tensor,
     config: LinearCrossEntropyConfig,
     shard: Shard,
-    forward_grad: ForwardGradMask | None,
+    forward_grad: ForwardGradPolicy | None,
     with_entropy: bool,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +144,7 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: Tensor,
         config: LinearCrossEntropyConfig,
         shard: Shard,
-        forward_grad: ForwardGradMask | None,
+        forward_grad: ForwardGradPolicy | None,
         with_entropy: bool,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +226,7 @@ class _ForwardWork:
 
 
 def _forward_grad_pass(
-    rows: _Rows, forward_grad: ForwardGradMask, with_entropy: bool
+    rows: _Rows, forward_grad: ForwardGradPolicy, with_entropy: bool
 ) -> tuple[Statistics, _ForwardWork]:
     """Return the statistics of all rows, and the gradients of those that ``forward_grad`` chooses."""
     real = slice(0, rows.shard.real)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import TopK, selects_everything
 from megatron_slm.objective.tokens import ReferenceScores
 
 
-def forward_grad_mask(
+def build_forward_grad_policy(
     config: SelectionConfig,
     ratio: float,
     valid: Tensor,
@@ -19,7 +19,7 @@ def forward_grad_mask(
     *,
     selected: Tensor | None = None,
     threshold: Tensor | None = None,
-) -> ForwardGradMask | None:
+) -> ForwardGradPolicy | None:
     """Return the rule for a micro-batch, or None if nothing is known about its selection.
 
     Every valid token if all of them are selected (CLM, k = 1); the selected ones if they are known; else those whose
@@ -38,14 +38,14 @@ def forward_grad_mask(
     if config.mix:
         return None
     if policy is None or selects_everything(policy, ratio):
-        return ForwardGradMask(valid)
+        return ForwardGradPolicy(valid)
     if selected is not None:
-        return ForwardGradMask(selected)
+        return ForwardGradPolicy(selected)
     if threshold is None or not isinstance(policy, TopK) or policy.stochastic:
         return None
     if policy.score == "excess" and reference is not None:
-        return ForwardGradMask(valid, threshold, reference.loss)
-    return ForwardGradMask(valid, threshold) if policy.score == "token-loss" else None
+        return ForwardGradPolicy(valid, threshold, reference.loss)
+    return ForwardGradPolicy(valid, threshold) if policy.score == "token-loss" else None
 
 
 class SpeculativeThreshold:

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.forward_grad_mask import ForwardGradMask
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection, select
-from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold, forward_grad_mask
+from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold, build_forward_grad_policy
 from megatron_slm.objective.selection.policy import TopK
 from megatron_slm.objective.selection.predictor import (
     PredictedThreshold,
@@ -57,9 +57,9 @@ class SelectionStrategy(Protocol):
         self.ratio = ratio
         return False
 
-    def forward_grad_mask(
+    def forward_grad_policy(
         self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
-    ) -> ForwardGradMask | None:
+    ) -> ForwardGradPolicy | None:
         """Return the rule for tokens whose gradient is computed in the forward pass."""
         ...
 
@@ -112,11 +112,11 @@ class ExactSelection(SelectionStrategy):
         super().__init__(config, device)
         self.speculation = SpeculativeThreshold() if speculates else None
 
-    def forward_grad_mask(
+    def forward_grad_policy(
         self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
-    ) -> ForwardGradMask | None:
+    ) -> ForwardGradPolicy | None:
         threshold = self.speculation.estimate() if self.speculation is not None else None
-        return forward_grad_mask(self.config, self.ratio, valid, reference, threshold=threshold)
+        return build_forward_grad_policy(self.config, self.ratio, valid, reference, threshold=threshold)
 
     def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         selection = select(tokens, self.config, self.ratio)
@@ -155,10 +155,10 @@ class GlobalBatchSelection(SelectionStrategy):
             self.counts = torch.stack((selection.selected.sum(), tokens.valid.sum()))
         return True
 
-    def forward_grad_mask(
+    def forward_grad_policy(
         self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
-    ) -> ForwardGradMask | None:
-        return forward_grad_mask(
+    ) -> ForwardGradPolicy | None:
+        return build_forward_grad_policy(
             self.config, self.ratio, valid, reference, selected=self.ranked[micro_batch_index].selected
         )
 
@@ -193,13 +193,13 @@ class PredictedSelection(GlobalBatchSelection):
         self.tokens, self.masks = [], []
         return self.predicted is None and super().begin_step(ratio, next_ratio, ranking_pass)
 
-    def forward_grad_mask(
+    def forward_grad_policy(
         self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
-    ) -> ForwardGradMask | None:
+    ) -> ForwardGradPolicy | None:
         if self.predicted is None:
-            return super().forward_grad_mask(micro_batch_index, valid, global_token_index, reference)
+            return super().forward_grad_policy(micro_batch_index, valid, global_token_index, reference)
         lowest = lowest_selected_scores(global_token_index, self.config, self.predicted)[0]
-        return forward_grad_mask(self.config, self.ratio, valid, reference, threshold=lowest)
+        return build_forward_grad_policy(self.config, self.ratio, valid, reference, threshold=lowest)
 
     def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         predicted = self.predicted

@@ -7,7 +7,7 @@ import torch
 
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection
-from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold, forward_grad_mask
+from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold, build_forward_grad_policy
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.predictor import (
     PredictedThreshold,
@@ -27,10 +27,10 @@ OTHER_SCORES = ["random", "reference-loss", "stochastic-excess", "excess and ran
 )
 def test_all_tokens_if_everything_is_selected(score: str | None, ratio: float) -> None:
     policy = None if score is None else parse_policy(score)
-    mask = forward_grad_mask(SelectionConfig(policy), ratio, VALID, REFERENCE)
+    mask = build_forward_grad_policy(SelectionConfig(policy), ratio, VALID, REFERENCE)
     assert mask is not None
     assert mask.chosen(slice(0, 3), torch.zeros(3)).tolist() == [True, False, True]
-    assert forward_grad_mask(SelectionConfig(policy, mix=0.1), ratio, VALID, REFERENCE) is None
+    assert build_forward_grad_policy(SelectionConfig(policy, mix=0.1), ratio, VALID, REFERENCE) is None
 
 
 @pytest.mark.parametrize("score", ["excess", "token-loss"])
@@ -40,7 +40,7 @@ def test_speculation_waits_for_two_thresholds_and_adds_a_band(score: str) -> Non
         assert speculation.estimate() is None
         speculation.observe(torch.tensor(threshold))
     # The last threshold, 1.5, plus the step of 0.5.
-    mask = forward_grad_mask(config, 0.6, VALID, REFERENCE, threshold=speculation.estimate())
+    mask = build_forward_grad_policy(config, 0.6, VALID, REFERENCE, threshold=speculation.estimate())
     offset = 3.0 if score == "excess" else 0.0
     assert mask is not None
     for loss, chosen in ((2.01, True), (1.99, False)):
@@ -54,15 +54,15 @@ def test_a_threshold_decides_only_if_the_score_depends_on_the_token_loss_alone(
     score: str, threshold: torch.Tensor
 ) -> None:
     config = SelectionConfig(parse_policy(score))
-    assert forward_grad_mask(config, 0.6, VALID, REFERENCE, threshold=threshold) is None
-    everything = forward_grad_mask(config, 1.0, VALID, REFERENCE, threshold=threshold)
+    assert build_forward_grad_policy(config, 0.6, VALID, REFERENCE, threshold=threshold) is None
+    everything = build_forward_grad_policy(config, 1.0, VALID, REFERENCE, threshold=threshold)
     assert everything is not None
     assert everything.chosen(slice(0, 3), torch.zeros(3)).tolist() == VALID[0].tolist()
 
 
 def test_excess_loss_needs_reference_scores() -> None:
     config = SelectionConfig(parse_policy("excess"))
-    assert forward_grad_mask(config, 0.6, VALID, None, threshold=torch.tensor(0.0)) is None
+    assert build_forward_grad_policy(config, 0.6, VALID, None, threshold=torch.tensor(0.0)) is None
 
 
 @pytest.mark.parametrize("score", ["excess", "token-loss"])
@@ -77,7 +77,7 @@ def test_a_predicted_threshold_chooses_the_selection_itself(score: str, tied: fl
     predicted = PredictedThreshold(torch.tensor([0.25]), torch.tensor([tied], dtype=torch.float64), torch.tensor(0.6))
     config = SelectionConfig(parse_policy(score), "global-batch")
     (lowest,) = lowest_selected_scores(index, config, predicted)
-    mask = forward_grad_mask(config, 0.6, tokens.valid, reference, threshold=lowest)
+    mask = build_forward_grad_policy(config, 0.6, tokens.valid, reference, threshold=lowest)
     selected = select_by_threshold(tokens, config, predicted).selected
     scores = loss - reference.loss if score == "excess" else loss
     at_threshold = tokens.valid & (scores == 0.25)
@@ -91,7 +91,7 @@ def test_a_predicted_threshold_chooses_the_selection_itself(score: str, tied: fl
 def test_a_known_selection_needs_no_losses(score: str) -> None:
     selection = Selection(torch.tensor([[True, False, False]]), torch.ones(1, 3), torch.zeros(()))
     config = SelectionConfig(parse_policy(score))
-    mask = forward_grad_mask(config, 0.6, VALID, None, selected=selection.selected)
+    mask = build_forward_grad_policy(config, 0.6, VALID, None, selected=selection.selected)
     assert mask is not None
     assert mask.chosen(slice(0, 3), torch.full((3,), 9.0)).tolist() == [True, False, False]
 
@@ -110,7 +110,7 @@ def test_only_a_speculating_selection_estimates_thresholds() -> None:
         index = torch.arange(3).view(1, 3)
         for number, losses in enumerate(([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])):
             assert not selection.begin_step(0.5, 0.5, list)
-            assert selection.forward_grad_mask(number, VALID, index, None) is None
+            assert selection.forward_grad_policy(number, VALID, index, None) is None
             selection.select(number, TokenBatch(torch.tensor([losses]), VALID, index, index))
-        assert (selection.forward_grad_mask(2, VALID, index, None) is not None) == speculates
+        assert (selection.forward_grad_policy(2, VALID, index, None) is not None) == speculates
         assert bool(selection.state_dict()) == speculates

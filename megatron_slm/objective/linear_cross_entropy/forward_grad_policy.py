@@ -1,7 +1,7 @@
 """Tokens whose gradient is computed in the forward pass, while their logits are available.
 
-A wrong mask costs time and never changes the result, as the backward pass compares it with the incoming gradient. One
-rule covers every case: a token is chosen if it is valid and its score, token loss − offset, reaches a threshold.
+A wrong choice costs time and never changes the result, as the backward pass compares it with the incoming gradient.
+One rule covers every case: a token is chosen if it is valid and its score, token loss − offset, reaches a threshold.
 
 ======================  ==========================================================
 CLM, or k = 1           every valid token: threshold −∞
@@ -21,8 +21,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ForwardGradMask:
-    """The rule for the tokens of one micro-batch."""
+class ForwardGradPolicy:
+    """Rule for the tokens of one micro-batch."""
 
     valid: Tensor  # [b, s] bool
     threshold: float | Tensor = -torch.inf  # lowest chosen score; a tensor is a scalar or [b, s]
@@ -32,7 +32,7 @@ class ForwardGradMask:
         """Return whether tokens are chosen, [n] bool.
 
         Args:
-            rows: places of n tokens in the order of the hidden states: [s, b], flat.
+            rows: positions of n tokens in the order of the hidden states: [s, b], flat.
             loss: [n] fp32, their token losses.
         """
         valid, threshold, offset = self._in_order
@@ -45,7 +45,7 @@ class ForwardGradMask:
 
     @cached_property
     def _in_order(self) -> tuple[Tensor, float | Tensor, Tensor | None]:
-        """Validity, threshold and offset in the order of the hidden states, [s, b], flat; cached for all chunks."""
+        """Return validity, threshold and offset in the order of the hidden states, [s, b], flat; cached."""
         threshold = self.threshold
         if isinstance(threshold, Tensor) and threshold.dim():
             threshold = _flat(threshold)
