@@ -30,7 +30,7 @@ def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig,
         source = _first_source(config.checkpoint, FORMATS)
         if source is None:
             return config, f"{FLAG}: no checkpoint yet; using the flags"
-        return adopt_all(config, source.config(), source.directory)
+        return adopt_all(config, source.config(), given, source.directory)
     source = _first_source(config.checkpoint, (kind for kind in FORMATS if kind.defines_settings))
     if source is None:
         return config, ""

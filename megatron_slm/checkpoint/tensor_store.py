@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_slm.checkpoint.weights import explained_load
+from megatron_slm.checkpoint.weights import explained_load, root_cause
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class _StreamingPlanner(DefaultSavePlanner):
         self.pieces = {item.index: piece for piece, item in items}
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(self.items)
+        self.plan = SavePlan(self.items, planner_data={})
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
@@ -79,7 +81,11 @@ def write_tensors(pieces: Iterable[Piece], directory: Path, common: dict[str, An
     """
     torch.save(common, directory / COMMON_STATE_FNAME)
     writer = FileSystemWriter(directory, single_file_per_rank=True, sync_files=False)
-    torch_checkpoint.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces), no_dist=True)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # there is no process group
+            torch_checkpoint.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces), no_dist=True)
+    except CheckpointException as error:
+        raise root_cause(error) from error
     config = json.dumps(asdict(CheckpointingConfig("torch_dist", 1)))
     (directory / CONFIG_FNAME).write_text(config, encoding="utf-8")
 

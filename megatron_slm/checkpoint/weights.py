@@ -172,16 +172,16 @@ def explained_load(directory: Path, flag: str) -> Iterator[None]:
         with restricted_pickles():
             yield
     except CHECKPOINT_ERRORS as error:
-        cause = _root_cause(error)
+        cause = root_cause(error)
         if isinstance(cause, OSError):
             raise read_error(flag, cause.filename or directory, cause) from error
         raise ConfigError(f"{flag}: {_explain(cause, directory)}") from error
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """Return the first exception that torch collected from the ranks, or the error itself."""
     if isinstance(error, CheckpointException) and error.failures:
-        return _root_cause(next(iter(error.failures.values()))[0])
+        return root_cause(next(iter(error.failures.values()))[0])
     return error
 
 

@@ -19,16 +19,24 @@ ALSO = {"max_position_embeddings", "make_vocab_size_divisible_by", "attention_dr
 Adopt = Callable[[RunConfig, frozenset[str]], tuple[RunConfig, str]]
 
 
-def adopt_all(config: RunConfig, saved: RunConfig, directory: Path) -> tuple[RunConfig, str]:
+def adopt_all(config: RunConfig, saved: RunConfig, given: frozenset[str], directory: Path) -> tuple[RunConfig, str]:
     """Replace the model settings by those of a checkpoint, for --use-checkpoint-args.
 
-    The tokenizer comes from the checkpoint if --tokenizer-type is not given.
+    The tokenizer comes from the checkpoint if --tokenizer-type is not given. With --finetune, a given sequence length
+    is kept: that of an imported model is the longest that it accepts.
+
+    Args:
+        given: names of the settings on the command line and in recipes.
 
     Returns:
         The configuration and one line for the log.
     """
-    with_tokenizer = config.tokenizer.tokenizer_type is None
-    adopted = _differing(config, saved, _model_settings() | (_tokenizer_settings() if with_tokenizer else set()))
+    names = _model_settings()
+    if config.checkpoint.finetune:
+        names -= {"seq_length"} & given
+    if config.tokenizer.tokenizer_type is None:
+        names |= _tokenizer_settings()
+    adopted = _differing(config, saved, names)
     return with_settings(config, adopted), f"{FLAG}: from {directory}: {_listed(adopted) or 'no differences'}"
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 SIZES: dict[str, Any] = {
     "vocab_size": 301,  # not a multiple of the padding
@@ -48,6 +52,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+IDS = torch.randint(0, SIZES["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model, and the logits that the transformers library computes for IDS."""
+
+    directory: Path
+    logits: Tensor  # [b, s, vocabulary]
+
+    @property
+    def losses(self) -> Tensor:
+        """Return the losses of all tokens but the first, [b, s - 1]."""
+        return F.cross_entropy(self.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none").view(2, -1)
+
+
 def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Return a model of one of the VARIANTS with random weights, biases and norms."""
     import transformers
@@ -67,7 +87,27 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
 
 
 def save_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Write a model of one of the VARIANTS to ``directory``, and return it."""
+    """Write a model of one of the VARIANTS and its tokenizer to ``directory``, and return it."""
     model = make_model(name, dtype, **changes)
     model.save_pretrained(directory)
+    save_tokenizer(directory)
     return model
+
+
+def save_tokenizer(directory: Path, size: int = 290) -> None:
+    """Write a byte-level tokenizer of up to ``size`` entries; <|endoftext|> (id 0) ends documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(["the cat and the dog ran to the old barn", "she has an apple in her hand"] * 9, trainer)
+    model.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -17,12 +17,15 @@ ATTENTION = "decoder.layers.self_attention"
 MLP = "decoder.layers.mlp"
 
 
-def decoder_settings(config: PublishedConfig, *, query_groups: int | None, head_width: int | None) -> dict[str, Any]:
+def decoder_settings(
+    config: PublishedConfig, *, query_groups: int | None, head_width: int | None, rotary_base: float = 10000.0
+) -> dict[str, Any]:
     """Return the settings that all Llama-like families have.
 
     Args:
         query_groups: the family's default of num_key_value_heads; None: the number of heads.
         head_width: the family's default of head_dim; None: hidden size / heads.
+        rotary_base: the family's default of rope_theta.
 
     Raises:
         ConfigError: a field is missing or cannot be represented.
@@ -53,7 +56,7 @@ def decoder_settings(config: PublishedConfig, *, query_groups: int | None, head_
         "hidden_dropout": 0.0,
         "init_method_std": config.number("initializer_range", 0.02),
         "vocab_size": config.integer("vocab_size"),
-        **rotary_settings(config),
+        **rotary_settings(config, rotary_base),
     }
 
 
@@ -95,7 +98,6 @@ def decoder_fields(model: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm_epsilon,
         "hidden_act": published.get(activation_name(model), activation_name(model)),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "attention_dropout": 0.0,
         "initializer_range": model.init_method_std,
         **rotary_fields(model),
     }

@@ -25,6 +25,7 @@ from megatron_slm.checkpoint.native import NativeSource
 from megatron_slm.checkpoint.tensor_store import TensorStore
 from megatron_slm.config.checkpoint_files import read_manifest
 from megatron_slm.config.checks import derive
+from megatron_slm.config.paths import TOKENIZER_DIRECTORY
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.resume import Difference, Rule, differences, show
 from megatron_slm.config.schema import RunConfig
@@ -62,7 +63,7 @@ def export_model(job: ExportJob) -> Path:
     source.verify(checksums=job.verify)
     config = source.config()
     tokenizer = find_tokenizer(config, job.tokenizer_model)
-    template = _template(tokenizer)
+    template = _template(tokenizer.directory or source.directory.absolute().parent / TOKENIZER_DIRECTORY)
     family = choose_family(config, template)
     vocab_size = max(read_manifest(source.directory, LOAD_FLAG).tokenizer["vocab_size"], config.model.vocab_size or 0)
     groups = list(_groups(TensorStore(source.directory, LOAD_FLAG), family, config, vocab_size, job))
@@ -163,12 +164,9 @@ def config_fields(
     }
 
 
-def _template(tokenizer: TokenizerSource) -> PublishedConfig | None:
+def _template(directory: Path) -> PublishedConfig | None:
     """Return the ``config.json`` beside the tokenizer, from which the model was imported or started."""
-    directory = tokenizer.directory
-    if directory is None or not (directory / CONFIG_FILE).is_file():
-        return None
-    return PublishedConfig.read(directory, "--tokenizer-model")
+    return PublishedConfig.read(directory, "--tokenizer-model") if (directory / CONFIG_FILE).is_file() else None
 
 
 def _groups(store: TensorStore, family: Family, config: RunConfig, vocab_size: int, job: ExportJob) -> Iterator[Group]:

@@ -11,14 +11,14 @@ from megatron_slm.config.schema import ModelConfig
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def rotary_settings(config: PublishedConfig) -> dict[str, Any]:
+def rotary_settings(config: PublishedConfig, default_base: float) -> dict[str, Any]:
     """Return the settings of the rotary embeddings.
 
     Raises:
         ConfigError: the kind of scaling or one of its parameters is not supported.
     """
     parameters = _parameters(config)
-    base = parameters.number("rope_theta", config.number("rope_theta", 10000.0))
+    base = parameters.number("rope_theta", config.number("rope_theta", default_base))
     if not base.is_integer():
         raise config.error(f"rope_theta {base} is not supported; Megatron-Core's base is an integer")
     for section in (config, parameters):

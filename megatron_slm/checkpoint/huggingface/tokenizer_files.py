@@ -16,10 +16,10 @@ from megatron_slm.checkpoint.huggingface.files import (
     TOKENIZER_JSON,
     VOCABULARY,
 )
+from megatron_slm.checkpoint.huggingface.source import tokenizer_settings
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.console import warn
-from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
 FLAG = "--tokenizer-model"
@@ -31,22 +31,23 @@ class TokenizerSource:
 
     files: dict[str, Path]
     directory: Path | None  # directory of a published tokenizer
-    eod: int
+    eod: int | None = None
     bos: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # contents of tokenizer_config.json, if it must be written
 
 
 def find_tokenizer(config: RunConfig, model: str | None) -> TokenizerSource:
-    """Return the tokenizer of a run, or the one of the same kind at ``model``.
+    """Return the tokenizer of a run, or the one at ``model``: of the same kind, or the directory of a published model.
 
     Raises:
         ConfigError: a file is missing or damaged.
     """
     if model is not None:
-        config = with_settings(config, {"tokenizer_model": model})
+        config = with_settings(config, tokenizer_settings(Path(model)) or {"tokenizer_model": model})
     given = config.tokenizer
     if given.tokenizer_type is None:
-        raise ConfigError(f"the checkpoint records no tokenizer. Specify its directory with {FLAG}.")
+        warn(f"the checkpoint records no tokenizer, and the export contains none. Add one with {FLAG}.")
+        return TokenizerSource({}, None)
     tokenizer = build_run_tokenizer(config)
     path = Path(given.tokenizer_model or "")
     if given.tokenizer_type == "HuggingFaceTokenizer":

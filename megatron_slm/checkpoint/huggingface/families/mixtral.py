@@ -18,7 +18,7 @@ from megatron_slm.config.schema import ModelConfig
 
 def read_settings(config: PublishedConfig) -> dict[str, Any]:
     """Return the settings of a published model."""
-    settings = decoder_settings(config, query_groups=8, head_width=None) | {
+    settings = decoder_settings(config, query_groups=8, head_width=None, rotary_base=1e6) | {
         "norm_epsilon": config.number("rms_norm_eps", 1e-5),
         "num_experts": config.integer("num_local_experts", 8),
         "moe_ffn_hidden_size": config.integer("intermediate_size"),
@@ -34,7 +34,6 @@ def write_fields(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": model.moe_ffn_hidden_size,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.moe_router_topk,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
         "sliding_window": None,
     }
 

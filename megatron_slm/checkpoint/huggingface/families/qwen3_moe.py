@@ -42,7 +42,6 @@ def write_fields(model: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": model.moe_ffn_hidden_size,
         "num_experts_per_tok": model.moe_router_topk,
         "norm_topk_prob": not model.moe_router_pre_softmax,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }

@@ -1,0 +1,86 @@
+"""Train from published models, with published reference models, and export the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_slm.cli.convert_checkpoint import main as convert
+from megatron_slm.cli.pretrain import main
+from megatron_slm.testing.published import Published, save_model
+from megatron_slm.testing.tiny import launch, records, run_each
+
+RUN = ["--mock-data", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4", "--num-workers", "0"]
+RUN += ["--eval-iters", "0", "--train-iters", "2", "--lr", "1e-3", "--bf16"]
+
+
+@pytest.fixture(scope="module")
+def model(published: dict[str, Published]) -> str:
+    return str(published["llama"].directory)
+
+
+def test_runs_start_from_a_published_model_and_are_exported(model: str, tmp_path: Path) -> None:
+    """The same command resumes; losses of SLM with the same reference model have no excess."""
+    import transformers
+
+    first, slm, imported = tmp_path / "first", tmp_path / "slm", tmp_path / "imported"
+    assert convert(["import", "--hf-path", model, "--save", str(imported)]) == 0
+    start = ["--load", model, *RUN]
+    reference = ["--objective", "slm", "--reference-load", model, "--reference-precision", "bf16"]
+    runs = run_each(
+        [*start, "--save", str(first)],
+        [*start, "--save", str(first), "--train-iters", "3", "--override-opt_param-scheduler"],
+        ["--pretrained-checkpoint", model, *RUN, *reference, "--save", str(slm)],
+        [*RUN, "--load", str(imported), "--finetune", "--use-checkpoint-args"],
+    )
+    for run in runs:
+        assert run.code == 0, run.errors
+    assert f"new run from the weights of {model}" in runs[0].output and "--num-layers 2" in runs[0].output
+    assert "resuming from" in runs[1].output
+    assert [record["step"] for record in records(first)] == [1, 2, 3]
+    assert records(slm)[0]["threshold"] == 0.0
+    assert convert(["export", "--load", str(first), "--hf-path", str(tmp_path / "out")]) == 0
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.dtype == torch.bfloat16 and exported.config.eos_token_id == 0
+
+
+@pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2}], ids=str)
+def test_first_loss_is_independent_of_the_layout(model: str, tmp_path: Path, layout: dict[str, int]) -> None:
+    argv = ["--load", model, *RUN[:-1], "--train-iters", "1"]
+    launch([*argv, "--save", str(tmp_path / "one")])
+    flags = [text for name, size in layout.items() for text in (f"--{name}-model-parallel-size", str(size))]
+    flags = [flag.replace("--context-model", "--context") for flag in flags]
+    launch([*argv, "--save", str(tmp_path / "two"), *flags], 2)
+    [one], [two] = records(tmp_path / "one"), records(tmp_path / "two")
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+    assert main([str(word) for word in argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_contradicting_flags_are_refused_with_both_values(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "--load", model, *RUN, "--hidden-size", 64, "--rotary-base", 500, "--activation", "geglu")
+    for text in ("--hidden-size 64", "(32)", "--rotary-base 500", "(10000)", "--activation geglu"):
+        assert text in error
+    assert model in error
+    equal = ["--hidden-size", 32, "--swiglu", "--group-query-attention", "--num-query-groups", 2, "--dry-run"]
+    assert main([str(word) for word in ("--load", model, *RUN, *equal)]) == 0
+
+
+def test_places_of_published_models_are_checked(
+    model: str, published: dict[str, Published], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "has no step 3" in refused(capsys, "--load", model, *RUN, "--ckpt-step", 3)
+    assert "contains a published model" in refused(capsys, "--load", model, *RUN, "--save", model, "--dry-run")
+    save_model("mistral", tmp_path / "window", sliding_window=16)
+    for flag in ("--load", "--pretrained-checkpoint"):
+        error = refused(capsys, flag, tmp_path / "window", *RUN)
+        assert "sliding_window of 16" in error and "--seq-length is 32" in error and flag in error
+    tied = published["llama-tied"].directory
+    error = refused(capsys, "--load", tied, *RUN, "--untie-embeddings-and-output-weights")
+    assert "--untie-embeddings-and-output-weights on" in error
