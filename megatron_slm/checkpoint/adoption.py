@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.checkpoint.source import FORMATS, CheckpointSource
+from megatron_slm.checkpoint.native import NativeSource
+from megatron_slm.checkpoint.source import FORMATS, CheckpointSource, find_source
 from megatron_slm.config.checkpoint_args import FLAG, adopt_all, adopt_missing
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE
+from megatron_slm.config.checkpoint_steps import choose_step
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
+from megatron_slm.runtime.errors import UnusableFileError
 
 
 def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig, str]:
@@ -27,10 +32,11 @@ def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig,
         ConfigError: the checkpoint cannot be read, or a given setting contradicts a published model.
     """
     if config.checkpoint.use_checkpoint_args:
-        source = _first_source(config.checkpoint, FORMATS)
-        if source is None:
+        candidates = _candidates(config.checkpoint)
+        if not candidates:
             return config, f"{FLAG}: no checkpoint yet; using the flags"
-        return adopt_all(config, source.config(), given, source.directory)
+        source, saved = _first_readable(candidates)
+        return adopt_all(config, saved, given, source.directory)
     source = _first_source(config.checkpoint, (kind for kind in FORMATS if kind.defines_settings))
     if source is None:
         return config, ""
@@ -38,13 +44,40 @@ def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig,
     return adopt_missing(config, source.config(), given, source.directory, source.flag)
 
 
+def _candidates(flags: CheckpointConfig) -> list[CheckpointSource]:
+    """Return the checkpoint that the run starts from, and the earlier steps that it may fall back to."""
+    for flag, path, step in _given(flags):
+        if step is not None or any(kind.recognizes(Path(path), None) for kind in FORMATS[:-1]):
+            return [find_source(path, step, flag)]
+        if (Path(path) / MANIFEST_FILE).is_file():
+            return [NativeSource.find(path, None, flag)]
+        if (choice := choose_step(Path(path), flag)) is not None:
+            return [find_source(path, each, flag) for each in (choice.step, *choice.alternatives)]
+    return []
+
+
+def _first_readable(candidates: list[CheckpointSource]) -> tuple[CheckpointSource, RunConfig]:
+    """Return the first checkpoint with an undamaged configuration; all steps of a run have the same model."""
+    for source in candidates[:-1]:
+        with suppress(UnusableFileError):
+            return source, source.config()
+    return candidates[-1], candidates[-1].config()
+
+
 def _first_source(flags: CheckpointConfig, formats: Iterable[Any]) -> CheckpointSource | None:
     kinds = tuple(formats)
+    for flag, path, step in _given(flags):
+        for kind in kinds:
+            if kind.recognizes(Path(path), step):
+                return kind.find(path, step, flag)
+    return None
+
+
+def _given(flags: CheckpointConfig) -> Iterator[tuple[str, str, int | None]]:
+    """Yield flag, path and step of the existing directories."""
     for flag, path, step in (
         ("--load", flags.load, flags.ckpt_step),
         ("--pretrained-checkpoint", flags.pretrained_checkpoint, None),
     ):
-        for kind in kinds if path is not None and Path(path).is_dir() else ():
-            if kind.recognizes(Path(path or ""), step):
-                return kind.find(path, step, flag)
-    return None
+        if path is not None and Path(path).is_dir():
+            yield flag, path, step

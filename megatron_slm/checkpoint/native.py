@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config.checkpoint_files import (
     MANIFEST_FILE,
+    check_sizes,
     latest_step,
     locate_checkpoint,
     read_manifest,
@@ -50,7 +51,8 @@ class NativeSource:
         return NativeSource(flag, locate_checkpoint(path, step, flag))
 
     def config(self) -> RunConfig:
-        """Return the configuration of the run that wrote the checkpoint."""
+        """Return the configuration of the run that wrote the checkpoint; a cut file would have defaults."""
+        check_sizes(self.directory, read_manifest(self.directory, self.flag), self.flag)
         return _with_present_tokenizer(saved_config(self.directory), self.directory)
 
     def check_fits(self, config: RunConfig) -> None:

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_slm.config.checkpoint_files import (
     MANIFEST_FILE,
-    OTHER,
     Manifest,
     check_sizes,
+    other_step,
     read_manifest,
 )
 from megatron_slm.corpus.fingerprints import files_fingerprint
@@ -32,7 +32,7 @@ from megatron_slm.mcore.pickles import UnsafePickleError, restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.console import notice
-from megatron_slm.runtime.errors import ConfigError, read_error
+from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 
 # Exceptions that Megatron-Core and torch raise for an unreadable or unwritable checkpoint. torch's CheckpointException
 # is a BaseException.
@@ -77,9 +77,9 @@ def _verify_checksums(directory: Path, manifest: Manifest, flag: str) -> None:
 def _compare_checksums(directory: Path, manifest: Manifest, found: dict[str, str], flag: str) -> None:
     for name, checksum in found.items():
         if manifest.checksums.get(name) != checksum:
-            raise ConfigError(
+            raise UnusableFileError(
                 f"{flag}: the checkpoint {directory} is damaged: the content of {name} does not match its checksum. "
-                f"{OTHER} {VERIFY_FLAG} skips this check."
+                f"{other_step(flag)} {VERIFY_FLAG} skips this check."
             )
 
 
@@ -175,7 +175,7 @@ def explained_load(directory: Path, flag: str) -> Iterator[None]:
         cause = root_cause(error)
         if isinstance(cause, OSError):
             raise read_error(flag, cause.filename or directory, cause) from error
-        raise ConfigError(f"{flag}: {_explain(cause, directory)}") from error
+        raise _explain(cause, directory, flag) from error
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -185,16 +185,16 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _explain(error: BaseException, directory: Path) -> str:
+def _explain(error: BaseException, directory: Path, flag: str) -> ConfigError:
     if isinstance(error, UnsafePickleError):
-        return (
-            f"{error}. It could run code and was not loaded. Use a checkpoint from a trusted source, written by "
-            "megatron_slm or Megatron-LM."
+        return ConfigError(
+            f"{flag}: {error}. It could run code and was not loaded. Use a checkpoint from a trusted source, written "
+            "by megatron_slm or Megatron-LM."
         )
     if isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error):
-        return f"the checkpoint {directory} is damaged: {brief(error)}. {OTHER}"
-    return (
-        f"the checkpoint {directory} does not match this run: {brief(error)}. "
+        return UnusableFileError(f"{flag}: the checkpoint {directory} is damaged: {brief(error)}. {other_step(flag)}")
+    return ConfigError(
+        f"{flag}: the checkpoint {directory} does not match this run: {brief(error)}. "
         "Compare its config.yaml with the model flags."
     )
 

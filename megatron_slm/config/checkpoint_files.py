@@ -17,13 +17,16 @@ from typing import Any
 from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import read_config
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.runtime.errors import ConfigError, read_error
+from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 from megatron_slm.runtime.files import check_regular, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's file with the newest step
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
-OTHER = "Copy the checkpoint again, or choose another step with --ckpt-step."
+STEP_FLAGS = {  # how to choose a step, if not with --ckpt-step
+    "--reference-load": "with --reference-ckpt-step",
+    "--pretrained-checkpoint": "by giving its iter_* directory",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
         checksum: function to verify the content with.
 
     Raises:
-        ConfigError: the manifest is missing, unreadable or damaged.
+        UnusableFileError: the manifest is missing, unreadable or damaged.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -61,29 +64,36 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
         recorded = content.pop("checksum", None)
         manifest = Manifest(**content)
     except FileNotFoundError as error:
-        raise ConfigError(
+        raise UnusableFileError(
             f"{flag}: {directory} is not a complete checkpoint ({MANIFEST_FILE}, which is written last, is "
-            "missing). Choose another step with --ckpt-step."
+            f"missing). {other_step(flag)}"
         ) from error
     except OSError as error:
         raise read_error(flag, path, error) from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{flag}: {path} is damaged ({error}). {OTHER}") from error
+        raise UnusableFileError(f"{flag}: {path} is damaged ({error}). {other_step(flag)}") from error
     expected = recorded is not None or bool(manifest.checksums)
     if checksum is not None and expected and recorded != checksum(_canonical(content)):
-        raise ConfigError(f"{flag}: {path} is damaged: its content does not match its checksum. {OTHER}")
+        raise UnusableFileError(
+            f"{flag}: {path} is damaged: its content does not match its checksum. {other_step(flag)}"
+        )
     _check_name(directory, manifest.step, flag)
     return manifest
 
 
 def _check_name(directory: Path, step: int, flag: str) -> None:
-    """Raise ConfigError if the directory name does not match the step of the checkpoint."""
+    """Raise UnusableFileError if the directory name does not match the step of the checkpoint."""
     named = re.fullmatch(r"iter_(\d+)", directory.name)
     if named is not None and int(named[1]) != step:
-        raise ConfigError(
+        raise UnusableFileError(
             f"{flag}: {directory} holds step {step} by its {MANIFEST_FILE}. Rename it to "
             f"{step_directory(directory, step).name}, or choose another step with --ckpt-step."
         )
+
+
+def other_step(flag: str = "--load") -> str:
+    """Return the remedy for a damaged checkpoint that ``flag`` names."""
+    return f"Copy the checkpoint again, or choose another step {STEP_FLAGS.get(flag, 'with --ckpt-step')}."
 
 
 def _canonical(content: dict[str, Any]) -> str:
@@ -96,7 +106,11 @@ def step_directory(root: Path, step: int) -> Path:
 
 
 def latest_step(root: Path) -> int | None:
-    """Return the newest complete step below ``root``, or None if there is no checkpoint."""
+    """Return the step of the tracker file below ``root``, or None if there is no such file.
+
+    Raises:
+        UnusableFileError: the file is unreadable, or contains no number.
+    """
     tracker = root / TRACKER
     try:
         check_regular(tracker)
@@ -104,9 +118,9 @@ def latest_step(root: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise ConfigError(f"{tracker} cannot be read ({error.strerror}). Check its permissions.") from error
+        raise UnusableFileError(f"{tracker} cannot be read ({error.strerror}). Check its permissions.") from error
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError(
+        raise UnusableFileError(
             f"{tracker} must contain the number of the newest step, not {text[:40]!r}. "
             "Write the number of a complete iter_* directory into it."
         )
@@ -142,12 +156,12 @@ def saved_config(directory: Path) -> RunConfig:
     """Return the resolved configuration of the run that wrote the checkpoint.
 
     Raises:
-        ConfigError: the file is missing or damaged.
+        UnusableFileError: the file is missing or damaged.
     """
     try:
         return derive(read_config(directory / CONFIG_FILE))
     except ConfigError as error:
-        raise ConfigError(f"the checkpoint {directory} is damaged: {error} {OTHER}") from error
+        raise UnusableFileError(f"the checkpoint {directory} is damaged: {error} {other_step()}") from error
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
@@ -157,7 +171,7 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 
 def check_sizes(directory: Path, manifest: Manifest, flag: str) -> None:
-    """Raise ConfigError if a file that the manifest names is missing or has another size."""
+    """Raise UnusableFileError if a file that the manifest names is missing or has another size."""
     try:
         present = file_sizes(directory)
     except OSError as error:
@@ -165,6 +179,7 @@ def check_sizes(directory: Path, manifest: Manifest, flag: str) -> None:
     for name, size in manifest.files.items():
         if present.get(name) != size:
             found = "is missing" if name not in present else f"has {present[name]} bytes"
-            raise ConfigError(
-                f"{flag}: the checkpoint {directory} is damaged: {name} {found}, not the original {size} bytes. {OTHER}"
+            raise UnusableFileError(
+                f"{flag}: the checkpoint {directory} is damaged: {name} {found}, not the original {size} bytes. "
+                f"{other_step(flag)}"
             )

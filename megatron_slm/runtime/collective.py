@@ -20,7 +20,7 @@ def is_first_rank() -> bool:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Run ``function`` on rank 0; every rank returns its result, or raises its ConfigError. Collective.
+    """Run ``function`` on rank 0; every rank returns its result, or raises an equal ConfigError. Collective.
 
     Without a process group, the function runs in this process.
     """
@@ -31,10 +31,11 @@ def on_first_rank(function: Callable[[], T]) -> T:
         try:
             verdict[0] = function()
         except ConfigError as error:
-            verdict[1] = str(error)
+            verdict[1] = (type(error), str(error))
     dist.broadcast_object_list(verdict, 0)
     if verdict[1] is not None:
-        raise ConfigError(verdict[1])
+        kind, message = verdict[1]
+        raise kind(message)
     return verdict[0]
 
 
@@ -50,11 +51,10 @@ def on_every_rank(function: Callable[[], T]) -> T:
         result = function()
     except ConfigError as caught:
         error = caught
-    messages = gather_on_every_rank(None if error is None else str(error))
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
-    if failed:
-        prefix = f"rank {failed[0]}: " if failed[0] else ""
-        raise ConfigError(f"{prefix}{messages[failed[0]]}") from error
+    for rank, failure in enumerate(gather_on_every_rank(None if error is None else (type(error), str(error)))):
+        if failure is not None:
+            kind, message = failure
+            raise kind(f"rank {rank}: {message}" if rank else message) from error
     return cast(T, result)
 
 

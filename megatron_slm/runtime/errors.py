@@ -15,6 +15,10 @@ class ConfigError(Exception):
     exit_code = 2
 
 
+class UnusableFileError(ConfigError):
+    """Damaged, missing or unreadable file, of which another copy or an earlier state may be intact."""
+
+
 class DivergedError(Exception):
     """NaN or infinite loss, with rank and position in the message; exit code 3."""
 
@@ -29,10 +33,10 @@ def refuse(problems: Sequence[str]) -> None:
         raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def read_error(role: str, path: object, reason: OSError | str) -> ConfigError:
+def read_error(role: str, path: object, reason: OSError | str) -> UnusableFileError:
     """Return the error for an unreadable file; ``role`` is the flag or the role of the file."""
     shown = reason if isinstance(reason, str) else reason.strerror or reason
-    return ConfigError(f"{role}: {path} cannot be read ({shown}). Check its permissions and the disk.")
+    return UnusableFileError(f"{role}: {path} cannot be read ({shown}). Check its permissions and the disk.")
 
 
 def explain(error: Exception) -> ConfigError | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_slm.config.checkpoint_files import read_manifest, saved_config
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, UnusableFileError
 from megatron_slm.runtime.files import write_text
 from megatron_slm.training.run_length import START, Milestone, RunLength
 from megatron_slm.training.sample_orders import Orders, SampleOrder
@@ -36,7 +36,7 @@ class DataRecord:
         """Read the record of a checkpoint, or return an empty one if an earlier release wrote none.
 
         Raises:
-            ConfigError: the file is unreadable.
+            UnusableFileError: the file is unreadable.
         """
         path = directory / DATA_FILE
         if not path.exists():
@@ -47,7 +47,7 @@ class DataRecord:
             orders = tuple(_read_order(order) for order in content.get("orders", ()))
             return DataRecord(dict(content["corpora"]), milestones, orders, content.get("reference"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--load: {path} cannot be read: {error}. Choose another step.") from error
+            raise UnusableFileError(f"--load: {path} cannot be read: {error}. Choose another step.") from error
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_slm.checkpoint import weights
 from megatron_slm.checkpoint.optimizer_state import load_optimizer_state, master_weight_request, saved_step
-from megatron_slm.checkpoint.source import CheckpointSource, open_source
+from megatron_slm.checkpoint.source import CheckpointSource, find_source
 from megatron_slm.config.checkpoint_files import Manifest, read_manifest, saved_config
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import RunConfig
@@ -31,7 +31,7 @@ OPTIMIZER_REMEDY = "Add --no-load-optim, or --finetune to start a new run from i
 
 
 def resume(state: TrainState, config: RunConfig, start: Start, reference: str | None, console: Console) -> RunConfig:
-    """Load the initial checkpoint, and print its differences from the flags. Collective over all ranks.
+    """Load the verified initial checkpoint, and print its differences from the flags. Collective over all ranks.
 
     Args:
         reference: identity of the reference model.
@@ -41,7 +41,7 @@ def resume(state: TrainState, config: RunConfig, start: Start, reference: str | 
     """
     if start.checkpoint is None:
         return config
-    source = _open(start.checkpoint, config)
+    source = _find(start.checkpoint)
     config, differences = _compare(start, source, config, state.tokenizer, reference)
     if differences:
         console.print(differences, markup=False)
@@ -54,7 +54,7 @@ def resume(state: TrainState, config: RunConfig, start: Start, reference: str | 
 
 
 def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference: str | None) -> str:
-    """Validate the initial checkpoint of a run, for --dry-run.
+    """Validate the verified initial checkpoint of a run, for --dry-run.
 
     Returns:
         one line with the differences from the flags, or an empty string.
@@ -64,16 +64,15 @@ def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference
     """
     if start.checkpoint is None:
         return ""
-    source = _open(start.checkpoint, config)
+    source = _find(start.checkpoint)
     if not start.weights_only:
         weights.check_objects(source.directory, source.flag)
     return _compare(start, source, config, tokenizer, reference)[1]
 
 
-def _open(checkpoint: Checkpoint, config: RunConfig) -> CheckpointSource:
-    """Return a complete checkpoint. Collective over all ranks."""
-    verify = config.checkpoint.slm_verify_checksums
-    return open_source(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
+def _find(checkpoint: Checkpoint) -> CheckpointSource:
+    """Return the source of a verified checkpoint. Collective over all ranks."""
+    return on_first_rank(lambda: find_source(checkpoint.path, checkpoint.step, checkpoint.flag))
 
 
 def _read(directory: Path, flag: str) -> tuple[Manifest, RunConfig, DataRecord]:

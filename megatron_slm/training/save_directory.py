@@ -6,25 +6,32 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.checkpoint.source import holds_only_weights
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
+from megatron_slm.config.checkpoint_files import TRACKER, step_directory
+from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
 from megatron_slm.config.schema import CheckpointConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.files import check_regular, explained_write, write_text
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.lock import DirectoryLock
 from megatron_slm.training.sinks import WANDB_ID_FILE
 
 RECORD_FILE = "slm_run.json"
-STEP_DIRECTORY = re.compile(r"iter_(\d{7,})")
-PARTIAL_DIRECTORY = re.compile(r"iter_\d{7,}\.partial")
+# Checkpoints that are being written, that a new one of the same step replaces, and that are being deleted.
+LEFTOVER_DIRECTORY = re.compile(r"iter_\d{7,}\.(partial|replaced)|\.deleted-iter_\d{7,}")
+DAMAGED_DIRECTORY = re.compile(r"iter_\d{7,}\.damaged(-\d+)?")
+CHECKPOINT_FILE = re.compile(
+    r".*\.distcp|\.metadata|metadata\.json|common\.pt|config\.yaml|data\.json|manifest\.json|\.(partial|rank)-.*"
+)
 
 
 @dataclass(frozen=True)
@@ -68,20 +75,6 @@ def write_record(directory: Path, record: RunRecord) -> None:
     write_text(directory / RECORD_FILE, text, "--save", is_ours=lambda path: read_record(path.parent) is not None)
 
 
-def step_directories(directory: Path) -> dict[int, Path]:
-    """Return the checkpoint directories below ``directory`` by step, complete or not."""
-    if not directory.is_dir():
-        return {}
-    found = ((STEP_DIRECTORY.fullmatch(path.name), path) for path in directory.iterdir())
-    return {int(match.group(1)): path for match, path in sorted(found, key=str) if match and path.is_dir()}
-
-
-def newest_complete_step(directory: Path) -> int | None:
-    """Return the newest step with a manifest, which is written last."""
-    steps = (step for step, path in step_directories(directory).items() if (path / MANIFEST_FILE).is_file())
-    return max(steps, default=None)
-
-
 def holds_checkpoints(directory: Path) -> bool:
     """Return whether a run has saved checkpoints below ``directory``."""
     return (directory / TRACKER).is_file() or bool(step_directories(directory))
@@ -93,8 +86,55 @@ def remove_run(directory: Path) -> None:
         for name in (TRACKER, RECORD_FILE, METRICS_FILE, EVENTS_FILE, WANDB_ID_FILE):
             (directory / name).unlink(missing_ok=True)
         for path in directory.iterdir():
-            if STEP_DIRECTORY.fullmatch(path.name) or PARTIAL_DIRECTORY.fullmatch(path.name):
+            if any(pattern.fullmatch(path.name) for pattern in (STEP_DIRECTORY, LEFTOVER_DIRECTORY, DAMAGED_DIRECTORY)):
                 shutil.rmtree(path)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the incomplete checkpoints of an interrupted run. The caller holds the lock of the directory.
+
+    Directories with a file that is not part of a checkpoint are kept. A checkpoint that was being replaced is restored.
+    """
+    with explained_write(directory, "--save"):
+        for path in leftovers(directory):
+            final = directory / path.name.removesuffix(".replaced")
+            if path.suffix == ".replaced" and not final.exists():
+                path.rename(final)
+                continue
+            shutil.rmtree(path)
+            notice(f"--save {directory}: removed {path.name}, left by an interrupted run")
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Return the incomplete checkpoints in ``directory`` that were written by a run."""
+    if not directory.is_dir():
+        return []
+    found = sorted(path for path in directory.iterdir() if LEFTOVER_DIRECTORY.fullmatch(path.name))
+    return [path for path in found if path.is_dir() and not path.is_symlink() and _holds_only_checkpoint_files(path)]
+
+
+def _holds_only_checkpoint_files(directory: Path) -> bool:
+    return all(CHECKPOINT_FILE.fullmatch(path.name) for path in directory.iterdir())
+
+
+def set_aside(directory: Path, steps: Sequence[int], newest: int) -> None:
+    """Rename damaged checkpoints, so that later saves of their steps replace none, and point the tracker to ``newest``.
+
+    Nothing is deleted: a damaged checkpoint may be repaired from a copy.
+    """
+    with explained_write(directory, "--save"):
+        for step in steps:
+            path = step_directory(directory, step)
+            if path.exists():
+                renamed = _unused_name(path.with_name(f"{path.name}.damaged"))
+                path.rename(renamed)
+                notice(f"--save {directory}: {path.name} is kept as {renamed.name}; delete it if you do not need it")
+    write_text(directory / TRACKER, f"{newest}\n", "--save")
+
+
+def _unused_name(path: Path) -> Path:
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists() and not name.is_symlink())
 
 
 def belongs_to(path: str | None, directory: str | None) -> bool:

@@ -27,6 +27,7 @@ from megatron_slm.scores.samples import ScoredSamples
 from megatron_slm.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
+from megatron_slm.training.fallback import verified_start
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import (
@@ -93,7 +94,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     With --skip-train, there is no training set, reference model or sidecar. The --save directory is changed last, after
     all checks have passed.
     """
-    start = on_first_rank(lambda: plan_start(config))
+    start = verified_start(on_first_rank(lambda: plan_start(config)), config)
     console.print(start.describe(config.checkpoint.save), style="bold", markup=False)
     config = start.adjusted(config)
     shape = batch_shape(config, groups)

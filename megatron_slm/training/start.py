@@ -17,22 +17,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_slm.checkpoint.source import find_source, holds_only_weights
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_directory
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, step_directory
+from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, choose_step, list_steps, step_directories
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import explained_write
+from megatron_slm.runtime.files import check_replaceable, explained_write
 from megatron_slm.runtime.launch import slurm_job
 from megatron_slm.training.save_directory import (
-    STEP_DIRECTORY,
     Origin,
     RunRecord,
     belongs_to,
     holds_checkpoints,
-    newest_complete_step,
     outside_origin,
     read_record,
+    remove_leftovers,
     remove_run,
-    step_directories,
+    set_aside,
     write_record,
 )
 
@@ -46,6 +46,7 @@ class Checkpoint:
     flag: str
     path: str
     step: int | None  # None: ``path`` is the checkpoint directory
+    alternatives: tuple[int, ...] = ()  # steps to use if this one is damaged, best first
 
     @property
     def directory(self) -> Path:
@@ -64,6 +65,7 @@ class Start:
     trains: bool = True  # False with --skip-train
     ignores_save: bool = False  # --save does not contain the evaluated run
     note: str = ""  # reason for this checkpoint, if the flags do not imply it
+    damaged: tuple[int, ...] = ()  # damaged steps that were preferred to this checkpoint
 
     def describe(self, save: str | None) -> str:
         """Return one line for the log."""
@@ -120,7 +122,12 @@ def prepare_save(config: RunConfig, start: Start) -> None:
         remove_run(Path(save))
     with explained_write(save, "--save"):
         Path(save).mkdir(parents=True, exist_ok=True)
+    check_replaceable(Path(save) / TRACKER, "--save")
     write_record(Path(save), start.record)
+    remove_leftovers(Path(save))
+    checkpoint = start.checkpoint
+    if start.damaged and checkpoint is not None and checkpoint.step is not None and belongs_to(checkpoint.path, save):
+        set_aside(Path(save), start.damaged, newest=checkpoint.step)
 
 
 def _check_overwrite(config: RunConfig) -> None:
@@ -256,27 +263,12 @@ def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | No
     root = Path(path)
     if step is None and (root / MANIFEST_FILE).is_file():
         return Checkpoint(flag, path, None), ""
-    steps = step_directories(root)
-    complete = newest_complete_step(root)
-    requested = latest_step(root) if step is None else step
-    if requested is not None:
-        if requested not in steps:
-            source = "--ckpt-step" if step is not None else f"from {root / TRACKER}"
-            raise ConfigError(f"{flag} {path}: step {requested} ({source}) does not exist. {_list_steps(steps)}")
-        return Checkpoint(flag, path, requested), ""
-    if complete is not None:
-        return Checkpoint(flag, path, complete), f"{TRACKER} is missing; this is the newest complete step"
-    if steps:
-        raise ConfigError(
-            f"{flag} {path}: {TRACKER} is missing, and no iter_* directory has a {MANIFEST_FILE}, so none is known "
-            "to be complete. Write the number of a complete step into the file, or choose one with --ckpt-step."
-        )
-    return None
-
-
-def _list_steps(steps: dict[int, Path]) -> str:
-    existing = ", ".join(map(str, steps)) or "none"
-    return f"Existing steps: {existing}. Choose one with --ckpt-step, or write its number into {TRACKER}."
+    if step is not None:
+        if step not in (steps := step_directories(root, flag)):
+            raise ConfigError(f"{flag} {path}: step {step} (--ckpt-step) does not exist. {list_steps(steps)}")
+        return Checkpoint(flag, path, step), ""
+    choice = choose_step(root, flag)
+    return None if choice is None else (Checkpoint(flag, path, choice.step, choice.alternatives), choice.note)
 
 
 def _join(*notes: str) -> str:

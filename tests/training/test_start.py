@@ -180,7 +180,7 @@ REFUSED = [
     ({"load": ".", "save": "run"}, "not a checkpoint .neither latest_checkpointed"),
     ({"load": "base", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Existing steps: 5, 10"),
     ({"load": "new", "save": "new", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Existing steps: none"),
-    ({"load": "stale"}, "step 10 .from .*latest_checkpointed.* does not exist. Existing steps: 5"),
+    ({"load": "gone"}, "step 10 .from .*latest_checkpointed.* does not exist. Existing steps: none"),
     ({"load": "megatron"}, "latest_checkpointed_iteration.txt is missing, and no iter_. directory has a manifest"),
     ({"load": "base/iter_0000007", "save": "base"}, "iter_0000007: not a complete checkpoint"),
     ({"load": "megatron/iter_0000010", "save": "megatron"}, "iter_0000010: not a complete checkpoint"),
@@ -207,8 +207,8 @@ def test_start_is_refused(tmp_path: Path, base: Path, flags: dict[str, Any], mes
     save_steps(tmp_path / "other", 10)
     save_steps(tmp_path / "tuned", 3, record=from_base(base))
     save_steps(tmp_path / "lost", 3, tracker=False)
-    save_steps(tmp_path / "stale", 5)
-    (tmp_path / "stale" / TRACKER).write_text("10")
+    save_steps(tmp_path / "gone")
+    (tmp_path / "gone" / TRACKER).write_text("10")
     (tmp_path / "megatron" / "iter_0000010").mkdir(parents=True)
     paths = {name: tmp_path / value if isinstance(value, str) else value for name, value in flags.items()}
     with pytest.raises(ConfigError, match=message):
