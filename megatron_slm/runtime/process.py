@@ -51,6 +51,11 @@ def start(
             f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --context-parallel-size "
             f"{layout.context}. Start a multiple of their product."
         )
+    return build_groups(layout, device, timeout_minutes=timeout_minutes, seed=seed)
+
+
+def build_groups(layout: ParallelLayout, device: torch.device, *, timeout_minutes: float, seed: int) -> Groups:
+    """Build Megatron-Core's parallel groups in the process group, and seed all random generators."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -68,7 +73,7 @@ def start(
         model=parallel_state.get_model_parallel_group(),
         device=device,
         rank=dist.get_rank(),
-        world_size=world_size,
+        world_size=dist.get_world_size(),
     )
     seed_everything(seed + 100 * groups.pp_rank)
     return groups

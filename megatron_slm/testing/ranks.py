@@ -13,9 +13,14 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_slm.runtime import process
+from megatron_slm.runtime.groups import Groups, ParallelLayout
 
 PRELOAD = [
     "torch",
@@ -43,6 +48,27 @@ def run_ranks(
     context.set_forkserver_preload(PRELOAD)
     with reserved_port() as port:
         return _run(context, function, world_size, port, initialise, args, timeout)
+
+
+@contextmanager
+def shared_process_group() -> Iterator[None]:
+    """Let several runs of the trainer on the same ranks, in any layouts, share one process group.
+
+    Joining the group again would need another port.
+    """
+    start, stop = process.start, process.stop
+
+    def start_again(layout: ParallelLayout, *, timeout_minutes: float = 10, seed: int = 1234, **options: Any) -> Groups:
+        if not dist.is_initialized():
+            return start(layout, timeout_minutes=timeout_minutes, seed=seed, **options)
+        parallel_state.destroy_model_parallel()
+        return process.build_groups(layout, torch.device("cpu"), timeout_minutes=timeout_minutes, seed=seed)
+
+    try:
+        with mock.patch.multiple(process, start=start_again, stop=lambda: None):
+            yield
+    finally:
+        stop()
 
 
 def _run(

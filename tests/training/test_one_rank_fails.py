@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 
 from megatron_slm.cli.pretrain import main
-from megatron_slm.runtime import process, reporting
-from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.runtime import reporting
+from megatron_slm.testing.ranks import run_ranks, shared_process_group
 from megatron_slm.testing.tiny import command, launch, make_corpus
 
 SKIP = "--no-slm-verify-checksums"
@@ -89,23 +89,14 @@ def _main_in_directory_of_rank(
     """Run the trainer several times within one process group."""
     os.chdir(directory / str(rank))
     reporting.SECONDS_FOR_RANK_0 = reporting.SECONDS_FOR_OTHERS = 0.0
-    started: list[Any] = []
-    start, stop = process.start, process.stop
-
-    def start_once(*arguments: Any, **options: Any) -> Any:
-        if not started:
-            started.append(start(*arguments, **options))
-        return started[0]
-
     results = []
     denying = mock.patch.object(io, "open", _denying(io.open)), mock.patch.object(builtins, "open", _denying(open))
-    with mock.patch.multiple(process, start=start_once, stop=lambda: None), denying[0], denying[1]:
+    with shared_process_group(), denying[0], denying[1]:
         for argv in commands:
             errors = io.StringIO()
             with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
                 code = main(argv)
             results.append((code, errors.getvalue()))
-    stop()
     return results
 
 
