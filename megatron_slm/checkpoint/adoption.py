@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.checkpoint.native import NativeSource
 from megatron_slm.checkpoint.source import FORMATS, CheckpointSource, find_source
 from megatron_slm.config.checkpoint_args import FLAG, adopt_all, adopt_missing
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE
@@ -37,11 +36,11 @@ def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig,
             return config, f"{FLAG}: no checkpoint yet; using the flags"
         source, saved = _first_readable(candidates)
         return adopt_all(config, saved, given, source.directory)
-    source = _first_source(config.checkpoint, (kind for kind in FORMATS if kind.defines_settings))
-    if source is None:
+    published = _first_source(config.checkpoint, (kind for kind in FORMATS if kind.defines_settings))
+    if published is None:
         return config, ""
-    source.check_fits(config)
-    return adopt_missing(config, source.config(), given, source.directory, source.flag)
+    published.check_fits(config)
+    return adopt_missing(config, published.config(), given, published.directory, published.flag)
 
 
 def _candidates(flags: CheckpointConfig) -> list[CheckpointSource]:
@@ -50,7 +49,7 @@ def _candidates(flags: CheckpointConfig) -> list[CheckpointSource]:
         if step is not None or any(kind.recognizes(Path(path), None) for kind in FORMATS[:-1]):
             return [find_source(path, step, flag)]
         if (Path(path) / MANIFEST_FILE).is_file():
-            return [NativeSource.find(path, None, flag)]
+            return [find_source(path, None, flag)]
         if (choice := choose_step(Path(path), flag)) is not None:
             return [find_source(path, each, flag) for each in (choice.step, *choice.alternatives)]
     return []

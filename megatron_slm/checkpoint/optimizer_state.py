@@ -24,8 +24,12 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron_slm.mcore.optimizer import allocate_adam_state, optimizer_parts, separate_adam_steps
 from megatron_slm.runtime.errors import ConfigError
 
-# The only sharding of the optimizer state that can be loaded in any layout.
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The only sharding of the optimizer state that can be loaded in any layout. It is gathered on the first data-parallel
+# rank, which writes it; without the second setting, every data-parallel rank would hold a copy in host memory.
+OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 MASTERS = {"param", "fp32_param"}  # names of master weights in the distributed and the bf16 optimizer
 MOMENTUM = "momentum_buffer"
 _KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<name>\w+?)\.(?P<parameter>.+)")
@@ -38,7 +42,11 @@ def sharded_optimizer_state(
 ) -> dict[Any, Any]:
     """Return Megatron-Core's sharded state of the optimizer."""
     allocate_adam_state(optimizer)
-    return optimizer.sharded_state_dict(dict(model_state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+    state = optimizer.sharded_state_dict(dict(model_state), is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+    for part in (state, *(part for part in state.values() if isinstance(part, dict))):
+        if part.get("param_state", part) is None:  # on ranks that do not gather; would differ from the gathering rank
+            del part["param_state"]
+    return state
 
 
 def load_optimizer_state(

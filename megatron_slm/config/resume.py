@@ -78,6 +78,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
         *("data_cache_path", "num_workers", "full_validation", "slm_accept_changed_corpora"),
         *("save", "load", "pretrained_checkpoint", "save_interval", "save_retain_interval", "finetune", "ckpt_step"),
+        *("keep_last", "async_save"),
         *("save_optim", "save_rng", "load_optim", "load_rng", "exit_on_missing_checkpoint", "use_checkpoint_args"),
         *("slm_verify_checksums", "slm_overwrite_save"),
         *("log_interval", "eval_interval", "eval_iters", "tensorboard_dir"),

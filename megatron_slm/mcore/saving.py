@@ -1,4 +1,4 @@
-"""Workarounds for Megatron-Core's synchronous saving of distributed checkpoints."""
+"""Workarounds for Megatron-Core's saving of distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
@@ -16,7 +15,7 @@ from megatron_slm.mcore.patching import replaced_attributes
 
 @contextmanager
 def deferred_save_errors(kinds: tuple[type[BaseException], ...]) -> Iterator[list[BaseException]]:
-    """Collect errors of files that Megatron-Core 0.16.1 writes only on rank 0.
+    """Collect errors of ``common.pt``, which Megatron-Core 0.16.1 writes only on rank 0.
 
     Raised immediately, they would block the other ranks in the next collective until its timeout.
     """
@@ -31,20 +30,15 @@ def deferred_save_errors(kinds: tuple[type[BaseException], ...]) -> Iterator[lis
 
         return run
 
-    places = (
-        (TorchCommonSaveStrategy, "save_common"),
-        (filesystem_async.FileSystemWriterAsync, "finish"),
-        (serialization, "save_config"),
-    )
-    with replaced_attributes(*((owner, name, deferring(getattr(owner, name))) for owner, name in places)):
+    with replaced_attributes((TorchCommonSaveStrategy, "save_common", deferring(TorchCommonSaveStrategy.save_common))):
         yield errors
 
 
 def share_results_in_memory() -> None:
-    """Make Megatron-Core's writer use an in-process queue for its results.
+    """Make Megatron-Core's writer use an in-process queue for its results, which are recorded in files here.
 
-    Its default queue, which supports asynchronous saving, needs a manager process per rank. That process imports torch,
-    which takes seconds and hundreds of MB, although synchronous saving uses the queue in one process only.
+    Its default queue needs a manager process per rank. That process imports torch, which takes seconds and hundreds of
+    MB.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()

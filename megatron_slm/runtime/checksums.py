@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -58,6 +59,22 @@ def file_checksums(paths: Sequence[Path], role: str, *, start: int = 0, just_wri
     gathered = gather_on_first_rank((readers, blocks, found))
     checksums = on_first_rank(lambda: _combine(paths, gathered, role))
     return checksums[readers[0]]
+
+
+def local_checksum(path: Path, role: str) -> str:
+    """Return the content checksum of one file, read by several threads of this process. Not collective.
+
+    Raises:
+        ConfigError: the file is unreadable.
+    """
+    offsets = range(0, _size(path, role), BLOCK_BYTES)
+    combined = xxhash.xxh3_128()
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
+        for digest in threads.map(partial(_hash_block, path), offsets):
+            if isinstance(digest, str):
+                raise read_error(role, path, digest)
+            combined.update(digest)
+    return f"xxh3:{combined.hexdigest()}"
 
 
 def ranks_with_same_files(directories: Iterable[Path], role: str) -> list[int]:

@@ -55,7 +55,9 @@ def start(
 
 
 def build_groups(layout: ParallelLayout, device: torch.device, *, timeout_minutes: float, seed: int) -> Groups:
-    """Build Megatron-Core's parallel groups in the process group, and seed all random generators."""
+    """Build Megatron-Core's parallel groups, in place of existing ones, and seed all random generators."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import time
@@ -91,6 +92,14 @@ def _stays_ignored(number: signal.Signals) -> bool:
 def signal_name(number: int) -> str:
     """Return the name of a signal, such as SIGTERM."""
     return signal.Signals(number).name
+
+
+def end_with_parent() -> None:
+    """Kill this child process when its parent dies; without this, it would go on writing files beside a new run."""
+    _signal_at_death_of_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # died before the request
+        os._exit(1)
 
 
 def _signal_at_death_of_parent(number: signal.Signals) -> None:

@@ -17,7 +17,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_slm.runtime import process
 from megatron_slm.runtime.groups import Groups, ParallelLayout
@@ -61,7 +60,6 @@ def shared_process_group() -> Iterator[None]:
     def start_again(layout: ParallelLayout, *, timeout_minutes: float = 10, seed: int = 1234, **options: Any) -> Groups:
         if not dist.is_initialized():
             return start(layout, timeout_minutes=timeout_minutes, seed=seed, **options)
-        parallel_state.destroy_model_parallel()
         return process.build_groups(layout, torch.device("cpu"), timeout_minutes=timeout_minutes, seed=seed)
 
     try:

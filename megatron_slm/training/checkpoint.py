@@ -1,4 +1,4 @@
-"""Save a run in Megatron-Core's distributed checkpoint format.
+"""Content of a run's checkpoint as Megatron-Core's sharded state, and the steps of saving it.
 
 A checkpoint is written under a temporary name and renamed when it is complete; the tracker file is updated last. If a
 run fails while saving, the previous checkpoint therefore remains the newest.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,23 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.checkpoint import weights
 from megatron_slm.checkpoint.optimizer_state import sharded_optimizer_state
+from megatron_slm.checkpoint.writing import RecordingStrategy, read_records
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.saving import deferred_save_errors, share_results_in_memory
-from megatron_slm.runtime.checksums import file_checksums, text_checksum
+from megatron_slm.runtime.checksums import local_checksum, text_checksum
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
-from megatron_slm.runtime.errors import ConfigError, refuse
+from megatron_slm.runtime.errors import refuse
 from megatron_slm.runtime.files import explained_write, sync, write_text
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.tokenizers.identity import tokenizer_identity
+from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.schedule import schedule_state
 from megatron_slm.training.state import TrainState
@@ -39,31 +43,71 @@ SELECTION = "selection"
 SPIKES = "spikes"
 
 
-def save_checkpoint(state: TrainState, config: RunConfig) -> Path:
-    """Write a checkpoint of the current step to --save, and return its directory. Collective over all ranks.
+@dataclass
+class Save:
+    """Represent a save in progress, with all that its completion needs later."""
+
+    partial: Path
+    final: Path
+    strategy: RecordingStrategy
+    manifest: Manifest  # without files and checksums
+    data: DataRecord
+    config: str  # YAML
+    ranks: int
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    def complete(self, seconds: float) -> Manifest:
+        """Publish the checkpoint on rank 0, and return its manifest. Not collective.
+
+        Args:
+            seconds: maximum time to wait for the records of other ranks.
+
+        Raises:
+            ConfigError: a file could not be written.
+        """
+        records = read_records(self.partial, self.ranks, seconds)
+        self.strategy.finish(self.partial, records)
+        self.data.write(self.partial)
+        write_text(self.partial / CONFIG_FILE, self.config, "--save")
+        known = {name: checksum for record in records for name, checksum in record.checksums.items()}
+        sizes = file_sizes(self.partial)
+        checksums = {name: known.get(name) or local_checksum(self.partial / name, "--save") for name in sizes}
+        manifest = replace(self.manifest, files=sizes, checksums=checksums)
+        _publish(manifest, self.partial, self.final)
+        return manifest
+
+    def discard(self) -> None:
+        """Remove the files of a failed save, which may have filled the disk."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def plan_save(state: TrainState, config: RunConfig) -> Save:
+    """Return the save of the current step."""
+    assert config.checkpoint.save is not None
+    final = step_directory(Path(config.checkpoint.save), state.progress.step)
+    return Save(
+        partial=final.with_name(f"{final.name}.partial"),
+        final=final,
+        strategy=RecordingStrategy(),
+        manifest=_manifest(state),
+        data=state.data,
+        config=dump_config(config),
+        ranks=state.groups.world_size,
+    )
+
+
+def begin_save(save: Save, state: TrainState, config: RunConfig) -> AsyncRequest:
+    """Prepare the directory of a save, and return the request that writes this rank's files. Collective.
 
     Raises:
-        ConfigError: the directory cannot be written, for example because the disk is full; on every rank. Earlier
-            checkpoints are unchanged.
+        ConfigError: the directory cannot be written; on every rank.
     """
-    assert config.checkpoint.save is not None
-    root = Path(config.checkpoint.save)
-    final = step_directory(root, state.progress.step)
-    partial = final.with_name(f"{final.name}.partial")
     gather_parameters(state.model_chunks)
-    try:
-        on_first_rank(lambda: _prepare(partial))
-        _save_state(_all_state(state, config), partial)
-        names = on_first_rank(lambda: _complete(partial, state, config))
-        checksums = file_checksums([partial / name for name in names], "--save", just_written=True)
-        manifest = _manifest(state, partial, dict(zip(names, checksums, strict=True)))
-        on_first_rank(lambda: _publish(manifest, partial, final))
-    except ConfigError as error:
-        raise ConfigError(
-            f"--save {root}: the checkpoint of step {state.progress.step} could not be written: {error} "
-            "Check free disk space and permissions. Earlier checkpoints are unchanged."
-        ) from error
-    return final
+    on_first_rank(lambda: _prepare(save.partial))
+    return _prepare_request(_all_state(state, config), save)
 
 
 def _prepare(partial: Path) -> None:
@@ -72,23 +116,19 @@ def _prepare(partial: Path) -> None:
         partial.mkdir(parents=True)
 
 
-def _save_state(state: dict[str, Any], directory: Path) -> None:
-    """Write sharded state. An error on one rank is raised on every rank."""
+def _prepare_request(state: dict[str, Any], save: Save) -> AsyncRequest:
+    """Write ``common.pt``, and plan the other files. An error on one rank is raised on every rank."""
     share_results_in_memory()
+    request = None
     with deferred_save_errors(weights.CHECKPOINT_ERRORS) as errors:
         try:
-            dist_checkpointing.save(state, str(directory))
+            request = dist_checkpointing.save(state, str(save.partial), save.strategy, async_sharded_save=True)
         except weights.CHECKPOINT_ERRORS as error:
             errors.append(error)
     reasons = gather_on_first_rank(weights.brief(errors[0]) if errors else None)
     on_first_rank(lambda: refuse([f"{reason}." for reason in reasons if reason is not None][:1]))
-
-
-def _complete(partial: Path, state: TrainState, config: RunConfig) -> list[str]:
-    """Add the configuration and the data record; return the names of all files."""
-    state.data.write(partial)
-    write_text(partial / CONFIG_FILE, dump_config(config), "--save")
-    return list(file_sizes(partial))
+    assert request is not None, "errors are raised above"
+    return request
 
 
 def _publish(manifest: Manifest, partial: Path, final: Path) -> None:
@@ -162,12 +202,12 @@ def _random_states(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _manifest(state: TrainState, directory: Path, checksums: dict[str, str]) -> Manifest:
+def _manifest(state: TrainState) -> Manifest:
+    """Return the manifest of the current step, without files."""
     return Manifest(
         step=state.progress.step,
         consumed_samples=state.progress.consumed_samples,
         tokenizer=tokenizer_identity(state.tokenizer),
         layout=state.layout(),
-        files=on_first_rank(lambda: file_sizes(directory)),
-        checksums=checksums,
+        files={},
     )

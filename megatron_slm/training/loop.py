@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -14,15 +13,14 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.runtime.collective import on_first_rank
-from megatron_slm.runtime.console import UNBOUNDED, format_duration
+from megatron_slm.runtime.console import UNBOUNDED
 from megatron_slm.runtime.metrics_file import has_evaluation
 from megatron_slm.runtime.signals import StopSignals
-from megatron_slm.training.checkpoint import save_checkpoint
 from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import evaluate
 from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
-from megatron_slm.training.retention import Retention
+from megatron_slm.training.saver import Saver
 from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
 from megatron_slm.training.step import ReferenceSource, Step, StepObserver, selection_ratio, train_step
@@ -61,12 +59,18 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
     if run.config.training.skip_train:
         loop.evaluate()
         return
+    with loop.saver.finishing():
+        _train(run, loop, stop)
+
+
+def _train(run: Run, loop: _Loop, stop: StopDecision) -> None:
     if run.progress.step == 0 or loop.lacks_evaluation():
         loop.evaluate()
     reason = loop.steps()
     if reason is not None:
         run.console.print(f"stopping after step {run.progress.step}: {reason}")
     loop.save()
+    loop.saver.finish()
     if stop.reason is None:  # otherwise the remaining time may be too short
         loop.evaluate()
 
@@ -79,7 +83,7 @@ class _Loop:
         self.run, self.stop = run, stop
         self.iterations = training.train_iters
         self.clock = StepClock(Schedule(self.iterations, logging.eval_interval, checkpoint.save_interval))
-        self.retention = Retention(checkpoint)
+        self.saver = Saver(run.state, run.config, run.console)
         self.monitor = StepMonitor(run.state, run.config, run.datasets.train)
         self.saved, self.evaluated = run.progress.step, -1
         self.unlogged: list[Step] = []
@@ -93,6 +97,7 @@ class _Loop:
             while run.progress.step < self.iterations and not self.stop.agreed():
                 self.unlogged.append(one_step(run, stream, self.monitor))
                 self.clock.tick()
+                self.saver.poll()
                 step = run.progress.step
                 logger.info("step %d", step)
                 if _is_due(step, config.logging.log_interval) or step == self.iterations:
@@ -140,13 +145,10 @@ class _Loop:
         run = self.run
         if run.config.checkpoint.save is None or self.saved == run.progress.step:
             return
-        start = time.perf_counter()
         logger.info("saving step %d", run.progress.step)
-        with self.clock.saving(), self.retention.around_save(run.progress.step, run.state.groups):
-            directory = save_checkpoint(run.state, run.config)
+        with self.clock.saving():
+            self.saver.save()
         self.saved = run.progress.step
-        logger.info("saved step %d", run.progress.step)
-        run.console.print(f"saved {directory} in {format_duration(time.perf_counter() - start)}", markup=False)
 
     def _log(self) -> None:
         """Log the mean losses and times of the steps since the last log."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE
+from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.save_directory import (

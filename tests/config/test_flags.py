@@ -19,7 +19,16 @@ from megatron_slm.config.megatron_lm.refused import megatron_flags
 from megatron_slm.config.recipe import dump_config, read_config, settings, to_flat_dict, with_settings
 from megatron_slm.runtime.errors import ConfigError
 
-PROJECT_PREFIXES = ("--slm-", "--reference-", "--replay-", "--objective", "--eod-id", "--data-order", "--activation")
+PROJECT_PREFIXES = (
+    "--slm-",
+    "--reference-",
+    "--replay-",
+    "--objective",
+    "--eod-id",
+    "--data-order",
+    "--activation",
+    "--keep-last",
+)
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 

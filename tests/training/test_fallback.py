@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.checkpoint.adoption import adopt_settings
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.reference.replica import check_reference
@@ -192,7 +193,7 @@ def test_reference_model_has_no_fallback(tmp_path: Path, trained: tuple[str, Pat
 def test_damaged_configuration_with_use_checkpoint_args(tmp_path: Path, trained: tuple[str, Path]) -> None:
     (run,) = copies(trained, tmp_path, 1)
     _empty(run / "iter_0000003" / "config.yaml")
-    note = parse(resume(trained[0], run, "--use-checkpoint-args")).note
+    note = parse(resume(trained[0], run, "--use-checkpoint-args"), adopt_settings).note
     assert f"--use-checkpoint-args: from {run}/iter_0000002" in note
 
 

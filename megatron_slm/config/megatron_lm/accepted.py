@@ -50,6 +50,7 @@ FACTS: dict[str, Fact] = {
     "--use-dist-ckpt": Fact(_FORMAT),
     "--auto-detect-ckpt-format": Fact(_FORMAT),
     "--dist-ckpt-optim-fully-reshardable": Fact("optimizer state is always fully reshardable."),
+    "--distrib-optim-fully-reshardable-mem-efficient": Fact("optimizer state is always gathered on one rank."),
     "--no-overlap-p2p-communication": Fact("pipeline communication is not overlapped."),
     "--no-one-logger": Fact("one-logger is not used."),
     "--no-position-embedding": Fact(
@@ -112,6 +113,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
             "--no-ckpt-fully-parallel-save",
             "--ckpt-fully-parallel-load",
             "--ckpt-assume-constant-structure",
+            "--use-persistent-ckpt-worker",
+            "--async-ckpt-use-cpu-shm",
             "--log-device-memory-used",
             "--log-energy",
             "--log-max-attention-logit",
@@ -130,6 +133,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         SWITCH,
     ),
     "--empty-unused-memory-level": _LEVEL,
+    "--async-strategy": ("nvrx", "mcore"),
     "--timing-log-level": _LEVEL,
     "--timing-log-option": ("max", "minmax", "all"),
     **dict.fromkeys(
@@ -144,6 +148,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
             "--num-dataset-builder-threads",
             "--dist-ckpt-workers",
             "--hysteresis",
+            "--async-ckpt-cpu-priority",
+            "--async-ckpt-io-priority",
         ),
         INTEGER,
     ),

@@ -9,7 +9,6 @@ from importlib import resources
 _PHASES = "the global batch is constant; train in phases: --load with another --global-batch-size."
 _DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and --min-lr."
 _SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated separately."
-_SYNCHRONOUS = "checkpoints are written synchronously. Leave the flag out."
 _SCALED_ROPE = "rotary embeddings are scaled as in Llama 3 only. Use --use-rope-scaling."
 _PROFILE = "there is no built-in profiler. Run the command under nsys or py-spy."
 _STATE_DTYPE = "optimizer state is kept in fp32 on the device. Shard it with --use-distributed-optimizer."
@@ -79,9 +78,6 @@ CURATED: dict[str, str] = {
     "--data-parallel-random-init": "all data-parallel ranks start with the same weights. Leave the flag out.",
     "--yaml-cfg": "recipes are flat YAML with the flags' names. Use --config.",
     # checkpoints and logs
-    "--async-save": _SYNCHRONOUS,
-    "--async-strategy": _SYNCHRONOUS,
-    "--use-persistent-ckpt-worker": _SYNCHRONOUS,
     "--persistent-save-interval": "there is one kind of checkpoint. Use --save-interval.",
     "--dist-ckpt-strictness": "loading is always strict. Leave the flag out.",
     "--wandb-entity": "set the environment variable WANDB_ENTITY.",

@@ -24,6 +24,12 @@ def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
         yield f"--save-retain-interval {retained} needs --save-interval and must be a multiple of it."
     elif retained is not None and interval is not None and retained % interval:
         yield f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}."
+    for flag, is_given in (
+        ("--async-save", checkpoint.async_save),
+        ("--keep-last", checkpoint.keep_last is not None),
+    ):
+        if is_given and checkpoint.save is None:
+            yield f"{flag} needs --save, the output directory."
     if checkpoint.ckpt_step is not None and checkpoint.load is None:
         yield f"--ckpt-step {checkpoint.ckpt_step} has no effect without --load. Add --load, or leave it out."
     if config.training.skip_train and checkpoint.load is None and checkpoint.pretrained_checkpoint is None:

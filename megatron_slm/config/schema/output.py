@@ -24,6 +24,12 @@ class CheckpointConfig:
     save_retain_interval: int | None = flag(
         None, "retain checkpoints of iterations that are multiples of this, and the newest; default all", above=0
     )
+    keep_last: int | None = flag(
+        None,
+        "number of newest checkpoints to keep, besides those of --save-retain-interval; default all",
+        at_least=1,
+    )
+    async_save: bool = flag(False, "write checkpoints in background processes while training continues")
     finetune: bool = flag(False, "load only the weights of --load and start at iteration 0")
     ckpt_step: int | None = flag(None, "checkpoint iteration to load; default the newest", at_least=0)
     save_optim: bool = flag(True, "save optimizer state")
