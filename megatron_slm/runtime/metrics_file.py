@@ -52,8 +52,14 @@ def training_record(path: Path | None, step: int) -> dict[str, Any] | None:
     """Return the newest training metrics of ``step``, or None if the file has none."""
     if path is None or is_stream(path) or not path.exists():
         return None
-    records = (json.loads(line) for line in reversed(path.read_bytes().splitlines(True)) if _step(line) == step)
-    return next((record for record in records if record["kind"] == "train"), None)
+    found = [record for record in read_records(path) if record["step"] == step and record["kind"] == "train"]
+    return found[-1] if found else None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return all complete records of a metrics file."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if _step(line) is not None]
 
 
 def is_foreign(path: Path) -> bool:
