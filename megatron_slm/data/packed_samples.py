@@ -26,6 +26,7 @@ class PackedSamples(CorpusSamples):
     def __init__(self, dataset: Any, prefix: str, indices: Any, num_samples: Any, split: Any, config: Any) -> None:
         self.mask = LossMask(prefix, config.loss_mask)
         super().__init__(dataset, prefix, indices, num_samples, split, config)
+        self._pad_token_id = config.tokenizer.eod
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         text, sequences = self._query_document_sample_shuffle_indices(idx or 0)
