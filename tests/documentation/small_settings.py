@@ -21,6 +21,7 @@ SMALLER = {
     "megatron_slm.pretrain": TRAINING,
     "train_tokenizer.py": ["--vocab-size", "400"],
     "preprocess_data.py": ["--workers", "2"],
+    "preprocess_sft.py": ["--seq-length", "32"],
     "score_corpus.py": [],
     "merge_datasets.py": [],
     "inspect_dataset.py": [],

@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reference_scores", "data", "performance"))]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reference_scores", "finetuning", "data", "performance"))]
 BLOCKS = [
     (page, number, block)
     for page in PAGES

@@ -77,8 +77,8 @@ def _packed_and_alone(rank: int, world_size: int, argv: list[str]) -> list[dict[
             run = build_run(config, ByteTokenizer(TokenizerFiles()), groups, make_console(False))
         micro_batches = next(BatchStream(run.datasets.train, run.shape, device=groups.device))
         run.state.zero_grad()
-        sums = StepPasses(run.state.model_chunks, micro_batches, [None] * len(micro_batches)).run(run.state.selection)
-        total, count = (float(sum(part.values[place] for part in sums)) for place in (0, 1))
+        parts = StepPasses(run.state.model_chunks, micro_batches, [None] * len(micro_batches)).run(run.state.selection)
+        total, count = (float(sum(part.sums.values[place] for part in parts)) for place in (0, 1))
         model = run.state.model_chunks[0].module
         packed = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
         alone, tokens = _alone(model, micro_batches)
