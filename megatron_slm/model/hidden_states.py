@@ -13,7 +13,7 @@ from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig, TokenLosses
-from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard, gather_sequence
+from megatron_slm.objective.vocab_shard import VocabShard, gather_sequence
 
 
 class LMHead(ColumnParallelLinear):
@@ -92,5 +92,6 @@ class HiddenStates:
         logits = linear_in_fp32(selected, weight)
         if settings.softcap is not None:
             logits = settings.softcap * torch.tanh(logits / settings.softcap)
-        logits[:, Shard.of(weight, settings.tp_group, settings.vocab_size).real :] = -torch.inf
+        shard = VocabShard.from_size(weight.size(0), settings.tp_group, settings.vocab_size)
+        logits[:, shard.unpadded_size :] = -torch.inf
         return logits

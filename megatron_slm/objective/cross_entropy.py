@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.runtime.collective import all_reduce_sum
+from megatron_slm.objective.vocab_shard import VocabShard, locate_labels
+from megatron_slm.runtime.collective import all_reduce_max, all_reduce_sum
 
 LOWEST_LOGIT = -1000.0  # below the maximum of its row; its exponential is 0 in fp32
 
@@ -41,13 +41,13 @@ def vocab_parallel_token_loss(
     Raises:
         ValueError: a label is outside the vocabulary.
     """
-    return _TokenLoss.apply(logits, labels, group, vocab_size)
+    return _TokenLoss.apply(logits, labels, VocabShard.from_size(logits.size(-1), group, vocab_size))
 
 
 def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None = None) -> Tensor:
     """Return the entropy of softmax(logits) in nats: log Z - E[logit]. Forward only; arguments and result as above."""
     with torch.no_grad():
-        shifted = _shifted_logits(logits, group, vocab_size)
+        shifted = _shifted_logits(logits, VocabShard.from_size(logits.size(-1), group, vocab_size))
         weights = shifted.exp()
         shifted.clamp_(min=LOWEST_LOGIT)  # 0 · -inf would be NaN
         sums = torch.stack((weights.sum(-1), (weights * shifted).sum(-1)))
@@ -57,55 +57,43 @@ def vocab_parallel_entropy(logits: Tensor, group: ProcessGroup | None, vocab_siz
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
-        shard = logits.size(-1)
-        check_labels(labels, vocab_size or shard * (group.size() if group is not None else 1))
-        shifted = _shifted_logits(logits, group, vocab_size)
-        here = labels - _rank(group) * shard
-        elsewhere = (here < 0) | (here >= shard)
-        here = here.masked_fill(elsewhere, 0)
-
-        label_logit = shifted.gather(-1, here[..., None]).squeeze(-1).masked_fill(elsewhere, 0.0)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+        check_labels(labels, shard.vocab_size)
+        shifted = _shifted_logits(logits, shard)
+        column, is_here = locate_labels(labels - shard.first, shard.size)
+        label_logit = shifted.gather(-1, column[..., None]).squeeze(-1).masked_fill(~is_here, 0.0)
         exponentials = shifted.exp_()
-        label_logit, total = all_reduce_sum(torch.stack((label_logit, exponentials.sum(-1))), group)
-        ctx.save_for_backward(exponentials, total, here, elsewhere)
+        label_logit, total = all_reduce_sum(torch.stack((label_logit, exponentials.sum(-1))), shard.group)
+        ctx.save_for_backward(exponentials, total, column, is_here)
         ctx.logits_dtype = logits.dtype
         return total.log() - label_logit
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        exponentials, total, here, elsewhere = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        exponentials, total, column, is_here = ctx.saved_tensors
         gradient = torch.zeros(exponentials.shape, dtype=ctx.logits_dtype, device=exponentials.device)
         rows = grad_loss.nonzero(as_tuple=True)
-        weight = grad_loss[rows]
-        selected = exponentials[rows].mul_((weight / total[rows])[:, None])
-        is_label_here = ~elsewhere[rows]
-        selected.scatter_add_(1, here[rows][:, None], (-weight * is_label_here)[:, None])
+        loss_weight = grad_loss[rows]
+        selected = exponentials[rows].mul_((loss_weight / total[rows])[:, None])
+        selected.scatter_add_(1, column[rows][:, None], (-loss_weight * is_here[rows])[:, None])
         gradient[rows] = selected.to(ctx.logits_dtype)
-        return gradient, None, None, None
+        return gradient, None, None
 
 
-def _rank(group: ProcessGroup | None) -> int:
-    return group.rank() if group is not None else 0
-
-
-def _shifted_logits(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
+def _shifted_logits(logits: Tensor, shard: VocabShard) -> Tensor:
     """Return an fp32 copy of the logits minus the maximum of their global row; -inf for padding entries."""
-    shard = logits.size(-1)
-    real = shard if vocab_size is None else min(max(vocab_size - _rank(group) * shard, 0), shard)
-    if real:
-        highest = logits[..., :real].amax(-1).float()
+    if shard.unpadded_size:
+        highest = logits[..., : shard.unpadded_size].amax(-1).float()
     else:
         highest = torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
-    if group is not None and group.size() > 1:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    shifted = logits.float() - highest[..., None]
-    if real < shard:
-        shifted[..., real:] = -torch.inf
+    shifted = logits.float() - all_reduce_max(highest, shard.group)[..., None]
+    if shard.unpadded_size < shard.size:
+        shifted[..., shard.unpadded_size :] = -torch.inf
     return shifted
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if a label is outside the vocabulary; labels on a GPU are not checked."""
     if labels.device.type != "cpu" or not labels.numel():
         return  # on a GPU the check would wait for the device; the assertion in gather stops the run
     low, high = int(labels.min()), int(labels.max())

@@ -76,10 +76,27 @@ def gather_on_first_rank(value: T) -> list[T]:
     return gathered or []
 
 
+def group_size(group: ProcessGroup | None) -> int:
+    """Return the number of ranks of a group; None is a group of one rank."""
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    """Return the rank of this process in a group; None is a group of one rank."""
+    return 0 if group is None else group.rank()
+
+
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum ``values`` over ``group``, in place; None is a group of one rank."""
-    if group is not None and group.size() > 1:
+    if group_size(group) > 1:
         dist.all_reduce(values, group=group)
+    return values
+
+
+def all_reduce_max(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Replace ``values`` by their maximum over ``group``, in place; None is a group of one rank."""
+    if group_size(group) > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
 
 

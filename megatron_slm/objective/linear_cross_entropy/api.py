@@ -23,7 +23,7 @@ from megatron_slm.objective.linear_cross_entropy.chunked import chunked_token_lo
 from megatron_slm.objective.linear_cross_entropy.definition import full_token_loss
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.settings import IMPLEMENTATIONS, LinearCrossEntropyConfig, TokenLosses
-from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard
+from megatron_slm.objective.vocab_shard import VocabShard
 
 
 def linear_cross_entropy(
@@ -37,7 +37,7 @@ def linear_cross_entropy(
 ) -> TokenLosses:
     """Return the token losses of ``labels`` under the LM head.
 
-    FLOPs for N tokens of which k are selected: 2NHV forward and 6kNHV backward, as logits of selected rows are
+    FLOPs for N tokens of which a share k is selected: 2NHV forward and 6kNHV backward, as logits of selected rows are
     computed again; 4kNHV backward for tokens that ``forward_grad`` names rightly, or if the logits were saved.
     Collectives over the tensor-parallel group: two of a few bytes per token forward (two per chunk of rows with
     ``forward_grad``), and those of Megatron-Core's column-parallel layer for the hidden states.
@@ -59,7 +59,7 @@ def linear_cross_entropy(
     if config.implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"the cross-entropy implementation {config.implementation!r} is unknown; there are {known}")
-    shard = Shard.of(weight, config.tp_group, config.vocab_size)
+    shard = VocabShard.from_size(weight.size(0), config.tp_group, config.vocab_size)
     check_labels(labels, shard.vocab_size)
     if config.implementation == "torch":
         return TokenLosses(*full_token_loss(hidden, weight, labels, config, shard, with_entropy))

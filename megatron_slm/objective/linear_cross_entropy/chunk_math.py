@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
-from megatron_slm.objective.linear_cross_entropy.vocab_shard import GradientRows, Statistics
+from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, Statistics
+from megatron_slm.objective.vocab_shard import locate_labels
 
 SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32; remains in a core's cache between operations
 
@@ -21,21 +22,23 @@ class ChunkMath(Protocol):
         values from which the gradient of a saved chunk is computed."""
         ...
 
-    def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
+    def gradient(
+        self, logits: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
+    ) -> Tensor:
         """Return the gradient of the logits [n, w] in the dtype of the matrix products; it may take their memory.
 
         Args:
-            saved: if the chunk went through :meth:`statistics` with ``keep``, its rows' largest logits then, [n].
+            saved_highest: the largest logit of each row [n], if :meth:`statistics` saved the chunk; otherwise None.
         """
         ...
 
     def picked_gradient(
-        self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
+        self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
     ) -> Tensor:
-        """Return that of some rows of a saved chunk, [p, w], and overwrite the chunk.
+        """Return the logit gradient of the given rows of a saved chunk, [p, w], and overwrite the chunk.
 
         Args:
-            places: [p] int64, ascending; labels, rows and ``saved`` are those of these rows.
+            row_indices: [p] int64, ascending; labels, factors and ``saved_highest`` are those of these rows.
         """
         ...
 
@@ -54,9 +57,9 @@ class TorchChunkMath:
         self._memory: Tensor | None = None
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
-        place, here = _label_place(labels, logits.size(1))
+        column, is_here = locate_labels(labels, logits.size(1))
         result = Statistics.empty(len(logits), logits.device, with_entropy)
-        result.label_logit = self._cap(logits.gather(1, place).squeeze(1)).masked_fill_(~here, 0.0)
+        result.label_logit = self._cap(logits.gather(1, column[:, None]).squeeze(1)).masked_fill_(~is_here, 0.0)
         for rows in _few_rows(logits, len(logits)):
             values = self._cap(logits[rows])
             result.highest[rows] = values.amax(1)
@@ -72,33 +75,38 @@ class TorchChunkMath:
                 values.copy_(exponentials)
         return result
 
-    def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
-        for part in _few_rows(logits, len(logits)):
-            self._gradient(logits[part], labels[part], rows.select(part), None if saved is None else saved[part])
+    def gradient(
+        self, logits: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
+    ) -> Tensor:
+        for rows in _few_rows(logits, len(logits)):
+            highest = None if saved_highest is None else saved_highest[rows]
+            self._gradient(logits[rows], labels[rows], factors.select(rows), highest)
         return logits.to(self.dtype)
 
     def picked_gradient(
-        self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
+        self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
     ) -> Tensor:
-        for part in _few_rows(logits, len(places)):
-            leading = logits[part]
-            picked = torch.index_select(logits, 0, places[part], out=self._scratch(leading))
-            # No row is written before it is read: the places ascend, so the i-th is i or more.
-            leading.copy_(self._gradient(picked, labels[part], rows.select(part), saved[part]))
-        return logits[: len(places)].to(self.dtype)
+        for rows in _few_rows(logits, len(row_indices)):
+            leading = logits[rows]
+            picked = torch.index_select(logits, 0, row_indices[rows], out=self._scratch(leading))
+            # No row is written before it is read: the indices ascend, so the i-th is i or more.
+            leading.copy_(self._gradient(picked, labels[rows], factors.select(rows), saved_highest[rows]))
+        return logits[: len(row_indices)].to(self.dtype)
 
-    def _gradient(self, values: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
+    def _gradient(
+        self, values: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
+    ) -> Tensor:
         """Turn a few rows of logits, or of a saved chunk, into their gradient in place."""
-        place, here = _label_place(labels, values.size(1))
-        if saved is None:
+        column, is_here = locate_labels(labels, values.size(1))
+        if saved_highest is None:
             self._cap(values)
         slope = 1 - (values / self.softcap).square() if self.softcap is not None else None
-        if saved is not None and slope is None:
-            scale = (saved - rows.highest).clamp(min=LOWEST_LOGIT).exp() * rows.scale
+        if saved_highest is not None and slope is None:
+            scale = (saved_highest - factors.highest).clamp(min=LOWEST_LOGIT).exp() * factors.scale
         else:
-            values.sub_(rows.highest[:, None]).exp_()
-            scale = rows.scale
-        values.mul_(scale[:, None]).scatter_add_(1, place, -(rows.weight * here)[:, None])
+            values.sub_(factors.highest[:, None]).exp_()
+            scale = factors.scale
+        values.mul_(scale[:, None]).scatter_add_(1, column[:, None], -(factors.loss_weight * is_here)[:, None])
         return values if slope is None else values.mul_(slope)
 
     def _cap(self, values: Tensor) -> Tensor:
@@ -117,13 +125,7 @@ def slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _few_rows(logits: Tensor, rows: int) -> list[slice]:
-    """Return slices of the leading ``rows`` of a chunk, limited to SLICE_BYTES; none if the chunk has no entries."""
+def _few_rows(logits: Tensor, count: int) -> list[slice]:
+    """Return slices of the ``count`` leading rows, limited to SLICE_BYTES; none if the chunk has no entries."""
     width = logits.size(1)
-    return slices(rows, max(SLICE_BYTES[logits.device.type] // (4 * width), 1)) if width else []
-
-
-def _label_place(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return the label's column [n, 1], 0 if outside of the chunk, and a mask [n] of labels inside."""
-    here = (labels >= 0) & (labels < width)
-    return (labels * here)[:, None], here
+    return slices(count, max(SLICE_BYTES[logits.device.type] // (4 * width), 1)) if width else []

@@ -9,7 +9,7 @@ the lse first. Logits that are small enough are saved instead: that is as few FL
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +19,14 @@ from megatron_slm.objective.linear_cross_entropy.chunk_math import ChunkMath, To
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import add_product, fp32_product, product_dtype
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
-from megatron_slm.objective.linear_cross_entropy.vocab_shard import (
-    GradientRows,
-    Partition,
-    Shard,
-    Statistics,
-    gather_sequence,
-    reduce_hidden_gradient,
-)
+from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, SoftmaxNormalizer, Statistics
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient
+from megatron_slm.objective.vocab_shard import VocabShard, gather_sequence, reduce_hidden_gradient
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # limited by CPU caches; large enough to saturate a GPU
 SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the logits
-# Rows of a chunk with gradients in the forward pass, and the least number of chunks. Each reads the weight twice and
-# rewrites its gradient, which by count takes 41 ÷ rows of the matrix products' time on two CPU cores (170 GFLOP/s,
-# 15 GB/s) and 580 ÷ rows on an H100 in bf16 (700 TFLOP/s, 3.3 TB/s): lower values save memory and cost time.
+# Rows of a chunk with gradients in the forward pass, and the least number of chunks. Lower values save memory and cost
+# time: each chunk reads the weight twice and rewrites its gradient (docs/performance.md).
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
 MIN_ENTRIES = 64  # of a chunk of all rows, whatever their number
@@ -47,7 +40,7 @@ def chunked_token_loss(
     weight: Tensor,
     labels: Tensor,
     config: LinearCrossEntropyConfig,
-    shard: Shard,
+    shard: VocabShard,
     forward_grad: ForwardGradPolicy | None,
     with_entropy: bool,
     needs_gradient: bool,
@@ -69,33 +62,32 @@ def chunk_math(config: LinearCrossEntropyConfig, dtype: torch.dtype) -> ChunkMat
 
 
 @dataclass
-class _Rows:
-    """Rows of hidden states before a vocabulary shard, and the chunks that their logits are computed in."""
+class _HeadInputs:
+    """Rows of hidden states at a vocabulary shard of the LM head, and the chunks of their logits."""
 
     hidden: Tensor  # [n, h], in the dtype of the matrix products
     weight: Tensor  # [V / tp, h], detached, in its dtype
     labels: Tensor  # [n], counted from the first entry of the shard
     config: LinearCrossEntropyConfig
-    shard: Shard
+    shard: VocabShard
     math: ChunkMath
     chunk_bytes: int  # most that a chunk of all rows may take
 
     def __len__(self) -> int:
         return self.hidden.size(0)
 
-    def select(self, rows: Tensor) -> _Rows:
-        return _Rows(
-            self.hidden[rows], self.weight, self.labels[rows], self.config, self.shard, self.math, self.chunk_bytes
-        )
+    def select(self, row_indices: Tensor) -> _HeadInputs:
+        """Return the given rows, [p] int64."""
+        return replace(self, hidden=self.hidden[row_indices], labels=self.labels[row_indices])
 
     def vocabulary_chunks(self) -> list[slice]:
-        """Parts of the shard's real entries; all rows of one make a chunk."""
+        """Return slices of the unpadded entries; a chunk is all rows times a slice."""
         if not len(self):
             return []
-        return slices(self.shard.real, max(self.chunk_bytes // (LOGIT_BYTES * len(self)), MIN_ENTRIES))
+        return slices(self.shard.unpadded_size, max(self.chunk_bytes // (LOGIT_BYTES * len(self)), MIN_ENTRIES))
 
     def row_chunks(self) -> list[slice]:
-        """Row slices; a slice times the full shard is a chunk."""
+        """Return slices of the rows; a chunk is a slice times the full shard."""
         device = self.hidden.device.type
         rows = FORWARD_GRAD_ROWS[device]
         if self.config.chunk_bytes is not None:
@@ -121,7 +113,7 @@ class _Rows:
         """Return memory for so many logits."""
         return self.hidden.new_empty(size, dtype=torch.float32)
 
-    def memory_of(self, chunks: list[slice], across: int) -> Tensor:
+    def memory_for(self, chunks: list[slice], across: int) -> Tensor:
         """Return memory that the logits of each of these chunks fit in."""
         return self.memory(max((chunk.stop - chunk.start for chunk in chunks), default=0) * across)
 
@@ -143,21 +135,22 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         config: LinearCrossEntropyConfig,
-        shard: Shard,
+        shard: VocabShard,
         forward_grad: ForwardGradPolicy | None,
         with_entropy: bool,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = _rows(hidden, weight, labels, config, shard)
-        fits = len(rows) * shard.size * LOGIT_BYTES <= config.saved_logits_bytes
+        inputs = _head_inputs(hidden, weight, labels, config, shard)
+        fits = len(inputs) * shard.size * LOGIT_BYTES <= config.saved_logits_bytes
         saved_chunks: list[_SavedChunk] | None = [] if needs_gradient and fits else None
-        done: _ForwardWork | None = None
+        forward_gradients: _ForwardGradients | None = None
         if forward_grad is not None and saved_chunks is None:
-            statistics, done = _forward_grad_pass(rows, forward_grad, with_entropy)
+            statistics, forward_gradients = _forward_grad_pass(inputs, forward_grad, with_entropy)
         else:
-            statistics = _statistics(rows, with_entropy, saved_chunks)
-        ctx.save_for_backward(hidden, weight, labels, *statistics.partition)
-        ctx.config, ctx.shard, ctx.saved_chunks, ctx.done = config, shard, saved_chunks, done
+            statistics = _statistics(inputs, with_entropy, saved_chunks)
+        ctx.save_for_backward(hidden, weight, labels, *statistics.normalizer)
+        ctx.config, ctx.shard = config, shard
+        ctx.saved_chunks, ctx.forward_gradients = saved_chunks, forward_gradients
         loss, entropy = statistics.loss.view(labels.shape), statistics.entropy
         if entropy is None:
             return loss, None
@@ -168,164 +161,193 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, highest, total = ctx.saved_tensors
-        partition = Partition(highest, total)
-        rows = _rows(hidden, weight, labels, ctx.config, ctx.shard)
-        gradient = _Gradient(torch.zeros_like(rows.hidden), WeightGradient(weight))
-        incoming = grad_loss.reshape(-1).float()
-        done, ctx.done = ctx.done, None
-        if done is None:
-            gradient.add(rows, partition, incoming, ctx.saved_chunks)
+        inputs = _head_inputs(hidden, weight, labels, ctx.config, ctx.shard)
+        gradients = _Gradients(inputs, SoftmaxNormalizer(highest, total), WeightGradient(weight))
+        loss_weight = grad_loss.reshape(-1).float()
+        forward_gradients, ctx.forward_gradients = ctx.forward_gradients, None
+        if forward_gradients is None:
+            gradients.add(loss_weight, ctx.saved_chunks)
         else:
-            gradient.finish(rows, partition, incoming, done)
+            gradients.correct(forward_gradients, loss_weight)
         ctx.saved_chunks = None
-        whole = gradient.hidden.to(hidden.dtype).view(*labels.shape, hidden.size(-1))
-        part = reduce_hidden_gradient(whole, ctx.config.tp_group, ctx.config.sequence_parallel)
-        return part, gradient.weight.result(), None, None, None, None, None, None
+        all_tokens = gradients.hidden.to(hidden.dtype).view(*labels.shape, hidden.size(-1))
+        hidden_gradient = reduce_hidden_gradient(all_tokens, ctx.config.tp_group, ctx.config.sequence_parallel)
+        return hidden_gradient, gradients.weight.result(), None, None, None, None, None, None
 
 
-def _rows(hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: Shard) -> _Rows:
-    whole = gather_sequence(hidden.detach(), config.tp_group, config.sequence_parallel)
-    flat = whole.reshape(-1, whole.size(-1))
+def _head_inputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: VocabShard
+) -> _HeadInputs:
+    all_tokens = gather_sequence(hidden.detach(), config.tp_group, config.sequence_parallel)
+    flat = all_tokens.reshape(-1, all_tokens.size(-1))
     flat = flat.to(product_dtype(flat))
     math = chunk_math(config, flat.dtype)
-    whole_bytes = LOGIT_BYTES * len(flat) * shard.size
-    most = config.chunk_bytes or min(CHUNK_BYTES[hidden.device.type], int(whole_bytes * SHARE_OF_LOGITS))
-    return _Rows(flat, weight.detach(), labels.reshape(-1) - shard.first, config, shard, math, most)
+    logits_bytes = LOGIT_BYTES * len(flat) * shard.size
+    chunk_bytes = config.chunk_bytes or min(CHUNK_BYTES[hidden.device.type], int(logits_bytes * SHARE_OF_LOGITS))
+    return _HeadInputs(flat, weight.detach(), labels.reshape(-1) - shard.first, config, shard, math, chunk_bytes)
 
 
 class _SavedChunk(NamedTuple):
     """A chunk of all rows whose gradient is computed without its matrix product."""
 
-    logits: Tensor  # [N, w], as the implementation's statistics left them
+    entries: slice  # of the vocabulary shard
+    logits: Tensor  # [N, w], as :meth:`ChunkMath.statistics` left them
     highest: Tensor  # [N] fp32, largest logit of each row of the chunk
 
 
-def _statistics(rows: _Rows, with_entropy: bool, saved_chunks: list[_SavedChunk] | None) -> Statistics:
+def _statistics(inputs: _HeadInputs, with_entropy: bool, saved_chunks: list[_SavedChunk] | None) -> Statistics:
     """Return the statistics of all rows over all shards, and append each chunk to ``saved_chunks`` if it is a list."""
-    total = Statistics.empty(len(rows), rows.hidden.device, with_entropy)
-    chunks = rows.vocabulary_chunks()
-    memory = rows.memory_of(chunks, len(rows)) if saved_chunks is None else None
+    total = Statistics.empty(len(inputs), inputs.hidden.device, with_entropy)
+    chunks = inputs.vocabulary_chunks()
+    memory = inputs.memory_for(chunks, len(inputs)) if saved_chunks is None else None
     for entries in chunks:
-        logits = rows.logits(entries, out=memory)
-        labels = rows.labels - entries.start
-        part = rows.math.statistics(logits, labels, with_entropy=with_entropy, keep=saved_chunks is not None)
+        logits = inputs.logits(entries, out=memory)
+        labels = inputs.labels - entries.start
+        part = inputs.math.statistics(logits, labels, with_entropy=with_entropy, keep=saved_chunks is not None)
         total.merge(part)
         if saved_chunks is not None:
-            saved_chunks.append(_SavedChunk(logits, part.highest))
-    total.reduce(rows.shard.group)
+            saved_chunks.append(_SavedChunk(entries, logits, part.highest))
+    total.reduce(inputs.shard.group)
     return total
 
 
 @dataclass
-class _ForwardWork:
+class _ForwardGradients:
     """Gradients from the forward pass, computed before the selection was known."""
 
     chosen: Tensor  # [N] bool
-    hidden: Tensor  # [N, h], gradient for weight 1; 0 if not chosen
+    hidden: Tensor  # [N, h], gradient for loss weight 1; 0 if not chosen
     weight: Tensor  # [V / tp, h] fp32, the same
 
 
 def _forward_grad_pass(
-    rows: _Rows, forward_grad: ForwardGradPolicy, with_entropy: bool
-) -> tuple[Statistics, _ForwardWork]:
+    inputs: _HeadInputs, forward_grad: ForwardGradPolicy, with_entropy: bool
+) -> tuple[Statistics, _ForwardGradients]:
     """Return the statistics of all rows, and the gradients of those that ``forward_grad`` chooses."""
-    real = slice(0, rows.shard.real)
-    done = _ForwardWork(
-        rows.labels.new_zeros(len(rows), dtype=torch.bool),
-        torch.zeros_like(rows.hidden),
-        torch.zeros_like(rows.weight, dtype=torch.float32),
+    unpadded = slice(0, inputs.shard.unpadded_size)
+    gradients = _ForwardGradients(
+        inputs.labels.new_zeros(len(inputs), dtype=torch.bool),
+        torch.zeros_like(inputs.hidden),
+        torch.zeros_like(inputs.weight, dtype=torch.float32),
     )
-    chunks = rows.row_chunks()
-    memory = rows.memory_of(chunks, rows.shard.real)
-    parts = [Statistics.empty(0, rows.hidden.device, with_entropy)]
-    for chunk in chunks:
-        logits = rows.logits(real, chunk, memory)
-        labels = rows.labels[chunk]
+    chunks = inputs.row_chunks()
+    memory = inputs.memory_for(chunks, inputs.shard.unpadded_size)
+    parts = [Statistics.empty(0, inputs.hidden.device, with_entropy)]
+    for rows in chunks:
+        logits = inputs.logits(unpadded, rows, memory)
+        labels = inputs.labels[rows]
         part = Statistics.empty(len(labels), logits.device, with_entropy)
-        if rows.shard.real:
-            part = rows.math.statistics(logits, labels, with_entropy=with_entropy, keep=True)
-        saved = part.highest
-        part.reduce(rows.shard.group)
+        if inputs.shard.unpadded_size:
+            part = inputs.math.statistics(logits, labels, with_entropy=with_entropy, keep=True)
+        saved_highest = part.highest
+        part.reduce(inputs.shard.group)
         parts.append(part)
-        chosen = forward_grad.chosen(chunk, part.loss)
-        done.chosen[chunk] = chosen
-        places = chosen.nonzero().squeeze(1)
-        partition = part.partition.select(places)
-        factors = GradientRows.of(partition, torch.ones_like(partition.total), rows.config.z_loss)
-        change = rows.math.picked_gradient(logits, places, labels[places], factors, saved[places])
-        hidden = rows.hidden.new_zeros(len(places), rows.hidden.size(1), dtype=torch.float32)
-        rows.add_hidden_gradient(hidden, change, real)
-        done.hidden[chunk][places] = hidden.to(done.hidden.dtype)
-        add_product(done.weight[real], change.t(), rows.hidden[chunk][places])
-    return Statistics.joined(parts), done
+        chosen = forward_grad.chosen(rows, part.loss)
+        gradients.chosen[rows] = chosen
+        indices = chosen.nonzero().squeeze(1)
+        normalizer = part.normalizer.select(indices)
+        factors = GradientFactors.from_normalizer(normalizer, torch.ones_like(normalizer.total), inputs.config.z_loss)
+        change = inputs.math.picked_gradient(logits, indices, labels[indices], factors, saved_highest[indices])
+        hidden = inputs.hidden.new_zeros(len(indices), inputs.hidden.size(1), dtype=torch.float32)
+        inputs.add_hidden_gradient(hidden, change, unpadded)
+        gradients.hidden[rows][indices] = hidden.to(gradients.hidden.dtype)
+        add_product(gradients.weight[unpadded], change.t(), inputs.hidden[rows][indices])
+    return Statistics.concat(parts), gradients
 
 
-@dataclass
-class _Gradient:
-    """Return the gradients of hidden states [N, h] (for this vocabulary shard only) and of the weight."""
+class _Gradients:
+    """Gradients of hidden states [N, h] (for this vocabulary shard only) and weight, accumulated over chunks."""
 
-    hidden: Tensor
-    weight: WeightGradient
+    def __init__(self, inputs: _HeadInputs, normalizer: SoftmaxNormalizer, weight: WeightGradient) -> None:
+        self.inputs, self.normalizer, self.weight = inputs, normalizer, weight
+        self.hidden = torch.zeros_like(inputs.hidden)
 
-    def finish(self, rows: _Rows, partition: Partition, incoming: Tensor, done: _ForwardWork) -> None:
+    def correct(self, forward: _ForwardGradients, loss_weight: Tensor) -> None:
         """Correct the gradients of the forward pass once the final selection is known.
 
-        If more rows are wrong than are selected, it is cheaper, and more exact, to compute all of them.
-        """
-        meant = incoming[done.chosen & (incoming != 0)]
-        scale = float(meant.median()) if len(meant) else 0.0
-        rest = incoming - scale * done.chosen
-        if int(rest.count_nonzero()) >= int(incoming.count_nonzero()):
-            self.add(rows, partition, incoming)
-            return
-        self.hidden = done.hidden.mul_(incoming[:, None])
-        self.weight.add(done.weight, scale)
-        self.add(rows, partition, rest, has_hidden=done.chosen)
-
-    def add(
-        self,
-        rows: _Rows,
-        partition: Partition,
-        incoming: Tensor,
-        saved_chunks: list[_SavedChunk] | None = None,
-        has_hidden: Tensor | None = None,
-    ) -> None:
-        """Compute the gradients for rows with an incoming gradient.
+        Selected tokens usually share one loss weight, the loss scale, by which the weight gradient is multiplied; the
+        median is robust against the others. The residual of each row is computed. If more rows have one than are
+        selected, it is cheaper, and more exact, to compute all selected rows.
 
         Args:
-            incoming: [N] fp32, weight of each row's loss.
-            saved_chunks: the chunks of all rows, if they were saved.
-            has_hidden: [N] bool, rows whose hidden states have their gradient already.
+            forward: the gradients of the forward pass; their memory is reused.
+            loss_weight: [N] fp32, weight of each row's loss.
         """
-        places = incoming.nonzero().squeeze(1)
-        if not len(places):
+        shared = loss_weight[forward.chosen & (loss_weight != 0)]
+        scale = float(shared.median()) if len(shared) else 0.0
+        residual = loss_weight - scale * forward.chosen
+        if int(residual.count_nonzero()) >= int(loss_weight.count_nonzero()):
+            self.add(loss_weight)
             return
-        some = rows.select(places)
-        factors = GradientRows.of(partition.select(places), incoming[places], rows.config.z_loss)
-        in_place = has_hidden is None and self.hidden.dtype == torch.float32
-        hidden = self.hidden[: len(places)] if in_place else torch.zeros_like(some.hidden, dtype=torch.float32)
-        chunks = (some if saved_chunks is None else rows).vocabulary_chunks()
-        memory = some.memory_of(chunks, len(some)) if saved_chunks is None else None
-        for number, entries in enumerate(chunks):
-            if saved_chunks is None:
-                logits, saved = some.logits(entries, out=memory), None
-            else:
-                logits, saved = (values[places] for values in saved_chunks[number])
-            change = some.math.gradient(logits, some.labels - entries.start, factors, saved)
-            self.weight.add_product(entries, change, some.hidden)
-            some.add_hidden_gradient(hidden, change, entries)
-        if in_place:
-            _spread(self.hidden, places)
+        self.hidden = forward.hidden.mul_(loss_weight[:, None])
+        self.weight.add(forward.weight, scale)
+        indices = residual.nonzero().squeeze(1)
+        if len(indices):
+            hidden = self._accumulate(indices, residual)
+            missing = ~forward.chosen[indices]  # the hidden gradient of chosen rows is complete
+            self.hidden[indices[missing]] = hidden[missing].to(self.hidden.dtype)
+
+    def add(self, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:
+        """Compute the gradients of rows with a nonzero loss weight [N] fp32, from saved chunks if there are some."""
+        indices = loss_weight.nonzero().squeeze(1)
+        if not len(indices):
             return
-        new = slice(None) if has_hidden is None else ~has_hidden[places]
-        self.hidden[places[new]] = hidden[new].to(self.hidden.dtype)
+        if self.hidden.dtype == torch.float32:  # accumulated in the leading rows
+            self._accumulate(indices, loss_weight, saved_chunks, self.hidden[: len(indices)])
+            _spread(self.hidden, indices)
+        else:
+            self.hidden[indices] = self._accumulate(indices, loss_weight, saved_chunks).to(self.hidden.dtype)
+
+    def _accumulate(
+        self,
+        indices: Tensor,
+        loss_weight: Tensor,
+        saved_chunks: list[_SavedChunk] | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Add the gradient of the given rows to that of the weight; return that of their hidden states, [p, h] fp32.
+
+        Args:
+            hidden: zeros that it is added to; None allocates them.
+        """
+        selected = self.inputs.select(indices)
+        if hidden is None:
+            hidden = torch.zeros_like(selected.hidden, dtype=torch.float32)
+        z_loss = self.inputs.config.z_loss
+        factors = GradientFactors.from_normalizer(self.normalizer.select(indices), loss_weight[indices], z_loss)
+        if saved_chunks is None:
+            logit_gradients = _recomputed_logit_gradients(selected, factors)
+        else:
+            logit_gradients = _saved_logit_gradients(selected, factors, indices, saved_chunks)
+        for entries, change in logit_gradients:
+            self.weight.add_product(entries, change, selected.hidden)
+            selected.add_hidden_gradient(hidden, change, entries)
+        return hidden
 
 
-def _spread(rows: Tensor, places: Tensor) -> None:
-    """Move the leading rows to ``places`` [p] int64, which ascend, in place, some at a time; 0 elsewhere."""
-    # From the last to the first: a row's place is its number or more, so that none is written before it is read.
-    for part in reversed(slices(len(places), SPREAD_ROWS)):
-        rows[places[part]] = rows[part].clone()
+def _recomputed_logit_gradients(selected: _HeadInputs, factors: GradientFactors) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the entries and the logit gradient of each chunk, which the next one overwrites."""
+    chunks = selected.vocabulary_chunks()
+    memory = selected.memory_for(chunks, len(selected))
+    for entries in chunks:
+        logits = selected.logits(entries, out=memory)
+        yield entries, selected.math.gradient(logits, selected.labels - entries.start, factors, None)
+
+
+def _saved_logit_gradients(
+    selected: _HeadInputs, factors: GradientFactors, indices: Tensor, saved_chunks: list[_SavedChunk]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the entries and the logit gradient of the rows ``indices`` of each saved chunk."""
+    for entries, logits, highest in saved_chunks:
+        labels = selected.labels - entries.start
+        yield entries, selected.math.gradient(logits[indices], labels, factors, highest[indices])
+
+
+def _spread(rows: Tensor, indices: Tensor) -> None:
+    """Move the leading rows to ``indices`` [p] int64, which ascend, in place, some at a time; 0 elsewhere."""
+    # From the last to the first: a row's index is its number or more, so that none is written before it is read.
+    for part in reversed(slices(len(indices), SPREAD_ROWS)):
+        rows[indices[part]] = rows[part].clone()
     empty = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    empty[places] = False
+    empty[indices] = False
     rows.masked_fill_(empty[:, None], 0.0)

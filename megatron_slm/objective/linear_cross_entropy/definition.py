@@ -11,14 +11,19 @@ from torch.distributed import ProcessGroup
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
 from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
-from megatron_slm.objective.linear_cross_entropy.vocab_shard import Shard, gather_sequence, reduce_hidden_gradient
+from megatron_slm.objective.vocab_shard import VocabShard, gather_sequence, locate_labels, reduce_hidden_gradient
 from megatron_slm.runtime.collective import all_reduce_sum
 
 
 def full_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, config: LinearCrossEntropyConfig, shard: Shard, with_entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    config: LinearCrossEntropyConfig,
+    shard: VocabShard,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Token losses and entropies as the one function describes them."""
+    """Return token losses and entropies as defined by :func:`linear_cross_entropy`."""
     whole = _WholeHidden.apply(hidden, config.tp_group, config.sequence_parallel)
     logits = linear_in_fp32(whole, weight)
     if config.softcap is not None:
@@ -32,11 +37,10 @@ def full_token_loss(
     return loss, entropy
 
 
-def _label_logit(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
-    here = labels - shard.first
-    elsewhere = (here < 0) | (here >= shard.size)
-    taken = logits.gather(-1, here.masked_fill(elsewhere, 0)[..., None]).squeeze(-1)
-    return _SumOverShards.apply(taken.masked_fill(elsewhere, 0.0), shard.group)
+def _label_logit(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    column, is_here = locate_labels(labels - shard.first, shard.size)
+    label_logit = logits.gather(-1, column[..., None]).squeeze(-1)
+    return _SumOverShards.apply(label_logit.masked_fill(~is_here, 0.0), shard.group)
 
 
 class _WholeHidden(torch.autograd.Function):

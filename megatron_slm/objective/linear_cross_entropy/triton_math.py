@@ -1,4 +1,4 @@
-"""The arithmetic between the matrix products as Triton kernels: one pass for the figures, one for the gradient.
+"""The arithmetic between the matrix products as Triton kernels: one pass for the statistics, one for the gradient.
 
 The matrix products stay with cuBLAS, which is fastest on Hopper; the kernels read a chunk of logits while it is
 still in the L2 cache. The running maximum and sum of a row follow Milakov and Gimelshein, arXiv 1805.02867.
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.vocab_shard import GradientRows, Statistics
+from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
+from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, Statistics
 
 LARGEST_TILE = 4096  # entries of a row that one step of a program works on
 
@@ -45,22 +46,25 @@ class TritonChunkMath:
             self.softcap or 0.0,
             HAS_SOFTCAP=self.softcap is not None,
             WITH_ENTROPY=with_entropy,
+            LOWEST=LOWEST_LOGIT,
             TILE=tile,
             num_warps=_warps(tile),
         )
         return result
 
-    def gradient(self, logits: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor | None) -> Tensor:
-        count, width = logits.shape
+    def gradient(
+        self, logits: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
+    ) -> Tensor:
+        rows, width = logits.shape
         result = logits if logits.dtype == self.dtype else torch.empty_like(logits, dtype=self.dtype)
-        if not count or not width:
+        if not rows or not width:
             return result
         tile = _tile(width)
-        _gradient_kernel[(count, triton.cdiv(width, tile))](
+        _gradient_kernel[(rows, triton.cdiv(width, tile))](
             logits,
             result,
             labels,
-            *rows,
+            *factors,
             width,
             logits.stride(0),
             self.softcap or 0.0,
@@ -71,9 +75,9 @@ class TritonChunkMath:
         return result
 
     def picked_gradient(
-        self, logits: Tensor, places: Tensor, labels: Tensor, rows: GradientRows, saved: Tensor
+        self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
     ) -> Tensor:
-        return self.gradient(logits.index_select(0, places), labels, rows, saved)
+        return self.gradient(logits.index_select(0, row_indices), labels, factors, saved_highest)
 
 
 def _tile(width: int) -> int:
@@ -103,6 +107,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    LOWEST: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program per row: the largest logit, the sums relative to it, and the label's logit."""
@@ -123,8 +128,8 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp(values - base)
         rescale = tl.exp(highest - base)
         if WITH_ENTROPY:  # 0 x -inf is NaN
-            weighted = (weighted + total * tl.maximum(highest - base, -1000.0)) * rescale
-            weighted += tl.sum(weights * tl.maximum(values - base, -1000.0), axis=0)
+            weighted = (weighted + total * tl.maximum(highest - base, LOWEST)) * rescale
+            weighted += tl.sum(weights * tl.maximum(values - base, LOWEST), axis=0)
         total = total * rescale + tl.sum(weights, axis=0)
         highest = new_highest
     tl.store(highest_out + row, highest)
@@ -146,7 +151,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     labels,
     highest,
     scale,
-    weight,
+    loss_weight,
     width,
     stride,
     softcap,
@@ -157,14 +162,14 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < width
-    place = row * stride + columns
-    values = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
+    offset = row * stride + columns
+    values = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         values = _capped(values, softcap)
     label = tl.load(labels + row)
     gradient = tl.exp(values - tl.load(highest + row)) * tl.load(scale + row)
-    gradient = tl.where(columns == label, gradient - tl.load(weight + row), gradient)
+    gradient = tl.where(columns == label, gradient - tl.load(loss_weight + row), gradient)
     if HAS_SOFTCAP:
         share = values / softcap
         gradient = gradient * (1.0 - share * share)
-    tl.store(gradient_out + place, gradient.to(gradient_out.dtype.element_ty), mask=inside)
+    tl.store(gradient_out + offset, gradient.to(gradient_out.dtype.element_ty), mask=inside)
