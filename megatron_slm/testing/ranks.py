@@ -22,8 +22,8 @@ from megatron_slm.runtime import process
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 
 PRELOAD = [
-    "torch",
-    "torch.distributed",
+    "megatron_slm.mcore",  # before modules that import Megatron-Core
+    "torch._dynamo",  # which torch's optimizers import
     "megatron_slm.training.setup",
     "megatron_slm.cli.pretrain",
     "megatron_slm.testing.ranks",
