@@ -45,9 +45,9 @@ def test_kernels_compile_for_hopper(dtype: str, softcap: bool, tmp_path: Path, m
     common = {"logits": "*fp32", "labels": "*i64", "width": "i32", "stride": "i32", "softcap": "fp32"}
     flags = {"HAS_SOFTCAP": softcap, "TILE": 4096}
     outputs = dict.fromkeys(("highest_out", "total_out", "label_logit_out", "weighted_out"), "*fp32")
-    factors = dict.fromkeys(("highest", "scale", "weight"), "*fp32")
+    factors = dict.fromkeys(("highest", "scale", "loss_weight"), "*fp32")
     for kernel, arguments, constants in (
-        (triton_math._statistics_kernel, {**common, **outputs}, {**flags, "WITH_ENTROPY": softcap}),
+        (triton_math._statistics_kernel, {**common, **outputs}, {**flags, "WITH_ENTROPY": softcap, "LOWEST": -1000.0}),
         (triton_math._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, flags),
     ):
         signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
