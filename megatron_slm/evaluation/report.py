@@ -54,7 +54,7 @@ def write_results(
             "fewshot": result.fewshot,
             "source": result.source,
             "scores": {
-                metric: {"value": _finite(score.value), "stderr": _finite(score.stderr), "count": score.count}
+                metric: {"value": finite(score.value), "stderr": finite(score.stderr), "count": score.count}
                 for metric, score in result.scores.items()
             },
         }
@@ -64,7 +64,7 @@ def write_results(
     write_text(path, json.dumps(content, indent=2) + "\n", FLAG, is_ours=_is_ours)
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """Return the value, or None if JSON has no notation for it."""
     return value if value is not None and math.isfinite(value) else None
 

@@ -42,19 +42,24 @@ class RequestRunner:
 
         Raises:
             ConfigError: a continuation has no tokens or exceeds the context length.
-            Stopped: ``must_stop`` returned True.
         """
         encoder = self.encoder
-        return self._score([encoder.continuation(request.context, request.text) for request in requests], label)
+        return self.score([encoder.continuation(request.context, request.text) for request in requests], label)
 
     def rolling_log_likelihoods(self, texts: Sequence[str], label: str) -> list[float]:
         """Return the log-likelihood of every text, scored in windows if it exceeds the context length."""
         encoder = self.encoder
         windows = [encoder.windows(text) for text in texts]
-        scores = iter(self._score([window for part in windows for window in part], label))
+        scores = iter(self.score([window for part in windows for window in part], label))
         return [sum(value for value, _ in islice(scores, len(part))) for part in windows]
 
-    def _score(self, requests: Sequence[ScoringRequest], label: str) -> list[tuple[float, bool]]:
+    def score(self, requests: Sequence[ScoringRequest], label: str) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of the scored tokens of every request, and whether all are the greedy ones.
+
+        Raises:
+            DivergedError: a log-likelihood is NaN.
+            Stopped: ``must_stop`` returned True.
+        """
         groups, results = self.model.groups, []
         size = BATCHES * self.batch_size * groups.dp_size * groups.pp_size
         with progress(label, len(requests), "requests", enabled=groups.is_logging_rank) as bar:

@@ -45,7 +45,7 @@ def has_evaluation(path: Path | None, step: int) -> bool:
     if path is None or is_stream(path) or not path.exists():
         return False
     lines = path.read_bytes().splitlines(keepends=True)
-    return any(_step(line) == step and json.loads(line)["kind"] == "eval" for line in lines)
+    return any(_step(line) == step and json.loads(line)["kind"] in ("eval", "task") for line in lines)
 
 
 def training_record(path: Path | None, step: int) -> dict[str, Any] | None:

@@ -12,12 +12,14 @@ from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream
 from megatron_slm.data.datasets import Datasets
+from megatron_slm.evaluation.evaluate import EncodedTask, TaskResult
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED
 from megatron_slm.runtime.metrics_file import has_evaluation
 from megatron_slm.runtime.signals import StopSignals
+from megatron_slm.training.benchmarks import evaluate_benchmarks, score_line, score_record
 from megatron_slm.training.clock import Schedule, StepClock
-from megatron_slm.training.evaluation import evaluate
+from megatron_slm.training.evaluation import Evaluation, evaluate
 from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
 from megatron_slm.training.saver import Saver
@@ -39,6 +41,7 @@ class Run:
     shape: BatchShape
     reference: ReferenceSource
     throughput: Throughput
+    benchmarks: list[EncodedTask]
     sinks: list[Sink]
     console: Console
 
@@ -122,16 +125,25 @@ class _Loop:
         )
 
     def evaluate(self) -> None:
-        """Evaluate every validation set and log the results, unless this step is already evaluated."""
-        run, logging = self.run, self.run.config.logging
-        if self.evaluated == run.progress.step or not run.datasets.valid or logging.eval_iters == 0:
+        """Evaluate validation sets and benchmarks and log the results, unless this step is already evaluated."""
+        run, config = self.run, self.run.config
+        sets = run.datasets.valid if config.logging.eval_iters else {}
+        if self.evaluated == run.progress.step or not (sets or run.benchmarks):
             return
         logger.info("evaluating at step %d", run.progress.step)
         with self.clock.evaluating():
-            results = evaluate(run.state, run.datasets.valid, run.config, run.shape, self.stop.agreed)
-        if not results:
-            return
-        self.evaluated = run.progress.step
+            losses = evaluate(run.state, sets, config, run.shape, self.stop.agreed)
+            scores = evaluate_benchmarks(run.state, run.benchmarks, config, self.stop.agreed)
+        if losses:
+            self._log_losses(losses)
+        if scores:
+            self._log_scores(scores)
+        if losses or scores:
+            self.evaluated = run.progress.step
+
+    def _log_losses(self, results: dict[str, Evaluation]) -> None:
+        """Log the held-out losses of the validation sets."""
+        run = self.run
         line = "  ".join(f"{name} {result}" for name, result in results.items())
         run.console.print(f"held-out loss at step {run.progress.step}: {line}", style="bold", markup=False)
         for name, result in results.items():
@@ -139,6 +151,16 @@ class _Loop:
             sizes = {"tokens_evaluated": result.tokens, "bytes_evaluated": result.bytes}
             for sink in run.sinks:
                 sink.write({"kind": "eval", **record, "bits_per_byte": result.bits_per_byte, **sizes})
+
+    def _log_scores(self, results: list[TaskResult]) -> None:
+        """Log the scores of benchmarks."""
+        run = self.run
+        line = "  ".join(map(score_line, results))
+        run.console.print(f"benchmarks at step {run.progress.step}: {line}", style="bold", markup=False)
+        for result in results:
+            record = {"step": run.progress.step, "tokens": run.tokens, "set": result.task}
+            for sink in run.sinks:
+                sink.write({"kind": "task", **record, **score_record(result)})
 
     def save(self) -> None:
         """Save a checkpoint, unless --save is missing or this step is already saved."""

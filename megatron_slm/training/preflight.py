@@ -64,7 +64,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
     """Validate output directories, corpora and the reference model.
 
     Args:
-        verify: also validate score sidecars and checksums, which a run does when it opens them.
+        verify: also validate score sidecars, checksums and benchmarks, which a run does when it opens them.
 
     Raises:
         ConfigError: a file is missing, damaged, or does not match the run.
@@ -73,6 +73,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
     from megatron_slm.data.splits import check_splits
     from megatron_slm.reference.replica import check_reference
     from megatron_slm.scores.sets import verify_scores
+    from megatron_slm.training.benchmarks import read_benchmarks
     from megatron_slm.training.setup import needs_reference, score_headers
 
     refuse(list(unwritable_outputs(config)))
@@ -80,6 +81,8 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
     trains, length = not config.training.skip_train, config.model.seq_length
     check_loss_masks(config.data, length, verify=config.checkpoint.slm_verify_checksums)
     check_splits(config.data, valid_samples=config.logging.eval_iters, seq_length=length, trains=trains)
+    if verify:
+        read_benchmarks(config, tokenizer)
     if not trains:
         return
     _check_index_memory(config)

@@ -26,6 +26,7 @@ from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.scores.samples import ScoredSamples
 from megatron_slm.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
 from megatron_slm.tokenizers.tokenizer import Tokenizer
+from megatron_slm.training.benchmarks import read_benchmarks
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.fallback import verified_start
 from megatron_slm.training.loop import Run
@@ -97,6 +98,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     start = verified_start(on_first_rank(lambda: plan_start(config)), config)
     console.print(start.describe(config.checkpoint.save), style="bold", markup=False)
     config = start.adjusted(config)
+    benchmarks = on_first_rank(lambda: read_benchmarks(config, tokenizer))
     shape = batch_shape(config, groups)
     trains = not config.training.skip_train
     headers = on_first_rank(lambda: score_headers(config, tokenizer)) if trains else {}
@@ -129,6 +131,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
         shape=shape,
         reference=reference,
         throughput=Throughput.from_config(config, reference_config, tokenizer.vocab_size, groups),
+        benchmarks=benchmarks,
         sinks=on_every_rank(lambda: open_sinks(config, groups, state.progress.step)),
         console=console,
     )
@@ -184,7 +187,7 @@ def _build_datasets(
     """Build the datasets. Collective over all ranks.
 
     Raises:
-        ConfigError: there is no evaluation set with --skip-train.
+        ConfigError: there is nothing to evaluate with --skip-train.
     """
     trains = not config.training.skip_train
     datasets = build_datasets(
@@ -196,10 +199,10 @@ def _build_datasets(
         seed=config.training.seed,
         identities=corpora,
     )
-    if not trains and not (datasets.valid and config.logging.eval_iters):
+    if not trains and not (datasets.valid and config.logging.eval_iters) and not config.logging.eval_tasks:
         raise ConfigError(
             "--skip-train has nothing to evaluate. Specify --valid-data-path, or --data-path with a validation share "
-            "in --split, and --eval-iters above 0."
+            "in --split, and --eval-iters above 0; or --eval-tasks."
         )
     return datasets
 

@@ -31,7 +31,7 @@ WANDB_ID_FILE = "wandb_run_id.txt"
 
 
 class Sink(Protocol):
-    """Write records: dictionaries with "kind" ("train" or "eval"), "step" and metrics."""
+    """Write records: dictionaries with "kind" ("train", "eval" or "task"), "step" and metrics."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 

@@ -28,6 +28,8 @@ PROJECT_PREFIXES = (
     "--data-order",
     "--activation",
     "--keep-last",
+    "--eval-tasks",
+    "--tasks-dir",
 )
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

@@ -144,4 +144,23 @@ def _unwritable(flag: str, directory: Path) -> Iterator[str]:
         )
 
 
-RELATIONS = (checkpoints, replay, wandb, output_directories)
+def benchmarks(config: RunConfig, _: int) -> Iterator[str]:
+    """Require data for benchmarks, and a layout that they support."""
+    logging = config.logging
+    if logging.eval_tasks and logging.tasks_dir is None:
+        yield "--eval-tasks needs --tasks-dir, the directory of its data (docs/evaluation.md)."
+    if not logging.eval_tasks:
+        for flag, is_given in (
+            ("--tasks-dir", logging.tasks_dir is not None),
+            ("--eval-tasks-limit", logging.eval_tasks_limit is not None),
+        ):
+            if is_given:
+                yield f"{flag} has no effect without --eval-tasks. Add it, or leave {flag} out."
+    if logging.eval_tasks and config.parallel.context_parallel_size > 1:
+        yield (
+            "--eval-tasks does not support --context-parallel-size above 1. Evaluate checkpoints of the run with "
+            "tools/evaluate.py."
+        )
+
+
+RELATIONS = (checkpoints, replay, wandb, benchmarks, output_directories)

