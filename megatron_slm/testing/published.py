@@ -95,7 +95,7 @@ def save_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, *
 
 
 def save_tokenizer(directory: Path, size: int = 290) -> None:
-    """Write a byte-level tokenizer of up to ``size`` entries; <|endoftext|> (id 0) ends documents."""
+    """Write a byte-level tokenizer of ``size`` entries; <|endoftext|> (id 0) ends documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
@@ -108,6 +108,7 @@ def save_tokenizer(directory: Path, size: int = 290) -> None:
         show_progress=False,
     )
     model.train_from_iterator(["the cat and the dog ran to the old barn", "she has an apple in her hand"] * 9, trainer)
+    model.add_special_tokens([f"<extra_{number}>" for number in range(size - model.get_vocab_size())])
     model.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
