@@ -23,6 +23,7 @@ SMALLER = {
     "preprocess_data.py": ["--workers", "2"],
     "preprocess_sft.py": ["--seq-length", "32"],
     "score_corpus.py": [],
+    "convert_checkpoint.py": [],
     "merge_datasets.py": [],
     "inspect_dataset.py": [],
 }

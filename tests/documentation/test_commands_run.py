@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.testing.published import save_model
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reference_scores", "finetuning", "data", "performance"))]
@@ -32,12 +34,13 @@ def write_text(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Create a user's directory: a checkout, raw and clean text, and wrappers of long commands."""
+    """Create a user's directory: a checkout, raw and clean text, a published model, and wrappers of long commands."""
     directory = tmp_path_factory.mktemp("reader")
     for name in ("tools", "examples", "megatron_slm", "Makefile"):
         (directory / name).symlink_to(ROOT / name)
     for seed, name in enumerate(("raw", "clean")):
         write_text(directory / f"{name}.jsonl", seed)
+    save_model("llama", directory / "models" / "TinyLlama-1.1B", intermediate_size=64)
     (directory / "bin").mkdir()
     for program in ("python", "torchrun", "make"):
         stand_in = directory / "bin" / program

@@ -31,8 +31,9 @@ COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 
 
 @cache
-def help_of(program: str) -> str:
-    command = ["-m", program] if program == "megatron_slm.pretrain" else [program]
+def help_of(program: str, *positional: str) -> str:
+    """Return the help text of a program, or of its command that ``positional`` names."""
+    command = ["-m", program] if program == "megatron_slm.pretrain" else [program, *positional]
     result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     return result.stdout
 
@@ -42,7 +43,8 @@ def help_of(program: str) -> str:
 )
 def test_shown_command_has_its_files_and_flags(page: Path, words: list[str]) -> None:
     place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "megatron_slm.pretrain")
-    known = set(re.findall(r"--[\w-]+", help_of(words[place])))
+    positional = [word for word in words[place + 1 : place + 2] if not word.startswith("-")]
+    known = set(re.findall(r"--[\w-]+", help_of(words[place], *positional)))
     for number, word in enumerate(words):
         if word.startswith("--"):
             flag = word.partition("=")[0]
