@@ -152,7 +152,7 @@ def _build_parser() -> argparse.ArgumentParser:
         }
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif kind in (list[str], dict[str, list[str]]):
+        elif kind in (list[str], list[int], dict[str, list[str]]):
             options |= {"nargs": "+", "metavar": "ARGUMENT"}
         else:
             options["metavar"] = "|".join(setting.metadata["choices"]) or "VALUE"

@@ -121,6 +121,8 @@ def convert(value: Any, kind: Any, location: str) -> Any:
     refuse_empty(value, location)
     if kind == list[str]:
         return blend_arguments(value, location)
+    if kind == list[int]:
+        return [convert(item, int, location) for item in (value if isinstance(value, list) else [value])]
     if kind == dict[str, list[str]]:
         return _named_sets(value, location)
     if value is None or isinstance(value, list | dict):

@@ -60,7 +60,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
         "accumulate_allreduce_grads_in_fp32",
         *("check_for_spiky_loss", "check_for_large_grads"),
-        *("slm_spike_window", "slm_spike_threshold", "slm_spike_action"),
+        *("slm_spike_window", "slm_spike_threshold", "slm_spike_action", "iterations_to_skip"),
         *("data_order", "slm_sentences", "mock_data", "slm_loss_mask"),
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path", "split"),
         *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file"),  # fingerprints are compared elsewhere

@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_slm.corpus.index import read_index
+from megatron_slm.data.packed_samples import PackedSamples
 
 
 def locate_sample(dataset: Any, index: int) -> tuple[Any, int]:
@@ -78,8 +79,11 @@ def document_spans(dataset: Any, index: int) -> list[DocumentSpan]:
     prefix = corpus.dataset.path_prefix
     documents = read_index(prefix)
     width = documents.dtype.itemsize
+    ranges = list(token_ranges(corpus, corpus_index))
+    if isinstance(corpus, PackedSamples):
+        ranges.pop()  # the first token of the next sample, which is padding in this one
     spans = []
-    for start, stop in token_ranges(corpus, corpus_index):
+    for start, stop in ranges:
         sequence = int(np.searchsorted(documents.pointers, start * width, "right")) - 1
         document = int(np.searchsorted(documents.boundaries, sequence, "right")) - 1
         first = int(documents.pointers[documents.boundaries[document]]) // width

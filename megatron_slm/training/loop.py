@@ -98,12 +98,13 @@ class _Loop:
         self.clock.start()
         try:
             while run.progress.step < self.iterations and not self.stop.agreed():
-                self.unlogged.append(one_step(run, stream, self.monitor))
+                if (trained := one_step(run, stream, self.monitor)) is not None:
+                    self.unlogged.append(trained)
                 self.clock.tick()
                 self.saver.poll()
                 step = run.progress.step
                 logger.info("step %d", step)
-                if _is_due(step, config.logging.log_interval) or step == self.iterations:
+                if self.unlogged and (_is_due(step, config.logging.log_interval) or step == self.iterations):
                     self._log()
                 if _is_due(step, config.checkpoint.save_interval):
                     self.save()
@@ -204,9 +205,19 @@ def training_stream(run: Run) -> BatchStream:
     )
 
 
-def one_step(run: Run, stream: BatchStream, observer: StepObserver) -> Step:
-    """Run the next step, and advance the progress of the run. Collective over all ranks."""
+def one_step(run: Run, stream: BatchStream, observer: StepObserver) -> Step | None:
+    """Run the next step, and advance the progress of the run. Collective over all ranks.
+
+    Returns:
+        the step, or None if it is one of --iterations-to-skip: its samples are consumed, and the schedule advances.
+    """
     progress = run.progress
+    if progress.step + 1 in run.config.training.iterations_to_skip:
+        next(stream)
+        run.state.scheduler.step(increment=run.shape.global_batch_size)
+        run.console.print(f"step {progress.step + 1} is skipped (--iterations-to-skip)")
+        _advance(run)
+        return None
     ratio, next_ratio = (selection_ratio(run.config.objective, progress.step + ahead) for ahead in (0, 1))
     step = train_step(
         run.state,
@@ -216,9 +227,13 @@ def one_step(run: Run, stream: BatchStream, observer: StepObserver) -> Step:
         reference=run.reference,
         observer=observer,
     )
-    progress.step += 1
-    progress.consumed_samples += run.shape.global_batch_size
+    _advance(run)
     return step
+
+
+def _advance(run: Run) -> None:
+    run.progress.step += 1
+    run.progress.consumed_samples += run.shape.global_batch_size
 
 
 def _is_due(step: int, interval: int | None) -> bool:

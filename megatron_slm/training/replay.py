@@ -111,6 +111,7 @@ def replay(run: Run, original: RunConfig, signals: StopSignals | None = None) ->
         observer = _Observer(run.state)
         with _rank_gradient_norms(run) as rank_norms:
             step = one_step(run, stream, observer)
+            assert step is not None, "the step is not skipped, see config.relations"
     finally:
         stream.close()
     norms = gather_on_first_rank(rank_norms[0] if rank_norms else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_slm.data.datasets import build_datasets, training_samples
 from megatron_slm.data.sample_locations import document_spans
 from megatron_slm.preprocessing.preprocess import Job, preprocess
 from megatron_slm.scores.samples import ScoredSamples
+from megatron_slm.testing.chat import make_examples
 from megatron_slm.tokenizers.base import TokenizerFiles
 from megatron_slm.tokenizers.plain_tokenizers import ByteTokenizer
 
@@ -76,6 +78,19 @@ def test_sentences_are_located_in_their_documents(corpora: list[str], sentences:
     if sentences == "join":
         documents = [span.document for index in range(40) for span in document_spans(dataset, index)]
         assert len(set(documents)) > 40
+
+
+def test_packed_examples_are_located_without_padding(tmp_path: Path) -> None:
+    pairs = [{"prompt": "ab" * (number % 5 + 1), "completion": f"c{number}"} for number in range(60)]
+    dataset = build(
+        DataConfig(data_path=[make_examples(tmp_path / "pairs", pairs)], split="100,0,0", slm_loss_mask="answers")
+    )
+    for index in range(20):
+        spans = document_spans(dataset, index)
+        assert len(spans) > 1 and all(span.offset == 0 for span in spans)
+        tokens = np.concatenate([document_ids(read_index(span.corpus), span.document) for span in spans])
+        assert len(tokens) == sum(span.tokens for span in spans)
+        assert tokens.tolist() == dataset[index]["tokens"][: len(tokens)].tolist()
 
 
 def test_mock_data_has_no_documents() -> None:

@@ -118,3 +118,25 @@ def test_the_estimate_survives_a_resume(tmp_path: Path, corpus: str) -> None:
     assert [code for code, _ in outcomes] == [0, 0], outcomes
     (event,) = events(tmp_path / "run")
     assert (event["step"], event["spikes"][0]["steps"]) == (6, 4)
+
+
+def test_skipped_iterations_consume_their_samples(tmp_path: Path, corpus: str) -> None:
+    """After a NaN in step 3, the run continues without this step; the schedule and all other samples are the same."""
+    save, plain = tmp_path / "run", tmp_path / "plain"
+    argv = command(corpus, save, train_iters=5, save_interval=2, load=save, lr=1e-3, eval_iters=0)
+    runs = [
+        (argv, (0, 3, math.nan)),
+        ([*argv, "--iterations-to-skip", "3", "9"], (0, 3, math.nan)),
+        (command(corpus, plain, train_iters=5, lr=1e-3, eval_iters=0), None),
+        ([*argv, "--iterations-to-skip", "3", "--replay-step", "3"], None),
+        ([*argv, "--iterations-to-skip", "three"], None),
+    ]
+    outcomes = run_ranks(_each, 1, runs, initialise=False)[0]
+    assert [code for code, _ in outcomes] == [3, 0, 0, 2, 2], outcomes
+    assert "is in --iterations-to-skip" in outcomes[3][1] and "must be an integer" in outcomes[4][1]
+    skipped, whole = records(save), records(plain)
+    assert [record["step"] for record in skipped] == [1, 2, 4, 5]
+    of_plain = [whole[record["step"] - 1] for record in skipped]
+    assert [record["lr"] for record in skipped] == [record["lr"] for record in of_plain]
+    assert [record["loss"] for record in skipped][:2] == [record["loss"] for record in of_plain][:2]
+    assert skipped[2]["loss"] != of_plain[2]["loss"] == pytest.approx(skipped[2]["loss"], abs=0.2)

@@ -35,7 +35,6 @@ CURATED: dict[str, str] = {
     "--batch-size": "this name is from an old release. Use --micro-batch-size.",
     "--model-parallel-size": "this name is from an old release. Use --tensor-model-parallel-size.",
     "--checkpoint-activations": "this name is from an old release. Use --recompute-activations.",
-    "--iterations-to-skip": "every iteration is trained. Leave the flag out.",
     "--override-ckpt-iteration": "the step comes from the checkpoint. Choose one with --ckpt-step.",
     # model
     "--apply-layernorm-1p": "norm weights are stored directly, not as an offset from 1. Leave the flag out.",

@@ -45,6 +45,8 @@ def replay(config: RunConfig, _: int) -> Iterator[str]:
         if report is not None:
             yield f"--replay-report {report} has no effect without --replay-step. Add the step, or leave it out."
         return
+    if training.replay_step in training.iterations_to_skip:
+        yield f"--replay-step {training.replay_step} is in --iterations-to-skip. Leave it out there."
     if training.skip_train:
         yield "--replay-step trains, and --skip-train does not. Give one of them."
     if training.train_samples is None and training.replay_step > training.train_iters:

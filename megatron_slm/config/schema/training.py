@@ -84,6 +84,9 @@ class TrainingConfig:
     exit_signal_handler: bool = flag(
         True, "save and exit at SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 (Megatron-LM: off, SIGTERM only)"
     )
+    iterations_to_skip: list[int] = flag(
+        list, "iterations whose samples are consumed without training, for example after a NaN"
+    )
     check_for_spiky_loss: bool = flag(
         True, "record steps whose loss is a spike, with their samples and documents (Megatron-LM: off)"
     )
