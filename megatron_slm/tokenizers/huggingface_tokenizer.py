@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class HuggingFaceTokenizer(_TokenizersModel):
         self.eod = find_eod(path, model.token_to_id) if files.eod_id is None else files.eod_id
         self.path = path
 
-    @property
+    @cached_property
     def bos(self) -> int | None:
         return find_bos(self.path, self.model.token_to_id)
 
