@@ -29,7 +29,7 @@ def conversation_text(
     without white space after an end-of-turn token. Templates with ``{% generation %}`` mark the answers themselves.
 
     Args:
-        ends: special tokens, which can end a turn.
+        ends: texts of tokens that can end a turn.
 
     Raises:
         TemplateError: the template does not accept the conversation, or formats a message in a way that depends on
@@ -99,7 +99,11 @@ class ExampleEncoder:
             return Example([*prefix, *body.ids, end], [*(False for _ in prefix), *body.mask, bool(spans)])
         if isinstance(self.template, ConfigError):
             raise self.template
-        return self.encode(*conversation_text(self.template, record, self.tokenizer.special_texts))
+        return self.encode(*conversation_text(self.template, record, self._ends))
+
+    def ends_turn(self, token: int) -> bool:
+        """Return whether a token can end a turn."""
+        return token == self.tokenizer.eod or self.tokenizer.decode([token]).strip() in self._ends
 
     def encode(self, text: str, spans: Sequence[Span]) -> Example:
         """Return the ids of a text and whether each lies in a span.
@@ -133,6 +137,11 @@ class ExampleEncoder:
             return encode(text)
         newline = encode("\n")
         return encode("\n" + text)[len(newline) :]
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        """Texts of the tokens that can end a turn."""
+        return frozenset(text for text in self.tokenizer.added_texts if text.strip())
 
     @cached_property
     def _adds_space(self) -> bool:

@@ -22,7 +22,7 @@ from megatron_slm.preprocessing.inputs import STDIN, InputFormat, detect_format,
 from megatron_slm.preprocessing.journal import OUTPUT, lock_output
 from megatron_slm.preprocessing.text_reader import UNREADABLE, BadDocuments, describe_error
 from megatron_slm.preprocessing.workers import worker_processes
-from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.console import progress, warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_output_prefix, explained_write
 from megatron_slm.tokenizers.base import TEXT, TOKENS, TokenizerFiles
@@ -66,6 +66,7 @@ class Counts:
     longest: int = 0
     truncated: int = 0
     dropped: int = 0  # longer than --seq-length, or without an answer after truncation
+    unended: int = 0  # last answer without end-of-turn token
 
     def add(self, other: Counts) -> None:
         """Add the counts of a block."""
@@ -134,7 +135,7 @@ class BlockEncoder:
                 found = [self._limited(self.encoder(record), counts) for record in self.reader(line)]
                 examples += [example for example in found if example is not None]
             except UNREADABLE as error:
-                bad.append((place, describe_error(error)))
+                bad.append((place, describe_error(error).rstrip(".")))
         if block.damage:
             bad.append((0, f"the file is {block.damage}"))
         return self._encoded(examples, counts, block.lines(content), bad)
@@ -149,6 +150,8 @@ class BlockEncoder:
         example.mask[:1] = [False]  # the first token of an example is never predicted
         if not any(example.mask):
             raise ValueError("no answer: no completion, or no message of the assistant with content")
+        last = length - 1 - example.mask[::-1].index(True)
+        counts.unended += not self.encoder.ends_turn(example.ids[last])
         if limit is None or length <= limit:
             return example
         if policy == REFUSE:
@@ -200,6 +203,11 @@ def preprocess_examples(job: FinetuneJob) -> Summary:
                 masks.append((np.packbits(block.mask), len(block.mask)))
             if not summary.examples:
                 raise ConfigError(f"--input: {', '.join(job.files)} contains no example.{_first(summary.errors)}")
+            if summary.unended:
+                warn(
+                    f"the last answers of {summary.unended:,} examples end without a special token, so that the model "
+                    "does not learn to end them. Check the chat template."
+                )
             _publish(job, corpus, tokenizer, template, summary, masks)
         finally:
             corpus.remove()

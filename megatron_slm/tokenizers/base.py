@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     eod: int  # id of the end-of-document token
     special_ids: frozenset[int]  # ids of control tokens
     special_texts: frozenset[str]  # their texts
+    added_texts: frozenset[str]  # texts of all tokens outside of the model, which include them
     fingerprint: str  # sha256 of the defining files
 
     @property
@@ -115,6 +116,7 @@ class BaseTokenizer:
     eod: int
     special_ids: frozenset[int] = frozenset()
     special_texts: frozenset[str] = frozenset()
+    added_texts: frozenset[str] = frozenset()
 
     def __init__(self, fingerprint: str, source: str) -> None:
         self.name = type(self).__name__

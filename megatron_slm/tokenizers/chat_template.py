@@ -123,7 +123,9 @@ def find_template(given: str | None, tokenizer_path: str | None) -> ChatTemplate
         return _given_template(given, variables)
     templates = _tokenizer_templates(directory) if directory is not None else {}
     if not templates:
-        place = "this tokenizer" if directory is None else f"{directory} (chat_template.jinja, tokenizer_config.json)"
+        place = "this tokenizer"
+        if directory is not None:
+            place = f"{tokenizer_path} (chat_template.jinja or tokenizer_config.json in {directory})"
         raise ConfigError(f"{FLAG}: {place} has no chat template, which 'messages' need. Give one with {FLAG} FILE.")
     name = DEFAULT if DEFAULT in templates else next(iter(templates))
     with_tools = None

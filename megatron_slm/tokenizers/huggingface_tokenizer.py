@@ -40,6 +40,7 @@ class _TokenizersModel(BaseTokenizer):
         added = model.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self.special_texts = frozenset(entry.content for entry in added.values() if entry.special)
+        self.added_texts = frozenset(entry.content for entry in added.values())
 
     @property
     def entries(self) -> int:

@@ -42,7 +42,7 @@ class SentencePieceTokenizer(BaseTokenizer):
             raise missing_eod_error(self.source)
         self.eod = eod
         names = {self.model.id_to_piece(token): token for token in self.special_ids}
-        self.special_texts = frozenset(names)
+        self.special_texts = self.added_texts = frozenset(names)
         self._specials = names if files.special_tokens == TOKENS else {}
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split

@@ -58,7 +58,8 @@ class TikTokenizer(BaseTokenizer):
             self.model = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"--tokenizer-model {path} is not a tiktoken file: {error}") from error
-        self.special_ids, self.special_texts = frozenset(specials.values()), frozenset(specials)
+        self.special_ids = frozenset(specials.values())
+        self.special_texts = self.added_texts = frozenset(specials)
         self.specials = frozenset(specials if files.special_tokens == TOKENS else ())  # recognized in texts
         end = specials["</s>"] if is_megatrons else max(specials.values(), default=0)
         self.eod = end if files.eod_id is None else files.eod_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,19 @@ def test_sources_of_templates(tmp_path: Path) -> None:
     assert find_template("{{ 1 + 1 }}", None).render([])[0] == "2"
     with pytest.raises(ConfigError, match=r"nowhere.*cannot be read"):
         find_template("nowhere", None)
+
+
+def test_turns_end_at_any_added_token(tmp_path: Path) -> None:
+    """Some tokenizers do not declare their end-of-turn token as special; the newline after it is no answer."""
+    directory = Path(save_tokenizer(tmp_path, CHATML))
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+    declared = json.loads(text)
+    for token in declared["added_tokens"]:
+        token["special"] = token["special"] and token["content"] != "<|im_end|>"
+    (directory / "tokenizer.json").write_text(json.dumps(declared), encoding="utf-8")
+    encode = encoder(str(directory))
+    assert "<|im_end|>" not in encode.tokenizer.special_texts
+    assert answers(encode, Conversation(TURNS)) == ["abba 日本 🙂<|im_end|>", "cde\n\ne<|im_end|>"]
+    example = encode(Conversation(TURNS))
+    last = max(place for place, trained in enumerate(example.mask) if trained)
+    assert encode.ends_turn(example.ids[last]) and not encode.ends_turn(example.ids[last - 1])

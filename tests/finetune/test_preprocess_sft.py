@@ -133,3 +133,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "skipped" in errors
     code, _, errors = run_tool(monkeypatch, capsys, "preprocess_sft", [*arguments, "--append-eod"])
     assert code == 2 and "--append-eod" in errors
+
+
+def test_answers_without_an_end_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_examples(tmp_path / "x", [CHAT, PAIR], chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "the last answers of 1 examples end without a special token" in capsys.readouterr().err
