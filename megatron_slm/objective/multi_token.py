@@ -18,74 +18,75 @@ from torch.distributed import ProcessGroup
 
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection, select
+from megatron_slm.objective.selective_loss import weighted_sum
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
+from megatron_slm.runtime.collective import group_rank, group_size
 
 
-def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, heads: int) -> list[Tensor]:
+def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, head_count: int) -> list[Tensor]:
     """Return the labels [b, s] of each MTP head; 0 beyond the sequence's end. Collective over the config's context
     group."""
     sequence = _Sequence(tokens.global_token_index, config.cp_group)
-    return [sequence.ahead(labels, distance) for distance in range(1, heads + 1)]
+    return [sequence.shift_left(labels, distance) for distance in range(1, head_count + 1)]
 
 
 def multi_token_loss(
-    heads: Sequence[Tensor], tokens: TokenBatch, selection: Selection, config: SelectionConfig, ratio: float
+    head_losses: Sequence[Tensor], tokens: TokenBatch, selection: Selection, config: SelectionConfig, ratio: float
 ) -> Tensor:
     """Return the part of the MTP heads in a micro-batch's numerator, a scalar with its graph.
 
     Collective over the config's context group, and over its group if heads select independently.
 
     Args:
-        heads: [b, s] fp32 token losses of heads 1 to D; those beyond the sample's end do not count.
+        head_losses: [b, s] fp32 token losses of heads 1 to D; those beyond the sample's end do not count.
         tokens: the micro-batch with the losses of the main head.
         selection: selection of the main head.
         config: settings of the selection.
         ratio: the selection ratio.
     """
-    total = torch.zeros_like(heads[0][0, 0])
+    total = torch.zeros_like(head_losses[0][0, 0])
     sequence = _Sequence(tokens.global_token_index, config.cp_group)
-    for distance, loss in enumerate(heads, start=1):
+    for distance, loss in enumerate(head_losses, start=1):
         if config.mtp_is_independent:
-            weight = select(_tokens_ahead(tokens, loss, distance, sequence), config, ratio).weight
+            weight = select(_shifted_tokens(tokens, loss, distance, sequence), config, ratio).weight
         else:
-            weight = sequence.ahead(selection.weight, distance)
-        total = total + (loss.masked_fill(weight == 0, 0.0) * weight).sum()
-    return config.mtp_loss_weight / len(heads) * total
+            weight = sequence.shift_left(selection.weight, distance)
+        total = total + weighted_sum(loss, weight)
+    return config.mtp_loss_weight / len(head_losses) * total
 
 
-def _tokens_ahead(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _Sequence) -> TokenBatch:
+def _shifted_tokens(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _Sequence) -> TokenBatch:
     """Return the micro-batch of the head at a distance."""
     reference = tokens.reference
     if reference is not None:
-        entropy = None if reference.entropy is None else sequence.ahead(reference.entropy, distance)
-        reference = ReferenceScores(sequence.ahead(reference.loss, distance), entropy)
+        entropy = None if reference.entropy is None else sequence.shift_left(reference.entropy, distance)
+        reference = ReferenceScores(sequence.shift_left(reference.loss, distance), entropy)
     return TokenBatch(
-        loss, sequence.ahead(tokens.valid, distance), tokens.global_token_index, tokens.step_token_index, reference
+        loss, sequence.shift_left(tokens.valid, distance), tokens.global_token_index, tokens.step_token_index, reference
     )
 
 
 class _Sequence:
     """The sequences of a micro-batch, which context-parallel ranks may share; ``index`` [b, s] orders their tokens."""
 
-    def __init__(self, index: Tensor, context: ProcessGroup | None) -> None:
-        self.context = context if context is not None and context.size() > 1 else None
-        self.columns = self._whole(index[:1])[0].argsort() if self.context is not None else None
+    def __init__(self, index: Tensor, cp_group: ProcessGroup | None) -> None:
+        self.cp_group = cp_group
+        self.columns = self._gather(index[:1])[0].argsort() if group_size(cp_group) > 1 else None
 
-    def ahead(self, values: Tensor, distance: int) -> Tensor:
+    def shift_left(self, values: Tensor, distance: int) -> Tensor:
         """Return the values of the tokens ``distance`` positions ahead, [b, s]; 0 beyond the sequence's end.
 
         Collective over the context-parallel ranks.
         """
-        if self.context is None or self.columns is None:
+        if self.columns is None:
             return torch.cat((values[:, distance:], torch.zeros_like(values[:, :distance])), 1)
-        whole = self._whole(values)
-        moved = torch.zeros_like(whole)
-        moved[:, self.columns[:-distance]] = whole[:, self.columns[distance:]]
-        return moved.chunk(self.context.size(), 1)[self.context.rank()]
+        gathered = self._gather(values)
+        shifted = torch.zeros_like(gathered)
+        shifted[:, self.columns[:-distance]] = gathered[:, self.columns[distance:]]
+        return shifted.chunk(group_size(self.cp_group), 1)[group_rank(self.cp_group)]
 
-    def _whole(self, values: Tensor) -> Tensor:
-        """[b, s] of every rank, side by side."""
-        assert self.context is not None
-        parts = [torch.empty_like(values) for _ in range(self.context.size())]
-        dist.all_gather(parts, values.contiguous(), group=self.context)
+    def _gather(self, values: Tensor) -> Tensor:
+        """Return the columns [b, s] of every context-parallel rank, side by side."""
+        parts = [torch.empty_like(values) for _ in range(group_size(self.cp_group))]
+        dist.all_gather(parts, values.contiguous(), group=self.cp_group)
         return torch.cat(parts, 1)

@@ -10,6 +10,9 @@ _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
+# Streams of random numbers: each use has its stream, so that the numbers of one token are independent.
+RANDOM_SCORE, STOCHASTIC_RANKING, TIES = range(3)
+
 
 def uniform(index: Tensor, seed: int, stream: int) -> Tensor:
     """Return uniform numbers in (0, 1), hashed from the token's index in the run.
@@ -17,24 +20,24 @@ def uniform(index: Tensor, seed: int, stream: int) -> Tensor:
     Args:
         index: [...] int64, the same for the same token of the same run.
         seed: of the run.
-        stream: distinguishes several numbers for one token.
+        stream: the use of the numbers, such as :data:`RANDOM_SCORE`.
 
     Returns:
         [...] float64
     """
     start = _mix(torch.tensor(seed, device=index.device) * _GAMMA + stream)
     bits = _mix(index * _GAMMA + start)
-    return ((_shift_right(bits, 11)).double() + 0.5) * 2.0**-53
+    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
 
 
 def gumbel(index: Tensor, seed: int, stream: int) -> Tensor:
-    """Standard Gumbel noise, [...] float64; adding it to log-weights and taking the top k samples without
+    """Return standard Gumbel noise, [...] float64; adding it to log-weights and taking the top k samples without
     replacement (Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019)."""
     return -torch.log(-torch.log(uniform(index, seed, stream)))
 
 
 def _shift_right(x: Tensor, count: int) -> Tensor:
-    """A shift that brings in zeros, which torch's shift of signed integers does not."""
+    """Return the logical right shift; torch shifts signed integers arithmetically."""
     return (x >> count) & ((1 << (64 - count)) - 1)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_slm.objective.noise import gumbel, uniform
+from megatron_slm.objective.noise import RANDOM_SCORE, STOCHASTIC_RANKING, gumbel, uniform
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import TopK
 from megatron_slm.objective.tokens import TokenBatch
@@ -20,7 +20,7 @@ def ranking_scores(tokens: TokenBatch, config: SelectionConfig, top_k: TopK) -> 
     """
     score = _plain_score(tokens, config, top_k.score)
     if top_k.stochastic:
-        noise = gumbel(tokens.global_token_index, config.seed, stream=1)
+        noise = gumbel(tokens.global_token_index, config.seed, STOCHASTIC_RANKING)
         score = score.double() / config.temperature + top_k.sign * noise
     return (top_k.sign * score).float().masked_fill(~tokens.valid, 0.0)
 
@@ -28,11 +28,15 @@ def ranking_scores(tokens: TokenBatch, config: SelectionConfig, top_k: TopK) -> 
 def _plain_score(tokens: TokenBatch, config: SelectionConfig, name: str) -> Tensor:
     reference = tokens.reference
     if name == "random":
-        return uniform(tokens.global_token_index, config.seed, stream=0)
+        return uniform(tokens.global_token_index, config.seed, RANDOM_SCORE)
     if name == "token-loss":
         return tokens.loss.detach()
     assert reference is not None, f"the score {name} needs a reference model"
     if name == "reference-entropy":
         assert reference.entropy is not None, "the reference model was built without entropies"
         return reference.entropy
-    return reference.loss if name == "reference-loss" else tokens.loss.detach() - reference.loss
+    if name == "reference-loss":
+        return reference.loss
+    if name == "excess":
+        return tokens.loss.detach() - reference.loss
+    raise ValueError(f"the score {name} is unknown")

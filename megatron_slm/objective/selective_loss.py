@@ -20,7 +20,7 @@ from megatron_slm.objective.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class SelectiveLoss:
-    """The loss of one micro-batch as numerator and count."""
+    """Loss of one micro-batch as numerator and count."""
 
     numerator: Tensor  # scalar fp32 with its graph: Σ weightᵢ · token lossᵢ
     count: Tensor  # scalar int64: selected tokens here
@@ -30,6 +30,10 @@ class SelectiveLoss:
 
 def selective_loss(tokens: TokenBatch, selection: Selection) -> SelectiveLoss:
     """Compute the micro-batch's part of the loss."""
-    weight = selection.weight
-    numerator = (tokens.loss.masked_fill(weight == 0, 0.0) * weight).sum()
+    numerator = weighted_sum(tokens.loss, selection.weight)
     return SelectiveLoss(numerator, selection.selected.sum(), selection.selected, selection.threshold)
+
+
+def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:
+    """Return Σ weightᵢ · lossᵢ, a scalar; infinite or NaN losses of weight 0 are left out, as 0 · ∞ is NaN."""
+    return (loss.masked_fill(weight == 0, 0.0) * weight).sum()

@@ -24,7 +24,7 @@ class Selection:
 
     selected: Tensor  # [b, s] bool
     weight: Tensor  # [b, s] fp32, of each token's loss; the weights of a scope sum up to its selected tokens
-    threshold: Tensor  # scalar fp32: lowest selected score of the first top-k, averaged over rankings here
+    threshold: Tensor  # scalar fp32: score of the last selected token of the first top-k, averaged over rankings here
 
     def split(self, count: int) -> list[Selection]:
         """Return the selections of the micro-batches that :func:`concat_micro_batches` concatenated."""

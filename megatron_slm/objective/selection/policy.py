@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_slm.runtime.errors import ConfigError
@@ -26,7 +26,7 @@ STOCHASTIC = "stochastic-"
 
 @dataclass(frozen=True)
 class TopK:
-    """Represent one top-k: a score, its ratio (None: the run's), and whether Gumbel noise is added."""
+    """One top-k: a score, its ratio (None: the run's), and whether Gumbel noise is added."""
 
     score: str
     ratio: float | None = None
@@ -34,7 +34,7 @@ class TopK:
 
     @property
     def sign(self) -> int:
-        """+1 if the highest scores are selected, -1 if the lowest."""
+        """Return +1 if the highest scores are selected, -1 if the lowest."""
         return -1 if self.score in LOWEST_FIRST else 1
 
 
@@ -48,6 +48,7 @@ class BooleanOp:
 
 
 Policy = TopK | BooleanOp
+_Parser = Callable[[list[str], str], tuple[Policy, list[str]]]  # policy and the remaining words
 
 
 def top_ks(policy: Policy) -> Iterator[TopK]:
@@ -81,16 +82,24 @@ def parse_policy(text: str) -> Policy:
         ConfigError: unknown score, ratio outside (0, 1], or a misplaced token; the message shows the expected syntax.
     """
     words = re.findall(r"[()]|[^\s()]+", text)
-    policy, rest = _parse_combined(words, "or", text)
-    if rest:
-        raise _error(text, f"{rest[0]!r} is not expected here")
+    policy, remaining = _parse_or(words, text)
+    if remaining:
+        raise _error(text, f"{remaining[0]!r} is not expected here")
     return policy
 
 
-def _parse_combined(words: list[str], operator: str, text: str) -> tuple[Policy, list[str]]:
-    policy, words = _parse_combined(words, "and", text) if operator == "or" else _parse_term(words, text)
+def _parse_or(words: list[str], text: str) -> tuple[Policy, list[str]]:
+    return _parse_chain("or", _parse_and, words, text)
+
+
+def _parse_and(words: list[str], text: str) -> tuple[Policy, list[str]]:
+    return _parse_chain("and", _parse_term, words, text)
+
+
+def _parse_chain(operator: str, parse_operand: _Parser, words: list[str], text: str) -> tuple[Policy, list[str]]:
+    policy, words = parse_operand(words, text)
     while words and words[0] == operator:
-        right, words = _parse_combined(words[1:], "and", text) if operator == "or" else _parse_term(words[1:], text)
+        right, words = parse_operand(words[1:], text)
         policy = BooleanOp(operator, policy, right)
     return policy, words
 
@@ -99,10 +108,10 @@ def _parse_term(words: list[str], text: str) -> tuple[Policy, list[str]]:
     if not words:
         raise _error(text, "a score is missing at the end")
     if words[0] == "(":
-        policy, rest = _parse_combined(words[1:], "or", text)
-        if not rest or rest[0] != ")":
+        policy, remaining = _parse_or(words[1:], text)
+        if not remaining or remaining[0] != ")":
             raise _error(text, "a closing parenthesis is missing")
-        return policy, rest[1:]
+        return policy, remaining[1:]
     name, colon, ratio_text = words[0].partition(":")
     stochastic = name.startswith(STOCHASTIC)
     score = name.removeprefix(STOCHASTIC)
@@ -121,8 +130,8 @@ def _ratio(ratio_text: str, text: str) -> float:
     return ratio
 
 
-def _error(text: str, what: str) -> ConfigError:
+def _error(text: str, problem: str) -> ConfigError:
     return ConfigError(
-        f"--slm-score {text!r}: {what}. Scores are {', '.join(SCORES)}, each also as {STOCHASTIC}NAME, with an own "
+        f"--slm-score {text!r}: {problem}. Scores are {', '.join(SCORES)}, each also as {STOCHASTIC}NAME, with a "
         "ratio as NAME:0.7, joined by 'and', 'or' and parentheses."
     )

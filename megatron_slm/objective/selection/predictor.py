@@ -10,8 +10,8 @@ the velocity of the thresholds:
     threshold of step t + 1  =  exactₜ(k − GAIN · surplusₜ) + velocityₜ
 
 Over n steps the mean share is off by the change of the surplus divided by n. Noise of a batch cancels in the surplus,
-a steady drift leaves none once its velocity is known, and a jump J of the share enters it once: J / 50 over 50 steps,
-so that |J| ≤ 1/2 costs at most 1 %. It holds while the scores of a step move by less than their spread.
+and a steady drift leaves none once its velocity is known. After a jump of J the mean share over n steps is off by
+J / n: |J| ≤ 1/2 costs at most 1 % over 50 steps. This holds while the scores of a step move by less than their spread.
 
 If many scores are equal to the threshold, it is not moved on, and a share of them is selected by a hash of the token's
 index: ties do no harm either, and the selection of a token still depends on nothing but itself.
@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_slm.objective.noise import uniform
+from megatron_slm.objective.noise import TIES, uniform
 from megatron_slm.objective.scores import ranking_scores
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection, combine_masks, mixed_weight
@@ -77,14 +77,26 @@ def lowest_selected_scores(
     It is the threshold, or the next number above it. A hash of the token's index decides which, so that the right
     share of equal scores is selected.
     """
-    hashed = uniform(global_token_index, config.seed, stream=2)
+    hashed = uniform(global_token_index, config.seed, TIES)
     above = torch.nextafter(predicted.thresholds, torch.full_like(predicted.thresholds, torch.inf))
     each = zip(predicted.thresholds, above, predicted.tied, strict=True)
     return [torch.where(hashed < tied, threshold, next_above) for threshold, next_above, tied in each]
 
 
+class _State(NamedTuple):
+    """State of the controller, each [t] float64, which holds fp32 exactly: one value per top-k of the policy."""
+
+    threshold: Tensor
+    tied: Tensor  # share of the scores equal to the threshold that is selected
+    surplus: Tensor
+    exact: Tensor  # exact threshold of the last step
+    velocity: Tensor
+    share: Tensor  # of the valid tokens that the combined selection of the last step selected
+    ratio: Tensor  # the run's selection ratio that the threshold is predicted for; NaN before the first step
+
+
 class ThresholdPredictor:
-    """The controller of one run's threshold; its state is a few numbers per top-k of the policy.
+    """Controller of one run's threshold; its state is a few numbers per top-k of the policy.
 
     A threshold serves the selection ratio that it was predicted for. Without one (the first step, or after the ratio
     or the policy was changed on a resume) the step is selected exactly.
@@ -94,24 +106,22 @@ class ThresholdPredictor:
         assert config.policy is not None
         self.config = config
         self.top_ks = list(top_ks(config.policy))
-        # One column per top-k: the threshold, the share of equal scores, the surplus, the last exact threshold, the
-        # velocity, the share of the combined selection, and the run's ratio that the threshold is predicted for.
-        # float64, which holds fp32 as it is, in one message.
-        self.values = torch.zeros(7, len(self.top_ks), dtype=torch.float64, device=device)
+        # The rows of a _State in one tensor, and thus in one message.
+        self.values = torch.zeros(len(_State._fields), len(self.top_ks), dtype=torch.float64, device=device)
         self.values[-1] = torch.nan
         self.predicted_ratio = math.nan  # the last row, known without waiting for the device
 
     @property
     def share(self) -> float:
-        """The share of the valid tokens that the last step selected."""
-        return float(self.values[5, 0])
+        """Return the share of the valid tokens that the last step selected."""
+        return float(_State(*self.values).share[0])
 
     def predict(self, ratio: float) -> PredictedThreshold | None:
         """Return the thresholds of a step with this ratio; None if it must be selected exactly."""
         if self.predicted_ratio != ratio:
             return None
-        threshold, tied, _, _, _, share, _ = self.values
-        return PredictedThreshold(threshold.float(), tied, share[0].float())
+        state = _State(*self.values)
+        return PredictedThreshold(state.threshold.float(), state.tied, state.share[0].float())
 
     def observe(self, tokens: TokenBatch, selected: Tensor, ratio: float, next_ratio: float) -> None:
         """Update the state from a step that has ended. Collective over the config's group.
@@ -122,29 +132,31 @@ class ThresholdPredictor:
             ratio: the step's selection ratio.
             next_ratio: that of the next step.
         """
-        _, _, surplus, before, velocity, _, _ = self.values
-        reached = torch.zeros_like(surplus, dtype=torch.int64)
-        if (predicted := self.predict(ratio)) is not None:
-            reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
-        here = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), reached))
-        counts = all_reduce_sum(here, self.config.dp_cp_group)
-        n_valid, n_selected, n_reached = counts.split((1, 1, len(self.top_ks)))
+        state, predicted = _State(*self.values), self.predict(ratio)
+        n_valid, n_selected, n_reached = self._counts(tokens, selected, predicted)
         if not n_valid:
             return  # there is nothing to learn from
+        surplus, velocity = state.surplus, state.velocity
         if predicted is not None:
             error = n_reached / n_valid - self._shares(ratio)
             surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
         aim = self._shares(next_ratio)
         exact, corrected, needed, ties = self._exact_thresholds(tokens, n_valid, aim, aim - GAIN * surplus)
         if predicted is not None:
-            moved = (exact - before).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
-            velocity = SMOOTHING * velocity + (1 - SMOOTHING) * moved
+            change = (exact - state.exact).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
+            velocity = SMOOTHING * velocity + (1 - SMOOTHING) * change
         threshold = torch.where(ties - 1 > MANY_TIES * n_valid, corrected, corrected + velocity)
-        everything = aim >= 1
-        threshold, tied = threshold.masked_fill(everything, -torch.inf), (needed / ties).masked_fill(everything, 1.0)
-        share, predicted_ratio = (n_selected / n_valid).expand_as(aim), torch.full_like(aim, next_ratio)
-        rows = (threshold.float(), tied, surplus, exact, velocity, share, predicted_ratio)
-        self.values = torch.stack(rows).double()
+        selects_all = aim >= 1
+        state = _State(
+            threshold=threshold.masked_fill(selects_all, -torch.inf).float(),
+            tied=(needed / ties).masked_fill(selects_all, 1.0),
+            surplus=surplus,
+            exact=exact,
+            velocity=velocity,
+            share=(n_selected / n_valid).expand_as(aim),
+            ratio=torch.full_like(aim, next_ratio),
+        )
+        self.values = torch.stack(state).double()
         self.predicted_ratio = next_ratio
 
     def broadcast(self, pipeline: ProcessGroup | None) -> None:
@@ -158,6 +170,15 @@ class ThresholdPredictor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values = torch.tensor(state["values"], dtype=torch.float64, device=self.values.device)
         self.predicted_ratio = float(self.values[-1, 0])
+
+    def _counts(self, tokens: TokenBatch, selected: Tensor, predicted: PredictedThreshold | None) -> tuple[Tensor, ...]:
+        """Return the numbers of valid tokens [1], selected tokens [1] and tokens that reach each threshold [t], int64
+        and over all ranks."""
+        n_reached = torch.zeros(len(self.top_ks), dtype=torch.int64, device=self.values.device)
+        if predicted is not None:
+            n_reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
+        counts = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), n_reached))
+        return all_reduce_sum(counts, self.config.dp_cp_group).split((1, 1, len(self.top_ks)))
 
     def _exact_thresholds(
         self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor, corrected: Tensor

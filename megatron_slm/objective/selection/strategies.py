@@ -9,8 +9,9 @@ PredictedSelection        compares each token with a threshold predicted from ea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,14 @@ from megatron_slm.objective.tokens import ReferenceScores, TokenBatch, concat_mi
 from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
 
 
-class SelectionStrategy(Protocol):
-    """Selects the tokens of one training step after another; its state belongs in the checkpoint."""
+class SelectionStrategy(ABC):
+    """Selection of the tokens of one training step after another; its state belongs in the checkpoint."""
 
     config: SelectionConfig
     device: torch.device
     ratio: float = 1.0  # selection ratio of the step
     has_rank_state: bool = False  # whether each data-parallel rank has a state, or all ranks have the same
-    legacy_key: str = ""  # key of the state in checkpoints of versions 0.1 and 0.2
+    legacy_key: str = ""  # key of the state in checkpoints of versions 0.1 and 0.2; "" if they have none
 
     def __init__(self, config: SelectionConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -57,23 +58,23 @@ class SelectionStrategy(Protocol):
         self.ratio = ratio
         return False
 
+    @abstractmethod
     def forward_grad_policy(
         self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
     ) -> ForwardGradPolicy | None:
         """Return the rule for tokens whose gradient is computed in the forward pass."""
-        ...
 
+    @abstractmethod
     def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         """Select the tokens of a micro-batch. Collective over the config's group if its scope needs that."""
-        ...
 
     def end_step(self) -> None:
         """Update the state when all micro-batches have been selected. Collective over all ranks."""
         return
 
+    @abstractmethod
     def selected_share(self) -> float:
         """Return the share of the step's valid tokens that will be selected, as far as it is known. Collective."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; empty if there is none."""
@@ -103,10 +104,10 @@ def build_strategy(
 
 
 class ExactSelection(SelectionStrategy):
-    """Ranks each micro-batch when its losses are known, together with those of other ranks if the scope is shared."""
+    """Rank each micro-batch when its losses are known, together with those of other ranks if the scope is shared."""
 
     has_rank_state = True
-    legacy_key = "guess"
+    legacy_key = "guess"  # former name of the speculative threshold
 
     def __init__(self, config: SelectionConfig, device: torch.device, *, speculates: bool = False) -> None:
         super().__init__(config, device)
@@ -138,7 +139,7 @@ class ExactSelection(SelectionStrategy):
 
 
 class GlobalBatchSelection(SelectionStrategy):
-    """Ranks all tokens of the step, from an additional forward pass, before the first backward pass."""
+    """Rank all tokens of the step, from an additional forward pass, before the first backward pass."""
 
     def __init__(self, config: SelectionConfig, device: torch.device) -> None:
         super().__init__(config, device)
@@ -175,9 +176,9 @@ class GlobalBatchSelection(SelectionStrategy):
 
 
 class PredictedSelection(GlobalBatchSelection):
-    """Selects by a threshold predicted from earlier steps; a step without one is ranked exactly."""
+    """Select by a threshold predicted from earlier steps; a step without one is ranked exactly."""
 
-    legacy_key = "carried"
+    legacy_key = "carried"  # former name of the predicted threshold
 
     def __init__(self, config: SelectionConfig, device: torch.device) -> None:
         super().__init__(config, device)

@@ -19,7 +19,7 @@ SIGN = 1 << 31
 
 
 def order_keys(values: Tensor) -> Tensor:
-    """Integers that are ordered as ``values`` (fp32) are; -0.0 and 0.0 get the same key. int32, shape of ``values``.
+    """Return integers in the order of ``values`` (fp32), int32 in the same shape; -0.0 and 0.0 get the same key.
 
     The bits of a positive float, read as an integer, already sort as the floats do; those of a negative one sort
     backwards, so that all of them but the sign are flipped.
@@ -29,18 +29,18 @@ def order_keys(values: Tensor) -> Tensor:
 
 
 def key_values(keys: Tensor) -> Tensor:
-    """The fp32 values that :func:`order_keys` gave ``keys`` to."""
+    """Return the fp32 values of the ``keys`` that :func:`order_keys` returned."""
     return (keys ^ ((keys >> 31) & (SIGN - 1))).view(torch.float32)
 
 
 def largest_key(
-    keys: Tensor, among: Tensor, count: Tensor, group: ProcessGroup | None
+    keys: Tensor, candidates: Tensor, count: Tensor, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ``count``-th largest key of each ranking over all ranks.
 
     Args:
         keys: [r, n] int32; n may differ between ranks, and be 0.
-        among: [r, n] bool, the keys that take part.
+        candidates: [r, n] bool, the keys that take part.
         count: [r] int64, at least 1, the same on every rank; the result is undefined if fewer keys take part.
         group: the ranks that share the rankings.
 
@@ -48,20 +48,20 @@ def largest_key(
         the key, [r] int32; how many of the keys equal to it belong to the ``count`` largest, and how many such keys
         there are, both [r] int64 and over all ranks.
     """
-    left = count.clone()
+    remaining = count.clone()
     found = torch.zeros_like(count)
     for shift, bits in DIGITS:
         digit = (keys >> shift) & ((1 << bits) - 1)
         if shift + bits == 32:
             digit ^= 1 << (bits - 1)  # the sign: negative keys come first
-        histogram = all_reduce_sum(_histograms(digit, among, 1 << bits), group)
+        histogram = all_reduce_sum(_histograms(digit, candidates, 1 << bits), group)
         at_least = histogram.flip(1).cumsum(1).flip(1)  # keys whose digit is this or larger
-        chosen = ((at_least >= left[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)  # 0 if no key takes part
+        chosen = ((at_least >= remaining[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)  # 0 if no key takes part
         equal = histogram.gather(1, chosen).squeeze(1)
-        left = left - (at_least.gather(1, chosen).squeeze(1) - equal)
+        remaining = remaining - (at_least.gather(1, chosen).squeeze(1) - equal)
         found = (found << bits) | chosen.squeeze(1)
-        among = among & (digit == chosen)
-    return (found - SIGN).int(), left, equal
+        candidates = candidates & (digit == chosen)
+    return (found - SIGN).int(), remaining, equal
 
 
 def select_highest(
@@ -83,28 +83,30 @@ def select_highest(
     Returns:
         selected [r, n] bool, and threshold [r] fp32: the lowest selected score (+inf if count is 0).
     """
-    some = count > 0
+    is_nonempty = count > 0
     keys = order_keys(scores)
     key, needed, ties = largest_key(keys, valid, count.clamp(min=1), group)
     tied = valid & (keys == key[:, None])
     selected = valid & (keys > key[:, None])
-    if bool((some & (ties > needed)).any()):
+    if bool((is_nonempty & (ties > needed)).any()):
         reverse = ~order.int()  # the lowest order has the largest key
         last, _, _ = largest_key(reverse, tied, needed.minimum(ties).clamp(min=1), group)
         tied &= reverse >= last[:, None]
-    selected = (selected | tied) & some[:, None]
-    return selected, torch.where(some, key_values(key), torch.inf)
+    selected = (selected | tied) & is_nonempty[:, None]
+    return selected, torch.where(is_nonempty, key_values(key), torch.inf)
 
 
-def _histograms(digit: Tensor, among: Tensor, bins: int) -> Tensor:
-    """How often each digit occurs in each ranking: [r, n] int32 in [0, bins) to [r, bins] int64."""
+def _histograms(digit: Tensor, candidates: Tensor, bins: int) -> Tensor:
+    """Count each digit, [r, n] int32 in [0, bins), in each ranking; return [r, bins] int64."""
     rankings = digit.size(0)
     first = torch.arange(0, rankings * bins, bins, dtype=torch.int32, device=digit.device)
     nowhere = rankings * bins
-    place = torch.where(among, digit + first[:, None], nowhere).flatten()
-    if place.device.type == "cpu":
-        counts = torch.bincount(place, minlength=nowhere + 1)
+    indices = torch.where(candidates, digit + first[:, None], nowhere).flatten()
+    if indices.device.type == "cpu":
+        counts = torch.bincount(indices, minlength=nowhere + 1)
     else:  # there, bincount would wait for the device
-        ones = torch.ones_like(place, dtype=torch.int64)
-        counts = torch.zeros(nowhere + 1, dtype=torch.int64, device=place.device).scatter_add_(0, place.long(), ones)
+        ones = torch.ones_like(indices, dtype=torch.int64)
+        counts = torch.zeros(nowhere + 1, dtype=torch.int64, device=indices.device).scatter_add_(
+            0, indices.long(), ones
+        )
     return counts[:nowhere].view(rankings, bins)
