@@ -15,9 +15,10 @@ from evaluation_samples import choice_lines, generation_lines, write_package, wr
 from megatron_slm.cli.evaluate import main
 from megatron_slm.evaluation.documents import Continuation
 from megatron_slm.evaluation.encoding import RequestEncoder
-from megatron_slm.evaluation.runner import RequestRunner
+from megatron_slm.evaluation.runner import RequestRunner, Stopped
 from megatron_slm.inference.batches import ScoringRequest
 from megatron_slm.inference.model import InferenceModel
+from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.testing.inference import opened
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import Outcome, command, launch, make_corpus
@@ -105,6 +106,30 @@ def _likelihoods(rank: int, world_size: int, checkpoint: str) -> list[tuple[Any,
             (runner.log_likelihoods(REQUESTS, ""), expected),
             (runner.rolling_log_likelihoods(TEXTS, ""), [sum(value for value, _ in part) for part in windows]),
         ]
+
+
+def _interrupted(rank: int, world_size: int, checkpoint: str) -> list[str]:
+    """Return the errors of a runner that must stop after one call of the model, and of one with NaN weights."""
+    answers = iter([False, True])
+    errors = []
+    with opened(checkpoint) as model:
+        requests = [Continuation("a", " b")] * 40  # more than one call
+        try:
+            RequestRunner(model, 1, lambda: next(answers)).log_likelihoods(requests, "task")
+        except Stopped as error:
+            errors.append(type(error).__name__)
+        with torch.no_grad():
+            next(iter(model.chunks[0].parameters())).fill_(float("nan"))
+        try:
+            RequestRunner(model).log_likelihoods(requests, "task")
+        except DivergedError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_stop_and_nan_end_the_evaluation(files: Files) -> None:
+    [[stopped, diverged]] = run_ranks(_interrupted, 1, files.checkpoint, initialise=False)
+    assert stopped == "Stopped" and diverged.startswith("task: the model computes NaN log-likelihoods")
 
 
 def _alone(model: InferenceModel, request: ScoringRequest) -> tuple[float, bool]:
