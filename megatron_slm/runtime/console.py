@@ -132,7 +132,7 @@ class _PlainProgress:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0.0
-        self.has_printed = False
+        self.shown: float | None = None  # amount in the last line
         self.began = self.printed = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
@@ -141,12 +141,13 @@ class _PlainProgress:
             self._print()
 
     def finish(self) -> None:
-        if self.has_printed or time.monotonic() - self.began > SECONDS_BETWEEN_LINES:
+        is_long = self.shown is not None or time.monotonic() - self.began > SECONDS_BETWEEN_LINES
+        if is_long and self.shown != self.done:
             self._print()
 
     def _print(self) -> None:
         self.printed = time.monotonic()
-        self.has_printed = True
+        self.shown = self.done
         rate = self.done / max(self.printed - self.began, 1e-9)
         text = f"{self.description}: {format_amount(self.done, self.unit)}"
         if self.total:
