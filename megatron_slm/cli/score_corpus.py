@@ -45,7 +45,7 @@ def _add_reference_and_corpora(add: Callable[..., argparse.Action]) -> None:
         "--reference-load",
         type=expand_user,
         required=True,
-        help="checkpoint directory of the reference model, written by this trainer",
+        help="checkpoint directory of the reference model, or directory of a published model",
     )
     add("--reference-ckpt-step", type=int, help="checkpoint iteration of the reference model; default the newest")
     add(
@@ -75,6 +75,12 @@ def _add_scoring(add: Callable[..., argparse.Action]) -> None:
         choices=("document", "stream", "example"),
         help="context of each token: its document, the preceding token stream across documents, or its example as in "
         "fine-tuning; default example for corpora of tools/preprocess_sft.py, else document",
+    )
+    add(
+        "--seq-length",
+        type=int,
+        help="tokens of a scoring window; default and maximum the model's --seq-length, for a published model "
+        "max_position_embeddings",
     )
     add("--stride", type=int, help="stride between scoring windows in tokens; default half the model's --seq-length")
     add("--entropy", action="store_true", help="also store entropies, which --slm-score reference-entropy requires")
@@ -132,6 +138,7 @@ def score(arguments: argparse.Namespace) -> None:
         micro_batch_size=arguments.micro_batch_size,
         context=arguments.context or default_context(corpora),
         stride=arguments.stride,
+        seq_length=arguments.seq_length,
         with_entropy=arguments.entropy,
         verify_checksums=arguments.slm_verify_checksums,
     )

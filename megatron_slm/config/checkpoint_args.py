@@ -89,4 +89,4 @@ def _differing(config: RunConfig, saved: RunConfig, names: set[str]) -> dict[str
 
 def _listed(adopted: dict[str, Any]) -> str:
     flags = {setting.name: flag_name(setting) for _, setting, _ in settings()}
-    return ", ".join(f"{flags[name]} {'unset' if value is None else value}" for name, value in adopted.items())
+    return ", ".join(f"{flags[name]} {show(value)}" for name, value in adopted.items())

@@ -63,6 +63,7 @@ class ScoringJob:
     micro_batch_size: int = 8
     context: str = "document"  # or "stream", or "example" for fine-tuning
     stride: int | None = None  # default: half of the window
+    seq_length: int | None = None  # window; default and maximum: the model's sequence length
     with_entropy: bool = False
     verify_checksums: bool = True  # verify the reference checkpoint's checksums
     chunk_tokens: int = CHUNK_TOKENS
@@ -112,7 +113,7 @@ def reference_config(job: ScoringJob) -> RunConfig:
     Raises:
         ConfigError: the checkpoint is missing, or its --seq-length does not match --stride.
     """
-    saved = job.source().config()
+    saved = _with_length(job.source().config(), job.seq_length)
     job.rule(saved.model.seq_length)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
     model = saved.model
@@ -122,6 +123,16 @@ def reference_config(job: ScoringJob) -> RunConfig:
     return replace(
         saved, model=model, training=training, parallel=job.parallel, reference=job.reference, checkpoint=checkpoint
     )
+
+
+def _with_length(config: RunConfig, length: int | None) -> RunConfig:
+    """Return the configuration with a shorter sequence length."""
+    longest = config.model.seq_length
+    if length is None:
+        return config
+    if not 1 <= length <= longest:
+        raise ConfigError(f"--seq-length is {length}, and must be from 1 to {longest}, the model's.")
+    return replace(config, model=replace(config.model, seq_length=length))
 
 
 def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console: Console) -> list[Path]:

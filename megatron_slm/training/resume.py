@@ -86,7 +86,9 @@ def _compare(
     """Compare a checkpoint with the flags, and return the same values as :func:`reconcile`."""
     flag, directory = source.flag, source.directory
     if start.weights_only:
-        return config, check_weights_fit(config, on_first_rank(source.config), directory, flag)
+        saved = on_first_rank(source.config)
+        lines = (check_weights_fit(config, saved, directory, flag), _compare_vocabularies(source, saved, tokenizer))
+        return config, "\n".join(filter(None, lines))
     manifest, saved, record = _read(directory, flag)
     _check_tokenizer(directory, manifest, tokenizer, flag)
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
@@ -96,6 +98,24 @@ def _compare(
     further = _reference_difference(config, saved, record, reference)
     adopted, differences = reconcile(config, saved, directory, flag, further)
     return adopted, "\n".join(filter(None, (differences, _completion(config, manifest, start))))
+
+
+def _compare_vocabularies(source: CheckpointSource, saved: RunConfig, tokenizer: Tokenizer) -> str:
+    """Return a line if a run starts from a published model of another tokenizer. Collective over all ranks.
+
+    Raises:
+        ConfigError: the tokenizer has more entries than the published model.
+    """
+    if not source.defines_settings:
+        return ""
+    rows = saved.model.vocab_size or 0
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"{source.flag}: {tokenizer.source} has ids up to {tokenizer.vocab_size - 1}, and the model in "
+            f"{source.directory} has {rows} embeddings. Use the tokenizer of the model."
+        )
+    conflict = on_first_rank(lambda: source.tokenizer_conflict(tokenizer))
+    return "" if conflict is None else f"tokenizer of {source.directory}: {conflict[0]} -> {conflict[1]}"
 
 
 def _completion(config: RunConfig, manifest: Manifest, start: Start) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
 from megatron_slm.checkpoint.huggingface.family import Family, Weight
 from megatron_slm.checkpoint.huggingface.files import CONFIG_FILE, GENERATION_FILE
-from megatron_slm.checkpoint.huggingface.import_model import HF_FLAG, check_empty
+from megatron_slm.checkpoint.huggingface.import_model import HF_FLAG, check_empty, check_space
 from megatron_slm.checkpoint.huggingface.registry import FAMILIES
 from megatron_slm.checkpoint.huggingface.safetensors_writer import Group, write_model
 from megatron_slm.checkpoint.huggingface.tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer
@@ -68,11 +68,13 @@ def export_model(job: ExportJob) -> Path:
     vocab_size = max(read_manifest(source.directory, LOAD_FLAG).tokenizer["vocab_size"], config.model.vocab_size or 0)
     groups = list(_groups(TensorStore(source.directory, LOAD_FLAG), family, config, vocab_size, job))
     dtype = next(name for name, dtype in DTYPES.items() if dtype == groups[0].like[0].dtype)
+    size = sum(group.size for group in groups)
     partial_directory = final.with_name(f".partial-{uuid.uuid4().hex[:8]}-{final.name}")
     try:
         with explained_write(final, HF_FLAG):
             partial_directory.mkdir(parents=True)
-            with progress_bar(f"exporting {final.name}", sum(group.size for group in groups), BYTES) as bar:
+            check_space(partial_directory, size, HF_FLAG)
+            with progress_bar(f"exporting {final.name}", size, BYTES) as bar:
                 write_model(groups, partial_directory, job.shard_bytes, bar.advance)
             fields = config_fields(family, config, vocab_size, dtype, template, tokenizer)
             _write_json(partial_directory / CONFIG_FILE, fields)

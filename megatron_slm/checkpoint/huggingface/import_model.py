@@ -51,26 +51,46 @@ def import_model(path: str, save: str) -> Path:
     source.check()
     final = step_directory(root, 0)
     partial_directory = final.with_name(f"{final.name}.partial")
-    with explained_write(save, "--save"):
-        partial_directory.mkdir(parents=True)
-        _copy_files(source.directory, root / TOKENIZER_DIRECTORY)
-        config = _run_config(source, root)
-        with PublishedModel(source) as published:
-            _write_weights(published, partial_directory)
-        write_text(partial_directory / RUN_CONFIG_FILE, dump_config(config), "--save")
-        _manifest(config, partial_directory).write(partial_directory, text_checksum)
-        for name in file_sizes(partial_directory):
-            sync(partial_directory / name)
-        partial_directory.rename(final)
-        sync(root)
+    try:
+        with explained_write(save, "--save"):
+            _write(source, root, partial_directory)
+            partial_directory.rename(final)
+            sync(root)
+    except BaseException:
+        for directory in (partial_directory, root / TOKENIZER_DIRECTORY):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     write_text(root / TRACKER, "0\n", "--save")
     return final
+
+
+def _write(source: HuggingFaceSource, root: Path, directory: Path) -> None:
+    """Write a complete checkpoint to ``directory``, and the tokenizer beside it."""
+    directory.mkdir(parents=True)
+    _copy_files(source.directory, root / TOKENIZER_DIRECTORY)
+    config = _run_config(source, root)
+    with PublishedModel(source) as published:
+        _write_weights(published, directory)
+    write_text(directory / RUN_CONFIG_FILE, dump_config(config), "--save")
+    _manifest(config, directory).write(directory, text_checksum)
+    for name in file_sizes(directory):
+        sync(directory / name)
 
 
 def check_empty(directory: Path, flag: str) -> None:
     """Raise ConfigError unless ``directory`` is missing or empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{flag} {directory} exists and is not empty. Choose another directory.")
+
+
+def check_space(directory: Path, size: int, flag: str) -> None:
+    """Raise ConfigError if the disk has less free space than ``size`` bytes."""
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise ConfigError(
+            f"{flag} {directory.parent}: the weights take {size / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB "
+            "free. Free space, or choose another disk."
+        )
 
 
 def _copy_files(source: Path, destination: Path) -> None:
@@ -89,6 +109,7 @@ def _run_config(source: HuggingFaceSource, root: Path) -> RunConfig:
 def _write_weights(published: PublishedModel, directory: Path) -> None:
     pieces = list(_pieces(published))
     size = sum(piece.dtype.itemsize * torch.Size(piece.shape).numel() for piece in pieces)
+    check_space(directory, size, "--save")
     with progress_bar(f"importing {published.directory.name}", size, BYTES) as bar:
 
         def read(piece: Piece) -> Tensor:

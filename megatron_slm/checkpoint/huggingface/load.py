@@ -13,8 +13,10 @@ from megatron_slm.checkpoint.huggingface.family import Weight
 from megatron_slm.checkpoint.huggingface.registry import find_family
 from megatron_slm.checkpoint.huggingface.tensors import PublishedTensors
 from megatron_slm.checkpoint.weights import loadable_model_state
+from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
 if TYPE_CHECKING:
     from megatron_slm.checkpoint.huggingface.source import HuggingFaceSource
@@ -68,9 +70,10 @@ class PublishedModel:
 
     def _check_size(self, source: HuggingFaceSource) -> None:
         """Raise ConfigError if the tokenizer has more entries than the model has rows."""
-        if source.config().tokenizer.tokenizer_type is None:
+        config = with_settings(source.config(), {"vocab_size": None})
+        if config.tokenizer.tokenizer_type is None:
             return
-        size, rows = source.tokenizer().vocab_size, self.model.vocab_size or 0
+        size, rows = build_run_tokenizer(config).vocab_size, self.model.vocab_size or 0
         if size > rows:
             raise ConfigError(
                 f"{self.flag}: the tokenizer in {self.directory} has ids up to {size - 1}, and the model has {rows} "

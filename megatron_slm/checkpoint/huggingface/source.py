@@ -64,7 +64,7 @@ class HuggingFaceSource:
         published = self.published()
         settings = find_family(published).read_settings(published)
         dtype = published.values.get("dtype", published.values.get("torch_dtype"))
-        settings |= {"bf16": dtype == "bfloat16", **tokenizer_settings(self.directory)}
+        settings |= {"bf16": dtype == "bfloat16", **tokenizer_settings(self.directory.absolute())}
         return derive(with_settings(RunConfig(), settings))
 
     def check_fits(self, config: RunConfig) -> None:

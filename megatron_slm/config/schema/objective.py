@@ -84,7 +84,9 @@ class ObjectiveConfig:
 class ReferenceConfig:
     """Reference model"""
 
-    reference_load: str | None = flag(None, "checkpoint directory of the reference model, written by this trainer")
+    reference_load: str | None = flag(
+        None, "checkpoint directory of the reference model, or directory of a published model"
+    )
     reference_ckpt_step: int | None = flag(
         None, "checkpoint iteration of the reference model; default the newest", at_least=0
     )

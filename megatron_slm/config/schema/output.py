@@ -13,7 +13,9 @@ class CheckpointConfig:
 
     save: str | None = flag(None, "output directory to save checkpoints to")
     load: str | None = flag(
-        None, "checkpoint directory to resume from; with --finetune, to load the initial weights from"
+        None,
+        "checkpoint directory to resume from; with --finetune, to load the initial weights from; or directory of a "
+        "published model (Hugging Face), which provides weights and missing model flags",
     )
     pretrained_checkpoint: str | None = flag(
         None, "checkpoint directory to load the initial weights from if --load holds no checkpoint"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_slm.cli import score_corpus
 from megatron_slm.cli.convert_checkpoint import main as convert
 from megatron_slm.cli.pretrain import main
+from megatron_slm.preprocessing.preprocess import Job, preprocess
 from megatron_slm.testing.published import Published, save_model
+from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import launch, records, run_each
+from megatron_slm.tokenizers.tokenizer import TokenizerFiles
 
 RUN = ["--mock-data", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4", "--num-workers", "0"]
 RUN += ["--eval-iters", "0", "--train-iters", "2", "--lr", "1e-3", "--bf16"]
@@ -58,6 +63,28 @@ def test_first_loss_is_independent_of_the_layout(model: str, tmp_path: Path, lay
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
+def _score(rank: int, world_size: int, argv: list[str]) -> int:
+    return score_corpus.main(argv)
+
+
+def test_corpora_are_scored_with_a_published_model(model: str, tmp_path: Path) -> None:
+    """The sidecar serves runs that start from the same model: without excess loss."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "\n".join(json.dumps({"text": f"the {word} ran to the barn " * 9}) for word in ("cat", "dog", "ox"))
+    )
+    kind = "HuggingFaceTokenizer"
+    job = Job([str(text)], ["text"], str(tmp_path / "text"), kind, TokenizerFiles(model=model), append_eod=True)
+    preprocess(job)
+    corpus = job.prefix("text")
+    argv = ["--reference-load", model, "--data-path", corpus, "--reference-scores", "rm", "--context", "stream"]
+    assert run_ranks(_score, 1, [*argv, "--seq-length", "128"], initialise=False) == [2]
+    assert run_ranks(_score, 1, [*argv, "--seq-length", "32", "--stride", "32"], initialise=False) == [0]
+    run = ["--load", model, *RUN[1:-1], "--data-path", corpus, "--split", "100,0,0", "--save", str(tmp_path / "run")]
+    launch([*run, "--objective", "slm", "--reference-scores", "rm", "--data-order", "stable"])
+    assert abs(records(tmp_path / "run")[0]["threshold"]) < 1  # contexts differ at the start of a window
+
+
 def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
     assert main([str(word) for word in argv]) == 2
     return capsys.readouterr().err
@@ -81,6 +108,11 @@ def test_places_of_published_models_are_checked(
     for flag in ("--load", "--pretrained-checkpoint"):
         error = refused(capsys, flag, tmp_path / "window", *RUN)
         assert "sliding_window of 16" in error and "--seq-length is 32" in error and flag in error
+    byte = ["--tokenizer-type", "ByteTokenizer"]
+    assert main([str(word) for word in ("--load", model, *RUN, *byte, "--dry-run")]) == 0
+    assert "-> ByteTokenizer of vocabulary size 257" in capsys.readouterr().out
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", 400, "--dry-run"]
+    assert "--vocab-size 400 contradicts the model" in refused(capsys, "--load", model, *RUN, *null)
     tied = published["llama-tied"].directory
     error = refused(capsys, "--load", tied, *RUN, "--untie-embeddings-and-output-weights")
     assert "--untie-embeddings-and-output-weights on" in error
