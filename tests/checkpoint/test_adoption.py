@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.checkpoint.adoption import adopt_settings
+from megatron_slm.config.checkpoint_files import Manifest, file_sizes
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
 
 SAVED = ["--num-layers", "6", "--hidden-size", "48", "--seq-length", "128", "--position-embedding-type", "rope"]
@@ -21,6 +23,7 @@ def run(tmp_path: Path) -> Path:
     directory = tmp_path / "run" / "iter_0000004"
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(parse([*SAVED, "--lr", "0.5", "--seed", "5"]).config))
+    Manifest(4, 64, {}, {}, file_sizes(directory)).write(directory, text_checksum)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("4")
     return tmp_path / "run"
 
