@@ -30,6 +30,7 @@ SMALLER = {
 ELSEWHERE = {  # command -> reason for not running it here
     "benchmark_preprocess.py": "needs a work tree of Megatron-LM; tests/preprocessing runs its parts",
     "benchmark_training.py": "runs in tests/benchmarks",
+    "benchmark_generation.py": "runs in tests/benchmarks",
     "benchmark_objective.py": "runs in tests/benchmarks",
     "benchmark_threshold.py": "runs in tests/benchmarks",
     "pytest": "runs tests that need a GPU",
