@@ -14,7 +14,7 @@ from megatron_slm.inference.generation import Generation, generate
 from megatron_slm.inference.sampling import Decoding
 from megatron_slm.inference.scoring import TokenScores, score_tokens
 from megatron_slm.testing.inference import opened
-from megatron_slm.testing.published import save_model
+from megatron_slm.testing.published import make_model
 from megatron_slm.testing.ranks import run_ranks
 
 KINDS = ("llama-3.1", "gpt2", "mixtral")
@@ -42,7 +42,9 @@ def _expected(model: Any, prompt: list[int]) -> tuple[list[int], np.ndarray]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_texts_and_scores_equal_those_of_transformers(tmp_path: Path) -> None:
-    models = [save_model(kind, tmp_path / kind, vocab_size=301) for kind in KINDS]
+    models = [make_model(kind, vocab_size=301) for kind in KINDS]
+    for kind, model in zip(KINDS, models, strict=True):
+        model.save_pretrained(tmp_path / kind)
     [results] = run_ranks(_results, 1, [str(tmp_path / kind) for kind in KINDS], initialise=False)
     for kind, model, (texts, scores) in zip(KINDS, models, results, strict=True):
         for prompt, text, score in zip(PROMPTS, texts, scores, strict=True):
