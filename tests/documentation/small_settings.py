@@ -24,6 +24,7 @@ SMALLER = {
     "preprocess_sft.py": ["--seq-length", "32"],
     "score_corpus.py": [],
     "convert_checkpoint.py": [],
+    "generate_text.py": ["--max-new-tokens", "4"],
     "merge_datasets.py": [],
     "inspect_dataset.py": [],
 }

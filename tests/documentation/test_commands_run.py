@@ -16,7 +16,8 @@ from megatron_slm.testing.published import save_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reference_scores", "finetuning", "data", "performance"))]
+NAMES = ("reference_scores", "finetuning", "data", "generation", "performance")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 BLOCKS = [
     (page, number, block)
     for page in PAGES
