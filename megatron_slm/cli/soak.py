@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -67,6 +68,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add("--seed", type=int, default=1, help="random seed of the moments")
     add("--nproc-per-node", type=int, default=1, help="number of ranks, started by megatron_slm.torchrun if above 1")
     add("--fork", action="store_true", help="fork each start from a process with all imports; one rank only")
+    add("--alternate", metavar="FLAG", help="training flag of every other start, for example --alternate=--async-save")
     add("--output", type=expand_user, help="JSON file for the result")
     return parse_strictly(parser, before, {}), training
 
@@ -149,8 +151,10 @@ def _launcher(arguments: argparse.Namespace, training: list[str]) -> Launch:
         command += ["megatron_slm.torchrun", "--standalone", "--nproc-per-node", str(arguments.nproc_per_node), "-m"]
     command.append("megatron_slm.pretrain")
 
+    alternatives = cycle([[], [arguments.alternate] if arguments.alternate else []])
+
     def launch(save: Path, log: Path) -> Attempt:
-        argv = [*training, "--save", str(save), "--load", str(save), "--log-interval", "1"]
+        argv = [*training, *next(alternatives), "--save", str(save), "--load", str(save), "--log-interval", "1"]
         if arguments.fork:
             return _Forked(argv, log)
         with log.open("wb") as file:

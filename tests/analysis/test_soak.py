@@ -28,7 +28,7 @@ def training(corpus: str, *more: str) -> list[str]:
 def test_ten_kills_lose_nothing(tmp_path: Path) -> None:
     corpus, result = make_corpus(tmp_path / "corpus", 1), tmp_path / "soak.json"
     argv = ["--directory", str(tmp_path / "runs"), "--kills", "10", "--seed", "3", "--fork", "--output", str(result)]
-    assert main([*argv, "--", *training(corpus)]) == 0
+    assert main([*argv, "--alternate=--async-save", "--", *training(corpus)]) == 0
     record = json.loads(result.read_text())
     assert len(record["kills"]) == 10 and record["steps"] == 14 and not record["problems"]
     assert any(kill["saving"] for kill in record["kills"]) and any(not kill["saving"] for kill in record["kills"])
