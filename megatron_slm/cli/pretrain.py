@@ -53,6 +53,7 @@ def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.fallback import verified_start
+    from megatron_slm.training.free_space import check_start_space
     from megatron_slm.training.plan import print_plan
     from megatron_slm.training.replay_start import replay_config
     from megatron_slm.training.resume import check_start
@@ -68,6 +69,7 @@ def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
     if note:
         console.print(note, markup=False)
     start = verified_start(plan_start(config), config)
+    check_start_space(config, tokenizer.vocab_size, start)
     trains = not config.training.skip_train
     reference = find_reference(config, score_headers(config, tokenizer)) if trains else None
     differences = check_start(start, start.adjusted(config), tokenizer, reference)

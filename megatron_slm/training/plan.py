@@ -10,6 +10,7 @@ from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
+from megatron_slm.training.free_space import checkpoint_bytes, format_size, kept_checkpoints
 from megatron_slm.training.preflight import default_device, device_memory, gib, least_memory
 
 
@@ -53,8 +54,16 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
         ("micro-batches per step", f"{batch // (training.micro_batch_size * data):,}"),
         ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
         ("memory per rank", _memory(config, vocab_size)),
+        ("checkpoints", _checkpoints(config, vocab_size)),
         ("training model FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in total"),
     ]
+
+
+def _checkpoints(config: RunConfig, vocab_size: int) -> str:
+    size, kept = checkpoint_bytes(config, vocab_size), kept_checkpoints(config.checkpoint, config.training.train_iters)
+    if config.checkpoint.save is None:
+        return "none (no --save)"
+    return f"{format_size(size)}, up to {kept:,} at the same time = {format_size(kept * size)}"
 
 
 def _memory(config: RunConfig, vocab_size: int) -> str:

@@ -21,6 +21,7 @@ from megatron_slm.runtime.collective import is_first_rank, on_every_rank, on_fir
 from megatron_slm.runtime.console import format_duration, warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import Save, begin_save, plan_save
+from megatron_slm.training.free_space import check_space, checkpoint_bytes
 from megatron_slm.training.retention import Retention
 from megatron_slm.training.state import TrainState
 
@@ -39,6 +40,7 @@ class Saver:
         self._queue = AsyncCallsQueue()
         self._pending: Save | None = None
         self._began = 0.0
+        self._size = checkpoint_bytes(config, state.tokenizer.vocab_size)  # of the latest checkpoint, on rank 0
 
     def save(self) -> None:
         """Save the current step, after completing the previous save. Collective over all ranks.
@@ -50,6 +52,7 @@ class Saver:
         self._began = time.perf_counter()
         self._pending = save = plan_save(self._state, self._config)
         with self._explained(save):
+            on_first_rank(lambda: check_space(save.final.parent, self._size))
             request = begin_save(save, self._state, self._config)
             if not self._config.checkpoint.async_save:
                 on_every_rank(lambda: write_now(request))
@@ -125,7 +128,7 @@ class Saver:
 
     def _publish(self, save: Save, seconds: float) -> None:
         self._retention.before_save()
-        save.complete(seconds)
+        self._size = sum(save.complete(seconds).files.values())
         self._retention.after_save(save.step)
 
     def _report(self, save: Save) -> None:

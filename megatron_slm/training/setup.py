@@ -29,6 +29,7 @@ from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.benchmarks import read_benchmarks
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.fallback import verified_start
+from megatron_slm.training.free_space import check_start_space
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import (
@@ -123,6 +124,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
         state.data = replace(record, reference=identity)
     if scores is not None:
         datasets = replace(datasets, train=ScoredSamples(datasets.train, scores))
+    on_first_rank(lambda: check_start_space(config, tokenizer.vocab_size, start))
     on_first_rank(lambda: prepare_save(config, start))
     return Run(
         config=config,

@@ -1,0 +1,93 @@
+"""Check of the free disk space before a checkpoint is written, and at the start for all checkpoints of the run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_slm.config.checkpoint_files import file_sizes
+from megatron_slm.config.checkpoint_steps import step_directories
+from megatron_slm.config.schema import CheckpointConfig, RunConfig
+from megatron_slm.model.size import padded_vocab_size, parameter_count
+from megatron_slm.runtime.console import notice
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.training.save_directory import leftovers
+from megatron_slm.training.start import Start
+
+MOMENTS = {"adam": 2, "sgd": 1}  # tensors of the optimizer state in fp32, besides master weights
+
+
+def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Return the size of one checkpoint, a lower bound: weights and optimizer state."""
+    padded = padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
+    is_bf16, optimizer = config.training.bf16, config.optimizer.optimizer
+    per_parameter = 2 if is_bf16 else 4
+    if config.checkpoint.save_optim:
+        has_momentum = optimizer != "sgd" or config.optimizer.sgd_momentum
+        per_parameter += 4 * MOMENTS[optimizer] if has_momentum else 0
+        per_parameter += 4 if is_bf16 or config.parallel.use_distributed_optimizer else 0  # master weights
+    return per_parameter * parameter_count(config.model, padded)
+
+
+def check_start_space(config: RunConfig, vocab_size: int, start: Start) -> None:
+    """Validate that one checkpoint fits on the disk of --save, and note if those of the run do not.
+
+    Directories that the start removes count as free space.
+
+    Raises:
+        ConfigError: not even one checkpoint fits.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.save is None or config.training.skip_train:
+        return
+    save, size = Path(checkpoint.save), checkpoint_bytes(config, vocab_size)
+    removed = [*leftovers(save), *(step_directories(save).values() if start.overwrites else ())]
+    free = check_space(save, size, reclaimed=sum(sum(file_sizes(path).values()) for path in removed))
+    kept = kept_checkpoints(checkpoint, config.training.train_iters)
+    if free is not None and kept * size > free:
+        notice(
+            f"--save {save}: up to {kept} checkpoints of {format_size(size)} need {format_size(kept * size)}, and "
+            f"{format_size(free)} are free. Delete superseded ones with --keep-last, or set a larger --save-interval."
+        )
+
+
+def check_space(directory: Path, size: int, reclaimed: int = 0) -> int | None:
+    """Return the free bytes on the disk of ``directory``; None if the file system does not report them.
+
+    Args:
+        directory: the --save directory, which need not exist.
+        size: size of the next checkpoint.
+        reclaimed: bytes that are deleted before it is written.
+
+    Raises:
+        ConfigError: a checkpoint of ``size`` bytes does not fit.
+    """
+    existing = next((path for path in (directory, *directory.absolute().parents) if path.exists()), directory)
+    try:
+        usage = shutil.disk_usage(existing)
+    except OSError:
+        return None
+    if usage.total == 0:
+        return None
+    free = usage.free + reclaimed
+    if free < size:
+        raise ConfigError(
+            f"--save {directory}: a checkpoint needs {format_size(size)}, and {format_size(free)} are free. Free disk "
+            "space, choose another directory, or delete superseded checkpoints with --keep-last."
+        )
+    return free
+
+
+def kept_checkpoints(checkpoint: CheckpointConfig, iterations: int) -> int:
+    """Return the largest number of checkpoints of a run that exist at the same time."""
+    interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
+    saves = 1 if interval is None else -(-iterations // interval)
+    if checkpoint.keep_last is None and retained is None:
+        return saves
+    kept = (checkpoint.keep_last or 1) + 1 + (iterations // retained if retained is not None else 0)
+    return min(saves, kept)
+
+
+def format_size(size: int) -> str:
+    """Format a number of bytes in MiB or GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
