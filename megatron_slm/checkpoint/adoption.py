@@ -12,6 +12,7 @@ from megatron_slm.config.checkpoint_args import FLAG, adopt_all, adopt_missing
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE
 from megatron_slm.config.checkpoint_steps import choose_step
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
+from megatron_slm.mcore.pickle_classes import trust_checkpoints
 from megatron_slm.runtime.errors import UnusableFileError
 
 
@@ -30,11 +31,12 @@ def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig,
     Raises:
         ConfigError: the checkpoint cannot be read, or a given setting contradicts a published model.
     """
+    trust_checkpoints(config.checkpoint.trust_checkpoint)
     if config.checkpoint.use_checkpoint_args:
         candidates = _candidates(config.checkpoint)
         if not candidates:
             return config, f"{FLAG}: no checkpoint yet; using the flags"
-        source, saved = _first_readable(candidates)
+        source, saved = _first_readable(candidates, config)
         return adopt_all(config, saved, given, source.directory)
     published = _first_source(config.checkpoint, (kind for kind in FORMATS if kind.defines_settings))
     if published is None:
@@ -55,12 +57,12 @@ def _candidates(flags: CheckpointConfig) -> list[CheckpointSource]:
     return []
 
 
-def _first_readable(candidates: list[CheckpointSource]) -> tuple[CheckpointSource, RunConfig]:
+def _first_readable(candidates: list[CheckpointSource], config: RunConfig) -> tuple[CheckpointSource, RunConfig]:
     """Return the first checkpoint with an undamaged configuration; all steps of a run have the same model."""
     for source in candidates[:-1]:
         with suppress(UnusableFileError):
-            return source, source.config()
-    return candidates[-1], candidates[-1].config()
+            return source, source.config_over(config)
+    return candidates[-1], candidates[-1].config_over(config)
 
 
 def _first_source(flags: CheckpointConfig, formats: Iterable[Any]) -> CheckpointSource | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config.checkpoint_files import (
     MANIFEST_FILE,
+    Manifest,
     check_sizes,
     latest_step,
     locate_checkpoint,
@@ -54,6 +55,14 @@ class NativeSource:
         """Return the configuration of the run that wrote the checkpoint; a cut file would have defaults."""
         check_sizes(self.directory, read_manifest(self.directory, self.flag), self.flag)
         return _with_present_tokenizer(saved_config(self.directory), self.directory)
+
+    def config_over(self, config: RunConfig) -> RunConfig:
+        """Return the configuration of the run, which records all settings."""
+        return self.config()
+
+    def manifest(self) -> Manifest:
+        """Return the manifest."""
+        return read_manifest(self.directory, self.flag)
 
     def check_fits(self, config: RunConfig) -> None:
         """Accept every run: differences of settings are compared by :mod:`megatron_slm.config.resume`."""

@@ -10,7 +10,7 @@ or apex's fused Adam instead of torch's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,8 @@ OPTIMIZER_FORMAT = {
 MASTERS = {"param", "fp32_param"}  # names of master weights in the distributed and the bf16 optimizer
 MOMENTUM = "momentum_buffer"
 _KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<name>\w+?)\.(?P<parameter>.+)")
+
+_OTHER_FORMAT = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 
 Reader = Callable[[dict[str, Any]], dict[str, Any]]  # reads sharded state from the checkpoint
 
@@ -70,6 +72,7 @@ def load_optimizer_state(
         ConfigError: the checkpoint contains the state of another type of optimizer.
     """
     names = {match["name"] for key in saved if (match := _KEY.match(key))}
+    _check_format(names, saved, flag)
     request = _select(sharded_optimizer_state(optimizer, model_state, is_loading=True), _tensor)
     _check_names(request, names, step, flag)
     loaded = read({"tensors": found})["tensors"] if (found := _select(request, _saved_as(names))) else {}
@@ -77,7 +80,7 @@ def load_optimizer_state(
         merge(loaded, read({"tensors": weights})["tensors"])
     parts = optimizer_parts(optimizer)
     for number, part in enumerate(parts):
-        part.load_state_dict(_restore(part, loaded if len(parts) == 1 else loaded.get(number, {}), step))
+        part.load_state_dict(restored_state(part, loaded if len(parts) == 1 else loaded.get(number, {}), step))
     separate_adam_steps(optimizer)
 
 
@@ -100,6 +103,17 @@ def master_weight_request(model_state: dict[str, Any], saved: Iterable[str]) -> 
         return replace(leaf, key=key) if key is not None and _tensor(leaf) else None
 
     return _select(model_state, as_master) or {}
+
+
+def _check_format(names: set[str], saved: Iterable[str], flag: str) -> None:
+    """Validate that the state is stored by parameter, in one piece each."""
+    others = [key for key in saved if _OTHER_FORMAT.match(key)]
+    if others and not names:
+        raise ConfigError(
+            f"{flag}: the optimizer state of the checkpoint is in a format of Megatron-Core that is not supported "
+            f"({others[0]}). Add --no-load-optim to start with a new optimizer state, or save the checkpoint with "
+            "Megatron-LM's --dist-ckpt-optim-fully-reshardable."
+        )
 
 
 def _check_names(request: Any, names: set[str], step: float, flag: str) -> None:
@@ -155,8 +169,17 @@ def _master_as_weight(leaf: ShardedBase) -> ShardedBase | None:
     return replace(leaf, key=match["parameter"]) if match and match["name"] in MASTERS else None
 
 
-def _restore(part: Any, tensors: dict[Any, Any], step: float) -> dict[str, Any]:
-    """Return the state dictionary of one optimizer: loaded tensors, configured groups, and the step count."""
+def restored_state(
+    part: Any, tensors: dict[Any, Any], step: float, sharding: Mapping[str, object] = OPTIMIZER_FORMAT
+) -> dict[str, Any]:
+    """Return the state dictionary of one optimizer: loaded tensors, configured groups, and the step count.
+
+    Args:
+        part: one of the chained optimizers.
+        tensors: loaded state.
+        step: update count.
+        sharding: format of the state of a distributed optimizer.
+    """
     inner = part.optimizer.state_dict()
     groups = [dict(group) for group in inner["param_groups"]]
     counts_per_parameter = isinstance(part.optimizer, torch.optim.Adam)
@@ -170,7 +193,7 @@ def _restore(part: Any, tensors: dict[Any, Any], step: float) -> dict[str, Any]:
         state["optimizer"].pop("state")
         if "param_state" in tensors:
             state["param_state"] = tensors["param_state"]
-            state["param_state_sharding_type"] = OPTIMIZER_FORMAT["distrib_optim_sharding_type"]
+            state["param_state_sharding_type"] = sharding["distrib_optim_sharding_type"]
         return state
     is_bf16 = isinstance(part, Float16OptimizerWithFloat16Params)
     found = (tensors.get("optimizer", {}) if is_bf16 else tensors).get("state", {})

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_slm.checkpoint.huggingface.source import HuggingFaceSource
+from megatron_slm.checkpoint.megatron_lm.source import MegatronSource
 from megatron_slm.checkpoint.native import NativeSource
+from megatron_slm.config.checkpoint_files import Manifest
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.tokenizers.base import Tokenizer
 
@@ -43,6 +45,22 @@ class CheckpointSource(Protocol):
 
         Raises:
             ConfigError: a file is missing or damaged, or the model cannot be represented.
+        """
+        ...
+
+    def config_over(self, config: RunConfig) -> RunConfig:
+        """Return the saved configuration; settings that the checkpoint does not record are those of ``config``.
+
+        Raises:
+            ConfigError: as in :meth:`config`.
+        """
+        ...
+
+    def manifest(self) -> Manifest:
+        """Return the position of a resumable checkpoint in its run.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
         """
         ...
 
@@ -99,7 +117,7 @@ class CheckpointSource(Protocol):
         ...
 
 
-FORMATS: tuple[Any, ...] = (HuggingFaceSource, NativeSource)  # the last one explains other paths
+FORMATS: tuple[Any, ...] = (HuggingFaceSource, MegatronSource, NativeSource)  # the last one explains other paths
 
 
 def find_source(path: str, step: int | None, flag: str) -> CheckpointSource:
@@ -117,9 +135,25 @@ def find_source(path: str, step: int | None, flag: str) -> CheckpointSource:
     return kind.find(path, step, flag)
 
 
-def holds_only_weights(path: str) -> bool:
-    """Return whether a run can start from the weights at ``path``, but not resume there."""
-    return any(kind.recognizes(Path(path), None) for kind in FORMATS if not kind.is_resumable)
+def find_foreign(path: str, step: int | None, flag: str) -> CheckpointSource | None:
+    """Return the checkpoint of another program at ``path``; None if there is none. Not collective.
+
+    Raises:
+        ConfigError: the format is not supported.
+    """
+    kind = next((kind for kind in FORMATS[:-1] if kind.recognizes(Path(path), step)), None)
+    return None if kind is None else kind.find(path, step, flag)
+
+
+def holds_only_weights(path: str, step: int | None = None, flag: str = "--load") -> bool:
+    """Return whether a run can start from the weights at ``path``, but not resume there. Not collective."""
+    source = find_foreign(path, None if is_published(path) else step, flag)
+    return source is not None and not source.is_resumable
+
+
+def is_published(path: str) -> bool:
+    """Return whether ``path`` is a published model."""
+    return HuggingFaceSource.recognizes(Path(path), None)
 
 
 def open_source(path: str, step: int | None, flag: str, *, verify: bool = True) -> CheckpointSource:

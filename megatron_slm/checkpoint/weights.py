@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_sharded_metadata
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_slm.checkpoint.requests import EXTRA_STATE, check_weights, weight_request
 from megatron_slm.config.checkpoint_files import (
     MANIFEST_FILE,
     Manifest,
@@ -28,7 +29,9 @@ from megatron_slm.config.checkpoint_files import (
     read_manifest,
 )
 from megatron_slm.corpus.fingerprints import files_fingerprint
-from megatron_slm.mcore.pickles import UnsafePickleError, restricted_pickles
+from megatron_slm.mcore.common_state import common_state_objects
+from megatron_slm.mcore.pickle_classes import TRUST_REMEDY, UnsafePickleError
+from megatron_slm.mcore.pickles import restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.console import notice
@@ -41,7 +44,6 @@ CHECKPOINT_ERRORS = (
     *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, EOFError, BadZipFile),
 )
 DAMAGE = (pickle.UnpicklingError, EOFError, BadZipFile, UnicodeDecodeError, AttributeError, TypeError, IndexError)
-EXTRA_STATE = "_extra_state"
 VERIFY_FLAG = "--no-slm-verify-checksums"
 
 
@@ -100,18 +102,11 @@ def checkpoint_fingerprint(directory: Path, flag: str) -> str:
     return files_fingerprint(directory / name for name in names)
 
 
-def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Return Megatron-Core's sharded state of all model chunks, with global keys that any layout can read."""
-    metadata = ensure_metadata_has_dp_cp_group(None)
-    states = (chunk.sharded_state_dict(metadata=metadata) for chunk in chunks)  # type: ignore[operator]
-    return {f"model{index}": state for index, state in enumerate(states)}
-
-
 def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, Any]:
     """Load ``state`` (Megatron-Core's sharded state) from a checkpoint directory. Collective over all ranks.
 
     torch shares read errors among the ranks. Files that Megatron-Core reads earlier on each rank are checked by
-    :func:`saved_keys`, which must be called first.
+    :func:`saved_shapes`, which must be called first.
 
     Raises:
         ConfigError: the checkpoint is unreadable or does not match the model, for example in size; on every rank.
@@ -130,7 +125,7 @@ def check_metadata(directory: Path, flag: str) -> None:
     Raises:
         ConfigError: a file is damaged or contains code; on every rank.
     """
-    on_first_rank(lambda: _read_keys(directory, flag))
+    on_first_rank(lambda: _read_shapes(directory, flag))
 
 
 def check_objects(directory: Path, flag: str) -> None:
@@ -149,27 +144,28 @@ def check_objects(directory: Path, flag: str) -> None:
                     torch.load(io.BytesIO(reader._slice_file(file, place).read(place.length)), weights_only=False)
 
 
-def saved_keys(directory: Path, flag: str) -> frozenset[str]:
-    """Return the keys of all tensors and objects of a checkpoint. Collective over all ranks.
+def saved_shapes(directory: Path, flag: str) -> dict[str, tuple[int, ...] | None]:
+    """Return the global shapes of all tensors of a checkpoint by key, and None for objects. Collective over all ranks.
 
     Raises:
         ConfigError: a metadata file of the checkpoint is unreadable on some rank; on every rank.
     """
-    return on_every_rank(lambda: _read_keys(directory, flag))
+    return on_every_rank(lambda: _read_shapes(directory, flag))
 
 
-def _read_keys(directory: Path, flag: str) -> frozenset[str]:
+def _read_shapes(directory: Path, flag: str) -> dict[str, tuple[int, ...] | None]:
     with explained_load(directory, flag):
         if not isinstance(load_common_state_dict(str(directory)), dict):
-            raise pickle.UnpicklingError("common.pt does not contain a dictionary")
-        return frozenset(load_sharded_metadata(str(directory)))
+            raise pickle.UnpicklingError("the common state is not a dictionary")
+        entries = load_sharded_metadata(str(directory)).items()
+        return {key: tuple(e.global_shape) if isinstance(e, ShardedTensor) else None for key, e in entries}
 
 
 @contextmanager
 def explained_load(directory: Path, flag: str) -> Iterator[None]:
     """Restrict unpickling in the block, and convert its errors into a ConfigError with reason and remedy."""
     try:
-        with restricted_pickles():
+        with restricted_pickles(), common_state_objects():
             yield
     except CHECKPOINT_ERRORS as error:
         cause = root_cause(error)
@@ -187,10 +183,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def _explain(error: BaseException, directory: Path, flag: str) -> ConfigError:
     if isinstance(error, UnsafePickleError):
-        return ConfigError(
-            f"{flag}: {error}. It could run code and was not loaded. Use a checkpoint from a trusted source, written "
-            "by megatron_slm or Megatron-LM."
-        )
+        return ConfigError(f"{flag}: {error}. {TRUST_REMEDY}")
     if isinstance(error, DAMAGE) or "PytorchStreamReader" in str(error):
         return UnusableFileError(f"{flag}: the checkpoint {directory} is damaged: {brief(error)}. {other_step(flag)}")
     return ConfigError(
@@ -204,18 +197,6 @@ def brief(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def loadable_model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """Return the sharded state to request from a checkpoint, without Transformer Engine's ``_extra_state``.
-
-    The two layer implementations differ in these entries only. They are empty without FP8, and Transformer Engine
-    would unpickle them.
-    """
-    return {
-        chunk: {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
-        for chunk, state in model_state(chunks).items()
-    }
-
-
 def put_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Copy weights from :func:`load_state` into the model chunks, which keep their ``_extra_state``."""
     for index, chunk in enumerate(chunks):
@@ -225,5 +206,6 @@ def put_weights(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> No
 
 def load_weights(chunks: Sequence[torch.nn.Module], directory: Path, flag: str) -> None:
     """Load the model weights, saved by any layout. Collective over all ranks."""
-    saved_keys(directory, flag)
-    put_weights(chunks, load_state(loadable_model_state(chunks), directory, flag))
+    saved = saved_shapes(directory, flag)
+    check_weights(chunks, saved, directory, flag)
+    put_weights(chunks, load_state(weight_request(chunks, saved), directory, flag))

@@ -80,7 +80,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("save", "load", "pretrained_checkpoint", "save_interval", "save_retain_interval", "finetune", "ckpt_step"),
         *("keep_last", "async_save"),
         *("save_optim", "save_rng", "load_optim", "load_rng", "exit_on_missing_checkpoint", "use_checkpoint_args"),
-        *("slm_verify_checksums", "slm_overwrite_save"),
+        *("slm_verify_checksums", "slm_overwrite_save", "trust_checkpoint"),
         *("log_interval", "eval_interval", "eval_iters", "tensorboard_dir"),
         *("eval_tasks", "tasks_dir", "eval_tasks_limit"),
         *("wandb_project", "wandb_exp_name", "wandb_save_dir", "slm_log_dir", "slm_metrics_file"),

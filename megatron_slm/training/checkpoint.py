@@ -21,12 +21,16 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.checkpoint import weights
+from megatron_slm.checkpoint.compatibility import CHECKPOINT_VERSION, additional_entries
+from megatron_slm.checkpoint.megatron_lm.saved_arguments import megatron_arguments
 from megatron_slm.checkpoint.optimizer_state import sharded_optimizer_state
+from megatron_slm.checkpoint.requests import model_state
 from megatron_slm.checkpoint.writing import RecordingStrategy, read_records
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, TRACKER, Manifest, file_sizes, step_directory
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.saving import deferred_save_errors, share_results_in_memory
+from megatron_slm.model.size import padded_vocab_size
 from megatron_slm.runtime.checksums import local_checksum, text_checksum
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.errors import refuse
@@ -175,7 +179,7 @@ def selection_state(state: TrainState, key: str = SELECTION) -> ShardedObject:
 
 def _all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     """Return the complete checkpoint content as Megatron-Core's sharded state."""
-    content: dict[str, Any] = weights.model_state(plain_chunks(state.model_chunks))
+    content: dict[str, Any] = model_state(plain_chunks(state.model_chunks))
     if config.checkpoint.save_optim:
         content["optimizer"] = sharded_optimizer_state(state.optimizer, content, is_loading=False)
         content["scheduler"] = schedule_state(state.scheduler)
@@ -184,7 +188,26 @@ def _all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
         content[RNG] = random_state(state.groups)
     if state.selection.state_dict():
         content[SELECTION] = selection_state(state)
-    return content
+    return _with_megatron_content(content, state, config)
+
+
+def _with_megatron_content(content: dict[str, Any], state: TrainState, config: RunConfig) -> dict[str, Any]:
+    """Return the content with the entries that Megatron-LM needs to load the weights."""
+    progress = state.progress
+    arguments = megatron_arguments(
+        config,
+        padded_vocab_size=padded_vocab_size(config.model, state.tokenizer.vocab_size, state.groups.tp_size),
+        step=progress.step,
+        consumed_samples=progress.consumed_samples,
+    )
+    return {
+        name: {**part, **additional_entries(part)} if name.startswith("model") else part
+        for name, part in content.items()
+    } | {
+        "args": arguments,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": progress.step,
+    }
 
 
 def plain_chunks(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config.checkpoint_files import read_manifest, saved_config
+from megatron_slm.checkpoint.source import CheckpointSource
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError
 from megatron_slm.runtime.files import write_text
@@ -66,19 +66,23 @@ class SavedRun:
         return self.milestones[-1][1]
 
 
-def read_saved_run(directory: Path) -> SavedRun:
+def read_saved_run(source: CheckpointSource, config: RunConfig) -> SavedRun:
     """Return the run that saved a checkpoint.
+
+    Args:
+        config: settings of the resumed run, which replace those that the checkpoint does not record.
 
     Raises:
         ConfigError: a file of the checkpoint is unreadable.
     """
-    manifest, record = read_manifest(directory, "--load"), DataRecord.read(directory)
+    directory = source.directory
+    manifest, record = source.manifest(), DataRecord.read(directory)
     earlier = tuple(milestone for milestone in record.milestones if milestone[0] < manifest.step)
     milestones = (*earlier, (manifest.step, manifest.consumed_samples))
-    config = saved_config(directory)
-    samples = RunLength.from_config(config, milestones).samples
-    orders = record.orders or (SampleOrder.from_config(config, samples, record.corpora),)
-    return SavedRun(directory, config, record.corpora, milestones, orders)
+    saved = source.config_over(config)
+    samples = RunLength.from_config(saved, milestones).samples
+    orders = record.orders or (SampleOrder.from_config(saved, samples, record.corpora),)
+    return SavedRun(directory, saved, record.corpora, milestones, orders)
 
 
 def check_corpora_unchanged(saved: SavedRun, corpora: dict[str, str], config: RunConfig) -> list[str]:

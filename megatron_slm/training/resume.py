@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from rich.console import Console
 
 from megatron_slm.checkpoint import weights
+from megatron_slm.checkpoint.optimizer_buckets import has_buckets, load_buckets
 from megatron_slm.checkpoint.optimizer_state import load_optimizer_state, master_weight_request, saved_step
+from megatron_slm.checkpoint.requests import Shapes, check_weights, weight_request
 from megatron_slm.checkpoint.source import CheckpointSource, find_source
-from megatron_slm.config.checkpoint_files import Manifest, read_manifest, saved_config
+from megatron_slm.config.checkpoint_files import Manifest
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.tokenizers.identity import identity_conflict
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.checkpoint import RNG, SELECTION, SPIKES, plain_chunks, random_state, selection_state
 from megatron_slm.training.data_order import DataRecord
@@ -46,7 +48,7 @@ def resume(state: TrainState, config: RunConfig, start: Start, reference: str | 
     if differences:
         console.print(differences, markup=False)
     if not start.weights_only:
-        _resume_from(source.directory, state, config, reference, source.flag)
+        _resume_from(source, state, config, reference)
         return config
     source.load_weights(plain_chunks(state.model_chunks))
     state.optimizer.reload_model_params()
@@ -75,9 +77,11 @@ def _find(checkpoint: Checkpoint) -> CheckpointSource:
     return on_first_rank(lambda: find_source(checkpoint.path, checkpoint.step, checkpoint.flag))
 
 
-def _read(directory: Path, flag: str) -> tuple[Manifest, RunConfig, DataRecord]:
+def _read(source: CheckpointSource, config: RunConfig) -> tuple[Manifest, RunConfig, DataRecord]:
     """Return the manifest, configuration and data record of a checkpoint. Collective over all ranks."""
-    return on_first_rank(lambda: (read_manifest(directory, flag), saved_config(directory), DataRecord.read(directory)))
+    return on_first_rank(
+        lambda: (source.manifest(), source.config_over(config), DataRecord.read(source.directory)),
+    )
 
 
 def _compare(
@@ -86,11 +90,11 @@ def _compare(
     """Compare a checkpoint with the flags, and return the same values as :func:`reconcile`."""
     flag, directory = source.flag, source.directory
     if start.weights_only:
-        saved = on_first_rank(source.config)
+        saved = on_first_rank(lambda: source.config_over(config))
         lines = (check_weights_fit(config, saved, directory, flag), _compare_vocabularies(source, saved, tokenizer))
         return config, "\n".join(filter(None, lines))
-    manifest, saved, record = _read(directory, flag)
-    _check_tokenizer(directory, manifest, tokenizer, flag)
+    manifest, saved, record = _read(source, config)
+    on_first_rank(lambda: _check_tokenizer(source, tokenizer))
     if config.checkpoint.load_optim and not saved.checkpoint.save_optim:
         raise ConfigError(
             f"{flag}: {directory} has no optimizer state (it was saved with --no-save-optim). {OPTIMIZER_REMEDY}"
@@ -143,24 +147,26 @@ def _reference_difference(config: RunConfig, saved: RunConfig, record: DataRecor
     return [f"the content of {flag} {value} has changed" for flag, value in named.items() if value][-1:]
 
 
-def _resume_from(directory: Path, state: TrainState, config: RunConfig, reference: str | None, flag: str) -> None:
-    settings = config.checkpoint
-    manifest, saved, record = _read(directory, flag)
-    keys = weights.saved_keys(directory, flag)
-    loaded = _load(flag, directory, state, config, keys, same_layout=manifest.layout == state.layout())
-    _load_model(flag, directory, state, loaded, keys, exact=saved.training.bf16 and not config.training.bf16)
+def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig, reference: str | None) -> None:
+    settings, directory, flag = config.checkpoint, source.directory, source.flag
+    manifest, saved, record = _read(source, config)
+    shapes = weights.saved_shapes(directory, flag)
+    chunks = plain_chunks(state.model_chunks)
+    check_weights(chunks, shapes, directory, flag)
+    loaded = _load(flag, directory, state, config, shapes, same_layout=manifest.layout == state.layout())
+    exact = saved.training.bf16 and not config.training.bf16
+    masters = master_weight_request(weight_request(chunks, shapes), shapes) if exact else {}
+    _load_model(flag, directory, state, loaded, masters)
     if settings.load_optim:
-        load_optimizer_state(
-            state.optimizer,
-            weights.model_state(plain_chunks(state.model_chunks)),
-            keys,
-            saved_step(loaded.get("optimizer")),
-            lambda request: weights.load_state(request, directory, flag),
-            flag,
-        )
+        read = partial(weights.load_state, directory=directory, flag=flag)
+        model = weight_request(chunks, shapes)
+        if has_buckets(shapes):
+            load_buckets(state.optimizer, model, shapes, read, flag)
+        else:
+            load_optimizer_state(state.optimizer, model, shapes, saved_step(loaded.get("optimizer")), read, flag)
     else:
         state.optimizer.reload_model_params()
-    schedule = loaded.get("scheduler") if settings.load_optim else None
+    schedule = loaded.get("scheduler", loaded.get("opt_param_scheduler")) if settings.load_optim else None
     resume_schedule(state.scheduler, schedule, manifest.consumed_samples, directory, flag)
     thresholds = loaded.get(SELECTION, loaded.get(state.selection.legacy_key))
     is_comparable = not (score_changed(config, saved) or _reference_difference(config, saved, record, reference))
@@ -173,38 +179,41 @@ def _resume_from(directory: Path, state: TrainState, config: RunConfig, referenc
 
 
 def _load(
-    flag: str, directory: Path, state: TrainState, config: RunConfig, keys: frozenset[str], *, same_layout: bool
+    flag: str,
+    directory: Path,
+    state: TrainState,
+    config: RunConfig,
+    saved: Shapes,
+    *,
+    same_layout: bool,
 ) -> dict[str, Any]:
     """Load weights, random states, the selection state, and all common (unsharded) state."""
-    request = weights.loadable_model_state(plain_chunks(state.model_chunks))
-    if config.checkpoint.load_rng and same_layout and any(key.startswith(f"{RNG}/") for key in keys):
+    request = weight_request(plain_chunks(state.model_chunks), saved)
+    if config.checkpoint.load_rng and same_layout and any(key.startswith(f"{RNG}/") for key in saved):
         request[RNG] = random_state(state.groups)
     for key in (SELECTION, state.selection.legacy_key):
-        saved = selection_state(state, key)
-        if saved.unique_key in keys:
-            request[SELECTION] = saved
+        selection = selection_state(state, key)
+        if selection.unique_key in saved:
+            request[SELECTION] = selection
             break
     return weights.load_state(request, directory, flag)
 
 
-def _load_model(
-    flag: str, directory: Path, state: TrainState, loaded: dict[str, Any], keys: frozenset[str], *, exact: bool
-) -> None:
-    """Copy weights into the model; with ``exact``, use the fp32 master weights of a bf16 checkpoint."""
-    chunks = plain_chunks(state.model_chunks)
-    if exact and (request := master_weight_request(weights.loadable_model_state(chunks), keys)):
-        for chunk, masters in weights.load_state(request, directory, flag).items():
-            if chunk in request:
-                loaded[chunk].update(masters)
-    weights.put_weights(chunks, loaded)
+def _load_model(flag: str, directory: Path, state: TrainState, loaded: dict[str, Any], masters: dict[str, Any]) -> None:
+    """Copy weights into the model; ``masters`` requests the fp32 master weights of a bf16 checkpoint instead."""
+    if masters:
+        for chunk, found in weights.load_state(masters, directory, flag).items():
+            if chunk in masters:
+                loaded[chunk].update(found)
+    weights.put_weights(plain_chunks(state.model_chunks), loaded)
 
 
-def _check_tokenizer(directory: Path, manifest: Manifest, tokenizer: Tokenizer, flag: str) -> None:
-    if (conflict := identity_conflict(manifest.tokenizer, tokenizer)) is not None:
+def _check_tokenizer(source: CheckpointSource, tokenizer: Tokenizer) -> None:
+    if (conflict := source.tokenizer_conflict(tokenizer)) is not None:
         theirs, ours, remedy = conflict
         raise ConfigError(
-            f"{flag}: {directory} was trained with the tokenizer {theirs}, and this run has {ours}. {remedy}, or "
-            "use --finetune with a model of this tokenizer."
+            f"{source.flag}: {source.directory} was trained with the tokenizer {theirs}, and this run has {ours}. "
+            f"{remedy}, or use --finetune with a model of this tokenizer."
         )
 
 

@@ -149,7 +149,7 @@ def outside_origin(checkpoint: CheckpointConfig) -> Origin | None:
     """Return the initial checkpoint of the flags if it is outside of --save."""
     if checkpoint.load is not None and not belongs_to(checkpoint.load, checkpoint.save):
         path = str(Path(checkpoint.load).resolve())
-        weights_only = checkpoint.finetune or holds_only_weights(path)
+        weights_only = checkpoint.finetune or holds_only_weights(path, checkpoint.ckpt_step)
         return Origin("--load", path, checkpoint.ckpt_step, weights_only=weights_only)
     if checkpoint.pretrained_checkpoint is not None and checkpoint.load is None:
         path = str(Path(checkpoint.pretrained_checkpoint).resolve())

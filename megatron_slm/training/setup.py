@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from megatron_slm.checkpoint.source import find_source
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.config.selection import selects_tokens
@@ -177,7 +178,8 @@ def _saved_run(start: Start, config: RunConfig, corpora: dict[str, str], console
     """
     if start.checkpoint is None or start.weights_only:
         return None
-    saved = read_saved_run(start.checkpoint.directory)
+    checkpoint = start.checkpoint
+    saved = read_saved_run(find_source(checkpoint.path, checkpoint.step, checkpoint.flag), config)
     for line in check_corpora_unchanged(saved, corpora, config):
         console.print(line, markup=False)
     return saved

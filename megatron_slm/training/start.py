@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_slm.checkpoint.source import find_source, holds_only_weights
+from megatron_slm.checkpoint.source import find_foreign, is_published
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, step_directory
 from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, choose_step, list_steps, step_directories
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
@@ -151,7 +151,7 @@ def _check_overwrite(config: RunConfig) -> None:
 def _plan(flags: CheckpointConfig) -> Start:
     if flags.load is not None and Path(flags.load).exists() and not Path(flags.load).is_dir():
         raise ConfigError(f"--load {flags.load} is a file. Specify the --save directory of a run.")
-    if flags.save is not None and holds_only_weights(flags.save):
+    if flags.save is not None and is_published(flags.save):
         raise ConfigError(f"--save {flags.save} contains a published model. Choose another directory for the run.")
     if flags.load is not None and belongs_to(flags.load, flags.save):
         return _plan_in_save(flags, flags.load)
@@ -258,8 +258,9 @@ def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | No
     Raises:
         ConfigError: the step does not exist, or no existing checkpoint is known to be complete.
     """
-    if holds_only_weights(path):
-        return Checkpoint(flag, str(find_source(path, step, flag).directory), None), ""
+    foreign = find_foreign(path, step, flag)
+    if foreign is not None:
+        return Checkpoint(flag, str(foreign.directory), None), ""
     root = Path(path)
     if step is None and (root / MANIFEST_FILE).is_file():
         return Checkpoint(flag, path, None), ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_slm.checkpoint.huggingface.family import Weight
 from megatron_slm.checkpoint.huggingface.registry import find_family
 from megatron_slm.checkpoint.huggingface.tensors import PublishedTensors
-from megatron_slm.checkpoint.weights import loadable_model_state
+from megatron_slm.checkpoint.requests import loadable_model_state
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.runtime.errors import ConfigError

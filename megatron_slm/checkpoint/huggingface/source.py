@@ -16,7 +16,7 @@ from megatron_slm.checkpoint.huggingface.files import (
     VOCABULARY,
 )
 from megatron_slm.checkpoint.huggingface.registry import find_family
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, Manifest
 from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
@@ -66,6 +66,14 @@ class HuggingFaceSource:
         dtype = published.values.get("dtype", published.values.get("torch_dtype"))
         settings |= {"bf16": dtype == "bfloat16", **tokenizer_settings(self.directory.absolute())}
         return derive(with_settings(RunConfig(), settings))
+
+    def config_over(self, config: RunConfig) -> RunConfig:
+        """Return the configuration of the model, which defines all settings of its structure."""
+        return self.config()
+
+    def manifest(self) -> Manifest:
+        """Raise AssertionError: no run resumes from a published model."""
+        raise AssertionError("a published model is not resumable")
 
     def check_fits(self, config: RunConfig) -> None:
         """Validate the sequence length of a run, within which a sliding window must have no effect."""

@@ -43,6 +43,10 @@ class CheckpointConfig:
     use_checkpoint_args: bool = flag(
         False, "use the model settings of the checkpoint of --load, not of the command line"
     )
+    trust_checkpoint: bool = flag(
+        False,
+        "unpickle any class in checkpoints, which can run code of their authors; default only classes of data",
+    )
     slm_verify_checksums: bool = flag(True, "verify the checksums of checkpoints and score sidecars before use")
 
 

@@ -1,0 +1,73 @@
+"""Model configuration files of Megatron-Bridge and NeMo 2, which save no arguments of Megatron-LM.
+
+Both are YAML with the fields of Megatron-Core's configurations. Objects are mappings with a key ``_target_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_slm.runtime.errors import ConfigError, read_error
+
+BRIDGE_FILE = "run_config.yaml"  # in the checkpoint directory, under the key model
+NEMO_FILE = "context/model.yaml"  # beside the directory weights, under the key config
+_NAMES = {  # field of Megatron-Core: argument of Megatron-LM
+    "num_moe_experts": "num_experts",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+}
+_SWITCHES = {  # (activation function, gated): switch of Megatron-LM
+    ("silu", True): "swiglu",
+    ("swish", True): "swiglu",
+    ("gelu", True): "geglu",
+    ("openai_gelu", False): "openai_gelu",
+    ("squared_relu", False): "squared_relu",
+}
+
+
+def read_model_file(directory: Path, flag: str) -> dict[str, Any] | None:
+    """Return the model as arguments of Megatron-LM, or None if there is no such file.
+
+    Raises:
+        ConfigError: the file is unreadable or not a mapping.
+    """
+    for path, key in ((directory / BRIDGE_FILE, "model"), (directory.parent / NEMO_FILE, "config")):
+        if not path.is_file():
+            continue
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))[key]
+            return as_arguments(content)
+        except OSError as error:
+            raise read_error(flag, path, error) from error
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{flag}: {path} has no model configuration under the key {key}: {error}.") from error
+    return None
+
+
+def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a Megatron-Core configuration under the names of Megatron-LM's arguments."""
+    arguments = {_NAMES.get(name, name): value for name, value in fields.items()}
+    if isinstance(shares := fields.get("share_embeddings_and_output_weights"), bool):
+        arguments["untie_embeddings_and_output_weights"] = not shares
+    if (factor := fields.get("scale_factor")) is not None:  # NeMo's configuration of Llama 3.1
+        arguments |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
+    arguments["group_query_attention"] = fields.get("num_query_groups") is not None
+    return arguments | _activation(fields)
+
+
+def _activation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the activation as switches of Megatron-LM; an unknown function keeps its name, and is refused."""
+    function = fields.get("activation_func")
+    target = function.get("_target_") if isinstance(function, Mapping) else function
+    name, is_gated = str(target or "gelu").rsplit(".", 1)[-1], bool(fields.get("gated_linear_unit"))
+    switches: dict[str, Any] = dict.fromkeys(_SWITCHES.values(), False)
+    fused = name == "gelu" and not is_gated and bool(fields.get("bias_activation_fusion"))
+    switches |= {"bias_gelu_fusion": fused, "activation_func": None}
+    if (name, is_gated) in _SWITCHES:
+        return switches | {_SWITCHES[name, is_gated]: True}
+    return switches if (name, is_gated) == ("gelu", False) else switches | {"activation_func": name}
