@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from megatron_slm.cli.layout import add_checkpoint_flags
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.runtime.output import print_result
@@ -48,12 +49,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="data type of the weights; default that of the checkpoint")
     add("--max-shard-size", type=parse_size, default="5GB", help="largest size of a file, such as 500MB [5GB]")
     add("--tokenizer-model", type=expand_user, help="tokenizer to include; default that of the run")
-    add(
-        "--slm-verify-checksums",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="verify the checksums of the checkpoint before use",
-    )
+    add_checkpoint_flags(add)
 
 
 def parse_size(text: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_slm.cli.layout import add_layout_flags, given_layout, start_ranks
+from megatron_slm.cli.layout import add_checkpoint_flags, add_layout_flags, given_layout, start_ranks
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
@@ -65,12 +65,7 @@ def _add_files(add: Callable[..., argparse.Action]) -> None:
         metavar="FILE",
         help="write JSON lines with the keys prompt and text; default: stream the text to the terminal",
     )
-    add(
-        "--slm-verify-checksums",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="verify the checksums of the checkpoint before use",
-    )
+    add_checkpoint_flags(add)
 
 
 def _add_decoding(add: Callable[..., argparse.Action]) -> None:

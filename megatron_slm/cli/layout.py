@@ -1,12 +1,13 @@
-"""Flags of the parallel layout for commands that run a trained model."""
+"""Flags of the layout and of the checkpoint, for commands that run a trained model."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config.schema import ParallelConfig
+from megatron_slm.mcore.pickle_classes import trust_checkpoints
 from megatron_slm.runtime.errors import refuse
 
 if TYPE_CHECKING:
@@ -24,6 +25,31 @@ def add_layout_flags(add: Callable[..., argparse.Action]) -> None:
         help="backend of torch.distributed; default nccl on GPUs, gloo on CPUs",
     )
     add("--distributed-timeout-minutes", type=int, default=10, help="timeout in minutes of collective operations")
+
+
+class _Trust(argparse.Action):
+    """Accept all classes in the pickles of checkpoints."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        setattr(namespace, self.dest, True)
+        trust_checkpoints(True)
+
+
+def add_checkpoint_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add the flags that choose the checks of a checkpoint before it is loaded."""
+    add(
+        "--slm-verify-checksums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="verify the checksums of the checkpoint before use",
+    )
+    add(
+        "--trust-checkpoint",
+        action=_Trust,
+        nargs=0,
+        default=False,
+        help="unpickle any class in the checkpoint, which can run code of its author; default only classes of data",
+    )
 
 
 def given_layout(arguments: argparse.Namespace) -> ParallelConfig:

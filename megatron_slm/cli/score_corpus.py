@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_slm.cli.layout import add_checkpoint_flags
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
@@ -84,12 +85,7 @@ def _add_scoring(add: Callable[..., argparse.Action]) -> None:
     )
     add("--stride", type=int, help="stride between scoring windows in tokens; default half the model's --seq-length")
     add("--entropy", action="store_true", help="also store entropies, which --slm-score reference-entropy requires")
-    add(
-        "--slm-verify-checksums",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="verify the checksums of the checkpoint before use",
-    )
+    add_checkpoint_flags(add)
     add("--micro-batch-size", type=int, default=8, help="batch size per data-parallel rank and forward pass")
 
 

@@ -7,10 +7,8 @@ step of it would select other tokens, which no later step would correct.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from megatron_slm.checkpoint.source import open_source
-from megatron_slm.config.checkpoint_files import read_manifest, saved_config
+from megatron_slm.checkpoint.source import CheckpointSource, open_source
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.console import warn
@@ -48,14 +46,13 @@ def _verify(checkpoint: Checkpoint, config: RunConfig) -> None:
     """Raise UnusableFileError if a file of the checkpoint is damaged. Collective over all ranks."""
     verify = config.checkpoint.slm_verify_checksums
     source = open_source(checkpoint.path, checkpoint.step, checkpoint.flag, verify=verify)
-    if source.is_resumable:
-        on_first_rank(lambda: _read_records(source.directory, source.flag))
+    on_first_rank(lambda: _read_records(source, config) if source.is_resumable else None)
 
 
-def _read_records(directory: Path, flag: str) -> None:
-    read_manifest(directory, flag)
-    saved_config(directory)
-    DataRecord.read(directory)
+def _read_records(source: CheckpointSource, config: RunConfig) -> None:
+    source.manifest()
+    source.config_over(config)
+    DataRecord.read(source.directory)
 
 
 def _report(error: UnusableFileError, *, is_last: bool) -> None:
