@@ -19,6 +19,7 @@ from zipfile import BadZipFile, ZipFile
 from megatron_slm.config.checkpoint_files import other_step
 from megatron_slm.mcore.pickle_classes import TRUST_REMEDY, UnsafePickleError, load_with_placeholders
 from megatron_slm.runtime.errors import ConfigError, read_error
+from megatron_slm.runtime.files import check_regular
 
 COMMON_FILE, METADATA_FILE, FORMAT_FILE = "common.pt", ".metadata", "metadata.json"
 OBJECT = "common_state/shard_0_1"
@@ -57,6 +58,7 @@ def read_shards(directory: Path, flag: str) -> list[Shard]:
     """
     with _explained(directory, flag):
         path = directory / METADATA_FILE
+        check_regular(path)
         metadata = load_with_placeholders(path.read_bytes(), str(path))
         places = metadata.state["storage_data"].items()
         return [
@@ -77,6 +79,7 @@ def read_backend(directory: Path, flag: str) -> str:
         ConfigError: the file is unreadable or damaged.
     """
     with _explained(directory, flag):
+        check_regular(directory / FORMAT_FILE)
         content = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))
         return str(content["sharded_backend"])
 
@@ -86,6 +89,7 @@ def _load_object(directory: Path, flag: str) -> Any:
     if shard is None:
         raise ValueError(f"there is neither {COMMON_FILE} nor the object common_state")
     path = directory / shard.file
+    check_regular(path)
     with path.open("rb") as file:
         file.seek(shard.offset)
         return _load_archive(file.read(shard.length), str(path))[0]

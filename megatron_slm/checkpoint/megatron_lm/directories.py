@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_slm.checkpoint.megatron_lm.common_state import FORMAT_FILE, METADATA_FILE
 from megatron_slm.config.checkpoint_files import CONFIG_FILE, MANIFEST_FILE, TRACKER, step_directory
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_regular
 
 RELEASE = "release"  # a tracker file with this word names the directory of converted weights
 BRIDGE_TRACKER = "latest_train_state.pt"
@@ -72,6 +73,7 @@ def _locate(path: Path, step: int | None) -> Location | None:
 def _tracked(path: Path) -> str | None:
     """Return the content of the tracker file, or the newest step of a run of Megatron-Bridge."""
     try:
+        check_regular(path / TRACKER)
         content = (path / TRACKER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         if not (path / BRIDGE_TRACKER).is_file():
