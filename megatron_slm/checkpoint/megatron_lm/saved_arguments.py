@@ -24,7 +24,8 @@ def megatron_arguments(config: RunConfig, *, padded_vocab_size: int, step: int, 
     """Return the arguments; all values are plain, so that every version of Megatron-LM can read them."""
     values = to_flat_dict(config)
     names = [setting.name for group, setting, _ in settings() if group in _GROUPS and setting.name not in _OWN]
-    plain = {name: values[name] for name in (*names, *_TOKENIZER) if not name.startswith("slm_")}
+    named = {name: values[name] for name in (*names, *_TOKENIZER) if not name.startswith("slm_")}
+    plain = {name: value for name, value in named.items() if value is None or isinstance(value, str | int | float)}
     return Namespace(
         **(dict.fromkeys(_OFF, False) | plain | _model_arguments(config)),
         ckpt_format="torch_dist",
