@@ -82,9 +82,9 @@ def build_model(
     if rotates_by_id:
         config.apply_rope_fusion = False  # the fused kernel assumes the same positions in all samples
     head = linear_cross_entropy_config(model, parallel, objective, max(vocab_size, model.vocab_size or 0), groups)
-    virtual_stages = config.virtual_pipeline_model_parallel_size or 1
+    stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
-    for stage in range(virtual_stages):
+    for stage in range(stages):
         vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
         layers = layer_spec(model, config, implementation, vp_stage, groups.pp_rank)
         chunk = GPT(
@@ -93,7 +93,7 @@ def build_model(
             vocab_size=padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,
             pre_process=groups.is_first_stage and stage == 0,
-            post_process=groups.is_last_stage and stage == virtual_stages - 1,
+            post_process=groups.is_last_stage and stage == stages - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             position_embedding_type=model.position_embedding_type,

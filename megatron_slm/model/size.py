@@ -16,7 +16,7 @@ def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int)
     return -(-max(vocab_size, model.vocab_size or 0) // multiple) * multiple
 
 
-def _head_sizes(model: ModelConfig) -> tuple[int, int]:
+def _projection_widths(model: ModelConfig) -> tuple[int, int]:
     """Return the widths of the query projection and of one key or value projection."""
     heads, width = model.num_attention_heads, model.kv_channels
     groups = model.num_query_groups if model.group_query_attention and model.num_query_groups else heads
@@ -30,7 +30,7 @@ def matrix_parameters(model: ModelConfig, *, active: bool = True) -> int:
         active: count only the experts that process a token (--moe-router-topk) instead of all experts.
     """
     hidden = model.hidden_size
-    query, key = _head_sizes(model)
+    query, key = _projection_widths(model)
     attention = hidden * (query + 2 * key) + query * hidden
     matrices = 3 if is_gated(model) else 2
     if model.num_experts is None:
@@ -38,14 +38,14 @@ def matrix_parameters(model: ModelConfig, *, active: bool = True) -> int:
     else:
         experts = model.moe_router_topk if active else model.num_experts
         mlp = experts * matrices * hidden * model.moe_ffn_hidden_size + hidden * model.num_experts
-    heads = model.mtp_num_layers or 0
-    return (model.num_layers + heads) * (attention + mlp) + heads * 2 * hidden * hidden
+    mtp_layers = model.mtp_num_layers or 0
+    return (model.num_layers + mtp_layers) * (attention + mlp) + mtp_layers * 2 * hidden * hidden
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     """Return the parameter count of the model with a padded vocabulary, including biases and norms."""
     hidden = model.hidden_size
-    query, key = _head_sizes(model)
+    query, key = _projection_widths(model)
     embeddings = vocab_size * hidden * (2 if model.untie_embeddings_and_output_weights else 1)
     if model.position_embedding_type == "learned_absolute":
         embeddings += model.max_position_embeddings * hidden
@@ -57,8 +57,8 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
         per_layer += hidden + (model.num_experts or 1) * (hidden + width * (2 if is_gated(model) else 1))
     if not model.disable_bias_linear or model.add_qkv_bias:
         per_layer += query + 2 * key
-    heads = model.mtp_num_layers or 0
-    layers = (model.num_layers + heads) * per_layer + heads * 3 * norm
+    mtp_layers = model.mtp_num_layers or 0
+    layers = (model.num_layers + mtp_layers) * per_layer + mtp_layers * 3 * norm
     return matrix_parameters(model, active=False) + embeddings + norm + layers
 
 
@@ -67,10 +67,10 @@ def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
 
     Each matrix parameter counts two FLOPs; causal attention covers half of the sequence on average.
     """
-    query, _ = _head_sizes(model)
-    heads = model.mtp_num_layers or 0
-    attention = 2 * model.seq_length * query * (model.num_layers + heads)
-    return 2 * (matrix_parameters(model) + (1 + heads) * model.hidden_size * vocab_size) + attention
+    query, _ = _projection_widths(model)
+    mtp_layers = model.mtp_num_layers or 0
+    attention = 2 * model.seq_length * query * (model.num_layers + mtp_layers)
+    return 2 * (matrix_parameters(model) + (1 + mtp_layers) * model.hidden_size * vocab_size) + attention
 
 
 def training_flops_per_token(model: ModelConfig, vocab_size: int) -> float:

@@ -82,10 +82,10 @@ class _Loop:
     """Run steps and track the last logged, saved and evaluated step."""
 
     def __init__(self, run: Run, stop: StopDecision) -> None:
-        training, logging, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
+        training, logs, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
         self.run, self.stop = run, stop
         self.iterations = training.train_iters
-        self.clock = StepClock(Schedule(self.iterations, logging.eval_interval, checkpoint.save_interval))
+        self.clock = StepClock(Schedule(self.iterations, logs.eval_interval, checkpoint.save_interval))
         self.saver = Saver(run.state, run.config, run.console)
         self.monitor = StepMonitor(run.state, run.config, run.datasets.train)
         self.saved, self.evaluated = run.progress.step, -1
