@@ -194,8 +194,8 @@ class Measurement:
         self.loop = None if variant.loop is None else variant.loop(self.run)
         self.seconds: list[float] = []
         self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
-        optimizer, reference = self.run.state.optimizer, self.run.reference
-        optimizer.step = self._timed("optimizer", optimizer.step)
+        state, reference = self.run.state, self.run.reference
+        state.optimizer_step = self._timed("optimizer", state.optimizer_step)
         reference.score = self._timed("reference", reference.score)
 
     def _timed(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:

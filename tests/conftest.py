@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hypothesis import settings
 
-import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 settings.register_profile("busy", deadline=None)

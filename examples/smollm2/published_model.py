@@ -53,7 +53,7 @@ def compare_with_transformers(model: Path, checkpoint: Path, text: str = TEXT) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.config.schema import ParallelConfig
     from megatron_slm.inference.batches import ScoringRequest
     from megatron_slm.inference.model import open_model

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Convert the checkpoint given on the command line."""
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
 
     if arguments.command == IMPORT:
         from megatron_slm.checkpoint.huggingface.import_model import import_model

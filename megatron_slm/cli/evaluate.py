@@ -123,7 +123,7 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate the tasks of the command line. Collective over all ranks."""
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.evaluation.report import check_output, results_table, source_lines, write_results
     from megatron_slm.evaluation.runner import RequestRunner
     from megatron_slm.inference.model import open_model

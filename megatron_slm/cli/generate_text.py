@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate_text(arguments: argparse.Namespace) -> None:
     """Generate text for the prompts of the command line."""
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.inference.model import open_model
     from megatron_slm.inference.output_file import check_output
     from megatron_slm.inference.prompts import encode_prompts

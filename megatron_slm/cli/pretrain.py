@@ -49,7 +49,7 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.runtime.console import make_console
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.fallback import verified_start
@@ -78,7 +78,7 @@ def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
 
 
 def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.logs import logging_to, open_log

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score(arguments: argparse.Namespace) -> None:
     """Score the corpora given on the command line."""
-    import megatron_slm.mcore  # noqa: F401  # before modules that import Megatron-Core
+    import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.data.datasets import parse_blend
     from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
     from megatron_slm.runtime import process

@@ -22,7 +22,7 @@ from megatron_slm.runtime import process
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 
 PRELOAD = [
-    "megatron_slm.mcore",  # before modules that import Megatron-Core
+    "megatron_slm.mcore.import_core",  # before modules that import Megatron-Core
     "torch._dynamo",  # which torch's optimizers import
     "megatron_slm.training.setup",
     "megatron_slm.cli.pretrain",

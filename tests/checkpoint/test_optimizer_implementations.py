@@ -18,6 +18,8 @@ from megatron_slm.cli.pretrain import main
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, make_corpus, records
 
+pytestmark = pytest.mark.slow
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Imitate Transformer Engine's optimizer: a step per group, ``bias_correction``, no step per parameter."""

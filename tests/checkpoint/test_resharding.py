@@ -20,6 +20,8 @@ from megatron_slm.training.preflight import resolve_values
 from megatron_slm.training.saver import Saver
 from megatron_slm.training.setup import build_run, parallel_layout
 
+pytestmark = pytest.mark.slow
+
 RANKS = 4
 SHARED = {"eval_iters": 0, "use_distributed_optimizer": True, "vocab_size": 512}  # one padded vocabulary for every TP
 DENSE = {**SHARED, "bf16": True}

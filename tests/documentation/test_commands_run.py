@@ -16,7 +16,7 @@ from megatron_slm.testing.published import save_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NAMES = ("reference_scores", "finetuning", "data", "generation", "performance")
+NAMES = ("generation", "reference_scores", "finetuning", "data", "performance")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 BLOCKS = [
     (page, number, block)

@@ -24,6 +24,8 @@ from evaluation_samples import choice_lines, write_requests
 from megatron_slm.testing.published import save_model
 from megatron_slm.testing.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

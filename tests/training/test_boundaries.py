@@ -20,7 +20,11 @@ from megatron_slm.testing.tiny import _main, command, make_corpus
 
 Setting = tuple[Field[Any], Any]
 SETTINGS: dict[str, Setting] = {flag_name(setting): (setting, kind) for _, setting, kind in settings()}
-NUMBERS = {flag: each for flag, each in SETTINGS.items() if "int" in str(each[1]) or "float" in str(each[1])}
+NUMBERS = {
+    flag: each
+    for flag, each in SETTINGS.items()
+    if ("int" in str(each[1]) or "float" in str(each[1])) and "list" not in str(each[1])
+}
 TEXTS = {flag: each for flag, each in SETTINGS.items() if "str" in str(each[1]) and not each[0].metadata["choices"]}
 NEVER = ["", " ", "abc", "nan", "inf", "-inf", "1e400", str(2**63), str(2**64), "9" * 5000]
 SECONDS = 60  # time limit of a tiny run

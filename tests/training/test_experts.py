@@ -20,6 +20,8 @@ from megatron_slm.testing.tiny import command, launch, make_corpus, records
 from megatron_slm.training import step as step_module
 from megatron_slm.training.state import TrainState
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_aux_loss_coeff": 0.1}
 
 

@@ -79,14 +79,14 @@ def test_user_error_under_srun_prints_one_message(
 
 def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception) -> Output:
     """Run the trainer; rank 1 fails before its second step while rank 0 waits in a collective."""
-    whole_step = loop._one_step
+    whole_step = loop.one_step
 
     def step(run: Any, stream: Any) -> Any:
         if rank == 1 and run.progress.step == 1:
             raise error
         return whole_step(run, stream)
 
-    loop._one_step = step
+    loop.one_step = step
     return captured(argv)
 
 

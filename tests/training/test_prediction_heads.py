@@ -9,6 +9,8 @@ import pytest
 
 from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus, records
 
+pytestmark = pytest.mark.slow
+
 HEADS = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from megatron_slm.testing.tiny import command, losses, make_corpus, records, run_each
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -89,7 +89,7 @@ def test_evaluation_of_an_older_checkpoint_keeps_all_records(tmp_path: Path) -> 
 def test_unrelated_file_is_not_replaced(tmp_path: Path, content: str, resumed_step: int) -> None:
     path = tmp_path / "file"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="not a metrics file of megatron_slm"):
+    with pytest.raises(ConfigError, match="was not written by megatron_slm"):
         prepare_metrics_file(path, resumed_step)
     assert path.read_text() == content and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 

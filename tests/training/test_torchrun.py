@@ -12,6 +12,8 @@ import pytest
 
 from megatron_slm import torchrun
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RANKS = ["--standalone", "--nproc-per-node", "3"]
 BAD = ["-m", "megatron_slm.pretrain", "--lr", "fast"]
