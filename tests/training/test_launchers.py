@@ -81,10 +81,10 @@ def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception
     """Run the trainer; rank 1 fails before its second step while rank 0 waits in a collective."""
     whole_step = loop.one_step
 
-    def step(run: Any, stream: Any) -> Any:
+    def step(run: Any, stream: Any, observer: Any) -> Any:
         if rank == 1 and run.progress.step == 1:
             raise error
-        return whole_step(run, stream)
+        return whole_step(run, stream, observer)
 
     loop.one_step = step
     return captured(argv)
