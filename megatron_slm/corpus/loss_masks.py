@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_slm.config.selection import ANSWERS
 from megatron_slm.corpus.fingerprints import corpus_fingerprint, corpus_identity
+from megatron_slm.corpus.headers import HEADER_BYTES, check_fields, pack_header
 from megatron_slm.corpus.index import read_index
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
@@ -26,7 +27,6 @@ from megatron_slm.runtime.files import atomic_path, check_replaceable
 
 FLAG = "--slm-loss-mask"
 MAGIC = b"SLMMASK1"
-HEADER_BYTES = 4096
 READ_BYTES = 1 << 24
 AGAIN = {ANSWERS: "Recreate the corpus with tools/preprocess_sft.py."}
 SELECT_AGAIN = "Recreate the mask with tools/select_tokens.py."
@@ -44,11 +44,7 @@ class MaskHeader:
 
     def pack(self) -> bytes:
         """Return the header as 4,096 bytes."""
-        fields = asdict(self)
-        fields["header_checksum"] = text_checksum(json.dumps(fields, sort_keys=True))
-        text = json.dumps(fields, indent=1).encode("ascii")
-        assert len(text) < HEADER_BYTES - len(MAGIC), "the header has a fixed size"
-        return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
+        return pack_header(MAGIC, asdict(self))
 
     @staticmethod
     def unpack(block: bytes) -> MaskHeader:
@@ -61,9 +57,7 @@ class MaskHeader:
             raise ValueError("is not a loss mask")
         try:
             fields = json.loads(block[len(MAGIC) :])
-            checksum = fields.pop("header_checksum")
-            if checksum != text_checksum(json.dumps(fields, sort_keys=True)):
-                raise ValueError("its content does not match its checksum")
+            check_fields(fields)
             return MaskHeader(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"has a damaged header ({error})") from error

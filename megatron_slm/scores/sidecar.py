@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.runtime.checksums import text_checksum
+from megatron_slm.corpus.headers import HEADER_BYTES, check_fields, pack_header
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.quantization import DTYPE, Quantization
 
@@ -29,7 +29,6 @@ MAGIC = b"SLMSCORE"
 VERSION = 4
 READABLE = (2, 3, 4)
 FIRST_WITH_CHECKSUMS, FIRST_WITH_TWO_BYTES_ONLY = 3, 4
-HEADER_BYTES = 4096
 FLAG = "--reference-scores"
 TOOL = "tools/score_corpus.py"
 EXAMPLE = "example"  # context of fine-tuning examples
@@ -92,10 +91,7 @@ class ScoresHeader:
     def pack(self) -> bytes:
         """Return the header as 4,096 bytes."""
         fields = {"version": VERSION, **asdict(self), "max_error_nats": self.loss.max_error}
-        fields["header_checksum"] = _checksum(fields)
-        text = json.dumps(fields, indent=1).encode("ascii")
-        assert len(text) < HEADER_BYTES - len(MAGIC), "the header has a fixed size"
-        return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
+        return pack_header(MAGIC, fields)
 
     @staticmethod
     def unpack(block: bytes) -> ScoresHeader:
@@ -118,8 +114,8 @@ class ScoresHeader:
 
 
 def _parse_header(fields: dict[str, Any]) -> ScoresHeader:
-    if fields["version"] >= FIRST_WITH_CHECKSUMS and fields.pop("header_checksum") != _checksum(fields):
-        raise ValueError("its content does not match its checksum")
+    if fields["version"] >= FIRST_WITH_CHECKSUMS:
+        check_fields(fields)
     if fields.pop("version") < FIRST_WITH_TWO_BYTES_ONLY:
         del fields["codebook_bytes"]
         fields["bytes_per_value"] = fields["loss"]["bytes"]
@@ -136,10 +132,6 @@ def _parse_header(fields: dict[str, Any]) -> ScoresHeader:
 def _parse_quantization(fields: dict[str, Any]) -> Quantization:
     """Return a recorded quantization, ignoring the bytes per value and codebook shape of versions 2 and 3."""
     return Quantization(**{name: fields[name] for name in ("ceiling", "curve") if name in fields})
-
-
-def _checksum(fields: dict[str, Any]) -> str:
-    return text_checksum(json.dumps(fields, sort_keys=True))
 
 
 def sidecar_path(prefix: str, name: str) -> Path:
