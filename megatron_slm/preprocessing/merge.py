@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from megatron_slm.preprocessing.corpus_writer import check_corpus_writable, writ
 from megatron_slm.preprocessing.journal import OUTPUT, lock_output
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_output_prefix, explained_write, publish
+from megatron_slm.runtime.files import check_output_prefix, explained_write, free_space, publish
 
 COPY_BYTES = 1 << 26  # bytes
 # These metadata fields are summed; the others are kept if all corpora agree.
@@ -176,10 +175,7 @@ def _check_metadata(known: Sequence[tuple[str, dict[str, Any]]]) -> None:
 
 def _check_space(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
     wanted = sum(bin_path(info.prefix).stat().st_size + idx_path(info.prefix).stat().st_size for info in infos)
-    directory = Path(output_prefix).absolute().parent
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
+    free = free_space(Path(output_prefix).absolute().parent) or 0
     if wanted > free:
         raise ConfigError(
             f"{OUTPUT} {output_prefix} needs {wanted:,} bytes, but only {free:,} are free. Free space, or choose "

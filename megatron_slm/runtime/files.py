@@ -147,3 +147,13 @@ def _write_error(path: str | Path, role: str, error: OSError, note: str = "") ->
         f"{role} {path} cannot be written: {error.strerror or error}. Free space on the disk, or choose a path that "
         f"this user may write.{' ' if note else ''}{note}"
     )
+
+
+def free_space(path: Path) -> int | None:
+    """Return the free bytes on the disk of ``path``, which need not exist; None if its file system reports none."""
+    existing = next((each for each in (path, *path.absolute().parents) if each.exists()), path)
+    try:
+        usage = shutil.disk_usage(existing)
+    except OSError:
+        return None
+    return usage.free if usage.total else None

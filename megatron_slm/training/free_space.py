@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from megatron_slm.config.checkpoint_files import file_sizes
@@ -11,6 +10,7 @@ from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.model.size import padded_vocab_size, parameter_count
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import free_space
 from megatron_slm.training.save_directory import leftovers
 from megatron_slm.training.start import Start
 
@@ -62,14 +62,9 @@ def check_space(directory: Path, size: int, reclaimed: int = 0) -> int | None:
     Raises:
         ConfigError: a checkpoint of ``size`` bytes does not fit.
     """
-    existing = next((path for path in (directory, *directory.absolute().parents) if path.exists()), directory)
-    try:
-        usage = shutil.disk_usage(existing)
-    except OSError:
+    if (unused := free_space(directory)) is None:
         return None
-    if usage.total == 0:
-        return None
-    free = usage.free + reclaimed
+    free = unused + reclaimed
     if free < size:
         raise ConfigError(
             f"--save {directory}: a checkpoint needs {format_size(size)}, and {format_size(free)} are free. Free disk "

@@ -28,7 +28,7 @@ from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.console import BYTES
 from megatron_slm.runtime.console import progress as progress_bar
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import explained_write, sync, write_text
+from megatron_slm.runtime.files import explained_write, free_space, sync, write_text
 from megatron_slm.tokenizers.identity import tokenizer_identity
 from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
@@ -85,7 +85,7 @@ def check_empty(directory: Path, flag: str) -> None:
 
 def check_space(directory: Path, size: int, flag: str) -> None:
     """Raise ConfigError if the disk has less free space than ``size`` bytes."""
-    free = shutil.disk_usage(directory).free
+    free = free_space(directory) or 0
     if free < size:
         raise ConfigError(
             f"{flag} {directory.parent}: the weights take {size / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB "
