@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,20 @@ class PublishedConfig:
     def text(self, name: str, default: str = _REQUIRED) -> str:
         """Return a text field."""
         return self._checked(name, self._value(name, default), str, "a text")
+
+    def choice(self, name: str, default: str, choices: Mapping[str, str]) -> str:
+        """Return the setting for a published value.
+
+        Args:
+            choices: setting by published value.
+
+        Raises:
+            ConfigError: the value is not supported.
+        """
+        value = self.text(name, default)
+        if value not in choices:
+            raise self.error(f"{name} {value!r} is not supported; supported are {', '.join(choices)}")
+        return choices[value]
 
     def section(self, name: str) -> PublishedConfig:
         """Return a nested object, empty if it is missing or null."""

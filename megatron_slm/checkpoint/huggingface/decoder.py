@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
-from megatron_slm.checkpoint.huggingface.family import Weight
+from megatron_slm.checkpoint.huggingface.family import Weight, published_activation
 from megatron_slm.checkpoint.huggingface.layouts import GateUp, QueryKeyValue
 from megatron_slm.checkpoint.huggingface.rotary import rotary_fields, rotary_settings
-from megatron_slm.config.activation import activation_name
 from megatron_slm.config.schema import ModelConfig
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}  # of a gated MLP
@@ -33,9 +32,7 @@ def decoder_settings(
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     is_null = "num_key_value_heads" in config.values
     groups = config.integer("num_key_value_heads", heads if is_null or query_groups is None else query_groups)
-    activation = config.text("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise config.error(f"hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    activation = config.choice("hidden_act", "silu", ACTIVATIONS)
     return {
         "num_layers": config.integer("num_hidden_layers"),
         "hidden_size": hidden,
@@ -48,8 +45,8 @@ def decoder_settings(
         "seq_length": config.integer("max_position_embeddings"),
         "normalization": "RMSNorm",
         "norm_epsilon": config.number("rms_norm_eps", 1e-6),
-        "swiglu": ACTIVATIONS[activation] == "swiglu",
-        "activation": None if ACTIVATIONS[activation] == "swiglu" else ACTIVATIONS[activation],
+        "swiglu": activation == "swiglu",
+        "activation": None if activation == "swiglu" else activation,
         "disable_bias_linear": True,
         "untie_embeddings_and_output_weights": not config.switch("tie_word_embeddings", False),
         "attention_dropout": config.number("attention_dropout", 0.0),
@@ -86,7 +83,6 @@ def optional_window(config: PublishedConfig, settings: dict[str, Any]) -> dict[s
 
 def decoder_fields(model: ModelConfig) -> dict[str, Any]:
     """Return the fields of ``config.json`` that all Llama-like families have."""
-    published = {name: field for field, name in reversed(ACTIVATIONS.items())}
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -96,7 +92,7 @@ def decoder_fields(model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
-        "hidden_act": published.get(activation_name(model), activation_name(model)),
+        "hidden_act": published_activation(model, ACTIVATIONS),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "initializer_range": model.init_method_std,
         **rotary_fields(model),
@@ -143,7 +139,12 @@ def _projections(kind: str) -> tuple[str, ...]:
     return tuple(f"{LAYER}.self_attn.{part}_proj.{kind}" for part in "qkv")
 
 
-def dense_mlp(model: ModelConfig) -> list[Weight]:
+def dense_weights(model: ModelConfig) -> list[Weight]:
+    """Return the weights of a Llama-like model with a gated MLP in every layer."""
+    return decoder_weights(model, _gated_mlp(model))
+
+
+def _gated_mlp(model: ModelConfig) -> list[Weight]:
     """Return the weights of a gated MLP."""
     kinds = ("weight",) if model.disable_bias_linear else ("weight", "bias")
     weights = []

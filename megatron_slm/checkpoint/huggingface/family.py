@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
 from megatron_slm.checkpoint.huggingface.layouts import Layout, Same
+from megatron_slm.config.activation import activation_name
 from megatron_slm.config.schema import ModelConfig
 
 LAYER, EXPERT = "{layer}", "{expert}"  # placeholders in names
@@ -61,3 +62,13 @@ class Family:
     weights: Callable[[ModelConfig], list[Weight]]
     prefix: str = "model."  # of the tensors of the base model, whose checkpoints lack it
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)  # patterns of tensors that the architecture recomputes
+
+
+def published_activation(model: ModelConfig, names: Mapping[str, str]) -> str:
+    """Return the published name of the model's activation; of several names for one setting, the first.
+
+    Args:
+        names: setting by published name, as for :meth:`PublishedConfig.choice`.
+    """
+    activation = activation_name(model)
+    return next((name for name, setting in names.items() if setting == activation), activation)

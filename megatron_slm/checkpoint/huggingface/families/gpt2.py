@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
-from megatron_slm.checkpoint.huggingface.family import Family, Weight
+from megatron_slm.checkpoint.huggingface.family import Family, Weight, published_activation
 from megatron_slm.checkpoint.huggingface.layouts import FusedQueryKeyValue, Same, Transposed
-from megatron_slm.config.activation import activation_name
 from megatron_slm.config.schema import ModelConfig
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -24,11 +23,6 @@ def read_settings(config: PublishedConfig) -> dict[str, Any]:
     heads, hidden = config.integer("n_head"), config.integer("n_embd")
     if hidden % heads:
         raise config.error(f"n_head {heads} does not divide n_embd {hidden}")
-    activation = config.text("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise config.error(
-            f"activation_function {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
     positions = config.integer("n_positions")
     return {
         "num_layers": config.integer("n_layer"),
@@ -42,7 +36,7 @@ def read_settings(config: PublishedConfig) -> dict[str, Any]:
         "normalization": "LayerNorm",
         "norm_epsilon": config.number("layer_norm_epsilon", 1e-5),
         "swiglu": False,
-        "activation": ACTIVATIONS[activation],
+        "activation": config.choice("activation_function", "gelu_new", ACTIVATIONS),
         "disable_bias_linear": False,
         "untie_embeddings_and_output_weights": not config.switch("tie_word_embeddings", True),
         "attention_dropout": config.number("attn_pdrop", 0.1),
@@ -54,7 +48,6 @@ def read_settings(config: PublishedConfig) -> dict[str, Any]:
 
 def write_fields(model: ModelConfig) -> dict[str, Any]:
     """Return the fields of ``config.json``."""
-    published = {name: field for field, name in reversed(ACTIVATIONS.items())}
     return {
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
@@ -62,7 +55,7 @@ def write_fields(model: ModelConfig) -> dict[str, Any]:
         "n_head": model.num_attention_heads,
         "n_positions": model.max_position_embeddings,
         "layer_norm_epsilon": model.norm_epsilon,
-        "activation_function": published.get(activation_name(model), activation_name(model)),
+        "activation_function": published_activation(model, ACTIVATIONS),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "attn_pdrop": model.attention_dropout,
         "resid_pdrop": model.hidden_dropout,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
-from megatron_slm.checkpoint.huggingface.decoder import decoder_fields, decoder_settings, decoder_weights, dense_mlp
-from megatron_slm.checkpoint.huggingface.family import Family, Weight
+from megatron_slm.checkpoint.huggingface.decoder import decoder_fields, decoder_settings, dense_weights
+from megatron_slm.checkpoint.huggingface.family import Family
 from megatron_slm.config.schema import ModelConfig
 
 
@@ -27,9 +27,4 @@ def write_fields(model: ModelConfig) -> dict[str, Any]:
     return decoder_fields(model) | {"attention_bias": bias, "mlp_bias": bias}
 
 
-def weights(model: ModelConfig) -> list[Weight]:
-    """Return the weights with their published names."""
-    return decoder_weights(model, dense_mlp(model))
-
-
-FAMILY = Family("llama", "LlamaForCausalLM", read_settings, write_fields, weights)
+FAMILY = Family("llama", "LlamaForCausalLM", read_settings, write_fields, dense_weights)

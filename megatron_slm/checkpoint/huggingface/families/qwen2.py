@@ -8,11 +8,10 @@ from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
 from megatron_slm.checkpoint.huggingface.decoder import (
     decoder_fields,
     decoder_settings,
-    decoder_weights,
-    dense_mlp,
+    dense_weights,
     optional_window,
 )
-from megatron_slm.checkpoint.huggingface.family import Family, Weight
+from megatron_slm.checkpoint.huggingface.family import Family
 from megatron_slm.config.schema import ModelConfig
 
 
@@ -27,9 +26,4 @@ def write_fields(model: ModelConfig) -> dict[str, Any]:
     return decoder_fields(model) | {"use_sliding_window": False}
 
 
-def weights(model: ModelConfig) -> list[Weight]:
-    """Return the weights with their published names."""
-    return decoder_weights(model, dense_mlp(model))
-
-
-FAMILY = Family("qwen2", "Qwen2ForCausalLM", read_settings, write_fields, weights)
+FAMILY = Family("qwen2", "Qwen2ForCausalLM", read_settings, write_fields, dense_weights)
