@@ -20,6 +20,7 @@ from megatron_slm.runtime.output import print_result
 from megatron_slm.runtime.reporting import run_command
 
 if TYPE_CHECKING:
+    from megatron_slm.inference.generation import Generation
     from megatron_slm.inference.model import InferenceModel
     from megatron_slm.inference.prompts import Prompt
     from megatron_slm.inference.sampling import Decoding
@@ -40,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag, an invalid value, or not exactly one source of prompts.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     _add_files(parser.add_argument)
     _add_decoding(parser.add_argument)
     add_layout_flags(parser.add_argument)
@@ -150,6 +151,16 @@ def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     ]
 
 
+def generator(
+    model: InferenceModel, decoding: Decoding, arguments: argparse.Namespace
+) -> Callable[..., list[Generation]]:
+    """Return :func:`megatron_slm.inference.generation.generate` with the settings of the command line."""
+    from megatron_slm.inference.generation import generate
+
+    settings = {"micro_batch_size": arguments.micro_batch_size, "use_cache": arguments.use_cache}
+    return partial(generate, model, decoding=decoding, **settings)
+
+
 def write_file(
     model: InferenceModel,
     prompts: Sequence[Prompt],
@@ -158,12 +169,12 @@ def write_file(
     arguments: argparse.Namespace,
 ) -> None:
     """Generate for the remaining prompts and write the output file. Collective over all ranks."""
-    from megatron_slm.inference.generation import generate
     from megatron_slm.inference.output_file import OutputFile, job_key
     from megatron_slm.runtime.collective import on_first_rank
     from megatron_slm.runtime.console import notice, progress
 
     size = arguments.micro_batch_size * model.groups.dp_size
+    continue_prompts = generator(model, decoding, arguments)
     file = on_first_rank(lambda: OutputFile(arguments.output, job_key(model.identity, decoding, prompts)))
     if file.finished:
         notice(f"continuing {file.partial} after {file.finished:,} prompts")
@@ -171,14 +182,7 @@ def write_file(
         bar.advance(file.finished)
         for start in range(file.finished, len(prompts), size):
             stop = min(start + size, len(prompts))
-            results = generate(
-                model,
-                encoded[start:stop],
-                decoding,
-                micro_batch_size=arguments.micro_batch_size,
-                first_request=start,
-                use_cache=arguments.use_cache,
-            )
+            results = continue_prompts(encoded[start:stop], first_request=start)
             on_first_rank(partial(file.append, prompts[start:stop], results))
             bar.advance(stop - start)
     on_first_rank(file.publish)
@@ -192,21 +196,13 @@ def stream(
     arguments: argparse.Namespace,
 ) -> None:
     """Print every prompt and its text, token by token, in the order of the prompts. Collective over all ranks."""
-    from megatron_slm.inference.generation import generate
-
     size = arguments.micro_batch_size * model.groups.dp_size
+    continue_prompts = generator(model, decoding, arguments)
     for start in range(0, len(prompts), size):
         texts = [prompt.text for prompt in prompts[start : start + size]]
         printer = StreamPrinter(texts, is_first=start == 0) if model.groups.is_logging_rank else None
-        results = generate(
-            model,
-            encoded[start : start + size],
-            decoding,
-            micro_batch_size=arguments.micro_batch_size,
-            first_request=start,
-            on_text=printer.add if printer is not None else None,
-            use_cache=arguments.use_cache,
-        )
+        on_text = printer.add if printer is not None else None
+        results = continue_prompts(encoded[start : start + size], first_request=start, on_text=on_text)
         if printer is not None:
             printer.finish([result.text for result in results])
 
