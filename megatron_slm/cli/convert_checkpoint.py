@@ -27,7 +27,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag or command, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{IMPORT}|{EXPORT}")
     _add_import(commands.add_parser(IMPORT, help="write a published model to --save as a checkpoint of step 0"))
     _add_export(commands.add_parser(EXPORT, help="write a checkpoint to --hf-path as a published model"))

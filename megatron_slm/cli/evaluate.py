@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag, or a missing or invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     _add_model(parser.add_argument)
     _add_tasks(parser.add_argument)
     add_layout_flags(parser.add_argument)

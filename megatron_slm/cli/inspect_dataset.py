@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prefix", type=expand_user, help="path of the corpus without .bin or .idx suffix")
     add(

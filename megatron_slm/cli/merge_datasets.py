@@ -17,7 +17,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=expand_user, metavar="DIR", help="directory of corpora, to merge in name order")
     source.add_argument(

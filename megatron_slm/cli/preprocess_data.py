@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown or unsupported flag, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_reading_flags(parser)
     _add_input_and_output(parser.add_argument)
     add_tokenizer_flags(parser, required=True)

@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown or removed flag, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     _add_reference_and_corpora(parser.add_argument)
     _add_scoring(parser.add_argument)
     _add_distributed(parser.add_argument)

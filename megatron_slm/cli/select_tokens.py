@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add(
         "--data-path",

@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     Raises:
         ConfigError: an unknown flag, or an invalid value.
     """
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add_reading_flags(parser)
     add = parser.add_argument
     add("--output-prefix", type=expand_user, required=True, help="path of the model without .model or .vocab suffix")

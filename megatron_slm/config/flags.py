@@ -47,11 +47,12 @@ class Command:
 class Parser(argparse.ArgumentParser):
     """Argument parser that raises ConfigError instead of printing its usage.
 
-    Arguments such as -1e-3, -inf and -1,2,3 are values, which argparse would take for flags.
+    Arguments such as -1e-3, -inf and -1,2,3 are values, which argparse would take for flags. Flags cannot be
+    abbreviated, and the description keeps its lines.
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
