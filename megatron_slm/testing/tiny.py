@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ MODEL = [
     *("--num-workers", "0", "--eval-iters", "1"),
     *("--slm-saved-logits-mb", "0"),  # as for large models
 ]
+Main = Callable[[list[str]], int]  # main function of a command
 BATCH = 8  # samples of a micro-batch over all data-parallel ranks
 GLOBAL_BATCH = 16
 
@@ -64,9 +66,13 @@ class Outcome(NamedTuple):
     errors: str
 
 
-def run_each(*commands: list[str]) -> list[Outcome]:
-    """Run the trainer once per command line in one process, which saves start-up time."""
-    return run_ranks(_main_each, 1, commands, initialise=False)[0]
+def run_each(*commands: list[str], main: Main = main, ranks: int = 1) -> list[Outcome]:
+    """Run a command, by default the trainer, once per command line in the same processes, which saves start-up time.
+
+    Returns:
+        the outcomes on rank 0.
+    """
+    return run_ranks(_main_each, ranks, commands, main, initialise=False)[0]
 
 
 def launch_each(commands: list[list[str]]) -> None:
@@ -80,7 +86,8 @@ def launch_and_fail(argv: list[str], world_size: int = 1) -> tuple[int, str]:
     return run_ranks(_main, world_size, argv, initialise=False)[0]
 
 
-def _captured(argv: list[str]) -> Outcome:
+def captured(argv: list[str], main: Main = main) -> Outcome:
+    """Run a command in this process, and return its exit code and output."""
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         code = main(argv)
@@ -88,12 +95,12 @@ def _captured(argv: list[str]) -> Outcome:
 
 
 def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
-    outcome = _captured(argv)
+    outcome = captured(argv)
     return outcome.code, outcome.errors
 
 
-def _main_each(rank: int, world_size: int, commands: tuple[list[str], ...]) -> list[Outcome]:
-    return [_captured(argv) for argv in commands]
+def _main_each(rank: int, world_size: int, commands: tuple[list[str], ...], main: Main) -> list[Outcome]:
+    return [captured(argv, main) for argv in commands]
 
 
 def records(save: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from megatron_slm.inference.model import InferenceModel
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.testing.inference import opened
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import Outcome, command, launch, make_corpus
+from megatron_slm.testing.tiny import command, launch, make_corpus, run_each
 
 pytest.importorskip("math_verify", reason="needs math-verify")
 
@@ -41,20 +41,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(str(directory / "model"), package, directory)
 
 
-def _run_each(rank: int, world_size: int, commands: list[list[str]]) -> list[Outcome]:
-    outcomes = []
-    for argv in commands:
-        output, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            code = main(argv)
-        outcomes.append(Outcome(code, output.getvalue(), errors.getvalue()))
-    return outcomes
-
-
-def evaluate(*commands: list[str], ranks: int = 1) -> list[Outcome]:
-    return run_ranks(_run_each, ranks, list(commands), initialise=False)[0]
-
-
 TASKS = ["piqa", "gsm8k", "lambada_openai", "mmlu_anatomy"]
 
 
@@ -63,8 +49,8 @@ def test_scores_do_not_depend_on_batch_and_ranks(files: Files) -> None:
     outputs = [files.outputs / name for name in ("one.json", "batched.json", "two.json")]
     alone = [*argv, "--batch-size", "1", "--output", str(outputs[0])]
     batched = [*argv, "--batch-size", "5", "--output", str(outputs[1])]
-    outcomes = evaluate(alone, batched)
-    outcomes += evaluate([*argv, "--batch-size", "3", "--output", str(outputs[2])], ranks=2)
+    outcomes = run_each(alone, batched, main=main)
+    outcomes += run_each([*argv, "--batch-size", "3", "--output", str(outputs[2])], main=main, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     first, *others = [json.loads(path.read_text()) for path in outputs]
     assert list(first["tasks"]) == TASKS and first["checkpoint"] == files.checkpoint
@@ -169,7 +155,7 @@ def test_mistakes_become_messages(files: Files, tmp_path: Path) -> None:
         "has 70 tokens, more than the model's context length, 64": [*base, "huge", *own],
         "--load is not supported. Give the checkpoint without a flag": ["--load", files.checkpoint],
     }
-    for message, outcome in zip(cases, evaluate(*cases.values()), strict=True):
+    for message, outcome in zip(cases, run_each(*cases.values(), main=main), strict=True):
         assert outcome.code == 2 and message in outcome.errors, (message, outcome)
         assert "Traceback" not in outcome.errors
 

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from megatron_slm.cli.generate_text import StreamPrinter, main
-from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import Outcome, run_each
 
 LINES = [{"prompt": "abc", "id": 3}, {"prompt": "bad cab fed", "text": "old"}, {"prompt": ""}]
-
-
-class Outcome(NamedTuple):
-    code: int
-    output: str
-    errors: str
-
-
-def _main_each(rank: int, world_size: int, commands: list[list[str]]) -> list[Outcome]:
-    outcomes = []
-    for argv in commands:
-        output, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            code = main(argv)
-        outcomes.append(Outcome(code, output.getvalue(), errors.getvalue()))
-    return outcomes
 
 
 def argv(load: str, *flags: Any) -> list[str]:
@@ -60,7 +42,7 @@ def outcomes(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFacto
         "tokenizer": argv(model, "--prompt", "a", "--eod-id", 3),
         "no directory": argv(model, "--prompt", "a", "--output", directory / "none" / "out.jsonl"),
     }
-    [found] = run_ranks(_main_each, 1, list(commands.values()), initialise=False)
+    found = run_each(*commands.values(), main=main)
     return {"directory": directory, **dict(zip(commands, found, strict=True))}
 
 

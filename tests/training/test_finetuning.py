@@ -20,7 +20,7 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
 from megatron_slm.testing.chat import make_examples
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import Outcome, command, launch, losses, records
+from megatron_slm.testing.tiny import Outcome, captured, command, launch, losses, records
 from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
 
@@ -50,13 +50,7 @@ def sft(directory: Path, name: str | None, *, corpus: Any = "one", **flags: Any)
 
 def run_commands(rank: int, world_size: int, commands: list[tuple[str, list[str]]]) -> list[Outcome]:
     """Run commands, given as module and arguments, one after another in this process."""
-    outcomes = []
-    for module, argv in commands:
-        output, errors = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            code = importlib.import_module(f"megatron_slm.cli.{module}").main(argv)
-        outcomes.append(Outcome(code, output.getvalue(), errors.getvalue()))
-    return outcomes
+    return [captured(argv, importlib.import_module(f"megatron_slm.cli.{module}").main) for module, argv in commands]
 
 
 def _packed_and_alone(rank: int, world_size: int, argv: list[str]) -> list[dict[str, Any]]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_slm.cli import pretrain
 from megatron_slm.runtime import reporting
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import command, make_corpus, records
+from megatron_slm.testing.tiny import Outcome, captured, command, make_corpus, records
 from megatron_slm.training import loop
-
-Output = tuple[int, str, str]  # exit code, standard output, standard error
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +20,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_corpus(tmp_path_factory.mktemp("launchers") / "corpus", 1)
 
 
-def under_srun(rank: int, world_size: int, argv: list[str], changes: dict[str, str]) -> Output:
+def under_srun(rank: int, world_size: int, argv: list[str], changes: dict[str, str]) -> Outcome:
     """Run the trainer with only the variables that srun sets on one node."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
@@ -38,15 +33,13 @@ def under_srun(rank: int, world_size: int, argv: list[str], changes: dict[str, s
         "SLURM_NTASKS": str(world_size),
         **changes,
     }
-    return captured(argv)
+    return impatient(argv)
 
 
-def captured(argv: list[str]) -> Output:
+def impatient(argv: list[str]) -> Outcome:
+    """Run the trainer, whose ranks wait half a second for the message of another rank."""
     reporting.SECONDS_FOR_RANK_0, reporting.SECONDS_FOR_OTHERS = 0.5, 0.5
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        code = pretrain.main(argv)
-    return code, output.getvalue(), errors.getvalue()
+    return captured(argv)
 
 
 def test_srun_starts_one_run_that_prints_once(tmp_path: Path, corpus: str) -> None:
@@ -77,7 +70,7 @@ def test_user_error_under_srun_prints_one_message(
     assert not results[1][2]
 
 
-def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception) -> Output:
+def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception) -> Outcome:
     """Run the trainer; rank 1 fails before its second step while rank 0 waits in a collective."""
     whole_step = loop.one_step
 
@@ -87,7 +80,7 @@ def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception
         return whole_step(run, stream, observer)
 
     loop.one_step = step
-    return captured(argv)
+    return impatient(argv)
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("no room"), 2), (ValueError("a fault"), 1)])

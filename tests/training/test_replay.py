@@ -11,7 +11,7 @@ import pytest
 
 from megatron_slm.runtime.lock import DirectoryLock
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import LOSSES, _captured, command, launch, launch_each, make_corpus, records, run_each
+from megatron_slm.testing.tiny import LOSSES, captured, command, launch, launch_each, make_corpus, records, run_each
 
 FLAGS = {"train_iters": 8, "save_interval": 3, "eval_iters": 0, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 
@@ -45,7 +45,7 @@ def content(save: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def _rank(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
-    return tuple(_captured(argv))
+    return tuple(captured(argv))
 
 
 def check(report: dict[str, Any], save: Path, step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import time
@@ -18,9 +17,8 @@ from megatron.core.dist_checkpointing.serialization import load_plain_tensors
 
 from megatron_slm.checkpoint import writing
 from megatron_slm.checkpoint.source import open_source
-from megatron_slm.cli.pretrain import main
 from megatron_slm.testing.ranks import run_ranks, shared_process_group
-from megatron_slm.testing.tiny import Outcome, command, losses, make_corpus
+from megatron_slm.testing.tiny import Outcome, captured, command, losses, make_corpus
 from megatron_slm.training import loop
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -30,13 +28,6 @@ OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-pa
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_corpus(tmp_path_factory.mktemp("saver") / "corpus", 1)
-
-
-def _captured(argv: list[str]) -> Outcome:
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        code = main(argv)
-    return Outcome(code, output.getvalue(), errors.getvalue())
 
 
 @contextlib.contextmanager
@@ -55,7 +46,7 @@ def slow_writes(seconds: float, *, forked_only: bool = True) -> Iterator[None]:
 
 def _train_both(rank: int, world_size: int, commands: list[list[str]]) -> list[Outcome]:
     with slow_writes(0.4), shared_process_group():
-        return [_captured(argv) for argv in commands]
+        return [captured(argv) for argv in commands]
 
 
 def test_asynchronous_checkpoints_equal_synchronous_ones(tmp_path: Path, corpus: str) -> None:
@@ -107,7 +98,7 @@ def _fail(message: str) -> Any:
 def _error_during_save(rank: int, world_size: int, argv: list[str]) -> Outcome:
     """Rank 1 fails alone while both ranks write."""
     with slow_writes(1.0), _fail("injected") if rank else contextlib.nullcontext():
-        return _captured(argv)
+        return captured(argv)
 
 
 def test_save_in_progress_is_completed_after_an_error_of_one_rank(tmp_path: Path, corpus: str) -> None:
@@ -132,16 +123,16 @@ def _signalled(rank: int, world_size: int, runs: dict[str, list[str]]) -> dict[s
         return step(*arguments)
 
     with slow_writes(0.5), mock.patch.object(loop, "one_step", signalling):
-        outcomes["signal"] = _captured(runs["signal"])
+        outcomes["signal"] = captured(runs["signal"])
     with slow_writes(0.5), mock.patch.object(loop.StopDecision, "_is_overdue", lambda stop: stop_after_two(stop)):
-        outcomes["limit"] = _captured(runs["limit"])
+        outcomes["limit"] = captured(runs["limit"])
     with slow_writes(0.2), mock.patch.object(writing, "_write_bucket", _full_disk):
-        outcomes["full"] = _captured(runs["full"])
+        outcomes["full"] = captured(runs["full"])
     with (
         mock.patch.object(writing, "write_files", lambda *_: os.kill(os.getpid(), signal.SIGKILL)),
         mock.patch("megatron_slm.training.saver.SECONDS_FOR_RECORDS", 0.1),
     ):
-        outcomes["killed"] = _captured(runs["killed"])
+        outcomes["killed"] = captured(runs["killed"])
     return outcomes
 
 
