@@ -17,7 +17,7 @@ from rich.console import Console
 
 from megatron_slm.checkpoint.writing import write_now
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.runtime.collective import is_first_rank, on_every_rank, on_first_rank
+from megatron_slm.runtime.collective import gather_on_every_rank, is_first_rank, on_every_rank, on_first_rank
 from megatron_slm.runtime.console import format_duration, warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import Save, begin_save, plan_save
@@ -62,6 +62,8 @@ class Saver:
             self._complete(save)
 
     def _start(self, save: Save, request: AsyncRequest) -> None:
+        # A blocking call of the queue has waited for the process of this rank; wait for those of the others.
+        request.add_finalize_fn(partial(gather_on_every_rank, None))
         request.add_finalize_fn(partial(self._complete, save))
         self._queue.schedule_async_request(request)
         paused = format_duration(time.perf_counter() - self._began)

@@ -45,7 +45,9 @@ def slow_writes(seconds: float, *, forked_only: bool = True) -> Iterator[None]:
 
 
 def _train_both(rank: int, world_size: int, commands: list[list[str]]) -> list[Outcome]:
-    with slow_writes(0.4), shared_process_group():
+    """The ranks finish writing at different times, further apart than rank 0 waits for their records."""
+    limit = mock.patch("megatron_slm.training.saver.SECONDS_FOR_RECORDS", 0.1)
+    with slow_writes(0.4 + 0.4 * rank), limit, shared_process_group():
         return [captured(argv) for argv in commands]
 
 
