@@ -147,7 +147,7 @@ def _read_record(directory: Path, rank: int, limit: float) -> WriteRecord:
         if time.monotonic() > limit:
             raise ConfigError(
                 f"the process that writes the files of rank {rank} ended without a result, for example because it was "
-                "killed for lack of memory."
+                "killed for lack of memory, or because --save is not on a disk that all ranks share."
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return WriteRecord(**restricted_loads(path.read_bytes()))

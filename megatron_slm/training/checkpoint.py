@@ -72,15 +72,16 @@ class Save:
         Raises:
             ConfigError: a file could not be written.
         """
-        records = read_records(self.partial, self.ranks, seconds)
-        self.strategy.finish(self.partial, records)
-        self.data.write(self.partial)
-        write_text(self.partial / CONFIG_FILE, self.config, "--save")
-        known = {name: checksum for record in records for name, checksum in record.checksums.items()}
-        sizes = file_sizes(self.partial)
-        checksums = {name: known.get(name) or local_checksum(self.partial / name, "--save") for name in sizes}
-        manifest = replace(self.manifest, files=sizes, checksums=checksums)
-        _publish(manifest, self.partial, self.final)
+        with explained_write(self.partial, "--save"):
+            records = read_records(self.partial, self.ranks, seconds)
+            self.strategy.finish(self.partial, records)
+            self.data.write(self.partial)
+            write_text(self.partial / CONFIG_FILE, self.config, "--save")
+            known = {name: checksum for record in records for name, checksum in record.checksums.items()}
+            sizes = file_sizes(self.partial)
+            checksums = {name: known.get(name) or local_checksum(self.partial / name, "--save") for name in sizes}
+            manifest = replace(self.manifest, files=sizes, checksums=checksums)
+            _publish(manifest, self.partial, self.final)
         return manifest
 
     def discard(self) -> None:

@@ -65,9 +65,16 @@ class Saver:
         # A blocking call of the queue has waited for the process of this rank; wait for those of the others.
         request.add_finalize_fn(partial(gather_on_every_rank, None))
         request.add_finalize_fn(partial(self._complete, save))
-        self._queue.schedule_async_request(request)
+        with self._explained(save):
+            on_every_rank(lambda: self._fork(request))
         paused = format_duration(time.perf_counter() - self._began)
         self._console.print(f"saving {save.final} in the background (training paused for {paused})", markup=False)
+
+    def _fork(self, request: AsyncRequest) -> None:
+        try:
+            self._queue.schedule_async_request(request)
+        except OSError as error:
+            raise ConfigError(f"the process that writes the files could not be started: {error.strerror}.") from error
 
     def poll(self) -> None:
         """Complete the save in progress if all ranks have written their files. Collective over all ranks.
@@ -144,7 +151,7 @@ class Saver:
         try:
             yield
         except ConfigError as error:
-            self._pending = None
+            self._abort()
             if is_first_rank():
                 save.discard()
             raise ConfigError(

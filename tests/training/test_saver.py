@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core.dist_checkpointing.serialization import load_plain_tensors
+from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
 
 from megatron_slm.checkpoint import writing
 from megatron_slm.checkpoint.source import open_source
@@ -135,6 +136,8 @@ def _signalled(rank: int, world_size: int, runs: dict[str, list[str]]) -> dict[s
         mock.patch("megatron_slm.training.saver.SECONDS_FOR_RECORDS", 0.1),
     ):
         outcomes["killed"] = captured(runs["killed"])
+    with mock.patch.object(TemporalAsyncCaller, "schedule_async_call", _no_process):
+        outcomes["unforked"] = captured(runs["unforked"])
     return outcomes
 
 
@@ -147,20 +150,29 @@ def _full_disk(*_: Any) -> Any:
     raise OSError(28, "No space left on device")
 
 
+def _no_process(*_: Any) -> Any:
+    raise OSError(12, "Cannot allocate memory")
+
+
 def test_stops_and_failures_during_a_save(tmp_path: Path, corpus: str) -> None:
     def argv(name: str, **flags: Any) -> list[str]:
         return command(corpus, tmp_path / name, train_iters=6, save_interval=2, eval_iters=0, async_save=True, **flags)
 
     flags = {"limit": {"exit_duration_in_mins": 100}}
-    names = ("signal", "limit", "full", "killed")
+    names = ("signal", "limit", "full", "killed", "unforked")
     (outcomes,) = run_ranks(
         _signalled, 1, {name: argv(name, **flags.get(name, {})) for name in names}, initialise=False
     )
-    assert [outcomes[name].code for name in names] == [0, 0, 2, 2], outcomes
+    assert [outcomes[name].code for name in names] == [0, 0, 2, 2, 2], outcomes
     assert sorted(path.name for path in (tmp_path / "signal").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     assert sorted(path.name for path in (tmp_path / "limit").glob("iter_*")) == ["iter_0000002"]
     assert "--exit-duration-in-mins" in outcomes["limit"].output
-    for name, reason in (("full", "No space left on device"), ("killed", "ended without a result")):
+    reasons = {
+        "full": "No space left on device",
+        "killed": "ended without a result",
+        "unforked": "could not be started: Cannot allocate memory",
+    }
+    for name, reason in reasons.items():
         errors = outcomes[name].errors
         assert "checkpoint of step 2 could not be written" in errors and reason in errors, errors
         assert "Traceback" not in errors and not list((tmp_path / name).glob("iter_*")), errors
