@@ -55,17 +55,17 @@ class SampleLosses:
         return self.loss_sum / max(self.tokens, 1)
 
     def __add__(self, other: SampleLosses) -> SampleLosses:
-        """Return the sample over two slices of its tokens."""
-        is_first = self.first_diverged is not None
+        """Return the sample over two slices of its tokens, of which each may be in several pieces."""
+        first = min((self, other), key=lambda part: part.first_diverged.position if part.first_diverged else math.inf)
         return replace(
             self,
-            rank=self.rank if is_first or other.first_diverged is None else other.rank,
+            rank=first.rank,
             tokens=self.tokens + other.tokens,
             selected=self.selected + other.selected,
             loss_sum=self.loss_sum + other.loss_sum,
             selected_loss_sum=self.selected_loss_sum + other.selected_loss_sum,
             diverged=self.diverged + other.diverged,
-            first_diverged=self.first_diverged if is_first else other.first_diverged,
+            first_diverged=first.first_diverged,
         )
 
     def record(self, dataset: Any) -> dict[str, Any]:

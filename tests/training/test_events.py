@@ -20,6 +20,7 @@ from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, losses, make_corpus, records
 from megatron_slm.training.loop import TrainState
 from megatron_slm.training.step import Step
+from megatron_slm.training.step_report import DivergedToken, SampleLosses
 
 WINDOW = {"slm_spike_window": 4, "slm_spike_threshold": 20, "lr": 1e-3, "eval_iters": 0}
 Fault = tuple[int, int, float]  # rank, step from 1, factor of the differentiated sum
@@ -140,3 +141,14 @@ def test_skipped_iterations_consume_their_samples(tmp_path: Path, corpus: str) -
     assert [record["lr"] for record in skipped] == [record["lr"] for record in of_plain]
     assert [record["loss"] for record in skipped][:2] == [record["loss"] for record in of_plain][:2]
     assert skipped[2]["loss"] != of_plain[2]["loss"] == pytest.approx(skipped[2]["loss"], abs=0.2)
+
+
+def test_first_nan_of_a_sample_in_several_slices_is_the_one_with_the_lowest_position() -> None:
+    """With context parallelism, a rank has one slice of the first half of a sample and one of the second half."""
+    slices = [
+        SampleLosses(5, rank, 0, 0, 16, 16, 1.0, 1.0, 1, DivergedToken(position, math.nan, None))
+        for rank, position in ((0, 30), (1, 12))
+    ]
+    for one, other in (slices, reversed(slices)):
+        total = one + other
+        assert (total.rank, total.diverged, total.first_diverged) == (1, 2, slices[1].first_diverged)
