@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,9 @@ def document_spans(dataset: Any, index: int) -> list[DocumentSpan]:
         ranges.pop()  # the first token of the next sample, which is padding in this one
     spans = []
     for start, stop in ranges:
-        sequence = int(np.searchsorted(documents.pointers, start * width, "right")) - 1
-        document = int(np.searchsorted(documents.boundaries, sequence, "right")) - 1
+        # Not np.searchsorted, which copies the complete array: the arrays of an index file are not aligned.
+        sequence = bisect_right(documents.pointers, start * width) - 1
+        document = bisect_right(documents.boundaries, sequence) - 1
         first = int(documents.pointers[documents.boundaries[document]]) // width
         spans.append(DocumentSpan(prefix, document, start - first, stop - start))
     return spans
