@@ -34,7 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-interval", type=int, default=10, help="steps between saves")
     add("--repeats", type=int, default=2, help="runs of every variant; the fastest counts")
     add("--output", type=Path, help="JSON file for the result")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not 0 < arguments.save_interval < arguments.steps or arguments.repeats < 1:
+        parser.error("--save-interval must be above 0 and below --steps, and --repeats above 0")
+    return arguments
 
 
 class Bench:
