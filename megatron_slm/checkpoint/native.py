@@ -12,10 +12,10 @@ from megatron_slm.config.checkpoint_files import (
     Manifest,
     check_sizes,
     latest_step,
-    locate_checkpoint,
     read_manifest,
     saved_config,
 )
+from megatron_slm.config.checkpoint_steps import locate_checkpoint
 from megatron_slm.config.paths import TOKENIZER_DIRECTORY
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig

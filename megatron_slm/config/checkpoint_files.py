@@ -22,6 +22,7 @@ from megatron_slm.runtime.files import check_regular, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's file with the newest step
 CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.json"  # identities of the corpora, orders of samples
 MANIFEST_FILE = "manifest.json"
 STEP_FLAGS = {  # how to choose a step, if not with --ckpt-step
     "--reference-load": "with --reference-ckpt-step",
@@ -70,7 +71,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
         ) from error
     except OSError as error:
         raise read_error(flag, path, error) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UnusableFileError(f"{flag}: {path} is damaged ({error}). {other_step(flag)}") from error
     expected = recorded is not None or bool(manifest.checksums)
     if checksum is not None and expected and recorded != checksum(_canonical(content)):
@@ -83,7 +84,7 @@ def read_manifest(directory: Path, flag: str, checksum: Callable[[str], str] | N
 
 def _check_name(directory: Path, step: int, flag: str) -> None:
     """Raise UnusableFileError if the directory name does not match the step of the checkpoint."""
-    named = re.fullmatch(r"iter_(\d+)", directory.name)
+    named = re.fullmatch(r"iter_([0-9]+)", directory.name)
     if named is not None and int(named[1]) != step:
         raise UnusableFileError(
             f"{flag}: {directory} holds step {step} by its {MANIFEST_FILE}. Rename it to "
@@ -119,37 +120,17 @@ def latest_step(root: Path) -> int | None:
         return None
     except OSError as error:
         raise UnusableFileError(f"{tracker} cannot be read ({error.strerror}). Check its permissions.") from error
-    if not (text.isascii() and text.isdigit()):
+    if (step := parse_step(text)) is None:
         raise UnusableFileError(
             f"{tracker} must contain the number of the newest step, not {text[:40]!r}. "
             "Write the number of a complete iter_* directory into it."
         )
-    return int(text)
+    return step
 
 
-def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
-    """Return the checkpoint directory of ``step``, or the newest below ``path``, without checking its files.
-
-    Args:
-        path: directory with a tracker file, or an ``iter_*`` directory.
-        step: requested step; None for the newest.
-        flag: flag that names ``path``, for error messages.
-
-    Raises:
-        ConfigError: there is no checkpoint.
-    """
-    root = Path(path)
-    if not root.exists():
-        raise ConfigError(f"{flag} {path}: there is no such directory. Give the --save directory of an earlier run.")
-    if (root / MANIFEST_FILE).is_file() and step is None:
-        return root
-    found = step if step is not None else latest_step(root)
-    if found is None:
-        raise ConfigError(
-            f"{flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). "
-            "Give the --save directory of an earlier run."
-        )
-    return step_directory(root, found)
+def parse_step(text: str) -> int | None:
+    """Return the step of a tracker file's content, or None if it is not a number in the range of steps."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def saved_config(directory: Path) -> RunConfig:

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, STEP_FLAGS, TRACKER, latest_step
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 
-STEP_DIRECTORY = re.compile(r"iter_(\d{7,})")
+STEP_DIRECTORY = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def choose_step(root: Path, flag: str) -> StepChoice | None:
             "to be complete. Write the number of a complete step into the file, or choose one with --ckpt-step."
         )
     if tracked not in steps and not complete:
-        raise ConfigError(f"{flag} {root}: step {tracked} (from {root / TRACKER}) does not exist. {list_steps(steps)}")
+        raise ConfigError(
+            f"{flag} {root}: step {tracked} (from {root / TRACKER}) does not exist. {_listed(steps, flag)}"
+        )
     return _order(root, steps, complete, tracked)
 
 
@@ -78,10 +80,43 @@ def _order(root: Path, steps: dict[int, Path], complete: list[int], tracked: int
     return StepChoice(first, tuple(others), note)
 
 
-def list_steps(steps: dict[int, Path]) -> str:
+def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
+    """Return the checkpoint directory of ``step``, or of the tracker file's step, without checking its files.
+
+    Args:
+        path: directory with a tracker file, or an ``iter_*`` directory.
+        step: requested step; None for the newest.
+        flag: flag that names ``path``, for error messages.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise ConfigError(f"{flag} {path}: there is no such directory. Give the --save directory of an earlier run.")
+    if step is None and (root / MANIFEST_FILE).is_file():
+        return root
+    steps = step_directories(root, flag)
+    found = latest_step(root) if step is None else step
+    if found is None and not steps:
+        raise ConfigError(
+            f"{flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). "
+            "Give the --save directory of an earlier run."
+        )
+    if found is None:
+        raise ConfigError(f"{flag} {path}: {TRACKER}, which names the newest step, is missing. {_listed(steps, flag)}")
+    if found not in steps:
+        given = "--reference-ckpt-step" if flag == "--reference-load" else "--ckpt-step"
+        source = given if step is not None else f"from {root / TRACKER}"
+        raise UnusableFileError(f"{flag} {path}: step {found} ({source}) does not exist. {_listed(steps, flag)}")
+    return steps[found]
+
+
+def _listed(steps: dict[int, Path], flag: str) -> str:
     """Return the existing steps and the remedy, for error messages."""
     existing = ", ".join(map(str, steps)) or "none"
-    return f"Existing steps: {existing}. Choose one with --ckpt-step, or write its number into {TRACKER}."
+    choice = STEP_FLAGS.get(flag, "with --ckpt-step")
+    return f"Existing steps: {existing}. Choose one {choice}, or write its number into {TRACKER}."
 
 
 def _tracked_step(root: Path, *, has_alternative: bool) -> tuple[int | None, str]:

@@ -94,7 +94,7 @@ def _step(line: bytes) -> int | None:
     """Return the step of a complete metrics line; None for any other line."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return None

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.checkpoint.source import CheckpointSource
+from megatron_slm.config.checkpoint_files import DATA_FILE
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError
 from megatron_slm.runtime.files import write_text
 from megatron_slm.training.run_length import START, Milestone, RunLength
 from megatron_slm.training.sample_orders import Orders, SampleOrder
 
-DATA_FILE = "data.json"  # name of the data record in a checkpoint
 ACCEPT = "--slm-accept-changed-corpora"
 
 
@@ -46,7 +46,7 @@ class DataRecord:
             milestones = tuple((int(step), int(samples)) for step, samples in content["milestones"])
             orders = tuple(_read_order(order) for order in content.get("orders", ()))
             return DataRecord(dict(content["corpora"]), milestones, orders, content.get("reference"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UnusableFileError(f"--load: {path} cannot be read: {error}. Choose another step.") from error
 
 

@@ -27,8 +27,8 @@ from megatron_slm.training.sinks import WANDB_ID_FILE
 
 RECORD_FILE = "slm_run.json"
 # Checkpoints that are being written, that a new one of the same step replaces, and that are being deleted.
-LEFTOVER_DIRECTORY = re.compile(r"iter_\d{7,}\.(partial|replaced)|\.deleted-iter_\d{7,}")
-DAMAGED_DIRECTORY = re.compile(r"iter_\d{7,}\.damaged(-\d+)?")
+LEFTOVER_DIRECTORY = re.compile(r"iter_[0-9]{7,}\.(partial|replaced)|\.deleted-iter_[0-9]{7,}")
+DAMAGED_DIRECTORY = re.compile(r"iter_[0-9]{7,}\.damaged(-[0-9]+)?")
 CHECKPOINT_FILE = re.compile(
     r".*\.distcp|\.metadata|metadata\.json|common\.pt|config\.yaml|data\.json|manifest\.json|\.(partial|rank)-.*"
 )
@@ -65,7 +65,7 @@ def read_record(directory: Path) -> RunRecord | None:
         content: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
         origin = content["origin"]
         return RunRecord(content["run_id"], None if origin is None else Origin(**origin), SlurmJob(**content["job"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

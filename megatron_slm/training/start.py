@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_slm.checkpoint.source import find_foreign, is_published
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, step_directory
-from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, choose_step, list_steps, step_directories
+from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, choose_step, locate_checkpoint
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_replaceable, explained_write
@@ -265,8 +265,7 @@ def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | No
     if step is None and (root / MANIFEST_FILE).is_file():
         return Checkpoint(flag, path, None), ""
     if step is not None:
-        if step not in (steps := step_directories(root, flag)):
-            raise ConfigError(f"{flag} {path}: step {step} (--ckpt-step) does not exist. {list_steps(steps)}")
+        locate_checkpoint(path, step, flag)
         return Checkpoint(flag, path, step), ""
     choice = choose_step(root, flag)
     return None if choice is None else (Checkpoint(flag, path, choice.step, choice.alternatives), choice.note)

@@ -82,7 +82,7 @@ def test_text_ends_with_the_positions_of_the_model(outcomes: dict[str, Any]) -> 
         ("long", "long.jsonl:2: the prompt has 64 tokens, and the model 64 positions"),
         ("layers", "1 processes were started, which is not a multiple of --tensor-model-parallel-size 3"),
         ("missing", "--load /nowhere: there is no such directory"),
-        ("step", "iter_0000007 is not a complete checkpoint"),
+        ("step", "step 7 (--ckpt-step) does not exist. Existing steps: "),
         ("tokenizer", "--load: the model was trained with ByteTokenizer of end-of-document id 256"),
         ("no directory", "none does not exist"),
     ],

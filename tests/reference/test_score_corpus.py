@@ -56,7 +56,7 @@ def test_score_then_train(workspace: Path) -> None:
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"reference_load": "/nowhere"}, "--reference-load /nowhere: there is no such directory"),
-    ({"reference_ckpt_step": 7}, "iter_0000007 is not a complete checkpoint"),
+    ({"reference_ckpt_step": 7}, "step 7 (--reference-ckpt-step) does not exist. Existing steps: "),
     ({"data_path": "/nowhere"}, "--data-path /nowhere: /nowhere.bin is missing"),
     ({"stride": 0}, "--stride is 0, and must be from 1 to 32, the model's --seq-length"),
     ({"stride": 33}, "--stride is 33, and must be from 1 to 32"),

@@ -47,6 +47,10 @@ def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def _nest(path: Path) -> None:
+    path.write_bytes(b"[" * 100_000)
+
+
 def _replace_by_directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -74,6 +78,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("data.json", _empty),
     ("manifest.json", _flip),
     ("manifest.json", _empty),
+    ("manifest.json", _nest),
     ("manifest.json", Path.unlink),
     ("manifest.json", _replace_by_directory),
     ("manifest.json", _replace_by_pipe),
@@ -121,6 +126,7 @@ TRACKERS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "missing": (Path.unlink, 3, f"{TRACKER} is missing"),
     "empty": (_empty, 3, f"{TRACKER} is damaged"),
     "words": (lambda path: path.write_text("newest"), 3, f"{TRACKER} is damaged"),
+    "long": (lambda path: path.write_text("3" * 5000), 3, f"{TRACKER} is damaged"),
     "directory": (_replace_by_directory, 3, f"{TRACKER} is damaged"),
     "gone": (lambda path: path.write_text("9"), 3, f"step 9 of {TRACKER} does not exist"),
     "stale": (lambda path: (path.write_text("1"), os.utime(path, (1, 1))), 3, f"{TRACKER} names step 1"),
@@ -136,6 +142,15 @@ def test_wrong_tracker_files_are_survived(tmp_path: Path, trained: tuple[str, Pa
     damage(run / TRACKER)
     found = start(resume(trained[0], run))
     assert directory_of(found) == run / f"iter_{step:07d}" and note in found.describe(None)
+
+
+def test_incomplete_copies_are_not_checkpoints_of_another_trainer(tmp_path: Path, trained: tuple[str, Path]) -> None:
+    """A copy that was interrupted lacks any of its files; directories with other names are not steps."""
+    (run,) = copies(trained, tmp_path, 1)
+    for name in ("manifest.json", "config.yaml"):
+        (run / "iter_0000003" / name).unlink()
+    shutil.copytree(run / "iter_0000001", run / "iter_00000002")
+    assert directory_of(start(resume(trained[0], run))) == run / "iter_0000002"
 
 
 def test_damage_of_several_checkpoints(tmp_path: Path, trained: tuple[str, Path]) -> None:

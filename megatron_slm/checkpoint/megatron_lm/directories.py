@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_slm.checkpoint.megatron_lm.common_state import FORMAT_FILE, METADATA_FILE
-from megatron_slm.config.checkpoint_files import CONFIG_FILE, MANIFEST_FILE, TRACKER, step_directory
+from megatron_slm.config.checkpoint_files import (
+    CONFIG_FILE,
+    DATA_FILE,
+    MANIFEST_FILE,
+    TRACKER,
+    parse_step,
+    step_directory,
+)
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_regular
 
@@ -42,7 +49,7 @@ def locate(path: Path, step: int | None) -> Location | None:
 
 def is_foreign(directory: Path) -> bool:
     """Return whether another trainer wrote the checkpoint in ``directory``."""
-    if not directory.is_dir() or any((directory / name).exists() for name in (MANIFEST_FILE, CONFIG_FILE)):
+    if not directory.is_dir() or any((directory / name).exists() for name in (MANIFEST_FILE, CONFIG_FILE, DATA_FILE)):
         return False
     return is_distributed(directory) or bool(legacy_files(directory)) or (directory / METADATA_FILE).is_file()
 
@@ -67,21 +74,20 @@ def _locate(path: Path, step: int | None) -> Location | None:
     newest = _tracked(path)
     if newest == RELEASE:
         return Location(path / RELEASE, is_release=True)
-    return Location(step_directory(path, int(newest))) if newest is not None else None
+    number = parse_step(newest)
+    return Location(step_directory(path, number)) if number is not None else None
 
 
-def _tracked(path: Path) -> str | None:
-    """Return the content of the tracker file, or the newest step of a run of Megatron-Bridge."""
+def _tracked(path: Path) -> str:
+    """Return the content of the tracker file, or the newest step of a run of Megatron-Bridge; empty if unknown."""
     try:
         check_regular(path / TRACKER)
-        content = (path / TRACKER).read_text(encoding="utf-8").strip()
+        return (path / TRACKER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         if not (path / BRIDGE_TRACKER).is_file():
-            return None
-        content = max(
-            (match[1] for each in path.iterdir() if (match := re.fullmatch(r"iter_(\d+)", each.name))), default=""
-        )
-    return content if content == RELEASE or (content.isascii() and content.isdigit()) else None
+            return ""
+        steps = (match[1] for each in path.iterdir() if (match := re.fullmatch(r"iter_([0-9]+)", each.name)))
+        return max(steps, key=int, default="")
 
 
 def refuse_other_formats(directory: Path, flag: str) -> None:
