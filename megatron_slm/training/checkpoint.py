@@ -78,7 +78,8 @@ class Save:
             self.data.write(self.partial)
             write_text(self.partial / CONFIG_FILE, self.config, "--save")
             known = {name: checksum for record in records for name, checksum in record.checksums.items()}
-            sizes = file_sizes(self.partial)
+            # A network file system may list the files of other hosts late.
+            sizes = file_sizes(self.partial) | {name: (self.partial / name).stat().st_size for name in known}
             checksums = {name: known.get(name) or local_checksum(self.partial / name, "--save") for name in sizes}
             manifest = replace(self.manifest, files=sizes, checksums=checksums)
             _publish(manifest, self.partial, self.final)
