@@ -175,8 +175,8 @@ def _check_metadata(known: Sequence[tuple[str, dict[str, Any]]]) -> None:
 
 def _check_space(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
     wanted = sum(bin_path(info.prefix).stat().st_size + idx_path(info.prefix).stat().st_size for info in infos)
-    free = free_space(Path(output_prefix).absolute().parent) or 0
-    if wanted > free:
+    free = free_space(Path(output_prefix).absolute().parent)
+    if free is not None and wanted > free:
         raise ConfigError(
             f"{OUTPUT} {output_prefix} needs {wanted:,} bytes, but only {free:,} are free. Free space, or choose "
             "another disk."

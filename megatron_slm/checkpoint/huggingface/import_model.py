@@ -84,9 +84,9 @@ def check_empty(directory: Path, flag: str) -> None:
 
 
 def check_space(directory: Path, size: int, flag: str) -> None:
-    """Raise ConfigError if the disk has less free space than ``size`` bytes."""
-    free = free_space(directory) or 0
-    if free < size:
+    """Raise ConfigError if the disk reports less free space than ``size`` bytes."""
+    free = free_space(directory)
+    if free is not None and free < size:
         raise ConfigError(
             f"{flag} {directory.parent}: the weights take {size / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB "
             "free. Free space, or choose another disk."
