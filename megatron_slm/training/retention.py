@@ -57,9 +57,9 @@ class Retention:
         if self._interval is None and self._kept is None:
             return {}
         steps = {number: path for number, path in step_directories(self._root).items() if number < step}
-        if self._kept is None:
-            return {number: path for number, path in steps.items() if number == self._previous}
         complete = {number: path for number, path in steps.items() if (path / MANIFEST_FILE).is_file()}
+        if self._kept is None:
+            return {number: path for number, path in complete.items() if number == self._previous}
         newest = sorted(complete, reverse=True)[: self._kept - 1]
         return {number: path for number, path in complete.items() if number not in newest}
 
