@@ -19,7 +19,7 @@ from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.loop import Run, one_step, training_stream
 from megatron_slm.training.metrics import step_losses
-from megatron_slm.training.replay_report import Report, sample_report, write_report
+from megatron_slm.training.replay_report import Report, check_report_file, sample_report, write_report
 from megatron_slm.training.replay_start import REPLAY_FLAG
 from megatron_slm.training.spikes import GRADIENT, LOSS
 from megatron_slm.training.state import TrainState
@@ -84,7 +84,7 @@ def replay(run: Run, original: RunConfig, signals: StopSignals | None = None) ->
         signals: stop signals.
 
     Raises:
-        ConfigError: the step is beyond the end of the run, or before its start.
+        ConfigError: the step is beyond the end of the run, or before its start; --replay-report names another file.
     """
     target, iterations = run.config.training.replay_step, run.config.training.train_iters
     assert target is not None
@@ -97,6 +97,7 @@ def replay(run: Run, original: RunConfig, signals: StopSignals | None = None) ->
         raise ConfigError(
             f"{REPLAY_FLAG} {target} needs a checkpoint of step {target - 1} or earlier, and --load is at step {start}."
         )
+    on_first_rank(lambda: check_report_file(run.config))
     stop = StopDecision(run.state.groups, signals, run.config.training.exit_duration_in_mins)
     monitor = StepMonitor(run.state, run.config, run.datasets.train, records=False)
     stream, missing = training_stream(run), target - 1 - start

@@ -11,7 +11,7 @@ from megatron_slm.config.checkpoint_files import read_manifest, step_directory
 from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_regular, write_text
+from megatron_slm.runtime.files import check_regular, check_replaceable, write_text
 from megatron_slm.runtime.metrics_file import training_record
 from megatron_slm.training.loop import Run
 from megatron_slm.training.step_report import SampleLosses
@@ -31,12 +31,20 @@ def sample_report(run: Run, sample: SampleLosses) -> Report:
 
 
 def write_report(run: Run, report: Report, original: RunConfig) -> None:
-    """Print the report, and write it to --replay-report if that is given."""
-    for line in (*_summary(report), *_samples(report), *_comparison(run, report, original)):
+    """Print the report, write it to --replay-report if that is given, and compare it with the metrics."""
+    for line in (*_summary(report), *_samples(report)):
         run.console.print(line, markup=False)
     if (path := run.config.logging.replay_report) is not None:
         write_text(path, json.dumps(report, indent=1) + "\n", REPORT_FLAG, is_ours=is_report)
         run.console.print(f"report: {path}", markup=False)
+    for line in _comparison(run, report, original):
+        run.console.print(line, markup=False)
+
+
+def check_report_file(config: RunConfig) -> None:
+    """Raise ConfigError if the file of --replay-report exists and is not a report."""
+    if config.logging.replay_report is not None:
+        check_replaceable(config.logging.replay_report, REPORT_FLAG, is_ours=is_report)
 
 
 def is_report(path: Path) -> bool:

@@ -98,6 +98,8 @@ def test_replay_on_two_ranks_is_equal_and_on_one_equal_up_to_rounding(workspace:
 
 def test_replay_from_the_start_and_refused_steps(workspace: Path) -> None:
     path = workspace / "start.json"
+    foreign = workspace / "notes.txt"
+    foreign.write_text("notes")
     argv = one(workspace, replay_step=2, replay_report=path)
     for flag in ("--save", "--load"):
         place = argv.index(flag)
@@ -110,6 +112,7 @@ def test_replay_from_the_start_and_refused_steps(workspace: Path) -> None:
         one(workspace, replay_step=2, load=workspace / "one" / "iter_0000003", save=workspace / "new"),
         one(workspace, skip_train=True, replay_step=8),
         one(workspace, replay_report=path),
+        one(workspace, replay_step=6, replay_report=foreign),
         one(workspace, workspace / "none", replay_step=2, replay_report=path),
     )
     assert start.code == 0 and "new run, not saved" in start.output, start.errors
@@ -121,8 +124,9 @@ def test_replay_from_the_start_and_refused_steps(workspace: Path) -> None:
         "--replay-step 2 needs a checkpoint of step 1 or earlier, and --load is at step 3",
         "--replay-step trains, and --skip-train does not",
         "has no effect without --replay-step",
+        f"--replay-report {foreign} exists and was not written by megatron_slm",
     )
     for outcome, message in zip(refused[:-1], messages, strict=True):
-        assert outcome.code == 2 and message in outcome.errors, outcome
+        assert outcome.code == 2 and message in outcome.errors and "replayed step" not in outcome.output, outcome
     assert "has the steps 3, 6, 8" in refused[0].errors
     assert refused[-1].code == 0 and not (workspace / "none").exists()  # a run without checkpoints yet
