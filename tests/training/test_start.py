@@ -179,7 +179,7 @@ REFUSED = [
     ({"load": "file"}, "--load .*file is a file"),
     ({"load": ".", "save": "run"}, "not a checkpoint .neither latest_checkpointed"),
     ({"load": "base", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Existing steps: 5, 10"),
-    ({"load": "new", "save": "new", "ckpt_step": 7}, "step 7 .--ckpt-step. does not exist. Existing steps: none"),
+    ({"load": "new", "save": "new", "ckpt_step": 7}, "--load .*new: there is no such directory"),
     ({"load": "gone"}, "step 10 .from .*latest_checkpointed.* does not exist. Existing steps: none"),
     ({"load": "megatron"}, "latest_checkpointed_iteration.txt is missing, and no iter_. directory has a manifest"),
     ({"load": "base/iter_0000007", "save": "base"}, "iter_0000007: not a complete checkpoint"),
