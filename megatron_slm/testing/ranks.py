@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -26,8 +27,16 @@ PRELOAD = [
     "torch._dynamo",  # which torch's optimizers import
     "megatron_slm.training.setup",
     "megatron_slm.cli.pretrain",
-    "megatron_slm.testing.ranks",
+    "megatron_slm.testing.tiny",
+    "pytest",  # which modules of tests import
 ]
+
+
+def fork_server() -> ForkServerContext:
+    """Return the context of processes that are clean but have the imports of a run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def run_ranks(
@@ -43,10 +52,8 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed or hung; includes the traceback of the first failed rank.
     """
-    context = multiprocessing.get_context("forkserver")  # imports run once, and every rank starts in a clean process
-    context.set_forkserver_preload(PRELOAD)
     with reserved_port() as port:
-        return _run(context, function, world_size, port, initialise, args, timeout)
+        return _run(fork_server(), function, world_size, port, initialise, args, timeout)
 
 
 @contextmanager
@@ -121,6 +128,7 @@ def _rank(
     initialise: bool,
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # collections do not visit, and thereby copy, the pages of imported modules
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
