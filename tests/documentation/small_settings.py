@@ -6,7 +6,9 @@ line win, so that appending them shrinks a command without changing how it reads
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -39,14 +41,12 @@ ELSEWHERE = {  # command -> reason for not running it here
 
 
 def main() -> None:
-    """Replace this process by the small command; print a note for a command tested elsewhere."""
+    """Let the server of programs run the small command; print a note for a command tested elsewhere."""
     program, *arguments = sys.argv[1:]
     if program == "make":
         targets = (ROOT / "Makefile").read_text(encoding="utf-8")
         sys.exit(0 if all(f"\n{name}:" in targets for name in arguments) else f"no such target: {arguments}")
-    launcher = [sys.executable]
     if program == "torchrun":
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         place = next(i for i, word in enumerate(arguments) if word == "-m" or word.endswith(".py"))
         arguments = arguments[place:]
     module = arguments[0] == "-m"
@@ -54,7 +54,12 @@ def main() -> None:
     if name in ELSEWHERE:
         print(f"skipped {name}: {ELSEWHERE[name]}")
         return
-    os.execv(sys.executable, [*launcher, *arguments, *SMALLER[name]])
+    ranks = 2 if program == "torchrun" else 0
+    request = [[*arguments, *SMALLER[name]], dict(os.environ), str(Path.cwd()), ranks]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(os.environ["PROGRAM_SERVER"])
+        socket.send_fds(client, [json.dumps(request).encode()], [1, 2])
+        sys.exit(client.recv(1)[0])
 
 
 if __name__ == "__main__":

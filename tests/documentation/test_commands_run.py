@@ -8,10 +8,12 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_slm.testing.programs import program_server
 from megatron_slm.testing.published import save_model
 
 HERE = Path(__file__).parent
@@ -45,15 +47,22 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "bin").mkdir()
     for program in ("python", "torchrun", "make"):
         stand_in = directory / "bin" / program
-        stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "small_settings.py"}" {program} "$@"\n')
+        stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{HERE / "small_settings.py"}" {program} "$@"\n')
         stand_in.chmod(0o755)
     return directory
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Run commands without the imports of each, which take most of their time; tests of launchers start real ones."""
+    with program_server() as address:
+        yield address
+
+
 @pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=lambda value: str(value).strip()[:40])
-def test_documented_block_runs(workspace: Path, page: str, number: int, block: str) -> None:
+def test_documented_block_runs(workspace: Path, server: str, page: str, number: int, block: str) -> None:
     env = os.environ | {"PATH": f"{workspace / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(ROOT)
+    env |= {"PYTHONPATH": str(ROOT), "PROGRAM_SERVER": server}
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block], cwd=workspace, env=env, capture_output=True, text=True, timeout=300
     )

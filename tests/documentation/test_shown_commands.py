@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from megatron_slm.testing.programs import run_program
+from megatron_slm.testing.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,9 +36,16 @@ COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 @cache
 def help_of(program: str, *positional: str) -> str:
     """Return the help text of a program, or of its command that ``positional`` names."""
-    command = ["-m", program] if program == "megatron_slm.pretrain" else [program, *positional]
-    result = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return result.stdout
+    command = ["-m", program] if program == "megatron_slm.pretrain" else [str(ROOT / program), *positional]
+    [text] = run_ranks(_output, 1, [*command, "--help"], initialise=False)
+    return text
+
+
+def _output(rank: int, world_size: int, arguments: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as end:
+        run_program(arguments)
+    assert not end.value.code
+    return output.getvalue()
 
 
 @pytest.mark.parametrize(
