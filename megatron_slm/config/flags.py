@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -123,6 +123,7 @@ def _recipe_sources(recipes: Sequence[str]) -> list[tuple[dict[str, Any], Label]
     return [(values, partial("{}: {}".format, path)) for path, values in layers]
 
 
+@cache
 def _build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="megatron_slm.pretrain",
