@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# without byte-compilation: most modules are never imported
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test lint compare smollm2 clean setup
+.PHONY: quickstart test lint pytest compare smollm2 clean setup
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
-test: setup lint
+test: setup
+	$(MAKE) --jobs 2 lint pytest  # side by side, since mypy uses one core
+
+pytest: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not faults"
 
 lint: setup
