@@ -14,6 +14,8 @@ import pytest
 
 from megatron_slm.runtime import early_reports
 from megatron_slm.runtime.launch import Launch
+from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import Outcome, captured
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ["-m", "megatron_slm.pretrain"]
@@ -82,7 +84,13 @@ def test_error_of_one_rank_is_reported_under_torchrun(port: int) -> None:
 
 
 def test_rank_of_a_node_is_silent_if_the_agent_of_rank_0_has_ended() -> None:
-    assert finish(start([*PRETRAIN, *BAD], **by_torchrun(1, port=1))) == [(2, "")]
+    assert run_ranks(_refuse_without_agent, 1, initialise=False) == [(2, "", "")]
+
+
+def _refuse_without_agent(rank: int, world_size: int) -> Outcome:
+    os.environ |= {name: str(value) for name, value in by_torchrun(1, port=1).items()}
+    early_reports.time.sleep = lambda seconds: None  # torchrun's SIGTERM would arrive meanwhile
+    return captured(BAD)
 
 
 def test_silent_rank_that_torchrun_ends_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
