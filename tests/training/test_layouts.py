@@ -9,6 +9,7 @@ import pytest
 
 from megatron_slm.testing.tiny import MODEL, command, launch, launch_and_fail, make_corpus, records
 
+STEPS = 2  # the second has updated weights
 LAYOUTS = [
     *[(1, 1, 2), (1, 2, 1), (2, 1, 1)],
     *[(1, 1, 4), (1, 4, 1), (4, 1, 1)],
@@ -36,7 +37,7 @@ def slm(directory: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **fla
         dp=dp,
         load=directory / "base",
         finetune=True,
-        train_iters=3,
+        train_iters=STEPS,
         objective="slm",
         reference_load=directory / "rm",
         tensor_model_parallel_size=tp,
@@ -48,7 +49,7 @@ def slm(directory: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **fla
 
 def assert_same(directory: Path, name: str, other: str = "one") -> None:
     expected, got = records(directory / other), records(directory / name)
-    assert len(got) == len(expected) == 3
+    assert len(got) == len(expected) == STEPS
     for one, many in zip(expected, got, strict=True):
         for figure in ("loss", "loss_all", "loss_unselected", "threshold", "grad_norm"):
             assert many[figure] == pytest.approx(one[figure], rel=2e-4, abs=2e-5), figure
@@ -118,7 +119,7 @@ def test_reference_model_with_more_learned_positions(workspace: Path) -> None:
     positions = {"position_embedding_type": "learned_absolute", "seq_length": 64}
     launch(command(str(workspace / "clean_text_document"), workspace / "rm-learned", train_iters=1, **positions))
     launch([*slm(workspace, "learned"), "--reference-load", str(workspace / "rm-learned")])
-    assert len(records(workspace / "learned")) == 3
+    assert len(records(workspace / "learned")) == STEPS
 
 
 VARIANTS = {
@@ -145,7 +146,7 @@ def test_tied_embedding_agrees(workspace: Path) -> None:
     """The head uses the embedding's weight: on the same stage, on the last of two stages, and on vocabulary shards."""
     model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
     corpus = str(workspace / "corpus_text_document")
-    flags = {"model": model, "train_iters": 3, "objective": "slm", "slm_score": "token-loss"}
+    flags = {"model": model, "train_iters": STEPS, "objective": "slm", "slm_score": "token-loss"}
     launch(command(corpus, workspace / "tied-base", **flags))
     flags |= {"load": workspace / "tied-base", "finetune": True}
     layouts = {"pp": {"pipeline_model_parallel_size": 2}, "tp": {"tensor_model_parallel_size": 2}, "chunked": {}}
@@ -198,7 +199,7 @@ def test_micro_batches_do_not_change_random_selection(workspace: Path) -> None:
 
 def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
     corpus = str(workspace / "corpus_text_document")
-    base = {"load": workspace / "base", "finetune": True, "train_iters": 3}
+    base = {"load": workspace / "base", "finetune": True, "train_iters": STEPS}
     launch(command(corpus, workspace / "clm", **base))
     launch([*slm(workspace, "k1"), "--slm-selection-ratio", "1.0", "--no-use-distributed-optimizer"])
     for clm, k1 in zip(records(workspace / "clm"), records(workspace / "k1"), strict=True):
