@@ -15,7 +15,7 @@ from megatron_slm.config.paths import expand_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_from_tokenizer_flags
 from megatron_slm.preprocessing.documents import find_inputs
 from megatron_slm.preprocessing.preprocess import Job, preprocess
-from megatron_slm.preprocessing.reading_flags import add_reading_flags
+from megatron_slm.preprocessing.reading_flags import add_json_keys, add_reading_flags
 from megatron_slm.preprocessing.shards import parse_shard
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.output import print_error, print_summary
@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__)
     add_reading_flags(parser)
+    add_json_keys(parser)
     _add_input_and_output(parser.add_argument)
     add_tokenizer_flags(parser, required=True)
     _add_encoding(parser.add_argument)

@@ -1,7 +1,7 @@
 """Tokenize fine-tuning examples into a .bin/.idx corpus and the loss mask of their answers, for --objective sft.
 
-Each line of the input is a JSON object with the keys prompt and completion, or messages (role and content), or
-conversations (from and value). Conversations are formatted by the chat template of the tokenizer.
+Each line or row of the input has the keys prompt and completion, or messages (role and content), or conversations (from
+and value), or instruction, input and output. Conversations are formatted by the chat template of the tokenizer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from megatron_slm.config.paths import expand_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, config_from_tokenizer_flags
 from megatron_slm.finetune.preprocess import DROP, REFUSE, TRUNCATE, FinetuneJob, preprocess_examples
 from megatron_slm.preprocessing.documents import find_inputs
+from megatron_slm.preprocessing.reading_flags import add_reading_flags
 from megatron_slm.runtime.output import print_error, print_summary
 from megatron_slm.runtime.reporting import run_tool
 from megatron_slm.tokenizers.base import TOKENS, TokenizerFiles
 
 REFUSED = {
     "--append-eod": "Completions end with the end-of-document token, conversations as their template says.",
-    "--json-keys": "The keys are prompt and completion, messages, or conversations.",
+    "--json-keys": "The keys are prompt and completion, messages, conversations, or instruction, input and output.",
     "--sft-tokenizer-prompt-format": "Give a chat template with --chat-template FILE.",
 }
 
@@ -33,14 +34,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown or unsupported flag, or an invalid value.
     """
     parser = Parser(description=__doc__)
-    _add_input_and_output(parser.add_argument)
+    add_reading_flags(parser)
+    _add_output(parser.add_argument)
     add_tokenizer_flags(parser, required=True)
     _add_examples(parser.add_argument)
     return parse_strictly(parser, argv, REFUSED)
 
 
-def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
-    add("--input", nargs="+", required=True, help="files of JSON lines, globs, URLs, or - for standard input")
+def _add_output(add: Callable[..., argparse.Action]) -> None:
     add(
         "--output-prefix",
         type=expand_user,
@@ -48,12 +49,6 @@ def _add_input_and_output(add: Callable[..., argparse.Action]) -> None:
         help="path prefix of the corpus; _sft_document is appended",
     )
     add("--workers", type=int, default=1, help="number of tokenization processes [1]")
-    add(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="on a line that is not an example or has no answer, stop without output, or skip and count it [stop]",
-    )
 
 
 def _add_examples(add: Callable[..., argparse.Action]) -> None:
@@ -81,6 +76,12 @@ def _add_examples(add: Callable[..., argparse.Action]) -> None:
         default=True,
         help="start another example at each system message, as Megatron-LM does for packed conversations",
     )
+    add(
+        "--split-at-answers",
+        action="store_true",
+        help="make each answer an example, preceded by the conversation before it as in generation; for templates that "
+        "format earlier messages differently",
+    )
 
 
 def make_job(arguments: argparse.Namespace) -> FinetuneJob:
@@ -99,6 +100,8 @@ def make_job(arguments: argparse.Namespace) -> FinetuneJob:
         long_examples=arguments.long_examples,
         special_tokens=arguments.special_tokens_in_text,
         splits_at_system=arguments.split_at_system,
+        splits_at_answers=arguments.split_at_answers,
+        lone_surrogates=arguments.lone_surrogates,
         workers=arguments.workers,
         skip_errors=arguments.on_error == "skip",
     )
@@ -106,7 +109,7 @@ def make_job(arguments: argparse.Namespace) -> FinetuneJob:
 
 def main() -> int:
     """Run the command line and return the exit code."""
-    return run_tool(_preprocess)
+    return run_tool(_preprocess, "stopped; an existing corpus is unchanged")
 
 
 def _preprocess() -> None:

@@ -9,7 +9,7 @@ import sys
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.preprocessing.documents import find_inputs
-from megatron_slm.preprocessing.reading_flags import add_reading_flags
+from megatron_slm.preprocessing.reading_flags import add_json_keys, add_reading_flags
 from megatron_slm.preprocessing.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_slm.runtime.output import print_error, print_summary
 from megatron_slm.runtime.reporting import run_tool
@@ -23,6 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     """
     parser = Parser(description=__doc__)
     add_reading_flags(parser)
+    add_json_keys(parser)
     add = parser.add_argument
     add("--output-prefix", type=expand_user, required=True, help="path of the model without .model or .vocab suffix")
     add("--vocab-size", type=int, default=32000, help="vocabulary size [32000]")

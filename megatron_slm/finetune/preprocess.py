@@ -20,7 +20,8 @@ from megatron_slm.preprocessing.corpus_writer import CorpusWriter, check_corpus_
 from megatron_slm.preprocessing.documents import Block, InputChunk, is_blank, iter_documents, read_blocks
 from megatron_slm.preprocessing.inputs import STDIN, InputFormat, detect_format, input_size
 from megatron_slm.preprocessing.journal import OUTPUT, lock_output
-from megatron_slm.preprocessing.text_reader import UNREADABLE, BadDocuments, describe_error
+from megatron_slm.preprocessing.tables import decode_objects
+from megatron_slm.preprocessing.text_reader import ERROR, UNREADABLE, BadDocuments, describe_error
 from megatron_slm.preprocessing.workers import worker_processes
 from megatron_slm.runtime.console import progress, warn
 from megatron_slm.runtime.errors import ConfigError
@@ -31,7 +32,6 @@ from megatron_slm.tokenizers.identity import tokenizer_identity
 from megatron_slm.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
 REFUSE, TRUNCATE, DROP = "refuse", "truncate", "drop"  # --long-examples
-WITHOUT_SPECIAL_TEXTS = ("ByteTokenizer",)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class FinetuneJob:
     long_examples: str = REFUSE
     special_tokens: str = REFUSE  # or "tokens"
     splits_at_system: bool = True
+    splits_at_answers: bool = False
+    lone_surrogates: str = ERROR
     workers: int = 1
     skip_errors: bool = False
 
@@ -127,12 +129,9 @@ class BlockEncoder:
         bad: list[tuple[int, str]] = []
         counts = Counts()
         content = block.load()
-        for place, line in iter_documents(content, InputFormat.JSON, ()):
-            assert isinstance(line, bytes), "lines of JSON are bytes"
-            if is_blank(line):
-                continue
+        for place, document in _documents(block, content):
             try:
-                found = [self._limited(self.encoder(record), counts) for record in self.reader(line)]
+                found = [self._limited(self.encoder(record), counts) for record in self.reader(document)]
                 examples += [example for example in found if example is not None]
             except UNREADABLE as error:
                 bad.append((place, describe_error(error).rstrip(".")))
@@ -174,6 +173,17 @@ class BlockEncoder:
         return EncodedExamples(ids.astype(self.dtype), lengths, mask, counts, lines, bad)
 
 
+def _documents(block: Block, content: bytes) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    """Yield the place and content of each line of JSON that is not blank, or of each table row."""
+    if block.chunk.input_format is InputFormat.TABLE:
+        yield from enumerate(decode_objects(content) if content else ())
+        return
+    for place, line in iter_documents(content, InputFormat.JSON, ()):
+        assert isinstance(line, bytes), "lines of JSON are bytes"
+        if not is_blank(line):
+            yield place, line
+
+
 def preprocess_examples(job: FinetuneJob) -> Summary:
     """Run a job. The corpus and its mask replace earlier ones only when they are complete.
 
@@ -186,7 +196,7 @@ def preprocess_examples(job: FinetuneJob) -> Summary:
     tokenizer, template = _tokenizer(job), _template(job)
     dtype = corpus_dtype(tokenizer.vocab_size)
     encoder = ExampleEncoder(tokenizer, template, allows_special=job.special_tokens == TOKENS)
-    reader = RecordReader(job.splits_at_system)
+    reader = RecordReader(job.splits_at_system, job.splits_at_answers, job.lone_surrogates)
     corpus, summary = CorpusWriter(job.prefix, dtype), Summary()
     masks: list[tuple[NDArray[np.uint8], int]] = []  # packed bits of each block, and their number
     with (
@@ -225,15 +235,17 @@ def _check(job: FinetuneJob) -> None:
     if job.seq_length is None and job.long_examples != REFUSE:
         raise ConfigError(f"--long-examples {job.long_examples} needs --seq-length, the length of the run's samples.")
     for name in job.files:
-        if name != STDIN and (found := detect_format(name)) is not InputFormat.JSON:
-            raise ConfigError(f"--input {name}: {found} cannot hold conversations. Convert it to JSON lines (.jsonl).")
+        if detect_format(name) is InputFormat.PARAGRAPHS:
+            raise ConfigError(f"--input {name}: a text contains no examples. Convert it to JSON lines (.jsonl).")
+    if job.tokenizer_type == "NullTokenizer":
+        raise ConfigError("--tokenizer-type NullTokenizer encodes no text. Give the tokenizer of the model.")
     check_corpus_writable(job.prefix, OUTPUT)
     check_mask_writable(job.prefix, ANSWERS, OUTPUT)
 
 
 def _tokenizer(job: FinetuneJob) -> Tokenizer:
     """Return the tokenizer, which encodes the special tokens of templates as tokens."""
-    special = TEXT if job.tokenizer_type in WITHOUT_SPECIAL_TEXTS else TOKENS
+    special = TEXT if job.tokenizer_type == "ByteTokenizer" else TOKENS
     return build_tokenizer(job.tokenizer_type, replace(job.tokenizer_files, special_tokens=special))
 
 
@@ -253,7 +265,7 @@ def _encoded_blocks(job: FinetuneJob, encode: Any, summary: Summary) -> Iterator
     total = None if STDIN in job.files else sum(map(input_size, job.files))
     with progress("tokenizing", total, "B") as bar:
         for name in job.files:
-            chunk, line = InputChunk(name, InputFormat.JSON), 1
+            chunk, line = InputChunk(name, detect_format(name)), 1
             for block, encoded in encode(read_blocks(chunk, ())):
                 for place, reason in encoded.bad:
                     bad.add(chunk, line + place, reason, is_damage=bool(block.damage))

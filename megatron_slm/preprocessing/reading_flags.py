@@ -11,15 +11,19 @@ Formats: JSON lines (.jsonl or any other suffix) and plain text (.txt), optional
 tables (.parquet, .arrow, .feather)"""
 
 
-def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the input and its parsing."""
-    parser.add_argument("--input", nargs="+", required=True, help=INPUT)
+def add_json_keys(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the texts in a record."""
     parser.add_argument(
         *("--json-keys", "--json-key"),
         nargs="+",
         default=["text"],
         help="space-separated keys to extract from JSON or tables; meta.text is the key text inside meta [text]",
     )
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the input and its errors."""
+    parser.add_argument("--input", nargs="+", required=True, help=INPUT)
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),

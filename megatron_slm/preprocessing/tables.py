@@ -31,7 +31,7 @@ def read_batches(
 
     Args:
         name: a .parquet, .arrow or .feather file.
-        keys: columns to read.
+        keys: columns to read; none: all columns, of any type.
         block: target size of a batch in bytes.
         groups: first and last (exclusive; None: all) row group of a Parquet file.
         skip: number of initial rows to skip.
@@ -56,10 +56,20 @@ def read_batches(
 
 def decode_rows(stream: bytes, keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Return the values of each row of a serialized batch, in the order of ``keys``."""
+    return zip(*(_values(column) for column in _read_stream(stream).select(list(keys)).columns), strict=True)
+
+
+def decode_objects(stream: bytes) -> Iterator[dict[str, Any]]:
+    """Yield each row of a serialized batch as an object."""
+    table = _read_stream(stream)
+    for row in zip(*map(_values, table.columns), strict=True):
+        yield dict(zip(table.column_names, row, strict=True))
+
+
+def _read_stream(stream: bytes) -> pa.Table:
     import pyarrow as pa
 
-    table = pa.ipc.open_stream(stream).read_all()
-    return zip(*(_values(table.column(key)) for key in keys), strict=True)
+    return pa.ipc.open_stream(stream).read_all()
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
@@ -74,15 +84,17 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes()
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b""
 
 
 def _by_key(batch: pa.RecordBatch, keys: Sequence[str]) -> pa.RecordBatch:
-    """Return a batch with one column per key, extracting struct fields."""
+    """Return a batch with one column per key, extracting struct fields; without keys, the entire batch."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     columns = []
+    if not keys:
+        return batch
     for key in keys:
         top, *inner = _path(batch.schema, key)
         column = batch.column(top)
@@ -168,7 +180,7 @@ def _parquet(
     for place in groups:
         group = parquet.metadata.row_group(place)
         rows = min(MAX_ROWS, max(1, group.num_rows * block // max(group.total_byte_size, 1)))
-        for batch in parquet.iter_batches(rows, row_groups=[place], columns=list(dict.fromkeys(keys))):
+        for batch in parquet.iter_batches(rows, row_groups=[place], columns=list(dict.fromkeys(keys)) or None):
             yield batch, batch.num_rows / total
 
 

@@ -63,12 +63,7 @@ class TextReader:
         return [_value_at(record, key) for key in self.keys]
 
     def _decoded(self, document: bytes) -> str:
-        try:
-            return document.decode("utf-8")
-        except UnicodeDecodeError:
-            if self.lone_surrogates == REPLACE:
-                return document.decode("utf-8", "surrogatepass")
-            raise
+        return decode_text(document, self.lone_surrogates)
 
     def _text(self, key: str, value: Any) -> Text:
         if isinstance(value, list) and self.lists:
@@ -86,9 +81,28 @@ class TextReader:
         if text.isascii() or not SURROGATE.search(text):
             return text
         if self.lone_surrogates == REPLACE:
-            return SURROGATE.sub("\ufffd", text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"))
+            return replace_surrogates(text)
         text.encode("utf-8")  # raises UnicodeEncodeError
         return text
+
+
+def decode_text(document: bytes, lone_surrogates: str) -> str:
+    """Decode UTF-8; surrogates are decoded if they are to be replaced.
+
+    Raises:
+        UnicodeDecodeError: the document is not UTF-8.
+    """
+    try:
+        return document.decode("utf-8")
+    except UnicodeDecodeError:
+        if lone_surrogates == REPLACE:
+            return document.decode("utf-8", "surrogatepass")
+        raise
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text with U+FFFD for lone surrogates, and characters for pairs."""
+    return SURROGATE.sub("\ufffd", text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"))
 
 
 def _value_at(record: dict[str, Any], key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,46 @@ def test_formats_of_conversations() -> None:
     assert only(f'{{"messages": {parts}, "tools": "[{{\\"name\\": \\"f\\"}}]"}}').tools == [{"name": "f"}]
 
 
+def test_other_published_formats() -> None:
+    """Alpaca's keys, OpenAI's arguments as JSON texts, and null entries, which tables and their exports have."""
+    read = RecordReader()
+    alpaca = {"instruction": "add", "input": "1 2", "output": "3", "system": None, "history": [["q", "a"]]}
+    [record] = read(json.dumps(alpaca).encode())
+    roles = ["user", "assistant"] * 2
+    expected = ["q", "a", "add\n1 2", "3"]
+    assert record == Conversation([{"role": r, "content": t} for r, t in zip(roles, expected, strict=True)])
+    for arguments, wanted in (('{"x": 1}', {"x": 1}), ("x", "x"), ("[1]", "[1]")):
+        message = {"role": "assistant", "content": None, "name": None}
+        message["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        [record] = read(json.dumps({"messages": [message]}).encode())
+        assert set(record.messages[0]) == {"role", "content", "tool_calls"} and record.messages[0]["content"] == ""
+        assert record.messages[0]["tool_calls"][0]["function"]["arguments"] == wanted
+
+
+def test_tables_equal_lines(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = [CHAT, {"messages": [*CHAT["messages"], {"role": "assistant", "content": "b", "name": "x"}]}] * 3
+    table = pa.Table.from_pylist([{**record, "prompt_id": 1} for record in records])
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    template = "{% for m in messages %}{{ m.role + '|' + m.content + ('!' if 'name' in m else '') }}{% endfor %}"
+    lines = make_examples(tmp_path / "lines", records, chat_template=template)
+    job = FinetuneJob([str(tmp_path / "t.parquet")], str(tmp_path / "t"), "ByteTokenizer", TokenizerFiles(), template)
+    assert preprocess_examples(job).examples == 6
+    for suffix in (".bin", ".idx", ".answers.mask"):
+        assert Path(lines + suffix).read_bytes() == Path(job.prefix + suffix).read_bytes()
+    pq.write_table(pa.table({"messages": [CHAT["messages"], None], "x": ["a", "b"]}), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=r"t\.parquet, row 2: none of the known keys"):
+        preprocess_examples(job)
+
+
+def test_lone_surrogates_are_replaced_on_request(tmp_path: Path) -> None:
+    record = {"prompt": "\ud800", "completion": "a\ude00"}
+    prefix = make_examples(tmp_path / "x", [record], lone_surrogates="replace")
+    assert texts(prefix)[0][0].decode() == "\ufffda\ufffd|"
+
+
 def test_system_messages_start_conversations_as_in_megatron_lm() -> None:
     line = b'{"messages": [%s, %s, %s, %s]}' % (
         (b'{"role": "system", "content": "s"}', b'{"role": "user", "content": "u"}') * 2
@@ -90,6 +131,13 @@ def test_system_messages_start_conversations_as_in_megatron_lm() -> None:
         ('{"messages": []}', "'messages' is not a list of messages"),
         ('{"messages": [{"role": "assistant"}]}', r"messages\[0\] has neither content nor tool_calls"),
         ('{"messages": [{"content": "a"}]}', r"messages\[0\] has no role"),
+        ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', r"messages\[0\]\.weight is 0.5"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "tool_calls": "x"}]}',
+            "tool_calls is not a list of objects",
+        ),
+        ('{"instruction": "a", "output": "b", "history": "c"}', "'history' is not a list of pairs"),
+        ('{"instruction": "a", "output": null}', "output is not a string"),
         ('{"conversations": [{"from": "alien", "value": "a"}]}', "is from 'alien'; known are human"),
         ('{"prompt": "a", "completion": "\\ud800"}', "lone surrogate"),
         ("[1]", "not a JSON object"),
@@ -131,8 +179,13 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     code, output, errors = run_tool(monkeypatch, capsys, "preprocess_sft", [*arguments, "--on-error", "skip"])
     assert code == 0 and "1 examples, 8 tokens, 4 answer tokens (50.0%)" in output and "1 lines skipped" in output
     assert "skipped" in errors
-    code, _, errors = run_tool(monkeypatch, capsys, "preprocess_sft", [*arguments, "--append-eod"])
-    assert code == 2 and "--append-eod" in errors
+    for wrong, message in (
+        (["--append-eod"], "--append-eod"),
+        (["--json-keys", "a"], "--json-keys"),
+        (["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"], "NullTokenizer encodes no text"),
+    ):
+        code, _, errors = run_tool(monkeypatch, capsys, "preprocess_sft", [*arguments, *wrong])
+        assert code == 2 and message in errors
 
 
 def test_answers_without_an_end_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
