@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,9 @@ def conversation_text(
     """Return the text of a conversation and the spans of its answers, each with its end-of-turn token.
 
     An answer is the text between the conversation before it, with the generation prompt, and the conversation with it,
-    without white space after an end-of-turn token. Templates with ``{% generation %}`` mark the answers themselves.
+    without white space after an end-of-turn token. Text that a template adds at the end of a conversation, such as an
+    end-of-document token, is part of the last answer only. Templates with ``{% generation %}`` mark the answers
+    themselves.
 
     Args:
         ends: texts of tokens that can end a turn.
@@ -51,13 +54,31 @@ def conversation_text(
     for place in wanted:
         before = template.render(messages[:place], tools, add_generation_prompt=True)[0]
         after = template.render(messages[: place + 1], tools)[0]
-        if not (after.startswith(before) and text.startswith(after)):
+        if not text.startswith(after):
+            following = template.render(messages[: place + 1], tools, add_generation_prompt=True)[0]
+            after = _shared_turn(after, following, ends)
+        if not after.startswith(before):
+            raise TemplateError(
+                f"the answer messages[{place}] cannot be located: the text of the chat template with it does not begin "
+                "with the conversation before it and the generation prompt. Mark answers in the template with "
+                "{% generation %} (--chat-template FILE)"
+            )
+        if not text.startswith(after):
             raise TemplateError(
                 f"the answer messages[{place}] cannot be located: the chat template formats messages differently if "
-                "others follow. Mark answers in the template with {% generation %} (--chat-template FILE)"
+                "others follow. Make each answer an example (--split-at-answers), or mark answers in the template with "
+                "{% generation %} (--chat-template FILE)"
             )
         spans.append((len(before), len(before) + len(_turn(after[len(before) :], ends))))
     return text, spans
+
+
+def _shared_turn(after: str, following: str, ends: Iterable[str]) -> str:
+    """Return the start of ``after`` up to the last end-of-turn token that ``following`` also has, if there is one."""
+    common = os.path.commonprefix((after, following))  # noqa: RUF071 of texts, not paths
+    stop = max((common.rfind(end) + len(end) for end in ends if end in common), default=0)
+    rest = common[stop:].strip()  # special tokens have common beginnings
+    return common[:stop] if any(end.startswith(rest) for end in ends) else after
 
 
 def _turn(text: str, ends: Iterable[str]) -> str:

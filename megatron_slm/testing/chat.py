@@ -36,6 +36,13 @@ GENERATION = """{% for message in messages %}{{ message.role + ': ' }}
 {%- else %}{{ message.content }}{% endif %}{{ '\\n' }}{% endfor %}"""
 HISTORY = """{% for message in messages %}{{ message.role }}{{ ':last' if loop.last else ':' }}{{ message.content }}
 {%- endfor %}{% if add_generation_prompt %}{{ 'assistant:last' }}{% endif %}"""
+END_OF_TEXT = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{{- message.content + '<|im_end|>\\n' }}{% endfor %}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt else eos_token }}"""
+THINKING = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if loop.last and message.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- message.content + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 

@@ -77,7 +77,7 @@ class ChatTemplate:
         self.fingerprint = hashlib.sha256(f"{text} {json.dumps(dict(variables), sort_keys=True)}".encode()).hexdigest()
         try:
             self._template = _environment().from_string(text)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # also of Python's compiler, for deeply nested blocks
             raise ConfigError(f"{FLAG}: {source} is not a valid template: {error}. Fix it.") from error
 
     def choose(self, tools: list[Any] | None) -> ChatTemplate:
@@ -143,11 +143,15 @@ def _directory(path: str | None) -> Path | None:
 def _given_template(given: str, variables: Mapping[str, str]) -> ChatTemplate:
     if "{%" in given or "{{" in given:  # Megatron-LM's flag takes the text
         return ChatTemplate(given, "the given text", variables)
+    return ChatTemplate(_read_template(Path(given)), given, variables)
+
+
+def _read_template(path: Path) -> str:
     try:
-        return ChatTemplate(Path(given).read_text(encoding="utf-8"), given, variables)
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"{FLAG} {given} cannot be read: {reason}. Give a file with a Jinja template.") from error
+        raise ConfigError(f"{FLAG} {path} cannot be read: {reason}. Give a file with a Jinja template.") from error
 
 
 def _tokenizer_templates(directory: Path) -> dict[str, str]:
@@ -166,7 +170,7 @@ def _tokenizer_templates(directory: Path) -> dict[str, str]:
         ) from error
     files = {DEFAULT: directory / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    return found | {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    return found | {name: _read_template(path) for name, path in files.items() if path.is_file()}
 
 
 def _declared_tokens(directory: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_slm.finetune.answers import ExampleEncoder, conversation_text
-from megatron_slm.finetune.records import Completion, Conversation
+from megatron_slm.finetune.records import Completion, Conversation, RecordReader
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.chat import (
     CHATML,
     CHATML_TOOLS,
+    END_OF_TEXT,
     GENERATION,
     HISTORY,
     LLAMA_2,
     LLAMA_3,
     SPECIALS,
+    THINKING,
     save_tokenizer,
 )
 from megatron_slm.tokenizers.chat_template import ChatTemplate, TemplateError, find_template
@@ -136,6 +139,7 @@ def test_answers_without_content_are_not_trained(tmp_path: Path) -> None:
     encode = encoder(save_tokenizer(tmp_path, CHATML))
     messages = [*TURNS, {"role": "user", "content": "x"}, {"role": "assistant", "content": " \n"}]
     assert len(answers(encode, Conversation(messages))) == 2
+    assert len(answers(encode, Conversation([TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]))) == 1
     assert answers(encode, Conversation(TURNS, first_answer=2)) == ["cde\n\ne<|im_end|>"]
     assert answers(encode, Completion("prompt", "")) == []
 
@@ -143,7 +147,7 @@ def test_answers_without_content_are_not_trained(tmp_path: Path) -> None:
 def test_templates_that_are_not_accepted(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match="System messages are not supported"):
         encoder(save_tokenizer(tmp_path, LLAMA_2))(Conversation(SYSTEM))
-    with pytest.raises(TemplateError, match=r"messages\[1\] cannot be located: .*\{% generation %\}"):
+    with pytest.raises(TemplateError, match=r"messages\[1\] cannot be located: .*the generation prompt. Mark"):
         encoder(save_tokenizer(tmp_path, HISTORY))(Conversation(TURNS))
     with pytest.raises(TemplateError, match="declares no pad_token"):
         ChatTemplate("{{ pad_token }}", "here", {}).render(TURNS)
@@ -151,12 +155,71 @@ def test_templates_that_are_not_accepted(tmp_path: Path) -> None:
         ChatTemplate("{{ messages.__class__.__mro__ }}", "here", {}).render(TURNS)
     with pytest.raises(ConfigError, match="here is not a valid template"):
         ChatTemplate("{% for %}", "here", {})
+    with pytest.raises(ConfigError, match="here is not a valid template"):
+        ChatTemplate("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "here", {})
     with pytest.raises(ConfigError, match=r"has no chat template.*--chat-template FILE"):
         encoder(save_tokenizer(tmp_path / "plain"))(Conversation(TURNS))
 
 
+def test_templates_that_end_conversations_with_another_token(tmp_path: Path) -> None:
+    """Phi-3's style: text after the last turn is part of the last answer only."""
+    encode = encoder(save_tokenizer(tmp_path, END_OF_TEXT))
+    assert answers(encode, Conversation(TURNS)) == ["abba 日本 🙂<|im_end|>", "cde\n\ne<|im_end|>\n</s>"]
+
+
+def test_templates_that_format_the_last_message_differently(tmp_path: Path) -> None:
+    """Qwen3's style: earlier answers lose their thinking, so that each answer must be an example."""
+    encode = encoder(save_tokenizer(tmp_path, THINKING))
+    with pytest.raises(TemplateError, match=r"messages\[1\] cannot be located: .*--split-at-answers"):
+        encode(Conversation(TURNS))
+    separate = RecordReader(splits_at_answers=True)(json.dumps({"messages": SYSTEM}).encode())
+    thought = "<think>\n\n</think>\n\n"
+    assert [answers(encode, record) for record in separate] == [
+        [f"{thought}abba 日本 🙂<|im_end|>"],
+        [f"{thought}cde\n\ne<|im_end|>"],
+    ]
+    assert "<think>" not in encode.tokenizer.decode(encode(separate[1]).ids).split("cde")[0].split("abba")[0]
+
+
+def test_generation_marks_equal_those_of_transformers(tmp_path: Path) -> None:
+    body = "{{ m.content + '<|im_end|>' }}"
+    marked = f"{{% generation %}}{body}{{% endgeneration %}}"
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+    template += marked + "{% else %}" + body + "{% endif %}{{ '\\n' }}{% endfor %}"
+    directory = save_tokenizer(tmp_path, template)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=f"{directory}/tokenizer.json", bos_token="<s>", eos_token="</s>")
+    theirs.chat_template = template
+    expected = theirs.apply_chat_template(SYSTEM, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    example = encoder(directory)(Conversation(SYSTEM))
+    assert example.ids == expected["input_ids"] and example.mask == list(map(bool, expected["assistant_masks"]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch pwned') }}",
+        "{{ lipsum.__globals__['os'].popen('touch pwned').read() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ strftime_now.__code__ }}",
+        "{{ (messages | attr('__class__')).__mro__ }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='assistant') }}",
+        "{% include '/etc/passwd' %}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_templates_cannot_execute_code(template: str) -> None:
+    with contextlib.suppress(TemplateError):
+        assert ChatTemplate(template, "here", {}).render(TURNS)[0] == "", "unsafe attributes are undefined"
+
+
 def test_special_tokens_in_texts(tmp_path: Path) -> None:
     directory = save_tokenizer(tmp_path, CHATML)
+    call = {"function": {"name": "f", "arguments": {"x": ["<s>"]}}}
+    with pytest.raises(ValueError, match="contains the special token '<s>'"):
+        encoder(directory)(Conversation([{"role": "assistant", "content": "a", "tool_calls": [call]}]))
     messages = [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match=r"contains the special token '<\|im_end\|>'"):
         encoder(directory)(Conversation(messages))
@@ -190,6 +253,9 @@ def test_sources_of_templates(tmp_path: Path) -> None:
     assert find_template("{{ 1 + 1 }}", None).render([])[0] == "2"
     with pytest.raises(ConfigError, match=r"nowhere.*cannot be read"):
         find_template("nowhere", None)
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja cannot be read: not UTF-8"):
+        find_template(None, str(directory))
 
 
 def test_turns_end_at_any_added_token(tmp_path: Path) -> None:
