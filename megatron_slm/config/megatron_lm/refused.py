@@ -89,7 +89,8 @@ CURATED: dict[str, str] = {
     "--memory-snapshot-path": _PROFILE,
     "--exit-signal": "use --exit-signal-handler: SIGTERM and SIGUSR1 save and end the run.",
     "--exit-signal-handler-for-training": "use --exit-signal-handler.",
-    "--sft-tokenizer-prompt-format": "the chat template is applied by tools/preprocess_sft.py (--chat-template).",
+    "--chat-template": "conversations are formatted by tools/preprocess_sft.py (--chat-template).",
+    "--sft-tokenizer-prompt-format": "conversations are formatted by tools/preprocess_sft.py (--chat-template).",
 }
 
 # Patterns of a family of flags -> remedy; the first matching family applies.
@@ -182,7 +183,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
         "recover from checkpoints: set --save-interval and --exit-signal-handler, and rerun the command.",
     ),
     (
-        "tokenizer vocab tiktoken chat-template pad-tokens gigatoken",
+        "tokenizer vocab tiktoken pad-tokens gigatoken",
         "tokenizers are configured by --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file.",
     ),
     (
