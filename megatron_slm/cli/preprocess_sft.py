@@ -20,7 +20,10 @@ from megatron_slm.runtime.output import print_error, print_summary
 from megatron_slm.runtime.reporting import run_tool
 from megatron_slm.tokenizers.base import TOKENS, TokenizerFiles
 
+SEPARATELY = "Tokenize the files separately, and merge their corpora with tools/merge_datasets.py."
 REFUSED = {
+    "--resume": f"A stopped job starts from scratch. {SEPARATELY}",
+    "--shard": SEPARATELY,
     "--append-eod": "Completions end with the end-of-document token, conversations as their template says.",
     "--json-keys": "The keys are prompt and completion, messages, conversations, or instruction, input and output.",
     "--sft-tokenizer-prompt-format": "Give a chat template with --chat-template FILE.",

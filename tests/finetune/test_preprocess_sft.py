@@ -182,6 +182,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for wrong, message in (
         (["--append-eod"], "--append-eod"),
         (["--json-keys", "a"], "--json-keys"),
+        (["--resume"], "merge their corpora"),
         (["--tokenizer-type", "NullTokenizer", "--vocab-size", "9"], "NullTokenizer encodes no text"),
     ):
         code, _, errors = run_tool(monkeypatch, capsys, "preprocess_sft", [*arguments, *wrong])
