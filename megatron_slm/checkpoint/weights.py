@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from megatron_slm.config.checkpoint_files import (
 )
 from megatron_slm.corpus.fingerprints import files_fingerprint
 from megatron_slm.mcore.common_state import common_state_objects
-from megatron_slm.mcore.pickle_classes import TRUST_REMEDY, UnsafePickleError
+from megatron_slm.mcore.pickle_classes import DAMAGE, TRUST_REMEDY, UnsafePickleError
 from megatron_slm.mcore.pickles import restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
@@ -40,10 +39,9 @@ from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_err
 # Exceptions that Megatron-Core and torch raise for an unreadable or unwritable checkpoint. torch's CheckpointException
 # is a BaseException.
 CHECKPOINT_ERRORS = (
-    *(CheckpointingException, CheckpointException, pickle.UnpicklingError),
-    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, EOFError, BadZipFile),
+    *(CheckpointingException, CheckpointException, RuntimeError, LookupError, ValueError, OSError, AssertionError),
+    *DAMAGE,
 )
-DAMAGE = (pickle.UnpicklingError, EOFError, BadZipFile, UnicodeDecodeError, AttributeError, TypeError, IndexError)
 VERIFY_FLAG = "--no-slm-verify-checksums"
 
 

@@ -1,7 +1,8 @@
 """Classes and functions that pickles in checkpoints may name, and placeholders for them. Imports no torch.
 
-None of the allowed classes runs code from the file. Classes of other Megatron versions and of NeMo's libraries occur
-in saved arguments; they become :class:`Placeholder` objects, so that nothing of them is imported.
+None of the allowed classes runs code from the file. A pickle can also set attributes of the classes that it names, for
+this and all later files; :class:`GuardedUnpickler` refuses this. Classes of other Megatron versions and of NeMo's
+libraries occur in saved arguments; they become :class:`Placeholder` objects, so that nothing of them is imported.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import struct
+import zlib
+from enum import Enum
+from types import FunctionType
 from typing import Any
+from zipfile import BadZipFile
 
 _DTYPES = {
     *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
@@ -25,9 +31,6 @@ ALLOWED: dict[str, frozenset[str]] = {
     "pathlib": frozenset({"PosixPath"}),
     "argparse": frozenset({"Namespace"}),  # arguments in Megatron-LM's common state
     "types": frozenset({"SimpleNamespace"}),
-    "signal": frozenset({"Signals"}),
-    "megatron.core.enums": frozenset({"ModelType"}),
-    "megatron.core.transformer.enums": frozenset({"AttnBackend", "AttnMaskType"}),
     "megatron.core.dist_checkpointing.strategies.torch": frozenset({"MCoreMetadata", "MCoreSavePlan"}),
     "numpy": frozenset({"dtype", "ndarray"}),
     "numpy.core.multiarray": frozenset({"_reconstruct"}),
@@ -47,11 +50,16 @@ ALLOWED: dict[str, frozenset[str]] = {
 # Packages whose other classes become placeholders.
 PLACEHOLDER_PACKAGES = (
     *("megatron", "nemo", "nemo_run", "transformer_engine", "modelopt", "nvidia_resiliency_ext"),
-    *("lightning", "lightning_fabric", "pytorch_lightning", "omegaconf", "datetime"),
+    *("lightning", "lightning_fabric", "pytorch_lightning", "omegaconf", "datetime", "signal"),
 )
 TRUST_REMEDY = (
     "It could run code and was not loaded. Use a checkpoint from a trusted source, written by megatron_slm or "
     "Megatron-LM, or add --trust-checkpoint if you trust its author."
+)
+# Errors of damaged and hostile files in pickle, zipfile and the constructors of the allowed classes.
+DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, BadZipFile, zlib.error, struct.error, UnicodeDecodeError),
+    *(AttributeError, TypeError, IndexError, OverflowError, RecursionError),
 )
 # Classes that are imported although placeholders are requested.
 _PLAIN = {"builtins", "__builtin__", "collections", "_codecs", "pathlib", "argparse", "types"}
@@ -59,6 +67,63 @@ _PLAIN = {"builtins", "__builtin__", "collections", "_codecs", "pathlib", "argpa
 
 class UnsafePickleError(pickle.UnpicklingError):
     """Pickle with a class or function outside the allowed list; the message names it and the file."""
+
+
+_HEAP_TYPE = 1 << 9  # flag of classes whose attributes can be set
+
+
+class GuardedUnpickler(pickle.Unpickler):
+    """Unpickler whose pickles cannot change the classes and functions that they name."""
+
+    _saved: dict[Any, dict[str, Any]]
+
+    def resolve(self, module: str, name: str) -> Any:
+        """Import an allowed class or function."""
+        return self.guarded(super().find_class(module, name))
+
+    def guarded(self, found: Any) -> Any:
+        """Return a class or function whose later changes are noticed or have no effect."""
+        if isinstance(found, FunctionType):
+            return functools.partial(found)  # a new object, so that its attributes are not the function's
+        if isinstance(found, type) and found.__flags__ & _HEAP_TYPE:
+            for owner in (found, *(found if issubclass(found, Enum) else ())):
+                self._saved.setdefault(owner, _attributes(owner))
+        return found
+
+    def load(self) -> Any:
+        """Return the object.
+
+        Raises:
+            UnsafePickleError: the pickle changed a class; the change is reverted.
+        """
+        self._saved = {}
+        try:
+            content = super().load()
+        except MemoryError as error:
+            raise pickle.UnpicklingError("an object exceeds the memory") from error
+        finally:
+            changed = [owner for owner, saved in self._saved.items() if _reverted(owner, saved)]
+        if changed:
+            raise UnsafePickleError(f"{_subject()} a change of {', '.join(map(repr, changed))}")
+        return content
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    names = ("__name__", "__qualname__", "__bases__") if isinstance(owner, type) else ()
+    return dict(vars(owner)) | {name: getattr(owner, name) for name in names}
+
+
+def _reverted(owner: Any, saved: dict[str, Any]) -> bool:
+    """Restore the attributes of a class or enumeration member, and return whether any differed."""
+    found = _attributes(owner)
+    changed = [name for name in found.keys() | saved.keys() if found.get(name, owner) is not saved.get(name, owner)]
+    change = type if isinstance(owner, type) else object
+    for name in changed:
+        if name in saved:
+            change.__setattr__(owner, name, saved[name])
+        else:
+            change.__delattr__(owner, name)
+    return bool(changed)
 
 
 class Reading:
@@ -85,8 +150,11 @@ def is_replaced(module: str) -> bool:
 
 def refused(module: str, name: str) -> UnsafePickleError:
     """Return the error for a pickle that names ``module.name``."""
-    subject = f"{Reading.file} holds" if Reading.file else "the file holds"
-    return UnsafePickleError(f"{subject} {module}.{name}, which a checkpoint of data does not need")
+    return UnsafePickleError(f"{_subject()} {module}.{name}, which a checkpoint of data does not need")
+
+
+def _subject() -> str:
+    return f"{Reading.file} holds" if Reading.file else "the file holds"
 
 
 class Placeholder:
@@ -118,12 +186,12 @@ def placeholder(module: str, name: str) -> type[Placeholder]:
     return type(name, (Placeholder,), {"__module__": f"placeholder.{module}"})
 
 
-class PlaceholderUnpickler(pickle.Unpickler):
+class PlaceholderUnpickler(GuardedUnpickler):
     """Unpickler that imports plain containers only; objects of all other classes, and tensors, become placeholders."""
 
     def find_class(self, module: str, name: str) -> Any:
         if is_allowed(module, name) and module in _PLAIN:
-            return super().find_class(module, name)
+            return self.resolve(module, name)
         is_storage = module == "torch" and name.endswith("Storage")  # torch maps these names itself
         if is_allowed(module, name) or is_replaced(module) or is_storage or Reading.is_trusted:
             return placeholder(module, name)

@@ -2,27 +2,30 @@
 
 Unpickling can call arbitrary functions. Checkpoints contain pickles in three places: ``.metadata`` (read by
 ``pickle.load``), ``common.pt`` and the objects in ``.distcp`` files (read by ``torch.load``, which may unpickle any
-class by default or environment variable, and passes TorchScript archives to ``torch.jit.load``).
-:func:`restricted_pickles` makes all of these use one unpickler with an explicit list of classes, none of which runs
-code from the file; with ``--trust-checkpoint``, one that resolves every class. Applies to Megatron-Core 0.16.1 to
-0.19.2 and torch 2.11 to 2.13.
+class by default or environment variable, passes TorchScript archives to ``torch.jit.load``, and files of early versions
+to a reader that can write patches of source code). :func:`restricted_pickles` makes all of these use one unpickler with
+an explicit list of classes, none of which runs code from the file; with ``--trust-checkpoint``, one that resolves every
+class. Applies to Megatron-Core 0.16.1 to 0.19.2 and torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
 from megatron_slm.mcore.patching import replaced_attributes
 from megatron_slm.mcore.pickle_classes import (
+    GuardedUnpickler,
     Reading,
     UnsafePickleError,
     is_allowed,
@@ -32,15 +35,46 @@ from megatron_slm.mcore.pickle_classes import (
 )
 
 
-class RestrictedUnpickler(pickle.Unpickler):
+class NumberType:
+    """Implement the numeric types of numpy.dtype; in arrays of its other types, a file could forge addresses."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or re.fullmatch(r"[biufc]\d{1,2}", code) is None:
+            raise pickle.UnpicklingError("an array of other values than numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class NumberArray(np.ndarray):
+    """Array of numbers from a pickle."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *_, shape, kind, is_fortran, content = state
+        if not isinstance(kind, NumberType) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array of other values than numbers")
+        super().__setstate__((1, shape, kind.dtype, is_fortran, content))
+
+
+_NUMPY = {  # replacements of numpy's unpickling functions, by name
+    "dtype": NumberType,
+    "ndarray": placeholder("numpy", "ndarray"),
+    "_reconstruct": lambda *_: NumberArray(0),
+}
+
+
+class RestrictedUnpickler(GuardedUnpickler):
     """Unpickler for the classes in :mod:`megatron_slm.mcore.pickle_classes`; torch derives a subclass from it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if Reading.is_trusted:
             return super().find_class(module, name)
         if is_allowed(module, name):
+            if module.startswith("numpy"):
+                return self.guarded(_NUMPY[name])
             with suppress(AttributeError, ImportError):  # a class of another version
-                return super().find_class(module, name)
+                return self.resolve(module, name)
         if is_replaced(module):
             return placeholder(module, name)
         raise refused(module, name)
@@ -80,6 +114,7 @@ def restricted_pickles() -> Iterator[None]:
     with replaced_attributes(
         (torch, "load", load),
         (torch.jit, "load", _refuse_torchscript),
+        (torch.serialization, "_legacy_load", _refuse_plain_pickle),
         (torch_filesystem, "pickle", PICKLE),
         (FileSystemReader, "_slice_file", slice_of),
     ):
@@ -88,3 +123,7 @@ def restricted_pickles() -> Iterator[None]:
 
 def _refuse_torchscript(*_: Any, **__: Any) -> Any:
     raise UnsafePickleError(f"{Reading.file} holds a TorchScript program, which a checkpoint of data does not need")
+
+
+def _refuse_plain_pickle(*_: Any, **__: Any) -> Any:
+    raise pickle.UnpicklingError(f"{Reading.file or 'an object'} is not an archive of torch.save")

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from megatron_slm.config.checkpoint_files import other_step
-from megatron_slm.mcore.pickle_classes import TRUST_REMEDY, UnsafePickleError, load_with_placeholders
-from megatron_slm.runtime.errors import ConfigError, read_error
+from megatron_slm.mcore.pickle_classes import DAMAGE, TRUST_REMEDY, UnsafePickleError, load_with_placeholders
+from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 from megatron_slm.runtime.files import check_regular
 
 COMMON_FILE, METADATA_FILE, FORMAT_FILE = "common.pt", ".metadata", "metadata.json"
 OBJECT = "common_state/shard_0_1"
-_DAMAGE = (pickle.UnpicklingError, BadZipFile, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,19 @@ def read_shards(directory: Path, flag: str) -> list[Shard]:
         return [
             Shard(
                 str(index.state["fqn"]),
-                str(place.state["relative_path"]),
+                _file_name(place.state["relative_path"]),
                 int(place.state["offset"]),
                 int(place.state["length"]),
             )
             for index, place in places
         ]
+
+
+def _file_name(path: Any) -> str:
+    """Return the name of a data file; a path would leave the checkpoint directory."""
+    if not isinstance(path, str) or path != Path(path).name:
+        raise ValueError(f"{METADATA_FILE} names {path!r}, which is no file of the checkpoint")
+    return path
 
 
 def read_backend(directory: Path, flag: str) -> str:
@@ -111,6 +116,8 @@ def _explained(directory: Path, flag: str) -> Iterator[None]:
         raise ConfigError(f"{flag}: {error}. {TRUST_REMEDY}") from error
     except OSError as error:
         raise read_error(flag, error.filename or directory, error) from error
-    except (*_DAMAGE, StopIteration) as error:
+    except (*DAMAGE, ValueError, LookupError, RuntimeError, MemoryError, StopIteration) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise ConfigError(f"{flag}: the checkpoint {directory} is damaged: {reason}. {other_step(flag)}") from error
+        raise UnusableFileError(
+            f"{flag}: the checkpoint {directory} is damaged: {reason}. {other_step(flag)}"
+        ) from error
