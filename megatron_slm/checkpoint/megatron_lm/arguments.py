@@ -23,6 +23,7 @@ NULLABLE = ("num_experts", "mtp_num_layers", "rotary_seq_len_interpolation_facto
 _SPECIAL = ("swiglu", "activation", "disable_bias_linear", "group_query_attention", "num_query_groups")
 _UNRECORDED = ("transformer_impl", "vocab_size")  # choices of a run; the vocabulary size is saved with its padding
 
+CLASSES = "unsupported_classes"  # entry of the arguments with descriptions of unsupported classes in a model file
 # Model features without a setting here, with the values that have no effect; None and False never have one.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (),
@@ -33,10 +34,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_output_gate": (),
     "window_size": (),
     "softmax_type": ("vanilla",),
+    "softmax_scale": (),
     "no_rope_freq": (),
     "rotary_interleaved": (),
-    "use_rope_scaling": (),
-    "rotary_seq_len_interpolation_factor": (1,),
     "quick_geglu": (),
     "activation_func": (),
     "glu_linear_offset": (0,),
@@ -53,6 +53,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "spec": (),
     "linear_attention_freq": (),
     "mtp_use_repeated_layer": (),
+    "mtp_hsm": (),
+    "enable_mhc_connections": (),
 }
 UNSUPPORTED_WITH_EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
@@ -63,6 +65,8 @@ UNSUPPORTED_WITH_EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_router_num_groups": (),
     "moe_latent_size": (),
     "moe_apply_probs_on_input": (),
+    "moe_router_topk_limited_devices": (),
+    "moe_mlp_glu_interleave_size": (),
 }
 
 
@@ -77,6 +81,8 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     recorded |= {name: None for name in NULLABLE if name in arguments and not arguments[name]}
     if _boolean(arguments, "use_rotary_position_embeddings"):  # an earlier spelling
         recorded["position_embedding_type"] = "rope"
+    if not recorded.get("use_rope_scaling"):
+        recorded.pop("rope_scaling_factor", None)  # without effect; the trainers have different defaults
     return recorded
 
 
@@ -85,17 +91,31 @@ def unsupported_features(arguments: Mapping[str, Any]) -> list[str]:
     features = dict(UNSUPPORTED)
     if arguments.get("num_experts"):
         features |= UNSUPPORTED_WITH_EXPERTS
-    known = {setting.name: setting for _, setting, _ in settings()}
-    found = []
-    for name, neutral in features.items():
-        value = arguments.get(name)
-        if name not in known and not _is_neutral(value, neutral):
-            found.append(f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')} {value}")
-    for name in ("position_embedding_type", "normalization"):
-        value = arguments.get(name)
-        if isinstance(value, str) and value not in known[name].metadata["choices"]:
-            found.append(f"--{name.replace('_', '-')} {value}")
-    return found
+    values = {name: arguments.get(name) for name, neutral in features.items()}
+    found = {name: value for name, value in values.items() if not _is_neutral(value, features[name])}
+    found |= _unrepresentable(arguments)
+    flags = {f"--{name.replace('_', '-')}": value for name, value in found.items()}
+    return [
+        *arguments.get(CLASSES, ()),
+        *(flag if value is True else f"{flag} {value}" for flag, value in flags.items()),
+    ]
+
+
+def _unrepresentable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain values of the model that its settings here cannot have, such as a rotary base of 10000.5."""
+    recorded = dict(_plain_settings(arguments))
+    values = {
+        name: _value(arguments, name)
+        for name, rule in RULES.items()
+        if rule in (Rule.STRUCTURE, Rule.ERROR) and name not in (*recorded, *_SPECIAL)
+    }
+    unset = {name for name in NULLABLE if not values.get(name)}
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float) and name not in unset}
+
+
+def _value(arguments: Mapping[str, Any], name: str) -> Any:
+    value = arguments.get(name, arguments.get(OTHER_NAMES.get(name, name)))
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -111,9 +131,7 @@ def _plain_settings(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         is_model = group == "model" or RULES.get(name) is Rule.STRUCTURE
         if not (is_model or name in COMPARED or name in TOKENIZER) or name in (*_SPECIAL, *_UNRECORDED):
             continue
-        value = arguments.get(name, arguments.get(OTHER_NAMES.get(name, name)))
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
+        value = _value(arguments, name)
         if value is None:
             continue
         try:

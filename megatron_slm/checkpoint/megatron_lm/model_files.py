@@ -5,12 +5,14 @@ Both are YAML with the fields of Megatron-Core's configurations. Objects are map
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_slm.checkpoint.megatron_lm.arguments import CLASSES
 from megatron_slm.runtime.errors import ConfigError, read_error
 
 BRIDGE_FILE = "run_config.yaml"  # in the checkpoint directory, under the key model
@@ -29,6 +31,14 @@ _SWITCHES = {  # (activation function, gated): switch of Megatron-LM
     ("squared_relu", False): "squared_relu",
 }
 
+# Classes of models that their fields describe completely. Others define a part in Python, such as Gemma's scaled
+# embeddings, the temperature of Ministral's attention, or an image encoder.
+_MODELS = re.compile(
+    r"(Bridge)?(GPT|(Code)?Llama(?!4)\d*|Mistral(NeMo|Small\d*)?|Mixtral|Qwen\d+(MoE)?|Nemotron\d*|Phi3|Star[cC]oder2?)"
+    r"(Model)?(Config|Provider)\w*"
+)
+_LAYERS = re.compile(r"(default|local|quantization|modelopt|transformer_engine|get_gpt)_\w+_spec")
+
 
 def read_model_file(directory: Path, flag: str) -> dict[str, Any] | None:
     """Return the model as arguments of Megatron-LM, or None if there is no such file.
@@ -44,20 +54,33 @@ def read_model_file(directory: Path, flag: str) -> dict[str, Any] | None:
             return as_arguments(content)
         except OSError as error:
             raise read_error(flag, path, error) from error
-        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{flag}: {path} has no model configuration under the key {key}: {error}.") from error
     return None
 
 
 def as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Megatron-Core configuration under the names of Megatron-LM's arguments."""
+    if isinstance(inner := fields.get("transformer"), Mapping):  # of Megatron-Bridge's GPTModelConfig
+        fields = {**inner, **fields}
     arguments = {_NAMES.get(name, name): value for name, value in fields.items()}
     if isinstance(shares := fields.get("share_embeddings_and_output_weights"), bool):
         arguments["untie_embeddings_and_output_weights"] = not shares
     if (factor := fields.get("scale_factor")) is not None:  # NeMo's configuration of Llama 3.1
         arguments |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
     arguments["group_query_attention"] = fields.get("num_query_groups") is not None
-    return arguments | _activation(fields)
+    return arguments | _activation(fields) | {CLASSES: [*_unsupported_classes(fields)]}
+
+
+def _unsupported_classes(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the class of the model, and the function that builds its layers, if their behavior is not known."""
+    for name, value, known in (
+        ("class", fields.get("_target_"), _MODELS),
+        ("layer specification", fields.get("transformer_layer_spec"), _LAYERS),
+    ):
+        target = value.get("_target_") if isinstance(value, Mapping) else value
+        if isinstance(target, str) and known.fullmatch(target.rsplit(".", 1)[-1]) is None:
+            yield f"the {name} {target}"
 
 
 def _activation(fields: Mapping[str, Any]) -> dict[str, Any]:

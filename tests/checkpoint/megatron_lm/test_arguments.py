@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from megatron_slm.checkpoint.megatron_lm.arguments import settings_of, unsupported_features
 from megatron_slm.checkpoint.megatron_lm.directories import locate
-from megatron_slm.checkpoint.megatron_lm.model_files import read_model_file
+from megatron_slm.checkpoint.megatron_lm.model_files import as_arguments, read_model_file
 from megatron_slm.checkpoint.megatron_lm.saved_arguments import megatron_arguments
 from megatron_slm.checkpoint.megatron_lm.source import MegatronSource
 from megatron_slm.config.activation import activation_name
@@ -38,6 +39,8 @@ def test_arguments_of_all_versions_give_the_same_model(recorded: Path) -> None:
         ({"num_layers": None, "hidden_size": [16], "rotary_base": 1e6}, {"hidden_size": 16, "rotary_base": 1000000}),
         ({"num_layers": "many", "swiglu": "yes", "rotary_percent": 7.0}, {}),
         ({"num_experts": 0, "mtp_num_layers": None}, {"num_experts": None, "mtp_num_layers": None}),
+        ({"rope_scaling_factor": 1.0}, {}),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 4}, {"use_rope_scaling": True, "rope_scaling_factor": 4.0}),
         ({"add_bias_linear": True, "add_qkv_bias": True}, {"disable_bias_linear": False}),
         ({"use_rotary_position_embeddings": True}, {"position_embedding_type": "rope"}),
         ({"swiglu": False, "bias_gelu_fusion": True}, {"swiglu": False, "activation": "gelu_tanh"}),
@@ -61,6 +64,12 @@ def test_odd_and_earlier_arguments(arguments: dict[str, Any], expected: dict[str
         ({"num_experts": 8, "moe_layer_freq": [0, 1]}, "--moe-layer-freq [0, 1]"),
         ({"num_experts": 8, "moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
         ({"apply_layernorm_1p": True}, "--apply-layernorm-1p"),
+        ({"softmax_scale": 0.5}, "--softmax-scale 0.5"),
+        ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
+        ({"num_experts": 8, "moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32"),
+        ({"rotary_base": 10000.5}, "--rotary-base 10000.5"),
+        ({"rotary_seq_len_interpolation_factor": 1.5}, "--rotary-seq-len-interpolation-factor 1.5"),
+        ({"layernorm_epsilon": 0.0}, "--norm-epsilon 0.0"),
     ],
 )
 def test_unsupported_features_are_named(arguments: dict[str, Any], feature: str) -> None:
@@ -123,6 +132,31 @@ def test_model_files_of_other_trainers(tmp_path: Path, layout: str) -> None:
     assert {name: recorded[name] for name in SIZES} == SIZES
     assert recorded["swiglu"] and recorded["untie_embeddings_and_output_weights"] and recorded["num_experts"] == 4
     assert recorded["num_query_groups"] == 2 and recorded["norm_epsilon"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider"}, None),
+        ({"_target_": "nemo.collections.llm.gpt.model.llama.Llama31Config8B"}, None),
+        ({"_target_": "nemo.collections.llm.gpt.model.gemma.GemmaConfig2B"}, "the class nemo.*GemmaConfig2B"),
+        ({"_target_": "megatron.bridge.models.ministral3.ministral3_provider.Ministral3ModelProvider"}, "the class"),
+        ({"_target_": "nemo.collections.llm.gpt.model.llama4.Llama4Config"}, "the class"),
+        ({"transformer_layer_spec": {"_target_": "megatron.bridge.models.gpt_provider.default_layer_spec"}}, None),
+        ({"transformer_layer_spec": {"_target_": "x.get_gpt_decoder_block_spec", "_partial_": True}}, None),
+        ({"transformer_layer_spec": {"_target_": "x.exaone4_layer_spec"}}, r"the layer specification x\.exaone4"),
+    ],
+)
+def test_classes_of_models(fields: dict[str, Any], refused: str | None) -> None:
+    """Other classes than the known ones compute a part that their fields do not describe."""
+    found = unsupported_features(as_arguments({**BRIDGE["model"], **fields}))
+    assert len(found) == (refused is not None) and all(re.match(str(refused), each) for each in found)
+
+
+def test_sizes_in_a_nested_configuration() -> None:
+    nested = {"transformer": BRIDGE["model"], "position_embedding_type": "rope"}
+    recorded = settings_of(as_arguments(nested))
+    assert recorded["hidden_size"] == 16 and recorded["swiglu"] and recorded["position_embedding_type"] == "rope"
 
 
 def test_missing_sizes_are_named_for_a_reference_model(recorded: Path) -> None:
