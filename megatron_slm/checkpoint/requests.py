@@ -6,7 +6,7 @@ the following linear layer, layers in one stacked tensor or one tensor each, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ NORMS = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
+EMBEDDINGS = "embedding.word_embeddings.weight"
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")  # parts without which a model differs; MTP heads may be left
 SHOWN = 6  # differences in one message
 
@@ -56,7 +57,7 @@ def loadable_model_state(chunks: Sequence[torch.nn.Module], **metadata: Any) -> 
 
 def weight_request(chunks: Sequence[torch.nn.Module], saved: Shapes) -> dict[str, Any]:
     """Return the sharded state to request from a checkpoint, under its names; Megatron-Core consumes it on loading."""
-    prefix = _prefix(saved)
+    prefix = weight_prefix(saved)
     return {
         chunk: {
             key: _renamed(leaf, saved, prefix) if isinstance(leaf, ShardedTensor | ShardedTensorFactory) else leaf
@@ -79,7 +80,7 @@ def check_weights(chunks: Sequence[torch.nn.Module], saved: Shapes, directory: P
 
     def compare() -> None:
         found = [problem for tensor in requested.values() if (problem := _difference(tensor, saved, rows))]
-        prefix = _prefix(saved)
+        prefix = weight_prefix(saved)
         parts = tuple(prefix + part for part in MODEL_PARTS)
         named = (key for key, shape in saved.items() if shape and key.startswith(parts))
         superfluous = sorted(key for key in named if keys.isdisjoint(_candidates(key)))
@@ -104,11 +105,10 @@ def _variant(saved: Shapes) -> dict[str, Any]:
     return found
 
 
-def _prefix(saved: Shapes) -> str:
+def weight_prefix(saved: Iterable[str]) -> str:
     """Return the prefix of all weights, which NeMo adds."""
-    name = "embedding.word_embeddings.weight"
-    found = (key for key in saved if key.endswith(name) and not key.startswith("optimizer."))
-    return min(found, key=len, default=name).removesuffix(name)
+    found = (key for key in saved if key.endswith(EMBEDDINGS) and not key.startswith("optimizer."))
+    return min(found, key=len, default=EMBEDDINGS).removesuffix(EMBEDDINGS)
 
 
 def _renamed(leaf: Any, saved: Shapes, prefix: str) -> Any:

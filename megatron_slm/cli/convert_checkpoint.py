@@ -43,7 +43,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--load", type=expand_user, required=True, help="checkpoint directory, written by this trainer")
+    add("--load", type=expand_user, required=True, help="checkpoint directory of this trainer or of Megatron-LM")
     add("--ckpt-step", type=int, help="checkpoint iteration to export; default the newest")
     add("--hf-path", type=expand_user, required=True, help="new directory for the published model")
     add("--dtype", choices=DTYPES, help="data type of the weights; default that of the checkpoint")

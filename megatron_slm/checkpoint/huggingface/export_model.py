@@ -1,4 +1,4 @@
-"""Export a checkpoint of this trainer as a published model, one tensor at a time."""
+"""Export a checkpoint of this trainer, or of Megatron-LM, as a published model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from megatron_slm.checkpoint.huggingface.registry import FAMILIES
 from megatron_slm.checkpoint.huggingface.safetensors_writer import Group, write_model
 from megatron_slm.checkpoint.huggingface.tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer
 from megatron_slm.checkpoint.native import NativeSource
+from megatron_slm.checkpoint.requests import EMBEDDINGS, MODEL_PARTS, SHOWN, weight_prefix
+from megatron_slm.checkpoint.source import CheckpointSource, find_source, is_published
 from megatron_slm.checkpoint.tensor_store import TensorStore
-from megatron_slm.config.checkpoint_files import read_manifest
 from megatron_slm.config.checks import derive
 from megatron_slm.config.paths import TOKENIZER_DIRECTORY
 from megatron_slm.config.recipe import with_settings
@@ -57,7 +58,9 @@ def export_model(job: ExportJob) -> Path:
     Raises:
         ConfigError: the checkpoint cannot be read, no family represents its model, or the disk is full.
     """
-    source = NativeSource.find(job.load, job.step, LOAD_FLAG)
+    source = find_source(job.load, job.step, LOAD_FLAG)
+    if is_published(job.load):
+        raise ConfigError(f"{LOAD_FLAG} {job.load} is a published model already. Give the --save directory of a run.")
     final = Path(job.hf_path)
     check_empty(final, HF_FLAG)
     source.verify(checksums=job.verify)
@@ -65,8 +68,9 @@ def export_model(job: ExportJob) -> Path:
     tokenizer = find_tokenizer(config, job.tokenizer_model)
     template = _template(tokenizer.directory or source.directory.absolute().parent / TOKENIZER_DIRECTORY)
     family = choose_family(config, template)
-    vocab_size = max(read_manifest(source.directory, LOAD_FLAG).tokenizer["vocab_size"], config.model.vocab_size or 0)
-    groups = list(_groups(TensorStore(source.directory, LOAD_FLAG), family, config, vocab_size, job))
+    store = TensorStore(source.directory, LOAD_FLAG)
+    vocab_size = _vocab_size(source, config, tokenizer, store)
+    groups = list(_groups(store, family, config, vocab_size, job))
     dtype = next(name for name, dtype in DTYPES.items() if dtype == groups[0].like[0].dtype)
     size = sum(group.size for group in groups)
     partial_directory = final.with_name(f".partial-{uuid.uuid4().hex[:8]}-{final.name}")
@@ -171,22 +175,47 @@ def _template(directory: Path) -> PublishedConfig | None:
     return PublishedConfig.read(directory, "--tokenizer-model") if (directory / CONFIG_FILE).is_file() else None
 
 
+def _vocab_size(source: CheckpointSource, config: RunConfig, tokenizer: TokenizerSource, store: TensorStore) -> int:
+    """Return the number of tokens: embeddings of the model without its padding."""
+    if isinstance(source, NativeSource):
+        return max(source.manifest().tokenizer["vocab_size"], config.model.vocab_size or 0)
+    embeddings = store.describe(weight_prefix(store.keys()) + EMBEDDINGS)
+    rows = len(embeddings) if embeddings is not None else 0
+    known = config.model.vocab_size or tokenizer.vocab_size
+    if known > rows:
+        raise ConfigError(
+            f"{LOAD_FLAG}: {EMBEDDINGS} in {source.directory} has {rows:,} rows, and the tokenizer has {known:,} "
+            "tokens. Give the tokenizer of the model with --tokenizer-model."
+        )
+    return known or rows
+
+
 def _groups(store: TensorStore, family: Family, config: RunConfig, vocab_size: int, job: ExportJob) -> Iterator[Group]:
     """Yield the tensors of the model by layer.
 
     Raises:
-        ConfigError: the checkpoint lacks a tensor.
+        ConfigError: the checkpoint lacks a tensor, or has one that the family does not.
     """
     dtype = DTYPES[job.dtype] if job.dtype is not None else None
     ordered = []
+    saved = store.keys()
+    prefix = weight_prefix(saved)
+    left = {key for key in saved if key.startswith(tuple(prefix + part for part in MODEL_PARTS))}
     for position, weight in enumerate(family.weights(config.model)):
-        key = next((key for key in (weight.key, *weight.aliases) if store.describe(key) is not None), None)
+        names = [prefix + name for name in (weight.key, *weight.aliases)]
+        left.difference_update(names)
+        key = next((name for name in names if store.describe(name) is not None), None)
         if key is None:
             raise ConfigError(
-                f"{LOAD_FLAG}: the checkpoint {store.directory} lacks {weight.key}, which its config.yaml implies."
+                f"{LOAD_FLAG}: the checkpoint {store.directory} lacks {weight.key}, which its model settings imply."
             )
         for unit in weight.units(config.model):
             ordered.append(((unit[:1] or (-1,), position, unit), key, weight))
+    if left:
+        raise ConfigError(
+            f"{LOAD_FLAG}: the checkpoint {store.directory} contains {', '.join(sorted(left)[:SHOWN])}, and models of "
+            f"the type {family.model_type} do not."
+        )
     for (_, _, unit), key, weight in sorted(ordered, key=lambda entry: entry[0]):
         like = store.describe(key)
         assert like is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_slm.checkpoint.huggingface.source import tokenizer_settings
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.console import warn
+from megatron_slm.tokenizers.base import Tokenizer
 from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
 FLAG = "--tokenizer-model"
@@ -34,6 +35,7 @@ class TokenizerSource:
     eod: int | None = None
     bos: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # contents of tokenizer_config.json, if it must be written
+    vocab_size: int = 0  # number of tokens, if known
 
 
 def find_tokenizer(config: RunConfig, model: str | None) -> TokenizerSource:
@@ -49,6 +51,11 @@ def find_tokenizer(config: RunConfig, model: str | None) -> TokenizerSource:
         warn(f"the checkpoint records no tokenizer, and the export contains none. Add one with {FLAG}.")
         return TokenizerSource({}, None)
     tokenizer = build_run_tokenizer(config)
+    return replace(_files(config, tokenizer), vocab_size=tokenizer.vocab_size)
+
+
+def _files(config: RunConfig, tokenizer: Tokenizer) -> TokenizerSource:
+    given = config.tokenizer
     path = Path(given.tokenizer_model or "")
     if given.tokenizer_type == "HuggingFaceTokenizer":
         directory = path if path.is_dir() else path.parent
