@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.checkpoint.source import FORMATS, CheckpointSource, find_source
+from megatron_slm.checkpoint.source import FORMATS, CheckpointSource, find_foreign, find_source, steps_to_try
 from megatron_slm.config.checkpoint_args import FLAG, adopt_all, adopt_missing
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE
 from megatron_slm.config.checkpoint_steps import choose_step
@@ -48,8 +48,10 @@ def adopt_settings(config: RunConfig, given: frozenset[str]) -> tuple[RunConfig,
 def _candidates(flags: CheckpointConfig) -> list[CheckpointSource]:
     """Return the checkpoint that the run starts from, and the earlier steps that it may fall back to."""
     for flag, path, step in _given(flags):
-        if step is not None or any(kind.recognizes(Path(path), None) for kind in FORMATS[:-1]):
+        if step is not None:
             return [find_source(path, step, flag)]
+        if (foreign := find_foreign(path, None, flag)) is not None:
+            return [foreign, *(find_source(path, each, flag) for each in steps_to_try(Path(path), foreign)[1:])]
         if (Path(path) / MANIFEST_FILE).is_file():
             return [find_source(path, None, flag)]
         if (choice := choose_step(Path(path), flag)) is not None:

@@ -21,7 +21,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from megatron_slm.checkpoint.requests import Shapes, sharded_tensors
 from megatron_slm.mcore.optimizer import allocate_adam_state, optimizer_parts, separate_adam_steps
+from megatron_slm.runtime.collective import on_every_rank
 from megatron_slm.runtime.errors import ConfigError
 
 # The only sharding of the optimizer state that can be loaded in any layout. It is gathered on the first data-parallel
@@ -54,7 +56,7 @@ def sharded_optimizer_state(
 def load_optimizer_state(
     optimizer: MegatronOptimizer,
     model_state: dict[str, Any],
-    saved: Iterable[str],
+    saved: Shapes,
     step: float,
     read: Reader,
     flag: str,
@@ -63,7 +65,7 @@ def load_optimizer_state(
 
     Args:
         model_state: sharded state of the model chunks.
-        saved: keys of the checkpoint.
+        saved: shapes in the checkpoint.
         step: update count of the saved optimizer.
         read: reads sharded state from the checkpoint; collective.
         flag: flag that names the checkpoint, for error messages.
@@ -75,7 +77,9 @@ def load_optimizer_state(
     _check_format(names, saved, flag)
     request = _select(sharded_optimizer_state(optimizer, model_state, is_loading=True), _tensor)
     _check_names(request, names, step, flag)
-    loaded = read({"tensors": found})["tensors"] if (found := _select(request, _saved_as(names))) else {}
+    found = _select(request, _saved_as(names))
+    on_every_rank(lambda: check_slices(found, saved, flag))
+    loaded = read({"tensors": found})["tensors"] if found else {}
     if not names & MASTERS and (weights := _select(request, _master_as_weight)):
         merge(loaded, read({"tensors": weights})["tensors"])
     parts = optimizer_parts(optimizer)
@@ -114,6 +118,21 @@ def _check_format(names: set[str], saved: Iterable[str], flag: str) -> None:
             f"({others[0]}). Add --no-load-optim to start with a new optimizer state, or save the checkpoint with "
             "Megatron-LM's --dist-ckpt-optim-fully-reshardable."
         )
+
+
+def check_slices(request: Any, saved: Shapes, flag: str) -> None:
+    """Validate that the state of every parameter has the shape of the parameter.
+
+    Earlier versions of Megatron-Core saved slices of flattened parameters, which current ones cannot read.
+    """
+    for tensor in sharded_tensors(request):
+        shape = saved.get(tensor.key)
+        if shape is not None and shape != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
+            raise ConfigError(
+                f"{flag}: {tensor.key} is {list(shape)} in the checkpoint and {list(tensor.global_shape)} in the "
+                "model, as in the earlier format fully_sharded_model_space, which Megatron-Core no longer reads. Add "
+                "--no-load-optim to start with a new optimizer state."
+            )
 
 
 def _check_names(request: Any, names: set[str], step: float, flag: str) -> None:

@@ -8,14 +8,18 @@ do not read weights import no torch, so that settings can be read before a run s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_slm.checkpoint.huggingface.source import HuggingFaceSource
+from megatron_slm.checkpoint.megatron_lm.directories import is_distributed
 from megatron_slm.checkpoint.megatron_lm.source import MegatronSource
 from megatron_slm.checkpoint.native import NativeSource
 from megatron_slm.config.checkpoint_files import Manifest
+from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.errors import UnusableFileError
 from megatron_slm.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -145,10 +149,27 @@ def find_foreign(path: str, step: int | None, flag: str) -> CheckpointSource | N
     return None if kind is None else kind.find(path, step, flag)
 
 
+def steps_to_try(root: Path, source: CheckpointSource) -> tuple[int, ...]:
+    """Return the step of ``source``, the newest of another program's run, and those to use if it is damaged, in order.
+
+    Empty if ``root`` is not the directory of a run.
+    """
+    steps = step_directories(root, source.flag)
+    newest = next((step for step, directory in steps.items() if directory == source.directory), -1)
+    return tuple(step for step in sorted(steps, reverse=True) if step <= newest and is_distributed(steps[step]))
+
+
 def holds_only_weights(path: str, step: int | None = None, flag: str = "--load") -> bool:
     """Return whether a run can start from the weights at ``path``, but not resume there. Not collective."""
     source = find_foreign(path, None if is_published(path) else step, flag)
-    return source is not None and not source.is_resumable
+    if source is None:
+        return False
+    if step is None:
+        for older in steps_to_try(Path(path), source)[1:]:
+            with suppress(UnusableFileError):
+                return not source.is_resumable
+            source = find_source(path, older, flag)
+    return not source.is_resumable
 
 
 def is_published(path: str) -> bool:

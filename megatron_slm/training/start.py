@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_slm.checkpoint.source import find_foreign, is_published
+from megatron_slm.checkpoint.source import find_foreign, is_published, steps_to_try
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, step_directory
 from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, choose_step, locate_checkpoint
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
@@ -258,10 +258,12 @@ def _find(path: str, step: int | None, flag: str) -> tuple[Checkpoint, str] | No
     Raises:
         ConfigError: the step does not exist, or no existing checkpoint is known to be complete.
     """
+    root = Path(path)
     foreign = find_foreign(path, step, flag)
     if foreign is not None:
+        if step is None and (steps := steps_to_try(root, foreign)):
+            return Checkpoint(flag, path, steps[0], steps[1:]), ""
         return Checkpoint(flag, str(foreign.directory), None), ""
-    root = Path(path)
     if step is None and (root / MANIFEST_FILE).is_file():
         return Checkpoint(flag, path, None), ""
     if step is not None:

@@ -18,7 +18,7 @@ from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import to_flat_dict, with_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.corpus.fingerprints import QUICK_BLOCK, files_fingerprint
-from megatron_slm.runtime.errors import ConfigError, read_error, refuse
+from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error, refuse
 from megatron_slm.tokenizers.base import Tokenizer
 from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
@@ -94,8 +94,8 @@ class MegatronSource:
         found = unsupported_features(self.arguments)
         refuse(
             [
-                f"{self.flag}: the model in {self.directory} was trained with {', '.join(found)}, which is not "
-                "supported. Use a checkpoint of a model without it."
+                f"{self.flag}: the model in {self.directory} uses {', '.join(found)}, which is not supported. "
+                "Use a checkpoint of a model without it."
             ]
             if found
             else []
@@ -177,7 +177,7 @@ class MegatronSource:
             size = path.stat().st_size if path.is_file() else None
             if size is None or size < end:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise ConfigError(
+                raise UnusableFileError(
                     f"{self.flag}: the checkpoint {self.directory} is damaged: {name} {found}, and at least {end} "
                     f"bytes are required. {other_step(self.flag)}"
                 )

@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_slm.checkpoint.adoption import adopt_settings
 from megatron_slm.checkpoint.megatron_lm.source import MegatronSource
+from megatron_slm.checkpoint.optimizer_state import check_slices
 from megatron_slm.checkpoint.source import find_source
+from megatron_slm.config.flags import parse
 from megatron_slm.mcore.pickle_classes import trust_checkpoints
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.megatron_models import command
 from megatron_slm.testing.tiny import run_each
+from megatron_slm.training.fallback import verified_start
+from megatron_slm.training.preflight import resolve_values
+from megatron_slm.training.start import plan_start
 
 
 class Attack:
@@ -139,6 +146,34 @@ def test_cut_and_missing_files_are_named(copied: Path, name: str) -> None:
             MegatronSource("--load", checkpoint(copied, name)).check()
 
 
+def test_files_outside_of_the_checkpoint_are_refused(copied: Path) -> None:
+    path = checkpoint(copied, "gpt") / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError, match=r"names '\.\./\.\./secret', which is no file of the checkpoint"):
+        found(copied, "gpt").check()
+
+
+def test_newest_intact_step_is_used(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The damage is in a data file, or in the arguments, which --use-checkpoint-args and the plan read first."""
+    run = copied / "gpt"
+    for step in (1, 2):
+        shutil.copytree(checkpoint(copied, "gpt"), run / f"iter_000000{step}")
+    for name, use in (("__0_0.distcp", "iter_0000002"), ("common.pt", "iter_0000002")):
+        (checkpoint(copied, "gpt") / name).write_bytes(b"")
+        for flags in ({}, {"use_checkpoint_args": True}, {"finetune": True}):
+            argv = command("gpt", load=run, use_distributed_optimizer=True, **flags)
+            config = resolve_values(parse(argv, adopt_settings).config, 1)
+            start = verified_start(plan_start(config), config)
+            assert start.checkpoint is not None and start.checkpoint.directory == run / use
+            assert "Using step 2, the newest intact checkpoint" in " ".join(capsys.readouterr().err.split())
+    for flags in ({"load": run, "ckpt_step": 3}, {"load": run / "iter_0000003"}):
+        with pytest.raises(ConfigError, match=r"iter_0000003 is damaged"):
+            config = resolve_values(parse(command("gpt", **flags), adopt_settings).config, 1)
+            verified_start(plan_start(config), config)
+
+
 def test_other_formats_are_refused(copied: Path) -> None:
     (checkpoint(copied, "gpt") / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(ConfigError, match="is in the format zarr"):
@@ -146,3 +181,12 @@ def test_other_formats_are_refused(copied: Path) -> None:
     (checkpoint(copied, "llama") / "metadata.json").unlink()
     with pytest.raises(ConfigError, match="torch_dcp or fsdp_dtensor"):
         find_source(str(copied / "llama"), None, "--load")
+
+
+def test_optimizer_state_in_slices_is_refused() -> None:
+    """A format of earlier versions, in which ranks save slices of flattened parameters."""
+    key = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+    request = {"state": {0: ShardedTensor.from_rank_offsets(key, torch.ones(4))}}
+    check_slices(request, {key: (4,)}, "--load")
+    with pytest.raises(ConfigError, match=r"is \[1, 4\] in the checkpoint .* fully_sharded_model_space.*no-load-optim"):
+        check_slices(request, {key: (1, 4)}, "--load")
