@@ -31,7 +31,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.STRUCTURE: (
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
         *("num_query_groups", "kv_channels", "position_embedding_type", "normalization", "swiglu"),
-        "activation",
+        *("activation", "apply_layernorm_1p"),
         *("disable_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "qk_layernorm"),
         *("num_experts", "moe_ffn_hidden_size"),
     ),

@@ -14,17 +14,46 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
+class LayerNorm1P(torch.nn.LayerNorm):
+    """LayerNorm whose weight is stored as its difference from 1."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return F.layer_norm(values, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class RMSNorm1P(torch.nn.RMSNorm):
+    """RMSNorm whose weight is stored as its difference from 1."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return F.rms_norm(values, self.normalized_shape, self.weight + 1, self.eps)
+
+
+NORMS: dict[tuple[str, bool], type[torch.nn.LayerNorm] | type[torch.nn.RMSNorm]] = {  # by name, weights less 1
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("LayerNorm", True): LayerNorm1P,
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("RMSNorm", True): RMSNorm1P,
+}
+
+
 class TorchNorm:
     """Torch LayerNorm or RMSNorm with parameters marked for sequence parallelism.
 
-    Megatron-Core sums the gradients of parameters marked ``sequence_parallel`` over the tensor-parallel group.
+    Megatron-Core sums the gradients of parameters marked ``sequence_parallel`` over the tensor-parallel group. Its
+    norms in torch do not support ``layernorm_zero_centered_gamma`` (--apply-layernorm-1p).
     """
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> torch.nn.Module:
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps)
+        norm = NORMS[config.normalization, config.layernorm_zero_centered_gamma](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

@@ -78,7 +78,7 @@ def refused(argv: list[str]) -> set[str]:
 
 def test_llama_script_is_refused_in_one_message() -> None:
     assert refused(LLAMA3_8B.split()) == {
-        *("--apply-layernorm-1p", "--decoupled-lr", "--decoupled-min-lr"),
+        *("--decoupled-lr", "--decoupled-min-lr"),
         *FP8,
         *("--profile", "--profile-step-start", "--profile-step-end"),
     }

@@ -28,7 +28,6 @@ CLASSES = "unsupported_classes"  # entry of the arguments with descriptions of u
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (),
     "experimental_attention_variant": (),
-    "apply_layernorm_1p": (),
     "apply_residual_connection_post_layernorm": (),
     "qk_l2_norm": (),
     "attention_output_gate": (),

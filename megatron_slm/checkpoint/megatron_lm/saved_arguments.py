@@ -15,7 +15,7 @@ _GROUPS = ("model", "parallel", "training", "optimizer")
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 # Features that are never used here.
 _OFF = (
-    *("apply_layernorm_1p", "apply_query_key_layer_scaling", "rotary_interleaved", "use_rotary_position_embeddings"),
+    *("apply_query_key_layer_scaling", "rotary_interleaved", "use_rotary_position_embeddings"),
     *("multi_latent_attention", "fp16", "bias_gelu_fusion", "moe_router_enable_expert_bias"),
 )
 

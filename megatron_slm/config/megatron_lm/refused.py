@@ -37,7 +37,6 @@ CURATED: dict[str, str] = {
     "--checkpoint-activations": "this name is from an old release. Use --recompute-activations.",
     "--override-ckpt-iteration": "the step comes from the checkpoint. Choose one with --ckpt-step.",
     # model
-    "--apply-layernorm-1p": "norm weights are stored directly, not as an offset from 1. Leave the flag out.",
     "--quick-geglu": "the sigmoid approximation of GELU is not supported. Use --activation geglu.",
     "--init-method-xavier-uniform": "weights are initialized from a normal distribution. Set --init-method-std.",
     "--rotary-interleaved": "rotary embeddings rotate the halves of a head, as in Llama. Leave the flag out.",

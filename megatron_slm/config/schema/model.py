@@ -42,6 +42,11 @@ class ModelConfig:
     rope_scaling_factor: float = flag(8.0, "scaling factor of --use-rope-scaling", at_least=1)
     normalization: str = flag("LayerNorm", "normalization layer", choices=("LayerNorm", "RMSNorm"), core="model")
     norm_epsilon: float = flag(1e-5, "epsilon of the normalization layers", above=0, core="model.layernorm_epsilon")
+    apply_layernorm_1p: bool = flag(
+        False,
+        "store normalization weights as their difference from 1, about which weights in low precision are finer",
+        core="model.layernorm_zero_centered_gamma",
+    )
     swiglu: bool = flag(False, "use gated linear units and SiLU activation instead of GELU (--activation swiglu)")
     activation: str | None = flag(
         None,

@@ -63,13 +63,13 @@ def test_odd_and_earlier_arguments(arguments: dict[str, Any], expected: dict[str
         ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn"),
         ({"num_experts": 8, "moe_layer_freq": [0, 1]}, "--moe-layer-freq [0, 1]"),
         ({"num_experts": 8, "moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
-        ({"apply_layernorm_1p": True}, "--apply-layernorm-1p"),
         ({"softmax_scale": 0.5}, "--softmax-scale 0.5"),
         ({"enable_mhc_connections": True}, "--enable-mhc-connections"),
         ({"num_experts": 8, "moe_mlp_glu_interleave_size": 32}, "--moe-mlp-glu-interleave-size 32"),
         ({"rotary_base": 10000.5}, "--rotary-base 10000.5"),
         ({"rotary_seq_len_interpolation_factor": 1.5}, "--rotary-seq-len-interpolation-factor 1.5"),
         ({"layernorm_epsilon": 0.0}, "--norm-epsilon 0.0"),
+        ({"apply_residual_connection_post_layernorm": True}, "--apply-residual-connection-post-layernorm"),
     ],
 )
 def test_unsupported_features_are_named(arguments: dict[str, Any], feature: str) -> None:
