@@ -49,6 +49,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "qwen3_moe-plain": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False}),
+    "nemotron": ("nemotron", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 10000.0}}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True, "rope_parameters": {"partial_rotary_factor": 0.25}}),
 }
 
 

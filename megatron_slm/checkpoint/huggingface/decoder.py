@@ -1,13 +1,15 @@
-"""Parts that the Llama-like families share: RMSNorm, rotary embeddings, gated MLP, grouped-query attention."""
+"""Parts that the Llama-like families share: norms, rotary embeddings, MLP, grouped-query attention."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
 from megatron_slm.checkpoint.huggingface.family import Weight, published_activation
-from megatron_slm.checkpoint.huggingface.layouts import GateUp, QueryKeyValue
+from megatron_slm.checkpoint.huggingface.layouts import GateUp, QueryKeyValue, Same
 from megatron_slm.checkpoint.huggingface.rotary import rotary_fields, rotary_settings
+from megatron_slm.config.activation import is_gated
 from megatron_slm.config.schema import ModelConfig
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}  # of a gated MLP
@@ -17,14 +19,22 @@ MLP = "decoder.layers.mlp"
 
 
 def decoder_settings(
-    config: PublishedConfig, *, query_groups: int | None, head_width: int | None, rotary_base: float = 10000.0
+    config: PublishedConfig,
+    *,
+    query_groups: int | None,
+    head_width: int | None,
+    rotary_base: float = 10000.0,
+    rotary_share: float | None = None,
+    activations: Mapping[str, str] = ACTIVATIONS,
 ) -> dict[str, Any]:
-    """Return the settings that all Llama-like families have.
+    """Return the settings that all Llama-like families have; those with LayerNorm replace the norm's.
 
     Args:
         query_groups: the family's default of num_key_value_heads; None: the number of heads.
         head_width: the family's default of head_dim; None: hidden size / heads.
         rotary_base: the family's default of rope_theta.
+        rotary_share: the family's default of partial_rotary_factor; None: it rotates all channels.
+        activations: setting by name of the activation; the first one is the default.
 
     Raises:
         ConfigError: a field is missing or cannot be represented.
@@ -32,7 +42,10 @@ def decoder_settings(
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
     is_null = "num_key_value_heads" in config.values
     groups = config.integer("num_key_value_heads", heads if is_null or query_groups is None else query_groups)
-    activation = config.choice("hidden_act", "silu", ACTIVATIONS)
+    if heads % groups:
+        raise config.error(f"num_key_value_heads {groups} does not divide num_attention_heads {heads}")
+    activation = config.choice("hidden_act", next(iter(activations)), activations)
+    _check_layers(config)
     return {
         "num_layers": config.integer("num_hidden_layers"),
         "hidden_size": hidden,
@@ -53,8 +66,15 @@ def decoder_settings(
         "hidden_dropout": 0.0,
         "init_method_std": config.number("initializer_range", 0.02),
         "vocab_size": config.integer("vocab_size"),
-        **rotary_settings(config, rotary_base),
+        **rotary_settings(config, rotary_base, rotary_share),
     }
+
+
+def _check_layers(config: PublishedConfig) -> None:
+    """Raise ConfigError if a layer has another kind of attention than the sliding window, whose size is checked."""
+    kinds = config.values.get("layer_types") or []
+    if other := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise config.error(f"layer_types contains {other[0]!r}, which is not supported: all layers have full attention")
 
 
 def _head_width(config: PublishedConfig, hidden: int, heads: int, default: int | None) -> int:
@@ -81,8 +101,30 @@ def optional_window(config: PublishedConfig, settings: dict[str, Any]) -> dict[s
     return limit_to_window(config, settings, default=4096) if config.switch("use_sliding_window", False) else settings
 
 
-def decoder_fields(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields of ``config.json`` that all Llama-like families have."""
+def uniform_bias(config: PublishedConfig) -> bool:
+    """Return whether all linear layers have biases.
+
+    Raises:
+        ConfigError: only some have.
+    """
+    bias = config.switch("attention_bias", False)
+    if config.switch("mlp_bias", False) != bias:
+        raise config.error(
+            "attention_bias and mlp_bias differ, which is not supported: Megatron-Core adds biases to all linear "
+            "layers or to none"
+        )
+    return bias
+
+
+def decoder_fields(
+    model: ModelConfig, *, epsilon: str = "rms_norm_eps", activations: Mapping[str, str] = ACTIVATIONS
+) -> dict[str, Any]:
+    """Return the fields of ``config.json`` that all Llama-like families have.
+
+    Args:
+        epsilon: the family's name of the norm's epsilon.
+        activations: as for :func:`decoder_settings`.
+    """
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -91,8 +133,8 @@ def decoder_fields(model: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": query_groups(model),
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.max_position_embeddings,
-        "rms_norm_eps": model.norm_epsilon,
-        "hidden_act": published_activation(model, ACTIVATIONS),
+        epsilon: model.norm_epsilon,
+        "hidden_act": published_activation(model, activations),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "initializer_range": model.init_method_std,
         **rotary_fields(model),
@@ -111,17 +153,20 @@ def decoder_weights(model: ModelConfig, mlp: list[Weight]) -> list[Weight]:
     bias = not model.disable_bias_linear
     weights = [
         Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), is_vocabulary=True),
-        Weight(f"{ATTENTION}.linear_qkv.layer_norm_weight", (f"{LAYER}.input_layernorm.weight",)),
         Weight(f"{ATTENTION}.linear_qkv.weight", _projections("weight"), projections),
         Weight(f"{ATTENTION}.linear_proj.weight", (f"{LAYER}.self_attn.o_proj.weight",)),
-        Weight(
-            f"{MLP}.linear_fc1.layer_norm_weight",
-            (f"{LAYER}.post_attention_layernorm.weight",),
-            aliases=("decoder.layers.pre_mlp_layernorm.weight",),  # mixture of experts with Transformer Engine
-        ),
         *mlp,
-        Weight("decoder.final_layernorm.weight", ("model.norm.weight",)),
     ]
+    for kind in ("weight",) if model.normalization == "RMSNorm" else ("weight", "bias"):
+        weights += [
+            Weight(f"{ATTENTION}.linear_qkv.layer_norm_{kind}", (f"{LAYER}.input_layernorm.{kind}",)),
+            Weight(
+                f"{MLP}.linear_fc1.layer_norm_{kind}",
+                (f"{LAYER}.post_attention_layernorm.{kind}",),
+                aliases=(f"decoder.layers.pre_mlp_layernorm.{kind}",),  # mixture of experts with Transformer Engine
+            ),
+            Weight(f"decoder.final_layernorm.{kind}", (f"model.norm.{kind}",)),
+        ]
     if bias or model.add_qkv_bias:
         weights.append(Weight(f"{ATTENTION}.linear_qkv.bias", _projections("bias"), projections))
     if bias:
@@ -140,19 +185,14 @@ def _projections(kind: str) -> tuple[str, ...]:
 
 
 def dense_weights(model: ModelConfig) -> list[Weight]:
-    """Return the weights of a Llama-like model with a gated MLP in every layer."""
-    return decoder_weights(model, _gated_mlp(model))
-
-
-def _gated_mlp(model: ModelConfig) -> list[Weight]:
-    """Return the weights of a gated MLP."""
-    kinds = ("weight",) if model.disable_bias_linear else ("weight", "bias")
+    """Return the weights of a Llama-like model with a MLP in every layer, gated or not."""
+    gate = ("gate_proj",) if is_gated(model) else ()
     weights = []
-    for kind in kinds:
-        names = (f"{LAYER}.mlp.gate_proj.{kind}", f"{LAYER}.mlp.up_proj.{kind}")
-        weights.append(Weight(f"{MLP}.linear_fc1.{kind}", names, GateUp()))
+    for kind in ("weight",) if model.disable_bias_linear else ("weight", "bias"):
+        names = tuple(f"{LAYER}.mlp.{name}.{kind}" for name in (*gate, "up_proj"))
+        weights.append(Weight(f"{MLP}.linear_fc1.{kind}", names, GateUp() if gate else Same()))
         weights.append(Weight(f"{MLP}.linear_fc2.{kind}", (f"{LAYER}.mlp.down_proj.{kind}",)))
-    return weights
+    return decoder_weights(model, weights)
 
 
 def experts_mlp(router: str, expert: str, gate: str, up: str, down: str) -> list[Weight]:

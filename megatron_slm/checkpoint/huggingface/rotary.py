@@ -11,8 +11,12 @@ from megatron_slm.config.schema import ModelConfig
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def rotary_settings(config: PublishedConfig, default_base: float) -> dict[str, Any]:
+def rotary_settings(config: PublishedConfig, default_base: float, default_share: float | None) -> dict[str, Any]:
     """Return the settings of the rotary embeddings.
+
+    Args:
+        default_base: the family's default of rope_theta.
+        default_share: the family's default of partial_rotary_factor; None: it rotates all channels.
 
     Raises:
         ConfigError: the kind of scaling or one of its parameters is not supported.
@@ -21,12 +25,15 @@ def rotary_settings(config: PublishedConfig, default_base: float) -> dict[str, A
     base = parameters.number("rope_theta", config.number("rope_theta", default_base))
     if not base.is_integer():
         raise config.error(f"rope_theta {base} is not supported; Megatron-Core's base is an integer")
-    for section in (config, parameters):
-        section.expect("partial_rotary_factor", (None, 1, 1.0), "this family rotates all channels of a head")
+    share = parameters.number("partial_rotary_factor", config.number("partial_rotary_factor", default_share or 1.0))
+    if default_share is None and share != 1:
+        raise config.error(
+            f"partial_rotary_factor {share} is not supported: this family rotates all channels of a head"
+        )
     settings: dict[str, Any] = {
         "position_embedding_type": "rope",
         "rotary_base": int(base),
-        "rotary_percent": 1.0,
+        "rotary_percent": share,
     }
     kind = parameters.text("rope_type", parameters.text("type", "default"))
     if kind == "llama3":
@@ -47,6 +54,8 @@ def rotary_settings(config: PublishedConfig, default_base: float) -> dict[str, A
 def _parameters(config: PublishedConfig) -> PublishedConfig:
     """Return the parameters in either spelling; both may be present if they agree."""
     new, old = config.section("rope_parameters"), config.section("rope_scaling")
+    if kinds := [name for section in (new, old) for name, value in section.values.items() if isinstance(value, dict)]:
+        raise config.error(f"rope parameters that differ between layers ({', '.join(kinds)}) are not supported")
     for name in new.values.keys() & old.values.keys():
         if new.values[name] != old.values[name]:
             raise config.error(
