@@ -61,7 +61,7 @@ def export_model(job: ExportJob) -> Path:
     source = find_source(job.load, job.step, LOAD_FLAG)
     if is_published(job.load):
         raise ConfigError(f"{LOAD_FLAG} {job.load} is a published model already. Give the --save directory of a run.")
-    final = Path(job.hf_path)
+    final = Path(job.hf_path).resolve()
     check_empty(final, HF_FLAG)
     source.verify(checksums=job.verify)
     config = source.config()
@@ -88,13 +88,21 @@ def export_model(job: ExportJob) -> Path:
                 _write_json(partial_directory / GENERATION_FILE, {"_from_model_config": True, **ids})
             for path in partial_directory.iterdir():
                 sync(path)
-            if final.exists():
-                final.rmdir()
-            partial_directory.rename(final)
-            sync(final.parent)
+            _publish(partial_directory, final)
     finally:
         shutil.rmtree(partial_directory, ignore_errors=True)
     return final
+
+
+def _publish(partial_directory: Path, final: Path) -> None:
+    """Rename the directory, or move its files to an existing empty one, with the file that makes it a model last."""
+    if final.exists():
+        for path in sorted(partial_directory.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            path.rename(final / path.name)
+        sync(final)
+    else:
+        partial_directory.rename(final)
+    sync(final.parent)
 
 
 def choose_family(config: RunConfig, template: PublishedConfig | None) -> Family:
@@ -151,7 +159,7 @@ def config_fields(
     """
     inherited: dict[str, Any] = {}
     if template is not None and template.values.get("model_type") == family.model_type:
-        dropped = ("rope_parameters", "torch_dtype", "transformers_version", "_name_or_path")
+        dropped = ("auto_map", "rope_parameters", "torch_dtype", "transformers_version", "_name_or_path")
         inherited = {name: value for name, value in template.values.items() if name not in dropped}
     model = config.model
     fields = {**inherited, **family.write_fields(model)}
