@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,15 +49,20 @@ class PublishedConfig:
         return self.text("model_type")
 
     def integer(self, name: str, default: int = _REQUIRED) -> int:
-        """Return an integer field; null counts as missing."""
+        """Return a positive integer field; null counts as missing."""
         value = self._value(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        return self._checked(name, value, int, "an integer")
+        if self._checked(name, value, int, "an integer") <= 0:
+            raise self.error(f"{name} must be above 0, not {value}")
+        return value
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
-        """Return a numeric field as float."""
-        return float(self._checked(name, self._value(name, default), (int, float), "a number"))
+        """Return a finite numeric field as float."""
+        value = self._checked(name, self._value(name, default), (int, float), "a number")
+        if not abs(value) <= sys.float_info.max:  # also false for NaN
+            raise self.error(f"{name} must be finite, not {value}")
+        return float(value)
 
     def switch(self, name: str, default: bool) -> bool:
         """Return a boolean field."""

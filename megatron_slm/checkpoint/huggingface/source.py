@@ -17,10 +17,10 @@ from megatron_slm.checkpoint.huggingface.files import (
 )
 from megatron_slm.checkpoint.huggingface.registry import find_family
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, Manifest
-from megatron_slm.config.checks import derive
+from megatron_slm.config.checks import derive, value_violations
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.tokenizers.base import Tokenizer
 from megatron_slm.tokenizers.identity import identity_conflict, tokenizer_identity
 from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
@@ -65,7 +65,9 @@ class HuggingFaceSource:
         settings = find_family(published).read_settings(published)
         dtype = published.values.get("dtype", published.values.get("torch_dtype"))
         settings |= {"bf16": dtype == "bfloat16", **tokenizer_settings(self.directory.absolute())}
-        return derive(with_settings(RunConfig(), settings))
+        config = with_settings(RunConfig(), settings)
+        refuse([f"{self.flag}: {published.path} implies invalid settings: {text}" for text in value_violations(config)])
+        return derive(config)
 
     def config_over(self, config: RunConfig) -> RunConfig:
         """Return the configuration of the model, which defines all settings of its structure."""
