@@ -16,7 +16,7 @@ def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int)
     return -(-max(vocab_size, model.vocab_size or 0) // multiple) * multiple
 
 
-def _projection_widths(model: ModelConfig) -> tuple[int, int]:
+def projection_widths(model: ModelConfig) -> tuple[int, int]:
     """Return the widths of the query projection and of one key or value projection."""
     heads, width = model.num_attention_heads, model.kv_channels
     groups = model.num_query_groups if model.group_query_attention and model.num_query_groups else heads
@@ -30,7 +30,7 @@ def matrix_parameters(model: ModelConfig, *, active: bool = True) -> int:
         active: count only the experts that process a token (--moe-router-topk) instead of all experts.
     """
     hidden = model.hidden_size
-    query, key = _projection_widths(model)
+    query, key = projection_widths(model)
     attention = hidden * (query + 2 * key) + query * hidden
     matrices = 3 if is_gated(model) else 2
     if model.num_experts is None:
@@ -45,7 +45,7 @@ def matrix_parameters(model: ModelConfig, *, active: bool = True) -> int:
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     """Return the parameter count of the model with a padded vocabulary, including biases and norms."""
     hidden = model.hidden_size
-    query, key = _projection_widths(model)
+    query, key = projection_widths(model)
     embeddings = vocab_size * hidden * (2 if model.untie_embeddings_and_output_weights else 1)
     if model.position_embedding_type == "learned_absolute":
         embeddings += model.max_position_embeddings * hidden
@@ -67,7 +67,7 @@ def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
 
     Each matrix parameter counts two FLOPs; causal attention covers half of the sequence on average.
     """
-    query, _ = _projection_widths(model)
+    query, _ = projection_widths(model)
     mtp_layers = model.mtp_num_layers or 0
     attention = 2 * model.seq_length * query * (model.num_layers + mtp_layers)
     return 2 * (matrix_parameters(model) + (1 + mtp_layers) * model.hidden_size * vocab_size) + attention

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.huggingface.family import Weight
 from megatron_slm.checkpoint.huggingface.registry import find_family
+from megatron_slm.checkpoint.huggingface.shapes import unit_shape
 from megatron_slm.checkpoint.huggingface.tensors import PublishedTensors
 from megatron_slm.checkpoint.requests import loadable_model_state
 from megatron_slm.config.recipe import with_settings
@@ -20,6 +23,8 @@ from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 
 if TYPE_CHECKING:
     from megatron_slm.checkpoint.huggingface.source import HuggingFaceSource
+
+HEAD = "lm_head.weight"
 
 
 class PublishedModel:
@@ -36,12 +41,13 @@ class PublishedModel:
         self.model: ModelConfig = source.config().model
         self.weights = family.weights(self.model)
         self.tensors = PublishedTensors(source.directory, source.flag, family.prefix)
+        self._dtypes: dict[str, torch.dtype] = {}  # by key of Megatron-Core
         self._check_size(source)
         ignored = family.ignored
         if not self.model.untie_embeddings_and_output_weights:
-            ignored = (*ignored, r"^lm_head\.weight$")  # a copy of the embedding
-        names = [name for weight in self.weights for unit in weight.units(self.model) for name in _names(weight, unit)]
-        self.tensors.check_names(names, ignored)
+            ignored = (*ignored, rf"^{re.escape(HEAD)}$")  # a copy of the embedding
+        units = ((weight, unit) for weight in self.weights for unit in weight.units(self.model))
+        self.tensors.check_names([name for weight, unit in units for name in weight.published_names(unit)], ignored)
 
     def __enter__(self) -> PublishedModel:
         return self
@@ -51,22 +57,37 @@ class PublishedModel:
 
     def read(self, weight: Weight, unit: tuple[int, ...]) -> Tensor:
         """Return one layer's or expert's tensor in Megatron-Core's arrangement, without vocabulary padding."""
-        return self._join(weight, [self.tensors.read(name) for name in _names(weight, unit)])
+        dtype = self._dtype(weight)
+        return weight.layout.join([self.tensors.read(name).to(dtype) for name in weight.published_names(unit)])
 
     def describe(self, weight: Weight) -> Tensor:
         """Return a tensor without data, with the shape and dtype of one unit."""
-        unit = next(weight.units(self.model))
-        return self._join(weight, [self.tensors.describe(name) for name in _names(weight, unit)])
+        return torch.empty(unit_shape(weight.key, self.model), dtype=self._dtype(weight), device="meta")
 
-    def _join(self, weight: Weight, parts: list[Tensor]) -> Tensor:
-        try:
-            return weight.layout.join(parts)
-        except (RuntimeError, IndexError) as error:
-            shapes = ", ".join(str(list(part.shape)) for part in parts)
-            raise ConfigError(
-                f"{self.flag}: {self.directory}: {', '.join(weight.names)} of shape {shapes} do not match config.json. "
-                "Correct config.json."
-            ) from error
+    def check_shapes(self) -> None:
+        """Validate the shapes and data types of all tensors.
+
+        Raises:
+            ConfigError: a tensor does not have the shape that config.json implies, or an unsupported data type.
+        """
+        for weight in self.weights:
+            expected = [list(part.shape) for part in weight.layout.split(self.describe(weight))]
+            for unit in weight.units(self.model):
+                for name, shape in zip(weight.published_names(unit), expected, strict=True):
+                    if (found := list(self.tensors.describe(name).shape)) != shape:
+                        raise ConfigError(
+                            f"{self.flag}: {self.directory}: {name} has the shape {found}, and config.json implies "
+                            f"{shape}. Correct config.json, or download the model again."
+                        )
+
+    def _dtype(self, weight: Weight) -> torch.dtype:
+        """Return the data type of all units: the narrowest that represents the published values exactly."""
+        if weight.key not in self._dtypes:
+            names = (name for unit in weight.units(self.model) for name in weight.published_names(unit))
+            self._dtypes[weight.key] = reduce(
+                torch.promote_types, {self.tensors.describe(name).dtype for name in names}
+            )
+        return self._dtypes[weight.key]
 
     def _check_size(self, source: HuggingFaceSource) -> None:
         """Raise ConfigError if the tokenizer has more entries than the model has rows."""
@@ -83,19 +104,27 @@ class PublishedModel:
 
 
 def check_tensors(source: HuggingFaceSource) -> None:
-    """Validate the configuration, the names of all tensors, and the vocabulary size. Not collective.
+    """Validate the configuration, and the names, data types and shapes of all tensors. Not collective.
 
     Raises:
         ConfigError: a file or tensor is missing or damaged, or does not match the configuration.
     """
     with PublishedModel(source) as published:
-        for weight in published.weights:
-            shape = published.describe(weight).shape
-            if weight.is_vocabulary and shape[0] != published.model.vocab_size:
-                raise ConfigError(
-                    f"{source.flag}: {source.directory}: {weight.names[0]} has {shape[0]} rows, but config.json has a "
-                    f"vocab_size of {published.model.vocab_size}. Correct config.json."
-                )
+        published.check_shapes()
+        _check_head(published)
+
+
+def _check_head(published: PublishedModel) -> None:
+    """Raise ConfigError if a model with tied embeddings has another LM head."""
+    tensors = published.tensors
+    if published.model.untie_embeddings_and_output_weights or HEAD not in tensors.names():
+        return
+    [embedding] = (weight.names[0] for weight in published.weights if weight.is_vocabulary)
+    if not torch.equal(tensors.read(HEAD), tensors.read(embedding)):
+        raise ConfigError(
+            f"{published.flag}: {published.directory}: {HEAD} differs from {embedding}, but tie_word_embeddings is "
+            "true. Set it to false in config.json, or remove the tensor."
+        )
 
 
 @torch.no_grad()
@@ -153,7 +182,3 @@ def _copy(tensor: Tensor, shard: ShardedTensor, weight: Weight, source: HuggingF
         data.zero_()
         data = data[: part.shape[0]]
     data.copy_(part)
-
-
-def _names(weight: Weight, unit: tuple[int, ...]) -> list[str]:
-    return weight.published_names(unit)

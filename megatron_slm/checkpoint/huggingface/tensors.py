@@ -17,6 +17,8 @@ from torch import Tensor
 from megatron_slm.checkpoint.huggingface.files import INDEX_FILES, SINGLE_FILES
 from megatron_slm.runtime.errors import ConfigError, read_error, refuse
 
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors files
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 SHOWN_NAMES = 5  # in messages
 AGAIN = "Download the model again."
 
@@ -34,7 +36,7 @@ class PublishedTensors:
     def __init__(self, directory: Path, flag: str, prefix: str = "") -> None:
         self.directory, self.flag, self.prefix = directory, flag, prefix
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}  # published name -> open file
+        self._files: dict[str, tuple[Any, str]] = {}  # published name -> open file, and the name in it
         try:
             for path in weight_files(directory, flag):
                 self._open(path)
@@ -57,16 +59,24 @@ class PublishedTensors:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in host memory."""
-        file = self._files[name]
-        stored = name if name in file.keys() else name.removeprefix(self.prefix)  # noqa: SIM118 not a mapping
+        file, stored = self._files[name]
         return file.get_tensor(stored)
 
     def describe(self, name: str) -> Tensor:
-        """Return a tensor without data, with the shape and dtype of ``name``."""
-        file = self._files[name]
-        stored = name if name in file.keys() else name.removeprefix(self.prefix)  # noqa: SIM118
+        """Return a tensor without data, with the shape and dtype of ``name``.
+
+        Raises:
+            ConfigError: the data type is not supported.
+        """
+        file, stored = self._files[name]
         view = file.get_slice(stored)
-        return torch.empty(view.get_shape(), dtype=_dtype(view.get_dtype()), device="meta")
+        shape, dtype = view.get_shape(), view.get_dtype()
+        if dtype not in DTYPES:
+            raise ConfigError(
+                f"{self.flag}: {self.directory}: {name} has the data type {dtype}; supported are {', '.join(DTYPES)}. "
+                "Convert the model to bf16 or fp32."
+            )
+        return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
     def check_names(self, expected: Iterable[str], ignored: Iterable[str]) -> None:
         """Compare the names with those of the architecture.
@@ -92,12 +102,12 @@ class PublishedTensors:
 
     def _open(self, path: Path) -> None:
         file = _TorchFile(path, self.flag) if path.suffix == ".bin" else self._open_safetensors(path)
-        for name in file.keys():  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118 not a mapping
             is_bare = self.prefix and not name.startswith((self.prefix, "lm_head."))
             known = f"{self.prefix}{name}" if is_bare else name
             if known in self._files:
                 raise ConfigError(f"{self.flag}: {path} contains {name}, which another file contains, too. {AGAIN}")
-            self._files[known] = file
+            self._files[known] = file, name
 
     def _open_safetensors(self, path: Path) -> Any:
         try:
@@ -114,7 +124,7 @@ class _TorchFile:
     def __init__(self, path: Path, flag: str) -> None:
         try:
             self.tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if not all(isinstance(tensor, Tensor) for tensor in self.tensors.values()):
+            if not all(isinstance(name, str) and _is_dense(value) for name, value in self.tensors.items()):
                 raise TypeError("not a mapping of names to tensors")
         except OSError as error:
             raise read_error(flag, path, error) from error
@@ -129,7 +139,7 @@ class _TorchFile:
         return self.tensors.keys()
 
     def get_tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
+        return self.tensors[name].detach()
 
     def get_slice(self, name: str) -> _TorchView:
         return _TorchView(self.tensors[name])
@@ -142,36 +152,27 @@ class _TorchView:
     def get_shape(self) -> list[int]:
         return list(self.tensor.shape)
 
-    def get_dtype(self) -> torch.dtype:
-        return self.tensor.dtype
+    def get_dtype(self) -> str:
+        return SAFETENSORS_DTYPES.get(self.tensor.dtype, str(self.tensor.dtype))
 
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    if isinstance(name, torch.dtype):
-        return name
-    dtypes = {shown: dtype for dtype, shown in SAFETENSORS_DTYPES.items()}
-    return dtypes.get(name, torch.uint8)  # other types are refused by their shape or by name
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def weight_files(directory: Path, flag: str) -> list[Path]:
-    """Return the files with the weights: those of an index, else the single file; safetensors are preferred.
+    """Return the files with the weights: the single file, else those of an index; safetensors are preferred.
+
+    The order is that of the transformers library, which may matter if a directory contains several.
 
     Raises:
-        ConfigError: there is no such file, or a file that the index names is missing.
+        ConfigError: there is no such file, or a file that the index names is missing or in another directory.
     """
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
-        if (directory / index).is_file():
-            return _indexed_files(directory / index, flag)
         if (directory / single).is_file():
             return [directory / single]
+        if (directory / index).is_file():
+            return _indexed_files(directory / index, flag)
     raise ConfigError(
         f"{flag}: {directory} contains no weights ({', '.join((*SINGLE_FILES[:1], *INDEX_FILES[:1]))}). {AGAIN}"
     )
@@ -180,11 +181,13 @@ def weight_files(directory: Path, flag: str) -> list[Path]:
 def _indexed_files(index: Path, flag: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [index.parent / Path(name).name for name in names]
+        paths = [index.parent / name for name in names]
     except OSError as error:
         raise read_error(flag, index, error) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{flag}: {index} is damaged ({error}). {AGAIN}") from error
+    outside = [name for name in names if Path(name).name != name]
+    refuse([f"{flag}: {index} names {name!r}, which is not a file of its directory. {AGAIN}" for name in outside])
     refuse([f"{flag}: {path}, which {index.name} names, is missing. {AGAIN}" for path in paths if not path.is_file()])
     return paths
 

@@ -61,20 +61,51 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "base": ("llama", {"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta 10000.5"),
     "two spellings": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "different values of rope_type"),
     "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "layers' rope": ("llama", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "between layers (full_"),
+    "layer types": ("qwen3", {"layer_types": ["linear_attention", "full_attention"]}, "'linear_attention'"),
+    "parallel": ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True"),
+    "norms of heads": ("stablelm", {"qk_layernorm": True}, "qk_layernorm True"),
+    "squared relu": ("nemotron", {"hidden_act": "silu"}, "hidden_act 'silu' is not supported; supported are relu2"),
+    "gemma": ("llama", {"model_type": "gemma2"}, "'gemma2' is not supported: it multiplies embeddings by the square"),
     "activation": ("llama", {"hidden_act": "relu"}, "hidden_act 'relu'"),
     "gpt2 activation": ("gpt2", {"activation_function": "relu"}, "activation_function 'relu'"),
     "biases": ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
     "qwen3 bias": ("qwen3", {"attention_bias": True}, "attention_bias True"),
     "scaling": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     "dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers [1]"),
-    "family": ("llama", {"model_type": "gemma3"}, "model_type 'gemma3' is not supported; supported are llama"),
+    "family": ("llama", {"model_type": "phi3"}, "model_type 'phi3' is not supported; supported are llama"),
     "no family": ("llama", {"model_type": None}, "model_type is missing"),
     "quantized": ("llama", {"quantization_config": {"bits": 4}}, "weights are quantized"),
     "text": ("llama", {"hidden_size": "32"}, "hidden_size must be an integer, not '32'"),
     "no size": ("llama", {"intermediate_size": None}, "intermediate_size is missing"),
     "heads": ("llama", {"head_dim": None, "hidden_size": 33}, "does not divide hidden_size 33"),
-    "shape": ("llama", {"num_key_value_heads": 4}, "do not match config.json"),
-    "vocabulary": ("llama", {"vocab_size": 320}, "has 301 rows, but config.json has a vocab_size of 320"),
+    "no heads": ("llama", {"num_attention_heads": 0}, "num_attention_heads must be above 0, not 0"),
+    "window": ("mistral", {"sliding_window": -1}, "sliding_window must be above 0, not -1"),
+    "groups": ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+    "nan": ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite, not nan"),
+    "huge": ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be finite, not 1000"),
+    "setting": ("llama", {"attention_dropout": 2}, "--attention-dropout is 2.0, and must be in [0, 1)"),
+    "shape": (
+        "llama",
+        {"num_key_value_heads": 4},
+        "k_proj.weight has the shape [16, 32], and config.json implies [32,",
+    ),
+    "vocabulary": (
+        "llama",
+        {"vocab_size": 320},
+        "embed_tokens.weight has the shape [301, 32], and config.json implies",
+    ),
+    "mlp": (
+        "llama",
+        {"intermediate_size": 64},
+        "gate_proj.weight has the shape [48, 32], and config.json implies [64,",
+    ),
+    "gpt2 mlp": ("gpt2", {"n_inner": 64}, "transformer.h.0.mlp.c_fc.weight has the shape [32, 128], and config.json"),
+    "positions": (
+        "gpt2",
+        {"n_positions": 32},
+        "transformer.wpe.weight has the shape [64, 32], and config.json implies",
+    ),
     "layers": ("llama", {"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
     "fewer layers": ("llama", {"num_hidden_layers": 1}, "contains model.layers.1.input_layernorm.weight"),
 }
@@ -107,6 +138,55 @@ def test_missing_and_additional_tensors_are_named(model: Path) -> None:
     assert "lacks model.layers.1.input_layernorm.weight" in (error := refusal(model)) and "and 4 more tensors" in error
 
 
+def _replace(model: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    _change_tensors(model, lambda tensors: tensors.update({name: change(tensors[name])}))
+
+
+def test_shapes_and_types_of_all_layers_are_checked(model: Path) -> None:
+    """A tensor of a later layer is as wrong as one of the first."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    for change, expected in (
+        (lambda tensor: tensor[:, :40].contiguous(), f"{name} has the shape [32, 40], and config.json implies"),
+        (lambda tensor: torch.zeros(32, 48).to(torch.float8_e4m3fn), f"{name} has the data type F8_E4M3; supported"),
+        (lambda tensor: torch.zeros(32, 48).double(), f"{name} has the data type F64; supported are F32, F16, BF16"),
+    ):
+        _replace(model, name, change)
+        assert expected in refusal(model)
+
+
+def test_mixed_data_types_are_widened_exactly(model: Path, tmp_path: Path) -> None:
+    query, down = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    for name in (query, down):
+        _replace(model, name, torch.Tensor.bfloat16)
+    before = load_file(model / "model.safetensors")
+    assert main(["import", "--hf-path", str(model), "--save", str(tmp_path / "run")]) == 0
+    assert main(["export", "--load", str(tmp_path / "run"), "--hf-path", str(tmp_path / "out")]) == 0
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor.float()) for name, tensor in before.items())
+
+
+def test_lm_head_that_contradicts_tied_embeddings(published: dict[str, Published], tmp_path: Path) -> None:
+    model = copy(published, "llama-tied", tmp_path)
+    head = "lm_head.weight"
+    _change_tensors(model, lambda tensors: tensors.update({head: tensors["model.embed_tokens.weight"].clone()}))
+    check(model)
+    _replace(model, head, lambda tensor: tensor + 1)
+    assert f"{head} differs from model.embed_tokens.weight, but tie_word_embeddings is true" in refusal(model)
+
+
+def test_files_are_chosen_as_by_transformers(model: Path) -> None:
+    """The single file comes first; an index cannot name files of other directories."""
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "other.safetensors"}}))
+    check(model)
+    (model / "model.safetensors").rename(model / "part.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "part.safetensors"}}))
+    check(model)
+    for name in ("../part.safetensors", str(model / "part.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert f"{index} names {name!r}, which is not a file of its directory" in refusal(model)
+
+
 def test_damaged_files_are_named(model: Path) -> None:
     weights = model / "model.safetensors"
     content = weights.read_bytes()
@@ -137,14 +217,19 @@ class _Malicious:
 
 def test_torch_files_are_read_without_code(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    edit(model, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    (model / "modeling.py").write_text("import os\nos.mkdir('executed')\n")
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
-    torch.save(tensors, model / "pytorch_model.bin")
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    torch.save(parameters, model / "pytorch_model.bin")
     assert main(["import", "--hf-path", str(model), "--save", "run"]) == 0
     assert main(["export", "--load", "run", "--hf-path", "out"]) == 0
     exported = load_file("out/model.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in tensors.items())
-    for content in ({**tensors, "x": _Malicious()}, _Malicious()):
+    assert "auto_map" not in json.loads(Path("out/config.json").read_text())
+    sparse = {name: tensor.to_sparse() for name, tensor in tensors.items()}
+    for content in ({**tensors, "x": _Malicious()}, _Malicious(), {1: torch.ones(1)}, sparse):
         torch.save(content, model / "pytorch_model.bin", pickle_module=pickle)
         assert "was not loaded" in refusal(model)
     assert not Path("executed").exists()

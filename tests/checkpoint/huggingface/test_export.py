@@ -35,6 +35,15 @@ def test_names_are_those_of_other_loaders(published: dict[str, Published], famil
     assert {name.rpartition(".")[0] for name in names} <= set(NAMES["llama.cpp"]["names"])
 
 
+def test_documentation_lists_the_supported_families() -> None:
+    root = Path(__file__).parents[3]
+    lines = (root / "docs" / "checkpoints.md").read_text().splitlines()
+    listed = [match[1] for line in lines if (match := re.match(r"\| `([a-z0-9_]+)` \|", line))]
+    assert listed == list(FAMILIES)
+    readme = (root / "README.md").read_text().lower().replace("-", "")
+    assert all(family.replace("_", "") in readme for family in FAMILIES)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_family_follows_from_the_settings(published: dict[str, Published], name: str) -> None:
     family = choose_family(_config(published, name), None).model_type
@@ -45,7 +54,7 @@ def test_family_follows_from_the_settings(published: dict[str, Published], name:
     ("changes", "expected"),
     [
         ({"slm_logit_softcap": 30.0}, "--slm-logit-softcap 30.0 (not unset)"),
-        ({"normalization": "LayerNorm"}, "--normalization LayerNorm (not RMSNorm)"),
+        ({"apply_layernorm_1p": True}, "--apply-layernorm-1p on (not off)"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
         ({"swiglu": False, "activation": "squared_relu"}, "squared_relu"),
@@ -81,6 +90,19 @@ def test_directories_and_sizes_are_checked(
     assert main(["import", "--hf-path", model, "--save", str(run)]) == 0
     assert main(["export", "--load", str(run), "--hf-path", str(tmp_path / "full")]) == 2
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_existing_empty_directories_and_dangling_links_are_filled(
+    published: dict[str, Published], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["import", "--hf-path", str(published["llama"].directory), "--save", str(tmp_path / "run")]) == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(tmp_path / "empty")
+    for place, directory in ((".", tmp_path / "empty"), ("../link", tmp_path / "target")):
+        assert main(["export", "--load", "../run", "--hf-path", place]) == 0
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in directory.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "empty", "link", "target"}
 
 
 def test_imported_models_can_be_moved(published: dict[str, Published], tmp_path: Path) -> None:
