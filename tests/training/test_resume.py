@@ -6,6 +6,7 @@ import contextlib
 import io
 import multiprocessing
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_slm.cli.pretrain import main
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, launch, launch_and_fail, losses, make_corpus, records
 
+two_layers = partial(command, num_layers=2)
 OPTIMIZERS = {"distributed": ["--use-distributed-optimizer"], "plain": []}
 
 
@@ -38,10 +40,10 @@ def test_resume_is_bit_for_bit(tmp_path: Path, corpus: str, tp: int, pp: int, dp
     flags += ["--lr-decay-style", "cosine", "--lr-warmup-iters", "2", *OPTIMIZERS[optimizer]]
     flags += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
     world = tp * pp * dp
-    launch(command(corpus, tmp_path / "uninterrupted", dp=dp, train_iters=6) + flags, world)
-    part = command(corpus, tmp_path / "part", dp=dp, train_iters=6, load=tmp_path / "part") + flags
-    launch([*part, "--exit-interval", "3"], world)
-    assert len(losses(tmp_path / "part")) == 3
+    launch(two_layers(corpus, tmp_path / "uninterrupted", dp=dp, train_iters=4) + flags, world)
+    part = two_layers(corpus, tmp_path / "part", dp=dp, train_iters=4, load=tmp_path / "part") + flags
+    launch([*part, "--exit-interval", "2"], world)
+    assert len(losses(tmp_path / "part")) == 2
     launch([*part, "--exit-interval", "100"], world)
     assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
     assert [r["loss"] for r in records(tmp_path / "part", "eval")][-1:] == [
@@ -53,16 +55,16 @@ def test_speculative_thresholds_resume_bit_for_bit(tmp_path: Path, corpus: str) 
     """The speculative threshold of each rank determines the gradients in the forward pass, and their last bits."""
     flags = ["--objective", "slm", "--slm-score", "token-loss", "--slm-scope", "micro-batch"]
     flags += ["--slm-exact-mode", "speculative", "--use-distributed-optimizer"]
-    launch(command(corpus, tmp_path / "uninterrupted", dp=2, train_iters=6) + flags, 2)
-    part = command(corpus, tmp_path / "part", dp=2, train_iters=6, load=tmp_path / "part") + flags
-    launch([*part, "--exit-interval", "3"], 2)
+    launch(two_layers(corpus, tmp_path / "uninterrupted", dp=2, train_iters=4) + flags, 2)
+    part = two_layers(corpus, tmp_path / "part", dp=2, train_iters=4, load=tmp_path / "part") + flags
+    launch([*part, "--exit-interval", "2"], 2)
     launch([*part, "--exit-interval", "100"], 2)
     assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
 
 
 def test_speculative_mode_may_start_on_resume(tmp_path: Path, corpus: str) -> None:
     """The checkpoint has no speculative threshold."""
-    slm = command(corpus, tmp_path / "run", load=tmp_path / "run", objective="slm", slm_score="token-loss")
+    slm = two_layers(corpus, tmp_path / "run", load=tmp_path / "run", objective="slm", slm_score="token-loss")
     launch([*slm, "--train-iters", "4", "--exit-interval", "2"])
     launch([*slm, "--train-iters", "4", "--slm-exact-mode", "speculative"])
     assert len(losses(tmp_path / "run")) == 4
@@ -70,11 +72,11 @@ def test_speculative_mode_may_start_on_resume(tmp_path: Path, corpus: str) -> No
 
 def test_resume_in_another_layout(tmp_path: Path, corpus: str) -> None:
     """Saved on two pipeline stages, resumed on two tensor-parallel ranks."""
-    first = command(corpus, tmp_path / "part", train_iters=4, load=tmp_path / "part", use_distributed_optimizer=True)
-    base = command(corpus, tmp_path / "base", train_iters=1)
+    first = two_layers(corpus, tmp_path / "part", train_iters=4, load=tmp_path / "part", use_distributed_optimizer=True)
+    base = two_layers(corpus, tmp_path / "base", train_iters=1)
     launch(base)
     start = ["--pretrained-checkpoint", str(tmp_path / "base")]
-    launch([*command(corpus, tmp_path / "uninterrupted", train_iters=4), *start])
+    launch([*two_layers(corpus, tmp_path / "uninterrupted", train_iters=4), *start])
     launch([*first, *start, "--pipeline-model-parallel-size", "2", "--exit-interval", "2"], 2)
     launch([*first, *start, "--tensor-model-parallel-size", "2"], 2)
     got, expected = records(tmp_path / "part"), records(tmp_path / "uninterrupted")
@@ -84,7 +86,7 @@ def test_resume_in_another_layout(tmp_path: Path, corpus: str) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "run"
-    launch(command(corpus, directory, train_iters=1))
+    launch(two_layers(corpus, directory, train_iters=1))
     return directory
 
 
@@ -93,7 +95,7 @@ def test_truncated_checkpoint_is_refused(tmp_path: Path, corpus: str, saved: Pat
     content = victim.read_bytes()
     victim.write_bytes(content[:-100])
     try:
-        code, errors = launch_and_fail(command(corpus, tmp_path / "new", train_iters=2, load=saved))
+        code, errors = launch_and_fail(two_layers(corpus, tmp_path / "new", train_iters=2, load=saved))
     finally:
         victim.write_bytes(content)
     assert code == 2
@@ -101,7 +103,7 @@ def test_truncated_checkpoint_is_refused(tmp_path: Path, corpus: str, saved: Pat
 
 
 def test_checkpoint_of_another_size_is_refused(tmp_path: Path, corpus: str, saved: Path) -> None:
-    argv = command(corpus, tmp_path / "new", train_iters=2, load=saved, finetune=True, hidden_size=64)
+    argv = two_layers(corpus, tmp_path / "new", train_iters=2, load=saved, finetune=True, hidden_size=64)
     code, errors = launch_and_fail(argv)
     assert code == 2
     assert "--load: --hidden-size 64 differs from the model" in errors and "Give --hidden-size 32" in errors
@@ -109,14 +111,14 @@ def test_checkpoint_of_another_size_is_refused(tmp_path: Path, corpus: str, save
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, corpus: str) -> None:
     save = tmp_path / "run"
-    launch(command(corpus, save, train_iters=2, exit_interval=1))
+    launch(two_layers(corpus, save, train_iters=2, exit_interval=1))
     [(code, errors)] = run_ranks(
-        _main_with_small_files, 1, command(corpus, save, train_iters=2, load=save), initialise=False
+        _main_with_small_files, 1, two_layers(corpus, save, train_iters=2, load=save), initialise=False
     )
     assert code == 2 and "--save" in errors, errors
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
     assert not (save / "iter_0000002").exists()
-    launch(command(corpus, save, train_iters=2, load=save))
+    launch(two_layers(corpus, save, train_iters=2, load=save))
     assert [record["step"] for record in records(save)] == [1, 2]
 
 
@@ -132,7 +134,7 @@ def _main_with_small_files(rank: int, world_size: int, argv: list[str]) -> tuple
 
 
 def test_saving_leaves_no_process_behind(tmp_path: Path, corpus: str) -> None:
-    assert run_ranks(_train_and_count, 1, command(corpus, tmp_path / "run", train_iters=1), initialise=False) == [0]
+    assert run_ranks(_train_and_count, 1, two_layers(corpus, tmp_path / "run", train_iters=1), initialise=False) == [0]
     assert (tmp_path / "run" / "iter_0000001").is_dir()
 
 
