@@ -26,7 +26,7 @@ class MicroBatch:
     position_ids: Tensor  # [b, s] int64
     sample_index: Tensor  # [b] int64, index of each sample in the run
     first_sample: int  # index of the first sample of this micro-batch step over all data-parallel ranks
-    attention_mask: Tensor | None = None  # [b, 1, s, s] bool, True for masked pairs; None: causal
+    documents: Tensor | None = None  # [b, length of a full sample] int32, tokens attend to their document only; or None
     reference_loss: Tensor | None = None  # [b, s] fp32 in nats, of the labels; None without sidecars
     reference_entropy: Tensor | None = None  # [b, s] fp32 in nats, of the distributions that predict the labels
     context_size: int = 1  # context-parallel size
@@ -36,6 +36,14 @@ class MicroBatch:
     def sample_length(self) -> int:
         """Return the number of tokens of a full sample."""
         return self.tokens.size(1) * self.context_size
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Return the mask of other documents and later tokens, [b, 1, s, length of a full sample] bool, or None.
+
+        It has the square of the sample length as bytes: it is built when it is needed, on the device.
+        """
+        return None if self.documents is None else document_mask(self.documents, self.positions)
 
     def token_index(self) -> Tensor:
         """Return the index of each token in the run, [b, s] int64."""
@@ -54,8 +62,7 @@ class MicroBatch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor) and value.shape == shape
         }
-        if self.attention_mask is not None:
-            columns["attention_mask"] = self.attention_mask[:, :, positions]
+        columns["documents"] = self.documents  # of the keys, which cover the full sample
         return replace(self, **columns, context_size=size, positions=positions)
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -157,7 +164,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
             position_ids=columns["position_ids"],
             sample_index=torch.arange(start, start + size),
             first_sample=first,
-            attention_mask=columns.get("attention_mask"),
+            documents=columns.get("documents"),
             reference_loss=columns.get("reference_loss"),
             reference_entropy=columns.get("reference_entropy"),
         )
@@ -173,11 +180,14 @@ class BatchStream(Iterator[list[MicroBatch]]):
         return [batch.cp_slice(shape.cp_size, shape.cp_rank).to(self.device) for batch in micro_batches]
 
 
-def document_mask(numbers: Tensor) -> Tensor:
-    """Return the attention mask [b, 1, s, s] bool for the document number of each token, [b, s].
+def document_mask(numbers: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return the attention mask [b, 1, queries, s] bool for the document number of each token, [b, s].
 
     True masks later tokens and those of other documents.
+
+    Args:
+        positions: positions of the queries, [queries] int64; None: all.
     """
-    length = numbers.size(1)
-    later = torch.ones(length, length, dtype=torch.bool, device=numbers.device).triu(1)
-    return (later | (numbers[:, :, None] != numbers[:, None, :]))[:, None]
+    columns = torch.arange(numbers.size(1), device=numbers.device)
+    queries = columns if positions is None else positions
+    return ((columns > queries[:, None]) | (numbers[:, queries, None] != numbers[:, None, :]))[:, None]

@@ -277,7 +277,7 @@ class _Builder:
             reset_position_ids=data.reset_position_ids,
             reset_attention_mask=data.reset_attention_mask,
             eod_mask_loss=data.eod_mask_loss,
-            create_attention_mask=data.reset_attention_mask,
+            create_attention_mask=False,
             identities=self.identities,
             cache_directory=data.data_cache_path,
             data_order=data.data_order,

@@ -1,4 +1,4 @@
-"""Samples of packed examples: isolated by attention mask and position ids, with a loss on masked-in labels only."""
+"""Samples of packed examples: isolated by document numbers and position ids, with a loss on masked-in labels only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_slm.corpus.index import CHUNK
 from megatron_slm.corpus.loss_masks import LossMask, has_mask
-from megatron_slm.data.batches import document_mask
 from megatron_slm.data.packing import check_example_lengths, packed_indices
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder
 from megatron_slm.runtime.errors import ConfigError
@@ -35,11 +34,11 @@ class PackedSamples(CorpusSamples):
         sizes = self.dataset.sequence_lengths[examples].astype(np.int64)
         text[sizes.sum() :] = self.config.tokenizer.eod
         sizes = np.append(sizes, length - sizes.sum())
-        numbers = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
+        numbers = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         return {
             "tokens": torch.from_numpy(text[:-1].copy()),
             "labels": torch.from_numpy(text[1:].copy()),
-            "attention_mask": document_mask(numbers[None])[0],
+            "documents": torch.from_numpy(numbers),
             "loss_mask": torch.from_numpy(self._label_mask(examples, length)),
             "position_ids": torch.from_numpy(np.concatenate([np.arange(size) for size in sizes])),
         }

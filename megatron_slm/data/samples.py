@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
 
 from megatron_slm.corpus.index import joined_documents, read_index
 from megatron_slm.data.index_cache import cached_arrays
@@ -64,6 +65,14 @@ class CorpusSamples(GPTDataset):
 
     def __len__(self) -> int:
         return len(self.shuffle_index)
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        """Return a sample, with the number of the document of each token for --reset-attention-mask."""
+        sample = super().__getitem__(idx)
+        if self.config.reset_attention_mask:
+            ends = sample["tokens"] == self.config.tokenizer.eod
+            sample["documents"] = (ends.cumsum(0) - ends.long()).int()
+        return sample
 
     def _cache_directory(self) -> str | None:
         config = cast(SamplesConfig, self.config)

@@ -99,8 +99,8 @@ class TorchAttention(MegatronModule):
             query: [s, b, heads, d].
             key: [t, b, groups, d]; groups divides heads, and t is s without a key-value cache.
             value: as ``key``.
-            attention_mask: [b, 1, s, t] bool, True for masked pairs; None for causal attention. Under context
-                parallelism, its columns cover the full sequence.
+            attention_mask: [b, 1, s, t], bool (True for masked pairs) or additive (:func:`additive_mask`); None for
+                causal attention. Under context parallelism, its columns cover the full sequence.
             attn_mask_type: ``no_mask`` attends to all keys if there is no ``attention_mask``.
 
         Returns:
@@ -108,12 +108,14 @@ class TorchAttention(MegatronModule):
         """
         if self.context is not None and self.context.size() > 1:
             key, value, attention_mask = self._gather_context(key, value, attention_mask)
-        allowed = None if attention_mask is None else ~attention_mask
+        mask = attention_mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = additive_mask(mask, query.dtype)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         arguments: dict[str, Any] = {
-            "attn_mask": allowed,
-            "is_causal": allowed is None and attn_mask_type is not AttnMaskType.no_mask,
+            "attn_mask": mask,
+            "is_causal": mask is None and attn_mask_type is not AttnMaskType.no_mask,
             "dropout_p": dropout,
             "scale": self.scale,
             "enable_gqa": query.size(2) != key.size(2),
@@ -139,6 +141,14 @@ class TorchAttention(MegatronModule):
             local_positions = positions[self.context.rank()].to(device)
             mask = torch.arange(length, device=device) > local_positions[:, None]
         return key, value, mask
+
+
+def additive_mask(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the mask that torch adds to attention scores, for a bool mask with True for masked pairs.
+
+    Torch keeps a mask of this dtype for the backward pass, but converts a bool mask in every layer and keeps each copy.
+    """
+    return torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, float("-inf"))
 
 
 def context_positions(length: int, size: int, rank: int) -> Tensor:

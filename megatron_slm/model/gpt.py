@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.mcore.layers import additive_mask
 from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
@@ -34,10 +35,14 @@ MTP_INPUTS = (
 class GPT(GPTModel):
     """Megatron-Core's GPT whose last stage returns :class:`HiddenStates` instead of logits or losses."""
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    has_torch_attention = False
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
-            rotary.position_ids = inputs[1] if options.get("inference_context") is None else None
-        return super().forward(*inputs, **options)
+            rotary.position_ids = position_ids if options.get("inference_context") is None else None
+        if attention_mask is not None and self.has_torch_attention:
+            attention_mask = additive_mask(attention_mask, self.config.params_dtype)
+        return super().forward(tokens, position_ids, attention_mask, **options)
 
     def _postprocess(self, hidden_states: Tensor, mtp_in_postprocess: bool = False, **inputs: Any) -> Any:
         """Run the MTP layers, and return the hidden states of all heads on the last stage.
@@ -110,6 +115,7 @@ def build_model(
             LMHead.convert(chunk.output_layer, head)
         if rotates_by_id:
             chunk.rotary_pos_emb = RotaryByPosition(chunk.rotary_pos_emb)
+        chunk.has_torch_attention = implementation == "local"
         chunk.to(groups.device)
         chunks.append(Float16Module(config, chunk) if bf16 else chunk)
     return chunks

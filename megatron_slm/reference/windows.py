@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_slm.corpus.checks import CorpusInfo
 from megatron_slm.corpus.index import read_index
-from megatron_slm.data.batches import MicroBatch, document_mask
+from megatron_slm.data.batches import MicroBatch
 from megatron_slm.scores.sidecar import EXAMPLE, ContextRule
 
 CHUNK_TOKENS = 1 << 20
@@ -179,7 +179,7 @@ def build_micro_batch(
         position_ids=torch.from_numpy(positions),
         sample_index=torch.arange(size),
         first_sample=0,
-        attention_mask=document_mask(torch.from_numpy(texts)) if packed else None,
+        documents=torch.from_numpy(texts) if packed else None,
     )
 
 

@@ -132,10 +132,12 @@ def check_memory(config: RunConfig, vocab_size: int, device: torch.device) -> No
     """Raise ConfigError if the model cannot fit on the device, whatever the optimizer and recomputation."""
     needed, available = least_memory(config, vocab_size), device_memory(device)
     if needed > available:
+        mask = mask_bytes(config)
         raise ConfigError(
-            f"each rank needs at least {gib(needed)} for weights, gradients and one layer's activations, and this "
+            f"each rank needs at least {gib(needed)} for weights, gradients and one layer's activations"
+            f"{f', {gib(mask)} of it for the document mask' if mask else ''}, and this "
             f"{'GPU' if device.type == 'cuda' else 'machine'} has {gib(available)}. Use a smaller model or "
-            "--micro-batch-size, or more tensor or pipeline parallelism."
+            f"--micro-batch-size, or more tensor{', context' if mask else ''} or pipeline parallelism."
         )
 
 
@@ -157,7 +159,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def least_memory(config: RunConfig, vocab_size: int) -> int:
-    """Return a lower bound of a rank's memory in bytes: weights, gradients, and one layer's activations."""
+    """Return a lower bound of a rank's memory in bytes: weights, gradients, one layer's activations, document mask."""
     from megatron_slm.model.size import padded_vocab_size, parameter_count
 
     model, parallel = config.model, config.parallel
@@ -167,7 +169,15 @@ def least_memory(config: RunConfig, vocab_size: int) -> int:
     bytes_per_value = 2 if config.training.bf16 else 4
     tokens = config.training.micro_batch_size * model.seq_length // parallel.context_parallel_size
     activations = tokens * model.hidden_size // tensor
-    return 2 * bytes_per_value * parameter_count(model, padded) // ranks + bytes_per_value * activations
+    weights = 2 * bytes_per_value * parameter_count(model, padded) // ranks
+    return weights + bytes_per_value * activations + mask_bytes(config)
+
+
+def mask_bytes(config: RunConfig) -> int:
+    """Return the bytes of the document mask of a micro-batch: one value per pair of tokens."""
+    training, length = config.training, config.model.seq_length
+    queries = training.micro_batch_size * length // config.parallel.context_parallel_size
+    return (2 if training.bf16 else 4) * queries * length if config.data.reset_attention_mask else 0
 
 
 def gib(size: int) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
+from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch, document_mask
 from megatron_slm.data.datasets import build_datasets, parse_blend
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
@@ -40,8 +40,10 @@ def test_context_parallel_slices_match_megatron_core(size: int, chunk: int, mask
     """Every token is on exactly one rank, in the order of Megatron-Core's get_batch_on_this_cp_rank."""
     length = 2 * size * chunk
     columns = torch.arange(2 * length).view(2, length)
-    mask = torch.rand(2, 1, length, length) < 0.5 if masked else None
-    batch = MicroBatch(columns, columns, columns > 3, columns, torch.tensor([7, 8]), 7, mask)
+    documents = torch.randint(0, 3, (2, length), dtype=torch.int32).cumsum(1) if masked else None
+    batch = MicroBatch(columns, columns, columns > 3, columns, torch.tensor([7, 8]), 7, documents)
+    mask = batch.attention_mask
+    assert (mask is not None) == masked
     indices = []
     for rank in range(size):
         piece = batch.cp_slice(size, rank)
@@ -123,7 +125,8 @@ def test_document_boundary_options(tmp_path: Path) -> None:
     [samples] = run_ranks(_with_options, 1, data)
     eod, ends = 256, 0
     for sample in samples:
-        tokens, mask = sample["tokens"], sample["attention_mask"][0]
+        assert all(value.numel() == 64 for value in sample.values() if isinstance(value, torch.Tensor)), "no dense mask"
+        tokens, mask = sample["tokens"], document_mask(sample["documents"][None])[0, 0]
         start = 0
         for position, token in enumerate(tokens.tolist()):
             assert int(sample["position_ids"][position]) == position - start

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.loss_masks import write_mask
+from megatron_slm.data.batches import document_mask
 from megatron_slm.data.datasets import build_datasets, check_loss_masks
 from megatron_slm.data.packing import best_fit
 from megatron_slm.data.sample_locations import label_ranges
@@ -88,7 +89,7 @@ def test_samples_hold_whole_examples(tmp_path: Path) -> None:
             column += len(example)
         numbers = np.cumsum(sample["position_ids"].numpy() == 0)
         allowed = (numbers[:, None] == numbers[None]) & (np.arange(LENGTH)[:, None] >= np.arange(LENGTH))
-        assert (sample["attention_mask"][0].numpy() == ~allowed).all()
+        assert (document_mask(sample["documents"][None])[0, 0].numpy() == ~allowed).all()
         places = np.concatenate([np.arange(start, stop) for start, stop in label_ranges(corpus, index)])
         assert (places[trained[: len(places)]] == labels[trained]).all(), "scores belong to the labels"
     epoch = round(corpus.samples_per_epoch())
