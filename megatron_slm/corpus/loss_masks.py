@@ -73,6 +73,11 @@ def has_mask(prefix: str, name: str) -> bool:
     return mask_path(prefix, name).is_file()
 
 
+def find_mask(prefix: str, name: str) -> str | None:
+    """Return the mask of a corpus for a run with the mask ``name``: itself, otherwise ``answers``, otherwise None."""
+    return next((each for each in (name, ANSWERS) if has_mask(prefix, each)), None)
+
+
 def is_mask(path: Path) -> bool:
     """Return whether a file is a loss mask."""
     return read_block(path).startswith(MAGIC)
@@ -180,11 +185,10 @@ def check_mask_writable(prefix: str, name: str, flag: str) -> None:
 
 
 def masked_identity(prefix: str, name: str | None) -> str:
-    """Return the identity of a corpus and its mask ``name``, if it has one."""
+    """Return the identity of a corpus and of its mask in a run with the mask ``name``, if there is one."""
     identity = corpus_identity(prefix)
-    if name is None or not has_mask(prefix, name):
-        return identity
-    return text_checksum(f"{identity} {name} {read_header(prefix, name).checksum}")
+    found = None if name is None else find_mask(prefix, name)
+    return identity if found is None else text_checksum(f"{identity} {found} {read_header(prefix, found).checksum}")
 
 
 def sequence_starts(prefix: str) -> NDArray[np.int64]:

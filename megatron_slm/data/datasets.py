@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer, has_several_sequences
 from megatron_slm.corpus.index import read_index
-from megatron_slm.corpus.loss_masks import check_mask, has_mask, masked_identity
+from megatron_slm.corpus.loss_masks import check_mask, find_mask, masked_identity
 from megatron_slm.data.blends import Blend, parse_blend, training_blend
 from megatron_slm.data.packed_samples import CorpusBuilder
 from megatron_slm.data.packing import check_example_lengths
@@ -75,7 +75,7 @@ def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
 def check_loss_masks(data: DataConfig, seq_length: int, *, verify: bool = True) -> None:
     """Validate the loss masks of all corpora of a fine-tuning run, and the lengths of their examples.
 
-    Validation corpora without the mask are plain text.
+    Validation corpora without the mask use the mask of all answers; without that, they are plain text.
 
     Args:
         verify: compare the masks with their checksums.
@@ -88,8 +88,9 @@ def check_loss_masks(data: DataConfig, seq_length: int, *, verify: bool = True) 
         return
     for flag, (prefixes, _) in blends(data).items():
         for prefix in prefixes:
-            if has_mask(prefix, name) or not flag.startswith("--valid-data-path"):
-                check_mask(prefix, name, verify=verify)
+            found = find_mask(prefix, name) if flag.startswith("--valid-data-path") else name
+            if found is not None:
+                check_mask(prefix, found, verify=verify)
                 check_example_lengths(f"{flag} {prefix}", read_index(prefix).lengths, seq_length)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.corpus.index import CHUNK
-from megatron_slm.corpus.loss_masks import LossMask, has_mask
+from megatron_slm.corpus.loss_masks import LossMask, find_mask
 from megatron_slm.data.packing import check_example_lengths, packed_indices
 from megatron_slm.data.samples import CorpusSamples, LocalBuilder
 from megatron_slm.runtime.errors import ConfigError
@@ -23,7 +23,7 @@ class PackedSamples(CorpusSamples):
     """
 
     def __init__(self, dataset: Any, prefix: str, indices: Any, num_samples: Any, split: Any, config: Any) -> None:
-        self.mask = LossMask(prefix, config.loss_mask)
+        self.mask = LossMask(prefix, find_mask(prefix, config.loss_mask) or config.loss_mask)
         super().__init__(dataset, prefix, indices, num_samples, split, config)
         self._pad_token_id = config.tokenizer.eod
 
@@ -93,6 +93,6 @@ class CorpusBuilder(LocalBuilder):
     def build_generic_dataset(cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
         if cls is CorpusSamples:
             prefix, config = args[1], args[-1]
-            if config.loss_mask is not None and has_mask(prefix, config.loss_mask):
+            if config.loss_mask is not None and find_mask(prefix, config.loss_mask):
                 cls = PackedSamples
         return LocalBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_slm.config.schema import DataConfig
-from megatron_slm.corpus.loss_masks import write_mask
+from megatron_slm.corpus.loss_masks import mask_path, write_mask
 from megatron_slm.data.batches import document_mask
 from megatron_slm.data.datasets import build_datasets, check_loss_masks
 from megatron_slm.data.packing import best_fit
@@ -121,6 +121,21 @@ def test_examples_without_a_trained_label_are_omitted(tmp_path: Path) -> None:
     write_mask(prefix, "answers", [np.zeros(12, bool)], {})
     with pytest.raises(ConfigError, match="no example of the train split"):
         build([prefix], 3)
+
+
+def test_validation_corpora_without_the_mask_use_all_answers(tmp_path: Path) -> None:
+    """A mask of tools/select_tokens.py exists for training corpora only."""
+    one, _ = examples_corpus(tmp_path / "one", [5] * 30)
+    two, mask = examples_corpus(tmp_path / "two", [7] * 30, first=500)
+    write_mask(one, "best", [np.ones(150, bool)], {})
+    data = DataConfig(data_path=[one], valid_data_path={"v": [two]}, slm_loss_mask="best", full_validation=True)
+    check_loss_masks(data, LENGTH)
+    tokenizer = NullTokenizer(TokenizerFiles(vocab_size=VOCABULARY))
+    built = build_datasets(data, tokenizer=tokenizer, seq_length=LENGTH, train_samples=4, valid_samples=4, seed=1)
+    trained = sum(float(built.valid["v"][index]["loss_mask"].sum()) for index in range(len(built.valid["v"])))
+    assert trained == mask.sum()
+    mask_path(two, "answers").unlink()
+    check_loss_masks(data, 5)
 
 
 def test_corpora_that_do_not_fit(tmp_path: Path) -> None:
