@@ -8,7 +8,7 @@ mask ``answers`` is written by tools/preprocess_sft.py, others by tools/select_t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ def has_mask(prefix: str, name: str) -> bool:
     return mask_path(prefix, name).is_file()
 
 
+def mask_names(prefix: str) -> list[str]:
+    """Return the names of the loss masks of a corpus."""
+    start = f"{Path(prefix).name}."
+    names = [path.name for path in Path(prefix).parent.iterdir() if path.suffix == ".mask" and is_mask(path)]
+    found = [name.removeprefix(start).removesuffix(".mask") for name in names if name.startswith(start)]
+    return sorted(name for name in found if "." not in name)
+
+
 def find_mask(prefix: str, name: str) -> str | None:
     """Return the mask of a corpus for a run with the mask ``name``: itself, otherwise ``answers``, otherwise None."""
     return next((each for each in (name, ANSWERS) if has_mask(prefix, each)), None)
@@ -106,6 +114,11 @@ class LossMask:
             self._bytes = np.memmap(path, np.uint8, "r", HEADER_BYTES, (_byte_count(self.header.tokens),))
         except (OSError, ValueError) as error:
             raise _error(prefix, name, f"cannot be mapped ({error})") from error
+
+    def parts(self) -> Iterator[NDArray[np.bool_]]:
+        """Yield the bits of all tokens in consecutive parts."""
+        for start in range(0, self.header.tokens, READ_BYTES):
+            yield self.get(start, min(start + READ_BYTES, self.header.tokens))
 
     def get(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Return the bits of the tokens [start, stop) of the corpus."""

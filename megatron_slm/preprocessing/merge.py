@@ -22,6 +22,14 @@ from megatron_slm.corpus.index import (
     partial_prefix,
     read_index,
 )
+from megatron_slm.corpus.loss_masks import (
+    LossMask,
+    check_mask,
+    check_mask_writable,
+    mask_names,
+    mask_path,
+    write_mask,
+)
 from megatron_slm.corpus.metadata import read_metadata, remove_metadata, write_metadata
 from megatron_slm.preprocessing.corpus_writer import check_corpus_writable, write_all
 from megatron_slm.preprocessing.journal import OUTPUT, lock_output
@@ -57,6 +65,7 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
     check_corpus_writable(output_prefix, OUTPUT)
     infos = [_checked(prefix) for prefix in prefixes]
     metadata, unrecorded = _merged_metadata(infos)
+    masks = _common_masks(prefixes, output_prefix)
     _check_kinds(infos)
     _check_space(infos, output_prefix)
     with explained_write(output_prefix, OUTPUT):
@@ -65,7 +74,32 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
         remove_metadata(output_prefix)
     if metadata is not None:
         write_metadata(output_prefix, metadata)
+    for name in masks:
+        parts = (part for prefix in prefixes for part in LossMask(prefix, name).parts())
+        write_mask(output_prefix, name, parts, {"tool": "merge_datasets", "corpora": len(infos)})
     return Merged(len(infos), sum(i.documents for i in infos), sum(i.tokens for i in infos), unrecorded)
+
+
+def _common_masks(prefixes: Sequence[str], output_prefix: str) -> list[str]:
+    """Return the names of the loss masks, which all inputs have.
+
+    Raises:
+        ConfigError: only some inputs have a mask, a mask is damaged, or its output would replace another file.
+    """
+    found = {prefix: mask_names(prefix) for prefix in prefixes}
+    first, names = prefixes[0], found[prefixes[0]]
+    for prefix, others in found.items():
+        for name in sorted(set(names) ^ set(others)):
+            with_mask, without = (first, prefix) if name in names else (prefix, first)
+            raise ConfigError(
+                f"{with_mask} has the loss mask {name}, but {without} has not. Create the mask, remove "
+                f"{mask_path(with_mask, name)}, or use both corpora in a blend (--data-path)."
+            )
+        for name in names:
+            check_mask(prefix, name)
+    for name in names:
+        check_mask_writable(output_prefix, name, OUTPUT)
+    return names
 
 
 def _write(infos: Sequence[CorpusInfo], output_prefix: str) -> None:

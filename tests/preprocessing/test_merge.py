@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_slm.corpus.checks import corpus_info
 from megatron_slm.corpus.index import HEADER
+from megatron_slm.corpus.loss_masks import LossMask, check_mask, write_mask
 from megatron_slm.preprocessing.merge import Merged, merge_corpora, write_merged_index
 from megatron_slm.preprocessing.preprocess import Job, preprocess
 from megatron_slm.preprocessing.shard_names import find_shards
@@ -106,6 +107,18 @@ def test_metadata_counts_are_summed(tmp_path: Path) -> None:
     without = build(tmp_path / "without", [[[1]]])
     assert merge_corpora([*prefixes, without], str(tmp_path / "out")).unrecorded == (without,)
     assert not (tmp_path / "out.corpus.json").exists(), "the record of the corpus that stood here before"
+
+
+def test_loss_masks_are_merged(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    prefixes = [build(tmp_path / name, [[[1] * length]]) for name, length in (("a", 13), ("a.b", 7), ("c", 9))]
+    bits = [rng.random(length) < 0.5 for length in (13, 7, 9)]
+    for prefix, mask in zip(prefixes, bits, strict=True):
+        write_mask(prefix, "answers", [mask], {})
+        write_mask(prefix, "best", [~mask], {})
+    merge_corpora(prefixes, str(tmp_path / "out"))
+    check_mask(str(tmp_path / "out"), "best")
+    assert (LossMask(str(tmp_path / "out"), "answers").get(0, 29) == np.concatenate(bits)).all()
 
 
 def test_shards_are_sorted_by_number(tmp_path: Path) -> None:
@@ -275,6 +288,12 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
         "a preprocessing job is writing there, or was killed",
     ),
     ("no room", lambda f: None, ["--input", ".", "--output-prefix", "/proc/x/out"], "but only 0 are free"),
+    (
+        "mask",
+        lambda f: write_mask(str(f / "b"), "m", [np.ones(3, bool)], {}),
+        ["--input", "."],
+        "b has the loss mask m, but",
+    ),
     ("no input", lambda f: None, [], "one of the arguments --input --input-prefixes is required"),
     ("both inputs", lambda f: None, ["--input", ".", "--input-prefixes", "a"], "not allowed with argument --input"),
 ]
