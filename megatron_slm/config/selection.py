@@ -9,6 +9,13 @@ from megatron_slm.config.schema import ObjectiveConfig, RunConfig
 ANSWERS = "answers"  # loss mask of tools/preprocess_sft.py
 
 
+def mask_name_problem(name: str) -> str | None:
+    """Return the error for a text that is no name of a loss mask, if it is none."""
+    if name.replace("-", "").replace("_", "").isalnum() and name.isascii():
+        return None
+    return f"--slm-loss-mask {name} must consist of letters, digits, - and _."
+
+
 def selects_tokens(config: RunConfig) -> bool:
     """Return whether the run selects tokens: with --objective sft, only if a reference or a score is given."""
     objective, reference = config.objective, config.reference

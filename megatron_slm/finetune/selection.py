@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.config.schema import DataConfig, ReferenceConfig
-from megatron_slm.config.selection import ANSWERS
+from megatron_slm.config.selection import ANSWERS, mask_name_problem
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer
 from megatron_slm.corpus.loss_masks import LossMask, check_mask, check_mask_writable, write_mask
 from megatron_slm.runtime.console import Advance, progress
@@ -156,6 +156,8 @@ def _open(job: SelectionJob, tokenizer: Tokenizer) -> list[_Corpus]:
 def _check_values(job: SelectionJob) -> None:
     if not 0 < job.ratio <= 1:
         raise ConfigError(f"--slm-selection-ratio is {job.ratio}, and must be in (0, 1].")
+    if (problem := mask_name_problem(job.name)) is not None:
+        raise ConfigError(problem)
     if job.name == ANSWERS:
         raise ConfigError(f"--slm-loss-mask {ANSWERS} is the mask of all answers. Choose another name.")
     if job.base_scores == job.reference_scores:

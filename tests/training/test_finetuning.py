@@ -206,6 +206,8 @@ def _check_corpus_selection(workspace: Path, both: list[str]) -> None:
     assert threshold == scores[order[-1]] and sum(each.selected for each in found) == wanted
     with pytest.raises(ConfigError, match="in \\(0, 1\\]"):
         select_over_corpora(SelectionJob(both, "base1", "rm", 0.0, "best"), tokenizer)
+    with pytest.raises(ConfigError, match="a/b must consist of letters"):
+        select_over_corpora(SelectionJob(both, "base1", "rm", 0.5, "a/b"), tokenizer)
     launch(sft(workspace, "best", slm_loss_mask="best", train_iters=2))
     assert len(records(workspace / "best")) == 2
 

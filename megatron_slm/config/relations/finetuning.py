@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.selection import mask_name_problem
 
 
 def examples(config: RunConfig, _: int) -> Iterator[str]:
@@ -25,8 +26,8 @@ def examples(config: RunConfig, _: int) -> Iterator[str]:
             "--mtp-num-layers is not supported with --objective sft: MTP heads would predict tokens of the next "
             "example. Leave it out."
         )
-    if name is not None and not (name.replace("-", "").replace("_", "").isalnum() and name.isascii()):
-        yield f"--slm-loss-mask {name} must consist of letters, digits, - and _."
+    if name is not None and (problem := mask_name_problem(name)) is not None:
+        yield problem
 
 
 RELATIONS = (examples,)
