@@ -20,9 +20,11 @@ from megatron_slm.mcore.sequence import without_sequence_parallelism
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.runtime.collective import broadcast_from_last_stage
+from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]  # receives the index of a prompt and new text
+NO_TOKEN = -1  # drawn from logits that are NaN
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def generate(
 def _token_limit(model: InferenceModel, prompt: Sequence[int], decoding: Decoding) -> int:
     """Return the maximum number of tokens of a continuation."""
     return min(decoding.max_new_tokens, model.context_length - len(prompt))
+        if any(NO_TOKEN in result.tokens for result in results[start:]):
+            raise DivergedError("the model computes NaN or infinite logits. Choose an earlier checkpoint.")
 
 
 class _Row:
@@ -129,6 +133,9 @@ class _Row:
     def _add(self, new: str) -> None:
         """Append new text, and end the row before a stop text."""
         self.text += new
+        if token == NO_TOKEN:
+            self.is_done = True
+            return
         stops = [place for stop in self._decoding.until if (place := self.text.find(stop)) >= 0]
         if stops:
             self.text, self.is_done = self.text[: min(stops)], True
@@ -180,7 +187,7 @@ class _Batch:
                 cached = self.tokens.size(1)
                 self.cache.increment_sequence_len_offset(batch.sample_length)
                 self.cache.enable_decode_mode()
-            self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
+            self.tokens = torch.cat((self.tokens, tokens[:, None].clamp(min=0)), 1)
             step += 1
 
     def _next_tokens(self, batch: PromptBatch, step: int) -> Tensor:

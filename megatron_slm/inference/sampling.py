@@ -44,12 +44,14 @@ class Decoding:
             yield f"--top-k is {self.top_k}, and must be at least 0 (0 samples among all tokens)."
         if not 0 < self.top_p <= 1:
             yield f"--top-p is {self.top_p}, and must be above 0 and at most 1."
+        if not 0 <= self.seed < 1 << 63:
+            yield f"--seed is {self.seed}, and must be at least 0 and below 2^63."
         if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             yield "--greedy does not sample: leave out --temperature, --top-k and --top-p, or --greedy."
 
 
 def next_tokens(hidden: HiddenStates, decoding: Decoding, requests: Tensor, step: int) -> Tensor:
-    """Return the next token of each sequence, [b] int64, from the hidden states of its last column.
+    """Return the next token of each sequence, [b] int64, from the hidden states of its last column; -1 without one.
 
     A sampled token depends on the seed, the number of the request and the step, but not on the batch or the layout.
 
@@ -69,18 +71,20 @@ def next_tokens(hidden: HiddenStates, decoding: Decoding, requests: Tensor, step
 def sample(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
     """Return one token per row, at the quantile ``draws`` of the distribution of the remaining tokens, [n] int64.
 
-    Temperature, top-k and top-p apply in this order, as in transformers. At least one token remains.
+    Temperature, top-k and top-p apply in this order, as in transformers. At least one token remains; a row with NaN or
+    infinite logits has the token -1.
 
     Args:
         logits: [n, V] fp32.
         draws: [n] float64 in (0, 1].
     """
-    logits, ids = (logits.double() / decoding.temperature).sort(dim=-1, descending=True, stable=True)
-    if decoding.top_k:
+    logits, ids = logits.double().sort(dim=-1, descending=True, stable=True)
+    logits = (logits - logits[:, :1]) / decoding.temperature  # the highest is 0 at any temperature
+    if decoding.top_k and decoding.top_k < logits.size(-1):
         logits[:, decoding.top_k :] = -torch.inf
     probabilities = logits.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= decoding.top_p] = 0.0
     totals = probabilities.cumsum(-1)
-    places = torch.searchsorted(totals, draws[:, None] * totals[:, -1:])
-    return ids.gather(-1, places)[:, 0]
+    places = torch.searchsorted(totals, draws[:, None] * totals[:, -1:]).clamp(max=ids.size(-1) - 1)
+    return ids.gather(-1, places)[:, 0].where(logits[:, 0] == 0, -1)

@@ -9,20 +9,21 @@ from torch.distributed import ProcessGroup
 
 
 def sharded_argmax(logits: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the ids with the highest logits, [n] int64; the lowest id among equals.
+    """Return the ids with the highest logits, [n] int64; the lowest id among equals, -1 if a logit is NaN.
 
     Args:
         logits: [n, V / tp], this rank's vocabulary shard.
         group: tensor-parallel ranks in the order of their shards.
     """
     highest, ids = logits.max(-1)
-    if group is None or group.size() == 1:
-        return ids
-    best = torch.stack((highest.double(), (ids + group.rank() * logits.size(-1)).double()))
-    shards = [torch.empty_like(best) for _ in range(group.size())]
-    dist.all_gather(shards, best, group=group)
-    values, places = torch.stack(shards).unbind(1)  # [tp, n] each
-    return places.gather(0, values.argmax(0, keepdim=True))[0].long()
+    if group is not None and group.size() > 1:
+        best = torch.stack((highest.double(), (ids + group.rank() * logits.size(-1)).double()))
+        shards = [torch.empty_like(best) for _ in range(group.size())]
+        dist.all_gather(shards, best, group=group)
+        values, places = torch.stack(shards).unbind(1)  # [tp, n] each
+        highest, shard = values.max(0)
+        ids = places.gather(0, shard[None])[0].long()
+    return ids.where(~highest.isnan(), -1)
 
 
 def gather_vocabulary(logits: Tensor, group: ProcessGroup | None) -> Tensor:

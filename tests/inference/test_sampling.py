@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_slm.inference.sampling import Decoding, sample
+from megatron_slm.inference.vocabulary import sharded_argmax
 from megatron_slm.runtime.errors import ConfigError
 
 LOGITS = torch.tensor([[0.5, 2.0, -1.0, 1.5, 0.0]])
@@ -46,6 +47,21 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert sample(logits, torch.tensor([1e-300, 1.0], dtype=torch.double), Decoding()).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e300])
+def test_extreme_temperatures_have_their_limits(temperature: float) -> None:
+    draws = torch.tensor([1e-9, 0.5, 1.0], dtype=torch.double)
+    tokens = sample(LOGITS.expand(3, -1), draws, Decoding(temperature=temperature, top_k=1 << 70))
+    assert tokens.tolist() == ([1, 1, 1] if temperature < 1 else [1, 0, 2])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_without_a_distribution_have_no_token(value: float) -> None:
+    logits = torch.tensor([[0.0, value, 1.0], [0.0, 9.0, 1.0]])
+    assert sample(logits, torch.ones(2).double() / 2, Decoding(temperature=0.1)).tolist() == [-1, 1]
+    if value != value:
+        assert sharded_argmax(logits, None).tolist() == [-1, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -55,6 +71,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
         ({"top_k": -1}, "--top-k is -1"),
         ({"top_p": 0.0}, "--top-p is 0.0, and must be above 0 and at most 1."),
         ({"greedy": True, "top_k": 5}, "--greedy does not sample"),
+        ({"seed": 1 << 63}, "--seed is 9223372036854775808, and must be at least 0"),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, float], message: str) -> None:
