@@ -76,7 +76,12 @@ class RequestRunner:
         return results
 
     def generate(self, prompts: Sequence[Prompt], label: str) -> list[str]:
-        """Return the greedy continuation of every prompt, before its stop sequences."""
+        """Return the greedy continuation of every prompt, before its stop sequences, decoded without the prompt.
+
+        Raises:
+            DivergedError: the model computes NaN.
+            Stopped: ``must_stop`` returned True.
+        """
         groups, encoder = self.model.groups, self.encoder
         tokens = [encoder.prompt(prompt.context, prompt.max_new_tokens) for prompt in prompts]
         results = [""] * len(prompts)
@@ -87,9 +92,8 @@ class RequestRunner:
                 first = prompts[places[0]]
                 decoding = Decoding(max_new_tokens=first.max_new_tokens, greedy=True, until=first.stop)
                 batch = [tokens[place] for place in places]
-                for place, result in zip(
-                    places, generate(self.model, batch, decoding, micro_batch_size=self.batch_size), strict=True
-                ):
+                found = generate(self.model, batch, decoding, micro_batch_size=self.batch_size, joins_prompt=False)
+                for place, result in zip(places, found, strict=True):
                     results[place] = result.text
                 bar.advance(len(places))
         return results

@@ -31,7 +31,7 @@ NO_TOKEN = -1  # drawn from logits that are NaN
 class Generation:
     """Continuation of one prompt."""
 
-    tokens: list[int]  # without the end-of-document token that ended it
+    tokens: list[int]  # without the token that ended it
     text: str
 
 
@@ -55,11 +55,12 @@ def generate(
     first_request: int = 0,
     on_text: OnText | None = None,
     use_cache: bool = True,
+    joins_prompt: bool = True,
 ) -> list[Generation]:
     """Return the continuation of every prompt, on every rank. Collective over all ranks.
 
-    A continuation ends with the end-of-document token, at a text of ``decoding.until``, after ``max_new_tokens``
-    tokens, or when prompt and continuation fill the context length.
+    A continuation ends with a token of the tokenizer's ``end_ids``, at a text of ``decoding.until``, after
+    ``max_new_tokens`` tokens, or when prompt and continuation fill the context length.
 
     Args:
         model: in evaluation mode.
@@ -68,6 +69,11 @@ def generate(
         first_request: number of the first prompt, which identifies its random numbers.
         on_text: called on the ranks that generate for a prompt with each piece of new text.
         use_cache: cache keys and values; otherwise every step runs over all tokens.
+        joins_prompt: return texts that continue those of the prompts; otherwise, texts of the new tokens alone, which
+            some tokenizers decode without their first space.
+
+    Raises:
+        DivergedError: the model computes NaN logits; on every rank.
     """
     ranks = model.groups.dp_size
     results: list[Generation] = []
@@ -75,35 +81,42 @@ def generate(
         batch = prompts[start : start + micro_batch_size * ranks]
         size = -(-len(batch) // ranks)
         mine = range(start + size * model.groups.dp_rank, min(start + size * (model.groups.dp_rank + 1), len(prompts)))
-        rows = [_Row(model, prompts[index], decoding, index, on_text) for index in mine]
+        rows = [_Row(model, prompts[index], decoding, index, on_text, joins_prompt=joins_prompt) for index in mine]
         unused = [_Row.unused(model, decoding) for _ in range(size - len(rows))]
         length = max(map(len, batch))
         steps = max(_token_limit(model, prompt, decoding) for prompt in batch)
         cache = StaticInferenceContext(size, length + steps) if use_cache else None
         _Batch(model, [*rows, *unused], length, decoding, first_request, cache).run()
         results += chain.from_iterable(_gather([row.result() for row in rows], model))
+        if any(NO_TOKEN in result.tokens for result in results[start:]):
+            raise DivergedError("the model computes NaN or infinite logits. Choose an earlier checkpoint.")
     return results
 
 
 def _token_limit(model: InferenceModel, prompt: Sequence[int], decoding: Decoding) -> int:
     """Return the maximum number of tokens of a continuation."""
     return min(decoding.max_new_tokens, model.context_length - len(prompt))
-        if any(NO_TOKEN in result.tokens for result in results[start:]):
-            raise DivergedError("the model computes NaN or infinite logits. Choose an earlier checkpoint.")
 
 
 class _Row:
     """One prompt of a batch and its continuation."""
 
     def __init__(
-        self, model: InferenceModel, prompt: Sequence[int], decoding: Decoding, index: int, on_text: OnText | None
+        self,
+        model: InferenceModel,
+        prompt: Sequence[int],
+        decoding: Decoding,
+        index: int,
+        on_text: OnText | None,
+        *,
+        joins_prompt: bool = True,
     ) -> None:
         self.prompt, self.index, self.tokens, self.text = prompt, index, list[int](), ""
         self.limit = _token_limit(model, prompt, decoding)
         assert prompt and self.limit > 0, "prompts are checked by the caller"
         self.is_done = False
-        self._decoding, self._eod = decoding, model.tokenizer.eod
-        self._stream, self._on_text = TextStream(model.tokenizer, prompt), on_text
+        self._decoding, self._ends = decoding, model.tokenizer.end_ids
+        self._stream, self._on_text = TextStream(model.tokenizer, prompt if joins_prompt else []), on_text
 
     @classmethod
     def unused(cls, model: InferenceModel, decoding: Decoding) -> _Row:
@@ -116,10 +129,13 @@ class _Row:
         """Append a token unless the row has ended."""
         if self.is_done:
             return
-        if token == self._eod and not self._decoding.ignore_eos:
+        if token in self._ends and not self._decoding.ignore_eos:
             self._end(self._stream.finish())
             return
         self.tokens.append(token)
+        if token == NO_TOKEN:
+            self.is_done = True
+            return
         new = self._stream.push(token)
         if len(self.tokens) == self.limit:
             self._end(new + self._stream.finish())
@@ -133,9 +149,6 @@ class _Row:
     def _add(self, new: str) -> None:
         """Append new text, and end the row before a stop text."""
         self.text += new
-        if token == NO_TOKEN:
-            self.is_done = True
-            return
         stops = [place for stop in self._decoding.until if (place := self.text.find(stop)) >= 0]
         if stops:
             self.text, self.is_done = self.text[: min(stops)], True

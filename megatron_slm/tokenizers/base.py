@@ -35,6 +35,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a generated text: the end-of-document token, and those that the tokenizer's files declare."""
+        ...
+
+    @property
     def entries(self) -> int:
         """Number of vocabulary entries, which is less than ``vocab_size`` if ids are unused."""
         ...
@@ -129,6 +134,10 @@ class BaseTokenizer:
     @property
     def bos(self) -> int | None:
         return None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return frozenset((self.eod,))
 
     @property
     def entries(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_slm.runtime.errors import ConfigError
 
 USUAL_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+GENERATION = "generation_config.json"
 REMEDY = "Set its id with --eod-id."
 
 
@@ -33,11 +34,7 @@ def find_eod(path: Path, token_to_id: Callable[[str], int | None]) -> int:
         for key in ("eos_token", "sep_token"):
             if (content := _content(settings.get(key), path.with_name(name), key)) is not None:
                 return _known(content, token_to_id, path.with_name(name), key)
-    declared = json_settings(path.with_name("generation_config.json")).get("eos_token_id")
-    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    place = f"{path.with_name('generation_config.json')}: eos_token_id"
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ConfigError(f"{place} is {declared!r}, but must be an id or a list of ids. {REMEDY}")
+    ids, place = find_ends(path), f"{path.with_name(GENERATION)}: eos_token_id"
     if not ids:
         place = f"--tokenizer-model {path} without a declared eos_token"
         ids = [token for name in USUAL_NAMES if (token := token_to_id(name)) is not None]
@@ -49,6 +46,21 @@ def find_eod(path: Path, token_to_id: Callable[[str], int | None]) -> int:
             f"of {', '.join(USUAL_NAMES)} in the vocabulary). {REMEDY}"
         )
     return ids[0]
+
+
+def find_ends(path: Path) -> list[int]:
+    """Return the ids that ``eos_token_id`` of ``generation_config.json`` declares, of tokens that end generated texts.
+
+    Raises:
+        ConfigError: the file cannot be read, or declares something else.
+    """
+    declared = json_settings(path.with_name(GENERATION)).get("eos_token_id")
+    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ConfigError(
+            f"{path.with_name(GENERATION)}: eos_token_id is {declared!r}, but must be an id or a list of ids. {REMEDY}"
+        )
+    return ids
 
 
 def find_bos(path: Path, token_to_id: Callable[[str], int | None]) -> int | None:

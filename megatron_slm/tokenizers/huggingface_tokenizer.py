@@ -18,7 +18,7 @@ from megatron_slm.tokenizers.base import (
     require_file,
 )
 from megatron_slm.tokenizers.byte_lengths import ByteLengths, huggingface_byte_lengths
-from megatron_slm.tokenizers.eod import find_bos, find_eod, json_settings
+from megatron_slm.tokenizers.eod import find_bos, find_ends, find_eod, json_settings
 from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.huggingface_fast import huggingface_fast_model
 
@@ -90,11 +90,15 @@ class HuggingFaceTokenizer(_TokenizersModel):
         _check_declared_ids(path, declared, model)
         self._use(model, files)
         self.eod = find_eod(path, model.token_to_id) if files.eod_id is None else files.eod_id
-        self.path = path
+        self.path, self.has_given_eod = path, files.eod_id is not None
 
     @cached_property
     def bos(self) -> int | None:
         return find_bos(self.path, self.model.token_to_id)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        return frozenset((self.eod, *([] if self.has_given_eod else find_ends(self.path))))
 
 
 class GPT2BPETokenizer(_TokenizersModel):

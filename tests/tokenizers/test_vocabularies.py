@@ -215,6 +215,16 @@ def test_eod_id_comes_from_the_files_or_the_flag(tmp_path: Path, case: str) -> N
     assert build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path), eod_id=7)).eod == 7
 
 
+def test_generated_texts_end_with_all_declared_tokens_or_the_given_one(tmp_path: Path) -> None:
+    tokenizer_json(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    eod = build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path))).eod
+    for declared, ends in ([7, 8], {eod, 7, 8}), (7, {eod, 7}), (None, {eod}):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))
+        assert build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path))).end_ids == ends
+        assert build_tokenizer("HuggingFaceTokenizer", TokenizerFiles(str(tmp_path), eod_id=9)).end_ids == {9}
+
+
 def _escaped(text: str) -> str:
     return "".join(f"[{character}]" if character in "|.()" else character for character in text)
 
