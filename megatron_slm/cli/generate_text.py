@@ -125,7 +125,7 @@ def generate_text(arguments: argparse.Namespace) -> None:
     groups = start_ranks(parallel, arguments)
     prompts = on_first_rank(lambda: given_prompts(arguments))
     if arguments.output:
-        on_first_rank(lambda: check_output(arguments.output))
+        on_first_rank(lambda: check_output(arguments.output, arguments.input))
     model = open_model(
         arguments.load,
         parallel,

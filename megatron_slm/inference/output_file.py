@@ -7,9 +7,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_slm.inference.generation import Generation
-from megatron_slm.inference.prompts import PROMPT, Prompt
+from megatron_slm.inference.prompts import INPUT, PROMPT, Prompt
 from megatron_slm.inference.sampling import Decoding
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
@@ -28,11 +29,13 @@ def job_key(model: str, decoding: Decoding, prompts: Sequence[Prompt]) -> str:
     return text_checksum(json.dumps([model, asdict(decoding), [prompt.record for prompt in prompts]]))
 
 
-def check_output(path: str) -> None:
-    """Raise ConfigError if the file exists with other content than generated texts, or has no directory."""
+def check_output(path: str, source: str | None = None) -> None:
+    """Raise ConfigError if the file has other content than generated texts, is ``source``, or has no directory."""
+    check_replaceable(path, FLAG, is_ours=_is_output)
+    if source is not None and Path(path).exists() and Path(path).samefile(source):
+        raise ConfigError(f"{FLAG} {path} is the file of {INPUT}, which is not replaced. Choose another path.")
     if not Path(path).resolve().parent.is_dir():
         raise ConfigError(f"{FLAG} {path}: the directory {Path(path).parent} does not exist. Create it.")
-    check_replaceable(path, FLAG, is_ours=_is_output)
     check_replaceable(partial_path(path), FLAG, is_ours=_is_partial)
 
 
@@ -69,16 +72,24 @@ class OutputFile:
     def append(self, prompts: Sequence[Prompt], generations: Sequence[Generation]) -> None:
         """Write one line per prompt: the other keys of its line, the prompt, and the generated text."""
         lines = (
-            json.dumps({**prompt.record, PROMPT: prompt.text, TEXT: generation.text}, ensure_ascii=False) + "\n"
+            _encode({**prompt.record, PROMPT: prompt.text, TEXT: generation.text}) + b"\n"
             for prompt, generation in zip(prompts, generations, strict=True)
         )
         with explained_write(self.path, FLAG), self.partial.open("ab") as file:
-            file.write("".join(lines).encode("utf-8", "surrogatepass"))
+            file.write(b"".join(lines))
 
     def publish(self) -> None:
         """Write the complete file, and remove the unfinished one."""
         write_bytes(self.path, self.partial.read_bytes()[self.header_size :], FLAG, is_ours=_is_output)
         self.partial.unlink()
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    """Return a record as JSON in UTF-8, or in ASCII if it has lone surrogates, for which UTF-8 has no bytes."""
+    try:
+        return json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(record).encode("ascii")
 
 
 def _is_output(path: Path) -> bool:
@@ -87,12 +98,14 @@ def _is_output(path: Path) -> bool:
 
 
 def _is_partial(path: Path) -> bool:
-    return KEY in _first_line_keys(path)
+    """Return whether a file is empty, as after a crash, or begins with the key of a job."""
+    return not path.stat().st_size or KEY in _first_line_keys(path)
 
 
 def _first_line_keys(path: Path) -> set[str]:
     try:
         with path.open("rb") as file:
-            return set(json.loads(file.readline()))
-    except (ValueError, TypeError):
+            record = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
         return set()
+    return set(record) if isinstance(record, dict) else set()

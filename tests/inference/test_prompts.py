@@ -88,9 +88,38 @@ def test_other_settings_start_again(tmp_path: Path) -> None:
         assert OutputFile(path, key).finished == 0
 
 
+def test_lines_are_utf_8_whatever_their_other_keys_hold(tmp_path: Path) -> None:
+    file = OutputFile(str(tmp_path / "out.jsonl"), KEY)
+    file.append([Prompt("\u00fc", "", {"prompt": "\u00fc", "id": "\ud83d"}), PROMPTS[0]], TEXTS[:2])
+    file.publish()
+    first, second = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:2]
+    assert json.loads(first) == {"prompt": "\u00fc", "id": "\ud83d", "text": TEXTS[0].text}
+    assert "\u00fc" in second
+
+
+def test_the_input_is_not_replaced(tmp_path: Path) -> None:
+    source, other = tmp_path / "texts.jsonl", tmp_path / "other.jsonl"
+    source.write_text('{"prompt": "a", "text": "b"}\n')
+    other.symlink_to(source)
+    check_output(str(source), __file__)
+    for path in (source, other):
+        with pytest.raises(ConfigError, match=f"--output {path} is the file of --input, which is not replaced"):
+            check_output(str(path), str(source))
+
+
+def test_the_file_of_a_job_that_was_killed_at_its_start_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.partial").touch()
+    check_output(str(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"prompt": "a"}\n', '["prompt", "text", "generate_text"]', "[" * 100_000],
+    ids=["line", "list", "depth"],
+)
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
-def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"prompt": "a"}\n')
+def test_files_of_others_are_not_replaced(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=f"--output .*{name} exists and was not written by megatron_slm"):
         check_output(str(tmp_path / "out.jsonl"))
     with pytest.raises(ConfigError, match=r"the directory .* does not exist"):
