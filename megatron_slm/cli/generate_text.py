@@ -31,6 +31,7 @@ REFUSED = {
     "--top_k": "Use --top-k.",
     "--top_p": "Use --top-p.",
     "--prompt-file": "Use --input, a file of JSON lines with the key prompt.",
+    "--context-parallel-size": "Ranks beyond tensor and pipeline parallelism divide the prompts.",
     "--stream": "Text is streamed to the terminal without a flag, and not to --output.",
 }
 
@@ -46,7 +47,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _add_decoding(parser.add_argument)
     add_layout_flags(parser.add_argument)
     add_tokenizer_flags(parser.add_argument_group("tokenizer", "default: the tokenizer of the checkpoint's run"))
-    arguments = parse_strictly(parser, argv, REFUSED)
+    arguments = parse_strictly(parser, argv, REFUSED, may_be_empty=("prompt",))
     if bool(arguments.prompt) == bool(arguments.input):
         raise ConfigError("Give the prompts with either --prompt TEXT or --input FILE.")
     if arguments.micro_batch_size < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import (
+    check_text,
     convert,
     convert_settings,
     refusal_message,
@@ -60,11 +61,14 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} ({hint})")
 
 
-def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, str]) -> argparse.Namespace:
+def parse_strictly(
+    parser: Parser, argv: Sequence[str], refused: Mapping[str, str], *, may_be_empty: Collection[str] = ()
+) -> argparse.Namespace:
     """Parse the arguments of a command-line tool.
 
     Args:
         refused: remedy by flag, for unsupported flags of Megatron-LM's tool or of earlier releases.
+        may_be_empty: names of arguments that are lists of any text.
 
     Raises:
         ConfigError: an unknown or unsupported flag, or an empty or invalid value.
@@ -73,8 +77,12 @@ def parse_strictly(parser: Parser, argv: Sequence[str], refused: Mapping[str, st
     if not unknown:
         for action in parser._actions:
             value = getattr(arguments, action.dest, None)
-            if value != action.default:
-                refuse_empty(value, action.option_strings[-1] if action.option_strings else action.dest)
+            name = action.option_strings[-1] if action.option_strings else action.dest
+            if action.dest in may_be_empty:
+                for text in value or ():
+                    check_text(text, name)
+            elif value != action.default:
+                refuse_empty(value, name)
         return arguments
     flag = unknown[0].partition("=")[0]
     if flag in refused:

@@ -151,6 +151,11 @@ def refuse_empty(value: Any, location: str) -> None:
         return
     if not value.strip():
         raise ConfigError(f"{location} is empty. Give a value, or leave it out.")
+    check_text(value, location)
+
+
+def check_text(value: str, location: str) -> None:
+    """Raise ConfigError for text that is not valid UTF-8."""
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise ConfigError(f"{location}: {value!r} is not valid UTF-8 text. Rename the file, or correct the value.")
 

@@ -32,6 +32,7 @@ def outcomes(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFacto
         "stream": argv(model, "--prompt", "abc", "--prompt", "bad cab fed", *greedy),
         "batch": argv(model, "--input", prompts, "--output", directory / "batch.jsonl", *greedy),
         "single": argv(model, "--input", prompts, "--output", directory / "single.jsonl", *greedy, *alone),
+        "spaces": argv(model, "--prompt", "", "--prompt", "  ", "--max-new-tokens", 1),
         "seed": argv(model, "--prompt", "abc", "--max-new-tokens", 6, "--seed", 7),
         "same seed": argv(model, "--prompt", "abc", "--max-new-tokens", 6, "--seed", 7, "--top-k", 257),
         "full": argv(model, "--prompt", long[:60], "--greedy", "--ignore-eos"),
@@ -62,6 +63,10 @@ def test_output_holds_the_prompts_with_their_keys_and_texts(outcomes: dict[str, 
     assert found[0]["id"] == 3 and found[1]["text"] != "old" and found[2]["text"]
     assert found == records(outcomes["directory"] / "single.jsonl")
     assert not list(outcomes["directory"].glob("*partial*"))
+
+
+def test_prompts_may_be_empty_or_spaces(outcomes: dict[str, Any]) -> None:
+    assert outcomes["spaces"].code == 0 and "\n\n  " in outcomes["spaces"].output
 
 
 def test_the_seed_determines_the_text(outcomes: dict[str, Any]) -> None:
@@ -99,6 +104,8 @@ def test_refusals(outcomes: dict[str, Any], name: str, message: str) -> None:
         (["--load", "x", "--prompt", "a", "--input", "b"], "with either --prompt TEXT or --input FILE"),
         (["--load", "x", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--load", "x", "--prompt", "a", "--micro-batch-size", "0"], "--micro-batch-size is 0"),
+        (["--load", "x", "--prompt", "a\udcff"], "--prompt: 'a\\udcff' is not valid UTF-8 text"),
+        (["--load", "x", "--prompt", "a", "--context-parallel-size", "2"], "parallelism divide the prompts"),
         (
             ["--load", "x", "--prompt", "a", "--pipeline-model-parallel-size", "0"],
             "--pipeline-model-parallel-size is 0",
