@@ -85,9 +85,12 @@ def is_mathematical(task: str) -> bool:
 
 
 def expand_lists(names: Sequence[str]) -> dict[str, bool]:
-    """Return task names, each with whether it was requested by its name, as opposed to through a list."""
+    """Return task names, each with whether it was requested by its name, as opposed to through a list.
+
+    Names may also be joined by commas, as for lm-evaluation-harness.
+    """
     requested: dict[str, bool] = {}
-    for name in names:
+    for name in filter(None, map(str.strip, ",".join(names).split(","))):
         for task in LISTS.get(name, (name,)):
             requested[task] = requested.get(task, False) or name not in LISTS
     return requested

@@ -58,7 +58,8 @@ def _prompt(context: str, settings: dict[str, Any]) -> Prompt:
     Raises:
         ConfigError: the task samples.
     """
-    if settings.get("do_sample") or settings.get("temperature"):
+    samples = settings.get("do_sample")
+    if samples or (samples is None and settings.get("temperature")):  # temperature has no effect without do_sample
         raise ConfigError("a task samples its texts (do_sample), but evaluation is greedy. Leave the task out.")
     until = settings.get("until") or []
     stop = tuple(filter(None, [until] if isinstance(until, str) else until))
