@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_slm.cli.layout import add_checkpoint_flags, add_layout_flags, given_layout, start_ranks
 from megatron_slm.config.flags import Parser, parse_strictly
@@ -31,6 +31,7 @@ REFUSED = {
     "--num_fewshot": "Use --num-fewshot.",
     "--batch_size": "Use --batch-size.",
     "--output_path": "Use --output FILE.",
+    "--context-parallel-size": "Ranks beyond tensor and pipeline parallelism divide the requests.",
     "--include_path": "Use --tasks-dir DIR.",
 }
 
@@ -151,7 +152,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for line in source_lines(results, unavailable):
         console.print(line, markup=False)
     if arguments.output:
-        settings: dict[str, Any] = {"checkpoint": arguments.checkpoint, "limit": arguments.limit}
+        settings = {"checkpoint": arguments.checkpoint, "directory": str(model.directory), "limit": arguments.limit}
         on_first_rank(lambda: write_results(arguments.output, results, unavailable, settings))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def check_output(path: str) -> None:
 def write_results(
     path: str, results: Sequence[TaskResult], unavailable: Sequence[str], settings: dict[str, Any]
 ) -> None:
-    """Write results and settings to a JSON file, atomically."""
+    """Write results and settings to a JSON file, atomically, also in the layout of lm-evaluation-harness's results."""
     tasks = {
         result.task: {
             "fewshot": result.fewshot,
@@ -60,8 +60,24 @@ def write_results(
         }
         for result in results
     }
-    content = {"format": FORMAT, **settings, "tasks": tasks, "not_evaluated": list(unavailable)}
+    content = {
+        "format": FORMAT,
+        **settings,
+        "tasks": tasks,
+        "not_evaluated": list(unavailable),
+        "results": {result.task: {"alias": result.task, **dict(_harness_values(result))} for result in results},
+        "n-shot": {result.task: result.fewshot for result in results if result.fewshot is not None},
+        "versions": {},
+    }
     write_text(path, json.dumps(content, indent=2) + "\n", FLAG, is_ours=_is_ours)
+
+
+def _harness_values(result: TaskResult) -> Iterator[tuple[str, float | str | None]]:
+    """Yield the scores of a task under lm-evaluation-harness's keys, METRIC,FILTER."""
+    for name, score in result.scores.items():
+        metric, _, filtered = name.removesuffix(")").partition(" (")
+        yield f"{metric},{filtered or 'none'}", finite(score.value)
+        yield f"{metric}_stderr,{filtered or 'none'}", "N/A" if score.stderr is None else finite(score.stderr)
 
 
 def finite(value: float | None) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class InferenceModel:
     tokenizer: Tokenizer
     groups: Groups
     identity: str = ""  # identifies the checkpoint and its precision; empty during training
+    directory: Path | None = None  # of the checkpoint
 
     @property
     def context_length(self) -> int:
@@ -80,7 +82,7 @@ def open_model(
         bf16=bf16,
     )
     identity = f"{on_first_rank(source.identity)} {'bf16' if bf16 else 'fp32'}"
-    return InferenceModel(chunks, config, tokenizer, groups, identity)
+    return InferenceModel(chunks, config, tokenizer, groups, identity, source.directory)
 
 
 def _inference_config(source: CheckpointSource, parallel: ParallelConfig, world_size: int) -> RunConfig:

@@ -13,7 +13,7 @@ import torch
 from evaluation_samples import choice_lines, generation_lines, write_package, write_requests
 
 from megatron_slm.cli.evaluate import main
-from megatron_slm.evaluation.documents import Continuation
+from megatron_slm.evaluation.documents import Continuation, Prompt
 from megatron_slm.evaluation.encoding import RequestEncoder
 from megatron_slm.evaluation.runner import RequestRunner, Stopped
 from megatron_slm.inference.batches import ScoringRequest
@@ -48,14 +48,18 @@ def test_scores_do_not_depend_on_batch_and_ranks(files: Files) -> None:
     argv = [files.checkpoint, "--tasks-dir", str(files.package), "--tasks", *TASKS]
     outputs = [files.outputs / name for name in ("one.json", "batched.json", "two.json")]
     alone = [*argv, "--batch-size", "1", "--output", str(outputs[0])]
-    batched = [*argv, "--batch-size", "5", "--output", str(outputs[1])]
+    batched = [*argv[:-4], ",".join(TASKS), "--batch-size", "5", "--output", str(outputs[1])]
     outcomes = run_each(alone, batched, main=main)
     outcomes += run_each([*argv, "--batch-size", "3", "--output", str(outputs[2])], main=main, ranks=2)
     assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
     first, *others = [json.loads(path.read_text()) for path in outputs]
     assert list(first["tasks"]) == TASKS and first["checkpoint"] == files.checkpoint
+    assert first["directory"] == f"{files.checkpoint}/iter_0000010"
     for other in others:
         assert _flat(other) == pytest.approx(_flat(first), abs=1e-5)
+    piqa = first["tasks"]["piqa"]["scores"]["acc"]
+    assert first["results"]["piqa"]["acc,none"] == piqa["value"]
+    assert first["results"]["piqa"]["acc_stderr,none"] == piqa["stderr"] and first["n-shot"]["piqa"] == 0
     scores = first["tasks"]["gsm8k"]["scores"]
     assert scores["exact_match"] == {"value": 0, "stderr": 0, "count": 3}
     assert scores["bits_per_byte"]["value"] > 1 and first["tasks"]["gsm8k"]["fewshot"] == 8
@@ -106,16 +110,22 @@ def _interrupted(rank: int, world_size: int, checkpoint: str) -> list[str]:
             errors.append(type(error).__name__)
         with torch.no_grad():
             next(iter(model.chunks[0].parameters())).fill_(float("nan"))
-        try:
-            RequestRunner(model).log_likelihoods(requests, "task")
-        except DivergedError as error:
-            errors.append(str(error))
+        runner = RequestRunner(model)
+        for run in (
+            lambda: runner.log_likelihoods(requests, "task"),
+            lambda: runner.generate([Prompt("a", (), 3), Prompt("ab", (), 3)], "task"),
+        ):
+            try:
+                run()
+            except DivergedError as error:
+                errors.append(str(error))
     return errors
 
 
 def test_a_stop_and_nan_end_the_evaluation(files: Files) -> None:
-    [[stopped, diverged]] = run_ranks(_interrupted, 1, files.checkpoint, initialise=False)
-    assert stopped == "Stopped" and diverged.startswith("task: the model computes NaN log-likelihoods")
+    [[stopped, *diverged]] = run_ranks(_interrupted, 1, files.checkpoint, initialise=False)
+    assert stopped == "Stopped" and diverged[0].startswith("task: the model computes NaN log-likelihoods")
+    assert diverged[1:] == ["the model computes NaN or infinite logits. Choose an earlier checkpoint."]
 
 
 def _alone(model: InferenceModel, request: ScoringRequest) -> tuple[float, bool]:
@@ -152,7 +162,11 @@ def test_mistakes_become_messages(files: Files, tmp_path: Path) -> None:
         f"--output {foreign} exists and was not written": [*base, "piqa", *package, "--output", str(foreign)],
         "--output /nowhere/x.json: no such directory": [*base, "piqa", *package, "--output", "/nowhere/x.json"],
         "64 new tokens do not fit into the model's context of 64": [*base, "svamp", *own],
-        "has 70 tokens, more than the model's context length, 64": [*base, "huge", *own],
+        "task huge: the continuation 'zzz": [
+            *base,
+            "huge",
+            *own,
+        ],
         "--load is not supported. Give the checkpoint without a flag": ["--load", files.checkpoint],
     }
     for message, outcome in zip(cases, run_each(*cases.values(), main=main), strict=True):

@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from megatron_slm.evaluation.documents import Continuation, Prompt
 from megatron_slm.evaluation.evaluate import TaskResult, evaluate_tasks
 from megatron_slm.evaluation.harness import Harness
+from megatron_slm.evaluation.report import write_results
 from megatron_slm.evaluation.runner import RequestRunner
 from megatron_slm.evaluation.selection import read_tasks
 from megatron_slm.runtime.errors import ConfigError
@@ -149,6 +150,7 @@ def test_results_equal_those_of_the_hugging_face_backend(model: Model, tmp_path:
     from lm_eval.api.instance import Instance
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
 
     lines = [
         {"doc_id": number, "label": document["gold"], "request": {"context": document["question"], "continuation": c}}
@@ -187,6 +189,9 @@ def test_results_equal_those_of_the_hugging_face_backend(model: Model, tmp_path:
         assert choices.scores[metric].value == results["choices"][f"{metric},none"]
         assert choices.scores[metric].stderr == pytest.approx(results["choices"][f"{metric}_stderr,none"])
     assert {score.count for score in choices.scores.values()} == {20}
+    write_results(str(tmp_path / "scores.json"), [*ours.harness, choices], (), {})
+    table = make_table(json.loads((tmp_path / "scores.json").read_text()))
+    assert "|answers" in table and "|exact_match" in table and f"{choices.scores['acc'].value:.4f}" in table
 
 
 def test_tasks_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
