@@ -287,7 +287,7 @@ BAD: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
         ["--input-prefixes", "a", "--output-prefix", "m"],
         "a preprocessing job is writing there, or was killed",
     ),
-    ("no room", lambda f: None, ["--input", ".", "--output-prefix", "/proc/x/out"], "but only 0 are free"),
+    ("no device", lambda f: None, ["--input", ".", "--output-prefix", "/proc/x/out"], "/proc/x/out cannot be written"),
     (
         "mask",
         lambda f: write_mask(str(f / "b"), "m", [np.ones(3, bool)], {}),
