@@ -1,13 +1,13 @@
-"""Tokenizer protocol, tokenizer settings, and the shared base class."""
+"""Tokenizer settings, and the base class of all tokenizers."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
@@ -15,58 +15,6 @@ from megatron_slm.tokenizers.byte_lengths import ByteLengths
 from megatron_slm.tokenizers.fast_model import FastModel, UnsupportedTokenizer
 
 TEXT, TOKENS = "text", "tokens"  # encoding of special tokens that occur in a text
-
-
-class Tokenizer(Protocol):
-    """Interface of all tokenizers: convert text to token ids and back."""
-
-    name: str
-    source: str  # the defining flag and file, for error messages
-    vocab_size: int  # the highest id + 1, before padding
-    eod: int  # id of the end-of-document token
-    special_ids: frozenset[int]  # ids of control tokens
-    special_texts: frozenset[str]  # their texts
-    added_texts: frozenset[str]  # texts of all tokens outside of the model, which include them
-    fingerprint: str  # sha256 of the defining files
-
-    @property
-    def bos(self) -> int | None:
-        """Id of the beginning-of-sequence token, if the tokenizer's files declare one."""
-        ...
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Ids that end a generated text: the end-of-document token, and those that the tokenizer's files declare."""
-        ...
-
-    @property
-    def entries(self) -> int:
-        """Number of vocabulary entries, which is less than ``vocab_size`` if ids are unused."""
-        ...
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, str]: ...
-
-    @property
-    def ends_texts(self) -> bool:
-        """Whether :meth:`encode` already appends the end-of-document token to every text."""
-        ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_plain(self, text: str) -> list[int]:
-        """Encode a text without the tokens that the tokenizer's post-processor adds."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def byte_lengths(self) -> ByteLengths | None:
-        """Return the bytes of text that each token represents, or None if they are unknown."""
-        ...
-
-    def fast_model(self) -> FastModel:
-        """Return the equivalent gigatoken model, or raise UnsupportedTokenizer with the reason."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,21 +59,34 @@ class TokenizerFiles:
         )
 
 
-class BaseTokenizer:
-    """Base class with the name, fingerprint and end-of-document id that identify a tokenizer.
+class Tokenizer(ABC):
+    """Convert text to token ids and back; base class of all tokenizers.
 
-    Sample-index caches are keyed by this identity, and corpora are compared by it.
+    Name, fingerprint and end-of-document id identify a tokenizer: they key sample-index caches, and are compared with
+    those of corpora.
+
+    Args:
+        fingerprint: sha256 of the defining files.
+        source: the defining flag and file, for error messages.
     """
 
-    vocab_size: int
-    eod: int
-    special_ids: frozenset[int] = frozenset()
-    special_texts: frozenset[str] = frozenset()
-    added_texts: frozenset[str] = frozenset()
+    vocab_size: int  # the highest id + 1, before padding
+    eod: int  # id of the end-of-document token
+    special_ids: frozenset[int] = frozenset()  # ids of control tokens
+    special_texts: frozenset[str] = frozenset()  # their texts
+    added_texts: frozenset[str] = frozenset()  # texts of all tokens outside of the model, which include them
 
     def __init__(self, fingerprint: str, source: str) -> None:
         self.name = type(self).__name__
         self.fingerprint, self.source = fingerprint, source
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
@@ -133,27 +94,34 @@ class BaseTokenizer:
 
     @property
     def bos(self) -> int | None:
+        """Id of the beginning-of-sequence token, if the tokenizer's files declare one."""
         return None
 
     @property
     def end_ids(self) -> frozenset[int]:
+        """Ids that end a generated text: the end-of-document token, and those that the tokenizer's files declare."""
         return frozenset((self.eod,))
 
     @property
     def entries(self) -> int:
+        """Number of vocabulary entries, which is less than ``vocab_size`` if ids are unused."""
         return self.vocab_size
 
     @property
     def ends_texts(self) -> bool:
+        """Whether :meth:`encode` already appends the end-of-document token to every text."""
         return False
 
-    def encode_plain(self: Tokenizer, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
+        """Encode a text without the tokens that the tokenizer's post-processor adds."""
         return self.encode(text)
 
     def byte_lengths(self) -> ByteLengths | None:
+        """Return the bytes of text that each token represents, or None if they are unknown."""
         return None
 
     def fast_model(self) -> FastModel:
+        """Return the equivalent gigatoken model, or raise UnsupportedTokenizer with the reason."""
         raise UnsupportedTokenizer("")  # no reason to report: the tokenizer is fast already
 
 

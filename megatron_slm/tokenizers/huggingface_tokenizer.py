@@ -11,7 +11,7 @@ from typing import Any
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import (
     TEXT,
-    BaseTokenizer,
+    Tokenizer,
     TokenizerFiles,
     fingerprint_files,
     missing_eod_error,
@@ -23,7 +23,7 @@ from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.huggingface_fast import huggingface_fast_model
 
 
-class _TokenizersModel(BaseTokenizer):
+class _TokenizersModel(Tokenizer):
     """Wrap a ``tokenizers.Tokenizer``.
 
     Special tokens that occur in a text are encoded as text or, if ``special_tokens`` is "tokens", as special tokens

@@ -7,14 +7,14 @@ import re
 from collections.abc import Sequence
 
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles
+from megatron_slm.tokenizers.base import TOKENS, Tokenizer, TokenizerFiles
 from megatron_slm.tokenizers.byte_lengths import ByteLengths
 
 NUMBER = re.compile(r"[+-]?[0-9]{1,20}")
 SHOWN = 40  # characters of a text quoted in a message
 
 
-class ByteTokenizer(BaseTokenizer):
+class ByteTokenizer(Tokenizer):
     """Encode text as UTF-8 bytes; id 256 ends documents."""
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -34,7 +34,7 @@ class ByteTokenizer(BaseTokenizer):
         return ByteLengths.from_bytes([*(bytes([byte]) for byte in range(256)), b""])
 
 
-class NullTokenizer(BaseTokenizer):
+class NullTokenizer(Tokenizer):
     """Parse space-separated ids of pre-tokenized corpora; the last id ends documents."""
 
     def __init__(self, files: TokenizerFiles) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.base import (
     TOKENS,
-    BaseTokenizer,
+    Tokenizer,
     TokenizerFiles,
     fingerprint_files,
     missing_eod_error,
@@ -19,7 +19,7 @@ from megatron_slm.tokenizers.fast_model import SPACE, FastModel, UnsupportedToke
 from megatron_slm.tokenizers.sentencepiece_fast import sentencepiece_fast_model
 
 
-class SentencePieceTokenizer(BaseTokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """Load a SentencePiece model; its </s> ends documents.
 
     Control pieces that occur in a text are encoded as text or, if ``special_tokens`` is "tokens", as control pieces. In

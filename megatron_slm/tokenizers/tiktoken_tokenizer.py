@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.tokenizers.base import TOKENS, BaseTokenizer, TokenizerFiles, fingerprint_files, require_file
+from megatron_slm.tokenizers.base import TOKENS, Tokenizer, TokenizerFiles, fingerprint_files, require_file
 from megatron_slm.tokenizers.byte_lengths import ByteLengths
 from megatron_slm.tokenizers.fast_model import FastModel
 from megatron_slm.tokenizers.tiktoken_fast import tiktoken_fast_model
@@ -20,7 +20,7 @@ UTF8_BYTES: Final = (*range(0xC0), *range(0xC2, 0xF5))  # byte values that occur
 Vocabulary = tuple[dict[bytes, int], dict[str, int], str]  # ranks, special tokens, pattern
 
 
-class TikTokenizer(BaseTokenizer):
+class TikTokenizer(Tokenizer):
     """Load a tiktoken vocabulary in one of two formats.
 
     ``.json`` (Megatron-LM's format): a list of ``{"rank", "token_bytes", "token_str"}``, of which the first

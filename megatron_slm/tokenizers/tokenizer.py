@@ -1,51 +1,31 @@
 """Tokenizer registry under Megatron-LM's names.
 
-To add a kind, write a class that implements :class:`Tokenizer` and register it in :data:`KINDS`.
+To add a kind, write a subclass of :class:`Tokenizer` and register it in :data:`KINDS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.tokenizers.base import Tokenizer, TokenizerFiles, fingerprint_files
+from megatron_slm.tokenizers.base import Tokenizer, TokenizerFiles
 from megatron_slm.tokenizers.huggingface_tokenizer import GPT2BPETokenizer, HuggingFaceTokenizer
 from megatron_slm.tokenizers.plain_tokenizers import ByteTokenizer, NullTokenizer
 from megatron_slm.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_slm.tokenizers.tiktoken_tokenizer import TikTokenizer
 
-__all__ = [
-    "KINDS",
-    "ByteTokenizer",
-    "GPT2BPETokenizer",
-    "HuggingFaceTokenizer",
-    "NullTokenizer",
-    "SentencePieceTokenizer",
-    "TikTokenizer",
-    "Tokenizer",
-    "TokenizerFiles",
-    "build_run_tokenizer",
-    "build_tokenizer",
-    "fingerprint_files",
-]
+__all__ = ["KINDS", "Tokenizer", "TokenizerFiles", "build_run_tokenizer", "build_tokenizer"]
 
 MAX_IDS = 1 << 31  # corpora store ids as int32
-KINDS: dict[str, Callable[[TokenizerFiles], Any]] = {
-    **{
-        kind.__name__: kind
-        for kind in (
-            SentencePieceTokenizer,
-            HuggingFaceTokenizer,
-            GPT2BPETokenizer,
-            TikTokenizer,
-            ByteTokenizer,
-            NullTokenizer,
-        )
-    },
-    # Megatron-LM's aliases
-    "GPTSentencePieceTokenizer": SentencePieceTokenizer,
+KINDS: dict[str, Callable[[TokenizerFiles], Tokenizer]] = {
+    "SentencePieceTokenizer": SentencePieceTokenizer,
+    "HuggingFaceTokenizer": HuggingFaceTokenizer,
+    "GPT2BPETokenizer": GPT2BPETokenizer,
+    "TikTokenizer": TikTokenizer,
+    "ByteTokenizer": ByteTokenizer,
+    "NullTokenizer": NullTokenizer,
+    "GPTSentencePieceTokenizer": SentencePieceTokenizer,  # as the next one, Megatron-LM's alias
     "Llama2Tokenizer": SentencePieceTokenizer,
 }
 
@@ -59,7 +39,7 @@ def build_tokenizer(kind: str | None, files: TokenizerFiles) -> Tokenizer:
     """
     if kind not in KINDS:
         raise ConfigError(f"--tokenizer-type {kind} is unknown; choose from {', '.join(KINDS)}.")
-    tokenizer: Tokenizer = KINDS[kind](files)
+    tokenizer = KINDS[kind](files)
     size = tokenizer.vocab_size
     if files.vocab_size is not None and files.vocab_size < size:
         raise ConfigError(
