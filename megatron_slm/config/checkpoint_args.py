@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
+from megatron_slm.config.recipe import settings, to_flat_dict, tokenizer_settings, with_settings
 from megatron_slm.config.resume import RULES, Rule, differences, show
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import refuse
@@ -35,7 +35,7 @@ def adopt_all(config: RunConfig, saved: RunConfig, given: frozenset[str], direct
     if config.checkpoint.finetune:
         names -= {"seq_length"} & given
     if config.tokenizer.tokenizer_type is None:
-        names |= _tokenizer_settings()
+        names |= {setting.name for setting, _ in tokenizer_settings()}
     adopted = _differing(config, saved, names)
     return with_settings(config, adopted), f"{FLAG}: from {directory}: {_listed(adopted) or 'no differences'}"
 
@@ -57,7 +57,7 @@ def adopt_missing(
     names = _model_settings() - {"seq_length"} - given
     names |= {"init_method_std", "vocab_size"} - given
     if config.tokenizer.tokenizer_type is None and config.tokenizer.vocab_file is None:
-        names |= _tokenizer_settings() - given
+        names |= {setting.name for setting, _ in tokenizer_settings()} - given
     elif saved.tokenizer.tokenizer_type == config.tokenizer.tokenizer_type:
         names |= {"tokenizer_model", "vocab_file", "merge_file"} - given
     adopted = _differing(config, saved, names)
@@ -76,10 +76,6 @@ def adopt_missing(
 
 def _model_settings(also: set[str] = ALSO) -> set[str]:
     return {name for name, rule in RULES.items() if rule in (Rule.STRUCTURE, Rule.ERROR)} | also
-
-
-def _tokenizer_settings() -> set[str]:
-    return {setting.name for group, setting, _ in settings() if group == "tokenizer" or setting.name == "vocab_size"}
 
 
 def _differing(config: RunConfig, saved: RunConfig, names: set[str]) -> dict[str, Any]:

@@ -133,13 +133,7 @@ def _recipe_sources(recipes: Sequence[str]) -> list[tuple[dict[str, Any], Label]
 
 @cache
 def _build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="megatron_slm.pretrain",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="megatron_slm.pretrain", description=DESCRIPTION, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--config",
         nargs="+",
@@ -156,10 +150,7 @@ def _build_parser() -> argparse.ArgumentParser:
         group.name: parser.add_argument_group(getattr(schema, str(group.type)).__doc__) for group in fields(RunConfig)
     }
     for group, setting, kind in settings():
-        options: dict[str, Any] = {
-            "dest": setting.name,
-            "help": _help(setting.metadata["help"], setting.default, kind),
-        }
+        options: dict[str, Any] = {"dest": setting.name, "help": _help(setting.metadata["help"], setting.default)}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (list[str], list[int], dict[str, list[str]]):
@@ -173,7 +164,7 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _help(text: str, default: Any, kind: Any) -> str:
+def _help(text: str, default: Any) -> str:
     shown = default if isinstance(default, str | int | float) and not isinstance(default, bool) else None
     return text.replace("%", "%%") + (f" [{shown}]" if shown is not None else " [on]" if default is True else "")
 

@@ -39,6 +39,13 @@ def _iterate_settings() -> Iterator[tuple[str, Field[Any], Any]]:
             yield group.name, setting, kind | None if setting.default is UNSET else kind
 
 
+def tokenizer_settings() -> list[tuple[Field[Any], Any]]:
+    """Return (field, type) of the settings that define a tokenizer."""
+    return [
+        (setting, kind) for group, setting, kind in settings() if group == "tokenizer" or setting.name == "vocab_size"
+    ]
+
+
 def to_flat_dict(config: RunConfig) -> dict[str, Any]:
     """Return all settings by name."""
     return {setting.name: getattr(getattr(config, group), setting.name) for group, setting, _ in settings()}

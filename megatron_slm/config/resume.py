@@ -217,11 +217,9 @@ def show(value: Any) -> str:
         return " ".join(f"{name}={' '.join(blend)}" for name, blend in value.items()) or "none"
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
-    return {None: "unset", True: "on", False: "off"}.get(value, str(value)) if not _is_number(value) else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or isinstance(value, bool):
+        return {None: "unset", True: "on", False: "off"}[value]
+    return str(value)
 
 
 def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:

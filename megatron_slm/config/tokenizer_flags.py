@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import Field
 from typing import Any, get_args
 
 from megatron_slm.config.checks import value_violations
 from megatron_slm.config.constraints import flag_name
-from megatron_slm.config.recipe import from_flat_dict, settings
+from megatron_slm.config.recipe import from_flat_dict, tokenizer_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import refuse
 
@@ -20,7 +18,7 @@ def add_tokenizer_flags(parser: argparse._ActionsContainer, *, required: bool = 
     Args:
         required: whether --tokenizer-type must be given.
     """
-    for setting, kind in _tokenizer_settings():
+    for setting, kind in tokenizer_settings():
         shown = "" if setting.default is None else f" [{setting.default}]"
         parser.add_argument(
             flag_name(setting),
@@ -34,7 +32,7 @@ def add_tokenizer_flags(parser: argparse._ActionsContainer, *, required: bool = 
 
 def given_tokenizer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the tokenizer settings given on the command line, by name."""
-    names = [setting.name for setting, _ in _tokenizer_settings()]
+    names = [setting.name for setting, _ in tokenizer_settings()]
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
@@ -47,9 +45,3 @@ def config_from_tokenizer_flags(arguments: argparse.Namespace) -> RunConfig:
     config = from_flat_dict(given_tokenizer_settings(arguments), "command line")
     refuse(value_violations(config))
     return config
-
-
-def _tokenizer_settings() -> Iterator[tuple[Field[Any], Any]]:
-    for group, setting, kind in settings():
-        if group == "tokenizer" or setting.name == "vocab_size":
-            yield setting, kind

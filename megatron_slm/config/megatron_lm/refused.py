@@ -93,116 +93,78 @@ CURATED: dict[str, str] = {
 }
 
 # Patterns of a family of flags -> remedy; the first matching family applies.
-FAMILIES: tuple[tuple[str, str], ...] = (
-    (
-        "^--(no-)?rl- ^--grpo langrl perform-rl refit-method",
-        "reinforcement learning is not supported.",
+FAMILIES: dict[str, str] = {
+    "^--(no-)?rl- ^--grpo langrl perform-rl refit-method": "reinforcement learning is not supported.",
+    "^--logits-": (
+        "logits are neither saved nor distilled. Score a corpus with tools/score_corpus.py for --reference-scores."
     ),
-    (
-        "^--logits-",
-        "logits are neither saved nor distilled. Score a corpus with tools/score_corpus.py for --reference-scores.",
+    "fp8 fp4 -in-bf16$ -layers-bf16 kitchen te-precision": "FP8 and FP4 are not supported. Use --bf16.",
+    "^--fim-": "fill-in-the-middle is not supported. Transform documents before tools/preprocess_data.py.",
+    "inference flash-decode graph prefill decode-only speculative static-engine mla-latents max-tokens- to-oom": (
+        "inference and CUDA graphs are not supported. Leave the flag out."
     ),
-    (
-        "fp8 fp4 -in-bf16$ -layers-bf16 kitchen te-precision",
-        "FP8 and FP4 are not supported. Use --bf16.",
+    "mamba hybrid-layer hybrid-override hybrid-model ^--linear- ^--gdp-": (
+        "only transformer layers with attention and an MLP are supported. Leave the flag out."
     ),
-    (
-        "^--fim-",
-        "fill-in-the-middle is not supported. Transform documents before tools/preprocess_data.py.",
+    "dsa mla- lora-rank qk-head qk-pos v-head mhc latent-attention experimental attention-output-gate": (
+        "only multi-head and grouped-query attention (--group-query-attention) are supported. Leave the flag out."
     ),
-    (
-        "inference flash-decode graph prefill decode-only speculative static-engine mla-latents max-tokens- to-oom",
-        "inference and CUDA graphs are not supported. Leave the flag out.",
-    ),
-    (
-        "mamba hybrid-layer hybrid-override hybrid-model ^--linear- ^--gdp-",
-        "only transformer layers with attention and an MLP are supported. Leave the flag out.",
-    ),
-    (
-        "dsa mla- lora-rank qk-head qk-pos v-head mhc latent-attention experimental attention-output-gate",
-        "only multi-head and grouped-query attention (--group-query-attention) are supported. Leave the flag out.",
-    ),
-    (
-        "yarn rope rotary",
-        "rotary embeddings are configured by --rotary-base, --rotary-percent and --use-rope-scaling.",
-    ),
+    "yarn rope rotary": "rotary embeddings are configured by --rotary-base, --rotary-percent and --use-rope-scaling.",
     (
         "bert biencoder retriever ^--ict- evidence embedding-path titles block-data indexer query-in-block "
-        "^--mask- short-seq head-lr one-sent",
-        "only GPT models are supported. Leave the flag out.",
+        "^--mask- short-seq head-lr one-sent"
+    ): "only GPT models are supported. Leave the flag out.",
+    "dino vision swin ^--img- patch-dim classes channels per-class iter-per-epoch sample-rate test-mode": (
+        "vision models are not supported. Leave the flag out."
     ),
-    (
-        "dino vision swin ^--img- patch-dim classes channels per-class iter-per-epoch sample-rate test-mode",
-        "vision models are not supported. Leave the flag out.",
+    "moe expert grouped-gemm": (
+        "experts are configured by --num-experts, --moe-router-topk and the other --moe-* flags in --help."
     ),
-    (
-        "moe expert grouped-gemm",
-        "experts are configured by --num-experts, --moe-router-topk and the other --moe-* flags in --help.",
+    "^--save-.*-interval dump log wandb tensorboard otel nvtx profil record app-tag result-rejected workload": (
+        "metrics are written to --slm-metrics-file, --tensorboard-dir and --wandb-project. Leave the flag out."
     ),
-    (
-        "^--save-.*-interval dump log wandb tensorboard otel nvtx profil record app-tag result-rejected workload",
-        "metrics are written to --slm-metrics-file, --tensorboard-dir and --wandb-project. Leave the flag out.",
+    "muon lion- ^--(use-)?mup qk-clip optimizer weight-decay -wd- pin-cpu layer-wise": (
+        "--optimizer is adam or sgd, with one learning rate and weight decay for all weights."
     ),
-    (
-        "muon lion- ^--(use-)?mup qk-clip optimizer weight-decay -wd- pin-cpu layer-wise",
-        "--optimizer is adam or sgd, with one learning rate and weight decay for all weights.",
+    "mtp": "multi-token prediction is configured by --mtp-num-layers and --mtp-loss-scaling-factor.",
+    "offload recompute saved-activations": (
+        "save memory with --recompute-granularity, --sequence-parallel or a smaller --micro-batch-size."
     ),
-    (
-        "mtp",
-        "multi-token prediction is configured by --mtp-num-layers and --mtp-loss-scaling-factor.",
+    "fsdp hsdp sharding-strategy data-sharding gtp weight-shards meta-device": (
+        "parameters are not sharded over data-parallel ranks. Use --use-distributed-optimizer and tensor parallelism."
     ),
-    (
-        "offload recompute saved-activations",
-        "save memory with --recompute-granularity, --sequence-parallel or a smaller --micro-batch-size.",
+    "tp-comm ^--overlap ^--delay ^--defer wgrad ^--ep-overlap": (
+        "communication overlap is configured by --overlap-grad-reduce and --overlap-param-gather."
     ),
-    (
-        "fsdp hsdp sharding-strategy data-sharding gtp weight-shards meta-device",
-        "parameters are not sharded over data-parallel ranks. Use --use-distributed-optimizer and tensor parallelism.",
-    ),
-    (
-        "tp-comm ^--overlap ^--delay ^--defer wgrad ^--ep-overlap",
-        "communication overlap is configured by --overlap-grad-reduce and --overlap-param-gather.",
-    ),
-    (
-        "pipeline microbatch-group",
-        "configure stages with --pipeline-model-parallel-size and --decoder-first-pipeline-num-layers (or -last-).",
+    "pipeline microbatch-group": (
+        "configure stages with --pipeline-model-parallel-size and --decoder-first-pipeline-num-layers (or -last-)."
     ),
     (
         "^--ddp- align- nccl sharp symmetric all-gather high-priority p2p process-group mpu comm-type "
-        "hierarchical context-parallel seqlen-per communication-unit",
-        "communication groups and buckets use Megatron-Core's defaults. Leave the flag out.",
-    ),
-    (
-        "ckpt checkpoint persistent load-main replication ^--save- save-tokenizer fully-reshard",
-        "checkpoints are configured by --save, --load, --save-interval and --ckpt-step.",
+        "hierarchical context-parallel seqlen-per communication-unit"
+    ): "communication groups and buckets use Megatron-Core's defaults. Leave the flag out.",
+    "ckpt checkpoint persistent load-main replication ^--save- save-tokenizer fully-reshard": (
+        "checkpoints are configured by --save, --load, --save-interval and --ckpt-step."
     ),
     (
         "inprocess ^--adlr- ^--ft- ft-package ft-timeouts straggler fault injection verify-integrity weight- "
-        "hash sniff large-grads flight ^--gpu",
-        "recover from checkpoints: set --save-interval and --exit-signal-handler, and rerun the command.",
+        "hash sniff large-grads flight ^--gpu"
+    ): "recover from checkpoints: set --save-interval and --exit-signal-handler, and rerun the command.",
+    "tokenizer vocab tiktoken pad-tokens gigatoken": (
+        "tokenizers are configured by --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file."
     ),
-    (
-        "tokenizer vocab tiktoken pad-tokens gigatoken",
-        "tokenizers are configured by --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file.",
+    "data dataset msc object-storage sampling-seed": (
+        "data are configured by --data-path, --valid-data-path, --split and --data-cache-path."
     ),
-    (
-        "data dataset msc object-storage sampling-seed",
-        "data are configured by --data-path, --valid-data-path, --split and --data-cache-path.",
+    "samples train-sync phase": (
+        "the schedule is configured by --train-iters or --train-samples, --lr-decay-* and --lr-warmup-*."
     ),
-    (
-        "samples train-sync phase",
-        "the schedule is configured by --train-iters or --train-samples, --lr-decay-* and --lr-warmup-*.",
-    ),
-    (
-        "timeout",
-        "set the timeout of collectives with --distributed-timeout-minutes.",
-    ),
+    "timeout": "set the timeout of collectives with --distributed-timeout-minutes.",
     (
         "fus jit rng-tracker norm residual activation glu- initialization init-method heterogeneous relative- "
-        "attention matmul onnx invariant scatter-output chunks freeze",
-        "layers are Megatron-Core's standard layers, and all weights are trained. Leave the flag out.",
-    ),
-)
+        "attention matmul onnx invariant scatter-output chunks freeze"
+    ): "layers are Megatron-Core's standard layers, and all weights are trained. Leave the flag out.",
+}
 
 NO_REMEDY = "Leave it out, or see --help for the settings."
 
@@ -211,7 +173,7 @@ def remedy(flag: str) -> str:
     """Return the reason why a flag of Megatron-LM is unsupported, and its replacement."""
     if flag in CURATED:
         return CURATED[flag]
-    return next((text for patterns, text in FAMILIES if re.search(patterns.replace(" ", "|"), flag)), NO_REMEDY)
+    return next((text for patterns, text in FAMILIES.items() if re.search(patterns.replace(" ", "|"), flag)), NO_REMEDY)
 
 
 @cache

@@ -17,18 +17,17 @@ from megatron_slm.runtime.metrics_file import EVENTS_FLAG, METRICS_FLAG, foreign
 def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
     """Require a directory for the checkpoint settings that refer to one."""
     checkpoint, saves = config.checkpoint, config.training.replay_step is None
-    if saves and checkpoint.save is None and checkpoint.save_interval is not None:
-        yield "--save-interval needs --save, the output directory."
     interval, retained = checkpoint.save_interval, checkpoint.save_retain_interval
     if retained is not None and interval is None:
         yield f"--save-retain-interval {retained} needs --save-interval and must be a multiple of it."
     elif retained is not None and interval is not None and retained % interval:
         yield f"--save-retain-interval {retained} is not a multiple of --save-interval {interval}."
     for flag, is_given in (
+        ("--save-interval", checkpoint.save_interval is not None),
         ("--async-save", checkpoint.async_save),
         ("--keep-last", checkpoint.keep_last is not None),
     ):
-        if is_given and checkpoint.save is None:
+        if saves and is_given and checkpoint.save is None:
             yield f"{flag} needs --save, the output directory."
     if checkpoint.ckpt_step is not None and checkpoint.load is None:
         yield f"--ckpt-step {checkpoint.ckpt_step} has no effect without --load. Add --load, or leave it out."

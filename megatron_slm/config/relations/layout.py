@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_slm.config.relations.wording import (
-    PIPELINE,
-    TENSOR,
-    data_parallel_size,
-    has_uneven_stages,
-    not_dividing,
-)
+from megatron_slm.config.relations.wording import PIPELINE, TENSOR, data_parallel_size, has_uneven_stages, not_dividing
 from megatron_slm.config.schema import RunConfig
 
 
@@ -130,12 +124,4 @@ def overlap(config: RunConfig, _: int) -> Iterator[str]:
         yield "--use-distributed-optimizer cannot save the state of --optimizer sgd. Leave one of them out."
 
 
-RELATIONS = (
-    processes,
-    tensor_parallel,
-    sequence_parallel,
-    context_parallel,
-    pipeline_parallel,
-    global_batch,
-    overlap,
-)
+RELATIONS = (processes, tensor_parallel, sequence_parallel, context_parallel, pipeline_parallel, global_batch, overlap)

@@ -27,9 +27,7 @@ class CheckpointConfig:
         None, "retain checkpoints of iterations that are multiples of this, and the newest; default all", above=0
     )
     keep_last: int | None = flag(
-        None,
-        "number of newest checkpoints to keep, besides those of --save-retain-interval; default all",
-        at_least=1,
+        None, "number of newest checkpoints to keep, besides those of --save-retain-interval; default all", at_least=1
     )
     async_save: bool = flag(False, "write checkpoints in background processes while training continues")
     finetune: bool = flag(False, "load only the weights of --load and start at iteration 0")
@@ -44,8 +42,7 @@ class CheckpointConfig:
         False, "use the model settings of the checkpoint of --load, not of the command line"
     )
     trust_checkpoint: bool = flag(
-        False,
-        "unpickle any class in checkpoints, which can run code of their authors; default only classes of data",
+        False, "unpickle any class in checkpoints, which can run code of their authors; default only classes of data"
     )
     slm_verify_checksums: bool = flag(True, "verify the checksums of checkpoints and score sidecars before use")
 
