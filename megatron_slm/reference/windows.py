@@ -8,7 +8,7 @@ first token of an example of fine-tuning is never a label and is not scored.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_slm.corpus.checks import CorpusInfo
 from megatron_slm.corpus.index import read_index
 from megatron_slm.data.batches import MicroBatch
+from megatron_slm.data.packing import best_fit
 from megatron_slm.scores.sidecar import EXAMPLE, ContextRule
 
 CHUNK_TOKENS = 1 << 20
@@ -129,17 +130,10 @@ class DocumentRows:
 
 def pack(spans: list[Span], window: int) -> list[Row]:
     """Pack spans into rows of at most ``window`` tokens with the best-fit algorithm, in the given order."""
-    rows: list[Row] = []
-    free: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for each in spans:
-        position = bisect_left(free, (len(each), -1))
-        if position == len(free):
-            rows.append([])
-            tokens, row = window, len(rows) - 1
-        else:
-            tokens, row = free.pop(position)
-        rows[row].append(each)
-        insort(free, (tokens - len(each), row))
+    numbers = best_fit(map(len, spans), window).tolist()
+    rows: list[Row] = [[] for _ in range(max(numbers, default=-1) + 1)]
+    for number, each in zip(numbers, spans, strict=True):
+        rows[number].append(each)
     return rows
 
 
