@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from megatron_slm.config.selection import ANSWERS
 from megatron_slm.corpus.fingerprints import corpus_fingerprint, corpus_identity
 from megatron_slm.corpus.headers import HEADER_BYTES, check_fields, pack_header
-from megatron_slm.corpus.index import read_index
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import atomic_path, check_replaceable
@@ -202,12 +201,6 @@ def masked_identity(prefix: str, name: str | None) -> str:
     identity = corpus_identity(prefix)
     found = None if name is None else find_mask(prefix, name)
     return identity if found is None else text_checksum(f"{identity} {found} {read_header(prefix, found).checksum}")
-
-
-def sequence_starts(prefix: str) -> NDArray[np.int64]:
-    """Return the position of the first token of each sequence in ``.bin``."""
-    index = read_index(prefix)
-    return np.asarray(index.pointers, np.int64) // index.dtype.itemsize
 
 
 def _byte_count(tokens: int) -> int:

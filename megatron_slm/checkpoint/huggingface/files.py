@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -15,8 +13,3 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     "chat_template.json",
 )
-
-
-def has_weights(directory: Path) -> bool:
-    """Return whether the directory contains weights of a published model."""
-    return any((directory / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES))
