@@ -13,11 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.corpus.index import bin_path, idx_path
-from megatron_slm.corpus.metadata import (
-    read_metadata,
-    remove_metadata,
-    write_metadata,
-)
+from megatron_slm.corpus.metadata import read_metadata, remove_metadata, write_metadata
 from megatron_slm.preprocessing.corpus_writer import CorpusWriter, check_corpus_writable
 from megatron_slm.preprocessing.documents import Block
 from megatron_slm.preprocessing.encode import EncodedBlock

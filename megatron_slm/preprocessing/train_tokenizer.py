@@ -14,12 +14,7 @@ from megatron_slm.preprocessing.tables import check_tables
 from megatron_slm.preprocessing.text_reader import ERROR, BadDocuments, TextReader, read_texts
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import (
-    atomic_path,
-    check_output_prefix,
-    check_replaceable,
-    explained_write,
-)
+from megatron_slm.runtime.files import atomic_path, check_output_prefix, check_replaceable, explained_write
 from megatron_slm.runtime.output import print_error
 
 MAX_LINE = 4096  # characters; longer lines are split, because sentencepiece would drop them
