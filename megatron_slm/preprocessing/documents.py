@@ -162,11 +162,9 @@ def _range_blocks(chunk: InputChunk, begin: int) -> Iterator[Block]:
     with Path(chunk.file).open("rb") as file:
         check_encoding(file.read(16))
         while begin < size:
-            end = (
-                size
-                if chunk.input_format is InputFormat.WHOLE
-                else min(size, align_to_document(file, begin + BLOCK, chunk.input_format))
-            )
+            end = size
+            if chunk.input_format is not InputFormat.WHOLE:
+                end = min(size, align_to_document(file, begin + BLOCK, chunk.input_format))
             yield Block(chunk, begin, end, None, end - begin)
             begin = end
 

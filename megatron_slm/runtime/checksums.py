@@ -22,9 +22,8 @@ BLOCK_BYTES = 16 << 20
 THREADS = 8
 
 _Block = tuple[int, int]  # file index, block offset
-_Read = tuple[
-    list[int], list[_Block], dict[_Block, bytes | str]
-]  # ranks with the same files, all blocks, hashes of this rank
+# Ranks with the same files, all blocks, hashes of this rank.
+_Read = tuple[list[int], list[_Block], dict[_Block, bytes | str]]
 
 
 def text_checksum(text: str) -> str:

@@ -65,10 +65,8 @@ def run_command(action: Callable[[], None]) -> int:
         _report_failure(error)
         return 1
     finally:
-        process = sys.modules.get(
-            "megatron_slm.runtime.process"
-        )  # not imported if the error precedes the import of torch
-        if process is not None:
+        process = sys.modules.get("megatron_slm.runtime.process")
+        if process is not None:  # imported, unless the error precedes the import of torch
             process.stop()
     return 0
 

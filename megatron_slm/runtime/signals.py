@@ -16,10 +16,8 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-WARNINGS = (
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # from a batch system; handled even if the parent ignores them, as with a trap in a script
+# From a batch system; handled even if the parent ignores them, as with a trap in a script.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STAYING_IGNORED = (signal.SIGINT, signal.SIGHUP)  # not handled if ignored, as with nohup and in background jobs
 SECONDS_BETWEEN_INTERRUPTS = 1.0  # a second Ctrl+C after this interval aborts
