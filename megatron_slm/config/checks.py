@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_slm.config.activation import default_ffn_size
@@ -72,12 +73,26 @@ def value_violations(config: RunConfig) -> list[str]:
 def _missing(config: RunConfig) -> list[str]:
     training, values = config.training, to_flat_dict(config)
     optional = {"train_iters", "lr"} if training.skip_train else {"train_iters"} if training.train_samples else set()
-    unset = [
-        flag_name(setting)
-        for _, setting, _ in settings()
+    unset = {
+        flag_name(setting): group
+        for group, setting, _ in settings()
         if setting.metadata["required"] and setting.name not in optional and values[setting.name] is UNSET
-    ]
-    return [f"missing required settings: {' '.join(unset)}"] if unset else []
+    }
+    remedy = _source_of_model(config) if "model" in unset.values() else ""
+    return [f"missing required settings: {' '.join(unset)}{remedy}"] if unset else []
+
+
+def _source_of_model(config: RunConfig) -> str:
+    """Return the way to take missing model settings from the initial checkpoint; empty if there is none."""
+    checkpoint = config.checkpoint
+    for flag, path in (("--load", checkpoint.load), ("--pretrained-checkpoint", checkpoint.pretrained_checkpoint)):
+        if path is None:
+            continue
+        if not Path(path).is_dir() and path != checkpoint.save:
+            return f". {flag} {path}, which could provide them, is not a directory. Correct the path."
+        if Path(path).is_dir() and not checkpoint.use_checkpoint_args:
+            return f". Add --use-checkpoint-args to take those of the model from {flag} {path}."
+    return ""
 
 
 def _derive_run_settings(config: RunConfig, world_size: int) -> dict[str, Any]:

@@ -82,6 +82,19 @@ def test_missing_required_settings_are_named(name: str) -> None:
         run_check(1, **{name: None})
 
 
+def test_missing_model_settings_name_the_checkpoint_that_has_them(tmp_path: Path) -> None:
+    absent, adopt = str(tmp_path / "absent"), "Add --use-checkpoint-args to take those of the model from"
+    for changes, remedy in (
+        ({"load": str(tmp_path)}, f"{adopt} --load {tmp_path}"),
+        ({"load": absent}, f"--load {absent}, which could provide them, is not a directory"),
+        ({"load": absent, "save": absent, "pretrained_checkpoint": str(tmp_path)}, f"{adopt} --pretrained-checkpoint"),
+        ({"load": absent, "save": absent}, "$"),
+        ({}, "$"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^missing required settings: --num-layers(\. )?{remedy}"):
+            run_check(1, num_layers=None, **changes)
+
+
 @pytest.mark.parametrize(
     ("world_size", "changes", "message"),
     [
