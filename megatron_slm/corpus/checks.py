@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,8 +63,18 @@ def check_files_exist(prefix: str, subject: str, remedy: str) -> None:
     """Raise ConfigError, starting with ``subject`` and ending with ``remedy``, if ``.bin`` or ``.idx`` is missing."""
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
-            hint = f"Omit {prefix[-4:]} from the prefix." if prefix.endswith((".bin", ".idx")) else remedy
-            raise ConfigError(f"{subject}: {path} is missing. {hint}")
+            raise ConfigError(f"{subject}: {path} is missing. {_correction(prefix) or remedy}")
+
+
+def _correction(prefix: str) -> str:
+    """Return the likely correction of a prefix without corpus files, or an empty string."""
+    if prefix.endswith((".bin", ".idx")):
+        return f"Omit {prefix[-4:]} from the prefix."
+    path = Path(prefix)
+    longer = [str(index)[:-4] for index in sorted(path.parent.glob(f"{glob.escape(path.name)}_*.idx"))]
+    if idx_path(prefix).exists() or not longer:
+        return ""
+    return f"Did you mean {' or '.join(longer[:3])}?"
 
 
 def corpus_info(prefix: str) -> CorpusInfo:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.corpus import index as index_module
+from megatron_slm.corpus.checks import check_corpus
 from megatron_slm.corpus.index import HEADER, read_index
 from megatron_slm.corpus.inspection import Lengths, document_ids, open_corpus
 from megatron_slm.corpus.integrity import check_integrity
@@ -189,6 +190,12 @@ def test_invalid_id_beyond_2_gib_is_located(tmp_path: Path) -> None:
     [damage] = check_integrity(prefix, 100).damage
     assert damage.places == (f"document 1, sequence 2, byte {2 * (long + 5):,}: id 65535",)
     assert document_ids(read_index(prefix), 1).tolist() == [0, 0, 0, 0, 0, 65535, 0]
+
+
+def test_output_prefix_of_the_preprocessing_is_corrected(tmp_path: Path) -> None:
+    synthetic(tmp_path / "more_text_document", [3], [0, 1], np.uint16)
+    with pytest.raises(ConfigError, match=rf"more\.bin is missing\. Did you mean {tmp_path}/more_text_document\?"):
+        check_corpus(str(tmp_path / "more"), "--data-path")
 
 
 BAD: list[tuple[list[str], str]] = [
