@@ -223,6 +223,8 @@ def show(value: Any) -> str:
 
 
 def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:
+    if config.training.skip_train and (RULES[name] is Rule.SCHEDULE or name in ("train_iters", "train_samples")):
+        return False
     if name in ("swiglu", "activation"):
         return activation_name(config.model) != activation_name(saved.model)
     if name in ("group_query_attention", "num_query_groups"):

@@ -74,6 +74,11 @@ def test_flag_is_used_and_reported_in_one_line(name: str, value: Any, shown: str
     assert to_flat_dict(resumed)[name] == value
 
 
+def test_schedule_and_length_have_no_effect_on_an_evaluation() -> None:
+    ours = config(skip_train=True, load_optim=False, lr=0.0, train_iters=1)
+    assert reconcile(ours, config(train_iters=8), RUN, "--load") == (ours, "")
+
+
 def test_settings_without_effect_are_not_compared() -> None:
     ours = config(save="here", log_interval=5, ffn_hidden_size=128, moe_router_topk=1)
     learned = {"position_embedding_type": "learned_absolute"}
