@@ -151,10 +151,22 @@ def saved_shapes(directory: Path, flag: str) -> dict[str, tuple[int, ...] | None
     return on_every_rank(lambda: _read_shapes(directory, flag))
 
 
-def _read_shapes(directory: Path, flag: str) -> dict[str, tuple[int, ...] | None]:
+def common_state(directory: Path, flag: str) -> dict[str, Any]:
+    """Return the unsharded state of a checkpoint.
+
+    Raises:
+        ConfigError: ``common.pt`` is damaged or contains code.
+    """
     with explained_load(directory, flag):
-        if not isinstance(load_common_state_dict(str(directory)), dict):
+        state = load_common_state_dict(str(directory))
+        if not isinstance(state, dict):
             raise pickle.UnpicklingError("the common state is not a dictionary")
+        return dict(state)
+
+
+def _read_shapes(directory: Path, flag: str) -> dict[str, tuple[int, ...] | None]:
+    common_state(directory, flag)
+    with explained_load(directory, flag):
         entries = load_sharded_metadata(str(directory)).items()
         return {key: tuple(e.global_shape) if isinstance(e, ShardedTensor) else None for key, e in entries}
 

@@ -65,8 +65,12 @@ def _single_or_list(functions: list[Any]) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: RunConfig, length: RunLength) -> OptimizerParamScheduler:
-    """Return the schedule of a run of ``length``, counted in samples as in Megatron-LM."""
+def build_scheduler(optimizer: Any, config: RunConfig, length: RunLength) -> OptimizerParamScheduler:
+    """Return the schedule of a run of ``length``, counted in samples as in Megatron-LM.
+
+    Args:
+        optimizer: an optimizer, or any object with ``param_groups``.
+    """
     settings, phases = config.optimizer, ScheduleLength.from_config(config, length)
     return OptimizerParamScheduler(
         optimizer,

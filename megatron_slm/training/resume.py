@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.checkpoint import RNG, SELECTION, SPIKES, plain_chunks, random_state, selection_state
-from megatron_slm.training.data_order import DataRecord
+from megatron_slm.training.data_order import DataRecord, read_saved_run
+from megatron_slm.training.optimizer import build_scheduler
+from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.schedule import resume_schedule
 from megatron_slm.training.start import Checkpoint, Start
 from megatron_slm.training.state import TrainProgress, TrainState
@@ -69,7 +72,24 @@ def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference
     source = _find(start.checkpoint)
     if not start.weights_only:
         weights.check_objects(source.directory, source.flag)
-    return _compare(start, source, config, tokenizer, reference)[1]
+    differences = _compare(start, source, config, tokenizer, reference)[1]
+    if not start.weights_only and config.checkpoint.load_optim:
+        _check_schedule(source, config)
+    return differences
+
+
+def _check_schedule(source: CheckpointSource, config: RunConfig) -> None:
+    """Compare the configured schedule with that of a checkpoint, as :func:`resume` does."""
+    saved = read_saved_run(source, config)
+    length = RunLength.from_config(config, saved.milestones, saved.config.training.global_batch_size)
+    scheduler = build_scheduler(SimpleNamespace(param_groups=[]), config, length)
+    common = weights.common_state(source.directory, source.flag)
+    resume_schedule(scheduler, _saved_schedule(common), saved.consumed, source.directory, source.flag)
+
+
+def _saved_schedule(state: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the schedule in a checkpoint's state, by our or Megatron-LM's key."""
+    return state.get("scheduler", state.get("opt_param_scheduler"))
 
 
 def _find(checkpoint: Checkpoint) -> CheckpointSource:
@@ -166,7 +186,7 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
             load_optimizer_state(state.optimizer, model, shapes, saved_step(loaded.get("optimizer")), read, flag)
     else:
         state.optimizer.reload_model_params()
-    schedule = loaded.get("scheduler", loaded.get("opt_param_scheduler")) if settings.load_optim else None
+    schedule = _saved_schedule(loaded) if settings.load_optim else None
     resume_schedule(state.scheduler, schedule, manifest.consumed_samples, directory, flag)
     thresholds = loaded.get(SELECTION, loaded.get(state.selection.legacy_key))
     is_comparable = not (score_changed(config, saved) or _reference_difference(config, saved, record, reference))

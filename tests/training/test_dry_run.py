@@ -45,6 +45,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"load": "rm", "hidden_size": 64}, "--hidden-size 64"),
     ({"load": "changed", "train_iters": 2}, "does not match its checksum"),
     ({"load": "rm", "ckpt_step": 3}, "--load"),
+    ({"load": "rm", "lr": 0.5}, "the configured schedule differs from that of"),
 ]
 
 
