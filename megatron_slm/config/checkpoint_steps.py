@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE, STEP_FLAGS, TRACKER, latest_step
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 
+REMEDY = "Give the --save directory of an earlier run, or the directory of a published model."
 STEP_DIRECTORY = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})")
 
 
@@ -93,16 +94,13 @@ def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
     """
     root = Path(path)
     if not root.exists():
-        raise ConfigError(f"{flag} {path}: there is no such directory. Give the --save directory of an earlier run.")
+        raise ConfigError(f"{flag} {path}: there is no such directory. {REMEDY}")
     if step is None and (root / MANIFEST_FILE).is_file():
         return root
     steps = step_directories(root, flag)
     found = latest_step(root) if step is None else step
     if found is None and not steps:
-        raise ConfigError(
-            f"{flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). "
-            "Give the --save directory of an earlier run."
-        )
+        raise ConfigError(f"{flag} {path}: not a checkpoint (neither {TRACKER} nor {MANIFEST_FILE} is there). {REMEDY}")
     if found is None:
         raise ConfigError(f"{flag} {path}: {TRACKER}, which names the newest step, is missing. {_listed(steps, flag)}")
     if found not in steps:

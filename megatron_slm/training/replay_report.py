@@ -66,7 +66,7 @@ def _summary(report: Report) -> Iterator[str]:
         yield f"NaN or infinite gradients on rank {rank}, first: {', '.join(names)}"
     norms = report["rank_grad_norms"]
     if None not in norms:
-        yield f"gradient norm by rank, before the reduction: {' '.join(map(_short, norms))}"
+        yield f"gradient norm by rank (sum over its tokens, before the reduction): {' '.join(map(_short, norms))}"
     yield "gradient norm by module:"
     for module, norm in report["module_grad_norms"].items():
         yield f"  {_short(norm):>10}  {module}"

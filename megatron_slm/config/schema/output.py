@@ -18,7 +18,9 @@ class CheckpointConfig:
         "published model (Hugging Face), which provides weights and missing model flags",
     )
     pretrained_checkpoint: str | None = flag(
-        None, "checkpoint directory to load the initial weights from if --load holds no checkpoint"
+        None,
+        "checkpoint directory, or directory of a published model, to load the initial weights from if --load holds no "
+        "checkpoint",
     )
     save_interval: int | None = flag(
         None, "number of iterations between checkpoints; the last iteration is always saved", above=0

@@ -108,7 +108,7 @@ class TrainingConfig:
         "nothing to --save",
         above=0,
     )
-    skip_train: bool = flag(False, "skip training: evaluate the checkpoint of --load and save nothing")
+    skip_train: bool = flag(False, "skip training: evaluate the checkpoint of --load and save no checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
