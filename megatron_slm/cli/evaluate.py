@@ -125,6 +125,7 @@ def list_tasks(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate the tasks of the command line. Collective over all ranks."""
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
+    from megatron_slm.checkpoint.source import find_source
     from megatron_slm.evaluation.report import check_output, results_table, source_lines, write_results
     from megatron_slm.evaluation.runner import RequestRunner
     from megatron_slm.inference.model import open_model
@@ -135,6 +136,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     groups = start_ranks(parallel, arguments)
     if arguments.output:
         on_first_rank(lambda: check_output(arguments.output))
+    on_first_rank(lambda: find_source(arguments.checkpoint, arguments.ckpt_step, "CHECKPOINT"))
     evaluate_prepared, unavailable = prepare_tasks(arguments)
     model = open_model(
         arguments.checkpoint,

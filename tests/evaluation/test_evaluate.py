@@ -158,7 +158,7 @@ def test_mistakes_become_messages(files: Files, tmp_path: Path) -> None:
         "Give the checkpoint: evaluate.py CHECKPOINT": ["--tasks", "piqa"],
         "Give --tasks NAME": [files.checkpoint],
         "--limit is 0, and must be at least 1": [*base, "piqa", *package, "--limit", "0"],
-        "CHECKPOINT /nowhere": ["/nowhere", "--tasks", "piqa", *package],
+        "CHECKPOINT /nowhere": ["/nowhere", "--tasks", "piqa", "--tasks-dir", "/nowhere"],
         f"--output {foreign} exists and was not written": [*base, "piqa", *package, "--output", str(foreign)],
         "--output /nowhere/x.json: no such directory": [*base, "piqa", *package, "--output", "/nowhere/x.json"],
         "64 new tokens do not fit into the model's context of 64": [*base, "svamp", *own],
