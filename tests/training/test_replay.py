@@ -41,7 +41,10 @@ def two(directory: Path, **flags: Any) -> list[str]:
 
 
 def content(save: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in save.rglob("*") if path.is_file()}
+    """Return modification times and contents; the heartbeat of an active run changes the time of its lock."""
+    files = [path for path in save.rglob("*") if path.is_file()]
+    times = {path: 0 if path.suffix == ".lock" else path.stat().st_mtime_ns for path in files}
+    return {str(path): (time, path.read_bytes()) for path, time in times.items()}
 
 
 def _rank(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
