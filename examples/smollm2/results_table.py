@@ -88,5 +88,6 @@ def markdown(content: dict[str, Any]) -> str:
         cells += [f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}" for score in found]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     samples = content["samples"]
-    lines += ["", *(f"* {title}: {samples[name]['prompt']}{samples[name]['text']!r}" for name, title in NAMES.items())]
+    texts = {name: json.dumps(found["prompt"] + found["text"], ensure_ascii=False) for name, found in samples.items()}
+    lines += ["", *(f"* {title}: {texts[name]}" for name, title in NAMES.items())]
     return "\n".join(lines) + "\n"
