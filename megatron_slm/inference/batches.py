@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_slm.mcore.layers import context_positions
+from megatron_slm.runtime.groups import Groups
+
 
 @dataclass(frozen=True)
 class ScoringRequest:
@@ -24,21 +27,20 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Hold sequences padded on the right, where causal attention needs no mask."""
+    """Hold this context-parallel rank's part of sequences padded on the right, where causal attention needs no mask."""
 
-    tokens: Tensor  # [b, s] int64
-    labels: Tensor  # [b, s] int64, the next tokens
-    scored: Tensor  # [b, s] bool, True for labels to score
-    position_ids: Tensor  # [b, s] int64
+    tokens: Tensor  # [b, s / cp] int64
+    labels: Tensor  # [b, s / cp] int64, the next tokens
+    scored: Tensor  # [b, s / cp] bool, True for labels to score
+    places: Tensor  # [b, s / cp] int64, numbers of the labels to score
+    position_ids: Tensor  # [b, s / cp] int64
+    count: int  # labels to score on all context-parallel ranks
+    sample_length: int  # s
     attention_mask: None = None
-
-    @property
-    def sample_length(self) -> int:
-        return self.tokens.size(1)
 
     @classmethod
     def build(
-        cls, requests: Sequence[ScoringRequest], rows: int, length: int, pad: int, device: torch.device
+        cls, requests: Sequence[ScoringRequest], rows: int, length: int, pad: int, groups: Groups
     ) -> ScoringBatch:
         """Pad requests to [rows, length] with the token ``pad``; rows without a request score nothing."""
         ids = torch.full((rows, length + 1), pad, dtype=torch.int64)
@@ -46,9 +48,15 @@ class ScoringBatch:
         for row, request in enumerate(requests):
             ids[row, : len(request.tokens)] = torch.tensor(list(request.tokens), dtype=torch.int64)
             scored[row, request.first - 1 : len(request.tokens) - 1] = True
-        positions = torch.arange(length).expand(rows, length)
-        tokens, labels, positions = (values.to(device) for values in (ids[:, :-1], ids[:, 1:], positions))
-        return cls(tokens, labels, scored.to(device), positions)
+        places, count = scored.flatten().cumsum(0).view_as(scored) - 1, int(scored.sum())
+        last = max([0, *(len(request.tokens) - 2 for request in requests)])
+        positions = torch.arange(length).clamp(max=last).expand(rows, length)  # the model may have no others
+        size = groups.cp.size()
+        columns = context_positions(length, size, groups.cp.rank()) if size > 1 else slice(None)
+        tokens, labels, scored, places, positions = (
+            values[:, columns].to(groups.device) for values in (ids[:, :-1], ids[:, 1:], scored, places, positions)
+        )
+        return cls(tokens, labels, scored, places, positions, count, length)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_slm.model.gpt import model_config
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
-from megatron_slm.runtime.collective import broadcast_from_last_stage
+from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
 from megatron_slm.runtime.console import progress
 
 LOGIT_BYTES = 64 << 20  # of logits in memory at a time
@@ -77,7 +77,8 @@ def _score_pass(model: InferenceModel, rows: Sequence[ScoringRequest], micro_bat
     if reports:
         values[:, : counts[groups.dp_rank]] = torch.cat(reports, 1)
     shared = [torch.empty_like(values) for _ in range(ranks)]
-    dist.all_gather(shared, broadcast_from_last_stage(values, groups.pp), group=groups.dp)
+    all_reduce_sum(broadcast_from_last_stage(values, groups.pp), groups.cp)
+    dist.all_gather(shared, values, group=groups.dp)
     results: list[TokenScores] = [TokenScores(np.empty(0, np.float32), np.empty(0, np.bool_))] * len(rows)
     for rank, part in enumerate(shared):
         losses, greedy = part.cpu().numpy()
@@ -92,7 +93,8 @@ def _score_pass(model: InferenceModel, rows: Sequence[ScoringRequest], micro_bat
 def _micro_batches(model: InferenceModel, rows: Sequence[ScoringRequest], micro_batch_size: int) -> list[ScoringBatch]:
     """Return this rank's micro-batches; their shape and number are the same on all data-parallel ranks.
 
-    Expert-parallel ranks exchange tokens, and the interleaved schedule needs a multiple of the pipeline stages.
+    Expert-parallel ranks exchange tokens, the interleaved schedule needs a multiple of the pipeline stages, and
+    context-parallel ranks hold two chunks of each sequence.
     """
     groups, parallel = model.groups, model.config.parallel
     per_rank = -(-len(rows) // groups.dp_size)
@@ -101,17 +103,22 @@ def _micro_batches(model: InferenceModel, rows: Sequence[ScoringRequest], micro_
     if parallel.num_layers_per_virtual_pipeline_stage:
         count = -(-count // groups.pp_size) * groups.pp_size
     length = max(1, *(len(row.tokens) - 1 for row in rows))
+    divisor = 2 * groups.cp.size() if groups.cp.size() > 1 else 1
     if model_config(list(model.chunks)).sequence_parallel:
-        length = -(-length // groups.tp_size) * groups.tp_size
+        divisor *= groups.tp_size
+    length = -(-length // divisor) * divisor
     local = rows[groups.dp_rank :: groups.dp_size]
     return [
-        ScoringBatch.build(local[start : start + size], size, length, model.tokenizer.eod, groups.device)
+        ScoringBatch.build(local[start : start + size], size, length, model.tokenizer.eod, groups)
         for start in range(0, count * size, size)
     ]
 
 
 def _token_scores(number: int, batch: ScoringBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token losses and greedy matches of a micro-batch, [2, n] fp32, on the last pipeline stage."""
+    """Return token losses and greedy matches of a micro-batch, [2, n] fp32, on the last pipeline stage.
+
+    Those of other context-parallel ranks are 0.
+    """
     settings = hidden.lm_head.settings
     selected, labels = hidden.select(batch.scored), batch.labels[batch.scored]
     rows = max(1, LOGIT_BYTES // (4 * hidden.lm_head.output_size_per_partition))
@@ -120,5 +127,6 @@ def _token_scores(number: int, batch: ScoringBatch, hidden: HiddenStates) -> tup
         logits, targets = hidden.logits(selected[start : start + rows]), labels[start : start + rows]
         loss = vocab_parallel_token_loss(logits, targets, settings.tp_group, settings.vocab_size)
         parts.append(torch.stack((loss, (sharded_argmax(logits, settings.tp_group) == targets).float())))
-    scores = torch.cat(parts, 1)
-    return scores[0].sum(), torch.tensor(scores.size(1), device=labels.device), scores
+    scores = torch.zeros(2, batch.count, device=labels.device)
+    scores[:, batch.places[batch.scored]] = torch.cat(parts, 1)
+    return scores[0].sum(), torch.tensor(len(labels), device=labels.device), scores

@@ -14,7 +14,7 @@ from megatron_slm.training.sinks import scalars
 
 TASKS = ["piqa", "lambada_openai", "gsm8k"]
 RUN: dict[str, Any] = {"seq_length": 64, "num_layers": 2, "train_iters": 4, "eval_interval": 2}
-SPLIT: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+SPLIT: dict[str, Any] = {"context_parallel_size": 2}
 
 
 def test_scores_are_logged_and_training_is_unchanged(tmp_path: Path) -> None:

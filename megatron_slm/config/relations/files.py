@@ -146,7 +146,7 @@ def _unwritable(flag: str, directory: Path) -> Iterator[str]:
 
 
 def benchmarks(config: RunConfig, _: int) -> Iterator[str]:
-    """Require data for benchmarks, and a layout that they support."""
+    """Require benchmarks and their data together."""
     logging = config.logging
     if logging.eval_tasks and logging.tasks_dir is None:
         yield "--eval-tasks needs --tasks-dir, the directory of its data (docs/evaluation.md)."
@@ -157,11 +157,6 @@ def benchmarks(config: RunConfig, _: int) -> Iterator[str]:
         ):
             if is_given:
                 yield f"{flag} has no effect without --eval-tasks. Add it, or leave {flag} out."
-    if logging.eval_tasks and config.parallel.context_parallel_size > 1:
-        yield (
-            "--eval-tasks does not support --context-parallel-size above 1. Evaluate checkpoints of the run with "
-            "tools/evaluate.py."
-        )
 
 
 RELATIONS = (checkpoints, replay, wandb, benchmarks, output_directories)
