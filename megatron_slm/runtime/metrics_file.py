@@ -40,12 +40,12 @@ def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
     return None
 
 
-def has_evaluation(path: Path | None, step: int) -> bool:
-    """Return whether a metrics file contains the evaluation after ``step``."""
+def evaluated_sets(path: Path | None, step: int) -> set[tuple[str, str]]:
+    """Return the kind and name of every validation set and benchmark that a metrics file has after ``step``."""
     if path is None or is_stream(path) or not path.exists():
-        return False
-    lines = path.read_bytes().splitlines(keepends=True)
-    return any(_step(line) == step and json.loads(line)["kind"] in ("eval", "task") for line in lines)
+        return set()
+    records = [record for record in read_records(path) if record["step"] == step and "set" in record]
+    return {(record["kind"], record["set"]) for record in records}
 
 
 def training_record(path: Path | None, step: int) -> dict[str, Any] | None:

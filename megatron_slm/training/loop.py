@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from megatron_slm.data.datasets import Datasets
 from megatron_slm.evaluation.evaluate import EncodedTask, TaskResult
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED
-from megatron_slm.runtime.metrics_file import has_evaluation
+from megatron_slm.runtime.metrics_file import evaluated_sets
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.benchmarks import evaluate_benchmarks, score_line, score_record
 from megatron_slm.training.clock import Schedule, StepClock
@@ -67,8 +68,7 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
 
 
 def _train(run: Run, loop: _Loop, stop: StopDecision) -> None:
-    if run.progress.step == 0 or loop.lacks_evaluation():
-        loop.evaluate()
+    loop.evaluate_at_start()
     reason = loop.steps()
     if reason is not None:
         run.console.print(f"stopping after step {run.progress.step}: {reason}")
@@ -118,23 +118,30 @@ class _Loop:
                 self._log()
         return self.stop.reason
 
-    def lacks_evaluation(self) -> bool:
-        """Return whether a due evaluation at the resumed step is missing. Collective over all ranks."""
-        step, interval = self.run.progress.step, self.run.config.logging.eval_interval
-        return _is_due(step, interval) and not on_first_rank(
-            lambda: has_evaluation(metrics_file(self.run.config), step)
-        )
+    def evaluate_at_start(self) -> None:
+        """Evaluate a new model, or complete the evaluation at the resumed step. Collective over all ranks."""
+        step, config = self.run.progress.step, self.run.config
+        if step == 0:
+            self.evaluate()
+        elif _is_due(step, config.logging.eval_interval):
+            self.evaluate(on_first_rank(lambda: evaluated_sets(metrics_file(config), step)))
 
-    def evaluate(self) -> None:
-        """Evaluate validation sets and benchmarks and log the results, unless this step is already evaluated."""
+    def evaluate(self, logged: Collection[tuple[str, str]] = ()) -> None:
+        """Evaluate validation sets and benchmarks and log the results, unless this step is already evaluated.
+
+        Args:
+            logged: kind and name of results of this step that are not needed again.
+        """
         run, config = self.run, self.run.config
         sets = run.datasets.valid if config.logging.eval_iters else {}
-        if self.evaluated == run.progress.step or not (sets or run.benchmarks):
+        sets = {name: samples for name, samples in sets.items() if ("eval", name) not in logged}
+        benchmarks = [encoded for encoded in run.benchmarks if ("task", encoded.task.name) not in logged]
+        if self.evaluated == run.progress.step or not (sets or benchmarks):
             return
         logger.info("evaluating at step %d", run.progress.step)
         with self.clock.evaluating():
             losses = evaluate(run.state, sets, config, run.shape, self.stop.agreed)
-            scores = evaluate_benchmarks(run.state, run.benchmarks, config, self.stop.agreed)
+            scores = evaluate_benchmarks(run.state, benchmarks, config, self.stop.agreed)
         if losses:
             self._log_losses(losses)
         if scores:

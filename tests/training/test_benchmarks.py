@@ -32,6 +32,11 @@ def test_scores_are_logged_and_training_is_unchanged(tmp_path: Path) -> None:
         ]
     )
     launch(command(corpus, **evaluation, **SPLIT, slm_metrics_file=split), world_size=2)
+    metrics = measured / "metrics.jsonl"
+    complete = metrics.read_text()
+    metrics.write_text("".join(complete.splitlines(keepends=True)[:-1]))  # stopped before the last benchmark
+    launch(command(corpus, measured, load=measured, **RUN, attention_dropout=0.1, **benchmarks))
+    assert metrics.read_text() == complete
 
     assert losses(plain) == losses(measured) and records(plain, "eval") == records(measured, "eval")
     found = records(measured, "task")
