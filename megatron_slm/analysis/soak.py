@@ -17,9 +17,8 @@ from megatron_slm.config.checkpoint_files import check_sizes, latest_step, read_
 from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.metrics_file import read_records
+from megatron_slm.runtime.metrics_file import REPRODUCIBLE, read_records
 
-COMPARED = ("loss", "loss_all", "loss_unselected", "share_selected", "threshold", "selection", "grad_norm", "lr")
 EVALUATED = ("set", "loss", "tokens_evaluated")
 RESUMING = re.compile(r"^resuming from \S*iter_0*(\d+)", re.MULTILINE)
 STEP, SAVE, START = "step", "save", "start"  # moments of kills
@@ -238,7 +237,7 @@ def differences(save: Path, undisturbed: Path, steps: int) -> list[str]:
     """Return a message for every difference of the metrics of two runs, except times."""
     ours, theirs = (read_records(directory / METRICS_FILE) for directory in (save, undisturbed))
     found = []
-    for kind, names in (("train", COMPARED), ("eval", EVALUATED)):
+    for kind, names in (("train", REPRODUCIBLE), ("eval", EVALUATED)):
         one, other = ([record for record in records if record["kind"] == kind] for records in (ours, theirs))
         expected = {_key(record): record for record in other}
         if kind == "train" and [record["step"] for record in one] != list(range(1, steps + 1)):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -36,7 +37,7 @@ from megatron_slm.config.flags import Parser, parse, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.runtime.console import format_duration, make_console, progress
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_regular, explained_write, write_text
+from megatron_slm.runtime.files import explained_write, is_json_of, write_text
 from megatron_slm.runtime.reporting import run_tool
 
 SEPARATOR = "--"
@@ -56,12 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     if SEPARATOR in before:
         place = before.index(SEPARATOR)
         before, training = before[:place], before[place + 1 :]
-    parser = Parser(
-        description=__doc__,
-        usage="%(prog)s --directory DIR [--kills N] [...] -- TRAINING ARGUMENTS",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=__doc__, usage="%(prog)s --directory DIR [--kills N] [...] -- TRAINING ARGUMENTS")
     add = parser.add_argument
     add("--directory", type=expand_user, required=True, help="new or empty directory for both runs and their logs")
     add("--kills", type=int, default=10, help="number of kills")
@@ -108,7 +104,8 @@ def soak(argv: Sequence[str]) -> Soak:
     result.problems = differences(directory / KILLED, directory / UNDISTURBED, steps)[:SHOWN_PROBLEMS]
     console.print(_summary(result, time.monotonic() - began), markup=False)
     if arguments.output is not None:
-        write_text(arguments.output, json.dumps(result.record(), indent=1) + "\n", "--output", is_ours=_is_result)
+        is_result = partial(is_json_of, kind="soak")
+        write_text(arguments.output, json.dumps(result.record(), indent=1) + "\n", "--output", is_ours=is_result)
     return result
 
 
@@ -217,12 +214,3 @@ def kill_tree(pid: int) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(family[1:], timeout=10)
-
-
-def _is_result(path: Path) -> bool:
-    try:
-        check_regular(path)
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == "soak"

@@ -7,6 +7,7 @@ replaced; with ``is_ours``, only those that the predicate accepts.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -101,6 +102,16 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def is_json_of(path: Path, kind: str) -> bool:
+    """Return whether a file is a JSON object with this ``kind``, as results of this program are."""
+    try:
+        check_regular(path)
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == kind
+
+
 def check_output_prefix(prefix: str, flag: str, *, directory_allowed: bool = False) -> None:
     """Raise ConfigError if suffixes cannot be appended to an output prefix.
 
@@ -157,3 +168,8 @@ def free_space(path: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None
+
+
+def format_size(size: int) -> str:
+    """Format a number of bytes in MiB or GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -13,6 +13,8 @@ from megatron_slm.runtime.files import explained_write, write_bytes
 
 METRICS_FLAG = "--slm-metrics-file"
 EVENTS_FLAG = "--slm-events-file"
+# Metrics of a step that a repetition of it reproduces.
+REPRODUCIBLE = ("loss", "loss_all", "loss_unselected", "share_selected", "threshold", "selection", "grad_norm", "lr")
 
 
 def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
@@ -42,22 +44,20 @@ def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
 
 def evaluated_sets(path: Path | None, step: int) -> set[tuple[str, str]]:
     """Return the kind and name of every validation set and benchmark that a metrics file has after ``step``."""
-    if path is None or is_stream(path) or not path.exists():
-        return set()
     records = [record for record in read_records(path) if record["step"] == step and "set" in record]
     return {(record["kind"], record["set"]) for record in records}
 
 
 def training_record(path: Path | None, step: int) -> dict[str, Any] | None:
     """Return the newest training metrics of ``step``, or None if the file has none."""
-    if path is None or is_stream(path) or not path.exists():
-        return None
     found = [record for record in read_records(path) if record["step"] == step and record["kind"] == "train"]
     return found[-1] if found else None
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return all complete records of a metrics file."""
+def read_records(path: Path | None) -> list[dict[str, Any]]:
+    """Return all complete records of a metrics file; none if there is no file, and of a device or pipe."""
+    if path is None or is_stream(path) or not path.exists():
+        return []
     lines = path.read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if _step(line) is not None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ from megatron_slm.config.checkpoint_files import read_manifest, step_directory
 from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_regular, check_replaceable, write_text
-from megatron_slm.runtime.metrics_file import training_record
+from megatron_slm.runtime.files import check_replaceable, is_json_of, write_text
+from megatron_slm.runtime.metrics_file import REPRODUCIBLE, training_record
 from megatron_slm.training.loop import Run
 from megatron_slm.training.step_report import SampleLosses
 
 Report = dict[str, Any]
 REPORT_FLAG = "--replay-report"
+is_report = partial(is_json_of, kind="replay")
 SHOWN_SAMPLES, SHOWN_DOCUMENTS = 16, 3  # in the log; the file has all
 SHOWN_TEXT, WRITTEN_TEXT = 60, 400  # characters of the text of a sample
-COMPARED = ("loss", "loss_all", "loss_unselected", "share_selected", "threshold", "selection", "grad_norm", "lr")
 
 
 def sample_report(run: Run, sample: SampleLosses) -> Report:
@@ -45,16 +46,6 @@ def check_report_file(config: RunConfig) -> None:
     """Raise ConfigError if the file of --replay-report exists and is not a report."""
     if config.logging.replay_report is not None:
         check_replaceable(config.logging.replay_report, REPORT_FLAG, is_ours=is_report)
-
-
-def is_report(path: Path) -> bool:
-    """Return whether a file is a report of a replay."""
-    try:
-        check_regular(path)
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == "replay"
 
 
 def _summary(report: Report) -> Iterator[str]:
@@ -101,9 +92,9 @@ def _comparison(run: Run, report: Report, original: RunConfig) -> Iterator[str]:
     recorded = training_record(metrics_file(original), run.progress.step)
     if recorded is None or original.logging.log_interval != 1:
         return
-    different = [name for name in COMPARED if recorded.get(name) != report[name]]
+    different = [name for name in REPRODUCIBLE if recorded.get(name) != report[name]]
     if not different:
-        yield f"equal to {metrics_file(original)} in {', '.join(COMPARED)}"
+        yield f"equal to {metrics_file(original)} in {', '.join(REPRODUCIBLE)}"
     for name in different:
         yield f"{name} {report[name]} differs from {recorded.get(name)} in {metrics_file(original)}"
 
