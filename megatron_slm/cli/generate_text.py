@@ -75,12 +75,7 @@ def _add_decoding(add: Callable[..., argparse.Action]) -> None:
     add("--greedy", action="store_true", help="take the most probable token instead of sampling")
     add("--temperature", type=float, default=1.0, help="divisor of the logits before sampling")
     add("--top-k", type=int, default=0, help="sample among the k most probable tokens; 0 for all")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample among the most probable tokens with this total probability",
-    )
+    add("--top-p", type=float, default=1.0, help="sample among the most probable tokens with this total probability")
     add("--seed", type=int, default=1234, help="seed of sampling; the text depends on it, not on batch or layout")
     add("--ignore-eos", action="store_true", help="continue after the end-of-document token")
     add(

@@ -45,12 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_output(add: Callable[..., argparse.Action]) -> None:
-    add(
-        "--output-prefix",
-        type=expand_user,
-        required=True,
-        help="path prefix of the corpus; _sft_document is appended",
-    )
+    add("--output-prefix", type=expand_user, required=True, help="path prefix of the corpus; _sft_document is appended")
     add("--workers", type=int, default=1, help="number of tokenization processes [1]")
 
 

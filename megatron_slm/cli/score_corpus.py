@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_slm.cli.layout import add_checkpoint_flags
+from megatron_slm.cli.layout import add_checkpoint_flags, add_communication_flags, start_ranks
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
@@ -93,12 +93,7 @@ def _add_distributed(add: Callable[..., argparse.Action]) -> None:
     add("--tensor-model-parallel-size", type=int, default=1, help="degree of tensor model parallelism")
     add("--pipeline-model-parallel-size", type=int, default=1, help="degree of pipeline model parallelism")
     add("--sequence-parallel", action="store_true", help="enable sequence parallelism")
-    add(
-        "--distributed-backend",
-        choices=("nccl", "gloo"),
-        help="backend of torch.distributed; default nccl on GPUs, gloo on CPUs",
-    )
-    add("--distributed-timeout-minutes", type=int, default=10, help="timeout in minutes of collective operations")
+    add_communication_flags(add)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,10 +106,8 @@ def score(arguments: argparse.Namespace) -> None:
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.data.datasets import parse_blend
     from megatron_slm.reference.scoring import ScoringJob, reference_config, score_corpora
-    from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_first_rank
     from megatron_slm.runtime.console import make_console
-    from megatron_slm.runtime.groups import ParallelLayout
 
     launch = read_launch()
     corpora = parse_blend(arguments.data_path)[0]
@@ -139,11 +132,7 @@ def score(arguments: argparse.Namespace) -> None:
         verify_checksums=arguments.slm_verify_checksums,
     )
     job.check_values()
-    groups = process.start(
-        ParallelLayout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size),
-        backend=arguments.distributed_backend,
-        timeout_minutes=arguments.distributed_timeout_minutes,
-    )
+    groups = start_ranks(job.parallel, arguments)
     tokenizer = find_tokenizer(on_first_rank(lambda: reference_config(job)), arguments)
     on_first_rank(lambda: check_data(job.corpora, tokenizer))
     score_corpora(job, tokenizer, groups, make_console(launch.rank == 0))
