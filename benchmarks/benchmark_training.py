@@ -194,10 +194,10 @@ class Measurement:
         self.loop = None if variant.loop is None else variant.loop(self.run)
         self.seconds: list[float] = []
         self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
-        state, reference = self.run.state, self.run.reference
+        state = self.run.state
         state.optimizer_step = self._timed("optimizer", state.optimizer_step)
         state.optimizer.step = self._timed("optimizer", state.optimizer.step)  # of the bare loop
-        reference.score = self._timed("reference", reference.score)
+        self.run.reference = self._timed("reference", self.run.reference)
 
     def _timed(self, phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
@@ -230,6 +230,7 @@ class Measurement:
             next_ratio=ratio,
             reference=run.reference,
         )
+        run.state.scheduler.step(increment=run.shape.global_batch_size)
         self.phases["ranking"] += step.seconds_ranking or 0.0
 
     def reset(self) -> None:

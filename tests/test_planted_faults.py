@@ -236,8 +236,8 @@ FAULTS = [
     Fault(
         "sums over data-parallel ranks without context-parallel ones",
         "training/metrics.py",
-        "dist.all_reduce(sums, group=groups.dp_cp)",
-        "dist.all_reduce(sums, group=groups.dp)",
+        "all_reduce_sum(sums, groups.dp_cp)",
+        "all_reduce_sum(sums, groups.dp)",
         ("training/test_layouts.py::test_context_parallel_agrees",),
     ),
     Fault(

@@ -8,12 +8,9 @@ from megatron_slm.data.batches import MicroBatch
 from megatron_slm.objective.tokens import ReferenceScores
 
 
-class SidecarScores:
-    """Implement a reference source without a model: micro-batches contain the scores of their labels."""
-
-    def score(self, micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
-        """Return reference losses and optionally entropies, one entry per micro-batch, on every rank."""
-        return [_micro_batch_scores(batch) for batch in micro_batches]
+def sidecar_scores(micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
+    """Return the scores in the micro-batches: reference losses and optionally entropies, on every rank."""
+    return [_micro_batch_scores(batch) for batch in micro_batches]
 
 
 def _micro_batch_scores(batch: MicroBatch) -> ReferenceScores:

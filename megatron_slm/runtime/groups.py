@@ -76,8 +76,3 @@ class Groups:
     @property
     def is_logging_rank(self) -> bool:
         return self.rank == 0
-
-    @property
-    def last_stage_rank(self) -> int:
-        """Return the global rank of the last stage of this rank's pipeline."""
-        return torch.distributed.get_global_rank(self.pp, self.pp_size - 1)

@@ -205,11 +205,7 @@ def _with_megatron_content(content: dict[str, Any], state: TrainState, config: R
     return {
         name: {**part, **additional_entries(part)} if name.startswith("model") else part
         for name, part in content.items()
-    } | {
-        "args": arguments,
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": progress.step,
-    }
+    } | {"args": arguments, "checkpoint_version": CHECKPOINT_VERSION, "iteration": progress.step}
 
 
 def plain_chunks(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

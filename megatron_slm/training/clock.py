@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 
@@ -16,15 +16,8 @@ class Schedule:
     eval_interval: int | None = None
     save_interval: int | None = None
 
-    def evaluations_left(self, step: int) -> int:
-        """Return the number of evaluations after ``step``, including the final one."""
-        return self._left(step, self.eval_interval)
-
-    def saves_left(self, step: int) -> int:
-        """Return the number of checkpoints after ``step``, including the final one."""
-        return self._left(step, self.save_interval)
-
-    def _left(self, step: int, interval: int | None) -> int:
+    def left(self, step: int, interval: int | None) -> int:
+        """Return the number of evaluations or saves at an interval after ``step``, including the final one."""
         if step >= self.iterations:
             return 0
         if interval is None:
@@ -54,17 +47,13 @@ class StepClock:
         self._steps_since_log += 1
         self._last = now
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Count the time of the block as an evaluation, not as part of a step."""
-        with self._timed(self._evaluations):
-            yield
+        return self._timed(self._evaluations)
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> AbstractContextManager[None]:
         """Count the time of the block as a save, not as part of a step."""
-        with self._timed(self._saves):
-            yield
+        return self._timed(self._saves)
 
     def seconds_per_step(self) -> float:
         """Return the mean step time in seconds since the last call."""
@@ -77,8 +66,8 @@ class StepClock:
         schedule = self._schedule
         return (
             self._steps.value * (schedule.iterations - step)
-            + self._evaluations.value * schedule.evaluations_left(step)
-            + self._saves.value * schedule.saves_left(step)
+            + self._evaluations.value * schedule.left(step, schedule.eval_interval)
+            + self._saves.value * schedule.left(step, schedule.save_interval)
         )
 
     @contextmanager

@@ -18,7 +18,7 @@ from megatron_slm.runtime.console import Advance, progress
 from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.state import TrainState
-from megatron_slm.training.step import NoReference, StepPasses
+from megatron_slm.training.step import StepPasses, no_reference
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _evaluate_set(
         if must_stop():
             return None
         micro_batches = next(stream)
-        passes = StepPasses(state.model_chunks, micro_batches, NoReference().score(micro_batches))
+        passes = StepPasses(state.model_chunks, micro_batches, no_reference(micro_batches))
         parts += [result.sums for result in passes.run(all_tokens)]
         for batch in micro_batches:
             size += state.label_bytes.count(batch)

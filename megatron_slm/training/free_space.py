@@ -10,7 +10,7 @@ from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.model.size import padded_vocab_size, parameter_count
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import free_space
+from megatron_slm.runtime.files import format_size, free_space
 from megatron_slm.training.save_directory import leftovers
 from megatron_slm.training.start import Start
 
@@ -81,8 +81,3 @@ def kept_checkpoints(checkpoint: CheckpointConfig, iterations: int) -> int:
         return saves
     kept = (checkpoint.keep_last or 1) + 1 + (iterations // retained if retained is not None else 0)
     return min(saves, kept)
-
-
-def format_size(size: int) -> str:
-    """Format a number of bytes in MiB or GiB."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

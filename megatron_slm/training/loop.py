@@ -221,24 +221,19 @@ def one_step(run: Run, stream: BatchStream, observer: StepObserver) -> Step | No
     progress = run.progress
     if progress.step + 1 in run.config.training.iterations_to_skip:
         next(stream)
-        run.state.scheduler.step(increment=run.shape.global_batch_size)
         run.console.print(f"step {progress.step + 1} is skipped (--iterations-to-skip)")
         _advance(run)
         return None
     ratio, next_ratio = (selection_ratio(run.config.objective, progress.step + ahead) for ahead in (0, 1))
     step = train_step(
-        run.state,
-        next(stream),
-        ratio=ratio,
-        next_ratio=next_ratio,
-        reference=run.reference,
-        observer=observer,
+        run.state, next(stream), ratio=ratio, next_ratio=next_ratio, reference=run.reference, observer=observer
     )
     _advance(run)
     return step
 
 
 def _advance(run: Run) -> None:
+    run.state.scheduler.step(increment=run.shape.global_batch_size)
     run.progress.step += 1
     run.progress.consumed_samples += run.shape.global_batch_size
 

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size, training_flops_per_token
 from megatron_slm.objective.selective_loss import SelectiveLoss
 from megatron_slm.objective.tokens import TokenBatch, diverged_tokens
+from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
 from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.groups import Groups
 
@@ -65,8 +65,7 @@ class TokenSums:
         """Return the sums over all micro-batches and data-parallel ranks, broadcast to every pipeline stage."""
         total = TokenSums.add(parts, groups.device)
         for sums in (total.values, total.fingerprint):
-            dist.all_reduce(sums, group=groups.dp_cp)
-            dist.broadcast(sums, groups.last_stage_rank, group=groups.pp)
+            broadcast_from_last_stage(all_reduce_sum(sums, groups.dp_cp), groups.pp)
         return total
 
     @staticmethod

@@ -10,8 +10,9 @@ from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
 from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
-from megatron_slm.training.free_space import checkpoint_bytes, format_size, kept_checkpoints
-from megatron_slm.training.preflight import default_device, device_memory, gib, least_memory
+from megatron_slm.runtime.files import format_size
+from megatron_slm.training.free_space import checkpoint_bytes, kept_checkpoints
+from megatron_slm.training.preflight import default_device, device_memory, least_memory
 
 
 def print_plan(console: Console, config: RunConfig, vocab_size: int, world_size: int) -> None:
@@ -69,7 +70,7 @@ def _checkpoints(config: RunConfig, vocab_size: int) -> str:
 def _memory(config: RunConfig, vocab_size: int) -> str:
     needed, available = least_memory(config, vocab_size), device_memory(default_device())
     excess = ", insufficient" if needed > available else ""
-    return f"at least {gib(needed)} (this machine: {gib(available)}{excess})"
+    return f"at least {format_size(needed)} (this machine: {format_size(available)}{excess})"
 
 
 def _reference(config: RunConfig) -> str:

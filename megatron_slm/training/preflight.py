@@ -20,6 +20,7 @@ from megatron_slm.objective.selection.policy import (
     parse_policy,
 )
 from megatron_slm.runtime.errors import ConfigError, refuse
+from megatron_slm.runtime.files import format_size
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,7 @@ def _score_violations(config: RunConfig) -> Iterator[str]:
     policy = parse_policy(objective.slm_score)
     if not selects_tokens(config):
         return
-    needed = needs_reference_loss(policy) or needs_reference_entropy(policy)
-    if needed and reference.reference_load is None and not reference.reference_scores:
+    if needs_reference(config) and reference.reference_load is None and not reference.reference_scores:
         yield (
             f"--slm-score {objective.slm_score!r} needs a reference model. Specify its checkpoint with "
             "--reference-load or sidecars of its scores with --reference-scores, or use the score token-loss or "
@@ -58,6 +58,19 @@ def _score_violations(config: RunConfig) -> Iterator[str]:
             "selected share, which is known before the backward pass only with --slm-scope global-batch. Use that "
             "scope, or a score with one term."
         )
+
+
+def reference_needs(config: RunConfig) -> tuple[bool, bool]:
+    """Return whether the score needs reference losses and reference entropies."""
+    if not selects_tokens(config):
+        return False, False
+    policy = parse_policy(config.objective.slm_score)
+    return needs_reference_loss(policy), needs_reference_entropy(policy)
+
+
+def needs_reference(config: RunConfig) -> bool:
+    """Return whether the score needs reference losses or entropies."""
+    return any(reference_needs(config))
 
 
 def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:
@@ -74,7 +87,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
     from megatron_slm.reference.replica import check_reference
     from megatron_slm.scores.sets import verify_scores
     from megatron_slm.training.benchmarks import read_benchmarks
-    from megatron_slm.training.setup import needs_reference, score_headers
+    from megatron_slm.training.setup import score_headers
 
     refuse(list(unwritable_outputs(config)))
     check_corpora(config.data, tokenizer)
@@ -98,15 +111,12 @@ def _check_index_memory(config: RunConfig) -> None:
     import psutil
 
     batch, memory = config.training.global_batch_size, psutil.virtual_memory().total
-    for flag, steps in (
-        ("--train-iters", config.training.train_iters),
-        ("--eval-iters", config.logging.eval_iters),
-    ):
+    for flag, steps in (("--train-iters", config.training.train_iters), ("--eval-iters", config.logging.eval_iters)):
         size = steps * batch * BYTES_PER_SAMPLE
         if size > memory:
             raise ConfigError(
-                f"{flag} {steps} x --global-batch-size {batch} samples need an index of {gib(size)}, and this machine "
-                f"has {gib(memory)}. Reduce the number of samples."
+                f"{flag} {steps} x --global-batch-size {batch} samples need an index of {format_size(size)}, and this "
+                f"machine has {format_size(memory)}. Reduce the number of samples."
             )
 
 
@@ -134,9 +144,9 @@ def check_memory(config: RunConfig, vocab_size: int, device: torch.device) -> No
     if needed > available:
         mask = mask_bytes(config)
         raise ConfigError(
-            f"each rank needs at least {gib(needed)} for weights, gradients and one layer's activations"
-            f"{f', {gib(mask)} of it for the document mask' if mask else ''}, and this "
-            f"{'GPU' if device.type == 'cuda' else 'machine'} has {gib(available)}. Use a smaller model or "
+            f"each rank needs at least {format_size(needed)} for weights, gradients and one layer's activations"
+            f"{f', {format_size(mask)} of it for the document mask' if mask else ''}, and this "
+            f"{'GPU' if device.type == 'cuda' else 'machine'} has {format_size(available)}. Use a smaller model or "
             f"--micro-batch-size, or more tensor{', context' if mask else ''} or pipeline parallelism."
         )
 
@@ -178,8 +188,3 @@ def mask_bytes(config: RunConfig) -> int:
     training, length = config.training, config.model.seq_length
     queries = training.micro_batch_size * length // config.parallel.context_parallel_size
     return (2 if training.bf16 else 4) * queries * length if config.data.reset_attention_mask else 0
-
-
-def gib(size: int) -> str:
-    """Format a number of bytes in GiB."""
-    return f"{size / 2**30:,.1f} GiB"

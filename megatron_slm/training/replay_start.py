@@ -9,12 +9,7 @@ from megatron_slm.config.checkpoint_files import MANIFEST_FILE
 from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.training.save_directory import (
-    belongs_to,
-    holds_checkpoints,
-    outside_origin,
-    read_record,
-)
+from megatron_slm.training.save_directory import belongs_to, holds_checkpoints, outside_origin, read_record
 
 REPLAY_FLAG = "--replay-step"
 

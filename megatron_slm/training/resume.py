@@ -99,9 +99,7 @@ def _find(checkpoint: Checkpoint) -> CheckpointSource:
 
 def _read(source: CheckpointSource, config: RunConfig) -> tuple[Manifest, RunConfig, DataRecord]:
     """Return the manifest, configuration and data record of a checkpoint. Collective over all ranks."""
-    return on_first_rank(
-        lambda: (source.manifest(), source.config_over(config), DataRecord.read(source.directory)),
-    )
+    return on_first_rank(lambda: (source.manifest(), source.config_over(config), DataRecord.read(source.directory)))
 
 
 def _compare(
@@ -199,13 +197,7 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
 
 
 def _load(
-    flag: str,
-    directory: Path,
-    state: TrainState,
-    config: RunConfig,
-    saved: Shapes,
-    *,
-    same_layout: bool,
+    flag: str, directory: Path, state: TrainState, config: RunConfig, saved: Shapes, *, same_layout: bool
 ) -> dict[str, Any]:
     """Load weights, random states, the selection state, and all common (unsharded) state."""
     request = weight_request(plain_chunks(state.model_chunks), saved)

@@ -16,11 +16,11 @@ from megatron_slm.data.usage import format_usage
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.objective.selection.config import SelectionConfig
-from megatron_slm.objective.selection.policy import needs_reference_entropy, needs_reference_loss, parse_policy
+from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
 from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
-from megatron_slm.reference.sidecar import SidecarScores
+from megatron_slm.reference.sidecar import sidecar_scores
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
@@ -33,12 +33,8 @@ from megatron_slm.training.fallback import verified_start
 from megatron_slm.training.free_space import check_start_space
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
-from megatron_slm.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    set_schedule_length,
-    wrap_data_parallel,
-)
+from megatron_slm.training.optimizer import build_optimizer, build_scheduler, set_schedule_length, wrap_data_parallel
+from megatron_slm.training.preflight import needs_reference, reference_needs
 from megatron_slm.training.resume import resume
 from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder, continue_orders, repetition_report
@@ -46,7 +42,7 @@ from megatron_slm.training.sinks import open_sinks
 from megatron_slm.training.spikes import SpikeDetector
 from megatron_slm.training.start import Start, plan_start, prepare_save
 from megatron_slm.training.state import TrainState
-from megatron_slm.training.step import NoReference, ReferenceSource
+from megatron_slm.training.step import ReferenceSource, no_reference
 
 
 def parallel_layout(config: RunConfig) -> ParallelLayout:
@@ -117,7 +113,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     config = with_settings(config, {"train_iters": length.iterations})
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(state.scheduler, config, length)
-    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (NoReference(), None)
+    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
@@ -236,7 +232,7 @@ def score_headers(config: RunConfig, tokenizer: Tokenizer) -> Headers:
     Raises:
         ConfigError: a sidecar is missing, damaged, unfinished, or does not match the run.
     """
-    needs_loss, needs_entropy = _needs(config)
+    needs_loss, needs_entropy = reference_needs(config)
     if not (needs_loss or needs_entropy) or not config.reference.reference_scores:
         return {}
     return check_scores(config.reference, config.data, tokenizer, with_entropy=needs_entropy)
@@ -248,7 +244,7 @@ def _open_scores(config: RunConfig, headers: Headers) -> ScoreSet | None:
         return None
     if config.checkpoint.slm_verify_checksums:
         verify_scores(headers)
-    with_entropy = _needs(config)[1]
+    with_entropy = reference_needs(config)[1]
     return on_every_rank(lambda: open_scores(config.reference, headers, config.data, with_entropy=with_entropy))
 
 
@@ -257,27 +253,14 @@ def find_reference(config: RunConfig, headers: Headers) -> str | None:
     return reference_identity(config.reference, headers) if needs_reference(config) else None
 
 
-def needs_reference(config: RunConfig) -> bool:
-    """Return whether the score needs reference losses or entropies."""
-    return any(_needs(config))
-
-
-def _needs(config: RunConfig) -> tuple[bool, bool]:
-    """Return whether reference losses and reference entropies are needed."""
-    if not selects_tokens(config):
-        return False, False
-    policy = parse_policy(config.objective.slm_score)
-    return needs_reference_loss(policy), needs_reference_entropy(policy)
-
-
 def _build_reference(
     config: RunConfig, tokenizer: Tokenizer, groups: Groups
 ) -> tuple[ReferenceSource, RunConfig | None]:
     """Build the reference source; also return the reference model's configuration if it runs in every step."""
-    needs_loss, needs_entropy = _needs(config)
+    needs_loss, needs_entropy = reference_needs(config)
     if not (needs_loss or needs_entropy):
-        return NoReference(), None
+        return no_reference, None
     if config.reference.reference_scores:
-        return SidecarScores(), None
+        return sidecar_scores, None
     replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)
-    return replica, replica.config
+    return replica.score, replica.config

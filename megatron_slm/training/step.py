@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,19 +24,13 @@ from megatron_slm.runtime.process import preserved_random_state
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.state import TrainState
 
-
-class ReferenceSource(Protocol):
-    """Provide reference scores."""
-
-    def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[ReferenceScores | None]:
-        """Return one entry per micro-batch on the last pipeline stage. Collective over all ranks."""
+# Returns one entry per micro-batch on the last pipeline stage. Collective over all ranks.
+ReferenceSource = Callable[[Sequence[MicroBatch]], Sequence[ReferenceScores | None]]
 
 
-class NoReference:
+def no_reference(micro_batches: Sequence[MicroBatch]) -> list[None]:
     """Implement the reference source for scores that do not need a reference model."""
-
-    def score(self, micro_batches: Sequence[MicroBatch]) -> Sequence[ReferenceScores | None]:
-        return [None] * len(micro_batches)
+    return [None] * len(micro_batches)
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ def train_step(
     reference: ReferenceSource,
     observer: StepObserver | None = None,
 ) -> Step:
-    """Run one optimizer step on a global batch. Collective over all ranks.
+    """Run one optimizer step on a global batch, without advancing the schedule. Collective over all ranks.
 
     Args:
         ratio: selection ratio of this step.
@@ -178,7 +172,7 @@ def train_step(
         DivergedError: the observer ends the run, equally on every rank.
     """
     state.zero_grad()
-    passes = StepPasses(state.model_chunks, micro_batches, reference.score(micro_batches))
+    passes = StepPasses(state.model_chunks, micro_batches, reference(micro_batches))
     start = time.perf_counter()
     ranked = state.selection.begin_step(ratio, next_ratio, passes.ranking_pass)
     seconds_ranking = time.perf_counter() - start if ranked else None
@@ -189,8 +183,6 @@ def train_step(
     if state.auxiliary.active and not sums.selected:
         state.zero_grad()  # without selected tokens, the auxiliary gradients cannot be normalized
     lr, grad_norm = state.lr, state.gradient_norm()
-    samples = micro_batches[0].tokens.size(0) * len(micro_batches) * state.groups.dp_size
     if (observer or FiniteSteps()).accept(StepResults(sums, micro_batches, results), grad_norm):
         state.optimizer_step(grad_norm)
-    state.scheduler.step(increment=samples)
     return Step(sums, grad_norm, lr, seconds_ranking)

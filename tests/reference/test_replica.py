@@ -65,7 +65,7 @@ def _train_with_reference(rank: int, world_size: int, argv: list[str]) -> dict[s
     from megatron_slm.training.loop import train
 
     with _built_run(argv) as run:
-        reference = run.reference
+        reference = run.reference.__self__  # the replica
         before = [parameter.clone() for chunk in reference.chunks for parameter in chunk.parameters()]
         train(run)
         after = [parameter for chunk in reference.chunks for parameter in chunk.parameters()]

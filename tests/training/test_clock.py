@@ -28,9 +28,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     ("step", "interval", "left"),
     [(0, None, 1), (9, None, 1), (10, None, 0), (0, 4, 3), (4, 4, 2), (8, 4, 1), (9, 4, 1), (5, 5, 1), (0, 20, 1)],
 )
-def test_evaluations_left(step: int, interval: int | None, left: int) -> None:
-    assert Schedule(10, eval_interval=interval).evaluations_left(step) == left
-    assert Schedule(10, save_interval=interval).saves_left(step) == left
+def test_evaluations_and_saves_left(step: int, interval: int | None, left: int) -> None:
+    assert Schedule(10).left(step, interval) == left
 
 
 def test_steps_do_not_contain_evaluations_and_saves(fake: FakeTime) -> None:
