@@ -42,19 +42,13 @@ def train_everything(directory: Path) -> None:
 
 def curves(directory: Path) -> list[Curve]:
     """Return the held-out losses of one run, one curve per set."""
-    records = stages.read_metrics(directory, "eval")
-    found = []
-    for held_out in ("clean", "raw"):
-        evaluations = [record for record in records if record["set"] == held_out]
-        tokens = [int(str(record["tokens"])) for record in evaluations]
-        found.append(Curve(directory.name, 0, held_out, tokens, [float(str(record["loss"])) for record in evaluations]))
-    return found
+    return [Curve(directory.name, 0, name, *stages.held_out_losses(directory, name)) for name in ("clean", "raw")]
 
 
 def steps(directory: Path) -> list[tuple[int, float, float]]:
     """Return (tokens, loss of selected, loss of unselected) for every training step with unselected tokens."""
     return [
-        (int(str(record["tokens"])), float(str(record["loss"])), float(str(record["loss_unselected"])))
+        (record["tokens"], record["loss"], record["loss_unselected"])
         for record in stages.read_metrics(directory, "train")
         if record["loss_unselected"] is not None
     ]

