@@ -30,7 +30,4 @@ class RotaryByPosition(torch.nn.Module):
         """Return the angles [s, b, 1, d] of the position ids, or [length, 1, 1, d] without ids."""
         if self.position_ids is None:
             return self.rotary(length, **options)
-        frequencies = self.rotary.inv_freq.to(self.position_ids.device)
-        positions = self.position_ids.t()[:, :, None, None] / (self.rotary.seq_len_interpolation_factor or 1)
-        angles = positions * frequencies
-        return torch.cat((angles, angles), dim=-1)
+        return self.rotary.get_emb(length)[self.position_ids.t(), 0]
