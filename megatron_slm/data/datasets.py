@@ -19,12 +19,14 @@ from megatron_slm.data.packing import check_example_lengths
 from megatron_slm.data.samples import CorpusSamples, MockSamples, SamplesConfig
 from megatron_slm.data.splits import check_splits, effective_split, split_matrix, wants_split
 from megatron_slm.data.usage import DatasetUsage, measure_usage
-from megatron_slm.mcore.datasets import without_cache_warnings
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.logs import only_errors
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
 MOCK: Blend = (["mock data"], None)
+# Loggers that miss Megatron-Core's cache, in whose place data.index_cache is used.
+CACHE_WARNINGS = ("megatron.core.datasets.gpt_dataset", "megatron.core.datasets.blended_dataset")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class NoSamples(Dataset):
 
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
-    """Builds the datasets of a run on this rank."""
+    """Build the datasets of a run on this rank."""
 
     data: DataConfig
     tokenizer: Tokenizer
@@ -265,7 +267,7 @@ class _Builder:
 
     def _build(self, config: SamplesConfig, sizes: list[int | None]) -> list[Dataset | None]:
         kind = MockSamples if config.mock else CorpusSamples
-        with without_cache_warnings():
+        with only_errors(*CACHE_WARNINGS):
             splits: list[Dataset | None] = CorpusBuilder(kind, sizes, lambda: True, config).build()
         return splits
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +13,7 @@ from megatron_slm.evaluation.metrics import Score
 from megatron_slm.evaluation.runner import RequestRunner
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.logs import only_errors
 
 MAX_NEW_TOKENS = 256  # if a task states no limit, as in lm-eval
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names in lm-eval, first wins
@@ -78,7 +77,7 @@ class Harness:
         from lm_eval.tasks import TaskManager
 
         self._runs_code = runs_code
-        with _quiet():
+        with only_errors("lm_eval"):
             self._manager = TaskManager()
 
     def names(self) -> list[str]:
@@ -97,7 +96,7 @@ class Harness:
         """
         name = task if isinstance(task, str) else task["task"]
         try:
-            with _quiet():
+            with only_errors("lm_eval"):
                 loaded = self._manager.load([task])
         except Exception as error:  # of any library that the definition of the task uses
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -130,7 +129,7 @@ class Harness:
 
         model, results = make_harness_model(runner), list[TaskResult]()
         for loaded in tasks:
-            with _quiet():
+            with only_errors("lm_eval"):
                 found = evaluate(model, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=self._runs_code)
             results += on_first_rank(partial(_results, found))
         return results
@@ -158,15 +157,3 @@ def _scores(values: dict[str, Any], count: int) -> Iterator[tuple[str, Score]]:
         stderr = values.get(f"{metric}_stderr,{filtered}")
         name = metric if filtered == "none" else f"{metric} ({filtered})"
         yield name, Score(float(value), float(stderr) if isinstance(stderr, int | float) else None, count)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Show only errors of lm-eval while the block runs."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

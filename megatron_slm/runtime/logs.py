@@ -40,6 +40,20 @@ def open_log(directory: str | None, rank: int) -> logging.Handler | None:
 
 
 @contextmanager
+def only_errors(*names: str) -> Iterator[None]:
+    """Suppress warnings of loggers within the block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def logging_to(handler: logging.Handler | None) -> Iterator[None]:
     """Write the log records of the block and its error, if any, to ``handler``, then close it."""
     if handler is None:
