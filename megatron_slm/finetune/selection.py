@@ -9,9 +9,7 @@ the first ones in the order of the corpora (Token Cleaning, arXiv 2502.01968, wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,8 @@ from megatron_slm.config.schema import DataConfig, ReferenceConfig
 from megatron_slm.config.selection import ANSWERS, mask_name_problem
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer
 from megatron_slm.corpus.loss_masks import LossMask, check_mask, check_mask_writable, write_mask
-from megatron_slm.runtime.console import Advance, progress
+from megatron_slm.objective.selection.exact import selected_count
+from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.sets import CorpusScores, check_scores, open_scores, verify_scores
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ class CorpusSelection:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """A corpus with its answers and the scores of both models."""
+    """Hold a corpus with its answers and the scores of both models."""
 
     prefix: str
     answers: LossMask
@@ -78,11 +77,11 @@ def select_over_corpora(job: SelectionJob, tokenizer: Tokenizer) -> tuple[float,
     """
     corpora = _open(job, tokenizer)
     tokens = sum(corpus.answers.header.tokens for corpus in corpora)
-    wanted = _count(job.ratio, sum(corpus.answers.header.selected for corpus in corpora))
-    with _bar("ranking tokens", 2 * tokens) as bar:
+    wanted = selected_count(job.ratio, sum(corpus.answers.header.selected for corpus in corpora))
+    with progress("ranking tokens", 2 * tokens, "tokens") as bar:
         threshold, ties = corpus_threshold(lambda: _scores(corpora, bar.advance), wanted)
     found = []
-    with _bar("writing masks", tokens) as bar:
+    with progress("writing masks", tokens, "tokens") as bar:
         for corpus in corpora:
             chosen = _Chosen(threshold, ties)
             origin = {
@@ -169,12 +168,6 @@ def _scores(corpora: Sequence[_Corpus], advance: Callable[[float], None]) -> Ite
         yield from (scores for _, scores in corpus.parts(advance))
 
 
-def _count(ratio: float, tokens: int) -> int:
-    """Return ⌈ratio · tokens⌉ for the decimal number that the user gave."""
-    share = Fraction(str(ratio)).limit_denominator(10**9)
-    return -(-tokens * share.numerator // share.denominator)
-
-
 def _keys(scores: Scores) -> NDArray[np.int64]:
     """Return integers in [0, 2^32) in the order of the scores; -0 equals 0."""
     bits = (scores + np.float32(0)).view(np.uint32).astype(np.int64)
@@ -193,7 +186,3 @@ def _bin(counts: NDArray[np.int64], count: int) -> tuple[int, int]:
     place = int(np.searchsorted(above, count))
     number = len(counts) - 1 - place
     return number, count - int(above[place] - counts[number])
-
-
-def _bar(description: str, tokens: int) -> AbstractContextManager[Advance]:
-    return progress(description, tokens, "tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from megatron_slm.objective.selection.policy import Policy, TopK, top_ks
 from megatron_slm.objective.selection.threshold import select_highest
 from megatron_slm.objective.tokens import TokenBatch
 from megatron_slm.runtime.collective import all_reduce_sum
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def select(tokens: TokenBatch, config: SelectionConfig, ratio: float) -> Selecti
     return Selection(selected.view_as(tokens.valid), weight.view_as(tokens.valid), thresholds[0])
 
 
-def selected_count(ratio: float, n_valid: Tensor) -> Tensor:
+def selected_count(ratio: float, n_valid: Count) -> Count:
     """Return ⌈ratio · n_valid⌉ for the decimal number that the user typed, free of binary rounding; int64."""
     share = Fraction(str(ratio)).limit_denominator(10**9)
     return -(n_valid * -share.numerator // share.denominator)
