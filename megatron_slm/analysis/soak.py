@@ -29,7 +29,7 @@ LOG_TAIL = 20  # lines of a failed run that are shown
 
 
 class Attempt(Protocol):
-    """A started run, with all of its processes."""
+    """Represent a started run with all of its processes."""
 
     def exit_code(self) -> int | None:
         """Return the exit code, or None if the run is active."""

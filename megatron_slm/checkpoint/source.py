@@ -29,7 +29,7 @@ Conflict = tuple[str, str, str]  # the checkpoint's tokenizer, the run's tokeniz
 
 
 class CheckpointSource(Protocol):
-    """One checkpoint in some format. Objects are small, and can be broadcast to other ranks."""
+    """Represent one checkpoint in some format. Objects are small, and can be broadcast to other ranks."""
 
     flag: str  # the flag that names the checkpoint, for error messages
     directory: Path

@@ -31,7 +31,7 @@ from megatron_slm.checkpoint.weights import explained_load, root_cause
 
 @dataclass(frozen=True)
 class Piece:
-    """One entry on the leading axes (layers, experts) of a global tensor, to be written."""
+    """Represent one entry on the leading axes (layers, experts) of a global tensor, to be written."""
 
     key: str
     axes: tuple[int, ...]  # sizes of the leading axes

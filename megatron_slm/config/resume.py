@@ -106,7 +106,7 @@ DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting whose value differs from the checkpoint's."""
+    """Represent a setting whose value differs from the checkpoint's."""
 
     name: str
     flag: str

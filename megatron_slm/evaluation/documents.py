@@ -11,7 +11,7 @@ BITS_PER_BYTE, PERPLEXITY = "bits_per_byte", "perplexity"
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text whose log-likelihood after a context is computed."""
+    """Represent a text whose log-likelihood after a context is computed."""
 
     context: str
     text: str
@@ -24,7 +24,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text that the model continues greedily, up to a stop sequence or a number of tokens."""
+    """Represent a text that the model continues greedily, up to a stop sequence or a number of tokens."""
 
     context: str
     stop: tuple[str, ...]
@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Document:
-    """One item of a task."""
+    """Represent one item of a task."""
 
     choices: tuple[Continuation, ...] = ()  # the only one is a reference answer
     gold: int = 0  # index of the right choice
@@ -43,7 +43,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of documents and the metrics to report."""
+    """Represent a named list of documents and the metrics to report."""
 
     name: str
     documents: Sequence[Document]

@@ -27,7 +27,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """A task with the token sequences of its continuations."""
+    """Hold a task with the token sequences of its continuations."""
 
     task: Task
     requests: Sequence[ScoringRequest]  # of all choices of all documents

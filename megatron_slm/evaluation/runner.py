@@ -21,7 +21,7 @@ BATCHES = 16  # per call of the model and data-parallel rank: requests of simila
 
 
 class Stopped(Exception):
-    """The run must stop before its requests are complete."""
+    """Raised if the run must stop before its requests are complete."""
 
 
 @dataclass(frozen=True)

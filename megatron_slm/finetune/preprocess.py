@@ -80,7 +80,7 @@ class Counts:
 
 @dataclass
 class Summary(Counts):
-    """The counts of a job, with the lines that were skipped."""
+    """Hold the counts of a job, with the lines that were skipped."""
 
     skipped: int = 0
     errors: list[str] = field(default_factory=list)  # the first messages

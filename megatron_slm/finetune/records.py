@@ -21,7 +21,7 @@ KEYS = "give 'prompt' and 'completion', 'messages', 'conversations', or 'instruc
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and its completion, as plain text."""
+    """Represent a prompt and its completion, as plain text."""
 
     prompt: str
     completion: str

@@ -14,7 +14,7 @@ from megatron_slm.runtime.groups import Groups
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """A token sequence whose tokens from ``first`` on are scored; the tokens before are context."""
+    """Represent a token sequence whose tokens from ``first`` on are scored; the tokens before are context."""
 
     tokens: Sequence[int]
     first: int = 1  # at least 1: the model gives no probability for the first token

@@ -99,7 +99,7 @@ def _token_limit(model: InferenceModel, prompt: Sequence[int], decoding: Decodin
 
 
 class _Row:
-    """One prompt of a batch and its continuation."""
+    """Represent one prompt of a batch and its continuation."""
 
     def __init__(
         self,

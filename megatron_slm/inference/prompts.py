@@ -22,7 +22,7 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, its place for messages, and all keys of its line."""
+    """Represent a prompt, its place for messages, and all keys of its line."""
 
     text: str
     place: str  # "--prompt number 1" or "FILE:12"

@@ -67,7 +67,7 @@ def _shifted_tokens(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _
 
 
 class _Sequence:
-    """The sequences of a micro-batch, which context-parallel ranks may share; ``index`` [b, s] orders their tokens."""
+    """Represent the sequences of a micro-batch, which context-parallel ranks may share, ordered by ``index`` [b, s]."""
 
     def __init__(self, index: Tensor, cp_group: ProcessGroup | None) -> None:
         self.cp_group = cp_group

@@ -19,7 +19,7 @@ class ReferenceScores:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch, or several concatenated by :func:`concat_micro_batches`; all [b, s]."""
+    """Represent one micro-batch, or several concatenated by :func:`concat_micro_batches`; all [b, s]."""
 
     loss: Tensor  # fp32 token losses of the training model, with their graph
     valid: Tensor  # bool, the loss mask

@@ -59,7 +59,7 @@ IDS = torch.randint(0, SIZES["vocab_size"], (2, 48), generator=torch.Generator()
 
 @dataclass(frozen=True)
 class Published:
-    """A published model, and the logits that the transformers library computes for IDS."""
+    """Hold a published model, and the logits that the transformers library computes for IDS."""
 
     directory: Path
     logits: Tensor  # [b, s, vocabulary]

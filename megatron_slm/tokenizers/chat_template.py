@@ -30,7 +30,7 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"  # names of the templates of a token
 
 
 class TemplateError(ValueError):
-    """A template that cannot format a conversation."""
+    """Raised if a template cannot format a conversation."""
 
 
 class _Generation(Extension):
@@ -57,7 +57,7 @@ class _Undefined(jinja2.Undefined):
 
 
 class ChatTemplate:
-    """A compiled template, with the variables that the tokenizer defines.
+    """Represent a compiled template, with the variables that the tokenizer defines.
 
     Args:
         text: the template.

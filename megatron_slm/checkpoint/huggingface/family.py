@@ -17,7 +17,7 @@ LAYER, EXPERT = "{layer}", "{expert}"  # placeholders in names
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of Megatron-Core, with a leading axis for layers and one for experts, and the published tensors.
+    """Represent one tensor of Megatron-Core, with leading axes for layers and experts, and the published tensors.
 
     Attributes:
         key: Megatron-Core's global key; other layer implementations may use one of ``aliases``.
@@ -53,7 +53,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of the transformers library."""
+    """Represent one architecture of the transformers library."""
 
     model_type: str  # of config.json
     architecture: str  # class in the transformers library

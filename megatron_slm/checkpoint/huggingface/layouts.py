@@ -27,7 +27,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor that is equal in both."""
+    """Represent one tensor that is equal in both."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
@@ -38,7 +38,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Transposed:
-    """One matrix [in, out], as in GPT-2; Megatron-Core has [out, in]."""
+    """Represent one matrix [in, out], as in GPT-2; Megatron-Core has [out, in]."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0].t().contiguous()
@@ -87,7 +87,7 @@ class QueryKeyValue:
 
 @dataclass(frozen=True)
 class FusedQueryKeyValue:
-    """One tensor with all queries, then all keys, then all values on its last axis, as in GPT-2."""
+    """Represent one tensor with all queries, then all keys, then all values on its last axis, as in GPT-2."""
 
     heads: int
     width: int

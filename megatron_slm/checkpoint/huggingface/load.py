@@ -28,7 +28,7 @@ HEAD = "lm_head.weight"
 
 
 class PublishedModel:
-    """An open published model, whose tensors are read in Megatron-Core's arrangement; a context manager.
+    """Represent an open published model, whose tensors are read in Megatron-Core's arrangement; a context manager.
 
     Raises:
         ConfigError: the model is unreadable, or its tensors are not those of its configuration.

@@ -119,7 +119,7 @@ class PublishedTensors:
 
 
 class _TorchFile:
-    """A torch file of tensors, mapped into memory, with the methods of an open safetensors file."""
+    """Represent a torch file of tensors, mapped into memory, with the methods of an open safetensors file."""
 
     def __init__(self, path: Path, flag: str) -> None:
         try:

@@ -188,7 +188,7 @@ def _head_inputs(
 
 
 class _SavedChunk(NamedTuple):
-    """A chunk of all rows whose gradient is computed without its matrix product."""
+    """Hold a chunk of all rows whose gradient is computed without its matrix product."""
 
     entries: slice  # of the vocabulary shard
     logits: Tensor  # [N, w], as :meth:`ChunkMath.statistics` left them

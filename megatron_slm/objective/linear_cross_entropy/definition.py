@@ -58,7 +58,7 @@ class _WholeHidden(torch.autograd.Function):
 
 
 class _SumOverShards(torch.autograd.Function):
-    """A sum over the group whose gradient is the same on every rank already."""
+    """Sum over the group; the gradient is already the same on every rank."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: ProcessGroup | None) -> Tensor:

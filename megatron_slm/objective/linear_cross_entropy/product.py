@@ -39,7 +39,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _LinearInFp32(torch.autograd.Function):
-    """``hidden`` [..., h] times ``weight`` [w, h] transposed, with an fp32 result."""
+    """Multiply ``hidden`` [..., h] by ``weight`` [w, h] transposed, with an fp32 result."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ STOCHASTIC = "stochastic-"
 
 @dataclass(frozen=True)
 class TopK:
-    """One top-k: a score, its ratio (None: the run's), and whether Gumbel noise is added."""
+    """Represent one top-k: a score, its ratio (None: the run's), and whether Gumbel noise is added."""
 
     score: str
     ratio: float | None = None
@@ -40,7 +40,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class BooleanOp:
-    """Two selections combined by "and" or "or"."""
+    """Combine two selections by "and" or "or"."""
 
     operator: str
     left: Policy
