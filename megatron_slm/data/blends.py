@@ -31,13 +31,12 @@ def parse_blend(arguments: Sequence[str], flag: str = "--data-path") -> Blend:
         raise ConfigError(
             f"{flag} {' '.join(arguments)}: expected pairs of weight and prefix (0.3 A 0.7 B), or prefixes alone."
         )
+    merged: dict[Hashable, tuple[str, float]] = {}
     for weight, prefix in zip(weights, arguments[1::2], strict=True):
         if weight is None or not math.isfinite(weight) or weight <= 0:
             raise ConfigError(f"{flag}: the weight of {prefix} is {weight}, but must be above 0. Or omit the corpus.")
-    merged: dict[Hashable, tuple[str, float]] = {}
-    for weight, prefix in zip(weights, arguments[1::2], strict=True):
         name, sum_before = merged.get(_file_identity(prefix), (prefix, 0.0))
-        merged[_file_identity(prefix)] = name, sum_before + (weight or 0.0)
+        merged[_file_identity(prefix)] = name, sum_before + weight
     return [name for name, _ in merged.values()], [weight for _, weight in merged.values()]
 
 

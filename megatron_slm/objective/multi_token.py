@@ -24,8 +24,7 @@ from megatron_slm.runtime.collective import group_rank, group_size
 
 
 def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, head_count: int) -> list[Tensor]:
-    """Return the labels [b, s] of each MTP head; 0 beyond the sequence's end. Collective over the config's context
-    group."""
+    """Return the labels [b, s] of each MTP head; 0 beyond the sequence's end. Collective over ``config.cp_group``."""
     sequence = _Sequence(tokens.global_token_index, config.cp_group)
     return [sequence.shift_left(labels, distance) for distance in range(1, head_count + 1)]
 

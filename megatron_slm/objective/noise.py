@@ -31,8 +31,11 @@ def uniform(index: Tensor, seed: int, stream: int) -> Tensor:
 
 
 def gumbel(index: Tensor, seed: int, stream: int) -> Tensor:
-    """Return standard Gumbel noise, [...] float64; adding it to log-weights and taking the top k samples without
-    replacement (Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019)."""
+    """Return standard Gumbel noise, [...] float64.
+
+    The top k of log-weights plus this noise are a sample without replacement (Kool et al., "Stochastic Beams and Where
+    to Find Them", ICML 2019).
+    """
     return -torch.log(-torch.log(uniform(index, seed, stream)))
 
 

@@ -18,8 +18,11 @@ class ChunkMath(Protocol):
     """Arithmetic on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry."""
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
-        """Return the statistics of the chunk's rows and overwrite the logits; with ``keep``, by the
-        values from which the gradient of a saved chunk is computed."""
+        """Return the statistics of the chunk's rows, and overwrite the logits.
+
+        Args:
+            keep: overwrite them by the values from which the gradient of a saved chunk is computed.
+        """
         ...
 
     def gradient(
@@ -44,9 +47,10 @@ class ChunkMath(Protocol):
 
 
 class TorchChunkMath:
-    """Chunk arithmetic of the implementation ``chunked``; a few rows at a time, so that intermediate results remain
-    in the cache, and copies are limited to these rows. An object serves one pass and reuses the memory of these
-    copies, because allocating memory from the system costs as much as the arithmetic.
+    """Implement :class:`ChunkMath` in torch operations, a few rows at a time.
+
+    Intermediate results remain in the cache, and copies are limited to these rows. An object serves one pass and reuses
+    the memory of these copies, because allocating memory from the system costs as much as the arithmetic.
 
     A saved chunk holds exponentials relative to its rows' largest logits, or with a soft-cap the capped logits, which
     the gradient needs.

@@ -28,7 +28,7 @@ def fp32_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, h] += left [m, n] · right [n, h]; factors of one dtype, which need not be that of ``total``."""
+    """Add left [m, n] · right [n, h] to ``total`` [m, h]; the factors have one dtype, that of ``total`` or not."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

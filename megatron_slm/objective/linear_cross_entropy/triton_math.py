@@ -21,8 +21,10 @@ LARGEST_TILE = 4096  # entries of a row that one step of a program works on
 
 @dataclass(frozen=True)
 class TritonChunkMath:
-    """Arithmetic of the implementation ``triton`` as :class:`chunk_math.ChunkMath` describes it. Statistics leave the
-    logits as they are, so a saved chunk holds logits."""
+    """Implement :class:`chunk_math.ChunkMath` by Triton kernels.
+
+    Statistics do not change the logits, so a saved chunk holds logits.
+    """
 
     softcap: float | None
     dtype: torch.dtype  # of the gradient
@@ -90,7 +92,7 @@ def _warps(tile: int) -> int:
 
 @triton.jit
 def _capped(values, softcap):  # type: ignore[no-untyped-def]
-    """softcap · tanh(values / softcap), with tanh x = 2 · sigmoid 2x − 1."""
+    """Return softcap · tanh(values / softcap), with tanh x = 2 · sigmoid 2x − 1."""
     return softcap * (2.0 * tl.sigmoid(2.0 * values / softcap) - 1.0)
 
 

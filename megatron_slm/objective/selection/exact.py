@@ -79,11 +79,10 @@ def combine_masks(policy: Policy, masks: Iterator[Tensor]) -> Tensor:
 
 
 def mixed_weight(weight: Tensor, valid: Tensor, share: Tensor, mix: float) -> Tensor:
-    """Return the weight of each token's loss with a mix m,
+    """Return the weight of each token's loss with a mix m; the sum over a ranking is the number of selected tokens.
 
-        (1 − m) · selectedᵢ  +  m · (selected ÷ valid, of the ranking) · validᵢ,
-
-    whose sum over a ranking is still the number of selected tokens."""
+    (1 − m) · selectedᵢ  +  m · (selected ÷ valid, of the ranking) · validᵢ
+    """
     return (1 - mix) * weight + mix * share * valid.float()
 
 

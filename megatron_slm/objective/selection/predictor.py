@@ -172,8 +172,7 @@ class ThresholdPredictor:
         self.predicted_ratio = float(self.values[-1, 0])
 
     def _counts(self, tokens: TokenBatch, selected: Tensor, predicted: PredictedThreshold | None) -> tuple[Tensor, ...]:
-        """Return the numbers of valid tokens [1], selected tokens [1] and tokens that reach each threshold [t], int64
-        and over all ranks."""
+        """Return the valid [1] and selected [1] tokens, and those above each threshold [t], int64 over all ranks."""
         n_reached = torch.zeros(len(self.top_ks), dtype=torch.int64, device=self.values.device)
         if predicted is not None:
             n_reached = torch.stack([mask.sum() for mask in predicted_masks(tokens, self.config, predicted)])
@@ -183,8 +182,11 @@ class ThresholdPredictor:
     def _exact_thresholds(
         self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor, corrected: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the exact thresholds of each top-k for two shares of the valid tokens, [t] float64; and for the second
-        share, how many of the scores equal to its threshold belong to it, and their number, [t] int64."""
+        """Return the exact thresholds of each top-k for two shares of the valid tokens, [t] float64.
+
+        For the second share, also return how many of the scores equal to its threshold belong to it, and the number of
+        such scores, [t] int64.
+        """
         count = (torch.cat((shares, corrected)) * n_valid).round().long().clamp(min=1).minimum(n_valid)
         scores = torch.stack([ranking_scores(tokens, self.config, top_k).flatten() for top_k in self.top_ks])
         valid = tokens.valid.reshape(1, -1).expand(len(count), -1)
