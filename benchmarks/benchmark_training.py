@@ -229,6 +229,7 @@ class Measurement:
             ratio=ratio,
             next_ratio=ratio,
             reference=run.reference,
+            observer=lambda step, grad_norm: not step.sums.diverged,
         )
         run.state.scheduler.step(increment=run.shape.global_batch_size)
         self.phases["ranking"] += step.seconds_ranking or 0.0

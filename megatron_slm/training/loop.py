@@ -98,7 +98,7 @@ class _Loop:
         self.clock.start()
         try:
             while run.progress.step < self.iterations and not self.stop.agreed():
-                if (trained := one_step(run, stream, self.monitor)) is not None:
+                if (trained := one_step(run, stream, self.monitor.accept)) is not None:
                     self.unlogged.append(trained)
                 self.clock.tick()
                 self.saver.poll()

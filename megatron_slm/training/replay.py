@@ -107,11 +107,11 @@ def replay(run: Run, original: RunConfig, signals: StopSignals | None = None) ->
                 if stop.agreed():
                     run.console.print(f"stopping before the replayed step: {stop.reason}")
                     return
-                one_step(run, stream, monitor)
+                one_step(run, stream, monitor.accept)
                 bar.advance()
         observer = _Observer(run.state)
         with _rank_gradient_norms(run) as rank_norms:
-            step = one_step(run, stream, observer)
+            step = one_step(run, stream, observer.accept)
             assert step is not None, "the step is not skipped, see config.relations"
     finally:
         stream.close()

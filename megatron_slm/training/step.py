@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from megatron_slm.objective.multi_token import mtp_labels, multi_token_loss
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.objective.selective_loss import selective_loss
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch, concat_micro_batches
-from megatron_slm.runtime.errors import DivergedError
 from megatron_slm.runtime.process import preserved_random_state
 from megatron_slm.training.metrics import TokenSums
 from megatron_slm.training.state import TrainState
@@ -61,25 +58,9 @@ class StepResults:
     results: Sequence[MicroBatchResult]  # one per micro-batch on the last pipeline stage, none elsewhere
 
 
-class StepObserver(Protocol):
-    """Examine the losses and gradients of a step before its update."""
-
-    def accept(self, step: StepResults, grad_norm: float) -> bool:
-        """Return whether the weights are updated, equally on every rank. Collective over all ranks.
-
-        Args:
-            step: results of the step.
-            grad_norm: norm of all gradients; NaN or infinite also if losses are.
-        """
-
-
-class FiniteSteps:
-    """Implement an observer that ends the run if a loss or gradient is NaN or infinite."""
-
-    def accept(self, step: StepResults, grad_norm: float) -> bool:
-        if step.sums.diverged or not math.isfinite(grad_norm):
-            raise DivergedError(f"{step.sums.diverged} losses are NaN or infinite; the gradient norm is {grad_norm}.")
-        return True
+# Decides whether the weights are updated, from the results and the gradient norm of a step (NaN or infinite also if
+# losses are); equally on every rank. Collective over all ranks.
+StepObserver = Callable[[StepResults, float], bool]
 
 
 def selection_ratio(config: ObjectiveConfig, step: int) -> float:
@@ -159,14 +140,14 @@ def train_step(
     ratio: float,
     next_ratio: float,
     reference: ReferenceSource,
-    observer: StepObserver | None = None,
+    observer: StepObserver,
 ) -> Step:
     """Run one optimizer step on a global batch, without advancing the schedule. Collective over all ranks.
 
     Args:
         ratio: selection ratio of this step.
         next_ratio: selection ratio of the next step.
-        observer: decides on the update; default :class:`FiniteSteps`.
+        observer: decides on the update.
 
     Raises:
         DivergedError: the observer ends the run, equally on every rank.
@@ -183,6 +164,6 @@ def train_step(
     if state.auxiliary.active and not sums.selected:
         state.zero_grad()  # without selected tokens, the auxiliary gradients cannot be normalized
     lr, grad_norm = state.lr, state.gradient_norm()
-    if (observer or FiniteSteps()).accept(StepResults(sums, micro_batches, results), grad_norm):
+    if observer(StepResults(sums, micro_batches, results), grad_norm):
         state.optimizer_step(grad_norm)
     return Step(sums, grad_norm, lr, seconds_ranking)
