@@ -29,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_corpus(tmp_path_factory.mktemp("optimizers") / "corpus", 1)
 
 
-SCHEDULE = ["--lr-warmup-iters", "1", "--lr-decay-style", "cosine", "--eval-iters", "0"]
+SCHEDULE = ["--lr-warmup-iters", "1", "--lr-decay-style", "cosine", "--eval-iters", "0", "--num-layers", "1"]
 
 
 @pytest.fixture(scope="module")

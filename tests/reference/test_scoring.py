@@ -46,7 +46,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scoring")
     corpus = make_corpus(directory / "corpus", 1, documents=12)
     other = make_corpus(directory / "other", 2)
-    launch_each([command(corpus, directory / "rm", train_iters=40), command(other, directory / "base", train_iters=8)])
+    models = ((corpus, "rm", 40), (other, "base", 8))
+    launch_each([command(text, directory / name, train_iters=n, num_layers=2) for text, name, n in models])
     return directory
 
 

@@ -51,6 +51,7 @@ class Job:
         settings = {
             "load": save,
             "train_iters": STEPS,
+            "num_layers": 1,
             "save_interval": 2,
             "exit_signal_handler": True,
             "objective": "slm",

@@ -31,14 +31,14 @@ MASKED = {*range(8), *range(20, 24), *range(28, 32), *range(32, 48)}
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("odd")
-    launch(command(make_corpus(directory / "corpus", 1), directory / "rm", train_iters=3))
+    launch(command(make_corpus(directory / "corpus", 1), directory / "rm", train_iters=3, num_layers=1))
     return directory
 
 
 def slm(directory: Path, name: str, dp: int, *more: str, **flags: Any) -> list[str]:
     corpus = str(directory / "corpus_text_document")
-    settings = {"objective": "slm", "reference_load": directory / "rm", "train_iters": 4, "eval_iters": 0, **flags}
-    return [*command(corpus, directory / name, dp=dp, **settings), *more]
+    settings = {"objective": "slm", "reference_load": directory / "rm", "train_iters": 4, "num_layers": 1, **flags}
+    return [*command(corpus, directory / name, dp=dp, eval_iters=0, **settings), *more]
 
 
 def _main(rank: int, world_size: int, argv: list[str], masks: bool, losses: dict[str, float]) -> tuple[int, str]:

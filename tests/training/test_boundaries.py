@@ -56,7 +56,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def argv(workspace: Path, flag: str, value: str) -> list[str]:
     """Return the command of a one-step run with a flag value and the flags it requires."""
-    arguments = command(str(workspace / "corpus_text_document"), train_iters=1)
+    arguments = command(str(workspace / "corpus_text_document"), train_iters=1, num_layers=1)
     if flag.startswith("--slm-"):
         arguments += ["--objective", "slm", "--slm-score", "token-loss"]
     return [*arguments, *WITH.get(flag, []), f"{flag}={value}"]

@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def resumed(corpus: str, save: Path, *, override: bool = False, **flags: Any) -> list[str]:
     """Return the command of a run that resumes itself; ``override`` permits another schedule length."""
-    argv = command(corpus, save, load=save, eval_iters=0, **flags)
+    argv = command(corpus, save, load=save, eval_iters=0, num_layers=1, **flags)
     return [*argv, "--override-opt_param-scheduler"] if override else argv
 
 

@@ -178,6 +178,7 @@ def test_selected_share_is_stable_through_warm_up_and_resume(workspace: Path) ->
         "use_distributed_optimizer": True,
         "dp": 2,
         "micro": 4,
+        "num_layers": 1,
     }
     rate = ["--lr", "1e-3"]
     launch([*slm(workspace, "held", **flags, exit_interval=60), *rate], 2)

@@ -38,7 +38,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sidecars")
     one, two = make_corpus(directory / "one", 1), make_corpus(directory / "two", 2)
     models = (("rm", two, 4), ("other", one, 2), ("base", one, 3))
-    launch_each([command(corpus, directory / name, train_iters=steps) for name, corpus, steps in models])
+    launch_each([command(corpus, directory / name, train_iters=steps, num_layers=2) for name, corpus, steps in models])
     jobs = [
         _job(directory, "rm", "rm", [one, two], with_entropy=True),
         _job(directory, "other", "other", [one, two], with_entropy=True),
@@ -71,6 +71,7 @@ def slm(directory: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1
         "reference_scores": ["rm", "other"],
         "reference_combine": "min",
         "train_iters": 3,
+        "num_layers": 2,
         "load": directory / "base",
         "finetune": True,
         "tensor_model_parallel_size": tp,
@@ -108,7 +109,8 @@ def test_weights_choose_the_reference_model(workspace: Path) -> None:
 
 def test_sidecars_add_no_flops(workspace: Path) -> None:
     """FLOP/s of a run with sidecars equal those of CLM."""
-    launch(command(str(workspace / "one_text_document"), workspace / "clm", data_path=blend(workspace), train_iters=1))
+    flags = {"data_path": blend(workspace), "train_iters": 1, "num_layers": 2}
+    launch(command(str(workspace / "one_text_document"), workspace / "clm", **flags))
     clm, slm_run = (records(workspace / name)[0] for name in ("clm", "single"))
     flops = [record["tflops"] / record["tokens_per_second"] for record in (clm, slm_run)]
     assert flops[0] == pytest.approx(flops[1], rel=1e-9)
