@@ -45,6 +45,7 @@ SIZES = {
     "tiny": Size({"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4}, 512, 64, 4, 8),
     "quickstart": Size({"num-layers": 4, "hidden-size": 160, "num-attention-heads": 4}, 4096, 256, 8, 16),
     "medium": Size({"num-layers": 8, "hidden-size": 512, "num-attention-heads": 8}, 16000, 512, 4, 8),
+    "12-layer": Size({"num-layers": 12, "hidden-size": 768, "num-attention-heads": 12}, 16000, 512, 2, 4),
     # For one 80 GB GPU and two variants at a time, each with 20 GB of weights and Adam state.
     "tinyllama-1.1b": Size(
         {
@@ -59,6 +60,7 @@ SIZES = {
     ),
 }
 SLM = ["--objective", "slm", "--slm-selection-ratio", "0.6"]
+FILTERED = ["--slm-backward", "filtered"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,11 +93,13 @@ def variants(directory: Path) -> dict[str, Variant]:
         "bare Megatron-Core loop, CLM": Variant(clm, loop=bare_loop),
         "bare Megatron-Core loop, CLM, fused": Variant(clm, loop=partial(bare_loop, fused=True)),
         "SLM, sidecar": Variant(sidecar),
+        "SLM, sidecar, filtered": Variant([*sidecar, *FILTERED]),
         "SLM, sidecar, speculative": Variant([*sidecar, "--slm-exact-mode", "speculative"]),
         "SLM, sidecar, predicted": Variant([*sidecar, *scope, "--slm-threshold", "predicted"]),
         "SLM, sidecar, global batch": Variant([*sidecar, *scope]),
         "SLM, RM of a quarter": Variant([*SLM, "--reference-load", str(directory / "quarter")]),
         "SLM, RM of the same size": Variant(replica),
+        "SLM, RM of the same size, filtered": Variant([*replica, *FILTERED]),
         "SLM, RM of the same size, speculative": Variant([*replica, "--slm-exact-mode", "speculative"]),
         "SLM, RM of the same size, predicted": Variant([*replica, *scope, "--slm-threshold", "predicted"]),
     }

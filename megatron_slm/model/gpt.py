@@ -19,6 +19,7 @@ from megatron_slm.mcore.layers import additive_mask
 from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
+from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.model.size import padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, layer_spec, mtp_heads_spec
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
@@ -69,6 +70,7 @@ def build_model(
     groups: Groups,
     bf16: bool,
     resets_positions: bool = False,
+    backward_filter: BackwardFilter | None = None,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks on its device: one, or one per virtual pipeline stage.
 
@@ -76,6 +78,7 @@ def build_model(
         vocab_size: tokenizer size; padded to a multiple of --make-vocab-size-divisible-by x TP.
         bf16: use bfloat16 weights and wrap each chunk in Megatron-Core's Float16Module.
         resets_positions: position ids differ between samples (--reset-position-ids).
+        backward_filter: its selected tokens restrict the backward pass of the layers; None for the exact one.
 
     Raises:
         ConfigError: a layer implementation or token dispatcher is not available on this machine.
@@ -86,12 +89,14 @@ def build_model(
     rotates_by_id = resets_positions and model.position_embedding_type == "rope"
     if rotates_by_id:
         config.apply_rope_fusion = False  # the fused kernel assumes the same positions in all samples
+    if backward_filter is not None:
+        config.gradient_accumulation_fusion = False  # of the filtered linear layers
     head = linear_cross_entropy_config(model, parallel, objective, max(vocab_size, model.vocab_size or 0), groups)
     stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
     for stage in range(stages):
         vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
-        layers = layer_spec(model, config, implementation, vp_stage, groups.pp_rank)
+        layers = layer_spec(model, config, implementation, vp_stage, groups.pp_rank, backward_filter)
         chunk = GPT(
             config=config,
             transformer_layer_spec=layers,

@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_slm.model.hidden_states import HiddenStates
+from megatron_slm.model.selected_tokens import BackwardFilter
 
 
 class ModelInput(Protocol):
@@ -42,6 +43,7 @@ def run_pipeline(
     *,
     forward_only: bool,
     inference_context: BaseInferenceContext | None = None,
+    backward_filter: BackwardFilter | None = None,
 ) -> list[Report]:
     """Run all micro-batches of a step with the 1F1B schedule, or interleaved if there are several model chunks.
 
@@ -54,6 +56,8 @@ def run_pipeline(
         forward_only: omit the backward pass.
         inference_context: key-value cache of the only micro-batch, whose tokens follow the cached ones. Copies of the
             micro-batch write the same values.
+        backward_filter: receives the selection of each micro-batch from ``last_stage``; None for the exact backward
+            pass.
 
     Returns:
         the reports of all micro-batches on the last stage, an empty list on other stages.
@@ -64,10 +68,17 @@ def run_pipeline(
     ) -> tuple[Any, Callable[[HiddenStates], Any]]:
         micro_batch_index, batch = next(numbered)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
+        if backward_filter is not None:
+            backward_filter.enter_forward(micro_batch_index)
         output = chunk(*inputs, inference_context=inference_context)
+        if backward_filter is not None:
+            last = output.heads[0] if isinstance(output, HiddenStates) else output
+            backward_filter.enter_backward(micro_batch_index, last, batch.tokens.shape)
         return output, partial(last_stage, micro_batch_index, batch)
 
-    return get_forward_backward_func()(
+    if backward_filter is not None:
+        backward_filter.begin_step(len(micro_batches))
+    reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(enumerate(micro_batches)) for _ in model_chunks],
         model=list(model_chunks),
@@ -76,3 +87,6 @@ def run_pipeline(
         micro_batch_size=micro_batches[0].tokens.size(0),
         forward_only=forward_only,
     )
+    if backward_filter is not None:
+        backward_filter.end_step()
+    return reports

@@ -7,6 +7,7 @@ parallelism, and attention by torch's ``scaled_dot_product_attention``, which st
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -21,6 +22,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.mcore.experts import define_te_general_gemm
 from megatron_slm.mcore.layers import TorchAttention, TorchNorm
+from megatron_slm.model.filtered_backward import FilteredColumnLinear, FilteredQueryLinear, FilteredRowLinear
+from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -40,10 +43,18 @@ def choose_implementation(requested: str | None, device: torch.device) -> str:
 
 
 def layer_spec(
-    model: ModelConfig, config: TransformerConfig, implementation: str, vp_stage: int | None, pp_rank: int
+    model: ModelConfig,
+    config: TransformerConfig,
+    implementation: str,
+    vp_stage: int | None,
+    pp_rank: int,
+    backward_filter: BackwardFilter | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return the specification of the transformer layers of one model chunk."""
-    if implementation == "transformer_engine":
+    """Return the specification of the transformer layers of one model chunk.
+
+    With a ``backward_filter``, the linear layers are ours, and Transformer Engine provides norms and attention.
+    """
+    if implementation == "transformer_engine" and backward_filter is None:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts, moe_grouped_gemm=model.moe_grouped_gemm, qk_layernorm=model.qk_layernorm
         )
@@ -52,14 +63,35 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(
         num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization=model.normalization
     )
-    spec.submodules.input_layernorm = TorchNorm
-    spec.submodules.pre_mlp_layernorm = TorchNorm
+    norm, core_attention = norm_and_attention(implementation)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = TorchAttention
+    attention.core_attention = core_attention
     if model.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = TorchNorm
+        attention.q_layernorm = attention.k_layernorm = norm
+    if backward_filter is not None:
+        filter_linear_layers(spec, backward_filter)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=TorchNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm)
+
+
+def norm_and_attention(implementation: str) -> tuple[type, type]:
+    """Return the modules of norms and of attention."""
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+        return TENorm, TEDotProductAttention
+    return TorchNorm, TorchAttention
+
+
+def filter_linear_layers(spec: ModuleSpec, backward_filter: BackwardFilter) -> None:
+    """Replace the linear layers of a transformer layer by those with a filtered backward pass."""
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention.linear_qkv = partial(FilteredQueryLinear, backward_filter=backward_filter)
+    filtered = {"backward_filter": backward_filter}
+    attention.linear_proj = ModuleSpec(module=FilteredRowLinear, params=filtered)
+    mlp.linear_fc1 = ModuleSpec(module=FilteredColumnLinear, params=filtered)
+    mlp.linear_fc2 = ModuleSpec(module=FilteredRowLinear, params=filtered)
 
 
 def mtp_heads_spec(

@@ -138,6 +138,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
 
 def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length: RunLength) -> TrainState:
     """Build the initial state of a run of ``length``: model, optimizer, schedule and selection."""
+    backward_filter = BackwardFilter(groups) if config.objective.slm_backward == "filtered" else None
     chunks = wrap_data_parallel(
         build_model(
             config.model,
@@ -148,6 +149,7 @@ def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length
             groups=groups,
             bf16=config.training.bf16,
             resets_positions=config.data.reset_position_ids,
+            backward_filter=backward_filter,
         ),
         config,
     )
@@ -163,6 +165,7 @@ def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length
         selection=build_selection(config, groups),
         auxiliary=AuxiliaryLosses(chunks, groups),
         spikes=SpikeDetector.from_config(config.training),
+        backward_filter=backward_filter,
     )
 
 

@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.mcore.optimizer import prepared_gradient_norm, update_weights
 from megatron_slm.model.experts import AuxiliaryLosses
+from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class TrainState:
     selection: SelectionStrategy
     auxiliary: AuxiliaryLosses
     spikes: SpikeDetector
+    backward_filter: BackwardFilter | None = None  # None for the exact backward pass
     data: DataRecord = field(default_factory=DataRecord)
     progress: TrainProgress = field(default_factory=TrainProgress)
 

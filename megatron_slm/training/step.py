@@ -13,6 +13,7 @@ from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.objective.multi_token import mtp_labels, multi_token_loss
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.objective.selective_loss import selective_loss
@@ -92,6 +93,7 @@ class StepPasses:
     model_chunks: Sequence[torch.nn.Module]
     micro_batches: Sequence[MicroBatch]
     references: Sequence[ReferenceScores | None]
+    backward_filter: BackwardFilter | None = None  # None for the exact backward pass
 
     def ranking_pass(self) -> list[TokenBatch]:
         """Run the ranking pass (forward without gradients); return one entry per micro-batch on the last stage.
@@ -109,6 +111,9 @@ class StepPasses:
     def run(self, selection: SelectionStrategy) -> list[MicroBatchResult]:
         """Run forward and, if gradients are enabled, backward; return one entry per micro-batch on the last stage."""
 
+        forward_only = not torch.is_grad_enabled()
+        backward_filter = None if forward_only else self.backward_filter
+
         def last_stage(index: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, MicroBatchResult]:
             forward_grad = None
             if torch.is_grad_enabled():
@@ -118,6 +123,8 @@ class StepPasses:
             tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, forward_grad=forward_grad).loss)
             selected = selection.select(index, tokens)
             loss = selective_loss(tokens, selected)
+            if backward_filter is not None:
+                backward_filter.select(index, loss.selected)
             numerator = loss.numerator
             if torch.is_grad_enabled() and len(hidden.heads) > 1:
                 labels = mtp_labels(batch.labels, tokens, selection.config, len(hidden.heads) - 1)
@@ -127,7 +134,13 @@ class StepPasses:
             result = MicroBatchResult(TokenSums.from_micro_batch(tokens, loss), without_graph, loss.selected)
             return numerator, loss.count, result
 
-        return run_pipeline(self.model_chunks, self.micro_batches, last_stage, forward_only=not torch.is_grad_enabled())
+        return run_pipeline(
+            self.model_chunks,
+            self.micro_batches,
+            last_stage,
+            forward_only=forward_only,
+            backward_filter=backward_filter,
+        )
 
     def _tokens(self, index: int, batch: MicroBatch, token_loss: Tensor) -> TokenBatch:
         return token_batch(batch, token_loss, self.references[index], self.micro_batches[0].first_sample)
@@ -153,7 +166,7 @@ def train_step(
         DivergedError: the observer ends the run, equally on every rank.
     """
     state.zero_grad()
-    passes = StepPasses(state.model_chunks, micro_batches, reference(micro_batches))
+    passes = StepPasses(state.model_chunks, micro_batches, reference(micro_batches), state.backward_filter)
     start = time.perf_counter()
     ranked = state.selection.begin_step(ratio, next_ratio, passes.ranking_pass)
     seconds_ranking = time.perf_counter() - start if ranked else None

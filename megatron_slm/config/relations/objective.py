@@ -20,6 +20,7 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
             ("--slm-mix", objective.slm_mix == 0),
             ("--slm-mtp-selection", objective.slm_mtp_selection == "main"),
             ("--slm-threshold", objective.slm_threshold == "exact"),
+            ("--slm-backward", objective.slm_backward == "exact"),
             ("--reference-load", reference.reference_load is None),
             ("--reference-scores", not reference.reference_scores),
         )
@@ -52,6 +53,19 @@ def scopes(config: RunConfig, _: int) -> Iterator[str]:
             f"--slm-mtp-selection {objective.slm_mtp_selection} needs --mtp-num-layers, and any --slm-scope but "
             "global-batch."
         )
+
+
+def filtered_backward(config: RunConfig, _: int) -> Iterator[str]:
+    """Refuse a filtered backward pass of layers that it does not cover."""
+    if config.objective.slm_backward == "exact":
+        return
+    for flag, given in (
+        ("--num-experts", config.model.num_experts is not None),
+        ("--mtp-num-layers", config.model.mtp_num_layers is not None),
+        ("--slm-mix", config.objective.slm_mix > 0),
+    ):
+        if given:
+            yield f"{flag} needs all gradients, and --slm-backward is filtered. Leave one of them out."
 
 
 def reference_model(config: RunConfig, _: int) -> Iterator[str]:
@@ -101,4 +115,4 @@ def sidecars(config: RunConfig, _: int) -> Iterator[str]:
         )
 
 
-RELATIONS = (selection_flags, scopes, reference_model, sidecars)
+RELATIONS = (selection_flags, scopes, filtered_backward, reference_model, sidecars)

@@ -72,6 +72,12 @@ class ObjectiveConfig:
         "needs no estimate",
         choices=("recompute", "speculative"),
     )
+    slm_backward: str = flag(
+        "exact",
+        "backward pass of the layers; exact: gradients of all tokens; filtered: an approximation in which the MLP, the "
+        "query projection and the output projection propagate gradients of selected tokens only",
+        choices=("exact", "filtered"),
+    )
     slm_saved_logits_mb: int = flag(
         64, "maximum MiB of logits per rank and micro-batch to save instead of recomputing them", at_least=0
     )

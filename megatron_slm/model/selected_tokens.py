@@ -1,0 +1,116 @@
+"""Selected tokens of the micro-batches of a step, from the last pipeline stage to the layers of all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.runtime.groups import Groups
+
+
+class SelectedTokens:
+    """Hold the selected tokens of one micro-batch once they are known."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """Return the selected tokens, [s, b] bool."""
+        assert self._mask is not None, "a backward pass started before the selection of its micro-batch"
+        return self._mask
+
+    @property
+    def is_known(self) -> bool:
+        return self._mask is not None
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    @cached_property
+    def rows(self) -> Tensor | None:
+        """Return the selected rows of a flattened [s, b], [n] int64, or None if all are selected."""
+        rows = self.mask.reshape(-1).nonzero().squeeze(1)
+        return None if rows.numel() == self.mask.numel() else rows
+
+
+class BackwardFilter:
+    """Provide the layers of a model with the selected tokens of the micro-batch whose pass runs.
+
+    The last pipeline stage knows a selection after its losses and sends it to the other stages, which receive it before
+    the backward pass of that micro-batch. A selection is small and its number of rows is needed on the host, so that it
+    takes a gloo group of its own, which cannot disturb the order of the schedule's messages.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        """Create the groups of all pipelines. Collective over all ranks."""
+        self.current = SelectedTokens()
+        self._groups = groups
+        self._micro_batches: list[SelectedTokens] = []
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._pipeline = _gloo_pipeline(groups) if groups.pp_size > 1 else None
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Start the passes of a step."""
+        self._micro_batches = [SelectedTokens() for _ in range(micro_batches)]
+
+    def end_step(self) -> None:
+        """Wait until all selections have been received."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent, self._micro_batches = [], []
+
+    def enter_forward(self, index: int) -> None:
+        """Start the forward pass of a micro-batch in one model chunk."""
+        self.current = self._micro_batches[index]
+
+    def enter_backward(self, index: int, output: Tensor, shape: Sequence[int]) -> None:
+        """Enter the micro-batch again when the backward pass of its ``output`` starts, for recomputed layers.
+
+        Args:
+            index: micro-batch.
+            output: output of a model chunk.
+            shape: shape of the micro-batch's tokens, [b, s].
+        """
+
+        def enter(_: Tensor) -> None:
+            self.current = self._micro_batches[index]
+            if not self._groups.is_last_stage:
+                self._receive(self.current, shape)
+
+        if output.requires_grad:
+            output.register_hook(enter)
+
+    def select(self, index: int, selected: Tensor) -> None:
+        """Set the selected tokens of a micro-batch, [b, s] bool, and send them to the other stages."""
+        self._micro_batches[index].mask = selected.t()
+        if self._pipeline is None:
+            return
+        message = selected.to(device="cpu", dtype=torch.uint8).contiguous()
+        for stage in range(self._groups.pp_size - 1):
+            work = dist.isend(message, group=self._pipeline, group_dst=stage)
+            assert work is not None
+            self._sent.append((work, message))
+
+    def _receive(self, selected: SelectedTokens, shape: Sequence[int]) -> None:
+        """Receive the selected tokens of a micro-batch, unless an earlier model chunk has."""
+        if selected.is_known:
+            return
+        message = torch.empty(*shape, dtype=torch.uint8)
+        dist.recv(message, group=self._pipeline, group_src=self._groups.pp_size - 1)
+        selected.mask = message.to(device=self._groups.device, dtype=torch.bool).t()
+
+
+def _gloo_pipeline(groups: Groups) -> dist.ProcessGroup:
+    """Return a gloo group of the ranks of this rank's pipeline. Collective over all ranks."""
+    ranks = dist.get_process_group_ranks(groups.pp)
+    pipelines: list[list[int]] = [[] for _ in range(groups.world_size)]
+    dist.all_gather_object(pipelines, ranks)
+    unique = [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline in pipelines})]
+    group, _ = dist.new_subgroups_by_enumeration(unique, backend="gloo")
+    return group

@@ -1,0 +1,104 @@
+"""Test the filtered backward pass against its definition: branch outputs of unselected tokens are constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.testing.ranks import run_ranks
+
+LENGTH, BATCH, VOCAB = 12, 2, 64
+LLAMA = {
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "disable_bias_linear": True,
+}
+MODELS: dict[str, dict[str, Any]] = {"gpt2": {"position_embedding_type": "learned_absolute"}, "llama": LLAMA}
+
+
+def define_filter(chunk: Any, selected: Tensor) -> None:
+    """Make the branch outputs of unselected tokens constants; ``selected`` is [s, b] bool."""
+    mask = selected.unsqueeze(-1)
+
+    def hook(module: Any, inputs: Any, result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+        output, bias = result
+        output = output if bias is None else output + bias
+        return torch.where(mask, output, output.detach()), None
+
+    for layer in chunk.decoder.layers:
+        layer.self_attention.register_forward_hook(hook)
+        layer.mlp.register_forward_hook(hook)
+
+
+def _gradients(rank: int, world_size: int, settings: dict[str, Any], share: float) -> dict[str, dict[str, Tensor]]:
+    """Return the gradients of exact, defined and filtered backward passes in float64."""
+    from megatron_slm.model.gpt import build_model
+    from megatron_slm.model.selected_tokens import BackwardFilter
+    from megatron_slm.runtime import process
+    from megatron_slm.runtime.groups import ParallelLayout
+
+    groups = process.start(ParallelLayout(), seed=1)
+    shape = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": LENGTH}
+    dropouts = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    model = ModelConfig(**shape, **dropouts, max_position_embeddings=LENGTH, init_method_std=0.3, **settings)
+    generator = torch.Generator().manual_seed(3)
+    tokens, labels = (torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator) for _ in range(2))
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    selected = torch.rand(BATCH, LENGTH, generator=generator) < share
+    found, states = {}, None
+    for name in ("exact", "defined", "filtered"):
+        backward_filter = BackwardFilter(groups) if name == "filtered" else None
+        (chunk,) = build_model(
+            model,
+            vocab_size=VOCAB,
+            parallel=ParallelConfig(),
+            training=TrainingConfig(),
+            objective=ObjectiveConfig(slm_cross_entropy="torch"),
+            groups=groups,
+            bf16=False,
+            backward_filter=backward_filter,
+        )
+        states = states or chunk.state_dict()
+        chunk.load_state_dict(states)
+        for parameter in chunk.parameters():  # biases start at zero, and norms at one
+            parameter.data = parameter.data.double()
+        if name == "defined":
+            define_filter(chunk, selected.t())
+        if backward_filter is not None:
+            backward_filter.begin_step(1)
+            backward_filter.enter_forward(0)
+        hidden = chunk(tokens, positions, None)
+        loss = (hidden.token_losses(labels).loss * selected).sum()
+        if backward_filter is not None:
+            backward_filter.select(0, selected)
+        loss.backward()
+        found[name] = {key: value.grad for key, value in chunk.named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_gradients_equal_those_of_the_definition(settings: dict[str, Any]) -> None:
+    (gradients,) = run_ranks(_gradients, 1, settings, 0.5, initialise=False)
+    for name, expected in gradients["defined"].items():
+        torch.testing.assert_close(gradients["filtered"][name], expected, rtol=1e-6, atol=1e-9, msg=name)
+    differs = [name for name, exact in gradients["exact"].items() if not torch.allclose(exact, gradients["defined"][name])]
+    assert any("linear_fc1" in name for name in differs), "the definition changes no gradient"
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
+def test_gradients_of_all_tokens_are_exact(settings: dict[str, Any]) -> None:
+    (gradients,) = run_ranks(_gradients, 1, settings, 2.0, initialise=False)
+    for name, expected in gradients["exact"].items():
+        assert torch.equal(gradients["filtered"][name], expected), name
+
+
+def test_no_selected_token_has_no_gradient() -> None:
+    (gradients,) = run_ranks(_gradients, 1, LLAMA, -1.0, initialise=False)
+    assert all(not gradient.any() for gradient in gradients["filtered"].values())
