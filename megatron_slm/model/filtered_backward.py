@@ -1,11 +1,12 @@
 """Filtered backward pass: the branches of a transformer layer propagate gradients of selected tokens only.
 
 A layer computes ``h = x + attention(norm(x))`` and ``y = h + mlp(norm(h))``. In the filtered backward pass the outputs
-of both branches at unselected tokens are constants. So the gradient of an unselected token reaches earlier layers on the
-residual stream, and through its keys and values, to which selected queries attend; the weights of the MLP, the query
-projection and the output projection receive gradients of selected tokens only, and their products in the backward pass
-run on selected rows only. The forward pass and all losses are those of the exact backward pass; with k = 1 the gradients
-are, too. Collider (arXiv 2502.00340) drops the gradients of unselected tokens everywhere.
+of both branches at unselected tokens are constants. So the gradient of an unselected token reaches earlier layers on
+the residual stream, and through its keys and values, to which selected queries attend. The weights of the MLP, the
+query projection and the output projection receive gradients of selected tokens only, and their products in the
+backward pass run on selected rows only. The forward pass and all losses are those of the exact backward pass; if all
+tokens are selected, the gradients are, too. Collider (arXiv 2502.00340) drops gradients of unselected tokens
+everywhere.
 
 The layers refer to the :class:`SelectedTokens` of the micro-batch of their forward pass, whose selection is known when
 its backward pass starts.
@@ -136,10 +137,12 @@ def query_gradients(
     split = [queries * size, 2 * size]
     grad_query, grad_key_value = grad.view(len(grad), groups, -1).split(split, dim=2)
     grad_query, grad_key_value = grad_query[rows].flatten(1), grad_key_value.flatten(1)
-    of_query, of_key_value = (part.flatten(0, 1) for part in weight.view(groups, -1, weight.size(1)).split(split, dim=1))
+    of_query, of_key_value = (
+        part.flatten(0, 1) for part in weight.view(groups, -1, weight.size(1)).split(split, dim=1)
+    )
     grad_input = (grad_key_value @ of_key_value).index_add_(0, rows, grad_query @ of_query)
-    parts = (grad_query.t() @ x[rows]), (grad_key_value.t() @ x)
-    grad_weight = torch.cat([part.view(groups, -1, x.size(1)) for part in parts], dim=1)
+    products = grad_query.t() @ x[rows], grad_key_value.t() @ x
+    grad_weight = torch.cat([product.view(groups, -1, x.size(1)) for product in products], dim=1)
     return grad_input, grad_weight.view_as(weight)
 
 
@@ -153,5 +156,5 @@ class FilteredBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask = ctx.selected.mask.chunk(ctx.shards)[ctx.shard]
+        mask = ctx.selected.known_mask().chunk(ctx.shards)[ctx.shard]
         return grad, (grad * mask.unsqueeze(-1)).sum((0, 1)), None, None, None

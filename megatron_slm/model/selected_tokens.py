@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -12,31 +13,23 @@ from torch import Tensor
 from megatron_slm.runtime.groups import Groups
 
 
+@dataclass
 class SelectedTokens:
-    """Hold the selected tokens of one micro-batch once they are known."""
+    """Hold the selected tokens of one micro-batch."""
 
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
+    mask: Tensor | None = None  # [s, b] bool; None until they are known
 
-    @property
-    def mask(self) -> Tensor:
-        """Return the selected tokens, [s, b] bool."""
-        assert self._mask is not None, "a backward pass started before the selection of its micro-batch"
-        return self._mask
-
-    @property
-    def is_known(self) -> bool:
-        return self._mask is not None
-
-    @mask.setter
-    def mask(self, mask: Tensor) -> None:
-        self._mask = mask
+    def known_mask(self) -> Tensor:
+        """Return the selected tokens in a backward pass, [s, b] bool."""
+        assert self.mask is not None, "a backward pass started before the selection of its micro-batch"
+        return self.mask
 
     @cached_property
     def rows(self) -> Tensor | None:
         """Return the selected rows of a flattened [s, b], [n] int64, or None if all are selected."""
-        rows = self.mask.reshape(-1).nonzero().squeeze(1)
-        return None if rows.numel() == self.mask.numel() else rows
+        mask = self.known_mask()
+        rows = mask.reshape(-1).nonzero().squeeze(1)
+        return None if rows.numel() == mask.numel() else rows
 
 
 class BackwardFilter:
@@ -99,7 +92,7 @@ class BackwardFilter:
 
     def _receive(self, selected: SelectedTokens, shape: Sequence[int]) -> None:
         """Receive the selected tokens of a micro-batch, unless an earlier model chunk has."""
-        if selected.is_known:
+        if selected.mask is not None:
             return
         message = torch.empty(*shape, dtype=torch.uint8)
         dist.recv(message, group=self._pipeline, group_src=self._groups.pp_size - 1)

@@ -15,6 +15,7 @@ from megatron_slm.data.datasets import Datasets, build_datasets, corpus_identiti
 from megatron_slm.data.usage import format_usage
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
+from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy

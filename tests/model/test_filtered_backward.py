@@ -88,7 +88,9 @@ def test_gradients_equal_those_of_the_definition(settings: dict[str, Any]) -> No
     (gradients,) = run_ranks(_gradients, 1, settings, 0.5, initialise=False)
     for name, expected in gradients["defined"].items():
         torch.testing.assert_close(gradients["filtered"][name], expected, rtol=1e-6, atol=1e-9, msg=name)
-    differs = [name for name, exact in gradients["exact"].items() if not torch.allclose(exact, gradients["defined"][name])]
+    differs = [
+        name for name, exact in gradients["exact"].items() if not torch.allclose(exact, gradients["defined"][name])
+    ]
     assert any("linear_fc1" in name for name in differs), "the definition changes no gradient"
 
 
