@@ -52,6 +52,7 @@ ENGINES = {
     "SLM, recompute": Variant(RECOMPUTE),
     "SLM, speculative": Variant((*RECOMPUTE, "--slm-exact-mode", "speculative")),
 }
+FILTERED = {"SLM": OBJECTIVES["SLM"], "SLM, filtered": Variant((*SLM, "--slm-backward", "filtered"))}
 SCOPES = {
     f"SLM, {scope}": Variant((*SLM, "--micro-batch-size", "4", "--slm-scope", scope), ranks=2, steps=SCOPE_STEPS)
     for scope in ("micro-batch", "data-parallel", "global-batch")
@@ -66,7 +67,7 @@ def main() -> int:
     directory = stages.FOLDER
     try:
         load_base = stages.prepare_base_and_reference(directory)
-        train_all(directory, load_base, OBJECTIVES | ENGINES)
+        train_all(directory, load_base, OBJECTIVES | ENGINES | FILTERED)
         train_all(directory, load_base, SCOPES)
     except stages.StageFailed as failure:
         return failure.code
@@ -104,9 +105,10 @@ def train_one(directory: Path, load_base: list[str], variant: Variant, name: str
 
 def report(directory: Path) -> None:
     """Write the results and the plot, and print tables and findings."""
-    curves = held_out_curves(directory, OBJECTIVES | ENGINES | SCOPES)
-    objectives, engines, scopes = (
-        [curve for curve in curves if curve.objective in variants] for variants in (OBJECTIVES, ENGINES, SCOPES)
+    curves = held_out_curves(directory, OBJECTIVES | ENGINES | FILTERED | SCOPES)
+    objectives, engines, filtered, scopes = (
+        [curve for curve in curves if curve.objective in variants]
+        for variants in (OBJECTIVES, ENGINES, FILTERED, SCOPES)
     )
     RESULTS.mkdir(exist_ok=True)
     settings = {
@@ -124,6 +126,8 @@ def report(directory: Path) -> None:
             speedup(objectives, "SLM", "CLM"),
             comparison_table(engines),
             paired_differences(engines, "SLM"),
+            comparison_table(filtered),
+            paired_differences(filtered, "SLM"),
             comparison_table(scopes),
             paired_differences(scopes, "SLM, data-parallel"),
         )
