@@ -175,9 +175,14 @@ def transformer_config(
     *,
     bf16: bool,
 ) -> TransformerConfig:
-    """Return Megatron-Core's model configuration, with losses normalized per token over the global batch."""
+    """Return Megatron-Core's model configuration, with losses normalized per token over the global batch.
+
+    With two interleaved stages, the previous and the next rank are the same. In a batch of operations, gradients would
+    be received as activations, and Megatron-LM refuses it; separate operations use two groups.
+    """
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = groups.device.type == "cuda"
+    virtual = virtual_stages(model, parallel)
     given = core_fields("model", model, parallel, training) | {"bf16": bf16}
     if model.num_experts is None:
         given = {name: value for name, value in given.items() if not name.startswith(("moe_", "expert_"))}
@@ -188,7 +193,7 @@ def transformer_config(
         add_bias_linear=not model.disable_bias_linear,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        virtual_pipeline_model_parallel_size=virtual_stages(model, parallel),
+        virtual_pipeline_model_parallel_size=virtual,
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
         masked_softmax_fusion=on_gpu,
@@ -198,7 +203,7 @@ def transformer_config(
         gradient_accumulation_fusion=on_gpu and _has_fused_gradient_accumulation(),
         deallocate_pipeline_outputs=True,
         overlap_p2p_comm=False,
-        batch_p2p_comm=True,
+        batch_p2p_comm=virtual is None or parallel.pipeline_model_parallel_size > 2,
     )
 
 

@@ -52,7 +52,8 @@ CUTS = {
     "tensor": (2, {"tensor_model_parallel_size": 2}),
     "pipeline": (2, {"micro": 4, "pipeline_model_parallel_size": 2}),
     "context": (2, {"micro": 4, "context_parallel_size": 2}),
-    "interleaved": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    # more micro-batches than stages, so that activations and gradients are exchanged at the same time
+    "interleaved": (2, {"micro": 2, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
 }
 
 
