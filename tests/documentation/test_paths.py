@@ -43,7 +43,7 @@ def test_tests_that_the_contributing_guide_names_exist() -> None:
 def test_identifiers_of_the_glossary_are_defined() -> None:
     page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_slm").rglob("*.py"))
-    defined = set(re.findall(r"^class (\w+)", sources, re.MULTILINE))
+    defined = set(re.findall(r"^(?:class )?([A-Z]\w+)(?= = |\(|:)", sources, re.MULTILINE))
     assert not set(re.findall(r"`([A-Z][a-z]\w+)`", page)) - defined
 
 
