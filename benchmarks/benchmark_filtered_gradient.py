@@ -42,8 +42,9 @@ def compare(flags: list[str], every: int) -> list[dict[str, float]]:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.groups import ParallelLayout
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
+    from megatron_slm.training.loop import one_step
     from megatron_slm.training.setup import build_run
-    from megatron_slm.training.step import selection_ratio, train_step
+    from megatron_slm.training.step import selection_ratio
 
     config = resolve(parse([*flags, "--slm-backward", "filtered"]).config, 1)
     groups = process.start(ParallelLayout(), seed=config.training.seed)
@@ -56,16 +57,9 @@ def compare(flags: list[str], every: int) -> list[dict[str, float]]:
             batches = next(stream)
             ratio = selection_ratio(config.objective, step)
             if step % every == 0:
-                found.append({"step": step, **gradient_agreement(run, batches, ratio)})
+                found.append({"step": step, "lr": run.state.lr, **gradient_agreement(run, batches, ratio)})
                 print(f"| {step} | {found[-1]['cosine']:.4f} | {found[-1]['norm_ratio']:.4f} |", flush=True)
-            train_step(
-                run.state,
-                batches,
-                ratio=ratio,
-                next_ratio=ratio,
-                reference=run.reference,
-                observer=lambda results, grad_norm: not results.sums.diverged,
-            )
+            one_step(run, iter([batches]), lambda results, grad_norm: not results.sums.diverged)
     finally:
         process.stop()
     return found

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
 from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.data.batches import BatchShape, BatchStream
+from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.evaluation.evaluate import EncodedTask, TaskResult
 from megatron_slm.runtime.collective import on_first_rank
@@ -212,7 +212,7 @@ def training_stream(run: Run) -> BatchStream:
     )
 
 
-def one_step(run: Run, stream: BatchStream, observer: StepObserver) -> Step | None:
+def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObserver) -> Step | None:
     """Run the next step, and advance the progress of the run. Collective over all ranks.
 
     Returns:
