@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_slm.config.activation import activation_name, is_gated
@@ -46,3 +49,23 @@ def activation_settings(model: ModelConfig, device: torch.device) -> dict[str, A
         "activation_func": F.gelu if is_fused and has_fused_gelu else FUNCTIONS[name],
         "bias_activation_fusion": is_fused,
     }
+
+
+def activate(config: TransformerConfig, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the activations of a dense MLP from the outputs of its first layer.
+
+    Args:
+        config: Megatron-Core's configuration.
+        values: [..., f], or [..., 2 f] if the activation is gated.
+        bias: of the first layer.
+
+    Returns:
+        [..., f].
+    """
+    if config.bias_activation_fusion:
+        return bias_swiglu_impl(values, bias) if config.gated_linear_unit else bias_gelu_impl(values, bias)
+    values = values if bias is None else values + bias
+    if config.gated_linear_unit:
+        gate, linear = values.chunk(2, dim=-1)
+        return config.activation_func(gate) * linear
+    return config.activation_func(values)

@@ -14,49 +14,43 @@ its backward pass starts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.model.activation import activate
 from megatron_slm.model.selected_tokens import BackwardFilter, SelectedTokens
 from megatron_slm.objective.vocab_shard import gather_sequence, reduce_hidden_gradient
 
 
-class FilteredColumnLinear(ColumnParallelLinear):
-    """Column-parallel linear layer with gradients of selected tokens."""
-
-    def __init__(self, *sizes: int, backward_filter: BackwardFilter, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.backward_filter = backward_filter
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
-        return FilteredLinear.apply(input, weight, bias, self._backward())
-
-    def _backward(self, query_heads: tuple[int, int, int] | None = None) -> LinearBackward:
-        reduces = self.allreduce_dgrad or self.sequence_parallel
-        group = self.tp_group if reduces else None
-        return LinearBackward(self.backward_filter.current, group, self.sequence_parallel, query_heads)
-
-
-class FilteredQueryLinear(FilteredColumnLinear):
+class FilteredQueryLinear(ColumnParallelLinear):
     """Projection to queries, keys and values: gradients of the queries of selected tokens, and of all keys and values.
 
     Ranks that hold a part of a query group use the plain backward pass: the gradients are equal, since those of the
     queries of unselected tokens are zero.
     """
 
+    def __init__(self, *sizes: int, backward_filter: BackwardFilter, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.backward_filter = backward_filter
+
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         groups, size = self.config.num_query_groups, self.tp_group.size()
         if groups % size:
-            return super(FilteredColumnLinear, self)._forward_impl(input, weight, bias, **options)
-        queries = self.config.num_attention_heads // groups
-        return FilteredLinear.apply(
-            input, weight, bias, self._backward((groups // size, queries, self.config.kv_channels))
-        )
+            return super()._forward_impl(input, weight, bias, **options)
+        heads = (groups // size, self.config.num_attention_heads // groups, self.config.kv_channels)
+        return FilteredQueries.apply(input, weight, bias, heads, InputOfShards.of(self), self.backward_filter.current)
 
 
 class FilteredRowLinear(RowParallelLinear):
@@ -66,59 +60,172 @@ class FilteredRowLinear(RowParallelLinear):
         super().__init__(*sizes, **options)
         self.backward_filter = backward_filter
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
-        return FilteredLinear.apply(input, weight, bias, LinearBackward(self.backward_filter.current))
-
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
-        output, bias = super().forward(input_)
-        if bias is not None:
-            shards = self.tp_group.size() if self.sequence_parallel else 1
-            shard = self.tp_group.rank() if self.sequence_parallel else 0
-            output = FilteredBias.apply(output, bias, self.backward_filter.current, shards, shard)
-        return output, None
+        selected = self.backward_filter.current
+        return complete_branch(self, FilteredProduct.apply(input_, self.weight, selected), selected), None
+
+
+class FilteredMLP(MLP):
+    """MLP with gradients of selected tokens.
+
+    Its backward pass runs on selected rows only, activations included, which it computes from the values before the
+    activation. It saves these and the input: half of the values that the exact backward pass saves with SwiGLU.
+    """
+
+    def __init__(self, *arguments: Any, backward_filter: BackwardFilter, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.backward_filter = backward_filter
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        assert per_token_scale is None, "experts have no filtered backward pass"
+        first, second, selected = self.linear_fc1, self.linear_fc2, self.backward_filter.current
+        product = FilteredMLPProducts.apply(
+            hidden_states,
+            *(first.weight, first.bias, second.weight),
+            partial(activate, self.config),
+            InputOfShards.of(first),
+            selected,
+        )
+        return complete_branch(second, product, selected), None
+
+
+def complete_branch(layer: RowParallelLinear, product: Tensor, selected: SelectedTokens) -> Tensor:
+    """Sum the products of a row-parallel layer over its shards, and add its bias.
+
+    Args:
+        layer: last layer of a branch.
+        product: [s, b, h], this rank's part of the sum.
+        selected: tokens with gradients of the bias.
+
+    Returns:
+        [s, b, h], or [s / tp, b, h] with sequence parallelism.
+    """
+    group = layer.tp_group
+    if layer.sequence_parallel:
+        output = reduce_scatter_to_sequence_parallel_region(product, group=group)
+    else:
+        output = reduce_from_tensor_model_parallel_region(product, group=group)
+    if layer.bias is None:
+        return output
+    shards, shard = (group.size(), group.rank()) if layer.sequence_parallel else (1, 0)
+    return FilteredBias.apply(output, layer.bias, selected, shards, shard)
 
 
 @dataclass(frozen=True)
-class LinearBackward:
-    """Describe the backward pass of a linear layer."""
+class InputOfShards:
+    """Gather the input of a column-parallel layer, and reduce its gradient."""
 
-    selected: SelectedTokens
-    group: ProcessGroup | None = None  # ranks whose gradients of the input are summed
-    sequence_parallel: bool = False
-    query_heads: tuple[int, int, int] | None = None  # query groups, queries per group, head size of a QKV projection
+    group: ProcessGroup | None  # ranks whose gradients of the input are summed
+    sequence_parallel: bool
+
+    @classmethod
+    def of(cls, layer: ColumnParallelLinear) -> InputOfShards:
+        """Return the input of a layer."""
+        reduces = layer.allreduce_dgrad or layer.sequence_parallel
+        return cls(layer.tp_group if reduces else None, layer.sequence_parallel)
+
+    def gather(self, input: Tensor) -> Tensor:
+        """Return the complete input, [s, b, h], from this rank's, which is [s / tp, b, h] in sequence parallelism."""
+        return gather_sequence(input, self.group, self.sequence_parallel)
+
+    def reduce(self, grad: Tensor) -> Tensor:
+        """Return the gradient of this rank's input from that of the complete input by this rank's shard."""
+        return reduce_hidden_gradient(grad, self.group, self.sequence_parallel)
 
 
-class FilteredLinear(torch.autograd.Function):
-    """Compute ``input @ weight.t() + bias``, with gradients of selected rows.
-
-    Shapes are those of Megatron-Core's linear layers: input [s, b, in], [s / tp, b, in] with sequence parallelism;
-    output [s, b, out].
-    """
+class FilteredProduct(torch.autograd.Function):
+    """Compute ``input @ weight.t()``, [s, b, out], from [s, b, in], with gradients of selected rows."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, backward: LinearBackward) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, selected: SelectedTokens) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.has_bias, ctx.backward = bias is not None, backward
-        output = torch.matmul(gather_sequence(input, backward.group, backward.sequence_parallel), weight.t())
+        ctx.selected = selected
+        return torch.matmul(input, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        rows = ctx.selected.rows
+        grad = take_rows(grad, rows)
+        return spread_rows(grad @ weight, rows, input), grad.t() @ take_rows(input, rows), None
+
+
+class FilteredMLPProducts(torch.autograd.Function):
+    """Compute ``activate(input @ weight.t(), bias) @ last_weight.t()``, with gradients of selected rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        last_weight: Tensor,
+        activate: Callable[[Tensor, Tensor | None], Tensor],
+        shards: InputOfShards,
+        selected: SelectedTokens,
+    ) -> Tensor:
+        before = torch.matmul(shards.gather(input), weight.t())
+        ctx.save_for_backward(input, weight, bias, last_weight, before)
+        ctx.activate, ctx.shards, ctx.selected = activate, shards, selected
+        return torch.matmul(activate(before, bias), last_weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, last_weight, before = ctx.saved_tensors
+        rows, x = ctx.selected.rows, ctx.shards.gather(input)
+        grad = take_rows(grad, rows)
+        inputs = [take_rows(before, rows).requires_grad_()]
+        inputs += [] if bias is None else [bias.detach().requires_grad_()]
+        with torch.enable_grad():
+            after = ctx.activate(inputs[0], inputs[1] if len(inputs) > 1 else None)
+        grad_before, *grad_bias = torch.autograd.grad(after, inputs, grad @ last_weight)
+        grad_input = ctx.shards.reduce(spread_rows(grad_before @ weight, rows, x))
+        grad_weight, grad_last = grad_before.t() @ take_rows(x, rows), grad.t() @ after.detach()
+        return grad_input, grad_weight, grad_bias[0] if grad_bias else None, grad_last, None, None, None
+
+
+class FilteredQueries(torch.autograd.Function):
+    """Compute ``input @ weight.t() + bias``, with gradients of all keys and values, and of selected queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        heads: tuple[int, int, int],
+        shards: InputOfShards,
+        selected: SelectedTokens,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.has_bias, ctx.heads, ctx.shards, ctx.selected = bias is not None, heads, shards, selected
+        output = torch.matmul(shards.gather(input), weight.t())
         return output if bias is None else output + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        plan: LinearBackward = ctx.backward
-        x = gather_sequence(input, plan.group, plan.sequence_parallel)
-        rows, flat_x, flat_grad = plan.selected.rows, x.reshape(-1, x.size(-1)), grad.reshape(-1, grad.size(-1))
+        rows, x = ctx.selected.rows, ctx.shards.gather(input)
+        grad, flat_x = take_rows(grad, None), take_rows(x, None)
         if rows is None:
-            grad_input, grad_weight = flat_grad @ weight, flat_grad.t() @ flat_x
-        elif plan.query_heads is None:
-            selected = flat_grad[rows]
-            grad_input = torch.zeros_like(flat_x).index_copy_(0, rows, selected @ weight)
-            grad_weight = selected.t() @ flat_x[rows]
+            grad_input, grad_weight = grad @ weight, grad.t() @ flat_x
         else:
-            grad_input, grad_weight = query_gradients(flat_grad, flat_x, weight, rows, plan.query_heads)
-        grad_bias = flat_grad.sum(0) if ctx.has_bias else None
-        grad_input = reduce_hidden_gradient(grad_input.view_as(x), plan.group, plan.sequence_parallel)
-        return grad_input, grad_weight, grad_bias, None
+            grad_input, grad_weight = query_gradients(grad, flat_x, weight, rows, ctx.heads)
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return ctx.shards.reduce(grad_input.view_as(x)), grad_weight, grad_bias, None, None, None
+
+
+def take_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Return rows of [s, b, h] as [n, h]; all rows if None."""
+    values = values.detach().reshape(-1, values.size(-1))
+    return values if rows is None else values[rows]
+
+
+def spread_rows(values: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Return zeros of the shape of ``like``, [s, b, h], with ``values``, [n, h], in its rows."""
+    if rows is None:
+        return values.view_as(like)
+    return values.new_zeros(like.numel() // like.size(-1), like.size(-1)).index_copy_(0, rows, values).view_as(like)
 
 
 def query_gradients(

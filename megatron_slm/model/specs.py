@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.mcore.experts import define_te_general_gemm
 from megatron_slm.mcore.layers import TorchAttention, TorchNorm
-from megatron_slm.model.filtered_backward import FilteredColumnLinear, FilteredQueryLinear, FilteredRowLinear
+from megatron_slm.model.filtered_backward import FilteredMLP, FilteredQueryLinear, FilteredRowLinear
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.runtime.errors import ConfigError
 
@@ -52,7 +52,7 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the specification of the transformer layers of one model chunk.
 
-    With a ``backward_filter``, the linear layers are ours, and Transformer Engine provides norms and attention.
+    With a ``backward_filter``, linear layers and MLP are ours, and Transformer Engine provides norms and attention.
     """
     if implementation == "transformer_engine" and backward_filter is None:
         return get_gpt_layer_with_transformer_engine_spec(
@@ -85,13 +85,11 @@ def norm_and_attention(implementation: str) -> tuple[type, type]:
 
 
 def filter_linear_layers(spec: ModuleSpec, backward_filter: BackwardFilter) -> None:
-    """Replace the linear layers of a transformer layer by those with a filtered backward pass."""
-    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
-    attention.linear_qkv = partial(FilteredQueryLinear, backward_filter=backward_filter)
-    filtered = {"backward_filter": backward_filter}
+    """Replace the linear layers and the MLP of a transformer layer by those with a filtered backward pass."""
+    attention, filtered = spec.submodules.self_attention.submodules, {"backward_filter": backward_filter}
+    attention.linear_qkv = partial(FilteredQueryLinear, **filtered)
     attention.linear_proj = ModuleSpec(module=FilteredRowLinear, params=filtered)
-    mlp.linear_fc1 = ModuleSpec(module=FilteredColumnLinear, params=filtered)
-    mlp.linear_fc2 = ModuleSpec(module=FilteredRowLinear, params=filtered)
+    spec.submodules.mlp.module, spec.submodules.mlp.params = FilteredMLP, filtered
 
 
 def mtp_heads_spec(

@@ -38,6 +38,7 @@ def test_a_run_prints_no_warning(tmp_path: Path, corpus: str) -> None:
     settings = [
         *("--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
         *("--recompute-granularity", "selective"),
+        *("--objective", "slm", "--slm-score", "token-loss", "--slm-backward", "filtered"),
     ]
     save = tmp_path / "run"
     runs = [[*command(corpus, save, train_iters=steps, lr_decay_iters=2, load=save), *settings] for steps in (1, 2)]
