@@ -27,10 +27,12 @@ from megatron_slm.runtime.collective import on_every_rank
 from megatron_slm.runtime.errors import ConfigError
 
 # The only sharding of the optimizer state that can be loaded in any layout. It is gathered on the first data-parallel
-# rank, which writes it; without the second setting, every data-parallel rank would hold a copy in host memory.
+# rank, which writes it; without the second setting, every data-parallel rank would hold a copy in host memory. Without
+# the third, names would depend on the layout: with expert parallelism, experts have an optimizer of their own.
 OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
 }
 MASTERS = {"param", "fp32_param"}  # names of master weights in the distributed and the bf16 optimizer
 MOMENTUM = "momentum_buffer"
@@ -73,11 +75,12 @@ def load_optimizer_state(
     Raises:
         ConfigError: the checkpoint contains the state of another type of optimizer.
     """
-    names = {match["name"] for key in saved if (match := _KEY.match(key))}
+    keys = {(match["name"], match["parameter"]): key for key in saved if (match := _KEY.match(key))}
+    names = {name for name, _ in keys}
     _check_format(names, saved, flag)
     request = _select(sharded_optimizer_state(optimizer, model_state, is_loading=True), _tensor)
     _check_names(request, names, step, flag)
-    found = _select(request, _saved_as(names))
+    found = _select(request, _saved_as(keys))
     on_every_rank(lambda: check_slices(found, saved, flag))
     loaded = read({"tensors": found})["tensors"] if found else {}
     if not names & MASTERS and (weights := _select(request, _master_as_weight)):
@@ -167,8 +170,12 @@ def _tensor(leaf: ShardedBase) -> ShardedBase | None:
     return leaf if isinstance(leaf, ShardedTensor | ShardedTensorFactory) else None
 
 
-def _saved_as(names: set[str]) -> Callable[[ShardedBase], ShardedBase | None]:
-    """Return a function that requests a tensor by its name in the checkpoint; master weights have two names."""
+def _saved_as(keys: Mapping[tuple[str, str], str]) -> Callable[[ShardedBase], ShardedBase | None]:
+    """Return a function that requests a tensor by its key in the checkpoint.
+
+    Master weights have two names, and keys have a prefix in some checkpoints with expert parallelism.
+    """
+    names = {name for name, _ in keys}
 
     def choose(leaf: ShardedBase) -> ShardedBase | None:
         match = _KEY.match(leaf.key)
@@ -177,7 +184,8 @@ def _saved_as(names: set[str]) -> Callable[[ShardedBase], ShardedBase | None]:
         saved = next(iter(names & MASTERS), None) if name in MASTERS else name
         if saved is None or saved not in names:
             return None
-        return replace(leaf, key=leaf.key.replace(f"optimizer.state.{name}.", f"optimizer.state.{saved}.", 1))
+        key = leaf.key.replace(f"optimizer.state.{name}.", f"optimizer.state.{saved}.", 1)
+        return replace(leaf, key=keys.get((saved, match["parameter"]), key))
 
     return choose
 

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_slm.checkpoint.optimizer_state import OPTIMIZER_FORMAT, _saved_as
 from megatron_slm.testing.tiny import command, losses, make_corpus, records, run_each
 
 KINDS: dict[str, list[str]] = {
@@ -152,3 +155,13 @@ def test_resume_without_random_or_optimizer_states(tmp_path: Path, corpus: str) 
     assert [record["step"] for record in records(tmp_path / "started")] == [3, 4]
     assert [record["step"] for record in records(tmp_path / "tuned")] == [1, 2, 3, 4]
     assert "--lr 0.01 -> 0.02" in codes["kept"].output and "ignored" not in codes["kept"].output
+
+
+def test_names_do_not_depend_on_expert_parallelism() -> None:
+    """Names had a prefix only with expert parallelism, so that optimizer state was tied to it; both are read."""
+    assert OPTIMIZER_FORMAT["chained_optim_avoid_prefix"]
+    request = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.experts.weight", torch.zeros(2))
+    for prefix in ("", "chained_1."):
+        key = f"{prefix}optimizer.state.exp_avg.experts.weight"
+        found = _saved_as({("exp_avg", "experts.weight"): key})(request)
+        assert found is not None and found.key == key
