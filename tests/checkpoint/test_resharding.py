@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from megatron.core.dist_checkpointing.serialization import load_plain_tensors
 from megatron_slm.config.flags import parse
 from megatron_slm.runtime import process
 from megatron_slm.runtime.console import make_console
-from megatron_slm.testing.ranks import run_ranks, shared_process_group
+from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, launch, make_corpus
 from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
 from megatron_slm.training.preflight import resolve_values
@@ -82,33 +83,24 @@ def assert_bits_kept(directory: Path, kind: str, model: dict[str, Any], pairs: l
     """Train a base on one rank; save it in each first layout; load that in the second layout, and save it again."""
     corpus = make_corpus(directory / "corpus", 1)
     launch(command(corpus, directory / kind, train_iters=2, **model))
-    for different in run_ranks(_reshard, RANKS, corpus, directory, kind, model, pairs, initialise=False, timeout=900):
-        assert not different
+
+    def reshard(load: str, layout: Layout, save: str) -> None:
+        # New ranks every time: each process group keeps threads, which wake up regularly, until its process ends.
+        arguments = (corpus, directory / kind, directory / load, directory / save, layout, model)
+        for different in run_ranks(_reshard, RANKS, *arguments, initialise=False, timeout=120):
+            assert not different, (load, layout)
+
+    for source in dict.fromkeys(first for first, _ in pairs):
+        reshard(kind, source, f"{source}")
+    for source, target in pairs:
+        reshard(f"{source}", target, "resaved")
+        shutil.rmtree(directory / "resaved")
 
 
 def _reshard(
-    rank: int, world_size: int, corpus: str, directory: Path, kind: str, model: dict[str, Any], pairs: list[Pair]
-) -> list[Any]:
-    """Return the pairs with differing tensors."""
-    different = []
-    with shared_process_group():
-        for source in dict.fromkeys(first for first, _ in pairs):
-            _load_and_save(corpus, directory / kind, directory / f"{source}", source, model)
-        expected = _tensors(directory / kind)
-        assert any("exp_avg_sq" in key for key in expected)
-        for number, (source, target) in enumerate(pairs):
-            _load_and_save(corpus, directory / f"{source}", directory / f"pair-{number}", target, model)
-            found = _tensors(directory / f"pair-{number}")
-            if found.keys() != expected.keys():
-                different.append((source, target, found.keys() ^ expected.keys()))
-            keys = found.keys() & expected.keys()
-            unequal = [key for key in keys if not torch.equal(found[key], expected[key])]
-            different += [(source, target, unequal)] if unequal else []
-    return different
-
-
-def _load_and_save(corpus: str, load: Path, save: Path, layout: Layout, model: dict[str, Any]) -> None:
-    """Resume a run in a layout, and save it without a step."""
+    rank: int, world_size: int, corpus: str, base: Path, load: Path, save: Path, layout: Layout, model: dict[str, Any]
+) -> set[str]:
+    """Resume a run in a layout, save it without a step, and return the keys of tensors that differ from the base's."""
     argv = command(corpus, save, dp=layout.dp, train_iters=2, load=load, **model, **layout.flags())
     config = resolve_values(parse(argv).config, RANKS)
     groups = process.start(parallel_layout(config))
@@ -116,6 +108,11 @@ def _load_and_save(corpus: str, load: Path, save: Path, layout: Layout, model: d
     run = build_run(config, build_run_tokenizer(config), groups, console)
     assert run.progress.step == 2
     Saver(run.state, run.config, console).save()
+    expected, found = _tensors(base), _tensors(save)
+    process.stop()
+    assert any("exp_avg_sq" in key for key in expected)
+    same = {key for key in expected.keys() & found.keys() if torch.equal(found[key], expected[key])}
+    return (expected.keys() | found.keys()) - same
 
 
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
