@@ -1,4 +1,4 @@
-"""Compare objectives, engines and scopes from the quickstart's base and reference model: ``make compare``.
+"""Compare objectives, engines and scopes from one base and one reference model: ``make compare``.
 
 Each variant runs with three seeds. Objectives and engines are single-process runs, two in parallel, which is faster on
 two cores than one run of two processes. Scopes use two ranks with half the micro-batch, so that each scope ranks a
@@ -25,7 +25,8 @@ from megatron_slm.runtime.console import format_duration, progress
 from megatron_slm.runtime.files import write_text
 
 RESULTS = stages.HERE / "results"
-STEPS, SCOPE_STEPS = 160, 80
+BASE, REFERENCE = "compare-base", "compare-rm"
+BASE_STEPS, STEPS, SCOPE_STEPS = 100, 160, 80
 SEEDS = (1, 2, 3)
 SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
 
@@ -66,7 +67,7 @@ def main() -> int:
     os.chdir(stages.ROOT)
     directory = stages.FOLDER
     try:
-        load_base = stages.prepare_base_and_reference(directory)
+        load_base = stages.prepare_base_and_reference(directory, BASE, REFERENCE, BASE_STEPS)
         train_all(directory, load_base, OBJECTIVES | ENGINES | FILTERED)
         train_all(directory, load_base, SCOPES)
     except stages.StageFailed as failure:
@@ -92,9 +93,9 @@ def train_one(directory: Path, load_base: list[str], variant: Variant, name: str
     """Train one run, with its output in a log file."""
     run = run_directory(directory, name, seed)
     flags = [*load_base, *variant.flags, "--seed", str(seed), "--train-iters", str(variant.steps)]
-    flags += ["--eval-interval", str(variant.steps // 8), "--eval-iters", "8"]
+    flags += ["--eval-interval", str(variant.steps // 8)]
     if variant.has_reference:
-        flags += ["--reference-load", str(directory / "rm")]
+        flags += ["--reference-load", str(directory / REFERENCE)]
     command = stages.training_command(directory, run.name, "raw_train", flags, processes=variant.ranks)
     log = run.with_suffix(".log")
     settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
@@ -112,8 +113,8 @@ def report(directory: Path) -> None:
     )
     RESULTS.mkdir(exist_ok=True)
     settings = {
-        "base_steps": stages.BASE_STEPS,
-        "reference_steps": stages.REFERENCE_STEPS,
+        "base_steps": BASE_STEPS,
+        "reference_steps": BASE_STEPS,
         "steps": STEPS,
         "scope_steps": SCOPE_STEPS,
     }

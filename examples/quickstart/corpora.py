@@ -15,6 +15,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from megatron_slm.runtime.console import progress
@@ -47,16 +48,21 @@ def build_corpora(directory: Path) -> None:
 
 def docstrings(files: Iterable[Path]) -> Iterator[str]:
     """Yield the dedented docstrings of modules, classes and functions."""
-    for path in files:
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node, clean=False)
-                if text is not None and len(text) >= SHORTEST:
-                    yield inspect.cleandoc(text)[:LONGEST]
+    paths = list(files)
+    with ProcessPoolExecutor(2) as pool, progress("reading docstrings", len(paths), "files") as bar:
+        for texts in pool.map(_docstrings_of, paths, chunksize=16):  # in parallel, since parsing takes most of the time
+            bar.advance()
+            yield from texts
+
+
+def _docstrings_of(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    definitions = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    texts = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, definitions)]
+    return [inspect.cleandoc(text)[:LONGEST] for text in texts if text is not None and len(text) >= SHORTEST]
 
 
 def source_texts(files: Iterable[Path]) -> Iterator[str]:
@@ -92,10 +98,7 @@ def _package_directories() -> list[Path]:
 
 def _source_files(directories: Iterable[Path]) -> Iterator[Path]:
     for directory in directories:
-        with progress(f"reading {directory.name}", None, "files") as bar:
-            for path in sorted(directory.rglob("*.py")):
-                bar.advance()
-                yield path
+        yield from sorted(directory.rglob("*.py"))
 
 
 def _crawled_files() -> Iterator[Path]:

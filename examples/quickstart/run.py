@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_slm.analysis.curves import Curve, plot_stages
 
-STEPS = 100
+STEPS = 50  # of each run
 FOLDER = stages.FOLDER
 NAMES = {"base": "base: CLM, raw", "rm": "RM: CLM, clean", "slm": "θ: SLM, raw"}
 
@@ -35,7 +35,7 @@ def main() -> int:
 
 def train_everything(directory: Path) -> None:
     """Prepare the data, and train the three models on two data-parallel processes each."""
-    load_base = stages.prepare_base_and_reference(directory)
+    load_base = stages.prepare_base_and_reference(directory, "base", "rm", STEPS)
     slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(directory / "rm")]
     stages.train(directory, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
 
@@ -67,7 +67,7 @@ def show(console: Console, plot: Path) -> None:
     console.print("\nnext: compare SLM with plain training and random selection, three seeds each:\n  make compare")
     console.print("or train θ on other tokens, for example the 40 % with the highest excess loss:")
     again = stages.training_command(FOLDER, "slm-40", "raw_train", [], 1)[1:]
-    flags = "--train-iters 100 --load runs/quickstart/base --finetune --objective slm --slm-selection-ratio 0.4 "
+    flags = f"--train-iters {STEPS} --load runs/quickstart/base --finetune --objective slm --slm-selection-ratio 0.4 "
     flags += "--reference-load runs/quickstart/rm"
     shown = " ".join(again).replace(f"{stages.ROOT}/", "")
     console.print(f"  .venv/bin/python {shown} {flags}", soft_wrap=True, highlight=False)

@@ -22,7 +22,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 MODEL = HERE / "model.yaml"
 FOLDER = Path("runs/quickstart")  # relative to the repository root
-BASE_STEPS, REFERENCE_STEPS = 100, 100
 CORPORA = ("clean_train", "clean_valid", "raw_train", "raw_valid")
 
 
@@ -85,12 +84,19 @@ def tokenize(data: Path, tokenizer_flags: Sequence[str]) -> None:
         stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
 
 
-def prepare_base_and_reference(directory: Path) -> list[str]:
-    """Prepare data, base model (CLM on raw) and reference model (CLM on clean); return flags to load the base."""
+def prepare_base_and_reference(directory: Path, base: str, reference: str, steps: int) -> list[str]:
+    """Prepare data, base model (CLM on raw) and reference model (CLM on clean); return flags to load the base.
+
+    Args:
+        directory: of all stages.
+        base: name of the base's run.
+        reference: name of the reference model's run.
+        steps: training steps of each.
+    """
     prepare_data(directory)
-    load_base = ["--load", str(directory / "base"), "--finetune"]
-    train(directory, "base", "raw_train", ["--train-iters", str(BASE_STEPS)])
-    train(directory, "rm", "clean_train", ["--train-iters", str(REFERENCE_STEPS), *load_base])
+    load_base = ["--load", str(directory / base), "--finetune"]
+    train(directory, base, "raw_train", ["--train-iters", str(steps)])
+    train(directory, reference, "clean_train", ["--train-iters", str(steps), *load_base])
     return load_base
 
 
