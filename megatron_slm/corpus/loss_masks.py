@@ -161,12 +161,15 @@ def check_mask(prefix: str, name: str, *, verify: bool = True) -> MaskHeader:
     return header
 
 
-def write_mask(prefix: str, name: str, parts: Iterable[NDArray[np.bool_]], origin: dict[str, Any]) -> MaskHeader:
+def write_mask(
+    prefix: str, name: str, parts: Iterable[NDArray[np.bool_]], origin: dict[str, Any], files: str | None = None
+) -> MaskHeader:
     """Write the mask of a complete corpus atomically, and return its header.
 
     Args:
         parts: the bits of all tokens, in consecutive parts.
         origin: settings of the tool, for the header.
+        files: prefix of the corpus files if they are not yet renamed to ``prefix``.
 
     Raises:
         ConfigError: the file cannot be written, or is not a mask.
@@ -185,7 +188,8 @@ def write_mask(prefix: str, name: str, parts: Iterable[NDArray[np.bool_]], origi
             rest = bits[whole:]
         digest.update(packed := np.packbits(rest).tobytes())
         file.write(packed)
-        header = MaskHeader(tokens, selected, corpus_fingerprint(prefix), f"xxh3:{digest.hexdigest()}", origin)
+        corpus = corpus_fingerprint(files or prefix)
+        header = MaskHeader(tokens, selected, corpus, f"xxh3:{digest.hexdigest()}", origin)
         file.seek(0)
         file.write(header.pack())
     return header

@@ -284,10 +284,8 @@ def _publish(
     summary: Summary,
     masks: list[tuple[NDArray[np.uint8], int]],
 ) -> None:
-    """Write the index, the metadata and the mask; the mask is bound to the content of the corpus."""
+    """Write the index, the mask and the metadata; a kill between two of them leaves no corpus without its mask."""
     corpus.compose()
-    remove_metadata(job.prefix)
-    corpus.publish()
     counts = {"documents": summary.examples, "tokens": summary.tokens, "skipped": summary.skipped}
     origin = {
         "tool": "preprocess_sft",
@@ -297,8 +295,11 @@ def _publish(
         "truncated": summary.truncated,
         "dropped": summary.dropped,
     }
+    parts = (np.unpackbits(bits)[:count].astype(bool) for bits, count in masks)
+    write_mask(job.prefix, ANSWERS, parts, origin, files=partial_prefix(job.prefix))
+    remove_metadata(job.prefix)
+    corpus.publish()
     write_metadata(job.prefix, {"tokenizer": tokenizer_identity(tokenizer), **counts, "append_eod": False})
-    write_mask(job.prefix, ANSWERS, (np.unpackbits(bits)[:count].astype(bool) for bits, count in masks), origin)
 
 
 def _first(errors: list[str]) -> str:

@@ -70,13 +70,10 @@ def merge_corpora(prefixes: Sequence[str], output_prefix: str) -> Merged:
     _check_space(infos, output_prefix)
     with explained_write(output_prefix, OUTPUT):
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        _write(infos, output_prefix)
+        _write(infos, output_prefix, masks)
         remove_metadata(output_prefix)
     if metadata is not None:
         write_metadata(output_prefix, metadata)
-    for name in masks:
-        parts = (part for prefix in prefixes for part in LossMask(prefix, name).parts())
-        write_mask(output_prefix, name, parts, {"tool": "merge_datasets", "corpora": len(infos)})
     return Merged(len(infos), sum(i.documents for i in infos), sum(i.tokens for i in infos), unrecorded)
 
 
@@ -102,8 +99,8 @@ def _common_masks(prefixes: Sequence[str], output_prefix: str) -> list[str]:
     return names
 
 
-def _write(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
-    """Write the merged corpus under temporary names, and rename it when it is complete."""
+def _write(infos: Sequence[CorpusInfo], output_prefix: str, masks: Sequence[str]) -> None:
+    """Write the merged corpus under temporary names, and rename it when it and its masks are complete."""
     tokens, index = (path(partial_prefix(output_prefix)) for path in (bin_path, idx_path))
     tokens.touch()
     with tokens.open("r+b", buffering=0) as output:
@@ -111,6 +108,10 @@ def _write(infos: Sequence[CorpusInfo], output_prefix: str) -> None:
         try:
             write_merged_index(infos, index)
             _copy_tokens(infos, output)
+            for name in masks:
+                parts = (part for info in infos for part in LossMask(info.prefix, name).parts())
+                origin = {"tool": "merge_datasets", "corpora": len(infos)}
+                write_mask(output_prefix, name, parts, origin, files=partial_prefix(output_prefix))
             publish(tokens, bin_path(output_prefix))
             publish(index, idx_path(output_prefix))
         finally:

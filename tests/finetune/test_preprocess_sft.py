@@ -11,6 +11,7 @@ import pytest
 
 from megatron_slm.corpus.index import mapped_tokens, read_index
 from megatron_slm.corpus.loss_masks import LossMask, check_mask, mask_path
+from megatron_slm.finetune import preprocess
 from megatron_slm.finetune.preprocess import FinetuneJob, preprocess_examples
 from megatron_slm.finetune.records import Completion, Conversation, RecordReader
 from megatron_slm.runtime.errors import ConfigError
@@ -169,6 +170,24 @@ def test_long_examples(tmp_path: Path) -> None:
     assert len(texts(make_examples(tmp_path / "drop", records, seq_length=16, long_examples="drop"))) == 1
     with pytest.raises(ConfigError, match="--long-examples drop needs --seq-length"):
         make_examples(tmp_path / "x", records, long_examples="drop")
+
+
+@pytest.mark.parametrize("step", ["write_mask", "remove_metadata", "write_metadata"])
+def test_a_stopped_job_leaves_no_corpus_without_its_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_examples(tmp_path / "x", [PAIR])
+    prefix = str(tmp_path / "x_sft_document")
+    assert Path(f"{prefix}.idx").exists() == (step == "write_metadata")
+    if step == "write_metadata":
+        check_mask(prefix, "answers")
+    monkeypatch.undo()
+    assert texts(make_examples(tmp_path / "x", [PAIR])) == [(b"one two|", b"two|")]
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
