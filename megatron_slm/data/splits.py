@@ -49,7 +49,9 @@ def estimate_training_usage(
         ConfigError: a corpus is too small for a sample.
     """
     tokens = check_splits(data, valid_samples=valid_samples, seq_length=seq_length)
-    return [] if data.mock_data else estimate_usage("train", training_blend(data), tokens, train_samples * seq_length)
+    if data.mock_data:
+        return []
+    return estimate_usage("train", training_blend(data), tokens, samples=train_samples, seq_length=seq_length)
 
 
 def check_splits(data: DataConfig, *, valid_samples: int, seq_length: int, trains: bool = True) -> list[int]:

@@ -20,7 +20,7 @@ class DatasetUsage:
     name: str  # of the dataset
     prefix: str
     weight: float | None  # requested weight, of a sum of 1; None: proportional to the corpus size
-    samples: int | None  # None if not known yet
+    samples: int
     share: float  # of the dataset's samples
     epochs: float  # tokens sampled / tokens of the split of the corpus
 
@@ -43,19 +43,22 @@ def measure_usage(name: str, dataset: Any, blend: Blend, samples: int) -> list[D
     ]
 
 
-def estimate_usage(name: str, blend: Blend, tokens: Sequence[int], wanted: int) -> list[DatasetUsage]:
+def estimate_usage(
+    name: str, blend: Blend, tokens: Sequence[int], *, samples: int, seq_length: int
+) -> list[DatasetUsage]:
     """Estimate the usage of each corpus by a dataset from the corpus sizes.
 
     Args:
         tokens: tokens of the split of each corpus.
-        wanted: total tokens of the dataset.
+        samples: total samples of the dataset.
+        seq_length: tokens of a sample.
     """
     weights = normalized_weights(blend)
     given = [
         size / max(sum(tokens), 1) if weight is None else weight for weight, size in zip(weights, tokens, strict=True)
     ]
     return [
-        DatasetUsage(name, prefix, weight, None, share, share * wanted / max(size, 1))
+        DatasetUsage(name, prefix, weight, round(share * samples), share, share * samples * seq_length / max(size, 1))
         for prefix, weight, share, size in zip(blend[0], weights, given, tokens, strict=True)
     ]
 
@@ -66,9 +69,8 @@ def format_usage(rows: Sequence[DatasetUsage]) -> list[str]:
     lines = [f"{'set':<{width}}  {'weight':>8}  {'drawn':>7}  {'samples':>13}  {'epochs':>9}  corpus"]
     for row in rows:
         weight = "by size" if row.weight is None else f"{row.weight:.2%}"
-        samples = "" if row.samples is None else f"{row.samples:,}"
         lines.append(
-            f"{row.name:<{width}}  {weight:>8}  {row.share:>7.2%}  {samples:>13}  {row.epochs:>9.3f}  {row.prefix}"
+            f"{row.name:<{width}}  {weight:>8}  {row.share:>7.2%}  {row.samples:>13,}  {row.epochs:>9.3f}  {row.prefix}"
         )
     return lines
 

@@ -29,7 +29,8 @@ def print_plan(console: Console, config: RunConfig, vocab_size: int, world_size:
         valid_samples=config.logging.eval_iters,
         seq_length=config.model.seq_length,
     )
-    console.print("expected data usage, from the corpus sizes:", *format_usage(rows), sep="\n", markup=False)
+    if rows:
+        console.print("expected data usage, from the corpus sizes:", *format_usage(rows), sep="\n", markup=False)
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str, str]]:
