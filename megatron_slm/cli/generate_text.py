@@ -60,7 +60,7 @@ def _add_files(add: Callable[..., argparse.Action]) -> None:
     add("--ckpt-step", type=int, help="checkpoint iteration; default the newest")
     add("--precision", choices=("fp32", "bf16"), help="precision of the model; default that of its training run")
     add("--prompt", action="append", metavar="TEXT", help="prompt; may be given several times")
-    add("--input", type=expand_user, metavar="FILE", help="JSON lines with the key prompt")
+    add("--input", type=expand_user, metavar="FILE", help="JSON lines with the key prompt; - for standard input")
     add(
         "--output",
         type=expand_user,

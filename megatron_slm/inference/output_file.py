@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.inference.generation import Generation
-from megatron_slm.inference.prompts import INPUT, PROMPT, Prompt
+from megatron_slm.inference.prompts import INPUT, PROMPT, STDIN, Prompt
 from megatron_slm.inference.sampling import Decoding
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
@@ -32,7 +32,7 @@ def job_key(model: str, decoding: Decoding, prompts: Sequence[Prompt]) -> str:
 def check_output(path: str, source: str | None = None) -> None:
     """Raise ConfigError if the file has other content than generated texts, is ``source``, or has no directory."""
     check_replaceable(path, FLAG, is_ours=_is_output)
-    if source is not None and Path(path).exists() and Path(path).samefile(source):
+    if source not in (None, STDIN) and Path(path).exists() and Path(path).samefile(source):
         raise ConfigError(f"{FLAG} {path} is the file of {INPUT}, which is not replaced. Choose another path.")
     if not Path(path).resolve().parent.is_dir():
         raise ConfigError(f"{FLAG} {path}: the directory {Path(path).parent} does not exist. Create it.")

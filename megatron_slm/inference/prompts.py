@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_slm.runtime.errors import ConfigError, read_error, refuse
 from megatron_slm.runtime.files import check_regular
 
 INPUT = "--input"
+STDIN = "-"
 PROMPT = "prompt"  # key
 SHOWN_PROBLEMS = 10
 
@@ -30,14 +32,13 @@ class Prompt:
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Return the prompts of a file of JSON lines. Blank lines are skipped.
+    """Return the prompts of a file of JSON lines, or of standard input for ``-``. Blank lines are skipped.
 
     Raises:
         ConfigError: the file cannot be read, holds no prompt, or lines are not objects with a text under "prompt".
     """
     try:
-        check_regular(Path(path))
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        lines = _read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise read_error(INPUT, path, error) from error
     prompts, problems = list[Prompt](), list[str]()
@@ -53,6 +54,13 @@ def read_prompts(path: str) -> list[Prompt]:
     if not prompts:
         raise ConfigError(f'{INPUT} {path} holds no prompt. Write one JSON object per line: {{"prompt": "text"}}.')
     return prompts
+
+
+def _read(path: str) -> bytes:
+    if path == STDIN:
+        return b"" if sys.stdin is None else sys.stdin.buffer.read()
+    check_regular(Path(path))
+    return Path(path).read_bytes()
 
 
 def _read_line(line: bytes, place: str) -> Prompt:

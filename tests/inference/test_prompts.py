@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "missing.jsonl"))
     with pytest.raises(ConfigError, match="not a regular file"):
         read_prompts(str(tmp_path))
+
+
+def test_prompts_of_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO('{"prompt": " \u00fc"}\n'.encode())))
+    assert read_prompts("-") == [Prompt(" \u00fc", "-:1", {"prompt": " \u00fc"})]
+    (tmp_path / "out.jsonl").touch()
+    check_output(str(tmp_path / "out.jsonl"), "-")
+    for empty in (io.TextIOWrapper(io.BytesIO()), None):
+        monkeypatch.setattr(sys, "stdin", empty)
+        with pytest.raises(ConfigError, match="--input - holds no prompt"):
+            read_prompts("-")
 
 
 PROMPTS = [Prompt(text, f"f:{number}", {"prompt": text, "id": number}) for number, text in enumerate("abc")]
