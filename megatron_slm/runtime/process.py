@@ -37,20 +37,21 @@ def start(
         seed: seed of weights and dropout, offset by the pipeline stage as in Megatron-LM.
 
     Raises:
-        ConfigError: the number of processes is not a multiple of TP x PP x CP.
+        ConfigError: the number of processes is not a multiple of TP x PP x CP, or of TP x PP x EP.
     """
     launch = read_launch()
     device = _choose_device(backend, launch)
     timeout = timedelta(minutes=timeout_minutes)
     _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
     world_size = dist.get_world_size()
-    if world_size % (layout.tensor * layout.pipeline * layout.context):
-        stop()
-        raise ConfigError(
-            f"{world_size} processes were started, which is not a multiple of --tensor-model-parallel-size "
-            f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --context-parallel-size "
-            f"{layout.context}. Start a multiple of their product."
-        )
+    for flag, size in (("context", layout.context), ("expert-model", layout.expert)):
+        if world_size % (layout.tensor * layout.pipeline * size):
+            stop()
+            raise ConfigError(
+                f"{world_size} processes were started, which is not a multiple of --tensor-model-parallel-size "
+                f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --{flag}-parallel-size "
+                f"{size}. Start a multiple of their product."
+            )
     return build_groups(layout, device, timeout_minutes=timeout_minutes, seed=seed)
 
 

@@ -38,6 +38,7 @@ def outcomes(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFacto
         "full": argv(model, "--prompt", long[:60], "--greedy", "--ignore-eos"),
         "long": argv(model, "--input", directory / "long.jsonl"),
         "layers": argv(model, "--prompt", "a", "--tensor-model-parallel-size", 3),
+        "experts": argv(model, "--prompt", "a", "--expert-model-parallel-size", 2),
         "missing": argv("/nowhere", "--prompt", "a"),
         "step": argv(model, "--prompt", "a", "--ckpt-step", 7),
         "tokenizer": argv(model, "--prompt", "a", "--eod-id", 3),
@@ -86,6 +87,7 @@ def test_text_ends_with_the_positions_of_the_model(outcomes: dict[str, Any]) -> 
     [
         ("long", "long.jsonl:2: the prompt has 64 tokens, and the model 64 positions"),
         ("layers", "1 processes were started, which is not a multiple of --tensor-model-parallel-size 3"),
+        ("experts", "1 processes were started, which is not a multiple of --tensor-model-parallel-size 1"),
         ("missing", "--load /nowhere: there is no such directory"),
         ("step", "step 7 (--ckpt-step) does not exist. Existing steps: "),
         ("tokenizer", "--load: the model was trained with ByteTokenizer of end-of-document id 256"),
