@@ -19,11 +19,6 @@ def add_layout_flags(add: Callable[..., argparse.Action]) -> None:
     add("--tensor-model-parallel-size", type=int, default=1, help="degree of tensor model parallelism")
     add("--pipeline-model-parallel-size", type=int, default=1, help="degree of pipeline model parallelism")
     add("--expert-model-parallel-size", type=int, default=1, help="degree of expert model parallelism")
-    add_communication_flags(add)
-
-
-def add_communication_flags(add: Callable[..., argparse.Action]) -> None:
-    """Add the flags of torch.distributed."""
     add(
         "--distributed-backend",
         choices=("nccl", "gloo"),

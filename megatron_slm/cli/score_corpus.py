@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_slm.cli.layout import add_checkpoint_flags, add_communication_flags, start_ranks
+from megatron_slm.cli.layout import add_checkpoint_flags, add_layout_flags, given_layout, start_ranks
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
-from megatron_slm.config.schema import ParallelConfig, ReferenceConfig, RunConfig
+from megatron_slm.config.schema import ReferenceConfig, RunConfig
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
@@ -35,7 +36,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     _add_reference_and_corpora(parser.add_argument)
     _add_scoring(parser.add_argument)
-    _add_distributed(parser.add_argument)
+    add_layout_flags(parser.add_argument)
+    parser.add_argument("--sequence-parallel", action="store_true", help="enable sequence parallelism")
     group = parser.add_argument_group("tokenizer", "default: the tokenizer of the reference model's run")
     add_tokenizer_flags(group)
     return parse_strictly(parser, argv, REFUSED)
@@ -89,13 +91,6 @@ def _add_scoring(add: Callable[..., argparse.Action]) -> None:
     add("--micro-batch-size", type=int, default=8, help="batch size per data-parallel rank and forward pass")
 
 
-def _add_distributed(add: Callable[..., argparse.Action]) -> None:
-    add("--tensor-model-parallel-size", type=int, default=1, help="degree of tensor model parallelism")
-    add("--pipeline-model-parallel-size", type=int, default=1, help="degree of pipeline model parallelism")
-    add("--sequence-parallel", action="store_true", help="enable sequence parallelism")
-    add_communication_flags(add)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     return run_command(lambda: score(parse_arguments(sys.argv[1:] if argv is None else argv)))
@@ -119,11 +114,7 @@ def score(arguments: argparse.Namespace) -> None:
         ),
         corpora=corpora,
         name=arguments.reference_scores,
-        parallel=ParallelConfig(
-            tensor_model_parallel_size=arguments.tensor_model_parallel_size,
-            pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-            sequence_parallel=arguments.sequence_parallel,
-        ),
+        parallel=replace(given_layout(arguments), sequence_parallel=arguments.sequence_parallel),
         micro_batch_size=arguments.micro_batch_size,
         context=arguments.context or default_context(corpora),
         stride=arguments.stride,

@@ -49,7 +49,12 @@ class ReferenceReplica:
         self.config = reference = on_first_rank(lambda: _matching_config(source, config, tokenizer))
         precision = config.reference.reference_precision
         self.with_entropy = with_entropy
-        model = replace(reference.model, transformer_impl=config.model.transformer_impl)
+        model = replace(
+            reference.model,
+            transformer_impl=config.model.transformer_impl,
+            moe_token_dispatcher_type=config.model.moe_token_dispatcher_type,
+            moe_grouped_gemm=reference.model.moe_grouped_gemm and config.model.transformer_impl != "local",
+        )
         with preserved_random_state():
             self.chunks = load_frozen_model(
                 replace(config, model=model, parallel=_layout(reference, config)),
@@ -135,6 +140,7 @@ def _check_shape(reference: RunConfig, config: RunConfig) -> None:
         ("layers", model.num_layers, stages, "--pipeline-model-parallel-size x virtual stages"),
         ("key/value heads", groups, tensor, "--tensor-model-parallel-size"),
         ("MLP channels", model.ffn_hidden_size, tensor, "--tensor-model-parallel-size"),
+        ("experts", model.num_experts, parallel.expert_model_parallel_size, "--expert-model-parallel-size"),
     ):
         if unit == "layers" and size == config.model.num_layers and has_uneven_stages(parallel):
             continue  # split like the training model's

@@ -75,15 +75,9 @@ class ScoringJob:
         Raises:
             ConfigError: a value is invalid; the message contains the flag and valid values.
         """
-        parallel = self.parallel
-        for flag, value in (
-            ("--micro-batch-size", self.micro_batch_size),
-            ("--tensor-model-parallel-size", parallel.tensor_model_parallel_size),
-            ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
-        ):
-            if value < 1:
-                raise ConfigError(f"{flag} is {value}, and must be above 0.")
-        if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        if self.micro_batch_size < 1:
+            raise ConfigError(f"--micro-batch-size is {self.micro_batch_size}, and must be above 0.")
+        if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1.")
         check_output_prefix(self.name, "--reference-scores", directory_allowed=True)
         if (problem := sidecar_name_problem(self.name)) is not None:
@@ -116,7 +110,7 @@ def reference_config(job: ScoringJob) -> RunConfig:
     saved = _with_length(job.source().config(), job.seq_length)
     job.rule(saved.model.seq_length)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
-    model = saved.model
+    model = replace(saved.model, moe_token_dispatcher_type="allgather")  # alltoall needs GPUs
     if job.context != "stream":  # rows pack several documents, whose mask Transformer Engine does not support
         model = replace(model, transformer_impl="local")
     checkpoint = replace(saved.checkpoint, slm_verify_checksums=job.verify_checksums)

@@ -1,4 +1,4 @@
-"""Test that training leaves the co-located reference model bitwise unchanged."""
+"""Test that training leaves the co-located reference model bitwise unchanged, and refuses other layouts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_slm.config.flags import parse
+from megatron_slm.reference.replica import _check_shape
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus
 
@@ -105,3 +108,11 @@ def test_loss_decreases_for_other_model_styles(workspace: Path, tmp_path: Path, 
     launch([*argv, *style])
     steps = records(tmp_path / "run")
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+
+
+def test_expert_parallelism_must_divide_the_experts() -> None:
+    argv = command("corpus", moe_router_topk=1, moe_ffn_hidden_size=32, expert_model_parallel_size=2)
+    reference, config = (parse([*argv, "--num-experts", str(count)]).config for count in (3, 4))
+    _check_shape(config, config)
+    with pytest.raises(ConfigError, match="3 experts, which --expert-model-parallel-size = 2 does not divide"):
+        _check_shape(reference, config)

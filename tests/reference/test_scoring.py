@@ -47,24 +47,33 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = make_corpus(directory / "corpus", 1, documents=12)
     other = make_corpus(directory / "other", 2)
     models = ((corpus, "rm", 40), (other, "base", 8))
-    launch_each([command(text, directory / name, train_iters=n, num_layers=2) for text, name, n in models])
+    commands = [command(text, directory / name, train_iters=n, num_layers=2) for text, name, n in models]
+    experts = {"num_experts": 2, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
+    commands.append(command(corpus, directory / "experts", train_iters=1, num_layers=2, **experts))
+    launch_each(commands)
     return directory
 
 
 def job(directory: Path, name: str, *, tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> ScoringJob:
-    return ScoringJob(
-        reference=ReferenceConfig(reference_load=str(directory / "rm")),
-        corpora=[str(directory / "corpus_text_document")],
-        name=name,
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp),
-        **{"micro_batch_size": 2, "chunk_tokens": 700, "seconds_between_records": 0, **settings},
-    )
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
+    defaults = {
+        "reference": ReferenceConfig(reference_load=str(directory / "rm")),
+        "parallel": parallel,
+        "micro_batch_size": 2,
+        "chunk_tokens": 700,
+        "seconds_between_records": 0,
+    }
+    return ScoringJob(corpora=[str(directory / "corpus_text_document")], name=name, **{**defaults, **settings})
 
 
 @contextlib.contextmanager
 def started(scoring: ScoringJob) -> Any:
     parallel = scoring.parallel
-    layout = ParallelLayout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    layout = ParallelLayout(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+    )
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield process.start(layout)
@@ -173,6 +182,15 @@ def test_every_layout_agrees(workspace: Path, single_process: Path, settings: di
     name = "".join(f"{key}{value}" for key, value in settings.items()) + str(world_size)
     scoring = job(workspace, name, with_entropy=True, **settings)
     assert_agree(score(scoring, world_size), single_process)
+
+
+def test_experts_can_be_divided_among_ranks(workspace: Path) -> None:
+    reference = ReferenceConfig(reference_load=str(workspace / "experts"))
+    alone, divided = (
+        job(workspace, f"ep{size}", reference=reference, parallel=ParallelConfig(expert_model_parallel_size=size))
+        for size in (1, 2)
+    )
+    assert_agree(score(replace(alone, with_entropy=True)), score(replace(divided, with_entropy=True), 2))
 
 
 def test_scores_are_independent_of_micro_batch_and_chunk_sizes(workspace: Path, single_process: Path) -> None:
