@@ -10,9 +10,10 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from megatron_slm.config.schema import DataConfig
+from megatron_slm.config.selection import ANSWERS
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer, has_several_sequences
 from megatron_slm.corpus.index import read_index
-from megatron_slm.corpus.loss_masks import check_mask, find_mask, masked_identity
+from megatron_slm.corpus.loss_masks import check_mask, find_mask, has_mask, masked_identity
 from megatron_slm.data.blends import Blend, parse_blend, training_blend
 from megatron_slm.data.packed_samples import CorpusBuilder
 from megatron_slm.data.packing import check_example_lengths
@@ -20,6 +21,7 @@ from megatron_slm.data.samples import CorpusSamples, MockSamples, SamplesConfig
 from megatron_slm.data.splits import check_splits, effective_split, split_matrix, wants_split
 from megatron_slm.data.usage import DatasetUsage, measure_usage
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.logs import only_errors
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -77,7 +79,8 @@ def check_corpora(data: DataConfig, tokenizer: Tokenizer) -> None:
 def check_loss_masks(data: DataConfig, seq_length: int, *, verify: bool = True) -> None:
     """Validate the loss masks of all corpora of a fine-tuning run, and the lengths of their examples.
 
-    Validation corpora without the mask use the mask of all answers; without that, they are plain text.
+    Validation corpora without the mask use the mask of all answers; without that, they are plain text. Runs without
+    fine-tuning print a note if a corpus has answers.
 
     Args:
         verify: compare the masks with their checksums.
@@ -87,6 +90,7 @@ def check_loss_masks(data: DataConfig, seq_length: int, *, verify: bool = True) 
     """
     name = data.slm_loss_mask
     if name is None:
+        _note_unused_masks(data)
         return
     for flag, (prefixes, _) in blends(data).items():
         for prefix in prefixes:
@@ -94,6 +98,16 @@ def check_loss_masks(data: DataConfig, seq_length: int, *, verify: bool = True) 
             if found is not None:
                 check_mask(prefix, found, verify=verify)
                 check_example_lengths(f"{flag} {prefix}", read_index(prefix).lengths, seq_length)
+
+
+def _note_unused_masks(data: DataConfig) -> None:
+    """Print a note if a corpus of examples is used as plain text."""
+    prefixes = dict.fromkeys(prefix for blend in blends(data).values() for prefix in blend[0])
+    if found := [prefix for prefix in prefixes if has_mask(prefix, ANSWERS)]:
+        notice(
+            f"{', '.join(found)}: the examples of tools/preprocess_sft.py are read as plain text, prompts included and "
+            "without isolation. Add --objective sft to train their answers only."
+        )
 
 
 def corpus_identities(data: DataConfig) -> dict[str, str]:

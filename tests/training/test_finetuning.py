@@ -128,10 +128,11 @@ def test_resume_is_bit_for_bit_and_selects_only_if_asked(workspace: Path) -> Non
             ("pretrain", sft(workspace, "never", slm_selection_ratio=0.5)),
             ("pretrain", sft(workspace, "never", eod_mask_loss=True, slm_loss_mask="mine")),
             ("pretrain", [*sft(workspace, "never", objective="clm"), "--sft", "--dry-run"]),
+            ("pretrain", [*sft(workspace, "never", objective="clm"), "--dry-run"]),
         ],
         initialise=False,
     )[0]
-    assert [outcome.code for outcome in outcomes] == [0, 0, 0, 0, 2, 2, 2], [outcome.errors for outcome in outcomes]
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0, 0, 2, 2, 2, 0], [outcome.errors for outcome in outcomes]
     assert losses(workspace / "part") == losses(workspace / "whole")
     whole, half = records(workspace / "whole"), records(workspace / "random")
     assert [record["share_selected"] for record in whole] == [1.0] * 4
@@ -139,6 +140,7 @@ def test_resume_is_bit_for_bit_and_selects_only_if_asked(workspace: Path) -> Non
     assert "--slm-selection-ratio has no effect with --objective sft and every answer token" in outcomes[4].errors
     assert "--eod-mask-loss has no effect with --objective sft" in outcomes[5].errors
     assert "--sft contradicts" in outcomes[6].errors
+    assert "one_sft_document: the examples of tools/preprocess_sft.py are read as plain text" in outcomes[7].errors
 
 
 def test_layouts_agree_with_one_process(workspace: Path) -> None:
