@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_slm.config.schema import DataConfig, ReferenceConfig
 from megatron_slm.config.selection import ANSWERS, mask_name_problem
 from megatron_slm.corpus.checks import check_corpus, check_tokenizer
-from megatron_slm.corpus.loss_masks import LossMask, check_mask, check_mask_writable, write_mask
+from megatron_slm.corpus.loss_masks import LossMask, check_mask, check_mask_writable, mask_path, write_mask
 from megatron_slm.objective.selection.exact import selected_count
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
@@ -81,6 +81,8 @@ def select_over_corpora(job: SelectionJob, tokenizer: Tokenizer) -> tuple[float,
     with progress("ranking tokens", 2 * tokens, "tokens") as bar:
         threshold, ties = corpus_threshold(lambda: _scores(corpora, bar.advance), wanted)
     found = []
+    for corpus in corpora:  # an interruption leaves masks of one threshold only
+        mask_path(corpus.prefix, job.name).unlink(missing_ok=True)
     with progress("writing masks", tokens, "tokens") as bar:
         for corpus in corpora:
             chosen = _Chosen(threshold, ties)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.corpus.loss_masks import LossMask
+from megatron_slm.corpus.loss_masks import LossMask, has_mask
+from megatron_slm.finetune import selection
 from megatron_slm.finetune.selection import SelectionJob, corpus_threshold, select_over_corpora
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
@@ -212,6 +213,15 @@ def _check_corpus_selection(workspace: Path, both: list[str]) -> None:
         select_over_corpora(SelectionJob(both, "base1", "rm", 0.5, "a/b"), tokenizer)
     launch(sft(workspace, "best", slm_loss_mask="best", train_iters=2))
     assert len(records(workspace / "best")) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "write_mask", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            select_over_corpora(SelectionJob(both, "base1", "rm", 0.5, "best"), tokenizer)
+    assert not any(has_mask(prefix, "best") for prefix in both), "no masks of different thresholds"
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_corpus_threshold_with_ties_and_signs() -> None:
