@@ -165,23 +165,32 @@ def write_file(
     arguments: argparse.Namespace,
 ) -> None:
     """Generate for the remaining prompts and write the output file. Collective over all ranks."""
-    from megatron_slm.inference.output_file import OutputFile, job_key
+    from megatron_slm.inference.output_file import OutputFile, job_key, partial_path
     from megatron_slm.runtime.collective import on_first_rank
     from megatron_slm.runtime.console import notice, progress
 
     size = arguments.micro_batch_size * model.groups.dp_size
     continue_prompts = generator(model, decoding, arguments)
-    file = on_first_rank(lambda: OutputFile(arguments.output, job_key(model.identity, decoding, prompts)))
-    if file.finished:
-        notice(f"continuing {file.partial} after {file.finished:,} prompts")
+    files = list[OutputFile]()  # of the first rank
+
+    def open_file() -> int:
+        files.append(OutputFile(arguments.output, job_key(model.identity, decoding, prompts)))
+        return files[0].finished
+
+    def append(start: int, results: Sequence[Generation]) -> None:
+        files[0].append(prompts[start : start + len(results)], results)
+
+    finished = on_first_rank(open_file)
+    if finished:
+        notice(f"continuing {partial_path(arguments.output)} after {finished:,} prompts")
     with progress("generating", len(prompts), "prompts", enabled=model.groups.is_logging_rank) as bar:
-        bar.advance(file.finished)
-        for start in range(file.finished, len(prompts), size):
+        bar.advance(finished)
+        for start in range(finished, len(prompts), size):
             stop = min(start + size, len(prompts))
             results = continue_prompts(encoded[start:stop], first_request=start)
-            on_first_rank(partial(file.append, prompts[start:stop], results))
+            on_first_rank(partial(append, start, results))
             bar.advance(stop - start)
-    on_first_rank(file.publish)
+    on_first_rank(lambda: files[0].publish())
 
 
 def stream(

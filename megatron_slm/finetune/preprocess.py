@@ -19,13 +19,13 @@ from megatron_slm.finetune.records import RecordReader
 from megatron_slm.preprocessing.corpus_writer import CorpusWriter, check_corpus_writable, corpus_dtype
 from megatron_slm.preprocessing.documents import Block, InputChunk, is_blank, iter_documents, read_blocks
 from megatron_slm.preprocessing.inputs import STDIN, InputFormat, detect_format, input_size
-from megatron_slm.preprocessing.journal import OUTPUT, lock_output
+from megatron_slm.preprocessing.journal import OUTPUT
 from megatron_slm.preprocessing.tables import decode_objects
 from megatron_slm.preprocessing.text_reader import ERROR, UNREADABLE, BadDocuments, describe_error
 from megatron_slm.preprocessing.workers import worker_processes
 from megatron_slm.runtime.console import progress, warn
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_output_prefix, explained_write
+from megatron_slm.runtime.files import check_output_prefix, explained_write, lock_output
 from megatron_slm.tokenizers.base import TEXT, TOKENS, TokenizerFiles
 from megatron_slm.tokenizers.chat_template import ChatTemplate, find_template
 from megatron_slm.tokenizers.identity import tokenizer_identity
@@ -205,7 +205,7 @@ def preprocess_examples(job: FinetuneJob) -> Summary:
     ):
         bin_path(job.prefix).parent.mkdir(parents=True, exist_ok=True)
         lock = bin_path(partial_prefix(job.prefix)).open("ab")
-        lock_output(lock)
+        lock_output(lock, OUTPUT)
         try:
             corpus.open()
             for block in _encoded_blocks(job, encode, summary):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from megatron_slm.inference.prompts import INPUT, PROMPT, STDIN, Prompt
 from megatron_slm.inference.sampling import Decoding
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_replaceable, explained_write, write_bytes
+from megatron_slm.runtime.files import check_replaceable, explained_write, lock_output, write_all, write_bytes
 
 FLAG = "--output"
 TEXT, KEY = "text", "generate_text"  # keys of a line, and of the first line of an unfinished file
@@ -53,19 +52,22 @@ class OutputFile:
         key: result of :func:`job_key`; an unfinished file with another key is replaced.
 
     Raises:
-        ConfigError: a file cannot be written.
+        ConfigError: a file cannot be written, or another process writes it.
     """
 
     def __init__(self, path: str, key: str) -> None:
         self.path, self.partial = path, partial_path(path)
         header = json.dumps({KEY: key}).encode() + b"\n"
         with explained_write(path, FLAG):
-            content = self.partial.read_bytes() if self.partial.exists() else b""
+            self.file = self.partial.open("a+b", buffering=0)
+            lock_output(self.file, FLAG)
+            content = self._content()
             if not content.startswith(header):
-                self.partial.write_bytes(header)
+                self.file.truncate(0)
+                self.file.write(header)
                 content = header
             complete = content[: content.rindex(b"\n") + 1]
-            os.truncate(self.partial, len(complete))
+            self.file.truncate(len(complete))
         self.header_size = len(header)
         self.finished = complete.count(b"\n") - 1  # prompts
 
@@ -75,13 +77,18 @@ class OutputFile:
             _encode({**prompt.record, PROMPT: prompt.text, TEXT: generation.text}) + b"\n"
             for prompt, generation in zip(prompts, generations, strict=True)
         )
-        with explained_write(self.path, FLAG), self.partial.open("ab") as file:
-            file.write(b"".join(lines))
+        with explained_write(self.path, FLAG):
+            write_all(self.file, b"".join(lines))
 
     def publish(self) -> None:
         """Write the complete file, and remove the unfinished one."""
-        write_bytes(self.path, self.partial.read_bytes()[self.header_size :], FLAG, is_ours=_is_output)
+        write_bytes(self.path, self._content()[self.header_size :], FLAG, is_ours=_is_output)
         self.partial.unlink()
+        self.file.close()
+
+    def _content(self) -> bytes:
+        self.file.seek(0)
+        return self.file.read()
 
 
 def _encode(record: dict[str, Any]) -> bytes:

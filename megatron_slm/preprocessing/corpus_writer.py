@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_slm.corpus.index import bin_path, byte_offsets, idx_path, is_index, packed_header, partial_prefix
 from megatron_slm.corpus.metadata import check_metadata_writable
-from megatron_slm.runtime.files import check_replaceable, publish, sync
+from megatron_slm.runtime.files import check_replaceable, publish, sync, write_all
 
 INDEX_CHUNK = 1 << 20  # numbers held in memory while the index is composed
 SMALL_VOCABULARY = 65500  # smaller vocabularies are stored as uint16
@@ -111,17 +111,6 @@ def _parts(prefix: str) -> tuple[Path, Path, Path]:
     """Return the temporary files of ids, lengths and sequences."""
     partial = partial_prefix(prefix)
     return bin_path(partial), Path(f"{partial}.lengths"), Path(f"{partial}.sequences")
-
-
-def write_all(file: IO[bytes], data: bytes) -> None:
-    """Write all of ``data`` to an unbuffered file, repeating partial writes.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: Path, sequences: Path) -> None:

@@ -6,8 +6,6 @@ input position, the sizes of the output files, and the counts.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -16,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_slm.preprocessing.corpus_writer import write_all
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_replaceable
+from megatron_slm.runtime.files import check_replaceable, lock_output, write_all
 
 OUTPUT = "--output-prefix"
 FIRST = b'{"--tokenizer-type": '  # first bytes of every journal
@@ -64,7 +61,7 @@ class Journal:
         """
         check_replaceable(self.path, OUTPUT, is_ours=_is_journal)
         file = self.path.open("a+b", buffering=0)
-        lock_output(file)
+        lock_output(file, OUTPUT)
         self.file = file
         self.file.seek(0)
         if resume and self.file.read(1):
@@ -126,20 +123,6 @@ class Journal:
                 f"--resume: the stopped job had {name} {earlier}, but this one has {current}. Resume it with its "
                 "original settings and files, or omit --resume to start from scratch."
             )
-
-
-def lock_output(file: IO[bytes]) -> None:
-    """Lock an output file until it is closed; close it and raise ConfigError if another process holds the lock."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise ConfigError(
-                f"{OUTPUT}: another process is writing there ({file.name} is locked). Wait for it, or choose another "
-                "prefix."
-            ) from error
-        # any other error: the file system does not support locks
 
 
 def _is_journal(path: Path) -> bool:

@@ -31,11 +31,11 @@ from megatron_slm.corpus.loss_masks import (
     write_mask,
 )
 from megatron_slm.corpus.metadata import read_metadata, remove_metadata, write_metadata
-from megatron_slm.preprocessing.corpus_writer import check_corpus_writable, write_all
-from megatron_slm.preprocessing.journal import OUTPUT, lock_output
+from megatron_slm.preprocessing.corpus_writer import check_corpus_writable
+from megatron_slm.preprocessing.journal import OUTPUT
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_output_prefix, explained_write, free_space, publish
+from megatron_slm.runtime.files import check_output_prefix, explained_write, free_space, lock_output, publish, write_all
 
 COPY_BYTES = 1 << 26  # bytes
 # These metadata fields are summed; the others are kept if all corpora agree.
@@ -104,7 +104,7 @@ def _write(infos: Sequence[CorpusInfo], output_prefix: str, masks: Sequence[str]
     tokens, index = (path(partial_prefix(output_prefix)) for path in (bin_path, idx_path))
     tokens.touch()
     with tokens.open("r+b", buffering=0) as output:
-        lock_output(output)
+        lock_output(output, OUTPUT)
         try:
             write_merged_index(infos, index)
             _copy_tokens(infos, output)

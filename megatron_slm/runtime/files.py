@@ -7,6 +7,7 @@ replaced; with ``is_ours``, only those that the predicate accepts.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from megatron_slm.runtime.errors import ConfigError
 
@@ -94,6 +96,31 @@ def check_replaceable(path: str | Path, role: str = "the file", *, is_ours: IsOu
         raise ConfigError(
             f"{role} {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
         )
+
+
+def lock_output(file: IO[bytes], role: str) -> None:
+    """Lock an output file until it is closed; close it and raise ConfigError if another process holds the lock."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise ConfigError(
+                f"{role}: another process is writing there ({file.name} is locked). Wait for it, or choose another "
+                "path."
+            ) from error
+        # any other error: the file system does not support locks
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write all of ``data`` to an unbuffered file, repeating partial writes.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def check_regular(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def test_an_interrupted_file_is_continued(tmp_path: Path) -> None:
         "text": TEXTS[1].text,
     }
     assert [each.name for each in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_two_jobs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "out.jsonl")
+    OutputFile(path, KEY).append(PROMPTS, TEXTS)
+    before = partial_path(path).read_bytes()
+    hold = f"import fcntl, sys; f = open({str(partial_path(path))!r}, 'ab'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    hold += "; print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="--output: another process is writing there"):
+            OutputFile(path, job_key("other", Decoding(), PROMPTS))
+        holder.communicate(b"")
+    assert partial_path(path).read_bytes() == before
+    assert OutputFile(path, KEY).finished == 3
 
 
 def test_other_settings_start_again(tmp_path: Path) -> None:
