@@ -49,6 +49,8 @@ def import_model(path: str, save: str) -> Path:
     root = Path(save)
     check_empty(root, "--save")
     source.check()
+    if tokenizer_settings(source.directory):
+        source.tokenizer()  # complete, since it is copied
     final = step_directory(root, 0)
     partial_directory = final.with_name(f"{final.name}.partial")
     try:

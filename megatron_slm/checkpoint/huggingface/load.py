@@ -90,11 +90,16 @@ class PublishedModel:
         return self._dtypes[weight.key]
 
     def _check_size(self, source: HuggingFaceSource) -> None:
-        """Raise ConfigError if the tokenizer has more entries than the model has rows."""
+        """Raise ConfigError if the tokenizer has more entries than the model has rows.
+
+        A damaged one is ignored: weights can be loaded with another tokenizer.
+        """
         config = with_settings(source.config(), {"vocab_size": None})
-        if config.tokenizer.tokenizer_type is None:
+        try:
+            size = 0 if config.tokenizer.tokenizer_type is None else build_run_tokenizer(config).vocab_size
+        except ConfigError:
             return
-        size, rows = build_run_tokenizer(config).vocab_size, self.model.vocab_size or 0
+        rows = self.model.vocab_size or 0
         if size > rows:
             raise ConfigError(
                 f"{self.flag}: the tokenizer in {self.directory} has ids up to {size - 1}, and the model has {rows} "

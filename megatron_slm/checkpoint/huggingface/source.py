@@ -20,6 +20,7 @@ from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, Manifes
 from megatron_slm.config.checks import derive, value_violations
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.tokenizers.base import Tokenizer
 from megatron_slm.tokenizers.identity import identity_conflict, tokenizer_identity
@@ -95,14 +96,28 @@ class HuggingFaceSource:
         return build_run_tokenizer(config)
 
     def tokenizer_conflict(self, tokenizer: Tokenizer) -> tuple[str, str, str] | None:
-        """Return the difference from the tokenizer in the directory, whose files may have several formats."""
-        conflict = None
+        """Return the difference from the tokenizer in the directory, whose files may have several formats.
+
+        Without a readable tokenizer, only the sizes are compared.
+        """
+        conflicts: list[tuple[str, str, str] | None] = []
         for settings in _tokenizers(self.directory):
-            published = build_run_tokenizer(with_settings(self.config(), settings))
-            conflict = identity_conflict(tokenizer_identity(published), tokenizer)
-            if conflict is None:
-                return None
-        return conflict
+            try:
+                published = build_run_tokenizer(with_settings(self.config(), settings))
+            except ConfigError as error:
+                notice(
+                    f"{self.flag}: the tokenizer in {self.directory} is not compared with {tokenizer.source}: {error}"
+                )
+            else:
+                conflicts.append(identity_conflict(tokenizer_identity(published), tokenizer))
+        return (None if None in conflicts else conflicts[-1]) if conflicts else self._size_conflict(tokenizer)
+
+    def _size_conflict(self, tokenizer: Tokenizer) -> tuple[str, str, str] | None:
+        rows = self.config().model.vocab_size or 0
+        if tokenizer.vocab_size <= rows:
+            return None
+        ours = f"{tokenizer.name} of {tokenizer.vocab_size:,} tokens"
+        return f"a vocabulary of {rows:,} tokens", ours, "Use the same tokenizer"
 
     def identity(self) -> str:
         """Return a checksum of the configuration and of blocks of the weights."""

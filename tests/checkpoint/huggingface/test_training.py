@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_slm.checkpoint.tensor_store import TensorStore
 from megatron_slm.cli import score_corpus
 from megatron_slm.cli.convert_checkpoint import main as convert
 from megatron_slm.cli.pretrain import main
@@ -52,15 +56,20 @@ def test_runs_start_from_a_published_model_and_are_exported(model: str, tmp_path
     assert exported.dtype == torch.bfloat16 and exported.config.eos_token_id == 0
 
 
-@pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2}], ids=str)
-def test_first_loss_is_independent_of_the_layout(model: str, tmp_path: Path, layout: dict[str, int]) -> None:
-    argv = ["--load", model, *RUN[:-1], "--train-iters", "1"]
+@pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2}, {"tensor": 4}], ids=str)
+def test_steps_are_independent_of_the_layout(model: str, tmp_path: Path, layout: dict[str, int]) -> None:
+    """Four tensor-parallel ranks share the two key/value heads."""
+    argv = ["--load", model, *RUN[:-1]]
     launch([*argv, "--save", str(tmp_path / "one")])
     flags = [text for name, size in layout.items() for text in (f"--{name}-model-parallel-size", str(size))]
     flags = [flag.replace("--context-model", "--context") for flag in flags]
-    launch([*argv, "--save", str(tmp_path / "two"), *flags], 2)
-    [one], [two] = records(tmp_path / "one"), records(tmp_path / "two")
-    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    launch([*argv, "--save", str(tmp_path / "two"), *flags], prod(layout.values()))
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    saved, expected = (TensorStore(tmp_path / name / "iter_0000002", "--load") for name in ("two", "one"))
+    for key in filter(re.compile("decoder").match, expected.keys()):
+        torch.testing.assert_close(saved.read(key, ()), expected.read(key, ()), rtol=0, atol=1e-4)
 
 
 def _score(rank: int, world_size: int, argv: list[str]) -> int:
@@ -97,6 +106,28 @@ def test_contradicting_flags_are_refused_with_both_values(model: str, capsys: py
     assert model in error
     equal = ["--hidden-size", 32, "--swiglu", "--group-query-attention", "--num-query-groups", 2, "--dry-run"]
     assert main([str(word) for word in ("--load", model, *RUN, *equal)]) == 0
+
+
+def test_damaged_tokenizer_is_needed_only_if_no_other_is_named(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    byte = ["--tokenizer-type", "ByteTokenizer"]
+    reference = ["--objective", "slm", "--reference-load", damaged]
+    for content in ("{", "[]", "{}"):
+        (damaged / "tokenizer.json").write_text(content)
+        for argv in (["--load", damaged], ["--pretrained-checkpoint", damaged], ["--load", model, *reference]):
+            assert main([str(word) for word in (*argv, *RUN, *byte, "--dry-run")]) == 0
+            warning = " ".join(capsys.readouterr().err.split())
+            assert f"note: {argv[-2]}: the tokenizer in {damaged} is not compared with ByteTokenizer" in warning
+    assert "tokenizer.json" in refused(capsys, "--load", damaged, *RUN, "--dry-run")
+    assert convert(["import", "--hf-path", str(damaged), "--save", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", 400, "--dry-run"]
+    larger = refused(
+        capsys, "--hidden-size", 32, "--num-layers", 2, "--num-attention-heads", 4, *RUN, *reference, *null
+    )
+    assert "a vocabulary of 301 tokens" in larger
 
 
 def test_places_of_published_models_are_checked(
