@@ -144,6 +144,8 @@ def _check_shape(reference: RunConfig, config: RunConfig) -> None:
     ):
         if unit == "layers" and size == config.model.num_layers and has_uneven_stages(parallel):
             continue  # split like the training model's
+        if unit == "key/value heads" and tensor % (size or 1) == 0:
+            continue  # shared by several ranks
         if (size or 0) % divisor:
             raise ConfigError(
                 f"{FLAG}: the reference model has {size} {unit}, which {flag} = {divisor} does not divide. "

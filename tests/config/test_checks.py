@@ -105,7 +105,16 @@ def test_missing_model_settings_name_the_checkpoint_that_has_them(tmp_path: Path
             "--tensor-model-parallel-size 8 does not divide --num-attention-heads 4",
         ),
         (3, {"pipeline_model_parallel_size": 3}, "--pipeline-model-parallel-size 3 does not divide --num-layers 4"),
-        (2, {"tensor_model_parallel_size": 2, "group_query_attention": True, "num_query_groups": 1}, "query-groups 1"),
+        (
+            3,
+            {
+                "tensor_model_parallel_size": 3,
+                "num_attention_heads": 6,
+                "group_query_attention": True,
+                "num_query_groups": 2,
+            },
+            "--tensor-model-parallel-size 3 is neither a divisor nor a multiple of --num-query-groups 2",
+        ),
         (1, {"group_query_attention": True}, "--group-query-attention needs --num-query-groups"),
         (1, {"num_query_groups": 2}, "--num-query-groups has no effect without"),
         (

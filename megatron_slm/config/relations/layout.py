@@ -23,11 +23,12 @@ def processes(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def tensor_parallel(config: RunConfig, _: int) -> Iterator[str]:
-    """Require attention heads and MLP sizes that tensor-parallel ranks can split evenly."""
+    """Require attention heads and MLP sizes that tensor-parallel ranks split evenly; they may share a query group."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     yield from not_dividing(tensor, TENSOR, model.num_attention_heads, "--num-attention-heads")
-    if model.group_query_attention and model.num_query_groups:
-        yield from not_dividing(tensor, TENSOR, model.num_query_groups, "--num-query-groups")
+    groups = model.num_query_groups if model.group_query_attention else None
+    if groups and groups % tensor and tensor % groups:
+        yield f"{TENSOR} {tensor} is neither a divisor nor a multiple of --num-query-groups {groups}. Choose one."
     for name, size in (("ffn", model.ffn_hidden_size), ("moe-ffn", model.moe_ffn_hidden_size)):
         if size is not None:
             yield from not_dividing(tensor, TENSOR, size, f"--{name}-hidden-size")
