@@ -18,4 +18,4 @@ def default_ffn_size(model: ModelConfig) -> int:
 
 def is_gated(model: ModelConfig) -> bool:
     """Return whether the MLP is a gated linear unit."""
-    return activation_name(model) in ("swiglu", "geglu")
+    return activation_name(model) in ("swiglu", "geglu", "geglu_tanh")

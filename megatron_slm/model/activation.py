@@ -20,7 +20,7 @@ from megatron_slm.config.schema import ModelConfig
 
 
 def gelu_tanh(values: Tensor) -> Tensor:
-    """Return the tanh approximation of GELU, as in GPT-2."""
+    """Return the tanh approximation of GELU, as in GPT-2 and, gated, in Gemma."""
     return F.gelu(values, approximate="tanh")
 
 
@@ -34,6 +34,7 @@ FUNCTIONS = {
     "gelu_tanh": gelu_tanh,
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
     "squared_relu": squared_relu,
 }
 

@@ -21,7 +21,7 @@ from megatron_slm.model.gpt import transformer_config
 from megatron_slm.runtime.errors import ConfigError
 
 DEVICES = ("cpu", "cuda")
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 VALUES = torch.linspace(-6, 6, 601)
 
 
@@ -86,7 +86,7 @@ def test_functions() -> None:
     wanted = {
         "gelu": exact * cdf,
         "geglu": exact * cdf,
-        "gelu_tanh": 0.5 * exact * (1 + torch.tanh(inner)),
+        **dict.fromkeys(("gelu_tanh", "geglu_tanh"), 0.5 * exact * (1 + torch.tanh(inner))),
         "swiglu": exact / (1 + (-exact).exp()),
         "squared_relu": exact.clamp(min=0) ** 2,
     }
@@ -101,6 +101,7 @@ FLAGS = {
     "--squared-relu": "squared_relu",
     "--openai-gelu": "gelu_tanh",
     "--activation geglu": "geglu",
+    "--activation geglu_tanh": "geglu_tanh",
     "--swiglu --activation swiglu": "swiglu",
 }
 NEEDED = (
@@ -123,7 +124,7 @@ def test_flags(flags: str) -> None:
         ("--swiglu --squared-relu", "--swiglu contradicts the activation squared_relu"),
         ("--squared-relu --activation gelu", "--squared-relu contradicts --activation gelu"),
         ("--quick-geglu", "Use --activation geglu"),
-        ("--activation relu", "--activation must be one of gelu, gelu_tanh, swiglu, geglu, squared_relu"),
+        ("--activation relu", "--activation must be one of gelu, gelu_tanh, swiglu, geglu, geglu_tanh, squared_relu"),
     ],
 )
 def test_contradictions(flags: str, message: str) -> None:

@@ -12,7 +12,13 @@ from megatron_slm.checkpoint.huggingface.rotary import rotary_fields, rotary_set
 from megatron_slm.config.activation import is_gated
 from megatron_slm.config.schema import ModelConfig
 
-ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}  # of a gated MLP
+ACTIVATIONS = {  # of a gated MLP
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+}
 LAYER = "model.layers.{layer}"
 ATTENTION = "decoder.layers.self_attention"
 MLP = "decoder.layers.mlp"

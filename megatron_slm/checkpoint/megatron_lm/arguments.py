@@ -142,14 +142,19 @@ def _plain_settings(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _activation(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the activation; Megatron-LM's fused GELU, which needs biases, is the tanh approximation."""
+    """Return the activation.
+
+    Megatron-LM's fused GELU, which needs biases, and Transformer Engine's GELU are the tanh approximation.
+    """
     switches = {name: _boolean(arguments, name) for name in ("swiglu", "openai_gelu")}
     if all(value is None for value in switches.values()):
         return {}
     fused = _boolean(arguments, "bias_gelu_fusion") and _boolean(arguments, "add_bias_linear") is not False
     name = "gelu_tanh" if switches["openai_gelu"] or fused else "gelu"
-    for switch in ("squared_relu", "geglu"):
+    for switch in ("squared_relu", "geglu", "geglu_tanh"):
         name = switch if _boolean(arguments, switch) else name
+    if name in ("gelu", "geglu") and _boolean(arguments, "use_te_activation_func"):
+        name = f"{name}_tanh"
     return {"swiglu": bool(switches["swiglu"]), "activation": None if switches["swiglu"] else name}
 
 

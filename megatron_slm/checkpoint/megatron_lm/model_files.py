@@ -28,6 +28,7 @@ _SWITCHES = {  # (activation function, gated): switch of Megatron-LM
     ("swish", True): "swiglu",
     ("gelu", True): "geglu",
     ("openai_gelu", False): "openai_gelu",
+    ("openai_gelu", True): "geglu_tanh",
     ("squared_relu", False): "squared_relu",
 }
 
@@ -85,12 +86,26 @@ def _unsupported_classes(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def _activation(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the activation as switches of Megatron-LM; an unknown function keeps its name, and is refused."""
-    function = fields.get("activation_func")
-    target = function.get("_target_") if isinstance(function, Mapping) else function
-    name, is_gated = str(target or "gelu").rsplit(".", 1)[-1], bool(fields.get("gated_linear_unit"))
+    name, is_gated = _function_name(fields.get("activation_func")), bool(fields.get("gated_linear_unit"))
+    if name == "gelu" and fields.get("bias_activation_fusion") and not fields.get("num_moe_experts"):
+        name = "openai_gelu"  # fusion replaces GELU by its tanh approximation, except in experts
     switches: dict[str, Any] = dict.fromkeys(_SWITCHES.values(), False)
-    fused = name == "gelu" and not is_gated and bool(fields.get("bias_activation_fusion"))
-    switches |= {"bias_gelu_fusion": fused, "activation_func": None}
+    switches |= {"bias_gelu_fusion": False, "activation_func": None}
     if (name, is_gated) in _SWITCHES:
         return switches | {_SWITCHES[name, is_gated]: True}
     return switches if (name, is_gated) == ("gelu", False) else switches | {"activation_func": name}
+
+
+def _function_name(function: Any) -> str:
+    """Return the name of an activation function; one with arguments that are not known is described completely."""
+    if not isinstance(function, Mapping):
+        name = str(function or "gelu").rsplit(".", 1)[-1]
+    else:
+        name = str(function.get("_target_")).rsplit(".", 1)[-1]
+        arguments = {key: value for key, value in function.items() if not key.startswith("_") or key == "_args_"}
+        arguments = {key: value for key, value in arguments.items() if value}
+        if (name, arguments) == ("gelu", {"approximate": "tanh"}):
+            name = "openai_gelu"
+        elif arguments:
+            name = f"{name} with {arguments}"
+    return "openai_gelu" if name == "fast_gelu" else name

@@ -52,7 +52,7 @@ class ModelConfig:
         None,
         "MLP activation, identical on every device; default swiglu with --swiglu, else gelu. gelu is the exact "
         "function; Megatron-LM's fused GELU is gelu_tanh, as in GPT-2",
-        choices=("gelu", "gelu_tanh", "swiglu", "geglu", "squared_relu"),
+        choices=("gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "squared_relu"),
     )
     disable_bias_linear: bool = flag(False, "disable bias in linear layers")
     add_qkv_bias: bool = flag(False, "add bias to the query/key/value projection only", core="model")

@@ -243,6 +243,10 @@ def test_spellings_and_defaults_of_fields(published: dict[str, Published], tmp_p
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
     edit(llama, rope_parameters=None, rope_theta=500000.0, rope_scaling=scaling)
     assert settings(llama) == expected
+    for name, activation in (("gelu", "geglu"), ("gelu_pytorch_tanh", "geglu_tanh"), ("gelu_new", "geglu_tanh")):
+        edit(llama, hidden_act=name)
+        assert settings(llama).activation == activation
+    edit(llama, hidden_act="silu")
     edit(llama, num_key_value_heads=None, head_dim=None)
     assert not settings(llama).group_query_attention and settings(llama).kv_channels == 8
     mistral = copy(published, "mistral", tmp_path)

@@ -45,6 +45,7 @@ def test_arguments_of_all_versions_give_the_same_model(recorded: Path) -> None:
         ({"use_rotary_position_embeddings": True}, {"position_embedding_type": "rope"}),
         ({"swiglu": False, "bias_gelu_fusion": True}, {"swiglu": False, "activation": "gelu_tanh"}),
         ({"swiglu": False, "squared_relu": True}, {"swiglu": False, "activation": "squared_relu"}),
+        ({"swiglu": False, "use_te_activation_func": True}, {"swiglu": False, "activation": "gelu_tanh"}),
         (
             {"group_query_attention": False, "num_query_groups": 1},
             {"group_query_attention": False, "num_query_groups": None},
@@ -151,6 +152,33 @@ def test_classes_of_models(fields: dict[str, Any], refused: str | None) -> None:
     """Other classes than the known ones compute a part that their fields do not describe."""
     found = unsupported_features(as_arguments({**BRIDGE["model"], **fields}))
     assert len(found) == (refused is not None) and all(re.match(str(refused), each) for each in found)
+
+
+GELU = {"_target_": "torch._C._nn.gelu", "_partial_": True, "_args_": []}
+
+
+@pytest.mark.parametrize(
+    ("fields", "gated", "plain"),
+    [
+        ({}, "geglu", "gelu"),
+        ({"bias_activation_fusion": True}, "geglu_tanh", "gelu_tanh"),
+        ({"bias_activation_fusion": True, "num_moe_experts": 4}, "geglu", "gelu"),
+        ({"use_te_activation_func": True}, "geglu_tanh", "gelu_tanh"),
+        ({"activation_func": {**GELU, "approximate": "tanh"}}, "geglu_tanh", "gelu_tanh"),
+        ({"activation_func": {"_target_": "megatron.core.activations.fast_gelu"}}, "geglu_tanh", "gelu_tanh"),
+        ({"activation_func": {**GELU, "approximate": "other"}}, None, None),
+        ({"activation_func": "megatron.core.activations.quick_gelu"}, None, None),
+    ],
+)
+def test_exact_and_approximate_gelu_are_distinguished(
+    fields: dict[str, Any], gated: str | None, plain: str | None
+) -> None:
+    """Megatron-Core's fused GELU, gated or not, is the tanh approximation."""
+    for expected, is_gated in ((gated, True), (plain, False)):
+        arguments = as_arguments({**SIZES, **fields, "gated_linear_unit": is_gated})
+        found = unsupported_features(arguments)
+        assert bool(found) == (expected is None) and all("--activation-func" in each for each in found)
+        assert expected is None or settings_of(arguments)["activation"] == expected
 
 
 def test_sizes_in_a_nested_configuration() -> None:
