@@ -49,6 +49,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="data type of the weights; default that of the checkpoint")
     add("--max-shard-size", type=parse_size, default="5GB", help="largest size of a file, such as 500MB [5GB]")
     add("--tokenizer-model", type=expand_user, help="tokenizer to include; default that of the run")
+    add("--chat-template", metavar="FILE", help="Jinja template of conversations; default that of the tokenizer")
     add_checkpoint_flags(add)
 
 
@@ -83,6 +84,7 @@ def convert(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         shard_bytes=arguments.max_shard_size,
         tokenizer_model=arguments.tokenizer_model,
+        chat_template=arguments.chat_template,
         verify=arguments.slm_verify_checksums,
     )
     print_result(f"wrote {export_model(job)}\n")

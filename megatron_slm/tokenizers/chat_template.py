@@ -72,7 +72,7 @@ class ChatTemplate:
     def __init__(
         self, text: str, source: str, variables: Mapping[str, str], with_tools: ChatTemplate | None = None
     ) -> None:
-        self.source, self.variables, self.with_tools = source, variables, with_tools
+        self.text, self.source, self.variables, self.with_tools = text, source, variables, with_tools
         self.marks_answers = "endgeneration" in text
         self.fingerprint = hashlib.sha256(f"{text} {json.dumps(dict(variables), sort_keys=True)}".encode()).hexdigest()
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.huggingface.config_file import PublishedConfig
 from megatron_slm.checkpoint.huggingface.family import Family, Weight
-from megatron_slm.checkpoint.huggingface.files import CONFIG_FILE, GENERATION_FILE
+from megatron_slm.checkpoint.huggingface.files import CHAT_TEMPLATE, CONFIG_FILE, GENERATION_FILE
 from megatron_slm.checkpoint.huggingface.import_model import HF_FLAG, check_empty, check_space
 from megatron_slm.checkpoint.huggingface.registry import FAMILIES
 from megatron_slm.checkpoint.huggingface.safetensors_writer import Group, write_model
@@ -34,6 +34,7 @@ from megatron_slm.runtime.console import BYTES
 from megatron_slm.runtime.console import progress as progress_bar
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import explained_write, sync
+from megatron_slm.tokenizers.chat_template import find_template
 
 LOAD_FLAG = "--load"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +50,7 @@ class ExportJob:
     dtype: str | None = None  # one of DTYPES; None: that of the checkpoint
     shard_bytes: int = 5_000_000_000
     tokenizer_model: str | None = None  # None: the tokenizer of the run
+    chat_template: str | None = None  # file or text; None: that of the tokenizer
     verify: bool = True
 
 
@@ -66,6 +68,7 @@ def export_model(job: ExportJob) -> Path:
     source.verify(checksums=job.verify)
     config = source.config()
     tokenizer = find_tokenizer(config, job.tokenizer_model)
+    chat_template = find_template(job.chat_template, None).text if job.chat_template is not None else None
     template = _template(tokenizer.directory or source.directory.absolute().parent / TOKENIZER_DIRECTORY)
     family = choose_family(config, template)
     store = TensorStore(source.directory, LOAD_FLAG)
@@ -83,6 +86,8 @@ def export_model(job: ExportJob) -> Path:
             fields = config_fields(family, config, vocab_size, dtype, template, tokenizer)
             _write_json(partial_directory / CONFIG_FILE, fields)
             write_tokenizer(tokenizer, partial_directory)
+            if chat_template is not None:
+                (partial_directory / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
             if not (partial_directory / GENERATION_FILE).exists():
                 ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id") if fields.get(name) is not None}
                 _write_json(partial_directory / GENERATION_FILE, {"_from_model_config": True, **ids})

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.checkpoint.huggingface.files import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES
+from megatron_slm.checkpoint.huggingface.files import CONFIG_FILE
 from megatron_slm.checkpoint.huggingface.load import PublishedModel
 from megatron_slm.checkpoint.huggingface.source import HuggingFaceSource, tokenizer_settings
+from megatron_slm.checkpoint.huggingface.tokenizer_files import copy_files, present_files
 from megatron_slm.checkpoint.tensor_store import Piece, write_tensors
 from megatron_slm.config.checkpoint_files import (
     CONFIG_FILE as RUN_CONFIG_FILE,
@@ -98,9 +99,7 @@ def check_space(directory: Path, size: int, flag: str) -> None:
 def _copy_files(source: Path, destination: Path) -> None:
     """Copy the tokenizer, and the fields of config.json that are not settings here, for a later export."""
     destination.mkdir()
-    for name in (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+    copy_files({CONFIG_FILE: source / CONFIG_FILE, **present_files(source)}, destination)
 
 
 def _run_config(source: HuggingFaceSource, root: Path) -> RunConfig:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.checkpoint.huggingface.files import (
+    CHAT_TEMPLATES,
     GENERATION_FILE,
     MERGES,
     SENTENCEPIECE_MODEL,
@@ -59,7 +61,7 @@ def _files(config: RunConfig, tokenizer: Tokenizer) -> TokenizerSource:
     path = Path(given.tokenizer_model or "")
     if given.tokenizer_type == "HuggingFaceTokenizer":
         directory = path if path.is_dir() else path.parent
-        files = _present_files(directory)
+        files = present_files(directory)
         return TokenizerSource(files | ({} if path.is_dir() else {TOKENIZER_JSON: path}), directory, tokenizer.eod)
     if given.tokenizer_type == "GPT2BPETokenizer":
         assert given.vocab_file is not None and given.merge_file is not None
@@ -74,15 +76,15 @@ def _files(config: RunConfig, tokenizer: Tokenizer) -> TokenizerSource:
     return TokenizerSource({}, None, tokenizer.eod)
 
 
-def _present_files(directory: Path) -> dict[str, Path]:
-    """Return the files of a published tokenizer in a directory."""
-    names = (GENERATION_FILE, *TOKENIZER_FILES)
-    return {name: directory / name for name in names if (directory / name).is_file()}
+def present_files(directory: Path) -> dict[str, Path]:
+    """Return the files of a published tokenizer in a directory, by relative path."""
+    paths = (*(directory / name for name in (GENERATION_FILE, *TOKENIZER_FILES)), *directory.glob(CHAT_TEMPLATES))
+    return {str(path.relative_to(directory)): path for path in paths if path.is_file()}
 
 
 def _sentencepiece(path: Path, eod: int) -> TokenizerSource:
     if path.name == SENTENCEPIECE_MODEL and (path.parent / TOKENIZER_JSON).is_file():
-        return TokenizerSource(_present_files(path.parent), path.parent, eod)
+        return TokenizerSource(present_files(path.parent), path.parent, eod)
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_file=str(path))
@@ -93,14 +95,24 @@ def _sentencepiece(path: Path, eod: int) -> TokenizerSource:
     return TokenizerSource({SENTENCEPIECE_MODEL: path}, None, eod, bos, settings)
 
 
+def copy_files(files: Mapping[str, Path], directory: Path) -> None:
+    """Copy files to relative paths in a directory.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    for name, path in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / name)
+
+
 def write_tokenizer(tokenizer: TokenizerSource, directory: Path) -> None:
     """Copy the tokenizer files to an exported model.
 
     Raises:
         OSError: a file cannot be read or written.
     """
-    for name, path in tokenizer.files.items():
-        shutil.copyfile(path, directory / name)
+    copy_files(tokenizer.files, directory)
     if tokenizer.settings:
         text = json.dumps(tokenizer.settings, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -17,6 +17,7 @@ from megatron_slm.cli import score_corpus
 from megatron_slm.cli.convert_checkpoint import main as convert
 from megatron_slm.cli.pretrain import main
 from megatron_slm.preprocessing.preprocess import Job, preprocess
+from megatron_slm.testing import chat
 from megatron_slm.testing.published import Published, save_model
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import launch, records, run_each
@@ -54,6 +55,36 @@ def test_runs_start_from_a_published_model_and_are_exported(model: str, tmp_path
     assert convert(["export", "--load", str(first), "--hf-path", str(tmp_path / "out")]) == 0
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert exported.dtype == torch.bfloat16 and exported.config.eos_token_id == 0
+
+
+@pytest.mark.slow
+def test_fine_tuned_models_generate_answers_in_transformers(tmp_path: Path) -> None:
+    """The export has the chat template of the tokenizer, or of --chat-template."""
+    import transformers
+
+    base = tmp_path / "base"
+    save_model("llama", base, vocab_size=720)
+    chat.save_tokenizer(base, chat.CHATML)
+    (base / "chat_template.jinja").write_text(chat.CHATML)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text(chat.CHATML_TOOLS)
+    messages = [{"role": "user", "content": "2 + 2"}]
+    examples = [{"messages": [*messages, {"role": "assistant", "content": f"{number}"}]} for number in range(40)]
+    tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_files": TokenizerFiles(model=str(base))}
+    corpus = chat.make_examples(tmp_path / "chat", examples, **tokenizer)
+    run = ["--load", str(base), *RUN[1:], "--data-path", corpus, "--split", "100,0,0", "--objective", "sft"]
+    launch([*run, "--save", str(tmp_path / "run")])
+    (tmp_path / "template.jinja").write_text(chat.GENERATION)
+    for name, flags in (("own", []), ("given", ["--chat-template", str(tmp_path / "template.jinja")])):
+        out = str(tmp_path / name)
+        assert convert(["export", "--load", str(tmp_path / "run"), "--hf-path", out, *flags]) == 0
+        theirs = transformers.AutoTokenizer.from_pretrained(out)
+        default = chat.GENERATION if flags else chat.CHATML
+        assert theirs.chat_template == {"default": default, "tool_use": chat.CHATML_TOOLS}
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        exported = transformers.AutoModelForCausalLM.from_pretrained(out)
+        answer = exported.generate(**prompt, max_new_tokens=4, do_sample=False)
+        assert answer.shape[1] > prompt["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("layout", [{"context": 2}, {"tensor": 2}, {"tensor": 4}], ids=str)
