@@ -8,6 +8,7 @@ import re
 import stat
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_slm.runtime.files import explained_write
@@ -76,7 +77,8 @@ class AppendFile:
         """Close the file; a later :meth:`append` opens it again."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            with suppress(OSError):  # of delayed writes, on a network file system
+                os.close(descriptor)
 
 
 def _append_completely(descriptor: int, record: bytes) -> None:
@@ -147,6 +149,8 @@ class PatientWriter:
         lost = len(self._waiting) + self._dropped
         if lost:
             self._warn(f"{self._name}: {lost:,} records were not written.")
+            self._waiting.clear()
+        self._dropped, self._is_failing = 0, False
         self._file.close()
 
     def _drain(self) -> None:

@@ -7,20 +7,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_slm.runtime.append import AppendFile, PatientWriter
 from megatron_slm.runtime.console import warn
-from megatron_slm.runtime.files import explained_write
 
+FLAG = "--slm-log-dir"
 LOGGER = logging.getLogger("megatron_slm")
 LIBRARIES = ("megatron", "torch", "py.warnings")  # recorded from WARNING upwards
 FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
 
 
-class _RankFile(logging.FileHandler):
-    """File handler that stops after the first error, such as a full disk, instead of reporting every record."""
+class _RankFile(logging.Handler):
+    """Append records to a file. A full disk delays them, and is reported once."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.setLevel(logging.CRITICAL + 1)
-        warn(f"--slm-log-dir: {self.baseFilename} can no longer be written; the run continues without it.")
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._writer = PatientWriter(AppendFile(path, FLAG), FLAG, warn)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = f"{self.format(record)}\n"
+        except Exception:  # arguments that do not fit a library's message
+            self.handleError(record)
+        else:
+            self._writer.write(line.encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        self._writer.close()
+        super().close()
 
 
 def open_log(directory: str | None, rank: int) -> logging.Handler | None:
@@ -31,10 +44,7 @@ def open_log(directory: str | None, rank: int) -> logging.Handler | None:
     """
     if directory is None:
         return None
-    path = Path(directory) / f"rank_{rank:05d}.log"
-    with explained_write(path, "--slm-log-dir"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = _RankFile(path, encoding="utf-8")
+    handler = _RankFile(Path(directory) / f"rank_{rank:05d}.log")
     handler.setFormatter(logging.Formatter(FORMAT.format(rank=rank)))
     return handler
 

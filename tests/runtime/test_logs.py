@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from megatron_slm.runtime import append
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.logs import logging_to, open_log
 
@@ -44,15 +47,28 @@ def test_a_file_that_cannot_be_created_names_the_flag(tmp_path: Path) -> None:
         open_log(str(tmp_path / "file" / "logs"), 0)
 
 
+@pytest.mark.parametrize("recovers", [False, True])
 def test_a_full_disk_is_reported_once_and_does_not_end_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, recovers: bool
 ) -> None:
+    write = os.write
     handler = open_log(str(tmp_path), 0)
-    assert isinstance(handler, logging.FileHandler)
-    handler.stream.close()
-    handler.stream = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+    assert handler is not None
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with logging_to(handler):
+        LOGGER.info("first")
+        monkeypatch.setattr(append.os, "write", full)
+        handler.handle(logging.makeLogRecord({"msg": "not a number: %d", "args": ("text",)}))
         for number in range(3):
-            LOGGER.info("record %d", number)
-        handler.stream = (tmp_path / "other").open("w")  # discards the buffer of /dev/full
-    assert capsys.readouterr().err.count("--slm-log-dir") == 1
+            LOGGER.info("record %d \udcff", number)
+        if recovers:
+            monkeypatch.setattr(append.os, "write", write)
+    monkeypatch.setattr(append.os, "write", write)
+    handler.close()  # as at the end of the process
+    errors, lines = capsys.readouterr().err, (tmp_path / "rank_00000.log").read_text().splitlines()
+    assert errors.count("--slm-log-dir") == 2 and "rank_00000.log cannot be written (No space left" in errors
+    assert ("is writable again" if recovers else "3 records were not written") in errors
+    assert len(lines) == (4 if recovers else 1)
