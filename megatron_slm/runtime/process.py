@@ -58,7 +58,7 @@ def start(
 def build_groups(layout: ParallelLayout, device: torch.device, *, timeout_minutes: float, seed: int) -> Groups:
     """Build Megatron-Core's parallel groups, in place of existing ones, and seed all random generators."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _destroy_parallel_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -80,6 +80,14 @@ def build_groups(layout: ParallelLayout, device: torch.device, *, timeout_minute
     )
     seed_everything(seed + 100 * groups.pp_rank)
     return groups
+
+
+def _destroy_parallel_groups() -> None:
+    """Destroy all process groups but that of all ranks: a run has about thirty, each with threads over gloo."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def seed_everything(seed: int) -> None:
