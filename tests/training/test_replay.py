@@ -51,13 +51,21 @@ def _rank(rank: int, world_size: int, argv: list[str]) -> tuple[int, str, str]:
     return tuple(captured(argv))
 
 
-def check(report: dict[str, Any], save: Path, step: int) -> None:
+def place(sample: dict[str, Any], step: int, dp: int) -> int:
+    """Return the number of the sample in the run that this row of a micro-batch of a rank holds."""
+    return 16 * (step - 1) + 8 * sample["micro_batch"] + 8 // dp * sample["rank"] + sample["row"]
+
+
+def check(report: dict[str, Any], save: Path, step: int, dp: int = 1) -> None:
     (record,) = (record for record in records(save) if record["step"] == step)
     assert report["step"] == step
     assert {name: report[name] for name in LOSSES} == {name: record[name] for name in LOSSES}
     norm = math.sqrt(math.fsum(part**2 for part in report["module_grad_norms"].values()))
     assert norm == pytest.approx(report["grad_norm"], rel=1e-5)
     assert sorted(sample["sample"] for sample in report["samples"]) == list(range(16 * (step - 1), 16 * step))
+    assert [sample["sample"] for sample in report["samples"]] == [
+        place(sample, step, dp) for sample in report["samples"]
+    ]
     losses = [(sample["loss"], sample["tokens"]) for sample in report["samples"]]
     assert losses == sorted(losses, reverse=True)
     mean = math.fsum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
@@ -89,14 +97,18 @@ def test_replay_of_an_active_run_is_equal_and_changes_nothing(workspace: Path) -
 
 
 def test_replay_on_two_ranks_is_equal_and_on_one_equal_up_to_rounding(workspace: Path) -> None:
-    path = workspace / "two.json"
+    path, path_of_one = workspace / "two.json", workspace / "two-on-one.json"
     outcomes = run_ranks(_rank, 2, two(workspace, replay_step=5, replay_report=path), initialise=False)
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
     report = json.loads(path.read_text())
-    check(report, workspace / "two", 5)
+    check(report, workspace / "two", 5, dp=2)
     assert {sample["rank"] for sample in report["samples"]} == {0, 1} and len(report["rank_grad_norms"]) == 2
-    (other,) = run_each(two(workspace, dp=1, replay_step=5))
+    (other,) = run_each(two(workspace, dp=1, replay_step=5, replay_report=path_of_one))
     assert other.code == 0 and "the layout differs" in other.output, other.errors
+    report_of_one = json.loads(path_of_one.read_text())
+    assert report_of_one["loss_all"] == pytest.approx(report["loss_all"], abs=0.2)  # another dropout
+    documents = [{each["sample"]: each["documents"] for each in of["samples"]} for of in (report, report_of_one)]
+    assert documents[0] == documents[1]
 
 
 def test_replay_from_the_start_and_refused_steps(workspace: Path) -> None:
