@@ -1,4 +1,4 @@
-"""Thirty small faults, planted one at a time in a copy of the package: the tests must see each.
+"""Small faults, planted one at a time in a copy of the package: the tests must see each.
 
 Run with ``pytest -m faults``. Every fault names the tests that see it. If they pass, a test is missing, or the line
 does not matter and can be deleted.
@@ -253,6 +253,48 @@ FAULTS = [
         "{**to_flat_dict(config), **given_tokenizer_settings(arguments)}",
         "{**given_tokenizer_settings(arguments), **to_flat_dict(config)}",
         ("reference/test_score_corpus.py::test_tokenizer_flags_replace_the_settings_of_the_reference_model",),
+    ),
+    Fault(
+        "a step that was abandoned before an older one",
+        "config/checkpoint_steps.py",
+        "[*newer, *present, *older, *abandoned]",
+        "[*newer, *present, *abandoned, *older]",
+        ("training/test_fallback.py::test_a_step_that_was_abandoned_is_the_last_choice",),
+    ),
+    Fault(
+        "gate and up projection exchanged on import",
+        "checkpoint/huggingface/layouts.py",
+        "    def join(self, parts: Sequence[Tensor]) -> Tensor:\n        return stack(parts)",
+        "    def join(self, parts: Sequence[Tensor]) -> Tensor:\n        return stack(parts[::-1])",
+        ("checkpoint/huggingface/test_families.py::test_logits_and_losses_equal_those_of_transformers",),
+    ),
+    Fault(
+        "a bias's gradient of unselected tokens in the filtered backward pass",
+        "model/filtered_backward.py",
+        "(grad * mask.unsqueeze(-1)).sum((0, 1))",
+        "grad.sum((0, 1))",
+        ("model/test_filtered_backward.py::test_gradients_equal_those_of_the_definition[gpt2]",),
+    ),
+    Fault(
+        "document numbers of the first queries under context parallelism",
+        "data/batches.py",
+        "numbers[:, queries, None]",
+        "numbers[:, : len(queries), None]",
+        ("data/test_batches.py::test_context_parallel_slices_match_megatron_core",),
+    ),
+    Fault(
+        "padding that cached queries attend to",
+        "inference/batches.py",
+        "if bool(padding.any()):",
+        "if start == 0 and bool(padding.any()):",
+        ("inference/test_inference_layouts.py::test_results_equal_the_definition[random-1-{}]",),
+    ),
+    Fault(
+        "a sample's row in the place of its micro-batch",
+        "training/step_report.py",
+        "*(index, rank, number, row,",
+        "*(index, rank, row, number,",
+        ("training/test_replay.py::test_replay_from_the_start_and_refused_steps",),
     ),
 ]
 

@@ -173,6 +173,15 @@ def test_damage_of_several_checkpoints(tmp_path: Path, trained: tuple[str, Path]
     assert directory_of(finetuned) == directory_of(evaluated) == two / "iter_0000001"
 
 
+def test_a_step_that_was_abandoned_is_the_last_choice(tmp_path: Path, trained: tuple[str, Path]) -> None:
+    """Step 3 is abandoned by a tracker file that was edited to step 2."""
+    (run,) = copies(trained, tmp_path, 1)
+    (run / TRACKER).write_text("2")
+    for damaged, used in ((2, 1), (1, 3)):
+        _flip(run / f"iter_000000{damaged}" / "__0_0.distcp")
+        assert directory_of(start(resume(trained[0], run))) == run / f"iter_000000{used}"
+
+
 def test_repeated_steps_are_equal_and_nothing_is_deleted(tmp_path: Path, trained: tuple[str, Path]) -> None:
     """The save of the repeated step leaves the damaged checkpoint; one outside of --save keeps its name."""
     corpus = trained[0]
