@@ -107,10 +107,18 @@ def write_files(rank: int, directory: Path, buckets: Sequence[Any], transforms: 
         for path, _, _ in buckets:
             with contextlib.suppress(OSError):
                 Path(path).unlink()
-        record = WriteRecord(error=brief(error))
+        record = WriteRecord(error=brief(_file_error(error)))
     with contextlib.suppress(ConfigError):  # rank 0 reports that the record is missing
         write_bytes(_record_path(directory, rank), pickle.dumps(vars(record)), "--save")
     return record
+
+
+def _file_error(error: BaseException) -> BaseException:
+    """Return the file error behind an error: torch's writer reports a wrong position after a failed write."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return error if cause is None else cause
 
 
 def _write_bucket(transforms: list[Any], bucket: Any) -> dict[Any, Any]:

@@ -50,9 +50,10 @@ class Saver:
         """
         self.finish()
         self._began = time.perf_counter()
-        self._pending = save = plan_save(self._state, self._config)
+        save = plan_save(self._state, self._config)
+        on_first_rank(lambda: check_space(save.final.parent, self._size))
+        self._pending = save
         with self._explained(save):
-            on_first_rank(lambda: check_space(save.final.parent, self._size))
             request = begin_save(save, self._state, self._config)
             if not self._config.checkpoint.async_save:
                 on_every_rank(lambda: write_now(request))
