@@ -5,7 +5,8 @@
 
 A synthetic corpus, one-step reference models and a sidecar are created in a temporary directory; every variant is a run
 of the trainer in the same process. The bare loop is Megatron-Core without this trainer. Phases are shares of the
-variant's step time; "forward, backward" is the remainder.
+variant's step time; "forward, backward" is the remainder. Saved values are the peak of tensors saved for the backward
+pass, without parameters.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--size", choices=list(SIZES), default="quickstart", help="size of the model and the batch")
     add("--steps", type=int, default=30, help="measured steps of every variant")
-    add("--warmup", type=int, default=3, help="warm-up steps of every variant")
+    add("--warmup", type=int, default=3, help="warm-up steps of every variant, at least 1")
     add("--variants", nargs="+", choices=list(variants(Path())), help="default all")
     add("--output", type=Path, help="JSON file for the result")
     return parser.parse_args()
@@ -198,6 +199,7 @@ class Measurement:
         self.loop = None if variant.loop is None else variant.loop(self.run)
         self.seconds: list[float] = []
         self.phases = {"reading": 0.0, "reference": 0.0, "ranking": 0.0, "optimizer": 0.0}
+        self.saved_bytes = 0  # peak of the values that the forward pass saves for the backward pass
         state = self.run.state
         state.optimizer_step = self._timed("optimizer", state.optimizer_step)
         state.optimizer.step = self._timed("optimizer", state.optimizer.step)  # of the bare loop
@@ -238,6 +240,14 @@ class Measurement:
         run.state.scheduler.step(increment=run.shape.global_batch_size)
         self.phases["ranking"] += step.seconds_ranking or 0.0
 
+    def measure_saved_bytes(self) -> None:
+        """Run a step, and record the peak of the values that it saves for the backward pass."""
+        from baselines.saved_values import SavedValues
+
+        with SavedValues(self.run.state.model_chunks) as values:
+            self.step()
+        self.saved_bytes = values.peak
+
     def reset(self) -> None:
         """Discard the times of warm-up steps."""
         self.seconds.clear()
@@ -267,7 +277,7 @@ def measure(bench: Bench, names: list[str], steps: int, warmup: int) -> dict[str
     with progress("measuring", (steps + warmup) * len(names), "steps") as bar:
         for step in range(steps + warmup):
             for name in names[step % len(names) :] + names[: step % len(names)]:
-                measurements[name].step()
+                measurements[name].step() if step else measurements[name].measure_saved_bytes()
                 bar.advance()
             if step + 1 == warmup:
                 for measurement in measurements.values():
@@ -283,6 +293,7 @@ def report(measurements: dict[str, Measurement]) -> dict[str, Any]:
             "median_seconds": statistics.median(each.seconds),
             "ratio": statistics.median(one / other for one, other in zip(each.seconds, base, strict=True)),
             "phases": each.shares(),
+            "saved_bytes": each.saved_bytes,
             "seconds": each.seconds,
         }
         for name, each in measurements.items()
@@ -313,13 +324,14 @@ def main() -> int:
             process.stop()
     print(f"{software}\nsize {arguments.size}, {arguments.steps} steps each\n")
     phases = list(next(iter(result.values()))["phases"])
-    heads = ["variant", "median step, ms", "tokens/s", "of CLM's", *phases]
+    heads = ["variant", "median step, ms", "tokens/s", "of CLM's", "saved values, MiB", *phases]
     tokens = SIZES[arguments.size].batch * SIZES[arguments.size].length
     print(f"| {' | '.join(heads)} |\n| --- |{' ---: |' * (len(heads) - 1)}")
     for name, figures in result.items():
         shares = [f"{share:.1%}" for share in figures["phases"].values()]
         seconds = figures["median_seconds"]
-        cells = [name, f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{figures['ratio']:.3f}", *shares]
+        cells = [name, f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{figures['ratio']:.3f}"]
+        cells += [f"{figures['saved_bytes'] / 2**20:,.0f}", *shares]
         print(f"| {' | '.join(cells)} |")
     if arguments.output is not None:
         settings = {"size": arguments.size, "steps": arguments.steps, "software": software}
