@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_slm.config.schema import RunConfig
-from megatron_slm.model.gpt import build_model
+from megatron_slm.config.schema import PrecisionConfig, RunConfig
+from megatron_slm.model.gpt import HIGH_PRECISION, build_model
 from megatron_slm.runtime.groups import Groups
 
 
@@ -18,7 +18,8 @@ def load_frozen_model(
     *,
     vocab_size: int,
     groups: Groups,
-    bf16: bool,
+    params_dtype: str,
+    precision: PrecisionConfig = HIGH_PRECISION,
 ) -> list[torch.nn.Module]:
     """Build a model without MTP heads in evaluation mode, and load its weights. Collective over all ranks.
 
@@ -27,18 +28,21 @@ def load_frozen_model(
         load: function that loads the weights into the model chunks.
         vocab_size: tokenizer size.
         groups: process groups of the layout.
-        bf16: use bfloat16 weights instead of fp32.
+        params_dtype: dtype of the weights: fp32, bf16 or fp16.
+        precision: FP8 settings.
     """
-    chunks = build_model(
-        replace(config.model, mtp_num_layers=None),
-        vocab_size=vocab_size,
-        parallel=config.parallel,
-        training=replace(config.training, recompute_granularity=None),
-        objective=config.objective,
-        groups=groups,
-        bf16=bf16,
-        resets_positions=config.data.reset_position_ids,
-    )
+    with torch.no_grad():  # without gradients, Transformer Engine keeps FP8 weights without their transpose
+        chunks = build_model(
+            replace(config.model, mtp_num_layers=None),
+            vocab_size=vocab_size,
+            parallel=replace(config.parallel, tp_comm_overlap=False),  # its buffers have the training model's size
+            training=replace(config.training, recompute_granularity=None),
+            objective=config.objective,
+            groups=groups,
+            params_dtype=params_dtype,
+            precision=precision,
+            resets_positions=config.data.reset_position_ids,
+        )
     load(chunks)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)

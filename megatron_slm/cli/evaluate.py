@@ -70,7 +70,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _add_model(add: Callable[..., argparse.Action]) -> None:
     add("checkpoint", type=expand_user, nargs="?", help="checkpoint directory, or directory of a published model")
     add("--ckpt-step", type=int, help="checkpoint iteration; default the newest")
-    add("--precision", choices=("fp32", "bf16"), help="precision of the model; default that of its training run")
+    add(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the model; default that of its training run"
+    )
     add_checkpoint_flags(add)
 
 

@@ -58,7 +58,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _add_files(add: Callable[..., argparse.Action]) -> None:
     add("--load", type=expand_user, required=True, help="checkpoint directory of the model")
     add("--ckpt-step", type=int, help="checkpoint iteration; default the newest")
-    add("--precision", choices=("fp32", "bf16"), help="precision of the model; default that of its training run")
+    add(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the model; default that of its training run"
+    )
     add("--prompt", action="append", metavar="TEXT", help="prompt; may be given several times")
     add("--input", type=expand_user, metavar="FILE", help="JSON lines with the key prompt; - for standard input")
     add(

@@ -53,7 +53,7 @@ def _add_reference_and_corpora(add: Callable[..., argparse.Action]) -> None:
     add("--reference-ckpt-step", type=int, help="checkpoint iteration of the reference model; default the newest")
     add(
         "--reference-precision",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp16"),
         help="precision of the reference model; default that of its training run",
     )
     add(

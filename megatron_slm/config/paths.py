@@ -16,7 +16,7 @@ PATH_SETTINGS = frozenset(
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path"),
         *("data_cache_path", "tokenizer_model", "vocab_file", "merge_file", "save", "load", "pretrained_checkpoint"),
         *("tensorboard_dir", "wandb_save_dir", "slm_log_dir", "slm_metrics_file", "slm_events_file", "replay_report"),
-        *("reference_load", "reference_scores", "tasks_dir"),
+        *("reference_load", "reference_scores", "tasks_dir", "tp_comm_overlap_cfg"),
     }
 )
 

@@ -62,7 +62,7 @@ def open_model(
         groups: process groups of the layout.
         step: iteration to load; None for the newest.
         flag: flag that names ``path``, for error messages.
-        precision: "fp32" or "bf16"; None for that of the training run.
+        precision: "fp32", "bf16" or "fp16"; None for that of the training run.
         tokenizer_settings: tokenizer settings that replace those of the training run, by name.
         verify: compare the files of the checkpoint with their checksums.
 
@@ -73,15 +73,15 @@ def open_model(
     source = open_source(path, step, flag, verify=verify)
     config = on_first_rank(lambda: _inference_config(source, parallel, groups.world_size))
     tokenizer = on_every_rank(partial(_build_tokenizer, source, config, tokenizer_settings or {}))
-    bf16 = config.training.bf16 if precision is None else precision == "bf16"
+    params_dtype = precision or config.training.params_dtype
     chunks = load_frozen_model(
         config,
         source.load_weights,
         vocab_size=tokenizer.vocab_size,
         groups=groups,
-        bf16=bf16,
+        params_dtype=params_dtype,
     )
-    identity = f"{on_first_rank(source.identity)} {'bf16' if bf16 else 'fp32'}"
+    identity = f"{on_first_rank(source.identity)} {params_dtype}"
     return InferenceModel(chunks, config, tokenizer, groups, identity, source.directory)
 
 

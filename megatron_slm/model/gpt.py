@@ -14,10 +14,11 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.config.core_fields import core_fields
-from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PrecisionConfig, TrainingConfig
 from megatron_slm.mcore.layers import additive_mask
 from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
+from megatron_slm.model.fp8 import check_fp8
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.model.size import padded_vocab_size
@@ -31,6 +32,8 @@ MTP_INPUTS = (
     *("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"),
     *("packed_seq_params", "sequence_len_offset"),
 )
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}  # by setting
+HIGH_PRECISION = PrecisionConfig()  # no FP8
 
 
 class GPT(GPTModel):
@@ -68,7 +71,8 @@ def build_model(
     training: TrainingConfig,
     objective: ObjectiveConfig,
     groups: Groups,
-    bf16: bool,
+    params_dtype: str,
+    precision: PrecisionConfig = HIGH_PRECISION,
     resets_positions: bool = False,
     backward_filter: BackwardFilter | None = None,
 ) -> list[torch.nn.Module]:
@@ -76,7 +80,8 @@ def build_model(
 
     Args:
         vocab_size: tokenizer size; padded to a multiple of --make-vocab-size-divisible-by x TP.
-        bf16: use bfloat16 weights and wrap each chunk in Megatron-Core's Float16Module.
+        params_dtype: dtype of the weights: fp32, bf16 or fp16.
+        precision: FP8 settings of the linear layers.
         resets_positions: position ids differ between samples (--reset-position-ids).
         backward_filter: its selected tokens restrict the backward pass of the layers; None for the exact one.
 
@@ -85,7 +90,10 @@ def build_model(
     """
     implementation = choose_implementation(model.transformer_impl, groups.device)
     check_dispatcher(model, groups.device)
-    config = transformer_config(model, parallel, training, groups, implementation, bf16=bf16)
+    check_fp8(precision, implementation, groups.device)
+    config = transformer_config(
+        model, parallel, training, groups, implementation, params_dtype=params_dtype, precision=precision
+    )
     rotates_by_id = resets_positions and model.position_embedding_type == "rope"
     if rotates_by_id:
         config.apply_rope_fusion = False  # the fused kernel assumes the same positions in all samples
@@ -122,7 +130,7 @@ def build_model(
             chunk.rotary_pos_emb = RotaryByPosition(chunk.rotary_pos_emb)
         chunk.has_torch_attention = implementation == "local"
         chunk.to(groups.device)
-        chunks.append(Float16Module(config, chunk) if bf16 else chunk)
+        chunks.append(chunk if params_dtype == "fp32" else Float16Module(config, chunk))
     return chunks
 
 
@@ -173,17 +181,18 @@ def transformer_config(
     groups: Groups,
     implementation: str,
     *,
-    bf16: bool,
+    params_dtype: str,
+    precision: PrecisionConfig = HIGH_PRECISION,
 ) -> TransformerConfig:
     """Return Megatron-Core's model configuration, with losses normalized per token over the global batch.
 
     With two interleaved stages, the previous and the next rank are the same. In a batch of operations, gradients would
     be received as activations, and Megatron-LM refuses it; separate operations use two groups.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = DTYPES[params_dtype]
     on_gpu = groups.device.type == "cuda"
     virtual = virtual_stages(model, parallel)
-    given = core_fields("model", model, parallel, training) | {"bf16": bf16}
+    given = core_fields("model", model, parallel, training, precision)
     if model.num_experts is None:
         given = {name: value for name, value in given.items() if not name.startswith(("moe_", "expert_"))}
     return TransformerConfig(
@@ -191,6 +200,8 @@ def transformer_config(
         **activation_settings(model, groups.device),
         num_query_groups=model.num_query_groups if model.group_query_attention else None,
         add_bias_linear=not model.disable_bias_linear,
+        bf16=params_dtype == "bf16",
+        fp16=params_dtype == "fp16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         virtual_pipeline_model_parallel_size=virtual,

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.mcore.experts import define_te_general_gemm
 from megatron_slm.mcore.layers import TorchAttention, TorchNorm
+from megatron_slm.mcore.transformer_engine import engine_problem
 from megatron_slm.model.filtered_backward import FilteredMLP, FilteredQueryLinear, FilteredRowLinear
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.runtime.errors import ConfigError
@@ -33,13 +34,21 @@ def choose_implementation(requested: str | None, device: torch.device) -> str:
     Raises:
         ConfigError: Transformer Engine is requested and not available.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if requested == "transformer_engine" and not (installed and device.type == "cuda"):
-        missing = "it is not installed" if not installed else "there is no GPU"
+    if requested == "local":
+        return requested
+    problem = engine_obstacle(device)
+    if requested is not None and problem is not None:
         raise ConfigError(
-            f"--transformer-impl transformer_engine: {missing}. Use --transformer-impl local, or omit the flag."
+            f"--transformer-impl transformer_engine: {problem}. Use --transformer-impl local, or omit the flag."
         )
-    return requested or ("transformer_engine" if installed and device.type == "cuda" else "local")
+    return "transformer_engine" if problem is None else "local"
+
+
+def engine_obstacle(device: torch.device) -> str | None:
+    """Return the reason why layers cannot be Transformer Engine's; None if they can."""
+    if device.type == "cuda":
+        return engine_problem()
+    return "there is no GPU" if importlib.util.find_spec("transformer_engine") else "it is not installed"
 
 
 def layer_spec(

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.frozen import load_frozen_model
 from megatron_slm.checkpoint.source import CheckpointSource, find_source, open_source
+from megatron_slm.config.relations.precision import unaligned_sizes
 from megatron_slm.config.relations.wording import has_uneven_stages
 from megatron_slm.config.schema import ParallelConfig, RunConfig
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.model.gpt import virtual_stages
+from megatron_slm.model.fp8 import frozen_fp8
+from megatron_slm.model.gpt import HIGH_PRECISION, virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.runtime.collective import on_first_rank
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.process import preserved_random_state
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -47,7 +49,6 @@ class ReferenceReplica:
         assert path is not None, "checked by config.checks"
         source = open_source(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
         self.config = reference = on_first_rank(lambda: _matching_config(source, config, tokenizer))
-        precision = config.reference.reference_precision
         self.with_entropy = with_entropy
         model = replace(
             reference.model,
@@ -61,7 +62,8 @@ class ReferenceReplica:
                 source.load_weights,
                 vocab_size=tokenizer.vocab_size,
                 groups=groups,
-                bf16=config.training.bf16 if precision is None else precision == "bf16",
+                params_dtype=config.reference.reference_precision or config.training.params_dtype,
+                precision=frozen_fp8(config.precision) if config.reference.reference_fp8 else HIGH_PRECISION,
             )
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[ReferenceScores]:
@@ -132,6 +134,19 @@ def _check_shape(reference: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"{FLAG}: the reference model was trained with --seq-length {longest}, and this run has {length}. Train "
             f"the reference model with at least {length}, or this run with at most {longest}."
+        )
+    if config.reference.reference_fp8:
+        recipe = config.precision.fp8_recipe
+        refuse(
+            list(
+                unaligned_sizes(
+                    replace(model, seq_length=length),
+                    config.parallel,
+                    config.training,
+                    recipe,
+                    f"{FLAG} with --reference-fp8",
+                )
+            )
         )
     parallel, tensor = config.parallel, config.parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size * (virtual_stages(config.model, parallel) or 1)

@@ -20,12 +20,12 @@ MOMENTS = {"adam": 2, "sgd": 1}  # tensors of the optimizer state in fp32, besid
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
     """Return the size of one checkpoint, a lower bound: weights and optimizer state."""
     padded = padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
-    is_bf16, optimizer = config.training.bf16, config.optimizer.optimizer
-    per_parameter = 2 if is_bf16 else 4
+    has_masters, optimizer = config.training.params_dtype != "fp32", config.optimizer.optimizer
+    per_parameter = 2 if has_masters else 4
     if config.checkpoint.save_optim:
         has_momentum = optimizer != "sgd" or config.optimizer.sgd_momentum
         per_parameter += 4 * MOMENTS[optimizer] if has_momentum else 0
-        per_parameter += 4 if is_bf16 or config.parallel.use_distributed_optimizer else 0  # master weights
+        per_parameter += 4 if has_masters or config.parallel.use_distributed_optimizer else 0  # master weights
     return per_parameter * parameter_count(config.model, padded)
 
 

@@ -14,13 +14,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.optimizer import repair_loading
-from megatron_slm.model.gpt import model_config
+from megatron_slm.model.gpt import DTYPES, model_config
 from megatron_slm.training.run_length import RunLength, ScheduleLength
+
+STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: RunConfig) -> list[torch.nn.Module]:
     """Wrap the chunks with gradient buffers that are summed (not averaged) over data-parallel ranks."""
-    ddp_config = DistributedDataParallelConfig(**core_fields("ddp", config.parallel, config.optimizer))
+    ddp_config = data_parallel_config(config)
     shared = model_config(list(chunks))
     return [
         DistributedDataParallel(shared, ddp_config, chunk, disable_bucketing=index > 0)
@@ -28,12 +30,15 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: RunConfig) -> 
     ]
 
 
+def data_parallel_config(config: RunConfig) -> DistributedDataParallelConfig:
+    """Return Megatron-Core's configuration of gradient and parameter buffers."""
+    return DistributedDataParallelConfig(**core_fields("ddp", config.parallel, config.optimizer, config.precision))
+
+
 def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> MegatronOptimizer:
     """Build the optimizer of wrapped chunks, and configure how pipeline schedules finalize gradients."""
     parallel = config.parallel
-    given = core_fields("optimizer", config.optimizer, parallel, config.training)
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-    optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**given, params_dtype=dtype), list(chunks))
+    optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
     repair_loading(optimizer)
     schedule = model_config(list(chunks))
     schedule.finalize_model_grads_func = finalize_model_grads
@@ -43,6 +48,22 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> Meg
     if parallel.overlap_param_gather:
         schedule.param_sync_func = _single_or_list([chunk.start_param_sync for chunk in chunks])
     return optimizer
+
+
+def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
+    """Return Megatron-Core's optimizer configuration.
+
+    It receives the FP8 recipe only if the model runs in FP8: with a recipe, the precision-aware optimizer expects main
+    weights that Megatron-Core manages.
+    """
+    precision = config.precision
+    dtypes = {name: DTYPES[getattr(precision, name)] for name in STATE_DTYPES}
+    return MegatronOptimizerConfig(
+        **core_fields("optimizer", config.optimizer, config.parallel, config.training, precision),
+        **dtypes,
+        fp8_recipe=precision.fp8_recipe if precision.fp8_format is not None else None,
+        params_dtype=DTYPES[config.training.params_dtype],
+    )
 
 
 @torch.no_grad()

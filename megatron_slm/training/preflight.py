@@ -135,7 +135,31 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         raise ConfigError(MASK_IGNORED)
     choose_cross_entropy(config.objective.slm_cross_entropy, device)
     check_dispatcher(config.model, device)
+    check_precision(config, implementation, device)
     check_backend(config.parallel.distributed_backend, has_gpu=device.type == "cuda")
+
+
+def check_precision(config: RunConfig, implementation: str, device: torch.device) -> None:
+    """Validate that FP8, the optimizer and the communication overlap are available.
+
+    Raises:
+        ConfigError: one of them needs Transformer Engine, or another device.
+    """
+    from megatron_slm.model.fp8 import check_fp8, frozen_fp8
+    from megatron_slm.model.specs import engine_obstacle
+    from megatron_slm.training.communication_overlap import overlap_settings
+
+    overlap_settings(config.parallel.tp_comm_overlap_cfg)
+    check_fp8(config.precision, implementation, device)
+    if config.reference.reference_fp8:
+        check_fp8(frozen_fp8(config.precision), implementation, device)
+    obstacle = engine_obstacle(device)
+    for flag, is_given in (
+        ("--use-precision-aware-optimizer", config.precision.use_precision_aware_optimizer),
+        ("--tp-comm-overlap", config.parallel.tp_comm_overlap),
+    ):
+        if is_given and obstacle is not None:
+            raise ConfigError(f"{flag} needs Transformer Engine: {obstacle}. Install it, or leave the flag out.")
 
 
 def check_memory(config: RunConfig, vocab_size: int, device: torch.device) -> None:
@@ -176,7 +200,7 @@ def least_memory(config: RunConfig, vocab_size: int) -> int:
     tensor = parallel.tensor_model_parallel_size
     padded = padded_vocab_size(model, vocab_size, tensor)
     ranks = tensor * parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
-    bytes_per_value = 2 if config.training.bf16 else 4
+    bytes_per_value = 4 if config.training.params_dtype == "fp32" else 2
     tokens = config.training.micro_batch_size * model.seq_length // parallel.context_parallel_size
     activations = tokens * model.hidden_size // tensor
     weights = 2 * bytes_per_value * parameter_count(model, padded) // ranks
@@ -187,4 +211,5 @@ def mask_bytes(config: RunConfig) -> int:
     """Return the bytes of the document mask of a micro-batch: one value per pair of tokens."""
     training, length = config.training, config.model.seq_length
     queries = training.micro_batch_size * length // config.parallel.context_parallel_size
-    return (2 if training.bf16 else 4) * queries * length if config.data.reset_attention_mask else 0
+    bytes_per_value = 4 if training.params_dtype == "fp32" else 2
+    return bytes_per_value * queries * length if config.data.reset_attention_mask else 0

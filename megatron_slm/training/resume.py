@@ -172,7 +172,7 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
     chunks = plain_chunks(state.model_chunks)
     check_weights(chunks, shapes, directory, flag)
     loaded = _load(flag, directory, state, config, shapes, same_layout=manifest.layout == state.layout())
-    exact = saved.training.bf16 and not config.training.bf16
+    exact = saved.training.params_dtype != "fp32" and config.training.params_dtype == "fp32"
     masters = master_weight_request(weight_request(chunks, shapes), shapes) if exact else {}
     _load_model(flag, directory, state, loaded, masters)
     if settings.load_optim:
@@ -212,7 +212,7 @@ def _load(
 
 
 def _load_model(flag: str, directory: Path, state: TrainState, loaded: dict[str, Any], masters: dict[str, Any]) -> None:
-    """Copy weights into the model; ``masters`` requests the fp32 master weights of a bf16 checkpoint instead."""
+    """Copy weights into the model; ``masters`` requests the fp32 master weights of a 16-bit checkpoint instead."""
     if masters:
         for chunk, found in weights.load_state(masters, directory, flag).items():
             if chunk in masters:

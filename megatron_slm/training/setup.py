@@ -29,6 +29,7 @@ from megatron_slm.scores.samples import ScoredSamples
 from megatron_slm.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.benchmarks import read_benchmarks
+from megatron_slm.training.communication_overlap import start_overlap
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.fallback import verified_start
 from megatron_slm.training.free_space import check_start_space
@@ -114,7 +115,8 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     config = with_settings(config, {"train_iters": length.iterations})
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(state.scheduler, config, length)
-    reference, reference_config = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
+    reference, replica = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
+    replica_config = None if replica is None else replica.config
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
@@ -130,7 +132,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
         datasets=datasets,
         shape=shape,
         reference=reference,
-        throughput=Throughput.from_config(config, reference_config, tokenizer.vocab_size, groups),
+        throughput=Throughput.from_config(config, replica_config, tokenizer.vocab_size, groups),
         benchmarks=benchmarks,
         sinks=on_every_rank(lambda: open_sinks(config, groups, state.progress.step)),
         console=console,
@@ -139,6 +141,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
 
 def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length: RunLength) -> TrainState:
     """Build the initial state of a run of ``length``: model, optimizer, schedule and selection."""
+    start_overlap(config)
     backward_filter = BackwardFilter(groups) if config.objective.slm_backward == "filtered" else None
     chunks = wrap_data_parallel(
         build_model(
@@ -148,7 +151,8 @@ def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length
             training=config.training,
             objective=config.objective,
             groups=groups,
-            bf16=config.training.bf16,
+            params_dtype=config.training.params_dtype,
+            precision=config.precision,
             resets_positions=config.data.reset_position_ids,
             backward_filter=backward_filter,
         ),
@@ -259,12 +263,12 @@ def find_reference(config: RunConfig, headers: Headers) -> str | None:
 
 def _build_reference(
     config: RunConfig, tokenizer: Tokenizer, groups: Groups
-) -> tuple[ReferenceSource, RunConfig | None]:
-    """Build the reference source; also return the reference model's configuration if it runs in every step."""
+) -> tuple[ReferenceSource, ReferenceReplica | None]:
+    """Build the reference source; also return the reference model if it runs in every step."""
     needs_loss, needs_entropy = reference_needs(config)
     if not (needs_loss or needs_entropy):
         return no_reference, None
     if config.reference.reference_scores:
         return sidecar_scores, None
     replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)
-    return replica.score, replica.config
+    return replica.score, replica

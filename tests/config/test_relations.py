@@ -184,7 +184,7 @@ def test_null_in_a_recipe_is_the_default(tmp_path: Path) -> None:
 
 def test_all_problems_are_in_one_message() -> None:
     with pytest.raises(ConfigError) as error:
-        parse(["--lr", "x", "--num-layers", "0", "--fp16", "--nonsense", "--save="])
+        parse(["--lr", "x", "--num-layers", "0", "--fp16-lm-cross-entropy", "--nonsense", "--save="])
     assert str(error.value).startswith("5 problems:")
     with pytest.raises(ConfigError) as error:
         run_check(1, min_lr=1, finetune=True)

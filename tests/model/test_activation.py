@@ -29,7 +29,7 @@ def megatron_config(device: str, **model: Any) -> Any:
     """Return Megatron-Core's configuration for a device, which need not be present."""
     settings = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, **model)
     groups: Any = SimpleNamespace(device=torch.device(device))
-    return transformer_config(settings, ParallelConfig(), TrainingConfig(), groups, "local", bf16=False)
+    return transformer_config(settings, ParallelConfig(), TrainingConfig(), groups, "local", params_dtype="fp32")
 
 
 @pytest.mark.parametrize("device", DEVICES)

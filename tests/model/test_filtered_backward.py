@@ -62,7 +62,7 @@ def _gradients(rank: int, world_size: int, settings: dict[str, Any], share: floa
             training=TrainingConfig(),
             objective=ObjectiveConfig(slm_cross_entropy="torch"),
             groups=groups,
-            bf16=False,
+            params_dtype="fp32",
             backward_filter=backward_filter,
         )
         states = states or chunk.state_dict()

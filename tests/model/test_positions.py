@@ -52,7 +52,7 @@ def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Te
             training=TrainingConfig(),
             objective=ObjectiveConfig(),
             groups=groups,
-            bf16=False,
+            params_dtype="fp32",
             resets_positions=resets,
         )
     chunks[True].load_state_dict(chunks[False].state_dict())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from megatron_slm.checkpoint.huggingface.family import Weight
@@ -139,6 +140,7 @@ def load_weights(source: HuggingFaceSource, chunks: Sequence[torch.nn.Module]) -
     Raises:
         ConfigError: the model has other tensors or shapes.
     """
+    _check_precision(chunks, source)
     with PublishedModel(source) as published:
         by_key = {key: weight for weight in published.weights for key in (weight.key, *weight.aliases)}
         current: tuple[Any, Tensor | None] = (None, None)
@@ -149,6 +151,15 @@ def load_weights(source: HuggingFaceSource, chunks: Sequence[torch.nn.Module]) -
                 current = ((weight.key, unit), published.read(weight, unit))
             assert current[1] is not None
             _copy(current[1], shard, weight, source)
+
+
+def _check_precision(chunks: Sequence[torch.nn.Module], source: HuggingFaceSource) -> None:
+    """Raise ConfigError for weights in FP8, of which Megatron-Core's sharded state has copies instead of views."""
+    if any(is_float8tensor(parameter) for chunk in chunks for parameter in chunk.parameters()):
+        raise ConfigError(
+            f"{source.flag}: a published model cannot be loaded into weights in FP8 (--reference-fp8 or "
+            f"--fp8-param-gather). Convert {source.directory} with tools/convert_checkpoint.py first."
+        )
 
 
 def _shards(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:

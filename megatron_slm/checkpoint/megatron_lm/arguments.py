@@ -16,7 +16,7 @@ OTHER_NAMES = {"norm_epsilon": "layernorm_epsilon"}
 COMPARED = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
-    *("seed", "bf16", "optimizer", "use_distributed_optimizer"),
+    *("seed", "bf16", "fp16", "optimizer", "use_distributed_optimizer"),
 )
 TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 NULLABLE = ("num_experts", "mtp_num_layers", "rotary_seq_len_interpolation_factor")  # unset is a value

@@ -16,7 +16,7 @@ _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 # Features that are never used here.
 _OFF = (
     *("apply_query_key_layer_scaling", "rotary_interleaved", "use_rotary_position_embeddings"),
-    *("multi_latent_attention", "fp16", "bias_gelu_fusion", "moe_router_enable_expert_bias"),
+    *("multi_latent_attention", "bias_gelu_fusion", "moe_router_enable_expert_bias"),
 )
 
 

@@ -34,12 +34,12 @@ IMPLIED: dict[str, tuple[str, Any]] = {
     "--openai-gelu": ("activation", "gelu_tanh"),
     "--recompute-activations": ("recompute_granularity", "selective"),
     "--grad-reduce-in-bf16": ("accumulate_allreduce_grads_in_fp32", False),
+    "--disable-fp8-wgrad": ("fp8_wgrad", False),
     "--override-opt-param-scheduler": ("override_opt_param_scheduler", True),
     "--use-checkpoint-opt-param-scheduler": ("use_checkpoint_opt_param_scheduler", True),
 }
 
 _FORMAT = "checkpoints are written and read in the format torch_dist. Convert others with Megatron-LM's tools."
-_FP32 = "gradients, main parameters and optimizer state are in fp32. Give fp32, or leave the flag out."
 
 FACTS: dict[str, Fact] = {
     "--use-mcore-models": Fact("every model is a Megatron-Core model."),
@@ -83,17 +83,13 @@ FACTS: dict[str, Fact] = {
     "--moe-layer-freq": Fact("with --num-experts, every layer is a mixture of experts.", values=("1",)),
     "--moe-router-score-function": Fact("the router uses softmax scores.", values=("softmax",)),
     "--rerun-mode": Fact("iterations are never rerun. Give disabled, or leave the flag out.", values=("disabled",)),
-    "--main-grads-dtype": Fact(_FP32, values=("fp32",)),
-    "--main-params-dtype": Fact(_FP32, values=("fp32",)),
-    "--exp-avg-dtype": Fact(_FP32, values=("fp32",)),
-    "--exp-avg-sq-dtype": Fact(_FP32, values=("fp32",)),
 }
 
 _LEVEL = ("0", "1", "2")
-INTEGER, NUMBER = ("an integer",), ("a number",)
+INTEGER = ("an integer",)
 
-# Flag -> its values: choices, INTEGER, NUMBER, or SWITCH. They change neither losses nor files: kernel choices with the
-# same result, memory management, details of Megatron-LM's log, and loss scaling, which applies to fp16 only.
+# Flag -> its values: choices, INTEGER, or SWITCH. They change neither losses nor files: kernel choices with the
+# same result, memory management, details of Megatron-LM's log, and a setting that Transformer Engine ignores.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
@@ -147,11 +143,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
             "--tensorboard-queue-size",
             "--num-dataset-builder-threads",
             "--dist-ckpt-workers",
-            "--hysteresis",
+            "--fp8-interval",
             "--async-ckpt-cpu-priority",
             "--async-ckpt-io-priority",
         ),
         INTEGER,
     ),
-    **dict.fromkeys(("--loss-scale", "--initial-loss-scale", "--min-loss-scale", "--loss-scale-window"), NUMBER),
 }

@@ -11,18 +11,16 @@ _DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and
 _SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated separately."
 _SCALED_ROPE = "rotary embeddings are scaled as in Llama 3 only. Use --use-rope-scaling."
 _PROFILE = "there is no built-in profiler. Run the command under nsys or py-spy."
-_STATE_DTYPE = "optimizer state is kept in fp32 on the device. Shard it with --use-distributed-optimizer."
+_OFFLOAD = "optimizer state is kept on the device. Shard it with --use-distributed-optimizer."
 _SAME_BATCH = "evaluation uses the batch sizes of training. Set the extent with --eval-iters."
 
 CURATED: dict[str, str] = {
     # precision
-    "--fp16": "fp16 and loss scaling are not supported. Use --bf16.",
     "--fp16-lm-cross-entropy": "the loss is computed in fp32. Use --bf16 and leave the flag out.",
     "--fp32-residual-connection": "the residual stream has the precision of the weights. For fp32, leave out --bf16.",
     "--apply-query-key-layer-scaling": "it guards against fp16 overflow only. Use --bf16 and leave the flag out.",
     "--no-check-for-nan-in-loss-and-grad": "a NaN or infinite loss always ends the run. Leave the flag out.",
-    "--use-precision-aware-optimizer": _STATE_DTYPE,
-    "--optimizer-cpu-offload": _STATE_DTYPE,
+    "--optimizer-cpu-offload": _OFFLOAD,
     "--deterministic-mode": "runs on CPUs are deterministic; on GPUs this depends on the kernels. Leave the flag out.",
     "--use-cpu-initialization": "weights are initialized on the device of the run. Leave the flag out.",
     # optimizer and schedule
@@ -98,7 +96,9 @@ FAMILIES: dict[str, str] = {
     "^--logits-": (
         "logits are neither saved nor distilled. Score a corpus with tools/score_corpus.py for --reference-scores."
     ),
-    "fp8 fp4 -in-bf16$ -layers-bf16 kitchen te-precision": "FP8 and FP4 are not supported. Use --bf16.",
+    "fp8 fp4 kitchen te-precision": (
+        "linear layers run in FP8 with --fp8-format and --fp8-recipe, and FP4 is not supported. Leave the flag out."
+    ),
     "^--fim-": "fill-in-the-middle is not supported. Transform documents before tools/preprocess_data.py.",
     "inference flash-decode graph prefill decode-only speculative static-engine mla-latents max-tokens- to-oom": (
         "inference and CUDA graphs are not supported. Leave the flag out."

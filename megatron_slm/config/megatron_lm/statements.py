@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, INTEGER, NUMBER, SWITCH, WITHOUT_EFFECT
+from megatron_slm.config.megatron_lm.accepted import FACTS, IMPLIED, INTEGER, SWITCH, WITHOUT_EFFECT
 from megatron_slm.config.megatron_lm.refused import megatron_flags
 from megatron_slm.config.recipe import convert
 from megatron_slm.config.recipe import settings as all_settings
@@ -76,8 +76,8 @@ def _convert(flag: str, value: Any, label: str) -> Any:
     values = _values(flag)
     if not values:
         return convert(value, bool, label)
-    if values in (INTEGER, NUMBER):
-        return convert(value, int if values == INTEGER else float, label)
+    if values == INTEGER:
+        return convert(value, int, label)
     text = convert(value, str, label)
     if text not in values:
         reason = f": {FACTS[flag].remedy}" if flag in FACTS else f" and must be one of {', '.join(values)}."

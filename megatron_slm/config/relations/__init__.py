@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megatron_slm.config.relations import data, experts, files, finetuning, layout, model, objective, schedule
+from megatron_slm.config.relations import (
+    data,
+    experts,
+    files,
+    finetuning,
+    layout,
+    model,
+    objective,
+    precision,
+    schedule,
+)
 from megatron_slm.config.schema import RunConfig
 
 Relation = Callable[[RunConfig, int], Iterator[str]]
@@ -16,6 +26,7 @@ RELATIONS: tuple[Relation, ...] = (
     *layout.RELATIONS,
     *model.RELATIONS,
     *experts.RELATIONS,
+    *precision.RELATIONS,
     *schedule.RELATIONS,
     *objective.RELATIONS,
     *data.RELATIONS,

@@ -16,6 +16,7 @@ from megatron_slm.config.schema.data import DataConfig, TokenizerConfig
 from megatron_slm.config.schema.model import ModelConfig
 from megatron_slm.config.schema.objective import ObjectiveConfig, ReferenceConfig
 from megatron_slm.config.schema.output import CheckpointConfig, LoggingConfig
+from megatron_slm.config.schema.precision import PrecisionConfig
 from megatron_slm.config.schema.training import OptimizerConfig, ParallelConfig, TrainingConfig
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "ReferenceConfig",
     "RunConfig",
     "TokenizerConfig",
@@ -41,6 +43,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

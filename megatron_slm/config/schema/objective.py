@@ -97,7 +97,12 @@ class ReferenceConfig:
         None, "checkpoint iteration of the reference model; default the newest", at_least=0
     )
     reference_precision: str | None = flag(
-        None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16")
+        None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16", "fp16")
+    )
+    reference_fp8: bool = flag(
+        False,
+        "keep the linear layers of the frozen reference model in FP8 only, 1 byte per parameter; requires Transformer "
+        "Engine, and --fp8-recipe tensorwise or blockwise",
     )
     reference_scores: list[str] = flag(
         list,

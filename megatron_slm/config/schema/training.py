@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from megatron_slm.config.constraints import UNSET, flag
 
-
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Parallelism"""
@@ -44,6 +43,21 @@ class ParallelConfig:
         "overlap the parameter all-gather with the forward pass; requires the distributed optimizer",
         core="optimizer ddp",
     )
+    tp_comm_overlap: bool = flag(
+        False,
+        "overlap tensor-parallel communication with the matrix products of Transformer Engine's linear layers; "
+        "requires --sequence-parallel",
+        core="model",
+    )
+    tp_comm_overlap_cfg: str | None = flag(
+        None, "YAML file with the settings of each overlapped operation, for --tp-comm-overlap"
+    )
+    tp_comm_bootstrap_backend: str = flag(
+        "nccl",
+        "backend that sets up the communication of --tp-comm-overlap",
+        choices=("nccl", "mpi", "gloo"),
+        core="model",
+    )
     distributed_backend: str | None = flag(
         None, "backend of torch.distributed; default nccl on GPUs, gloo on CPUs", choices=("nccl", "gloo")
     )
@@ -68,7 +82,8 @@ class TrainingConfig:
     seed: int = flag(
         1234, "random seed of weights, dropout, data order and random selection", at_least=0, at_most=2**32 - 1
     )
-    bf16: bool = flag(False, "train in bfloat16 with fp32 master weights", core="model optimizer")
+    bf16: bool = flag(False, "train in bfloat16 with fp32 master weights", core="optimizer")
+    fp16: bool = flag(False, "train in float16 with fp32 master weights and loss scaling", core="optimizer")
     recompute_granularity: str | None = flag(
         None,
         "granularity of activation recomputation in the backward pass",
@@ -109,6 +124,11 @@ class TrainingConfig:
         above=0,
     )
     skip_train: bool = flag(False, "skip training: evaluate the checkpoint of --load and save no checkpoint")
+
+    @property
+    def params_dtype(self) -> str:
+        """Return the dtype of the weights: fp32, bf16 or fp16."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,8 +50,8 @@ def _losses(rank: int, world_size: int, recorded: Path, jobs: list[Job]) -> list
         config = replace(source.config(), parallel=parallel)
         tokenizer = source.tokenizer()
         rows = source.arguments["padded_vocab_size"]  # Megatron-LM's losses include the padding of the vocabulary
-        bf16 = config.training.bf16
-        chunks = load_frozen_model(config, source.load_weights, vocab_size=rows, groups=groups, bf16=bf16)
+        dtype = config.training.params_dtype
+        chunks = load_frozen_model(config, source.load_weights, vocab_size=rows, groups=groups, params_dtype=dtype)
         scores = score_tokens(InferenceModel(chunks, config, tokenizer, groups), requests)
         results.append([-float(value) for each in scores for value in each.log_probs])
         process.stop()
