@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import Float16Module
 
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.sample_locations import document_spans
@@ -165,13 +166,17 @@ def module_gradient_norms(state: TrainState) -> dict[str, float]:
 
 def _named_parameters(state: TrainState) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield all parameters of this rank, with the layer numbers of the complete model."""
-    for chunk in plain_chunks(state.model_chunks):
+    for chunk in map(_model, plain_chunks(state.model_chunks)):
         for name, parameter in chunk.named_parameters():
-            name = name.removeprefix("module.")
             if (layer := LAYER.match(name)) is not None:
                 number = int(chunk.get_submodule(name[: layer.end(1)]).layer_number) - 1  # type: ignore[arg-type]
                 name = f"{name[: layer.start(1)]}{number}{name[layer.end(1) :]}"
             yield name, parameter
+
+
+def _model(chunk: torch.nn.Module) -> torch.nn.Module:
+    """Return the model of a chunk without its 16-bit wrapper."""
+    return chunk.module if isinstance(chunk, Float16Module) else chunk
 
 
 def _module_of(name: str) -> str:
