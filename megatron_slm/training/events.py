@@ -44,11 +44,13 @@ class StepMonitor:
         self._file = events_file(config) if records else None
 
     def accept(self, step: StepResults, grad_norm: float) -> bool:
-        """Return whether the weights are updated.
+        """Return whether the weights are updated, which they are not after an overflow of fp16.
 
         Raises:
             DivergedError: a loss or gradient is NaN or infinite, or a spike ends the run; on every rank.
         """
+        if step.overflow and not step.sums.diverged:
+            return False
         if step.sums.diverged or not math.isfinite(grad_norm):
             raise DivergedError(self._record_divergence(step, grad_norm))
         losses = step_losses(step.sums)

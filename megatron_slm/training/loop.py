@@ -184,13 +184,16 @@ class _Loop:
         """Log the mean losses and times of the steps since the last log."""
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
+        norms = [step.grad_norm for step in steps if not step.overflow]
         metrics = StepMetrics(
             step=run.progress.step,
             tokens=run.tokens,
-            grad_norm=last.grad_norm,
+            grad_norm=norms[-1] if norms else None,
             lr=last.lr,
             seconds_left=self.clock.seconds_left(run.progress.step),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
+            loss_scale=last.loss_scale,
+            steps_skipped=len(steps) - len(norms) if last.loss_scale is not None else None,
             **interval_losses([step.sums for step in steps]),
             **run.throughput.step_rates(self.clock.seconds_per_step()),
         )
@@ -228,12 +231,14 @@ def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObs
     step = train_step(
         run.state, next(stream), ratio=ratio, next_ratio=next_ratio, reference=run.reference, observer=observer
     )
-    _advance(run)
+    _advance(run, scheduled=not step.overflow)
     return step
 
 
-def _advance(run: Run) -> None:
-    run.state.scheduler.step(increment=run.shape.global_batch_size)
+def _advance(run: Run, *, scheduled: bool = True) -> None:
+    """Advance the progress, and the schedule unless the update was skipped due to an overflow, as in Megatron-LM."""
+    if scheduled:
+        run.state.scheduler.step(increment=run.shape.global_batch_size)
     run.progress.step += 1
     run.progress.consumed_samples += run.shape.global_batch_size
 

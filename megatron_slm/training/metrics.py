@@ -84,7 +84,7 @@ class StepMetrics:
     """Represent the metrics of a step, or of the steps of a log interval; losses in nats per token.
 
     Losses, the selected share, the threshold and times are unweighted means over the steps; the gradient norm and the
-    learning rate are those of the last step, as in Megatron-LM.
+    learning rate are those of the last step, as in Megatron-LM, without steps whose update was skipped.
     """
 
     step: int
@@ -95,7 +95,7 @@ class StepMetrics:
     share_selected: float
     threshold: float | None  # None under CLM
     selection: str  # fingerprint of the set of selected tokens
-    grad_norm: float
+    grad_norm: float | None  # None if the gradients of all steps overflowed fp16
     lr: float
     seconds: float
     tokens_per_second: float
@@ -103,6 +103,8 @@ class StepMetrics:
     mfu: float | None  # share of the device's peak; None if unknown
     seconds_left: float
     seconds_ranking: float | None = None  # time of the ranking pass, included in seconds
+    loss_scale: float | None = None  # of the last step; None without dynamic loss scaling
+    steps_skipped: int | None = None  # steps without update, since gradients overflowed fp16; None without scaling
 
     def line(self, train_iters: int, width: int | None = None) -> str:
         """Return a console line, shortened to ``width`` columns by omitting the least important metrics."""
@@ -119,8 +121,10 @@ class StepMetrics:
             _Figure(1, 9, f"rest {self.loss_unselected:.4f}") if self.loss_unselected is not None else None,
             _Figure(2, 5, f"selected {self.share_selected:.1%}"),
             _Figure(2, 8, f"τ {self.threshold:+.2f}") if self.threshold is not None else None,
-            _Figure(3, 7, f"norm {self.grad_norm:.2f}"),
+            _Figure(3, 7, f"norm {self.grad_norm:.2f}") if self.grad_norm is not None else None,
             _Figure(3, 4, f"lr {self.lr:.1e}"),
+            _Figure(3, 8, f"scale {self.loss_scale:g}") if self.loss_scale is not None else None,
+            _Figure(3, 2, f"skipped {self.steps_skipped}") if self.steps_skipped else None,
             _Figure(4, 3, f"{short(self.tokens_per_second)} tok/s"),
             _Figure(4, 10, f"{self.tflops:.3g} TFLOP/s"),
             _Figure(4, 11, f"MFU {self.mfu:.0%}") if self.mfu is not None else None,

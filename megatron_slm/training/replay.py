@@ -65,7 +65,7 @@ class _Observer:
             "step": run.progress.step,
             "layout": self.state.layout(),
             **losses,
-            "grad_norm": plain_number(step.grad_norm),
+            "grad_norm": None if step.overflow else plain_number(step.grad_norm),
             "lr": step.lr,
             "spikes": self.spikes,
             "module_grad_norms": {module: plain_number(norm) for module, norm in self.module_norms.items()},
@@ -131,7 +131,8 @@ def _rank_gradient_norms(run: Run) -> Iterator[list[float]]:
     def measured(*args: Any, **kwargs: Any) -> Any:
         parameters = (parameter for chunk in run.state.model_chunks for parameter in chunk.parameters())
         squares = [p.main_grad.double().square().sum() for p in parameters if hasattr(p, "main_grad")]
-        norms.append(float(torch.stack(squares).sum().sqrt()) if squares else 0.0)
+        scale = float(run.state.optimizer.get_loss_scale())
+        norms.append(float(torch.stack(squares).sum().sqrt()) / scale if squares else 0.0)
         return finalize(*args, **kwargs)
 
     if not run.config.parallel.overlap_grad_reduce:

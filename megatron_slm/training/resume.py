@@ -21,6 +21,7 @@ from megatron_slm.checkpoint.source import CheckpointSource, find_source
 from megatron_slm.config.checkpoint_files import Manifest
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.mcore.optimizer import load_loss_scale
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -182,6 +183,7 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
             load_buckets(state.optimizer, model, shapes, read, flag)
         else:
             load_optimizer_state(state.optimizer, model, shapes, saved_step(loaded.get("optimizer")), read, flag)
+        load_loss_scale(state.optimizer, loaded.get("optimizer"))
     else:
         state.optimizer.reload_model_params()
     schedule = _saved_schedule(loaded) if settings.load_optim else None

@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_slm.mcore.optimizer import prepared_gradient_norm, update_weights
+from megatron_slm.mcore.optimizer import PreparedGradients, dynamic_scalers, prepare_gradients, update_weights
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.objective.selection.strategies import SelectionStrategy
@@ -67,9 +67,14 @@ class TrainState:
         """Return the learning rate of the next update."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def gradient_norm(self) -> float:
-        """Pass the gradients to the optimizer, and return their norm. Collective over all ranks."""
-        return prepared_gradient_norm(self.optimizer)
+    def dynamic_loss_scale(self) -> float | None:
+        """Return the loss scale of the next step; None without dynamic loss scaling."""
+        scalers = dynamic_scalers(self.optimizer)
+        return float(scalers[0].scale) if scalers else None
+
+    def prepare_gradients(self) -> PreparedGradients:
+        """Pass the unscaled gradients to the optimizer. Collective over all ranks."""
+        return prepare_gradients(self.optimizer)
 
     def optimizer_step(self, grad_norm: float) -> None:
         """Clip the gradients, whose norm is ``grad_norm``, and update the weights. Collective over all ranks."""

@@ -39,6 +39,8 @@ class Step:
     grad_norm: float
     lr: float
     seconds_ranking: float | None  # time of the ranking pass, if any
+    loss_scale: float | None = None  # dynamic loss scale, if any
+    overflow: bool = False  # gradients overflowed fp16: no update, and the schedule does not advance
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class StepResults:
     sums: TokenSums  # over the global batch, on every rank
     micro_batches: Sequence[MicroBatch]  # of this data-parallel rank
     results: Sequence[MicroBatchResult]  # one per micro-batch on the last pipeline stage, none elsewhere
+    overflow: bool = False  # gradients overflowed fp16, and the loss scale was reduced
 
 
 # Decides whether the weights are updated, from the results and the gradient norm of a step (NaN or infinite also if
-# losses are); equally on every rank. Collective over all ranks.
+# losses are, or an overflow); equally on every rank. Collective over all ranks.
 StepObserver = Callable[[StepResults, float], bool]
 
 
@@ -176,7 +179,7 @@ def train_step(
     sums = TokenSums.reduce([result.sums for result in results], state.groups)
     if state.auxiliary.active and not sums.selected:
         state.zero_grad()  # without selected tokens, the auxiliary gradients cannot be normalized
-    lr, grad_norm = state.lr, state.gradient_norm()
-    if observer(StepResults(sums, micro_batches, results), grad_norm):
-        state.optimizer_step(grad_norm)
-    return Step(sums, grad_norm, lr, seconds_ranking)
+    lr, loss_scale, gradients = state.lr, state.dynamic_loss_scale(), state.prepare_gradients()
+    if observer(StepResults(sums, micro_batches, results, gradients.overflow), gradients.norm):
+        state.optimizer_step(gradients.norm)
+    return Step(sums, gradients.norm, lr, seconds_ranking, loss_scale, gradients.overflow)
