@@ -103,8 +103,10 @@ def violations(setting: Field[Any], value: Any) -> Iterator[str]:
         return
     if isinstance(value, int | float):
         yield from _number_violations(setting, value)
-    elif setting.metadata["choices"] and value not in setting.metadata["choices"]:
-        yield f"{name} must be one of {', '.join(setting.metadata['choices'])}, not {value!r}."
+    elif setting.metadata["choices"]:
+        for item in value if isinstance(value, list) else [value]:
+            if item not in setting.metadata["choices"]:
+                yield f"{name} must be one of {', '.join(setting.metadata['choices'])}, not {item!r}."
 
 
 def _number_violations(setting: Field[Any], value: float) -> Iterator[str]:

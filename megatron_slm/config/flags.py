@@ -154,7 +154,7 @@ def _build_parser() -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (list[str], list[int], dict[str, list[str]]):
-            options |= {"nargs": "+", "metavar": "ARGUMENT"}
+            options |= {"nargs": "+", "metavar": "|".join(setting.metadata["choices"]) or "ARGUMENT"}
         else:
             options["metavar"] = "|".join(setting.metadata["choices"]) or "VALUE"
         sections[group].add_argument(flag_name(setting), **options)

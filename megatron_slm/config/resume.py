@@ -82,6 +82,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.LOCAL: (
         *("distributed_backend", "distributed_timeout_minutes", "tp_comm_overlap_cfg", "tp_comm_bootstrap_backend"),
         *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train", "replay_step"),
+        "require_fused",
         *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),
         *("data_cache_path", "num_workers", "full_validation", "slm_accept_changed_corpora"),
         *("save", "load", "pretrained_checkpoint", "save_interval", "save_retain_interval", "finetune", "ckpt_step"),

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_slm.runtime.groups import Groups
 
-OPTIONAL = {"Transformer Engine": "transformer_engine", "apex": "apex"}
+# The package index has another package named apex, so that NVIDIA's is recognised by an extension of it.
+OPTIONAL = {"Transformer Engine": "transformer_engine", "NVIDIA apex": "amp_C"}
 
 
 def describe_software(groups: Groups) -> str:

@@ -33,6 +33,7 @@ from megatron_slm.training.communication_overlap import start_overlap
 from megatron_slm.training.data_order import DataRecord, SavedRun, check_corpora_unchanged, read_saved_run
 from megatron_slm.training.fallback import verified_start
 from megatron_slm.training.free_space import check_start_space
+from megatron_slm.training.implementations import inspect_run, report_implementations
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import build_optimizer, build_scheduler, set_schedule_length, wrap_data_parallel
@@ -116,7 +117,9 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(state.scheduler, config, length)
     reference, replica = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
-    replica_config = None if replica is None else replica.config
+    chunks, replica_config = (None, None) if replica is None else (replica.chunks, replica.config)
+    found = inspect_run(state, chunks, has_sidecar=reference is sidecar_scores)
+    report_implementations(found, config.training.require_fused, console)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from test_checks import run_check
 
+from megatron_slm.config.flags import parse
 from megatron_slm.runtime.errors import ConfigError
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "ffn_hidden_size": 128, "num_attention_heads": 4, "seq_length": 128}
@@ -83,9 +84,14 @@ def test_accepted(processes: int, changes: dict[str, Any]) -> None:
         (2, {**OVERLAP, "sequence_parallel": None}, "above 1 and --sequence-parallel"),
         (2, {**OVERLAP, "transformer_impl": "local"}, "--tp-comm-overlap needs --transformer-impl"),
         (1, {"tp_comm_overlap_cfg": "x"}, "--tp-comm-overlap-cfg has no effect without --tp-comm-overlap"),
+        (1, {"require_fused": "linears"}, "--require-fused must be one of linear, attention"),
     ],
 )
 def test_refused(processes: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         run_check(processes, **changes)
     assert message in str(error.value)
+
+
+def test_parts_of_require_fused_are_a_list() -> None:
+    assert parse(["--require-fused", "linear", "adam"]).config.training.require_fused == ["linear", "adam"]

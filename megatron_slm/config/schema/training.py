@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from megatron_slm.config.constraints import UNSET, flag
 
+FUSED_PARTS = (  # parts of the table of implementations, for --require-fused
+    *("linear", "attention", "norm", "rope", "weight-gradient", "adam", "lm-head", "fp8", "reference"),
+    *("grad-reduce", "param-gather", "tp-comm", "p2p-comm"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Parallelism"""
@@ -124,6 +130,11 @@ class TrainingConfig:
         above=0,
     )
     skip_train: bool = flag(False, "skip training: evaluate the checkpoint of --load and save no checkpoint")
+    require_fused: list[str] = flag(
+        list,
+        "parts that must use their fastest implementation; the run ends with an error before training if one does not",
+        choices=FUSED_PARTS,
+    )
 
     @property
     def params_dtype(self) -> str:
