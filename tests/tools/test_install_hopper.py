@@ -1,0 +1,136 @@
+"""Installation from a directory of wheels: a plan without network access, and a message for everything wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pip._vendor.packaging.tags import parse_tag
+from pip._vendor.packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+TAG, OTHER_TAG = "cp312-cp312-linux_x86_64", "cp311-cp311-linux_x86_64"
+ENGINE = "transformer-engine[pytorch]>=2.2"
+TORCH_ABI = b"\0libtorch.so\0_ZN3c105ErrorC2ERKNSt7__cxx1112basic_stringE\0"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("install_hopper", ROOT / "tools" / "install_hopper.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def wheel(
+    directory: Path, name: str, version: str, *requires: str, tag: str = "py3-none-any", library: bytes | None = None
+) -> Path:
+    """Write a wheel with metadata, and optionally a shared library."""
+    path = directory / f"{name}-{version}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = [
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",
+            *(f"Requires-Dist: {each}" for each in requires),
+        ]
+        archive.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
+        if library is not None:
+            archive.writestr(f"{name}/lib.so", library)
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """Return a directory with Transformer Engine and its parts."""
+    wheel(
+        tmp_path,
+        "transformer_engine",
+        "2.20.2",
+        "transformer_engine_torch==2.20.2; extra == 'pytorch'",
+        "missing; extra == 'jax'",
+    )
+    requires = ("torch>=2.1", "transformer_engine_cu13==2.20.2", "old; python_version < '3'")
+    library = b"libcudart.so.13" + TORCH_ABI
+    wheel(tmp_path, "transformer_engine_torch", "2.20.2", *requires, tag=TAG, library=library)
+    wheel(tmp_path, "transformer_engine_cu13", "2.20.2", library=b"\0libcudart.so.13\0")
+    return tmp_path
+
+
+def environment(tool: Any, **changes: Any) -> Any:
+    tags = frozenset(parse_tag(TAG) | parse_tag("py3-none-any"))
+    known = {"torch": Version("2.11.0a0+abc.nv26"), "setuptools": Version("80")}
+    return replace(tool.Environment(tags, known, "13.1", True), **changes)
+
+
+def plan(tool: Any, directory: Path, *requirements: str, **changes: Any) -> Any:
+    found, problems = tool.read_wheels(directory)
+    assert not problems
+    return tool.make_plan(requirements or (ENGINE, "torch>=2.11.0a0"), found, environment(tool, **changes))
+
+
+def test_complete_directory(tool: Any, wheels: Path) -> None:
+    found = plan(tool, wheels)
+    assert sorted(found.wheels) == ["transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"]
+    assert not found.problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cuda": "12.9"}, "was built for CUDA 13, and torch for CUDA 12.9"),
+        ({"new_abi": False}, "was built with the C++11 ABI, and torch with the older C++ ABI"),
+        ({"tags": frozenset(parse_tag(OTHER_TAG) | parse_tag("py3-none-any"))}, "is for another Python or platform"),
+        ({"installed": {"torch": Version("2.9.0")}}, "torch>=2.11.0a0 (required by megatron_slm): 2.9.0 is installed"),
+        ({"installed": {}}, "torch>=2.1 (required by transformer-engine-torch): there is no wheel"),
+    ],
+)
+def test_unusable_wheels(tool: Any, wheels: Path, changes: dict[str, Any], message: str) -> None:
+    assert any(message in problem for problem in plan(tool, wheels, **changes).problems)
+
+
+def test_missing_and_old_wheels(tool: Any, wheels: Path) -> None:
+    (wheels / "transformer_engine_cu13-2.20.2-py3-none-any.whl").unlink()
+    wheel(wheels, "transformer_engine_cu13", "2.19.0")
+    [problem] = plan(tool, wheels).problems
+    assert problem.startswith(
+        "transformer_engine_cu13==2.20.2 (required by transformer-engine-torch): the directory has 2.19"
+    )
+    assert "there is no wheel" in plan(tool, wheels, "xxhash").problems[0]
+
+
+def test_installed_engine_needs_no_wheel(tool: Any, tmp_path: Path) -> None:
+    """NVIDIA's images have Transformer Engine."""
+    installed = {"torch": Version("2.11.0a0"), "transformer-engine": Version("2.11.0")}
+    assert plan(tool, tmp_path, installed=installed) == tool.Plan()
+
+
+def test_damaged_and_renamed_files(tool: Any, wheels: Path) -> None:
+    path = wheels / f"transformer_engine_torch-2.20.2-{TAG}.whl"
+    path.write_bytes(path.read_bytes()[:-30])
+    (wheels / "engine.whl").write_bytes(b"")
+    problems = tool.read_wheels(wheels)[1]
+    assert any("engine.whl is not the name of a wheel" in problem for problem in problems)
+    assert any(f"{path.name} is damaged" in problem for problem in problems)
+
+
+def test_environment_without_a_cuda_torch(tool: Any) -> None:
+    messages = list(tool.environment_problems(environment(tool, cuda=None), []))
+    assert len(messages) == 1 and "is a build for CPUs" in messages[0]
+    old = {"setuptools": Version("69")}
+    assert "setuptools 77" in next(tool.environment_problems(environment(tool, installed=old), []))
+
+
+def test_check_reports_everything_and_installs_nothing(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool.Environment, "current", staticmethod(lambda: environment(tool)))
+    assert tool.main([str(tmp_path), "--check"]) == 2
+    errors = capsys.readouterr().err
+    assert "megatron-core>=0.16.1,<0.20" in errors.replace("<0.20,>=0.16.1", ">=0.16.1,<0.20") and ENGINE[:18] in errors
+    assert tool.main([str(tmp_path / "none")]) == 2

@@ -1,0 +1,244 @@
+"""Install megatron_slm with Transformer Engine from a directory of wheels, without network access.
+
+Usage: python tools/install_hopper.py WHEELS [--check]
+
+The wheels are checked first: versions, Python and platform tags, the CUDA version and the C++ ABI of their libraries,
+and that nothing is missing. The script needs the standard library and pip only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
+from pip._vendor.packaging.tags import Tag, sys_tags
+from pip._vendor.packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from pip._vendor.packaging.version import InvalidVersion, Version
+
+PROJECT = Path(__file__).resolve().parent.parent
+EXTRA = "hopper"
+CUDA_LIBRARY = re.compile(rb"libcudart\.so\.(\d+)")  # name of a dynamic dependency, with CUDA's major version
+TORCH_LIBRARY, NEW_ABI = b"libtorch", b"NSt7__cxx1112basic_string"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Represent the Python environment that receives the wheels."""
+
+    tags: frozenset[Tag]
+    installed: Mapping[str, Version]  # by canonical name
+    cuda: str | None  # CUDA version of torch; None if torch is missing or a CPU build
+    new_abi: bool  # torch was built with the C++11 ABI
+
+    @staticmethod
+    def current() -> Environment:
+        """Return the environment of this interpreter."""
+        installed: dict[str, Version] = {}
+        for found in metadata.distributions():
+            if found.metadata["Name"]:
+                installed.setdefault(canonicalize_name(found.metadata["Name"]), Version(found.version))
+        code = "import torch; print(torch.version.cuda, torch.compiled_with_cxx11_abi())"
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
+        cuda, abi = shown if len(shown) == 2 else ("None", "True")
+        return Environment(frozenset(sys_tags()), installed, None if cuda == "None" else cuda, abi == "True")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Represent a wheel file."""
+
+    path: Path
+    name: str
+    version: Version
+    tags: frozenset[Tag]
+
+    def requirements(self) -> list[str]:
+        """Return the requirements in the metadata."""
+        with zipfile.ZipFile(self.path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            return Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist", [])
+
+    def libraries(self) -> Iterator[bytes]:
+        """Yield the content of the shared libraries."""
+        with zipfile.ZipFile(self.path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".so") or ".so." in name:
+                    yield archive.read(name)
+
+
+@dataclass
+class Plan:
+    """Hold the wheels to install and the problems that prevent it."""
+
+    wheels: dict[str, Wheel] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_wheels(directory: Path) -> tuple[list[Wheel], list[str]]:
+    """Return the wheels of a directory, and a message for each unreadable one."""
+    wheels, problems = list[Wheel](), list[str]()
+    for path in sorted(directory.glob("*.whl")):
+        try:
+            name, version, _, tags = parse_wheel_filename(path.name)
+            wheel = Wheel(path, name, version, tags)
+            wheel.requirements()
+        except (InvalidWheelFilename, InvalidVersion) as error:
+            problems.append(f"{path.name} is not the name of a wheel: {error}. Restore its original name.")
+        except (OSError, zipfile.BadZipFile, StopIteration, KeyError, UnicodeDecodeError) as error:
+            problems.append(f"{path.name} is damaged ({error or 'no metadata'}). Copy it again.")
+        else:
+            wheels.append(wheel)
+    return wheels, problems
+
+
+def project_requirements(project: Path) -> list[str]:
+    """Return the requirements of the source tree with the extra ``hopper``."""
+    with (project / "pyproject.toml").open("rb") as file:
+        settings = tomllib.load(file)["project"]
+    return [*settings["dependencies"], *settings["optional-dependencies"][EXTRA]]
+
+
+def make_plan(requirements: Sequence[str], wheels: Sequence[Wheel], environment: Environment) -> Plan:
+    """Return the wheels that satisfy the requirements and theirs, as far as they are not installed."""
+    plan, seen = Plan(), set[str]()
+    waiting = [(text, "megatron_slm", frozenset[str]()) for text in requirements]
+    while waiting:
+        text, parent, extras = waiting.pop(0)
+        if text + str(sorted(extras)) in seen:
+            continue
+        seen.add(text + str(sorted(extras)))
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement as error:
+            plan.problems.append(f"{parent} has an unreadable requirement {text!r}: {error}.")
+            continue
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}):
+            continue
+        wheel = _satisfy(requirement, parent, wheels, environment, plan)
+        if wheel is not None:
+            plan.wheels[wheel.name] = wheel
+            waiting += [(each, wheel.name, frozenset(requirement.extras)) for each in wheel.requirements()]
+    for wheel in plan.wheels.values():
+        plan.problems += library_problems(wheel, environment)
+    return plan
+
+
+def _satisfy(
+    requirement: Requirement, parent: str, wheels: Sequence[Wheel], environment: Environment, plan: Plan
+) -> Wheel | None:
+    """Return the newest fitting wheel; None if the requirement is installed, or is added to the problems."""
+    name = canonicalize_name(requirement.name)
+    if name in environment.installed and requirement.specifier.contains(environment.installed[name], prereleases=True):
+        return None
+    named = [wheel for wheel in wheels if wheel.name == name]
+    fitting = [wheel for wheel in named if requirement.specifier.contains(wheel.version, prereleases=True)]
+    usable = [wheel for wheel in fitting if wheel.tags & environment.tags]
+    if usable:
+        return max(usable, key=lambda wheel: wheel.version)
+    needed = f"{requirement.name}{requirement.specifier} (required by {parent})"
+    if fitting:
+        reason = f"{fitting[0].path.name} is for another Python or platform than {_platform()}"
+    elif named:
+        reason = f"the directory has {', '.join(str(wheel.version) for wheel in named)}"
+    elif name in environment.installed:
+        reason = f"{environment.installed[name]} is installed"
+    else:
+        reason = "there is no wheel"
+    plan.problems.append(f"{needed}: {reason}. Add a wheel of this version for this Python.")
+    return None
+
+
+def _platform() -> str:
+    return f"Python {platform.python_version()} on {platform.machine()} with {' '.join(platform.libc_ver())}"
+
+
+def library_problems(wheel: Wheel, environment: Environment) -> Iterator[str]:
+    """Yield a message if libraries of a wheel were built for another CUDA version or C++ ABI than torch."""
+    majors, uses_torch, has_new_abi = set[str](), False, False
+    for content in wheel.libraries():
+        majors |= {major.decode() for major in CUDA_LIBRARY.findall(content)}
+        uses_torch |= TORCH_LIBRARY in content
+        has_new_abi |= TORCH_LIBRARY in content and NEW_ABI in content
+    cuda = (environment.cuda or "").partition(".")[0]
+    if majors and cuda and cuda not in majors:
+        yield (
+            f"{wheel.path.name} was built for CUDA {', '.join(sorted(majors))}, and torch for CUDA {environment.cuda}. "
+            "Use a wheel for the CUDA version of torch."
+        )
+    if uses_torch and has_new_abi != environment.new_abi:
+        abi = {True: "the C++11 ABI", False: "the older C++ ABI"}
+        yield (
+            f"{wheel.path.name} was built with {abi[has_new_abi]}, and torch with {abi[environment.new_abi]}. Build it "
+            "against the installed torch."
+        )
+
+
+def environment_problems(environment: Environment, wheels: Sequence[Wheel]) -> Iterator[str]:
+    """Yield a message if torch or the build backend do not fit."""
+    if "torch" in environment.installed and environment.cuda is None:
+        yield (
+            f"torch {environment.installed['torch']} is a build for CPUs. Install a build for CUDA, or use an NGC "
+            "PyTorch image."
+        )
+    has_wheel = any(wheel.name == "megatron-slm" for wheel in wheels)
+    setuptools = environment.installed.get("setuptools")
+    if not has_wheel and (setuptools is None or setuptools < Version("77")):
+        yield "setuptools 77 or later is needed to build megatron_slm. Install it, or add a wheel of megatron_slm."
+
+
+def install(directory: Path, wheels: Sequence[Wheel], environment: Environment) -> int:
+    """Install the project without an index, and import the result; return the exit code."""
+    found = next((wheel.path for wheel in wheels if wheel.name == "megatron-slm"), PROJECT)
+    kept = [f"{name}=={environment.installed[name]}" for name in ("torch", "numpy") if name in environment.installed]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("\n".join(kept) + "\n")
+        constraints.flush()
+        command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(directory)]
+        command += ["--no-build-isolation", "--constraint", constraints.name, f"{found}[{EXTRA}]"]
+        if code := subprocess.run(command, check=False).returncode:
+            return code
+    check = "import torch, transformer_engine.pytorch, megatron.core, megatron_slm"
+    imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    if imported.returncode:
+        print(f"installed, but not importable:\n{imported.stderr.strip()}", file=sys.stderr)
+        return 1
+    print("installed: torch, Transformer Engine, Megatron-Core and megatron_slm can be imported.")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the wheels, and install them; return 2 if something is missing."""
+    parser = argparse.ArgumentParser(description="Install megatron_slm[hopper] from a directory of wheels.")
+    parser.add_argument("wheels", type=Path, help="directory of wheels")
+    parser.add_argument("--check", action="store_true", help="check the wheels without installing them")
+    arguments = parser.parse_args(argv)
+    if not arguments.wheels.is_dir():
+        print(f"{arguments.wheels} is not a directory. Give the directory of the wheels.", file=sys.stderr)
+        return 2
+    environment = Environment.current()
+    wheels, problems = read_wheels(arguments.wheels)
+    plan = make_plan(project_requirements(PROJECT), wheels, environment)
+    problems = [*environment_problems(environment, wheels), *problems, *plan.problems]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return 2
+    names = ", ".join(f"{wheel.name} {wheel.version}" for wheel in plan.wheels.values()) or "nothing"
+    print(f"to install: {names}; everything else is present.")
+    return 0 if arguments.check else install(arguments.wheels, wheels, environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
