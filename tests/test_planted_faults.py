@@ -308,7 +308,7 @@ def copy_project(directory: Path) -> None:
 
 def run_tests(directory: Path, tests: tuple[str, ...], seconds: float) -> subprocess.CompletedProcess[str]:
     """Run tests of a copy against the package in the copy."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu and not faults"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu and not faults"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(f"tests/{test}" for test in tests)],
         cwd=directory,
