@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,6 +33,7 @@ class MicroBatch:
     reference_entropy: Tensor | None = None  # [b, s] fp32 in nats, of the distributions that predict the labels
     context_size: int = 1  # context-parallel size
     positions: Tensor | None = None  # [s] int64, positions of the columns in their sample; None: 0 ... s - 1
+    loss_mask_on_host: NDArray[np.bool_] | None = None  # ``loss_mask`` before it was moved to a device
 
     @property
     def sample_length(self) -> int:
@@ -66,12 +69,21 @@ class MicroBatch:
         return replace(self, **columns, context_size=size, positions=positions)
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
+        """Move a micro-batch from the host to a device; copies of pinned memory do not block the host."""
+        moved = self._each(lambda values: values.to(device, non_blocking=True))
+        return replace(moved, loss_mask_on_host=self.loss_mask.numpy())
+
+    def pinned(self) -> MicroBatch:
+        """Return a copy in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,12 @@ class BatchStream(Iterator[list[MicroBatch]]):
         if first + self.shape.global_batch_size > self.size and not self.masks_missing:
             raise ConfigError(f"the dataset has {self.size} samples, but the batch at sample {first} exceeds it.")
         stride = self.shape.micro_batch_size * self.shape.dp_size
-        return [self._micro_batch(first + step * stride) for step in range(self.shape.num_micro_batches)]
+        shape, starts = self.shape, range(first, first + stride * self.shape.num_micro_batches, stride)
+        slices = [self._micro_batch(start).cp_slice(shape.cp_size, shape.cp_rank) for start in starts]
+        if self.device.type != "cuda":
+            return slices
+        with torch.cuda.device(self.device):  # in this thread
+            return [each.pinned() for each in slices]
 
     def _micro_batch(self, first: int) -> MicroBatch:
         size = self.shape.micro_batch_size
@@ -176,8 +193,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
         return {**filler, "loss_mask": torch.zeros_like(filler["loss_mask"])}
 
     def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        shape = self.shape
-        return [batch.cp_slice(shape.cp_size, shape.cp_rank).to(self.device) for batch in micro_batches]
+        return [batch.to(self.device) for batch in micro_batches]
 
 
 def document_mask(numbers: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -132,14 +132,13 @@ class TorchAttention(MegatronModule):
         assert self.context is not None
         size, device = self.context.size(), key.device
         length = key.size(0) * size
-        positions = [context_positions(length, size, rank) for rank in range(size)]
-        order = torch.cat(positions).argsort().to(device)
+        positions = [context_positions(length, size, rank, device) for rank in range(size)]
+        order = torch.cat(positions).argsort()
         key, value = (
             gather_from_sequence_parallel_region(part.contiguous(), group=self.context)[order] for part in (key, value)
         )
         if mask is None:
-            local_positions = positions[self.context.rank()].to(device)
-            mask = torch.arange(length, device=device) > local_positions[:, None]
+            mask = torch.arange(length, device=device) > positions[self.context.rank()][:, None]
         return key, value, mask
 
 
@@ -151,11 +150,11 @@ def additive_mask(masked: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, float("-inf"))
 
 
-def context_positions(length: int, size: int, rank: int) -> Tensor:
+def context_positions(length: int, size: int, rank: int, device: torch.device | None = None) -> Tensor:
     """Return the sample positions of context-parallel rank ``rank`` of ``size``, [length / size] int64.
 
     A sample is split into 2 · size chunks. Rank r holds chunks r and 2 · size - 1 - r, which balances the number of
     attended pairs over ranks (Megatron-Core's order).
     """
-    chunks = torch.arange(length).chunk(2 * size)
+    chunks = torch.arange(length, device=device).chunk(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))

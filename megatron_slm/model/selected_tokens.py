@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.host_reads import HostRead, row_indices
 
 
 @dataclass
@@ -18,6 +20,7 @@ class SelectedTokens:
     """Hold the selected tokens of one micro-batch."""
 
     mask: Tensor | None = None  # [s, b] bool; None until they are known
+    count: HostRead | int | None = None  # of selected tokens; known as soon as the mask is
 
     def known_mask(self) -> Tensor:
         """Return the selected tokens in a backward pass, [s, b] bool."""
@@ -28,8 +31,9 @@ class SelectedTokens:
     def rows(self) -> Tensor | None:
         """Return the selected rows of a flattened [s, b], [n] int64, or None if all are selected."""
         mask = self.known_mask()
-        rows = mask.reshape(-1).nonzero().squeeze(1)
-        return None if rows.numel() == mask.numel() else rows
+        assert self.count is not None
+        count = int(self.count)
+        return None if count == mask.numel() else row_indices(mask.reshape(-1), count)
 
 
 class BackwardFilter:
@@ -37,7 +41,8 @@ class BackwardFilter:
 
     The last pipeline stage knows a selection after its losses and sends it to the other stages, which receive it before
     the backward pass of that micro-batch. A selection is small and its number of rows is needed on the host, so that it
-    takes a gloo group of its own, which cannot disturb the order of the schedule's messages.
+    takes a gloo group of its own, which cannot disturb the order of the schedule's messages. The last stage sends it
+    when the LM head has read its rows, so that the host waits for the device only once.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -45,6 +50,7 @@ class BackwardFilter:
         self.current = SelectedTokens()
         self._groups = groups
         self._micro_batches: list[SelectedTokens] = []
+        self._unsent: dict[int, HostRead] = {}  # selections [b, s] by micro-batch
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._pipeline = _gloo_pipeline(groups) if groups.pp_size > 1 else None
 
@@ -75,16 +81,21 @@ class BackwardFilter:
             self.current = self._micro_batches[index]
             if not self._groups.is_last_stage:
                 self._receive(self.current, shape)
+            elif index in self._unsent:
+                self._send(self._unsent.pop(index), shape)
 
         if output.requires_grad:
             output.register_hook(enter)
 
     def select(self, index: int, selected: Tensor) -> None:
-        """Set the selected tokens of a micro-batch, [b, s] bool, and send them to the other stages."""
-        self._micro_batches[index].mask = selected.t()
-        if self._pipeline is None:
-            return
-        message = selected.to(device="cpu", dtype=torch.uint8).contiguous()
+        """Set the selected tokens of a micro-batch, [b, s] bool, which its backward pass sends to the other stages."""
+        micro_batch = self._micro_batches[index]
+        micro_batch.mask, micro_batch.count = selected.t(), HostRead(selected.sum())
+        if self._pipeline is not None:
+            self._unsent[index] = HostRead(selected)
+
+    def _send(self, selected: HostRead, shape: Sequence[int]) -> None:
+        message = torch.tensor(selected.numbers(), dtype=torch.uint8).view(*shape)
         for stage in range(self._groups.pp_size - 1):
             work = dist.isend(message, group=self._pipeline, group_dst=stage)
             assert work is not None
@@ -96,7 +107,8 @@ class BackwardFilter:
             return
         message = torch.empty(*shape, dtype=torch.uint8)
         dist.recv(message, group=self._pipeline, group_src=self._groups.pp_size - 1)
-        selected.mask = message.to(device=self._groups.device, dtype=torch.bool).t()
+        selected.mask = message.bool().to(self._groups.device, non_blocking=True).t()
+        selected.count = int(np.count_nonzero(message.numpy()))
 
 
 def _gloo_pipeline(groups: Groups) -> dist.ProcessGroup:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,7 @@ def uniform(index: Tensor, seed: int, stream: int) -> Tensor:
     Returns:
         [...] float64
     """
-    start = _mix(torch.tensor(seed, device=index.device) * _GAMMA + stream)
-    bits = _mix(index * _GAMMA + start)
+    bits = _mix(index * _GAMMA + _stream_start(seed, stream))
     return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
 
 
@@ -37,6 +38,12 @@ def gumbel(index: Tensor, seed: int, stream: int) -> Tensor:
     to Find Them", ICML 2019).
     """
     return -torch.log(-torch.log(uniform(index, seed, stream)))
+
+
+@cache
+def _stream_start(seed: int, stream: int) -> int:
+    """Return the start of a stream, computed on the host, so that nothing is copied to a GPU."""
+    return int(_mix(torch.tensor(seed) * _GAMMA + stream))
 
 
 def _shift_right(x: Tensor, count: int) -> Tensor:

@@ -88,7 +88,7 @@ def _evaluate_set(
     sums = TokenSums.reduce(parts, groups)
     if sums.diverged:
         raise DivergedError(f"evaluation: {sums.diverged} losses are NaN or infinite.")
-    _, _, loss, tokens, *_ = sums.values.tolist()
+    _, _, loss, tokens, *_ = sums.numbers
     all_reduce_sum(size, groups.dp_cp)
     return Evaluation(loss / max(tokens, 1), int(tokens), int(size) if state.label_bytes.is_known else None)
 

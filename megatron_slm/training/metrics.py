@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from statistics import fmean
 from typing import Any
@@ -34,14 +35,31 @@ class TokenSums:
     fingerprint: Tensor  # int64 hash of the set of selected tokens, independent of their order
 
     @property
+    def numbers(self) -> list[float]:
+        """Return the values on the host."""
+        return self._on_host[:-2]
+
+    @property
+    def selection(self) -> str:
+        """Return the fingerprint as hexadecimal digits."""
+        high, low = map(int, self._on_host[-2:])
+        return _hexadecimal(high << 32 | low)
+
+    @cached_property
+    def _on_host(self) -> list[float]:
+        """Return the values and both halves of the fingerprint, read from the device together at the first access."""
+        halves = torch.stack((self.fingerprint >> 32, self.fingerprint & 0xFFFFFFFF))
+        return torch.cat((self.values, halves.double())).tolist()
+
+    @property
     def selected(self) -> int:
         """Return the number of selected tokens."""
-        return int(self.values[1])
+        return int(self.numbers[1])
 
     @property
     def diverged(self) -> int:
         """Return the number of valid tokens with a NaN or infinite loss."""
-        return int(self.values[6])
+        return int(self.numbers[6])
 
     @staticmethod
     def from_micro_batch(tokens: TokenBatch, loss: SelectiveLoss) -> TokenSums:
@@ -49,15 +67,15 @@ class TokenSums:
         token_loss = tokens.loss.detach().double()
         one = token_loss.new_ones(())
         values = (
-            token_loss[loss.selected].sum(),
+            token_loss.where(loss.selected, 0.0).sum(),
             loss.selected.sum(),
-            token_loss[tokens.valid].sum(),
+            token_loss.where(tokens.valid, 0.0).sum(),
             tokens.valid.sum(),
             loss.threshold.double(),
             one,
             diverged_tokens(tokens).sum(),
         )
-        index = tokens.global_token_index[loss.selected]
+        index = tokens.global_token_index.where(loss.selected, 0)
         return TokenSums(torch.stack([value.double() for value in values]), (index * index + index).sum())
 
     @staticmethod
@@ -157,7 +175,7 @@ def short(number: float) -> str:
 
 def step_losses(sums: TokenSums) -> dict[str, Any]:
     """Return the loss fields of :class:`StepMetrics` for one step from its reduced sums."""
-    selected_loss, selected, all_loss, valid, threshold, micro_batches, _ = sums.values.tolist()
+    selected_loss, selected, all_loss, valid, threshold, micro_batches, _ = sums.numbers
     rest = valid - selected
     threshold /= max(micro_batches, 1)
     return {
@@ -166,7 +184,7 @@ def step_losses(sums: TokenSums) -> dict[str, Any]:
         "loss_unselected": (all_loss - selected_loss) / rest if rest else None,
         "share_selected": selected / max(valid, 1),
         "threshold": threshold if abs(threshold) != float("inf") else None,
-        "selection": _fingerprint(int(sums.fingerprint)),
+        "selection": sums.selection,
     }
 
 
@@ -175,10 +193,10 @@ def interval_losses(steps: Sequence[TokenSums]) -> dict[str, Any]:
     figures = [step_losses(sums) for sums in steps]
     known = {name: [each[name] for each in figures if each[name] is not None] for name in figures[0]}
     means = {name: fmean(values) if values else None for name, values in known.items() if name != "selection"}
-    return {**means, "selection": _fingerprint(sum(int(sums.fingerprint) for sums in steps))}
+    return {**means, "selection": _hexadecimal(sum(int(each["selection"], 16) for each in figures))}
 
 
-def _fingerprint(value: int) -> str:
+def _hexadecimal(value: int) -> str:
     return f"{value & (2**64 - 1):016x}"
 
 

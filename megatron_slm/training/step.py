@@ -121,7 +121,7 @@ class StepPasses:
             forward_grad = None
             if torch.is_grad_enabled():
                 forward_grad = selection.forward_grad_policy(
-                    index, batch.loss_mask, batch.token_index(), self.references[index]
+                    index, batch.loss_mask, batch.token_index(), self.references[index], batch.loss_mask_on_host
                 )
             tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, forward_grad=forward_grad).loss)
             selected = selection.select(index, tokens)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_slm.objective.linear_cross_entropy import chunked
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
@@ -65,7 +66,13 @@ def expected(data: dict[str, Tensor], softcap: float | None = None, z_loss: floa
     }
 
 
-def run(data: dict[str, Tensor], *, threshold: float | None = None, **head: Any) -> dict[str, Tensor]:
+def run(
+    data: dict[str, Tensor],
+    *,
+    threshold: float | None = None,
+    policy: ForwardGradPolicy | None = None,
+    **head: Any,
+) -> dict[str, Tensor]:
     """The loss, entropy and gradients; on the ranks of ``head["tp_group"]`` with this rank's shards."""
     group, rank, ranks = head.get("tp_group"), 0, 1
     if group is not None:
@@ -73,7 +80,7 @@ def run(data: dict[str, Tensor], *, threshold: float | None = None, **head: Any)
     hidden = data["hidden"].chunk(ranks)[rank] if head.get("sequence_parallel") else data["hidden"]
     hidden = hidden.detach().clone().requires_grad_()
     weight = data["weight"].chunk(ranks)[rank].detach().clone().requires_grad_()
-    early = None if threshold is None else ForwardGradPolicy(data["valid"], threshold)
+    early = policy if threshold is None else ForwardGradPolicy(data["valid"], threshold)
     result = linear_cross_entropy(
         hidden,
         weight,
@@ -93,6 +100,26 @@ def assert_agrees(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
     for name, value in wanted.items():
         scale = float(value.abs().max()) or 1.0
         torch.testing.assert_close(got[name].double() / scale, value / scale, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_fixed_number_of_early_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Too many and too few rows: the backward pass computes the missing ones, and fillers have no gradient."""
+    data = make()
+    monkeypatch.setitem(chunked.FIXED_SIZE, "cpu", True)
+    for threshold in (-torch.inf, 3.0, torch.inf):
+        policy = ForwardGradPolicy(data["valid"], threshold, share=share)
+        assert_agrees(run(data, policy=policy), expected(data), 1e-5)
+
+
+def test_rows_known_on_the_host_are_chosen() -> None:
+    data = make()
+    policy = ForwardGradPolicy(data["valid"], valid_on_host=data["valid"].numpy())
+    assert_agrees(run(data, policy=policy), expected(data), 1e-5)
+    loss = torch.zeros(6)
+    for fixed_size in (False, True):
+        indices, is_chosen = policy.choose(slice(2, 8), loss, fixed_size=fixed_size)
+        assert torch.equal(indices, data["valid"].t().reshape(-1)[2:8].nonzero().squeeze(1)) and bool(is_chosen.all())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

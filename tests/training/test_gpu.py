@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_slm.testing.tiny import command, make_corpus, records
+from megatron_slm.testing.tiny import BATCH, GLOBAL_BATCH, command, make_corpus, records
 
 SLM = {"train_iters": 3, "objective": "slm", "slm_score": "token-loss", "finetune": True}
 RUNS: dict[str, dict[str, Any]] = {
@@ -20,6 +20,26 @@ RUNS: dict[str, dict[str, Any]] = {
     "kept": {"slm_saved_logits_mb": 64},
     "predicted": {"slm_scope": "global-batch", "slm_threshold": "predicted"},
 }
+WATCHED_TRAINER = """
+import sys, warnings, torch
+from megatron_slm.cli.pretrain import main
+from megatron_slm.training import loop
+
+train_step = loop.train_step
+
+def watched(*args, **options):
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = train_step(*args, **options)
+    torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in caught if "synchroniz" in str(each.message) and "megatron_slm" in each.filename]
+    print("WAITS", *(f"{each.filename}:{each.lineno}" for each in waits))
+    return step
+
+loop.train_step = watched
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def train(argv: list[str], *, devices: str | None) -> None:
@@ -40,6 +60,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("gpu")
     train(command(make_corpus(directory / "corpus", 1), directory / "base", train_iters=2), devices="")
     return directory
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", RUNS)
+def test_host_waits_once_per_micro_batch(workspace: Path, name: str) -> None:
+    corpus = str(workspace / "corpus_text_document")
+    flags = {**SLM, "load": workspace / "base", "transformer_impl": "local", **RUNS[name]}
+    argv = [sys.executable, "-c", WATCHED_TRAINER, *command(corpus, None, **flags)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("WAITS")]
+    assert len(steps) == SLM["train_iters"]
+    for waits in steps[1:]:  # constants are read in the first one
+        assert len(waits) <= GLOBAL_BATCH // BATCH + 3, waits
 
 
 @pytest.mark.gpu

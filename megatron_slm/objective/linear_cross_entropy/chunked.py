@@ -22,6 +22,7 @@ from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntr
 from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, SoftmaxNormalizer, Statistics
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient
 from megatron_slm.objective.vocab_shard import VocabShard, gather_sequence, reduce_hidden_gradient
+from megatron_slm.runtime.host_reads import HostRead, row_indices
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # limited by CPU caches; large enough to saturate a GPU
 SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the logits
@@ -30,6 +31,7 @@ SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
 MIN_ENTRIES = 64  # of a chunk of all rows, whatever their number
+FIXED_SIZE = {"cpu": False, "cuda": True}  # whether the host chooses rows without waiting for their number
 SPREAD_ROWS = 256  # moved at a time
 LOGIT_BYTES = 4  # logits are fp32 whatever the dtype of the weight
 CONVERTED_BYTES = 8 << 20  # fp32 copies of a bf16 weight on a CPU, at a time
@@ -242,11 +244,11 @@ def _forward_grad_pass(
         saved_highest = part.highest
         part.reduce(inputs.shard.group)
         parts.append(part)
-        chosen = forward_grad.chosen(rows, part.loss)
-        gradients.chosen[rows] = chosen
-        indices = chosen.nonzero().squeeze(1)
-        normalizer = part.normalizer.select(indices)
-        factors = GradientFactors.from_normalizer(normalizer, torch.ones_like(normalizer.total), inputs.config.z_loss)
+        indices, is_chosen = forward_grad.choose(rows, part.loss, fixed_size=FIXED_SIZE[logits.device.type])
+        gradients.chosen[rows][indices] = is_chosen
+        factors = GradientFactors.from_normalizer(
+            part.normalizer.select(indices), is_chosen.float(), inputs.config.z_loss
+        )
         change = inputs.math.picked_gradient(logits, indices, labels[indices], factors, saved_highest[indices])
         hidden = inputs.hidden.new_zeros(len(indices), inputs.hidden.size(1), dtype=torch.float32)
         inputs.add_hidden_gradient(hidden, change, unpadded)
@@ -273,23 +275,29 @@ class _Gradients:
             forward: the gradients of the forward pass; their memory is reused.
             loss_weight: [N] fp32, weight of each row's loss.
         """
-        shared = loss_weight[forward.chosen & (loss_weight != 0)]
-        scale = float(shared.median()) if len(shared) else 0.0
-        residual = loss_weight - scale * forward.chosen
-        if int(residual.count_nonzero()) >= int(loss_weight.count_nonzero()):
-            self.add(loss_weight)
+        shared = loss_weight.where(forward.chosen & (loss_weight != 0), torch.nan).nanmedian().nan_to_num(0.0)
+        residual = loss_weight - shared * forward.chosen
+        missing = (residual != 0) & ~forward.chosen
+        counts = torch.stack([values.count_nonzero() for values in (loss_weight, residual, missing)])
+        scale, *sizes = HostRead(torch.cat((shared.double()[None], counts.double()))).numbers()
+        n_weighted, n_residual, n_missing = map(int, sizes)
+        if n_residual >= n_weighted:
+            self._add(row_indices(loss_weight, n_weighted), loss_weight)
             return
         self.hidden = forward.hidden.mul_(loss_weight[:, None])
         self.weight.add(forward.weight, scale)
-        indices = residual.nonzero().squeeze(1)
-        if len(indices):
+        if n_residual:
+            indices = row_indices(residual, n_residual)
             hidden = self._accumulate(indices, residual)
-            missing = ~forward.chosen[indices]  # the hidden gradient of chosen rows is complete
-            self.hidden[indices[missing]] = hidden[missing].to(self.hidden.dtype)
+            missing_here = row_indices(missing[indices], n_missing)  # the hidden gradient of chosen rows is complete
+            self.hidden[indices[missing_here]] = hidden[missing_here].to(self.hidden.dtype)
 
     def add(self, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:
         """Compute the gradients of rows with a nonzero loss weight [N] fp32, from saved chunks if there are some."""
-        indices = loss_weight.nonzero().squeeze(1)
+        count = HostRead(loss_weight.count_nonzero())
+        self._add(row_indices(loss_weight, int(count)), loss_weight, saved_chunks)
+
+    def _add(self, indices: Tensor, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:
         if not len(indices):
             return
         if self.hidden.dtype == torch.float32:  # accumulated in the leading rows
@@ -349,5 +357,5 @@ def _spread(rows: Tensor, indices: Tensor) -> None:
     for part in reversed(slices(len(indices), SPREAD_ROWS)):
         rows[indices[part]] = rows[part].clone()
     empty = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    empty[indices] = False
+    empty.index_fill_(0, indices, False)
     rows.masked_fill_(empty[:, None], 0.0)

@@ -13,11 +13,17 @@ selection known before  the selected tokens as ``valid``, threshold −∞
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+HostMask = NDArray[np.bool_]
+MARGIN = 1.125  # of the fixed number of rows, times the expected number of chosen ones
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,28 @@ class ForwardGradPolicy:
     valid: Tensor  # [b, s] bool
     threshold: float | Tensor = -torch.inf  # lowest chosen score; a tensor is a scalar or [b, s]
     offset: Tensor | None = None  # [b, s] fp32, subtracted from the token loss: the reference loss for excess loss
+    share: float = 1.0  # of the tokens that a threshold is expected to choose
+    valid_on_host: HostMask | None = None  # [b, s], if it is known there; only without a threshold
+
+    def choose(self, rows: slice, loss: Tensor, *, fixed_size: bool) -> tuple[Tensor, Tensor]:
+        """Return the chosen tokens among ``rows``, [p] int64, ascending, and whether each is one, [p] bool.
+
+        The number of chosen tokens is read from the device if the host does not know them. With ``fixed_size``, the
+        host expects a number instead: surplus tokens are left to the backward pass, and missing ones are filled up by
+        tokens that are not chosen.
+        """
+        chosen = self.chosen(rows, loss)
+        if self._host_in_order is not None:
+            indices = torch.from_numpy(np.flatnonzero(self._host_in_order[rows]))
+            indices = indices.to(loss.device, non_blocking=True)
+        elif fixed_size:
+            size = len(loss)
+            rank = torch.where(chosen, 0, torch.where(loss.isfinite(), size, 2 * size))
+            order = (rank + torch.arange(size, device=loss.device)).argsort()
+            indices = order[: math.ceil(min(1.0, MARGIN * self.share) * size)].sort().values
+        else:
+            indices = chosen.nonzero().squeeze(1)
+        return indices, chosen[indices]
 
     def chosen(self, rows: slice, loss: Tensor) -> Tensor:
         """Return whether tokens are chosen, [n] bool.
@@ -50,6 +78,10 @@ class ForwardGradPolicy:
         if isinstance(threshold, Tensor) and threshold.dim():
             threshold = _flat(threshold)
         return _flat(self.valid), threshold, None if self.offset is None else _flat(self.offset)
+
+    @cached_property
+    def _host_in_order(self) -> HostMask | None:
+        return None if self.valid_on_host is None else self.valid_on_host.T.reshape(-1)
 
 
 def _flat(values: Tensor) -> Tensor:

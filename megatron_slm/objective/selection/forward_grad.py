@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy, HostMask
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import TopK, selects_everything
 from megatron_slm.objective.tokens import ReferenceScores
@@ -17,7 +17,9 @@ def build_forward_grad_policy(
     valid: Tensor,
     reference: ReferenceScores | None,
     *,
+    valid_on_host: HostMask | None = None,
     selected: Tensor | None = None,
+    selected_on_host: HostMask | None = None,
     threshold: Tensor | None = None,
 ) -> ForwardGradPolicy | None:
     """Return the rule for a micro-batch, or None if nothing is known about its selection.
@@ -31,21 +33,24 @@ def build_forward_grad_policy(
         ratio: the selection ratio.
         valid: [b, s] bool, the loss mask.
         reference: reference scores of the micro-batch.
+        valid_on_host: ``valid`` on the host, if it is there.
         selected: [b, s] bool, if the selection is known before the losses.
+        selected_on_host: ``selected`` on the host, if it is there.
         threshold: scalar or [b, s] fp32, the lowest score that is selected.
     """
     policy = config.policy
     if config.mix:
         return None
     if policy is None or selects_everything(policy, ratio):
-        return ForwardGradPolicy(valid)
+        return ForwardGradPolicy(valid, valid_on_host=valid_on_host)
     if selected is not None:
-        return ForwardGradPolicy(selected)
+        return ForwardGradPolicy(selected, valid_on_host=selected_on_host)
     if threshold is None or not isinstance(policy, TopK) or policy.stochastic:
         return None
+    share = policy.ratio or ratio
     if policy.score == "excess" and reference is not None:
-        return ForwardGradPolicy(valid, threshold, reference.loss)
-    return ForwardGradPolicy(valid, threshold) if policy.score == "token-loss" else None
+        return ForwardGradPolicy(valid, threshold, reference.loss, share)
+    return ForwardGradPolicy(valid, threshold, share=share) if policy.score == "token-loss" else None
 
 
 class SpeculativeThreshold:

@@ -34,7 +34,7 @@ from megatron_slm.objective.selection.exact import Selection, combine_masks, mix
 from megatron_slm.objective.selection.policy import top_ks
 from megatron_slm.objective.selection.threshold import key_values, largest_key, order_keys
 from megatron_slm.objective.tokens import TokenBatch
-from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
+from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage, group_size
 
 GAIN = 0.7
 SMOOTHING = 0.5
@@ -161,8 +161,8 @@ class ThresholdPredictor:
 
     def broadcast(self, pipeline: ProcessGroup | None) -> None:
         """Copy the state of the last pipeline stage, which observed, to the others. Collective over the group."""
-        broadcast_from_last_stage(self.values, pipeline)
-        self.predicted_ratio = float(self.values[-1, 0])
+        if group_size(pipeline) > 1:
+            self.predicted_ratio = float(broadcast_from_last_stage(self.values, pipeline)[-1, 0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values.tolist()}
@@ -196,4 +196,5 @@ class ThresholdPredictor:
 
     def _shares(self, ratio: float) -> Tensor:
         shares = [top_k.ratio or ratio for top_k in self.top_ks]
-        return torch.tensor(shares, dtype=torch.float64, device=self.values.device)
+        # torch.tensor would wait for its copy to the device.
+        return torch.stack([self.values.new_full((), share) for share in shares])

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
+from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy, HostMask
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection, select
 from megatron_slm.objective.selection.forward_grad import SpeculativeThreshold, build_forward_grad_policy
@@ -60,7 +61,12 @@ class SelectionStrategy(ABC):
 
     @abstractmethod
     def forward_grad_policy(
-        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self,
+        micro_batch_index: int,
+        valid: Tensor,
+        global_token_index: Tensor,
+        reference: ReferenceScores | None,
+        valid_on_host: HostMask | None = None,
     ) -> ForwardGradPolicy | None:
         """Return the rule for tokens whose gradient is computed in the forward pass."""
 
@@ -114,10 +120,17 @@ class ExactSelection(SelectionStrategy):
         self.speculation = SpeculativeThreshold() if speculates else None
 
     def forward_grad_policy(
-        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self,
+        micro_batch_index: int,
+        valid: Tensor,
+        global_token_index: Tensor,
+        reference: ReferenceScores | None,
+        valid_on_host: HostMask | None = None,
     ) -> ForwardGradPolicy | None:
         threshold = self.speculation.estimate() if self.speculation is not None else None
-        return build_forward_grad_policy(self.config, self.ratio, valid, reference, threshold=threshold)
+        return build_forward_grad_policy(
+            self.config, self.ratio, valid, reference, valid_on_host=valid_on_host, threshold=threshold
+        )
 
     def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         selection = select(tokens, self.config, self.ratio)
@@ -144,6 +157,7 @@ class GlobalBatchSelection(SelectionStrategy):
     def __init__(self, config: SelectionConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.ranked: Sequence[Selection] = ()
+        self.ranked_on_host: Sequence[HostMask] = ()  # the selected tokens
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # selected and valid tokens on this rank
 
     def begin_step(self, ratio: float, next_ratio: float, ranking_pass: Callable[[], Sequence[TokenBatch]]) -> bool:
@@ -153,21 +167,33 @@ class GlobalBatchSelection(SelectionStrategy):
             tokens = concat_micro_batches(micro_batches)
             selection = select(tokens, self.config, ratio)
             self.ranked = selection.split(len(micro_batches))
+            self.ranked_on_host = np.split(selection.selected.cpu().numpy(), len(micro_batches))
             self.counts = torch.stack((selection.selected.sum(), tokens.valid.sum()))
         return True
 
     def forward_grad_policy(
-        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self,
+        micro_batch_index: int,
+        valid: Tensor,
+        global_token_index: Tensor,
+        reference: ReferenceScores | None,
+        valid_on_host: HostMask | None = None,
     ) -> ForwardGradPolicy | None:
         return build_forward_grad_policy(
-            self.config, self.ratio, valid, reference, selected=self.ranked[micro_batch_index].selected
+            self.config,
+            self.ratio,
+            valid,
+            reference,
+            valid_on_host=valid_on_host,
+            selected=self.ranked[micro_batch_index].selected,
+            selected_on_host=self.ranked_on_host[micro_batch_index],
         )
 
     def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         return self.ranked[micro_batch_index]
 
     def end_step(self) -> None:
-        self.ranked = ()
+        self.ranked, self.ranked_on_host = (), ()
 
     def selected_share(self) -> float:
         counts = all_reduce_sum(self.counts.clone(), self.config.dp_cp_group)
@@ -195,12 +221,19 @@ class PredictedSelection(GlobalBatchSelection):
         return self.predicted is None and super().begin_step(ratio, next_ratio, ranking_pass)
 
     def forward_grad_policy(
-        self, micro_batch_index: int, valid: Tensor, global_token_index: Tensor, reference: ReferenceScores | None
+        self,
+        micro_batch_index: int,
+        valid: Tensor,
+        global_token_index: Tensor,
+        reference: ReferenceScores | None,
+        valid_on_host: HostMask | None = None,
     ) -> ForwardGradPolicy | None:
         if self.predicted is None:
-            return super().forward_grad_policy(micro_batch_index, valid, global_token_index, reference)
+            return super().forward_grad_policy(micro_batch_index, valid, global_token_index, reference, valid_on_host)
         lowest = lowest_selected_scores(global_token_index, self.config, self.predicted)[0]
-        return build_forward_grad_policy(self.config, self.ratio, valid, reference, threshold=lowest)
+        return build_forward_grad_policy(
+            self.config, self.ratio, valid, reference, valid_on_host=valid_on_host, threshold=lowest
+        )
 
     def select(self, micro_batch_index: int, tokens: TokenBatch) -> Selection:
         predicted = self.predicted

@@ -70,7 +70,7 @@ def select_highest(
     """Select exactly the ``count`` highest valid scores of each ranking.
 
     Scores that are equal at the threshold are taken in increasing ``order``, so that the selection depends on the
-    tokens and not on their distribution over ranks. Only if there are such ties, the threshold of ``order`` is
+    tokens and not on their distribution over ranks. Only if there may be such ties, the threshold of ``order`` is
     computed as well; the decision depends on global counts, so that all ranks agree.
 
     Args:
@@ -88,12 +88,17 @@ def select_highest(
     key, needed, ties = largest_key(keys, valid, count.clamp(min=1), group)
     tied = valid & (keys == key[:, None])
     selected = valid & (keys > key[:, None])
-    if bool((is_nonempty & (ties > needed)).any()):
+    if _may_have_ties(is_nonempty & (ties > needed)):
         reverse = ~order.int()  # the lowest order has the largest key
         last, _, _ = largest_key(reverse, tied, needed.minimum(ties).clamp(min=1), group)
         tied &= reverse >= last[:, None]
     selected = (selected | tied) & is_nonempty[:, None]
     return selected, torch.where(is_nonempty, key_values(key), torch.inf)
+
+
+def _may_have_ties(has_ties: Tensor) -> bool:
+    """Return whether a ranking has ties, [r] bool; always True on a GPU, since the host would wait for the answer."""
+    return has_ties.device.type != "cpu" or bool(has_ties.any())
 
 
 def _histograms(digit: Tensor, candidates: Tensor, bins: int) -> Tensor:
