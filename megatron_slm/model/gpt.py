@@ -34,6 +34,7 @@ MTP_INPUTS = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}  # by setting
 HIGH_PRECISION = PrecisionConfig()  # no FP8
+SAVED_LOGITS_MB = {"cpu": 64, "cuda": 2048}  # a GPU saves the logits of 16,384 tokens of a vocabulary of 32,000
 
 
 class GPT(GPTModel):
@@ -158,6 +159,9 @@ def linear_cross_entropy_config(
     model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
 ) -> LinearCrossEntropyConfig:
     """Return the configuration of the LM head's linear cross-entropy."""
+    saved_logits_mb = objective.slm_saved_logits_mb
+    if saved_logits_mb is None:
+        saved_logits_mb = SAVED_LOGITS_MB[groups.device.type]
     return LinearCrossEntropyConfig(
         tp_group=groups.tp,
         vocab_size=vocab_size,
@@ -165,7 +169,7 @@ def linear_cross_entropy_config(
         softcap=model.slm_logit_softcap,
         z_loss=objective.slm_z_loss,
         implementation=choose_cross_entropy(objective.slm_cross_entropy, groups.device),
-        saved_logits_bytes=objective.slm_saved_logits_mb << 20,
+        saved_logits_bytes=saved_logits_mb << 20,
     )
 
 

@@ -78,8 +78,11 @@ class ObjectiveConfig:
         "query projection and the output projection propagate gradients of selected tokens only",
         choices=("exact", "filtered"),
     )
-    slm_saved_logits_mb: int = flag(
-        64, "maximum MiB of logits per rank and micro-batch to save instead of recomputing them", at_least=0
+    slm_saved_logits_mb: int | None = flag(
+        None,
+        "maximum MiB of logits per rank and micro-batch to save instead of recomputing them; default 64 on a CPU and "
+        "2048 on a GPU",
+        at_least=0,
     )
     slm_z_loss: float = flag(
         0.0, "coefficient of the z-loss of selected tokens, (log-sum-exp of the logits)^2", at_least=0

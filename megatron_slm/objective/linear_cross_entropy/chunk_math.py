@@ -14,8 +14,14 @@ from megatron_slm.objective.vocab_shard import locate_labels
 SLICE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # in fp32; remains in a core's cache between operations
 
 
+ALIGNMENT = 64  # entries; rows of a chunk start at multiples, for vector loads and copies by tiles
+
+
 class ChunkMath(Protocol):
-    """Arithmetic on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry."""
+    """Arithmetic on a chunk of logits [n, w] fp32; labels are counted from the chunk's first entry.
+
+    Rows are aligned: the stride between them may exceed their width.
+    """
 
     def statistics(self, logits: Tensor, labels: Tensor, *, with_entropy: bool, keep: bool) -> Statistics:
         """Return the statistics of the chunk's rows, and overwrite the logits.
@@ -85,7 +91,7 @@ class TorchChunkMath:
         for rows in _few_rows(logits, len(logits)):
             highest = None if saved_highest is None else saved_highest[rows]
             self._gradient(logits[rows], labels[rows], factors.select(rows), highest)
-        return logits.to(self.dtype)
+        return converted(logits, self.dtype)
 
     def picked_gradient(
         self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
@@ -95,7 +101,7 @@ class TorchChunkMath:
             picked = torch.index_select(logits, 0, row_indices[rows], out=self._scratch(leading))
             # No row is written before it is read: the indices ascend, so the i-th is i or more.
             leading.copy_(self._gradient(picked, labels[rows], factors.select(rows), saved_highest[rows]))
-        return logits[: len(row_indices)].to(self.dtype)
+        return converted(logits[: len(row_indices)], self.dtype)
 
     def _gradient(
         self, values: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
@@ -127,6 +133,32 @@ class TorchChunkMath:
 def slices(size: int, step: int) -> list[slice]:
     """Return ``range(size)`` in slices of ``step``; the last one may be shorter."""
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def largest(parts: list[slice]) -> int:
+    """Return the size of the largest slice; 0 without slices."""
+    return max((part.stop - part.start for part in parts), default=0)
+
+
+def aligned_width(width: int) -> int:
+    """Return the stride between the rows of a chunk of so many entries."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def select_rows(chunk: Tensor, row_indices: Tensor) -> Tensor:
+    """Return the given rows of a chunk [n, w] as a chunk [p, w] with the same stride between rows."""
+    rows, width = chunk.shape
+    return chunk.as_strided((rows, chunk.stride(0)), (chunk.stride(0), 1)).index_select(0, row_indices)[:, :width]
+
+
+def empty_chunk(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for a chunk in another dtype, with the same shape and stride between rows."""
+    return like.new_empty(len(like), like.stride(0), dtype=dtype)[:, : like.size(1)]
+
+
+def converted(chunk: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a chunk in ``dtype``, with the same stride between rows."""
+    return chunk if chunk.dtype == dtype else empty_chunk(chunk, dtype).copy_(chunk)
 
 
 def _few_rows(logits: Tensor, count: int) -> list[slice]:

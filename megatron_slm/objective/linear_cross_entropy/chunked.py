@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.linear_cross_entropy.chunk_math import ChunkMath, TorchChunkMath, slices
+from megatron_slm.objective.linear_cross_entropy.chunk_math import (
+    ChunkMath,
+    TorchChunkMath,
+    aligned_width,
+    largest,
+    select_rows,
+    slices,
+)
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import add_product, fp32_product, product_dtype
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
@@ -31,6 +38,7 @@ SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
 MIN_ENTRIES = 64  # of a chunk of all rows, whatever their number
+WIDTH_MULTIPLE = 256  # of the entries of a larger chunk, so that matrix products have full tiles
 FIXED_SIZE = {"cpu": False, "cuda": True}  # whether the host chooses rows without waiting for their number
 SPREAD_ROWS = 256  # moved at a time
 LOGIT_BYTES = 4  # logits are fp32 whatever the dtype of the weight
@@ -86,7 +94,9 @@ class _HeadInputs:
         """Return slices of the unpadded entries; a chunk is all rows times a slice."""
         if not len(self):
             return []
-        return slices(self.shard.unpadded_size, max(self.chunk_bytes // (LOGIT_BYTES * len(self)), MIN_ENTRIES))
+        width = self.chunk_bytes // (LOGIT_BYTES * len(self))
+        width -= width % (WIDTH_MULTIPLE if width >= WIDTH_MULTIPLE else MIN_ENTRIES)
+        return slices(self.shard.unpadded_size, max(width, MIN_ENTRIES))
 
     def row_chunks(self) -> list[slice]:
         """Return slices of the rows; a chunk is a slice times the full shard."""
@@ -97,11 +107,11 @@ class _HeadInputs:
         return slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_CHUNKS[device])), 1))
 
     def logits(self, entries: slice, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """Return a chunk of logits in fp32, in the memory ``out`` if it is given."""
+        """Return a chunk of logits in fp32 with aligned rows, in the memory ``out`` if it is given."""
         hidden, width = self.hidden[rows], entries.stop - entries.start
-        if out is None:
-            out = self.memory(len(hidden) * width)
-        chunk = out[: len(hidden) * width].view(len(hidden), width)
+        size = len(hidden) * aligned_width(width)
+        memory = self.memory(size) if out is None else out[:size]
+        chunk = memory.view(len(hidden), aligned_width(width))[:, :width]
         for columns, weight in self._weight_parts(entries):
             fp32_product(hidden, weight.t(), out=chunk[:, columns])
         return chunk
@@ -115,9 +125,9 @@ class _HeadInputs:
         """Return memory for so many logits."""
         return self.hidden.new_empty(size, dtype=torch.float32)
 
-    def memory_for(self, chunks: list[slice], across: int) -> Tensor:
-        """Return memory that the logits of each of these chunks fit in."""
-        return self.memory(max((chunk.stop - chunk.start for chunk in chunks), default=0) * across)
+    def memory_for(self, rows: int, width: int) -> Tensor:
+        """Return memory that a chunk of so many rows and entries fits in."""
+        return self.memory(rows * aligned_width(width))
 
     def _weight_parts(self, entries: slice) -> Iterator[tuple[slice, Tensor]]:
         """Yield parts of the weight's rows in the dtype of the products, and their columns in a chunk of logits."""
@@ -201,7 +211,7 @@ def _statistics(inputs: _HeadInputs, with_entropy: bool, saved_chunks: list[_Sav
     """Return the statistics of all rows over all shards, and append each chunk to ``saved_chunks`` if it is a list."""
     total = Statistics.empty(len(inputs), inputs.hidden.device, with_entropy)
     chunks = inputs.vocabulary_chunks()
-    memory = inputs.memory_for(chunks, len(inputs)) if saved_chunks is None else None
+    memory = inputs.memory_for(len(inputs), largest(chunks)) if saved_chunks is None else None
     for entries in chunks:
         logits = inputs.logits(entries, out=memory)
         labels = inputs.labels - entries.start
@@ -233,7 +243,7 @@ def _forward_grad_pass(
         torch.zeros_like(inputs.weight, dtype=torch.float32),
     )
     chunks = inputs.row_chunks()
-    memory = inputs.memory_for(chunks, inputs.shard.unpadded_size)
+    memory = inputs.memory_for(largest(chunks), inputs.shard.unpadded_size)
     parts = [Statistics.empty(0, inputs.hidden.device, with_entropy)]
     for rows in chunks:
         logits = inputs.logits(unpadded, rows, memory)
@@ -336,7 +346,7 @@ class _Gradients:
 def _recomputed_logit_gradients(selected: _HeadInputs, factors: GradientFactors) -> Iterator[tuple[slice, Tensor]]:
     """Yield the entries and the logit gradient of each chunk, which the next one overwrites."""
     chunks = selected.vocabulary_chunks()
-    memory = selected.memory_for(chunks, len(selected))
+    memory = selected.memory_for(len(selected), largest(chunks))
     for entries in chunks:
         logits = selected.logits(entries, out=memory)
         yield entries, selected.math.gradient(logits, selected.labels - entries.start, factors, None)
@@ -348,7 +358,7 @@ def _saved_logit_gradients(
     """Yield the entries and the logit gradient of the rows ``indices`` of each saved chunk."""
     for entries, logits, highest in saved_chunks:
         labels = selected.labels - entries.start
-        yield entries, selected.math.gradient(logits[indices], labels, factors, highest[indices])
+        yield entries, selected.math.gradient(select_rows(logits, indices), labels, factors, highest[indices])
 
 
 def _spread(rows: Tensor, indices: Tensor) -> None:

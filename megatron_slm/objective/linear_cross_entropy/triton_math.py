@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
+from megatron_slm.objective.linear_cross_entropy.chunk_math import empty_chunk, select_rows
 from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, Statistics
 
 LARGEST_TILE = 4096  # entries of a row that one step of a program works on
@@ -58,7 +59,7 @@ class TritonChunkMath:
         self, logits: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
     ) -> Tensor:
         rows, width = logits.shape
-        result = logits if logits.dtype == self.dtype else torch.empty_like(logits, dtype=self.dtype)
+        result = logits if logits.dtype == self.dtype else empty_chunk(logits, self.dtype)
         if not rows or not width:
             return result
         tile = _tile(width)
@@ -79,7 +80,7 @@ class TritonChunkMath:
     def picked_gradient(
         self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
     ) -> Tensor:
-        return self.gradient(logits.index_select(0, row_indices), labels, factors, saved_highest)
+        return self.gradient(select_rows(logits, row_indices), labels, factors, saved_highest)
 
 
 def _tile(width: int) -> int:
