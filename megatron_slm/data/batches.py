@@ -42,11 +42,16 @@ class MicroBatch:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """Return the mask of other documents and later tokens, [b, 1, s, length of a full sample] bool, or None.
+        """Return the lengths of the documents of each sample, [b, n] int64 on the host, padded by zeros, or None.
 
-        It has the square of the sample length as bytes: it is built when it is needed, on the device.
+        With context parallelism, return a mask of other documents and later tokens, [b, 1, s, length of a full sample]
+        bool. It has the square of the sample length as bytes: it is built when it is needed, on the device.
         """
-        return None if self.documents is None else document_mask(self.documents, self.positions)
+        if self.documents is None:
+            return None
+        if self.context_size > 1:
+            return document_mask(self.documents, self.positions)
+        return document_lengths(self.documents)
 
     def token_index(self) -> Tensor:
         """Return the index of each token in the run, [b, s] int64."""
@@ -69,7 +74,10 @@ class MicroBatch:
         return replace(self, **columns, context_size=size, positions=positions)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Move a micro-batch from the host to a device; copies of pinned memory do not block the host."""
+        """Move a micro-batch from the host to a device; copies of pinned memory do not block the host.
+
+        Documents remain on the host, unless they become a mask.
+        """
         moved = self._each(lambda values: values.to(device, non_blocking=True))
         return replace(moved, loss_mask_on_host=self.loss_mask.numpy())
 
@@ -82,6 +90,7 @@ class MicroBatch:
             field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
+            and (field.name != "documents" or self.context_size > 1)
         }
         return replace(self, **changed)
 
@@ -194,6 +203,18 @@ class BatchStream(Iterator[list[MicroBatch]]):
 
     def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         return [batch.to(self.device) for batch in micro_batches]
+
+
+def document_lengths(numbers: Tensor) -> Tensor:
+    """Return the lengths of runs of one document number in each sample [b, s]: [b, n] int64, padded by zeros."""
+    runs = []
+    for row in numbers.numpy():
+        starts = np.flatnonzero(np.diff(row, prepend=row[:1] - 1))
+        runs.append(np.diff(starts, append=len(row)))
+    lengths = np.zeros((len(runs), max(map(len, runs))), np.int64)
+    for sample, found in enumerate(runs):
+        lengths[sample, : len(found)] = found
+    return torch.from_numpy(lengths)
 
 
 def document_mask(numbers: Tensor, positions: Tensor | None = None) -> Tensor:

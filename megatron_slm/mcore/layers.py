@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,32 +101,51 @@ class TorchAttention(MegatronModule):
             key: [t, b, groups, d]; groups divides heads, and t is s without a key-value cache.
             value: as ``key``.
             attention_mask: [b, 1, s, t], bool (True for masked pairs) or additive (:func:`additive_mask`); None for
-                causal attention. Under context parallelism, its columns cover the full sequence.
+                causal attention. Under context parallelism, its columns cover the full sequence. Or the lengths of the
+                documents of each sample, [b, n] int64 on the host, padded by zeros: attention is causal within each.
             attn_mask_type: ``no_mask`` attends to all keys if there is no ``attention_mask``.
 
         Returns:
             [s, b, heads * d]
         """
-        if self.context is not None and self.context.size() > 1:
-            key, value, attention_mask = self._gather_context(key, value, attention_mask)
-        mask = attention_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = additive_mask(mask, query.dtype)
-        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
-        arguments: dict[str, Any] = {
-            "attn_mask": mask,
-            "is_causal": mask is None and attn_mask_type is not AttnMaskType.no_mask,
-            "dropout_p": dropout,
-            "scale": self.scale,
-            "enable_gqa": query.size(2) != key.size(2),
-        }
-        if dropout and not self.config.sequence_parallel:
-            with get_cuda_rng_tracker().fork():
-                context = F.scaled_dot_product_attention(q, k, v, **arguments)
-        else:
-            context = F.scaled_dot_product_attention(q, k, v, **arguments)
-        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+        with self._random_state():
+            if attention_mask is not None and attention_mask.dtype == torch.int64:
+                return self._attend_within_documents(query, key, value, attention_mask)
+            if self.context is not None and self.context.size() > 1:
+                key, value, attention_mask = self._gather_context(key, value, attention_mask)
+            if attention_mask is not None and attention_mask.dtype == torch.bool:
+                attention_mask = additive_mask(attention_mask, query.dtype)
+            is_causal = attention_mask is None and attn_mask_type is not AttnMaskType.no_mask
+            return self._attend(query, key, value, attention_mask, is_causal)
+
+    def _random_state(self) -> AbstractContextManager[None]:
+        """Return the context of dropout: the tensor-parallel random state, as heads are divided among these ranks."""
+        drops = self.training and self.dropout and not self.config.sequence_parallel
+        return get_cuda_rng_tracker().fork() if drops else nullcontext()
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Return the attention output [s, b, heads * d] for an additive mask, or a causal one, or none."""
+        context = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=query.size(2) != key.size(2),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_within_documents(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+        """Return the attention output if each document is a separate sequence; no pair of two documents is computed."""
+        samples = []
+        for sample, padded in enumerate(lengths.numpy().tolist()):
+            documents = [length for length in padded if length]
+            parts = (values[:, sample : sample + 1].split(documents) for values in (query, key, value))
+            outputs = [self._attend(q, k, v, mask=None, is_causal=True) for q, k, v in zip(*parts, strict=True)]
+            samples.append(torch.cat(outputs))
+        return torch.cat(samples, 1)
 
     def _gather_context(self, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values of all context-parallel ranks in position order, and the mask of the local queries."""

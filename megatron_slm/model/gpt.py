@@ -45,7 +45,7 @@ class GPT(GPTModel):
     def forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
             rotary.position_ids = position_ids if options.get("inference_context") is None else None
-        if attention_mask is not None and self.has_torch_attention:
+        if attention_mask is not None and attention_mask.dtype == torch.bool and self.has_torch_attention:
             attention_mask = additive_mask(attention_mask, self.config.params_dtype)
         return super().forward(tokens, position_ids, attention_mask, **options)
 

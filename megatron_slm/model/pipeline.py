@@ -25,7 +25,7 @@ class ModelInput(Protocol):
     def position_ids(self) -> Tensor: ...  # [b, s] int64
 
     @property
-    def attention_mask(self) -> Tensor | None: ...  # [b, 1, s, s] bool, True masks a key
+    def attention_mask(self) -> Tensor | None: ...  # [b, 1, s, s] bool, True masks a key; or [b, n] document lengths
 
     @property
     def sample_length(self) -> int: ...  # tokens per sample over all context-parallel ranks

@@ -208,8 +208,9 @@ def least_memory(config: RunConfig, vocab_size: int) -> int:
 
 
 def mask_bytes(config: RunConfig) -> int:
-    """Return the bytes of the document mask of a micro-batch: one value per pair of tokens."""
-    training, length = config.training, config.model.seq_length
-    queries = training.micro_batch_size * length // config.parallel.context_parallel_size
+    """Return the bytes of a micro-batch's document mask: with context parallelism, one value per pair of tokens."""
+    training, length, context = config.training, config.model.seq_length, config.parallel.context_parallel_size
+    if context == 1 or not config.data.reset_attention_mask:
+        return 0
     bytes_per_value = 4 if training.params_dtype == "fp32" else 2
-    return bytes_per_value * queries * length if config.data.reset_attention_mask else 0
+    return bytes_per_value * (training.micro_batch_size * length // context) * length

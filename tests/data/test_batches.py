@@ -42,8 +42,8 @@ def test_context_parallel_slices_match_megatron_core(size: int, chunk: int, mask
     columns = torch.arange(2 * length).view(2, length)
     documents = torch.randint(0, 3, (2, length), dtype=torch.int32).cumsum(1) if masked else None
     batch = MicroBatch(columns, columns, columns > 3, columns, torch.tensor([7, 8]), 7, documents)
-    mask = batch.attention_mask
-    assert (mask is not None) == masked
+    mask = None if documents is None else document_mask(documents)
+    assert (batch.attention_mask is not None) == masked
     indices = []
     for rank in range(size):
         piece = batch.cp_slice(size, rank)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.corpus.checks import check_corpus
+from megatron_slm.data.batches import document_mask
 from megatron_slm.reference.windows import build_micro_batch, make_row_source, pack, scored_positions, span, span_count
 from megatron_slm.scores.sidecar import ContextRule
 from megatron_slm.testing.numbered import write_numbered_corpus
@@ -55,8 +56,8 @@ def test_every_token_is_scored_once_with_its_context(
                     start = starts[starts <= place].max()
                     visible = (
                         column + 1
-                        if batch.attention_mask is None
-                        else int((~batch.attention_mask[line, 0, column]).sum())
+                        if batch.documents is None
+                        else int((~document_mask(batch.documents)[line, 0, column]).sum())
                     )
                     assert visible >= min(place - start + 1, rule.window - rule.stride + 1)
                     assert int(batch.position_ids[line, column]) == visible - 1
