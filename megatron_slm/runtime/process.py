@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def start(
         ConfigError: the number of processes is not a multiple of TP x PP x CP, or of TP x PP x EP.
     """
     launch = read_launch()
+    order_kernels(layout)
     device = _choose_device(backend, launch)
     timeout = timedelta(minutes=timeout_minutes)
     _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
@@ -115,6 +117,15 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def order_kernels(layout: ParallelLayout) -> None:
+    """Let a GPU start kernels in the order of their launch, before it is used; a value of the user's takes precedence.
+
+    Megatron-Core launches communication of tensor and context parallelism before the matrix products that hide it.
+    """
+    if layout.tensor > 1 or layout.context > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def check_backend(backend: str | None, *, has_gpu: bool) -> None:
