@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.optimizer import repair_loading
-from megatron_slm.model.gpt import DTYPES, model_config
+from megatron_slm.model.gpt import DTYPES, model_config, virtual_stages
 from megatron_slm.training.run_length import RunLength, ScheduleLength
 
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -31,8 +31,14 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: RunConfig) -> 
 
 
 def data_parallel_config(config: RunConfig) -> DistributedDataParallelConfig:
-    """Return Megatron-Core's configuration of gradient and parameter buffers."""
-    return DistributedDataParallelConfig(**core_fields("ddp", config.parallel, config.optimizer, config.precision))
+    """Return Megatron-Core's configuration of gradient and parameter buffers.
+
+    As in Megatron-LM, the interleaved schedule starts overlapped parameter gathers, at the same time on all stages;
+    otherwise each stage starts them when it needs them.
+    """
+    aligned = config.parallel.overlap_param_gather and virtual_stages(config.model, config.parallel) is not None
+    given = core_fields("ddp", config.parallel, config.optimizer, config.precision)
+    return DistributedDataParallelConfig(**given, align_param_gather=aligned)
 
 
 def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> MegatronOptimizer:
@@ -45,7 +51,7 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> Meg
     schedule.grad_scale_func = optimizer.scale_loss
     if parallel.overlap_grad_reduce:
         schedule.no_sync_func = _single_or_list([chunk.no_sync for chunk in chunks])
-    if parallel.overlap_param_gather:
+    if data_parallel_config(config).align_param_gather:
         schedule.param_sync_func = _single_or_list([chunk.start_param_sync for chunk in chunks])
     return optimizer
 
