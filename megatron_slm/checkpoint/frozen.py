@@ -42,6 +42,7 @@ def load_frozen_model(
             params_dtype=params_dtype,
             precision=precision,
             resets_positions=config.data.reset_position_ids,
+            isolates_documents=config.data.reset_attention_mask,
         )
     load(chunks)
     for chunk in chunks:

@@ -33,5 +33,4 @@ def finetuning_settings(config: RunConfig) -> dict[str, Any]:
         "reset_position_ids": True,
         "reset_attention_mask": True,
         "slm_loss_mask": config.data.slm_loss_mask or ANSWERS,
-        "transformer_impl": config.model.transformer_impl or "local",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
 from megatron_slm.model.fp8 import check_fp8
 from megatron_slm.model.hidden_states import HiddenStates, LMHead
+from megatron_slm.model.packed_documents import is_packed, packed_sequences
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.model.size import padded_vocab_size
 from megatron_slm.model.specs import choose_implementation, layer_spec, mtp_heads_spec
@@ -43,6 +45,12 @@ class GPT(GPTModel):
     has_torch_attention = False
 
     def forward(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+        if attention_mask is not None and is_packed(self, attention_mask):
+            packed = packed_sequences(attention_mask, tokens.device)
+            output = super().forward(
+                tokens.reshape(1, -1), position_ids.reshape(1, -1), None, packed_seq_params=packed, **options
+            )
+            return replace(output, samples=tokens.size(0)) if isinstance(output, HiddenStates) else output
         if isinstance(rotary := getattr(self, "rotary_pos_emb", None), RotaryByPosition):
             rotary.position_ids = position_ids if options.get("inference_context") is None else None
         if attention_mask is not None and attention_mask.dtype == torch.bool and self.has_torch_attention:
@@ -75,6 +83,7 @@ def build_model(
     params_dtype: str,
     precision: PrecisionConfig = HIGH_PRECISION,
     resets_positions: bool = False,
+    isolates_documents: bool = False,
     backward_filter: BackwardFilter | None = None,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks on its device: one, or one per virtual pipeline stage.
@@ -84,6 +93,7 @@ def build_model(
         params_dtype: dtype of the weights: fp32, bf16 or fp16.
         precision: FP8 settings of the linear layers.
         resets_positions: position ids differ between samples (--reset-position-ids).
+        isolates_documents: tokens attend to their document only (--reset-attention-mask).
         backward_filter: its selected tokens restrict the backward pass of the layers; None for the exact one.
 
     Raises:
@@ -95,7 +105,8 @@ def build_model(
     config = transformer_config(
         model, parallel, training, groups, implementation, params_dtype=params_dtype, precision=precision
     )
-    rotates_by_id = resets_positions and model.position_embedding_type == "rope"
+    restarts_by_packing = isolates_documents and implementation == "transformer_engine"
+    rotates_by_id = resets_positions and not restarts_by_packing and model.position_embedding_type == "rope"
     if rotates_by_id:
         config.apply_rope_fusion = False  # the fused kernel assumes the same positions in all samples
     if backward_filter is not None:

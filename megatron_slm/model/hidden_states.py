@@ -43,6 +43,7 @@ class HiddenStates:
     heads: tuple[Tensor, ...]  # [s, b, h] each; with sequence parallelism [s / tp, b, h]
     lm_head: LMHead
     weight: Tensor | None  # the embedding's, if tied; None: the LM head's
+    samples: int | None = None  # b, if all samples are packed into one row: heads [b * s, 1, h]; else None
 
     def token_losses(
         self,
@@ -60,10 +61,14 @@ class HiddenStates:
             forward_grad: tokens whose gradient is computed in the forward pass.
             with_entropy: also return the entropies of the next-token distributions.
         """
+        shape = labels.shape
+        if self.samples is not None:
+            labels = labels.reshape(1, -1)
+            forward_grad = None if forward_grad is None else forward_grad.as_one_row()
         loss, entropy = self.lm_head(
             self.heads[head], self.weight, labels=labels.t(), forward_grad=forward_grad, with_entropy=with_entropy
         )
-        return TokenLosses(loss.t().contiguous(), None if entropy is None else entropy.t().contiguous())
+        return TokenLosses(loss.t().reshape(shape), None if entropy is None else entropy.t().reshape(shape))
 
     def select(self, tokens: Tensor) -> Tensor:
         """Return the main head's hidden states of selected tokens, [n, h] in batch order.

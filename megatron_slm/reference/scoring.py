@@ -111,8 +111,6 @@ def reference_config(job: ScoringJob) -> RunConfig:
     job.rule(saved.model.seq_length)
     training = replace(saved.training, micro_batch_size=job.micro_batch_size)
     model = replace(saved.model, moe_token_dispatcher_type="allgather")  # alltoall needs GPUs
-    if job.context != "stream":  # rows pack several documents, whose mask Transformer Engine does not support
-        model = replace(model, transformer_impl="local")
     checkpoint = replace(saved.checkpoint, slm_verify_checksums=job.verify_checksums)
     return replace(
         saved, model=model, training=training, parallel=job.parallel, reference=job.reference, checkpoint=checkpoint

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.relations.files import unwritable_outputs
-from megatron_slm.config.relations.model import MASK_IGNORED
+from megatron_slm.config.relations.model import packing_problem
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.objective.selection.policy import (
@@ -131,8 +131,8 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     from megatron_slm.runtime.process import check_backend
 
     implementation = choose_implementation(config.model.transformer_impl, device)
-    if implementation == "transformer_engine" and config.data.reset_attention_mask:
-        raise ConfigError(MASK_IGNORED)
+    if implementation == "transformer_engine" and (problem := packing_problem(config)) is not None:
+        raise ConfigError(problem)
     choose_cross_entropy(config.objective.slm_cross_entropy, device)
     check_dispatcher(config.model, device)
     check_precision(config, implementation, device)

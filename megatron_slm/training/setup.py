@@ -157,6 +157,7 @@ def _build_state(config: RunConfig, tokenizer: Tokenizer, groups: Groups, length
             params_dtype=config.training.params_dtype,
             precision=config.precision,
             resets_positions=config.data.reset_position_ids,
+            isolates_documents=config.data.reset_attention_mask,
             backward_filter=backward_filter,
         ),
         config,

@@ -1,4 +1,4 @@
-"""Test that rotary embeddings use the position ids, and that document masks are refused if they would be ignored."""
+"""Test that rotary embeddings use the position ids, and that documents are refused if they cannot be isolated."""
 
 from __future__ import annotations
 
@@ -91,14 +91,16 @@ def test_position_ids_are_used(position_embedding: str) -> None:
     torch.testing.assert_close(masked, expected, rtol=0, atol=2e-5)
 
 
-def test_transformer_engine_with_document_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_without_packing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """If it is requested, before torch is loaded; if it is the default of a GPU, when the device is checked."""
     flags = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --lr 1e-3"
     flags += " --train-iters 1 --tokenizer-type ByteTokenizer --data-path corpus --reset-attention-mask"
-    message = "would attend across documents. Use --transformer-impl local"
+    filtered = [*flags.split(), "--objective", "slm", "--slm-score", "token-loss", "--slm-backward", "filtered"]
+    message = "which does not work with --slm-backward filtered. Use --transformer-impl local"
     with pytest.raises(ConfigError, match=message):
-        resolve(parse([*flags.split(), "--transformer-impl", "transformer_engine"]).config, 1)
-    config = resolve(parse(flags.split()).config, 1)
+        resolve(parse([*filtered, "--transformer-impl", "transformer_engine"]).config, 1)
+    resolve(parse([*flags.split(), "--transformer-impl", "transformer_engine"]).config, 1)
+    config = resolve(parse(filtered).config, 1)
     check_device(config, torch.device("cpu"))
     monkeypatch.setattr("megatron_slm.model.specs.choose_implementation", lambda *_: "transformer_engine")
     with pytest.raises(ConfigError, match=message):

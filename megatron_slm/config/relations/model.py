@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from megatron_slm.config.relations.wording import not_dividing
 from megatron_slm.config.schema import RunConfig
 
-MASK_IGNORED = (
-    "--reset-attention-mask (or --objective sft): Transformer Engine ignores the document mask and would attend across "
-    "documents. Use --transformer-impl local, or leave --reset-attention-mask out."
-)
+
+def packing_problem(config: RunConfig) -> str | None:
+    """Return the error if Transformer Engine, which packs documents as sequences, cannot isolate those of a run."""
+    given = {
+        "--context-parallel-size above 1": config.parallel.context_parallel_size > 1,
+        "--mtp-num-layers": config.model.mtp_num_layers is not None,
+        "--slm-backward filtered": config.objective.slm_backward == "filtered",
+    }
+    conflicts = " and ".join(flag for flag, is_given in given.items() if is_given)
+    if not config.data.reset_attention_mask or not conflicts:
+        return None
+    return (
+        "--reset-attention-mask (or --objective sft): Transformer Engine isolates documents as packed sequences, which "
+        f"does not work with {conflicts}. Use --transformer-impl local."
+    )
 
 
 def heads(config: RunConfig, _: int) -> Iterator[str]:
@@ -53,9 +64,9 @@ def activation(config: RunConfig, _: int) -> Iterator[str]:
 
 
 def documents(config: RunConfig, _: int) -> Iterator[str]:
-    """Require a layer implementation that supports document masks for --reset-attention-mask."""
-    if config.data.reset_attention_mask and config.model.transformer_impl == "transformer_engine":
-        yield MASK_IGNORED
+    """Require a layer implementation that isolates documents for --reset-attention-mask."""
+    if config.model.transformer_impl == "transformer_engine" and (problem := packing_problem(config)) is not None:
+        yield problem
 
 
 def prediction_heads(config: RunConfig, _: int) -> Iterator[str]:

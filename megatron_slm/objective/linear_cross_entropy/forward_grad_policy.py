@@ -14,7 +14,7 @@ selection known before  the selected tokens as ``valid``, threshold −∞
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +35,17 @@ class ForwardGradPolicy:
     offset: Tensor | None = None  # [b, s] fp32, subtracted from the token loss: the reference loss for excess loss
     share: float = 1.0  # of the tokens that a threshold is expected to choose
     valid_on_host: HostMask | None = None  # [b, s], if it is known there; only without a threshold
+
+    def as_one_row(self) -> ForwardGradPolicy:
+        """Return the rule for the same tokens in one row, [1, b * s]."""
+        threshold = self.threshold
+        return replace(
+            self,
+            valid=self.valid.reshape(1, -1),
+            threshold=threshold.reshape(1, -1) if isinstance(threshold, Tensor) and threshold.dim() else threshold,
+            offset=None if self.offset is None else self.offset.reshape(1, -1),
+            valid_on_host=None if self.valid_on_host is None else self.valid_on_host.reshape(1, -1),
+        )
 
     def choose(self, rows: slice, loss: Tensor, *, fixed_size: bool) -> tuple[Tensor, Tensor]:
         """Return the chosen tokens among ``rows``, [p] int64, ascending, and whether each is one, [p] bool.
