@@ -43,8 +43,10 @@ def test_accepted(processes: int, changes: dict[str, Any]) -> None:
     [
         (1, {"fp16": True, "bf16": True}, "--fp16 and --bf16 were both given"),
         (1, {"fp16": True, "min_loss_scale": 4, "initial_loss_scale": 2}, "--min-loss-scale 4 is above --initial"),
-        (1, {"fp16": True, "loss_scale": 0}, "--loss-scale is 0.0, and must be above 0"),
+        (1, {"fp16": True, "loss_scale": 0}, "--loss-scale is 0.0, and must be in (0, "),
         (1, {"fp16": True, "loss_scale_window": 0.5}, "--loss-scale-window is 0.5, and must be 1 or more"),
+        (1, {"fp16": True, "loss_scale_window": 2.5}, "--loss-scale-window 2.5 is no number of steps"),
+        (1, {"fp16": True, "initial_loss_scale": 1e39}, "--initial-loss-scale is 1e+39, and must be in (0, 8.5"),
         (1, {"loss_scale": 8}, "--loss-scale 8 has no effect in fp32"),
         (1, {**FP8, "bf16": None}, "--fp8-format hybrid needs --bf16"),
         (1, {**FP8, "bf16": None, "fp16": True}, "--fp8-format hybrid needs --bf16"),

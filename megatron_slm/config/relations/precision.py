@@ -24,6 +24,8 @@ def sixteen_bits(config: RunConfig, _: int) -> Iterator[str]:
             f"--min-loss-scale {precision.min_loss_scale:g} is above --initial-loss-scale "
             f"{precision.initial_loss_scale:g}. Reduce it."
         )
+    if precision.loss_scale_window % 1:
+        yield f"--loss-scale-window {precision.loss_scale_window:g} is no number of steps. Give an integer."
     if precision.loss_scale and training.params_dtype == "fp32" and not config.parallel.use_distributed_optimizer:
         yield f"--loss-scale {precision.loss_scale:g} has no effect in fp32. Add --fp16, or leave it out."
 

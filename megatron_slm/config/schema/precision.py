@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_slm.config.constraints import flag
 
+LARGEST_SCALE = 2.0**126  # an fp32 number, with which the loss is finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
@@ -56,10 +58,13 @@ class PrecisionConfig:
         None,
         "static loss scale, a power of 2; default with --fp16: dynamic loss scaling",
         above=0,
+        at_most=LARGEST_SCALE,
         core="optimizer",
     )
-    initial_loss_scale: float = flag(2.0**32, "initial dynamic loss scale", above=0, core="optimizer")
-    min_loss_scale: float = flag(1.0, "minimum dynamic loss scale", above=0, core="optimizer")
+    initial_loss_scale: float = flag(
+        2.0**32, "initial dynamic loss scale", above=0, at_most=LARGEST_SCALE, core="optimizer"
+    )
+    min_loss_scale: float = flag(1.0, "minimum dynamic loss scale", above=0, at_most=LARGEST_SCALE, core="optimizer")
     loss_scale_window: float = flag(
         1000, "number of steps without overflow that double the dynamic loss scale", at_least=1, core="optimizer"
     )
