@@ -43,7 +43,7 @@ def test_help_is_fast_and_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("flag", [flag_name(s) for _, s, _ in settings()])
 def test_every_flag_is_megatrons_or_has_a_project_prefix(flag: str) -> None:
-    ours = flag.startswith(PROJECT_PREFIXES) or flag == "--trust-checkpoint"
+    ours = flag.startswith(PROJECT_PREFIXES) or flag in ("--trust-checkpoint", "--require-fused")
     negative = flag.replace("--", "--no-", 1)
     assert ours or flag in megatron_flags() or negative in megatron_flags(), flag
 
