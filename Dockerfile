@@ -1,5 +1,6 @@
-# NVIDIA's image has an optimized torch, Transformer Engine and apex. The build fails if its torch is older than 2.11.
-ARG BASE=nvcr.io/nvidia/pytorch:26.03-py3
+# NVIDIA's image has an optimized torch, Transformer Engine and apex. Name one whose torch is 2.11 or later, which those
+# up to 25.12 are not: docker build --build-arg BASE=nvcr.io/nvidia/pytorch:YY.MM-py3 -t megatron_slm .
+ARG BASE
 FROM ${BASE}
 
 WORKDIR /opt/megatron_slm
