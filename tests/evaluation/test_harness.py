@@ -12,6 +12,7 @@ import pytest
 from evaluation_samples import write_requests
 from tokenizers.processors import TemplateProcessing
 
+from megatron_slm.cli.convert_checkpoint import main as convert
 from megatron_slm.evaluation.documents import Continuation, Prompt
 from megatron_slm.evaluation.evaluate import TaskResult, evaluate_tasks
 from megatron_slm.evaluation.harness import Harness
@@ -22,6 +23,7 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.inference import opened
 from megatron_slm.testing.published import save_model
 from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny import launch
 from megatron_slm.testing.tokenizer_models import byte_level_model, random_lines
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'megatron_slm[evaluation]'")
@@ -31,26 +33,38 @@ NEW = 6  # generated tokens
 
 
 class Model(NamedTuple):
-    directory: Path
-    adds_bos: bool
+    checkpoint: Path
+    published: Path  # the same model for transformers
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain tokenizer", "tokenizer adds bos"])
+@pytest.fixture(scope="module", params=["plain tokenizer", "tokenizer adds bos", "trained and exported"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Write a random Llama with a byte-level tokenizer, as transformers writes them."""
+    """Write a random Llama with a byte-level tokenizer, as transformers writes them; or train and export it."""
     from transformers import PreTrainedTokenizerFast
 
     directory = tmp_path_factory.mktemp("published")
     tokenizer = byte_level_model(1)
     bos = tokenizer.token_to_id("<s>")
-    if request.param:
+    adds_bos = request.param == "tokenizer adds bos"
+    if adds_bos:
         tokenizer = type(tokenizer).from_str(tokenizer.to_str())
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    tokens = {"eos_token": "</s>", "bos_token": "<s>"} if request.param else {"eos_token": "<|endoftext|>"}
+    tokens = {"eos_token": "</s>", "bos_token": "<s>"} if adds_bos else {"eos_token": "<|endoftext|>"}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
-    wrapped.save_pretrained(directory)
     save_model("llama", directory, vocab_size=len(wrapped), bos_token_id=bos, eos_token_id=wrapped.eos_token_id)
-    return Model(directory, request.param)
+    wrapped.save_pretrained(directory)  # instead of the tokenizer of save_model
+    assert len(wrapped("a").input_ids) == 1 + adds_bos
+    return _trained(directory) if request.param == "trained and exported" else Model(directory, directory)
+
+
+def _trained(start: Path) -> Model:
+    """Train a published model for a few steps, and export the checkpoint."""
+    checkpoint, published = start / "run", start / "export"
+    argv = ["--load", str(start), "--mock-data", "--seq-length", "32", "--train-iters", "3", "--lr", "1e-2"]
+    argv += ["--micro-batch-size", "2", "--global-batch-size", "4", "--num-workers", "0", "--eval-iters", "0"]
+    launch([*argv, "--save", str(checkpoint)])
+    assert convert(["export", "--load", str(checkpoint), "--hf-path", str(published)]) == 0
+    return Model(checkpoint, published)
 
 
 def texts(seed: int, count: int, longest: int) -> list[str]:
@@ -158,9 +172,9 @@ def test_results_equal_those_of_the_hugging_face_backend(model: Model, tmp_path:
         for c in (f" {choice}" for choice in document["choices"])
     ]
     write_requests(tmp_path / "choices.jsonl", lines)
-    [ours] = run_ranks(_ours, 1, str(model.directory), str(tmp_path), initialise=False)
+    [ours] = run_ranks(_ours, 1, str(model.checkpoint), str(tmp_path), initialise=False)
 
-    reference = HFLM(pretrained=str(model.directory), device="cpu", dtype="float32", batch_size=3)
+    reference = HFLM(pretrained=str(model.published), device="cpu", dtype="float32", batch_size=3)
     assert reference.max_length == CONTEXT
 
     def instances(kind: str, requests: list[Any]) -> list[Any]:
