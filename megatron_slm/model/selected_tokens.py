@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.groups import Groups, pipeline_group
 from megatron_slm.runtime.host_reads import HostRead, row_indices
 
 
@@ -52,7 +52,7 @@ class BackwardFilter:
         self._micro_batches: list[SelectedTokens] = []
         self._unsent: dict[int, HostRead] = {}  # selections [b, s] by micro-batch
         self._sent: list[tuple[dist.Work, Tensor]] = []
-        self._pipeline = _gloo_pipeline(groups) if groups.pp_size > 1 else None
+        self._pipeline = pipeline_group(groups, "gloo") if groups.pp_size > 1 else None
 
     def begin_step(self, micro_batches: int) -> None:
         """Start the passes of a step."""
@@ -109,13 +109,3 @@ class BackwardFilter:
         dist.recv(message, group=self._pipeline, group_src=self._groups.pp_size - 1)
         selected.mask = message.bool().to(self._groups.device, non_blocking=True).t()
         selected.count = int(np.count_nonzero(message.numpy()))
-
-
-def _gloo_pipeline(groups: Groups) -> dist.ProcessGroup:
-    """Return a gloo group of the ranks of this rank's pipeline. Collective over all ranks."""
-    ranks = dist.get_process_group_ranks(groups.pp)
-    pipelines: list[list[int]] = [[] for _ in range(groups.world_size)]
-    dist.all_gather_object(pipelines, ranks)
-    unique = [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline in pipelines})]
-    group, _ = dist.new_subgroups_by_enumeration(unique, backend="gloo")
-    return group

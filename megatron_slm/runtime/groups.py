@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 
@@ -76,3 +77,17 @@ class Groups:
     @property
     def is_logging_rank(self) -> bool:
         return self.rank == 0
+
+
+def pipeline_group(groups: Groups, backend: str | None = None) -> ProcessGroup:
+    """Return another group of the ranks of this rank's pipeline. Collective over all ranks.
+
+    Args:
+        backend: None for the default.
+    """
+    ranks = dist.get_process_group_ranks(groups.pp)
+    pipelines: list[list[int]] = [[] for _ in range(groups.world_size)]
+    dist.all_gather_object(pipelines, ranks)
+    unique = [list(pipeline) for pipeline in sorted({tuple(pipeline) for pipeline in pipelines})]
+    group, _ = dist.new_subgroups_by_enumeration(unique, backend=backend)
+    return group
