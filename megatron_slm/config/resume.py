@@ -76,7 +76,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("slm_gumbel_temperature", "slm_cross_entropy", "slm_exact_mode", "slm_backward", "slm_z_loss"),
         "slm_saved_logits_mb",
         *("reference_load", "reference_ckpt_step", "reference_precision", "reference_scores", "reference_combine"),
-        "reference_fp8",
+        *("reference_fp8", "reference_in_bubbles"),
     ),
     Rule.CHECKPOINT: ("init_method_std",),
     Rule.LOCAL: (

@@ -75,9 +75,14 @@ class ReferenceReplica:
         with torch.no_grad():
             return run_pipeline(self.chunks, micro_batches, self._scores, forward_only=True)
 
-    def _scores(self, number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, ReferenceScores]:
+    def token_scores(self, batch: MicroBatch, hidden: HiddenStates) -> ReferenceScores:
+        """Return the scores of a micro-batch from its final hidden states."""
         loss, entropy = hidden.token_losses(batch.labels, with_entropy=self.with_entropy)
-        return loss.sum(), batch.loss_mask.sum(), ReferenceScores(loss, entropy)
+        return ReferenceScores(loss, entropy)
+
+    def _scores(self, number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, ReferenceScores]:
+        scores = self.token_scores(batch, hidden)
+        return scores.loss.sum(), batch.loss_mask.sum(), scores
 
 
 def check_reference(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:

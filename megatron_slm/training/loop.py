@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
 from megatron_slm.data.datasets import Datasets
 from megatron_slm.evaluation.evaluate import EncodedTask, TaskResult
+from megatron_slm.reference.bubbles import BubbleReference
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED
 from megatron_slm.runtime.metrics_file import evaluated_sets
@@ -41,6 +42,7 @@ class Run:
     datasets: Datasets
     shape: BatchShape
     reference: ReferenceSource
+    bubbles: BubbleReference | None  # if the reference source scores the next step's micro-batches ahead
     throughput: Throughput
     benchmarks: list[EncodedTask]
     sinks: list[Sink]
@@ -204,15 +206,29 @@ class _Loop:
             sink.write({"kind": "train", **asdict(metrics)})
 
 
-def training_stream(run: Run) -> BatchStream:
-    """Return the training batches from the progress of the run."""
-    return BatchStream(
+def training_stream(run: Run) -> Generator[list[MicroBatch], None, None]:
+    """Yield the training batches from the progress of the run.
+
+    If the reference source works ahead, it receives the batches of the next step, unless they are not trained on.
+    """
+    stream = BatchStream(
         run.datasets.train,
         run.shape,
         device=run.state.groups.device,
         start_sample=run.progress.consumed_samples,
         read_ahead=run.config.data.num_workers,
     )
+    upcoming = None
+    try:
+        while True:
+            current = next(stream) if upcoming is None else upcoming
+            if run.bubbles is not None:
+                following, training = run.progress.step + 2, run.config.training
+                upcoming = next(stream) if following <= training.train_iters else None
+                run.bubbles.upcoming = None if following in training.iterations_to_skip else upcoming
+            yield current
+    finally:
+        stream.close()
 
 
 def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObserver) -> Step | None:

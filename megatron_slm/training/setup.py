@@ -16,9 +16,11 @@ from megatron_slm.data.usage import format_usage
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.selected_tokens import BackwardFilter
+from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
+from megatron_slm.reference.bubbles import BubbleReference, plan_bubbles
 from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import sidecar_scores
@@ -120,6 +122,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     chunks, replica_config = (None, None) if replica is None else (replica.chunks, replica.config)
     found = inspect_run(state, chunks, has_sidecar=reference is sidecar_scores)
     report_implementations(found, config.training.require_fused, console)
+    bubbles = _build_bubbles(config, replica, state, shape)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
@@ -134,7 +137,8 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
         state=state,
         datasets=datasets,
         shape=shape,
-        reference=reference,
+        reference=reference if bubbles is None else bubbles.score,
+        bubbles=bubbles,
         throughput=Throughput.from_config(config, replica_config, tokenizer.vocab_size, groups),
         benchmarks=benchmarks,
         sinks=on_every_rank(lambda: open_sinks(config, groups, state.progress.step)),
@@ -276,3 +280,21 @@ def _build_reference(
         return sidecar_scores, None
     replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)
     return replica.score, replica
+
+
+def _build_bubbles(
+    config: RunConfig, replica: ReferenceReplica | None, state: TrainState, shape: BatchShape
+) -> BubbleReference | None:
+    """Build the source that scores in pipeline bubbles, if it is configured; a replayed step has no next step."""
+    if replica is None or not config.reference.reference_in_bubbles or config.training.replay_step is not None:
+        return None
+    models = config.model, replace(replica.config.model, seq_length=config.model.seq_length)
+    size = state.tokenizer.vocab_size
+    ours, theirs = (forward_flops_per_token(model, padded_vocab_size(model, size, 1)) for model in models)
+    plan = plan_bubbles(
+        state.groups.pp_size,
+        shape.num_micro_batches,
+        reference=theirs / ours,
+        backward=3 if config.training.recompute_granularity == "full" else 2,
+    )
+    return BubbleReference(replica, plan, state.model_chunks[0], state.groups)

@@ -67,6 +67,22 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
             "which does not work with --context-parallel-size above 1. Use --transformer-impl local",
         ),
         (1, {"ckpt_step": 5}, "--ckpt-step 5 has no effect without --load"),
+        (1, {"reference_in_bubbles": True}, "--reference-in-bubbles has no effect without --reference-load"),
+        (1, {"reference_in_bubbles": True}, "--reference-in-bubbles needs --pipeline-model-parallel-size above 1"),
+        (
+            2,
+            {"reference_in_bubbles": True, "pipeline_model_parallel_size": 2, "global_batch_size": 2},
+            "micro-batches per step as pipeline stages, 2, and --global-batch-size 2 has 1",
+        ),
+        (
+            2,
+            {
+                "reference_in_bubbles": True,
+                "pipeline_model_parallel_size": 2,
+                "num_layers_per_virtual_pipeline_stage": 1,
+            },
+            "--reference-in-bubbles and --num-layers-per-virtual-pipeline-stage were both given",
+        ),
         (1, {"reference_ckpt_step": 5}, "--reference-ckpt-step 5 has no effect without --reference-load"),
         (1, {"save_retain_interval": 3}, "--save-retain-interval 3 needs --save-interval"),
         (1, {"exit_duration_in_mins": 0}, "--exit-duration-in-mins is 0, and must be above 0"),

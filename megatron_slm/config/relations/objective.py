@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_slm.config.relations.wording import both_given
+from megatron_slm.config.relations.wording import PIPELINE, both_given, data_parallel_size
 from megatron_slm.config.schema import ObjectiveConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 
@@ -85,6 +85,30 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
         )
 
 
+def bubbles(config: RunConfig, world_size: int) -> Iterator[str]:
+    """Require a pipeline whose bubbles can hold the passes of a reference model."""
+    reference, parallel = config.reference, config.parallel
+    if not reference.reference_in_bubbles:
+        return
+    flag, stages = "--reference-in-bubbles", parallel.pipeline_model_parallel_size
+    if reference.reference_load is None:
+        yield f"{flag} has no effect without --reference-load. Add --reference-load, or leave it out."
+    if stages == 1:
+        yield f"{flag} needs {PIPELINE} above 1: without a pipeline there are no bubbles. Leave it out."
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        yield (
+            f"{flag} and --num-layers-per-virtual-pipeline-stage were both given: the interleaved schedule leaves no "
+            "bubbles of this length. Give one."
+        )
+    samples = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    if samples and config.training.global_batch_size // samples < stages:
+        yield (
+            f"{flag} needs at least as many micro-batches per step as pipeline stages, {stages}, and "
+            f"--global-batch-size {config.training.global_batch_size} has "
+            f"{config.training.global_batch_size // samples}. Increase it, or leave the flag out."
+        )
+
+
 def sidecar_name_problem(name: str) -> str | None:
     """Return the error for a text that is no name of sidecars, if it is none."""
     if name.endswith((".scores", "/")):
@@ -115,4 +139,4 @@ def sidecars(config: RunConfig, _: int) -> Iterator[str]:
         )
 
 
-RELATIONS = (selection_flags, scopes, filtered_backward, reference_model, sidecars)
+RELATIONS = (selection_flags, scopes, filtered_backward, reference_model, bubbles, sidecars)

@@ -107,6 +107,11 @@ class ReferenceConfig:
         "keep the linear layers of the frozen reference model in FP8 only, 1 byte per parameter; requires Transformer "
         "Engine, and --fp8-recipe tensorwise or blockwise",
     )
+    reference_in_bubbles: bool = flag(
+        False,
+        "score the next step's micro-batches in the pipeline bubbles of this step instead of a separate pass; the "
+        "losses are identical",
+    )
     reference_scores: list[str] = flag(
         list,
         "names of score sidecars from tools/score_corpus.py, instead of --reference-load; NAME refers to "
