@@ -160,10 +160,11 @@ class BubbleReference:
         Returns:
             one entry per micro-batch on the last pipeline stage, an empty list on other stages.
         """
-        begun = self._next
-        is_begun = begun is not None and begun.micro_batches is micro_batches
-        scores = begun.finish() if begun is not None and is_begun else self.replica.score(micro_batches)
-        self._forwards, self._next = 0, None
+        begun, self._next, self._forwards = self._next, None, 0
+        if begun is not None and begun.micro_batches is micro_batches:
+            scores = begun.finish()
+        else:
+            scores = self.replica.score(micro_batches)
         if self.upcoming is not None:
             self._next = PartialForward(self.replica, self.upcoming, self.plan, self.groups, self._pipeline)
         return scores
