@@ -70,6 +70,7 @@ def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: 
     Raises:
         ConfigError: there is some.
     """
+    from megatron_slm.corpus.checks import MAKE_AGAIN
     from megatron_slm.corpus.integrity import check_integrity
 
     limit = tokenizer.vocab_size if tokenizer else getattr(arguments, "vocab_size", None)
@@ -78,7 +79,7 @@ def _check(arguments: argparse.Namespace, tokenizer: Tokenizer | None, console: 
         for line in damage.lines():
             print_error(line)
     if found.damage:
-        raise ConfigError(f"{arguments.prefix} is damaged. Recreate it with tools/preprocess_data.py.")
+        raise ConfigError(f"{arguments.prefix} is damaged. {MAKE_AGAIN}")
     if found.vocab_size is None:
         console.print(f"{arguments.prefix} is intact; ids were not checked (no corpus metadata: give --vocab-size)")
     else:

@@ -18,7 +18,7 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.identity import identity_conflict
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
-MAKE_AGAIN = "Recreate it with tools/preprocess_data.py."
+MAKE_AGAIN = "Recreate it with tools/preprocess_data.py, or tools/preprocess_sft.py if it holds examples."
 
 
 @dataclass(frozen=True)
