@@ -14,21 +14,27 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from email.message import Message
 from email.parser import Parser
 from importlib import metadata
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
+from pip._vendor.packaging.specifiers import SpecifierSet
 from pip._vendor.packaging.tags import Tag, sys_tags
 from pip._vendor.packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from pip._vendor.packaging.version import InvalidVersion, Version
 
 PROJECT = Path(__file__).resolve().parent.parent
 EXTRA = "hopper"
+OLDEST_PYTHON = (3, 11)
+# Exceptions for files that are no complete zip archives, or use features that pip does not read.
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, StopIteration, KeyError, ValueError)
 CUDA_LIBRARY = re.compile(rb"libcudart\.so\.(\d+)")  # name of a dynamic dependency, with CUDA's major version
 TORCH_LIBRARY, NEW_ABI = b"libtorch", b"NSt7__cxx1112basic_string"
 
@@ -41,16 +47,18 @@ class Environment:
     installed: Mapping[str, Version]  # by canonical name
     cuda: str | None  # CUDA version of torch; None if torch is missing or a CPU build
     new_abi: bool  # torch was built with the C++11 ABI
+    python: str = platform.python_version()
 
     @staticmethod
     def current() -> Environment:
         """Return the environment of this interpreter."""
         installed: dict[str, Version] = {}
         for found in metadata.distributions():
-            if found.metadata["Name"]:
+            with suppress(InvalidVersion, TypeError):  # of a damaged package
                 installed.setdefault(canonicalize_name(found.metadata["Name"]), Version(found.version))
         code = "import torch; print(torch.version.cuda, torch.compiled_with_cxx11_abi())"
-        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+        shown = output.split()[-2:]
         cuda, abi = shown if len(shown) == 2 else ("None", "True")
         return Environment(frozenset(sys_tags()), installed, None if cuda == "None" else cuda, abi == "True")
 
@@ -66,16 +74,28 @@ class Wheel:
 
     def requirements(self) -> list[str]:
         """Return the requirements in the metadata."""
+        return self._metadata().get_all("Requires-Dist", [])
+
+    def python(self) -> SpecifierSet:
+        """Return the supported versions of Python."""
+        return SpecifierSet(self._metadata()["Requires-Python"] or "")
+
+    def supports(self, environment: Environment) -> bool:
+        """Return whether the wheel is for the Python and the platform of the environment."""
+        return bool(self.tags & environment.tags) and self.python().contains(environment.python, prereleases=True)
+
+    def _metadata(self) -> Message:
         with zipfile.ZipFile(self.path) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-            return Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist", [])
+            return Parser().parsestr(archive.read(name).decode())
 
     def libraries(self) -> Iterator[bytes]:
-        """Yield the content of the shared libraries."""
+        """Read all files, which verifies their checksums, and yield the content of the shared libraries."""
         with zipfile.ZipFile(self.path) as archive:
             for name in archive.namelist():
+                content = archive.read(name)
                 if name.endswith(".so") or ".so." in name:
-                    yield archive.read(name)
+                    yield content
 
 
 @dataclass
@@ -89,22 +109,28 @@ class Plan:
 def read_wheels(directory: Path) -> tuple[list[Wheel], list[str]]:
     """Return the wheels of a directory, and a message for each unreadable one."""
     wheels, problems = list[Wheel](), list[str]()
-    for path in sorted(directory.glob("*.whl")):
+    for path in sorted(path for path in directory.iterdir() if path.suffix == ".whl"):
         try:
             name, version, _, tags = parse_wheel_filename(path.name)
             wheel = Wheel(path, name, version, tags)
-            wheel.requirements()
+            wheel.python()
         except (InvalidWheelFilename, InvalidVersion) as error:
             problems.append(f"{path.name} is not the name of a wheel: {error}. Restore its original name.")
-        except (OSError, zipfile.BadZipFile, StopIteration, KeyError, UnicodeDecodeError) as error:
-            problems.append(f"{path.name} is damaged ({error or 'no metadata'}). Copy it again.")
+        except UNREADABLE as error:
+            problems.append(_damage(path, error))
         else:
             wheels.append(wheel)
     return wheels, problems
 
 
+def _damage(path: Path, error: Exception) -> str:
+    return f"{path.name} is damaged ({str(error) or 'no metadata'}). Copy it again."
+
+
 def project_requirements(project: Path) -> list[str]:
     """Return the requirements of the source tree with the extra ``hopper``."""
+    import tomllib  # not in Python 3.10, of which main reports that it is too old
+
     with (project / "pyproject.toml").open("rb") as file:
         settings = tomllib.load(file)["project"]
     return [*settings["dependencies"], *settings["optional-dependencies"][EXTRA]]
@@ -131,7 +157,10 @@ def make_plan(requirements: Sequence[str], wheels: Sequence[Wheel], environment:
             plan.wheels[wheel.name] = wheel
             waiting += [(each, wheel.name, frozenset(requirement.extras)) for each in wheel.requirements()]
     for wheel in plan.wheels.values():
-        plan.problems += library_problems(wheel, environment)
+        try:
+            plan.problems += library_problems(wheel, environment)
+        except UNREADABLE as error:
+            plan.problems.append(_damage(wheel.path, error))
     return plan
 
 
@@ -144,7 +173,7 @@ def _satisfy(
         return None
     named = [wheel for wheel in wheels if wheel.name == name]
     fitting = [wheel for wheel in named if requirement.specifier.contains(wheel.version, prereleases=True)]
-    usable = [wheel for wheel in fitting if wheel.tags & environment.tags]
+    usable = [wheel for wheel in fitting if wheel.supports(environment)]
     if usable:
         return max(usable, key=lambda wheel: wheel.version)
     needed = f"{requirement.name}{requirement.specifier} (required by {parent})"
@@ -224,12 +253,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("wheels", type=Path, help="directory of wheels")
     parser.add_argument("--check", action="store_true", help="check the wheels without installing them")
     arguments = parser.parse_args(argv)
-    if not arguments.wheels.is_dir():
-        print(f"{arguments.wheels} is not a directory. Give the directory of the wheels.", file=sys.stderr)
+    if sys.version_info < OLDEST_PYTHON:
+        print(f"Python {platform.python_version()} is too old. Use Python 3.11 or later.", file=sys.stderr)
         return 2
     environment = Environment.current()
-    wheels, problems = read_wheels(arguments.wheels)
-    plan = make_plan(project_requirements(PROJECT), wheels, environment)
+    try:
+        wheels, problems = read_wheels(arguments.wheels)
+        requirements = project_requirements(PROJECT)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}. Give the directory of the wheels.", file=sys.stderr)
+        return 2
+    plan = make_plan(requirements, wheels, environment)
     problems = [*environment_problems(environment, wheels), *problems, *plan.problems]
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -30,13 +30,19 @@ def tool() -> Any:
 
 
 def wheel(
-    directory: Path, name: str, version: str, *requires: str, tag: str = "py3-none-any", library: bytes | None = None
+    directory: Path,
+    name: str,
+    version: str,
+    *requires: str,
+    tag: str = "py3-none-any",
+    library: bytes | None = None,
+    python: str = ">=3.10",
 ) -> Path:
     """Write a wheel with metadata, and optionally a shared library."""
     path = directory / f"{name}-{version}-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         lines = [
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {python}",
             *(f"Requires-Dist: {each}" for each in requires),
         ]
         archive.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
@@ -119,6 +125,29 @@ def test_damaged_and_renamed_files(tool: Any, wheels: Path) -> None:
     assert any(f"{path.name} is damaged" in problem for problem in problems)
 
 
+def test_wheel_for_a_newer_python(tool: Any, wheels: Path) -> None:
+    wheel(wheels, "xxhash", "3.5.0", python=">=3.99")
+    [problem] = plan(tool, wheels, "xxhash").problems
+    assert "xxhash-3.5.0-py3-none-any.whl is for another Python or platform" in problem
+
+
+@pytest.mark.parametrize("python", ["3", ">= 3, nonsense"])
+def test_odd_files(tool: Any, tmp_path: Path, python: str) -> None:
+    """A directory, a broken link and unreadable metadata are damaged wheels, not tracebacks."""
+    (tmp_path / "a-1-py3-none-any.whl").mkdir()
+    (tmp_path / "b-1-py3-none-any.whl").symlink_to("missing")
+    wheel(tmp_path, "c", "1", python=python)
+    problems = tool.read_wheels(tmp_path)[1]
+    assert [problem.partition(" is damaged")[0][0] for problem in problems] == ["a", "b", "c"]
+
+
+def test_damaged_library(tool: Any, wheels: Path) -> None:
+    path = wheels / "transformer_engine_cu13-2.20.2-py3-none-any.whl"
+    path.write_bytes(path.read_bytes().replace(b"libcudart.so.13", b"libcudart.so.99"))
+    [problem] = plan(tool, wheels).problems
+    assert f"{path.name} is damaged (Bad CRC-32" in problem
+
+
 def test_environment_without_a_cuda_torch(tool: Any) -> None:
     messages = list(tool.environment_problems(environment(tool, cuda=None), []))
     assert len(messages) == 1 and "is a build for CPUs" in messages[0]
@@ -134,3 +163,8 @@ def test_check_reports_everything_and_installs_nothing(
     errors = capsys.readouterr().err
     assert "megatron-core>=0.16.1,<0.20" in errors.replace("<0.20,>=0.16.1", ">=0.16.1,<0.20") and ENGINE[:18] in errors
     assert tool.main([str(tmp_path / "none")]) == 2
+    (tmp_path / "file").touch()
+    assert tool.main([str(tmp_path / "file")]) == 2
+    monkeypatch.setattr(tool, "PROJECT", tmp_path)  # without its source tree
+    assert tool.main([str(tmp_path)]) == 2
+    assert "pyproject.toml: No such file or directory" in capsys.readouterr().err
