@@ -12,6 +12,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer, is_float8tensor
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_slm.mcore.optimizer import optimizer_parts
@@ -113,7 +114,8 @@ def _weight_gradients(modules: Sequence[torch.nn.Module], local: str) -> Impleme
         return Implementation("weight-gradient", "added to the gradient buffer by the matrix product")
     has_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     reason = "the linear layers do not support it" if has_kernel else "NVIDIA apex's extension is not installed"
-    return Implementation("weight-gradient", "separate addition", f"{local}; {reason}")
+    layers = "" if all(map(_is_engine, modules)) else f"{local}; "
+    return Implementation("weight-gradient", "separate addition", f"{layers}{reason}")
 
 
 def _optimizer(state: TrainState, local: str) -> Implementation:
@@ -144,7 +146,7 @@ def _fp8(config: TransformerConfig, linear: Sequence[torch.nn.Module]) -> Implem
         return Implementation("fp8", "off", "--fp8-format is not given")
     number = config.num_layers
     high = sum(is_first_last_bf16_layer(config, layer) for layer in range(number))
-    stored = "FP8" if any(map(is_float8tensor, (p for m in linear for p in m.parameters()))) else "bf16"
+    stored = "FP8" if config.fp8_param else "bf16"  # this rank may have layers in bf16 only
     used = f"{config.fp8_recipe}, {config.fp8}, {number - high} of {number} layers, weights in {stored}"
     return Implementation("fp8", used, "" if all(map(_is_engine, linear)) else "linear layers are not in FP8")
 
@@ -164,12 +166,13 @@ def _overlaps(
 ) -> Iterator[Implementation]:
     """Yield the overlap of communication with computation, as far as there is communication."""
     ddp: Any = chunks[0].ddp_config
-    groups = state.groups
+    groups, is_interleaved = state.groups, config.virtual_pipeline_model_parallel_size is not None
+    schedule = "overlap in the interleaved schedule" if is_interleaved else "interleaved schedule"
     for part, flag, ranks, overlaps in (
         ("grad-reduce", "--overlap-grad-reduce", groups.dp_cp.size(), ddp.overlap_grad_reduce),
         ("param-gather", "--overlap-param-gather", groups.dp_cp.size(), ddp.overlap_param_gather),
         ("tp-comm", "--tp-comm-overlap", groups.tp_size, config.tp_comm_overlap),
-        ("p2p-comm", "interleaved schedule", groups.pp_size, config.overlap_p2p_comm),
+        ("p2p-comm", schedule, groups.pp_size, config.overlap_p2p_comm),
     ):
         if part == "param-gather" and not ddp.use_distributed_optimizer:
             yield Implementation(part, "none: no distributed optimizer")
@@ -199,7 +202,7 @@ def report_implementations(here: Sequence[Implementation], required: Sequence[st
         table.add_column("implementation", no_wrap=True)
         table.add_column("obstacle to the fastest")
         for each in found:
-            table.add_row(each.part, each.used, each.obstacle)
+            table.add_row(each.part, escape(each.used), escape(each.obstacle))
         console.print(table)
         if missing := [each for each in found if each.part in required and each.obstacle]:
             reasons = "; ".join(f"{each.part}: {each.used} ({each.obstacle})" for each in missing)
