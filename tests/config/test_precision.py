@@ -56,6 +56,8 @@ def test_accepted(processes: int, changes: dict[str, Any]) -> None:
         (1, {**FP8, "fp8_amax_history_len": 1024}, "--fp8-amax-history-len has no effect with --fp8-recipe tensorwise"),
         (1, {**FP8, "no_fp8_wgrad": True}, "--no-fp8-wgrad has no effect with --fp8-recipe tensorwise"),
         (1, {**FP8, "disable_fp8_wgrad": True, "fp8_recipe": "blockwise"}, "--no-fp8-wgrad has no effect with"),
+        (1, {**FP8, "num_layers_at_end_in_bf16": 2}, "--num-layers-at-end-in-bf16 has no effect without --first-last"),
+        (1, {"num_layers_at_start_in_bf16": 2}, "--num-layers-at-start-in-bf16 has no effect without --fp8-format"),
         (1, {**FP8, **LAYERS, "fp8_recipe": "delayed"}, "--first-last-layers-bf16 cannot be combined with --fp8-rec"),
         (1, {**FP8, **LAYERS, "num_layers_at_end_in_bf16": 3}, "leave none of the 4 layers in FP8"),
         (1, {**FP8, **LAYERS, "num_layers_at_end_in_bf16": 5}, "5 is more than the 4 layers of a pipeline stage"),

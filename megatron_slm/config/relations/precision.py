@@ -60,7 +60,7 @@ def _without_fp8(config: RunConfig) -> Iterator[str]:
     precision, default = config.precision, PrecisionConfig()
     names = [
         *("fp8_param_gather", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
-        "first_last_layers_bf16",
+        *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
         *(() if config.reference.reference_fp8 else ("fp8_recipe",)),
     ]
     if given := _changed(precision, default, names):
@@ -90,6 +90,9 @@ def _layers_in_bf16(config: RunConfig) -> Iterator[str]:
     """Yield violations of the numbers of layers in bf16."""
     precision, layers = config.precision, config.model.num_layers
     if not precision.first_last_layers_bf16:
+        names = ["num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"]
+        if given := _changed(precision, PrecisionConfig(), names):
+            yield f"{' '.join(given)} has no effect without --first-last-layers-bf16. Add it, or leave it out."
         return
     counts = {
         "--num-layers-at-start-in-bf16": precision.num_layers_at_start_in_bf16,
