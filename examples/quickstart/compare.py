@@ -93,7 +93,7 @@ def train_one(directory: Path, load_base: list[str], variant: Variant, name: str
     """Train one run, with its output in a log file."""
     run = run_directory(directory, name, seed)
     flags = [*load_base, *variant.flags, "--seed", str(seed), "--train-iters", str(variant.steps)]
-    flags += ["--eval-interval", str(variant.steps // 8)]
+    flags += ["--eval-interval", str(variant.steps // 8), "--eval-iters", "8"]
     if variant.has_reference:
         flags += ["--reference-load", str(directory / REFERENCE)]
     command = stages.training_command(directory, run.name, "raw_train", flags, processes=variant.ranks)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_slm.analysis.curves import Curve, plot_stages
 
-STEPS = 50  # of each run
+STEPS = 40  # of each run
 FOLDER = stages.FOLDER
 NAMES = {"base": "base: CLM, raw", "rm": "RM: CLM, clean", "slm": "θ: SLM, raw"}
 
