@@ -25,6 +25,11 @@ def is_packed(chunk: torch.nn.Module, attention_mask: Tensor | None) -> bool:
     return has_document_lengths(attention_mask) and not get_attr_wrapped_model(chunk, "has_torch_attention")
 
 
+def row_shape(chunk: torch.nn.Module, samples: int, length: int, attention_mask: Tensor | None) -> tuple[int, int]:
+    """Return the number of rows that the model makes of the samples of a micro-batch, and their length."""
+    return (1, samples * length) if is_packed(chunk, attention_mask) else (samples, length)
+
+
 def packed_sequences(lengths: Tensor, device: torch.device) -> PackedSeqParams:
     """Return the packed sequences of the documents of all samples in order.
 

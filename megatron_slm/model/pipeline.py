@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_slm.model.hidden_states import HiddenStates
-from megatron_slm.model.packed_documents import is_packed
+from megatron_slm.model.packed_documents import row_shape
 from megatron_slm.model.selected_tokens import BackwardFilter
 
 
@@ -79,16 +79,15 @@ def run_pipeline(
 
     if backward_filter is not None:
         backward_filter.begin_step(len(micro_batches))
-    samples, length = micro_batches[0].tokens.size(0), micro_batches[0].sample_length
-    if is_packed(model_chunks[0], micro_batches[0].attention_mask):
-        samples, length = 1, samples * length
+    first = micro_batches[0]
+    rows, length = row_shape(model_chunks[0], first.tokens.size(0), first.sample_length, first.attention_mask)
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(enumerate(micro_batches)) for _ in model_chunks],
         model=list(model_chunks),
         num_microbatches=len(micro_batches),
         seq_length=length,
-        micro_batch_size=samples,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     if backward_filter is not None:

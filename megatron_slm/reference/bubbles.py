@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.gpt import model_config
+from megatron_slm.model.packed_documents import row_shape
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.runtime.groups import Groups, pipeline_group
@@ -118,9 +119,10 @@ class PartialForward:
             self._outputs[index] = output.contiguous()
 
     def _receive(self, batch: MicroBatch) -> Tensor:
-        config, (size, length) = model_config(self.replica.chunks), batch.tokens.shape
+        config, (samples, length) = model_config(self.replica.chunks), batch.tokens.shape
+        rows, length = row_shape(self.replica.chunks[0], samples, length, batch.attention_mask)
         length //= self.groups.tp_size if config.sequence_parallel else 1
-        shape = (length, size, config.hidden_size)
+        shape = (length, rows, config.hidden_size)
         received = torch.empty(shape, dtype=config.pipeline_dtype, device=self.groups.device)
         dist.recv(received, group=self.pipeline, group_src=self.groups.pp_rank - 1)
         return received

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_slm.reference.bubbles import Plan, plan_bubbles
+from megatron_slm.data.batches import MicroBatch
+from megatron_slm.reference.bubbles import PartialForward, Plan, plan_bubbles
 from megatron_slm.testing.ranks import run_ranks, shared_process_group
 from megatron_slm.testing.tiny import captured, command, launch, losses, make_corpus
 
@@ -36,6 +40,25 @@ def test_no_stage_computes_before_the_previous_one() -> None:
                 for earlier, later in itertools.pairwise(plan):
                     assert all(first >= second for first, second in zip(earlier, later, strict=True))
                 assert all(list(parts) == sorted(parts) and parts[-1] == micro_batches for parts in plan)
+
+
+@pytest.mark.parametrize(("has_torch_attention", "shape"), [(True, (4, 2, 3)), (False, (8, 1, 3))])
+def test_received_activations_have_the_rows_of_packed_documents(
+    monkeypatch: pytest.MonkeyPatch, has_torch_attention: bool, shape: tuple[int, ...]
+) -> None:
+    """Transformer Engine packs the documents of all samples into one row, from the first stage to the last."""
+    chunk: Any = torch.nn.Module()
+    chunk.has_torch_attention = has_torch_attention
+    chunk.config = SimpleNamespace(sequence_parallel=False, hidden_size=3, pipeline_dtype=torch.float32)
+    groups: Any = SimpleNamespace(pp_rank=1, tp_size=1, device=torch.device("cpu"))
+    values = torch.zeros(2, 4, dtype=torch.int64)
+    documents = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]], dtype=torch.int32)
+    batch = MicroBatch(values, values, values.bool(), values, values[:, 0], 0, documents)
+    received: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "recv", lambda values, **_: received.append(values))
+    replica: Any = SimpleNamespace(chunks=[chunk])
+    PartialForward(replica, [batch], [(0, 0, 1)] * 2, groups, pipeline=None)._receive(batch)  # type: ignore[arg-type]
+    assert received[0].shape == shape
 
 
 @pytest.fixture(scope="module")
