@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ class MicroBatch:
             return None
         if self.context_size > 1:
             return document_mask(self.documents, self.positions)
+        return self._document_lengths
+
+    @cached_property
+    def _document_lengths(self) -> Tensor:
+        assert self.documents is not None
         return document_lengths(self.documents)
 
     def token_index(self) -> Tensor:
