@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_slm.cli.layout import add_checkpoint_flags, add_layout_flags, given_layout, start_ranks
+from megatron_slm.cli.layout import add_checkpoint_flags, add_layout_flags, add_model_flags, given_layout, start_ranks
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
@@ -69,10 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_model(add: Callable[..., argparse.Action]) -> None:
     add("checkpoint", type=expand_user, nargs="?", help="checkpoint directory, or directory of a published model")
-    add("--ckpt-step", type=int, help="checkpoint iteration; default the newest")
-    add(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the model; default that of its training run"
-    )
+    add_model_flags(add)
     add_checkpoint_flags(add)
 
 

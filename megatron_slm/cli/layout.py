@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config.schema import ParallelConfig
+from megatron_slm.config.schema.training import PARAMS_DTYPES
 from megatron_slm.mcore.pickle_classes import trust_checkpoints
 from megatron_slm.runtime.errors import refuse
 
@@ -50,6 +51,12 @@ def add_checkpoint_flags(add: Callable[..., argparse.Action]) -> None:
         default=False,
         help="unpickle any class in the checkpoint, which can run code of its author; default only classes of data",
     )
+
+
+def add_model_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add the flags that choose the iteration and the precision of the model."""
+    add("--ckpt-step", type=int, help="checkpoint iteration; default the newest")
+    add("--precision", choices=PARAMS_DTYPES, help="precision of the model; default that of its training run")
 
 
 def given_layout(arguments: argparse.Namespace) -> ParallelConfig:

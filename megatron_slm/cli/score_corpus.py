@@ -16,6 +16,7 @@ from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.recipe import from_flat_dict, to_flat_dict
 from megatron_slm.config.schema import ReferenceConfig, RunConfig
+from megatron_slm.config.schema.training import PARAMS_DTYPES
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
 from megatron_slm.runtime.launch import read_launch
 from megatron_slm.runtime.reporting import run_command
@@ -53,7 +54,7 @@ def _add_reference_and_corpora(add: Callable[..., argparse.Action]) -> None:
     add("--reference-ckpt-step", type=int, help="checkpoint iteration of the reference model; default the newest")
     add(
         "--reference-precision",
-        choices=("fp32", "bf16", "fp16"),
+        choices=PARAMS_DTYPES,
         help="precision of the reference model; default that of its training run",
     )
     add(

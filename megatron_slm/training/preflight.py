@@ -200,11 +200,10 @@ def least_memory(config: RunConfig, vocab_size: int) -> int:
     tensor = parallel.tensor_model_parallel_size
     padded = padded_vocab_size(model, vocab_size, tensor)
     ranks = tensor * parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
-    bytes_per_value = 4 if config.training.params_dtype == "fp32" else 2
     tokens = config.training.micro_batch_size * model.seq_length // parallel.context_parallel_size
     activations = tokens * model.hidden_size // tensor
-    weights = 2 * bytes_per_value * parameter_count(model, padded) // ranks
-    return weights + bytes_per_value * activations + mask_bytes(config)
+    weights = 2 * config.training.bytes_per_value * parameter_count(model, padded) // ranks
+    return weights + config.training.bytes_per_value * activations + mask_bytes(config)
 
 
 def mask_bytes(config: RunConfig) -> int:
@@ -212,5 +211,4 @@ def mask_bytes(config: RunConfig) -> int:
     training, length, context = config.training, config.model.seq_length, config.parallel.context_parallel_size
     if context == 1 or not config.data.reset_attention_mask:
         return 0
-    bytes_per_value = 4 if training.params_dtype == "fp32" else 2
-    return bytes_per_value * (training.micro_batch_size * length // context) * length
+    return training.bytes_per_value * (training.micro_batch_size * length // context) * length

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_slm.config.constraints import flag
+from megatron_slm.config.schema.training import PARAMS_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class ReferenceConfig:
         None, "checkpoint iteration of the reference model; default the newest", at_least=0
     )
     reference_precision: str | None = flag(
-        None, "precision of the reference model; default that of the training model", choices=("fp32", "bf16", "fp16")
+        None, "precision of the reference model; default that of the training model", choices=PARAMS_DTYPES
     )
     reference_fp8: bool = flag(
         False,

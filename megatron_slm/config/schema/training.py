@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_slm.config.constraints import UNSET, flag
 
+PARAMS_DTYPES = ("fp32", "bf16", "fp16")
 FUSED_PARTS = (  # parts of the table of implementations, for --require-fused
     *("linear", "attention", "norm", "rope", "weight-gradient", "adam", "lm-head", "fp8", "reference"),
     *("grad-reduce", "param-gather", "tp-comm", "p2p-comm"),
@@ -140,6 +141,11 @@ class TrainingConfig:
     def params_dtype(self) -> str:
         """Return the dtype of the weights: fp32, bf16 or fp16."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Return the size of a weight or activation in bytes."""
+        return 4 if self.params_dtype == "fp32" else 2
 
 
 @dataclass(frozen=True, kw_only=True)
