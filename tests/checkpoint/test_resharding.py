@@ -85,7 +85,7 @@ def assert_bits_kept(directory: Path, kind: str, model: dict[str, Any], pairs: l
     launch(command(corpus, directory / kind, train_iters=2, **model))
 
     def reshard(load: str, layout: Layout, save: str) -> None:
-        # New ranks every time: each process group keeps threads, which wake up regularly, until its process ends.
+        # New ranks every time: no run inherits process groups of another layout.
         arguments = (corpus, directory / kind, directory / load, directory / save, layout, model)
         for different in run_ranks(_reshard, RANKS, *arguments, initialise=False, timeout=120):
             assert not different, (load, layout)
