@@ -27,6 +27,7 @@ from megatron_slm.runtime.files import write_text
 RESULTS = stages.HERE / "results"
 BASE, REFERENCE = "compare-base", "compare-rm"
 BASE_STEPS, STEPS, SCOPE_STEPS = 100, 160, 80
+REFERENCE_STEPS = 1242  # three passes over the clean corpus (section 3.1): 3 x 1,695,344 tokens / 4,096
 SEEDS = (1, 2, 3)
 SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
 
@@ -67,7 +68,7 @@ def main() -> int:
     os.chdir(stages.ROOT)
     directory = stages.FOLDER
     try:
-        load_base = stages.prepare_base_and_reference(directory, BASE, REFERENCE, BASE_STEPS)
+        load_base = stages.prepare_base_and_reference(directory, BASE, REFERENCE, BASE_STEPS, REFERENCE_STEPS)
         train_all(directory, load_base, OBJECTIVES | ENGINES | FILTERED)
         train_all(directory, load_base, SCOPES)
     except stages.StageFailed as failure:
@@ -114,7 +115,7 @@ def report(directory: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     settings = {
         "base_steps": BASE_STEPS,
-        "reference_steps": BASE_STEPS,
+        "reference_steps": REFERENCE_STEPS,
         "steps": STEPS,
         "scope_steps": SCOPE_STEPS,
     }
