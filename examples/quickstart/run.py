@@ -35,7 +35,10 @@ def main() -> int:
 
 def train_everything(directory: Path) -> None:
     """Prepare the data, and train the three models on two data-parallel processes each."""
-    load_base = stages.prepare_base_and_reference(directory, "base", "rm", STEPS)
+    stages.prepare_data(directory)
+    load_base = ["--load", str(directory / "base"), "--finetune"]
+    stages.train(directory, "base", "raw_train", ["--train-iters", str(STEPS)])
+    stages.train(directory, "rm", "clean_train", ["--train-iters", str(STEPS), *load_base])
     slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(directory / "rm")]
     stages.train(directory, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
 

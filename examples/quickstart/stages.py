@@ -84,25 +84,6 @@ def tokenize(data: Path, tokenizer_flags: Sequence[str]) -> None:
         stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
 
 
-def prepare_base_and_reference(
-    directory: Path, base: str, reference: str, base_steps: int, reference_steps: int
-) -> list[str]:
-    """Prepare data, base model (CLM on raw) and reference model (CLM on clean); return flags to load the base.
-
-    Args:
-        directory: of all stages.
-        base: name of the base's run.
-        reference: name of the reference model's run.
-        base_steps: training steps of the base model.
-        reference_steps: training steps of the reference model.
-    """
-    prepare_data(directory)
-    load_base = ["--load", str(directory / base), "--finetune"]
-    train(directory, base, "raw_train", ["--train-iters", str(base_steps)])
-    train(directory, reference, "clean_train", ["--train-iters", str(reference_steps), *load_base])
-    return load_base
-
-
 def corpus(directory: Path, name: str) -> str:
     """Return the prefix of a corpus of :func:`prepare_data`."""
     return str(directory / "data" / f"{name}_text_document")

@@ -28,7 +28,7 @@ def write(directory: Path, results: Path, settings: dict[str, Any]) -> None:
         "curves": [vars(curve) for curve in curves(directory)],
     }
     write_text(results / "smollm2.json", json.dumps(content, indent=1) + "\n")
-    plot_comparison([curve for curve in curves(directory) if curve.objective != NAMES["rm"]], results / "smollm2.png")
+    plot_comparison([curve for curve in curves(directory) if curve.variant != NAMES["rm"]], results / "smollm2.png")
     text = markdown(content)
     write_text(results / "smollm2.md", text)
     print(f"{text}\nresult, table and plot: {results}")

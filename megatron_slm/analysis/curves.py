@@ -1,9 +1,10 @@
-"""Plots of held-out loss over tokens for the quickstart and the comparison of objectives."""
+"""Plots of held-out loss over tokens for the quickstart and the comparison of variants."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from megatron_slm.runtime.files import atomic_path
+from megatron_slm.runtime.files import atomic_path, write_text
 
 matplotlib.use("Agg")
 
@@ -23,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 class Curve:
     """Represent the held-out loss (nats per token) of one run on one set."""
 
-    objective: str
+    variant: str
     seed: int
     held_out: str  # name of the validation set
     tokens: list[int]
@@ -31,31 +32,56 @@ class Curve:
 
 
 def mean_and_spread(
-    curves: Sequence[Curve], objective: str, held_out: str
+    curves: Sequence[Curve], variant: str, held_out: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return tokens, mean loss and standard deviation over seeds at each evaluation."""
-    chosen = [curve for curve in curves if (curve.objective, curve.held_out) == (objective, held_out)]
+    chosen = [curve for curve in curves if (curve.variant, curve.held_out) == (variant, held_out)]
     losses = np.array([curve.losses for curve in chosen])
     spread = losses.std(axis=0, ddof=1) if len(chosen) > 1 else np.zeros(losses.shape[1])
     return np.array(chosen[0].tokens, dtype=float), losses.mean(axis=0), spread
 
 
 def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
-    """Plot one panel per held-out set, with one line per objective and its spread over seeds."""
+    """Plot one panel per held-out set, with one line per variant and its spread over seeds."""
     import matplotlib.pyplot as plt
 
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
     figure, panels = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 4), squeeze=False, layout="constrained")
     for panel, held_out in zip(panels[0], sets, strict=True):
-        for colour, objective in zip(COLOURS, dict.fromkeys(c.objective for c in curves), strict=False):
-            tokens, mean, spread = mean_and_spread(curves, objective, held_out)
-            panel.plot(tokens / 1e6, mean, color=colour, label=objective, marker="o", markersize=3)
+        for colour, variant in zip(COLOURS, dict.fromkeys(c.variant for c in curves), strict=False):
+            tokens, mean, spread = mean_and_spread(curves, variant, held_out)
+            panel.plot(tokens / 1e6, mean, color=colour, label=variant, marker="o", markersize=3)
             panel.fill_between(tokens / 1e6, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         _dress(panel, f"{held_out} held-out loss")
     panels[0][0].legend(frameon=False)
     with atomic_path(path, "plot") as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
+
+
+def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
+    """Plot the final loss on the first held-out set over that on the second: one point per variant, with its spread."""
+    import matplotlib.pyplot as plt
+
+    down, across = dict.fromkeys(curve.held_out for curve in curves)
+    figure, panel = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for index, variant in enumerate(dict.fromkeys(curve.variant for curve in curves)):
+        (_, x, x_spread), (_, y, y_spread) = (mean_and_spread(curves, variant, name) for name in (across, down))
+        colour = COLOURS[index % len(COLOURS)]
+        panel.errorbar(x[-1], y[-1], xerr=x_spread[-1], yerr=y_spread[-1], color=colour, marker="o", capsize=2)
+        panel.annotate(variant, (x[-1], y[-1]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    _dress(panel, f"final {down} held-out loss")
+    panel.set_xlabel(f"final {across} held-out loss (nats per token)")
+    panel.margins(x=0.2, y=0.1)  # room for the names
+    with atomic_path(path, "plot") as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+def write_curves(curves: Sequence[Curve], path: Path) -> None:
+    """Write curves as JSON, one per line."""
+    lines = ",\n".join(json.dumps({**asdict(c), "losses": [round(loss, 6) for loss in c.losses]}) for c in curves)
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def plot_stages(stages: Sequence[tuple[str, Sequence[Curve], Sequence[tuple[int, float, float]]]], path: Path) -> None:

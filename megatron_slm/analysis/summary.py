@@ -1,4 +1,4 @@
-"""Summaries of a comparison of objectives: tables with the spread over seeds, and speed-up in tokens."""
+"""Summaries of a comparison of variants: tables with the spread over seeds, and speed-up in tokens."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_slm.analysis.curves import Curve, mean_and_spread
 
 
-def comparison_table(curves: Sequence[Curve]) -> str:
-    """Return a Markdown table of final held-out losses: mean ± standard deviation over seeds."""
+def comparison_table(curves: Sequence[Curve], baseline: str) -> str:
+    """Return a Markdown table of final held-out losses, and of differences to the baseline with the same seed.
+
+    Args:
+        curves: of all variants, with the same seeds.
+        baseline: variant that the others are compared with.
+
+    Returns:
+        One row per variant: for each held-out set, mean ± standard deviation over seeds of the loss and of the
+        difference.
+    """
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
     rows = [
-        "| objective | " + " | ".join(f"{name} held-out loss" for name in sets) + " |",
-        "| --- |" + " ---: |" * len(sets),
+        "| variant | " + " | ".join(f"{name} held-out loss | less {baseline}'s" for name in sets) + " |",
+        "| --- |" + " ---: | ---: |" * len(sets),
     ]
-    for objective in dict.fromkeys(curve.objective for curve in curves):
+    for variant in dict.fromkeys(curve.variant for curve in curves):
         cells = []
         for held_out in sets:
-            _, mean, spread = mean_and_spread(curves, objective, held_out)
-            cells.append(f"{mean[-1]:.4f} ± {spread[-1]:.4f}")
-        rows.append(f"| {objective} | " + " | ".join(cells) + " |")
+            losses, own = _final_losses(curves, held_out, baseline), _final_losses(curves, held_out, variant)
+            cells.append(_with_spread(own, ""))
+            cells.append("" if variant == baseline else _with_spread(own - losses, "+z"))
+        rows.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def paired_differences(curves: Sequence[Curve], baseline: str) -> str:
-    """Return sentences with differences of final clean losses to the baseline of the same seed, and its spread."""
-    final = {(curve.objective, curve.seed): curve.losses[-1] for curve in curves if curve.held_out == "clean"}
-    sentences = []
-    for objective in dict.fromkeys(name for name, _ in final if name != baseline):
-        differences = [loss - final[baseline, seed] for (name, seed), loss in final.items() if name == objective]
-        spread = np.std(differences, ddof=1) if len(differences) > 1 else 0.0
-        sentences.append(f"{objective}: {np.mean(differences):+z.4f} ± {spread:.4f}")
-    spread = mean_and_spread(curves, baseline, "clean")[2][-1]
-    return (
-        f"Final clean loss less that of {baseline} with the same seed: {'; '.join(sentences)}. "
-        f"Over seeds, {baseline} itself spreads by {spread:.4f}."
-    )
+def _final_losses(curves: Sequence[Curve], held_out: str, variant: str) -> NDArray[np.float64]:
+    chosen = [curve for curve in curves if (curve.held_out, curve.variant) == (held_out, variant)]
+    return np.array([curve.losses[-1] for curve in sorted(chosen, key=lambda curve: curve.seed)])
+
+
+def _with_spread(values: NDArray[np.float64], sign: str) -> str:
+    spread = values.std(ddof=1) if len(values) > 1 else 0.0
+    return f"{values.mean():{sign}.4f} ± {spread:.4f}"
 
 
 def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: float) -> float:

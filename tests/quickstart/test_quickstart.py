@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples" / "quickstart"))
 
+import compare
 import corpora
 import stages
+import studies
 
-from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages
-from megatron_slm.analysis.summary import comparison_table, paired_differences, speedup, tokens_to_reach
+from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages, plot_trade_off, write_curves
+from megatron_slm.analysis.summary import comparison_table, speedup, tokens_to_reach
 
 
 def small_corpora(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
@@ -73,13 +76,13 @@ def curves() -> list[Curve]:
 
 
 def test_findings_and_plots(tmp_path: Path) -> None:
-    assert "| SLM | 2.0500 ± 0.0707 |" in comparison_table(curves())
+    table = comparison_table(curves(), "CLM").splitlines()
+    assert table[0].startswith("| variant | clean held-out loss | less CLM's | raw held-out loss |")
+    assert table[2].startswith("| CLM | 3.0500 ± 0.0707 |  | 3.0500 ± 0.0707 |  |")
+    assert table[3].startswith("| SLM | 2.0500 ± 0.0707 | -1.0000 ± 0.0000 |")
     assert tokens_to_reach([0, 100, 200], [5.0, 4.0, 2.0], 3.0) == 150
     assert tokens_to_reach([0, 100], [5.0, 4.0], 3.0) == math.inf
     assert "SLM reaches CLM's final clean loss (3.0500) after 133 of 200 tokens" in speedup(curves(), "SLM", "CLM")
-    assert "with the same seed: SLM: -1.0000 ± 0.0000. Over seeds, CLM itself spreads by 0.0707." in paired_differences(
-        curves(), "CLM"
-    )
     raw = (
         "Its raw held-out loss ends -1.0000 nats from CLM's; the gap is largest at 0 tokens (+0.0000). It never rises."
     )
@@ -87,5 +90,25 @@ def test_findings_and_plots(tmp_path: Path) -> None:
     assert "does not reach" in speedup(curves(), "CLM", "SLM")
     plot_comparison(curves(), tmp_path / "compare.png")
     plot_stages([("base", curves()[:2], []), ("θ", curves()[2:4], [(1, 2.0, 3.0)])], tmp_path / "stages.png")
-    for name in ("compare.png", "stages.png"):
+    plot_trade_off(curves(), tmp_path / "trade-off.png")
+    for name in ("compare.png", "stages.png", "trade-off.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    write_curves(curves(), tmp_path / "curves.json")
+    assert [Curve(**curve) for curve in json.loads((tmp_path / "curves.json").read_text())] == [
+        replace(curve, losses=[round(loss, 6) for loss in curve.losses]) for curve in curves()
+    ]
+
+
+def test_studies_share_variants_and_have_their_baseline() -> None:
+    variants: dict[str, studies.Variant] = {}
+    for study in studies.STUDIES.values():
+        assert study.baseline in study.variants
+        for name, variant in study.variants.items():
+            assert variants.setdefault(name, variant) == variant
+            assert variant.reference in {None, *studies.REFERENCES}
+
+
+def test_unknown_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["ratios"])
+    assert stopped.value.code == 2 and "unknown study ratios" in capsys.readouterr().err
