@@ -10,18 +10,19 @@ from megatron_slm.config.activation import default_ffn_size
 from megatron_slm.config.blends import resolve_blends
 from megatron_slm.config.constraints import UNSET, flag_name, violations
 from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
-from megatron_slm.config.relations import relation_violations
+from megatron_slm.config.relations import PLAN_RELATIONS, RELATIONS, relation_violations
 from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.config.selection import finetuning_settings
 from megatron_slm.runtime.errors import ConfigError, refuse
 
 
-def resolve(config: RunConfig, world_size: int) -> RunConfig:
+def resolve(config: RunConfig, world_size: int, *, has_files: bool = True) -> RunConfig:
     """Validate the configuration and return it with all derived settings.
 
     Args:
         world_size: number of started processes.
+        has_files: the data and directories of the run are on this machine, and validated.
 
     Raises:
         ConfigError: one message with all violations, each with flag, value and remedy.
@@ -35,7 +36,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     refuse([*problems, *_missing(config), *value_violations(config)])
     derived = _derive_run_settings(config, world_size) | finetuning_settings(config)
     config = derive(with_settings(config, derived))
-    refuse(relation_violations(config, world_size))
+    refuse(relation_violations(config, world_size, RELATIONS if has_files else PLAN_RELATIONS))
     return config
 
 

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 BYTES_PER_SAMPLE = 16  # lower bound for the sample and shuffle indices
 
 
-def resolve_values(config: RunConfig, world_size: int) -> RunConfig:
-    """Validate all values, and return the resolved configuration of a run.
+def resolve_values(config: RunConfig, world_size: int, *, has_files: bool = True) -> RunConfig:
+    """Validate all values, and return the resolved configuration of a run; see :func:`resolve`.
 
     Raises:
         ConfigError: lists all violations.
     """
-    config = resolve(config, world_size)
+    config = resolve(config, world_size, has_files=has_files)
     refuse(list(_score_violations(config)))
     return config
 

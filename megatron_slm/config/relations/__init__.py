@@ -22,17 +22,15 @@ from megatron_slm.config.relations import (
 from megatron_slm.config.schema import RunConfig
 
 Relation = Callable[[RunConfig, int], Iterator[str]]
-RELATIONS: tuple[Relation, ...] = (
+PLAN_RELATIONS: tuple[Relation, ...] = (  # of a run whose data and directories are on another machine
     *layout.RELATIONS,
     *model.RELATIONS,
     *experts.RELATIONS,
     *precision.RELATIONS,
     *schedule.RELATIONS,
     *objective.RELATIONS,
-    *data.RELATIONS,
-    *finetuning.RELATIONS,
-    *files.RELATIONS,
 )
+RELATIONS: tuple[Relation, ...] = (*PLAN_RELATIONS, *data.RELATIONS, *finetuning.RELATIONS, *files.RELATIONS)
 INFERENCE_RELATIONS: tuple[Relation, ...] = (
     layout.processes,
     layout.tensor_parallel,
@@ -41,9 +39,9 @@ INFERENCE_RELATIONS: tuple[Relation, ...] = (
 )
 
 
-def relation_violations(config: RunConfig, world_size: int) -> list[str]:
+def relation_violations(config: RunConfig, world_size: int, relations: tuple[Relation, ...] = RELATIONS) -> list[str]:
     """Return the messages of all violated relations."""
-    return [message for relation in RELATIONS for message in relation(config, world_size)]
+    return [message for relation in relations for message in relation(config, world_size)]
 
 
 def inference_violations(config: RunConfig, world_size: int) -> list[str]:

@@ -37,6 +37,16 @@ def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
         yield "--finetune needs --load, the initial weights."
 
 
+def reference_directory(config: RunConfig, _: int) -> Iterator[str]:
+    """Require the directory of the reference model."""
+    path = config.reference.reference_load
+    if path is not None and not Path(path).is_dir():
+        yield (
+            f"--reference-load {path}: there is no such directory. Give the --save directory of a reference model "
+            "trained with --objective clm, or the directory of a published model."
+        )
+
+
 def replay(config: RunConfig, _: int) -> Iterator[str]:
     """Relations of --replay-step."""
     training, report = config.training, config.logging.replay_report
@@ -159,4 +169,4 @@ def benchmarks(config: RunConfig, _: int) -> Iterator[str]:
                 yield f"{flag} has no effect without --eval-tasks. Add it, or leave {flag} out."
 
 
-RELATIONS = (checkpoints, replay, wandb, benchmarks, output_directories)
+RELATIONS = (reference_directory, checkpoints, replay, wandb, benchmarks, output_directories)

@@ -69,14 +69,9 @@ def filtered_backward(config: RunConfig, _: int) -> Iterator[str]:
 
 
 def reference_model(config: RunConfig, _: int) -> Iterator[str]:
-    """Require one reference, an existing model or its scores."""
+    """Require one reference, a model or its scores."""
     reference = config.reference
     path, names = reference.reference_load, reference.reference_scores
-    if path is not None and not Path(path).is_dir():
-        yield (
-            f"--reference-load {path}: there is no such directory. Give the --save directory of a reference model "
-            "trained with --objective clm, or the directory of a published model."
-        )
     yield from both_given("--reference-load", path, "--reference-scores", names, ": the model, or its scores")
     if reference.reference_ckpt_step is not None and path is None:
         yield (
