@@ -25,7 +25,8 @@ from torch import Tensor
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.tokens import ReferenceScores
-from megatron_slm.reference.bubbles import BubbleReference, plan_bubbles
+from megatron_slm.reference.bubble_plan import plan_bubbles
+from megatron_slm.reference.bubbles import BubbleReference
 from megatron_slm.runtime import process
 from megatron_slm.runtime.files import write_text
 from megatron_slm.runtime.groups import ParallelLayout

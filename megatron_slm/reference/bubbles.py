@@ -4,9 +4,9 @@ The reference model is frozen, so the micro-batches of the next step can be scor
 between its first forward passes and its first backward pass, the longer the earlier the stage, and after its last
 backward pass, the longer the later the stage. Micro-batches that fit into neither are scored before the next step.
 
-The division is computed from the layout and from FLOPs, not from times, so that it is equal on all ranks that share
-collective operations. A stage sends an output in the part of the step in which the next stage needs it. Thus every
-message is received without waiting for the training model, and messages never block those of the schedule.
+The division is that of :mod:`megatron_slm.reference.bubble_plan`. A stage sends an output in the part of the step in
+which the next stage needs it. Thus every message is received without waiting for the training model, and messages never
+block those of the schedule.
 """
 
 from __future__ import annotations
@@ -24,50 +24,9 @@ from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.gpt import model_config
 from megatron_slm.model.packed_documents import row_shape
 from megatron_slm.objective.tokens import ReferenceScores
+from megatron_slm.reference.bubble_plan import AFTER_BACKWARD, BEFORE_BACKWARD, NEXT_STEP, Plan
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.runtime.groups import Groups, pipeline_group
-
-BEFORE_BACKWARD, AFTER_BACKWARD, NEXT_STEP = range(3)  # parts of a step
-Plan = list[tuple[int, int, int]]  # by stage: micro-batches scored at the end of each part
-
-
-def plan_bubbles(stages: int, micro_batches: int, *, reference: float, backward: float) -> Plan:
-    """Return the plan in which no stage delays the training model.
-
-    Args:
-        reference: time of the reference model's forward pass of a micro-batch, relative to the training model's.
-        backward: time of the training model's backward pass, relative to its forward pass.
-    """
-    if micro_batches < stages:  # the bubbles have another form
-        return [(0, 0, micro_batches)] * stages
-    idle = [backward * stage for stage in range(stages)]
-    before = _fill(idle[::-1], [0] * stages, micro_batches, reference, is_first=True)
-    after = _fill(idle, before, micro_batches, reference, is_first=False)
-    return [(first, last, micro_batches) for first, last in zip(before, after, strict=True)]
-
-
-def _fill(idle: list[float], begins: list[int], micro_batches: int, duration: float, *, is_first: bool) -> list[int]:
-    """Return the number of scored micro-batches of each stage after a bubble.
-
-    Args:
-        idle: length of each stage's bubble.
-        begins: micro-batches that each stage has scored before.
-        is_first: the bubbles of all stages start at the same time; otherwise they end at the same time.
-    """
-    ends: list[int] = []
-    finished: dict[int, float] = {}  # time at which the previous stage finishes a micro-batch in its bubble
-    limit = micro_batches
-    for length, begin in zip(idle, begins, strict=True):
-        start, stop = (0.0, length) if is_first else (-length, 0.0)
-        times: dict[int, float] = {}
-        for index in range(begin, limit):
-            start = max(start, finished.get(index, start)) + duration
-            if start > stop + 1e-6:
-                break
-            times[index] = start
-        limit, finished = begin + len(times), times
-        ends.append(limit)
-    return ends
 
 
 @dataclass

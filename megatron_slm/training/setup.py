@@ -20,7 +20,8 @@ from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
-from megatron_slm.reference.bubbles import BubbleReference, plan_bubbles
+from megatron_slm.reference.bubble_plan import plan_bubbles
+from megatron_slm.reference.bubbles import BubbleReference
 from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import sidecar_scores

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.reference.bubbles import PartialForward, Plan, plan_bubbles
+from megatron_slm.reference.bubble_plan import Plan, plan_bubbles
+from megatron_slm.reference.bubbles import PartialForward
 from megatron_slm.testing.ranks import run_ranks, shared_process_group
 from megatron_slm.testing.tiny import captured, command, launch, losses, make_corpus
 
@@ -78,7 +79,8 @@ def settings(workspace: Path, name: str, **flags: Any) -> list[str]:
 
 def _run_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tuple[int, str, int]]:
     """Run each command line; return its exit code, errors, and number of micro-batches scored in bubbles."""
-    from megatron_slm.reference.bubbles import NEXT_STEP, PartialForward
+    from megatron_slm.reference.bubble_plan import NEXT_STEP
+    from megatron_slm.reference.bubbles import PartialForward
 
     run, outcomes, ahead = PartialForward.run, [], 0
 
