@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from megatron_slm.config.activation import is_gated
-from megatron_slm.config.schema import ModelConfig
+from megatron_slm.config.schema import ModelConfig, RunConfig
+
+MOMENTS = {"adam": 2, "sgd": 1}  # tensors of the optimizer state in fp32, besides master weights
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_parallel: int) -> int:
@@ -76,3 +78,15 @@ def forward_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
 def training_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
     """Return the FLOPs of forward and backward per token; a backward pass counts as two forward passes."""
     return 3 * forward_flops_per_token(model, vocab_size)
+
+
+def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
+    """Return the size of one checkpoint, a lower bound: weights and optimizer state."""
+    padded = padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
+    has_masters, optimizer = config.training.params_dtype != "fp32", config.optimizer.optimizer
+    per_parameter = 2 if has_masters else 4
+    if config.checkpoint.save_optim:
+        has_momentum = optimizer != "sgd" or config.optimizer.sgd_momentum
+        per_parameter += 4 * MOMENTS[optimizer] if has_momentum else 0
+        per_parameter += 4 if has_masters or config.parallel.use_distributed_optimizer else 0  # master weights
+    return per_parameter * parameter_count(config.model, padded)

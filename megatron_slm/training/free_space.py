@@ -7,26 +7,12 @@ from pathlib import Path
 from megatron_slm.config.checkpoint_files import file_sizes
 from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
-from megatron_slm.model.size import padded_vocab_size, parameter_count
+from megatron_slm.model.size import checkpoint_bytes
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import format_size, free_space
 from megatron_slm.training.save_directory import leftovers
 from megatron_slm.training.start import Start
-
-MOMENTS = {"adam": 2, "sgd": 1}  # tensors of the optimizer state in fp32, besides master weights
-
-
-def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Return the size of one checkpoint, a lower bound: weights and optimizer state."""
-    padded = padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
-    has_masters, optimizer = config.training.params_dtype != "fp32", config.optimizer.optimizer
-    per_parameter = 2 if has_masters else 4
-    if config.checkpoint.save_optim:
-        has_momentum = optimizer != "sgd" or config.optimizer.sgd_momentum
-        per_parameter += 4 * MOMENTS[optimizer] if has_momentum else 0
-        per_parameter += 4 if has_masters or config.parallel.use_distributed_optimizer else 0  # master weights
-    return per_parameter * parameter_count(config.model, padded)
 
 
 def check_start_space(config: RunConfig, vocab_size: int, start: Start) -> None:

@@ -9,9 +9,9 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
-from megatron_slm.model.size import padded_vocab_size, parameter_count, training_flops_per_token
+from megatron_slm.model.size import checkpoint_bytes, padded_vocab_size, parameter_count, training_flops_per_token
 from megatron_slm.runtime.files import format_size
-from megatron_slm.training.free_space import checkpoint_bytes, kept_checkpoints
+from megatron_slm.training.free_space import kept_checkpoints
 from megatron_slm.training.preflight import default_device, device_memory, least_memory
 
 

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from megatron_slm.checkpoint.writing import write_now
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.model.size import checkpoint_bytes
 from megatron_slm.runtime.collective import gather_on_every_rank, is_first_rank, on_every_rank, on_first_rank
 from megatron_slm.runtime.console import format_duration, warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training.checkpoint import Save, begin_save, plan_save
-from megatron_slm.training.free_space import check_space, checkpoint_bytes
+from megatron_slm.training.free_space import check_space
 from megatron_slm.training.retention import Retention
 from megatron_slm.training.state import TrainState
 

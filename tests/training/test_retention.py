@@ -12,10 +12,11 @@ import pytest
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.model.size import checkpoint_bytes
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.tiny import command, make_corpus, run_each
 from megatron_slm.training import free_space
-from megatron_slm.training.free_space import check_space, checkpoint_bytes, kept_checkpoints
+from megatron_slm.training.free_space import check_space, kept_checkpoints
 from megatron_slm.training.preflight import resolve_values
 from megatron_slm.training.retention import Retention
 
