@@ -22,8 +22,8 @@ BLOCK_BYTES = 16 << 20
 THREADS = 8
 
 _Block = tuple[int, int]  # file index, block offset
-# Ranks with the same files, all blocks, hashes of this rank.
-_Read = tuple[list[int], list[_Block], dict[_Block, bytes | str]]
+# First rank with the same files, all blocks (on that rank, so that rank 0 receives them once), hashes of this rank.
+_Read = tuple[int, list[_Block], dict[_Block, bytes | str]]
 
 
 def text_checksum(text: str) -> str:
@@ -55,7 +55,7 @@ def file_checksums(paths: Sequence[Path], role: str, *, start: int = 0, just_wri
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
         digests = threads.map(lambda block: _hash_block(paths[block[0]], block[1]), local_blocks)
         found = dict(zip(local_blocks, digests, strict=True))
-    gathered = gather_on_first_rank((readers, blocks, found))
+    gathered = gather_on_first_rank((readers[0], blocks if rank == readers[0] else [], found))
     checksums = on_first_rank(lambda: _combine(paths, gathered, role))
     return checksums[readers[0]]
 
@@ -115,13 +115,13 @@ def _hash_block(path: Path, offset: int) -> bytes | str:
 def _combine(paths: Sequence[Path], gathered: list[_Read], role: str) -> dict[int, list[str]]:
     """Return the checksums of each group of ranks with the same files, by the first rank of the group."""
     combined = {}
-    for rank, (readers, blocks, _) in enumerate(gathered):
-        if rank != readers[0]:
-            continue
-        hashes = {block: digest for reader in readers for block, digest in gathered[reader][2].items()}
+    hashes: dict[int, dict[_Block, bytes | str]] = {}
+    for first, _, found in gathered:
+        hashes.setdefault(first, {}).update(found)
+    for rank, of_group in hashes.items():
         digests = [xxhash.xxh3_128() for _ in paths]
-        for number, offset in blocks:
-            digest = hashes[number, offset]
+        for number, offset in gathered[rank][1]:
+            digest = of_group[number, offset]
             if isinstance(digest, str):
                 raise read_error(role, paths[number], digest)
             digests[number].update(digest)
