@@ -1,0 +1,1 @@
+"""Plan runs without torch: memory, time, communication and layout, computed from the configuration."""
