@@ -17,6 +17,7 @@ PACKAGES = (  # from the lowest to the highest
         "evaluation",
         "finetune",
         "training",
+        "planning",
         "analysis",
         "cli",
         "testing",

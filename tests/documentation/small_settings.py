@@ -29,6 +29,7 @@ SMALLER = {
     "generate_text.py": ["--max-new-tokens", "4"],
     "merge_datasets.py": [],
     "inspect_dataset.py": [],
+    "plan_run.py": [],
 }
 ELSEWHERE = {  # command -> reason for not running it here
     "benchmark_preprocess.py": "needs a work tree of Megatron-LM; tests/preprocessing runs its parts",
