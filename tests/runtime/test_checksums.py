@@ -36,7 +36,7 @@ def contribution(path: Path, rank: int, readers: list[int]) -> Any:
             on_every_rank=lambda function: function(),
             gather_on_every_rank=lambda sizes: every_rank,
             ranks_with_same_files=lambda directories, role: readers,
-            on_first_rank=lambda function: dict.fromkeys(readers, []),
+            on_first_rank=lambda function: {rank: [] for rank in readers},
         ),
         mock.patch.multiple(
             checksums.dist, is_initialized=lambda: True, get_rank=lambda: rank, get_world_size=lambda: 4
@@ -64,6 +64,6 @@ def test_hosts_with_separate_copies_have_separate_checksums(file: Path, tmp_path
 
 def test_a_read_error_is_reported(file: Path) -> None:
     first, blocks, found = contribution(file, 0, [0])
-    damaged = {block: "Input/output error" for block in found}
+    damaged = dict.fromkeys(found, "Input/output error")
     with pytest.raises(ConfigError, match="Input/output error"):
         checksums._combine([file], [(first, blocks, damaged)], "--load")
