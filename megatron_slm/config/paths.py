@@ -11,6 +11,7 @@ from megatron_slm.config.schema import RunConfig
 METRICS_FILE = "metrics.jsonl"
 TOKENIZER_DIRECTORY = "tokenizer"  # in the directory of an imported model
 EVENTS_FILE = "events.jsonl"
+STOP_FILE = "slm_stopped"  # in --save: reason why the run stopped before its end
 PATH_SETTINGS = frozenset(
     {
         *("data_path", "train_data_path", "valid_data_path", "data_args_path", "per_split_data_args_path"),

@@ -24,6 +24,7 @@ from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import Evaluation, evaluate
 from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
+from megatron_slm.training.save_directory import record_stop
 from megatron_slm.training.saver import Saver
 from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
@@ -65,8 +66,10 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
     if run.config.training.skip_train:
         loop.evaluate()
         return
+    record_stop(run.config.checkpoint.save, None)
     with loop.saver.finishing():
         _train(run, loop, stop)
+    record_stop(run.config.checkpoint.save, stop.reason)
 
 
 def _train(run: Run, loop: _Loop, stop: StopDecision) -> None:

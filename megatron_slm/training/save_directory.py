@@ -16,7 +16,7 @@ from typing import Any
 from megatron_slm.checkpoint.source import holds_only_weights
 from megatron_slm.config.checkpoint_files import TRACKER, step_directory
 from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, step_directories
-from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
+from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE, STOP_FILE
 from megatron_slm.config.schema import CheckpointConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.console import notice
@@ -75,6 +75,25 @@ def write_record(directory: Path, record: RunRecord) -> None:
     write_text(directory / RECORD_FILE, text, "--save", is_ours=lambda path: read_record(path.parent) is not None)
 
 
+def record_stop(save: str | None, reason: str | None) -> None:
+    """Write to --save why the run stopped before its end, for batch scripts; None removes the file.
+
+    Collective over all ranks.
+    """
+    if save is None:
+        return
+    path = Path(save) / STOP_FILE
+
+    def write() -> None:
+        if reason is not None:
+            write_text(path, f"{reason}\n", "--save")
+        else:
+            with explained_write(path, "--save"):
+                path.unlink(missing_ok=True)
+
+    on_first_rank(write)
+
+
 def holds_checkpoints(directory: Path) -> bool:
     """Return whether a run has saved checkpoints below ``directory``."""
     return (directory / TRACKER).is_file() or bool(step_directories(directory))
@@ -83,7 +102,7 @@ def holds_checkpoints(directory: Path) -> bool:
 def remove_run(directory: Path) -> None:
     """Remove the checkpoints, metrics and record of the run in ``directory``; other files are kept."""
     with explained_write(directory, "--save"):
-        for name in (TRACKER, RECORD_FILE, METRICS_FILE, EVENTS_FILE, WANDB_ID_FILE):
+        for name in (TRACKER, RECORD_FILE, METRICS_FILE, EVENTS_FILE, STOP_FILE, WANDB_ID_FILE):
             (directory / name).unlink(missing_ok=True)
         for path in directory.iterdir():
             if any(pattern.fullmatch(path.name) for pattern in (STEP_DIRECTORY, LEFTOVER_DIRECTORY, DAMAGED_DIRECTORY)):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from megatron_slm.config.checkpoint_files import latest_step
+from megatron_slm.config.paths import STOP_FILE
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import _main, command, launch, losses, make_corpus, records
 from megatron_slm.training import stopping
@@ -92,10 +93,12 @@ def test_signal_to_one_rank_interrupts_an_evaluation_and_saves(
     assert latest_step(save) == 3, run.text()
     assert "stopping after step 3: SIGUSR1" in run.text()
     assert [record["step"] for record in records(save, "eval")] == [0, 1]
+    assert (save / STOP_FILE).read_text() == "SIGUSR1\n"
     again = command(corpus, save, dp=2, load=save, eval_interval=3)
     for last in ("4", "5"):  # no evaluation is missing the second time
         launch([*again, *FOREVER, "--exit-interval", last], 2)
     assert [record["step"] for record in records(save, "eval")] == [0, 1, 3, 4, 5]
+    assert not (save / STOP_FILE).exists()
 
 
 def test_ranks_save_if_torchrun_is_killed(tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]) -> None:
