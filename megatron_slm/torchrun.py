@@ -1,17 +1,20 @@
 """torchrun with concise failure reports: ``python -m megatron_slm.torchrun`` accepts the arguments of torchrun.
 
 torchrun prints a traceback and a table after the message of a failed rank, and exits with code 1. This launcher prints
-one line for a killed rank and nothing for a rank with an error message, and exits with the code of that rank.
+one line for a killed rank and nothing for a rank with an error message, and exits with the code of that rank. It
+ignores SIGUSR1 and SIGUSR2, which Slurm sends to it and to the ranks, and waits for the ranks to save.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slm.runtime.output import print_error
+from megatron_slm.runtime.signals import WARNINGS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -25,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.ERROR)  # in this process, not in the ranks
     try:
         run(parse_args(argv))
