@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue")
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = 2
@@ -50,10 +52,16 @@ def missing() -> str:
 
 
 class SlurmCluster:
-    """Context manager that runs munge, a controller and two nodes; ``environment`` configures Slurm's commands."""
+    """Context manager that runs munge, a controller and two nodes; ``environment`` configures Slurm's commands.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: empty directory for all files.
+        settings: additional lines of slurm.conf.
+    """
+
+    def __init__(self, directory: Path, settings: str = "") -> None:
         self.directory = directory
+        self.settings = settings
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
             "SLURM_CONF": str(directory / "slurm.conf"),
@@ -66,7 +74,7 @@ class SlurmCluster:
         try:
             self.run("slurmctld")
             for number in range(NODES):
-                self.run("slurmd", "-N", f"node{number}")
+                self.start_node(number)
             self._wait_for_nodes()
         except BaseException:
             self.__exit__()
@@ -92,6 +100,30 @@ class SlurmCluster:
         assert result.returncode == 0, f"{command}: {result.stderr}"
         return result.stdout.strip()
 
+    def start_node(self, number: int) -> None:
+        """Start the daemon of a node."""
+        self.run("slurmd", "-N", f"node{number}")
+
+    def fail_node(self, number: int) -> None:
+        """Kill the daemon of a node and all processes of its jobs, as a power failure does."""
+        os.kill(int((self.directory / f"slurmd-node{number}.pid").read_text()), signal.SIGKILL)
+        for process in self.processes(number):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def processes(self, number: int | None = None, job: str | None = None) -> list[psutil.Process]:
+        """Return the processes of jobs and their supervisors, on one node or of one job if given."""
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                variables = process.environ()
+                node, runs = variables.get("SLURMD_NODENAME"), variables.get("SLURM_JOB_ID")
+                if variables.get("SLURM_CONF") != self.environment["SLURM_CONF"] or runs is None or node is None:
+                    continue
+                if number in (None, int(node.removeprefix("node"))) and job in (None, runs):
+                    found |= {process, *(each for each in process.parents() if each.name() == "slurmstepd")}
+        return list(found)
+
     def state(self, job: str) -> str:
         """Return the state of a job, for example RUNNING; COMPLETED and FAILED for a while after its end."""
         fields = dict(
@@ -108,6 +140,7 @@ class SlurmCluster:
         controller, *ports = free_ports(1 + NODES)
         text = CONFIGURATION.format(host=host, controller=controller, directory=self.directory)
         text += "".join(NODE.format(number=number, host=host, port=port) for number, port in enumerate(ports))
+        text += self.settings
         text += "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
         (self.directory / "slurm.conf").write_text(text)
 

@@ -20,6 +20,7 @@ PACKAGES = (  # from the lowest to the highest
         "planning",
         "analysis",
         "cli",
+        "launch",
         "testing",
         "pretrain",
         "torchrun",

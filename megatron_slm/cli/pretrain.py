@@ -45,10 +45,21 @@ def _run(argv: Sequence[str]) -> None:
         with StopSignals(announces=launch.rank == 0) if handles else nullcontext() as signals:
             _train(config, command.note, signals)
     elif launch.rank == 0:
-        _print_plan(config, command.note, launch.world_size)
+        print_checked_plan(config, command.note, launch.world_size)
 
 
-def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
+def print_checked_plan(
+    config: RunConfig, note: str, world_size: int, *, runs_here: bool = True, shown: bool = True
+) -> None:
+    """Check files and device, and print the plan of a run with validated values.
+
+    Args:
+        runs_here: whether the run has the same kind of device as this machine, which is checked.
+        shown: whether to print the plan.
+
+    Raises:
+        ConfigError: a file or the device does not suit the run.
+    """
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.runtime.console import make_console
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
@@ -60,12 +71,13 @@ def _print_plan(config: RunConfig, note: str, world_size: int) -> None:
     from megatron_slm.training.setup import find_reference, score_headers
     from megatron_slm.training.start import plan_start
 
-    console = make_console()
+    console = make_console(shown)
     if config.training.replay_step is not None:
         config = replay_config(config)
     tokenizer = build_run_tokenizer(config)
     check_files(config, tokenizer, verify=True)
-    check_device(config, default_device())
+    if runs_here:
+        check_device(config, default_device())
     if note:
         console.print(note, markup=False)
     start = verified_start(plan_start(config), config)

@@ -179,6 +179,19 @@ class DirectoryLock:
                 os.utime(self.path)
 
 
+def locking_job(directory: Path) -> str | None:
+    """Return the id of the Slurm job that holds the lock of a directory; None if there is no such lock."""
+    owner = _read_owner(directory / LOCK_FILE)
+    return owner.job.job_id or None if owner is not None else None
+
+
+def remove_lock_of_job(directory: Path, job_id: str) -> None:
+    """Remove the lock of a Slurm job that has ended."""
+    if locking_job(directory) == job_id:
+        with explained_write(directory, "--save"):
+            (directory / LOCK_FILE).unlink(missing_ok=True)
+
+
 def _this_process() -> Owner:
     return Owner(
         token=uuid.uuid4().hex,

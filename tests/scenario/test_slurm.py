@@ -27,16 +27,12 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
 STEPS = 80  # enough seconds for a signal to arrive
 SECONDS = 240
 
-# torchrun with one rank per node, which adds test settings to the trainer's flags.
-TORCHRUN = """#!{python}
+# An interpreter that gives test settings to the trainer, and only the directories of the script.
+PYTHON = """#!{python}
 import os, sys
 words = sys.argv[1:]
-words[words.index("--nproc-per-node") + 1] = "1"
-words[words.index("--rdzv-endpoint") + 1] = "127.0.0.1:{port}"
-place = words.index("megatron_slm.pretrain") + 1
-kept = [word for i, word in enumerate(words[place:], place) if {{word, words[i - 1]}} & {kept}]
-python = {python!r}
-os.execv(python, [python, "-m", "torch.distributed.run", *words[:place], *{settings!r}, *kept])
+kept = [word for i, word in enumerate(words) if {{word, words[i - 1]}} & {kept}]
+os.execv({python!r}, [{python!r}, *words[:2], *{settings!r}, *kept])
 """
 
 
@@ -100,17 +96,15 @@ def test_signalled_step_saves_and_requeued_job_resumes(
 def test_example_script_requeues_itself(
     tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    """torchrun runs on two nodes; the script receives the signal, as before the time limit."""
-    save, log, stand_in = tmp_path / "run", tmp_path / "log", tmp_path / "bin" / "torchrun"
-    stand_in.parent.mkdir()
-    port, kept = slurm_cluster.free_ports(1)[0], {"--save", "--load"}
-    stand_in.write_text(TORCHRUN.format(python=sys.executable, port=port, kept=kept, settings=settings(corpus)))
+    """The user's own script of docs/slurm.md; the ranks receive the signal, as before the time limit."""
+    save, log, stand_in = tmp_path / "run", tmp_path / "log", tmp_path / "python"
+    stand_in.write_text(PYTHON.format(python=sys.executable, kept={"--save", "--load"}, settings=settings(corpus)))
     stand_in.chmod(0o755)
-    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={log}", f"--chdir={ROOT}"]
-    path = f"{stand_in.parent}:{cluster.environment['PATH']}"
-    job = cluster.run("sbatch", "--parsable", *options, str(SCRIPTS / "pretrain.sbatch"), RUN=str(save), PATH=path)
+    options = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={log}", f"--chdir={ROOT}"]
+    script, variables = str(SCRIPTS / "pretrain.sbatch"), {"RUN": str(save), "PYTHON": str(stand_in)}
+    job = cluster.run("sbatch", "--parsable", *options, script, **variables)
     wait_for(lambda: has_steps(save, 2), log)
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.run("scancel", "--signal=USR1", job)
     wait_for(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "NODE_FAIL"), log)
     assert cluster.state(job) == "COMPLETED", log.read_text()
     assert latest_step(save) == STEPS and "stopping after step" in log.read_text()

@@ -1,0 +1,239 @@
+"""Batch scripts: directives, environment, node check, ranks, and the reaction to their exit code."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_slm.config.checkpoint_files import TRACKER
+from megatron_slm.config.paths import STOP_FILE
+from megatron_slm.launch.quoting import INDENT, argument_lines, bash_array, sbatch_line
+from megatron_slm.launch.settings import GPU_OPTIONS, PRETRAIN, PYXIS, TORCHRUN, JobSettings
+
+MARK = "written by megatron-slm-launch"  # in the second line of a script
+RECORDS = "slurm"  # subdirectory of a run for script, recipes, logs and state
+ENDED, EXCLUDED, FAILURES = "ended", "excluded_nodes", "failures"  # files of the script in its directory of records
+INCOMPLETE = 75  # exit code of a job whose run stopped before its end and which is not requeued (EX_TEMPFAIL)
+
+FUNCTIONS = """\
+# Record the end of the job: finish CODE MESSAGE.
+finish() {
+    echo "launch: $2" >&2
+    echo "$1 $2" > "$records/ended"
+    if [ "$1" != 0 ] && [ -n "$dependents" ]; then
+        echo "launch: Slurm cancels the stages that depend on this job: $dependents" >&2
+    fi
+    exit "$1"
+}
+
+# Requeue the job, which then resumes from its newest checkpoint: requeue MESSAGE.
+requeue() {
+    [ "$requeues" = yes ] || finish 75 "$1; this job is not requeued. Submit it again to resume."
+    echo "launch: $1; requeueing job $SLURM_JOB_ID" >&2
+    trap '' TERM # Slurm ends this script; a requeued job can be changed before that
+    scontrol requeue "$SLURM_JOB_ID" || finish 75 "$1; the job cannot be requeued. Submit it again to resume."
+    if [ -s "$records/excluded_nodes" ]; then
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded$(sort -u "$records/excluded_nodes" | paste -sd,)"
+    fi
+    exit 0
+}
+
+# Requeue the job after a failure, unless it fails repeatedly without a new checkpoint: failed CODE MESSAGE.
+failed() {
+    local newest last="" count=0
+    newest=$(cat "$save/TRACKER" 2> /dev/null || echo none)
+    [ ! -e "$records/failures" ] || read -r last count < "$records/failures"
+    [ "$last" = "$newest" ] || count=0
+    [ "$count" -lt "$restarts" ] || finish "$1" "$2, $((count + 1)) times without a new checkpoint"
+    echo "$newest $((count + 1))" > "$records/failures"
+    requeue "$2"
+}
+""".replace("TRACKER", TRACKER)
+
+NODE_CHECK = """\
+# Check the nodes, one task each. A failing node is excluded, and the job is requeued.
+rm -f "$records/healthy_nodes" "$records/unhealthy_nodes"
+"${srun[@]}" --kill-on-bad-exit=0 --wait=600 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\
+    --ntasks-per-node=1 "${container[@]}" "$python" -m megatron_slm.cli check-nodes --gpus GPUS --save "$save" \\
+    --healthy-nodes "$records/healthy_nodes" --unhealthy-nodes "$records/unhealthy_nodes"
+code=$?
+if [ ! -s "$records/healthy_nodes" ]; then
+    [ -s "$records/unhealthy_nodes" ] || failed 1 "the node check failed with exit code $code"
+    nodes=$(sort -u "$records/unhealthy_nodes" | paste -sd,)
+    count=$(sort -u "$records/unhealthy_nodes" | wc -l)
+    if [ "$count" -gt 1 ] && [ "$count" -ge "$SLURM_JOB_NUM_NODES" ]; then
+        finish 2 "all nodes are unhealthy: $nodes"
+    fi
+    cat "$records/unhealthy_nodes" >> "$records/excluded_nodes"
+    requeue "unhealthy nodes are excluded: $nodes"
+fi
+"""
+
+OUTCOME = """\
+case $code in
+    0)
+        [ ! -e "$save/STOP_FILE" ] || requeue "the run stopped before its end ($(cat "$save/STOP_FILE"))"
+        finish 0 "finished"
+        ;;
+    2 | 3) finish "$code" "exit code $code, an error that a restart repeats" ;;
+    138 | 140) requeue "the ranks were ended by SIGUSR1 or SIGUSR2" ;;
+    *) failed "$code" "the ranks failed with exit code $code" ;;
+esac
+""".replace("STOP_FILE", STOP_FILE)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Represent the work of a job: a command and its directories."""
+
+    command: str  # name of a console command without "megatron-slm-"
+    arguments: list[str]
+    run_dir: Path  # absolute
+    save: Path | None = None  # of a training run
+    dependents: list[str] = field(default_factory=list)  # stages of a chain that Slurm cancels if this job fails
+
+    @property
+    def records(self) -> Path:
+        """Return the directory of script, recipes, logs and state."""
+        return self.run_dir / RECORDS
+
+
+def render(settings: JobSettings, work: Work, directory: Path) -> str:
+    """Return the batch script of a job that runs in ``directory``."""
+    sections = [
+        [*_head(settings, work), *_directives(settings, work, directory)],
+        [*_variables(settings, work), *_command(settings, work), *_steps(settings, work, directory)],
+        FUNCTIONS.splitlines(),
+        _environment(settings),
+        NODE_CHECK.replace("GPUS", str(settings.gpus_per_node)).splitlines() if settings.check_nodes else [],
+        _ranks(settings),
+        OUTCOME.splitlines(),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def log_pattern(settings: JobSettings) -> str:
+    """Return the name of the log file in Slurm's notation."""
+    return "%A_%a.log" if settings.seeds else "%j.log"
+
+
+def _head(settings: JobSettings, work: Work) -> list[str]:
+    return [
+        "#!/bin/bash",
+        f"# {work.command}, nodes: {settings.nodes}, ranks per node: {settings.node_ranks}; {MARK}.",
+        f"# megatron-slm-launch status|logs|cancel {shlex.quote(str(work.run_dir))}",
+    ]
+
+
+def _directives(settings: JobSettings, work: Work, directory: Path) -> list[str]:
+    own = dict(settings.sbatch_options)
+    gpus = settings.gpus_per_node if not any(name in own for name in GPU_OPTIONS) else 0
+    log = str(work.records).replace("%", "%%") + f"/{log_pattern(settings)}"
+    options: list[tuple[str, object]] = [
+        ("job-name", settings.name or work.run_dir.name),
+        ("partition", settings.partition),
+        ("account", settings.account),
+        ("qos", settings.qos),
+        ("nodes", settings.nodes),
+        ("ntasks-per-node", 1 if settings.launcher == TORCHRUN else settings.node_ranks),
+        ("gpus-per-node", gpus or None),
+        ("cpus-per-task", settings.cpus_per_task),
+        ("time", settings.time),
+        ("signal", f"USR1@{settings.signal_time}"),
+        ("array", f"0-{len(settings.seeds) - 1}" if settings.seeds else None),
+        ("chdir", directory),
+        ("output", log),
+        ("open-mode", "append"),
+    ]
+    lines = [sbatch_line(name, value) for name, value in options if value is not None]
+    lines.append(sbatch_line("requeue" if settings.requeue else "no-requeue"))
+    return [*lines, *(sbatch_line(name, value) for name, value in settings.sbatch_options)]
+
+
+def _environment(settings: JobSettings) -> list[str]:
+    lines = [f"module load {shlex.quote(name)}" for name in settings.module]
+    if settings.venv is not None:
+        lines.append(f"source {shlex.quote(str(Path(settings.venv).absolute() / 'bin' / 'activate'))}")
+    lines += settings.setup
+    for assignment in settings.env:
+        name, _, value = assignment.partition("=")
+        lines.append(f"export {name}={shlex.quote(value)}")
+    if not lines:
+        return []
+    failure = "trap 'finish $? \"the environment cannot be prepared\"' EXIT"
+    return ["# Environment of the job", failure, "set -e", *lines, "set +e", "trap - EXIT"]
+
+
+def _variables(settings: JobSettings, work: Work) -> list[str]:
+    excluded = dict(settings.sbatch_options).get("exclude")
+    lines = [
+        f"unset {' '.join(('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))}",
+        f"requeues={'yes' if settings.requeue else 'no'}",
+        f"restarts={settings.restarts} # after failures without a new checkpoint",
+        f"excluded={shlex.quote(f'{excluded},' if excluded else '')}",
+        f"dependents={shlex.quote(', '.join(work.dependents))}",
+        f"save={shlex.quote(str(work.save or work.run_dir))}",
+        f"records={shlex.quote(str(work.records))} # script, recipes, logs, state",
+    ]
+    if settings.seeds:
+        lines += [
+            f"seeds=({' '.join(map(str, settings.seeds))})",
+            "seed=${seeds[$SLURM_ARRAY_TASK_ID]}",
+            "save=$save/seed-$seed",
+            "records=$records/seed-$seed",
+        ]
+    return [*lines, 'mkdir -p "$records" && rm -f "$records/ended"']
+
+
+def _command(settings: JobSettings, work: Work) -> list[str]:
+    module = ["megatron_slm.pretrain"] if work.command == PRETRAIN else ["megatron_slm.cli", work.command]
+    first = ["-m", *module]
+    lines = [f"python={shlex.quote(settings.interpreter)}"]
+    lines += bash_array("command", [first, *argument_lines(work.arguments)])
+    if settings.seeds:
+        lines.append('command+=(--seed "$seed" --save "$save" --load "$save")')
+    return lines
+
+
+def _steps(settings: JobSettings, work: Work, directory: Path) -> list[str]:
+    """Return the arrays of srun and the container, which all steps share."""
+    srun = ["srun", "--label", "--kill-on-bad-exit=1"]
+    if settings.cpus_per_task is not None:
+        srun.append(f"--cpus-per-task={settings.cpus_per_task}")  # not inherited since Slurm 22.05
+    return [*bash_array("srun", [srun]), *bash_array("container", _container(settings, work, directory))]
+
+
+def _container(settings: JobSettings, work: Work, directory: Path) -> list[list[str]]:
+    if settings.container_image is None:
+        return []
+    paths = dict.fromkeys((str(directory), str(work.run_dir), *([] if work.save is None else [str(work.save)])))
+    mounts = [*(f"{path}:{path}" for path in paths), *settings.container_mounts]
+    if settings.container_runtime == PYXIS:
+        return [
+            [f"--container-image={settings.container_image}"],
+            [f"--container-mounts={','.join(mounts)}"],
+            [f"--container-workdir={directory}"],
+        ]
+    binds = [["--bind", mount] for mount in mounts]
+    gpus = ["--nv"] if settings.gpus_per_node else []
+    return [["apptainer", "exec", *gpus], *binds, ["--pwd", str(directory)], [settings.container_image]]
+
+
+def _ranks(settings: JobSettings) -> list[str]:
+    if settings.launcher != TORCHRUN:
+        return [
+            "# Start the ranks; SIGUSR1 before the time limit makes them save and exit.",
+            '"${srun[@]}" "${container[@]}" "$python" "${command[@]}"',
+            "code=$?",
+        ]
+    return [
+        "# Start the ranks with one torchrun per node; SIGUSR1 before the time limit makes them save and exit.",
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "address=$(scontrol --oneliner show node \"$head\" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)",
+        'torchrun=(-m megatron_slm.torchrun --nnodes "$SLURM_JOB_NUM_NODES"',
+        f'{INDENT}--nproc-per-node {settings.node_ranks} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"',
+        f'{INDENT}--rdzv-endpoint "$address:$((10000 + SLURM_JOB_ID % 20000))")',
+        '"${srun[@]}" "${container[@]}" "$python" "${torchrun[@]}" "${command[@]}"',
+        "code=$?",
+    ]
