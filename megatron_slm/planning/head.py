@@ -14,6 +14,7 @@ FP32 = 4
 SAVED_LOGITS_MB = {"cpu": 64, "cuda": 2048}
 CHUNK_BYTES = {"cpu": 8 * MIB, "cuda": 64 * MIB}
 SHARE_OF_LOGITS = 1 / 16
+MIN_CHUNK_BYTES = MIB // 4
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
 SLICE_BYTES = {"cpu": 2 * MIB, "cuda": 64 * MIB}
@@ -48,7 +49,7 @@ def head_memory(layout: Layout) -> HeadMemory:
     product = layout.value_bytes if device == "cuda" else FP32  # bytes of a factor of the matrix products
     gathered = tokens * hidden * product if _copies_hidden(layout, product) else 0
     converted = CONVERTED_BYTES if product != layout.value_bytes else 0
-    chunk = min(CHUNK_BYTES[device], int(logits * SHARE_OF_LOGITS))
+    chunk = min(CHUNK_BYTES[device], logits, max(int(logits * SHARE_OF_LOGITS), MIN_CHUNK_BYTES))
     scratch = min(SLICE_BYTES[device], chunk) if device == "cpu" else 0
     limit = objective.slm_saved_logits_mb
     fits = logits <= (SAVED_LOGITS_MB[device] if limit is None else limit) * MIB
@@ -62,7 +63,8 @@ def head_memory(layout: Layout) -> HeadMemory:
         backward = saved + gathered + gradient + int(selected * chunk) + scratch
     elif layout.computes_gradient_in_forward:
         saved = tokens * hidden * product + FP32 * weight
-        rows_of_chunk = max(min(FORWARD_GRAD_ROWS[device], -(-tokens // MIN_ROW_CHUNKS[device])), 1)
+        share = max(-(-tokens // MIN_ROW_CHUNKS[device]), MIN_CHUNK_BYTES // (FP32 * vocabulary))
+        rows_of_chunk = max(min(FORWARD_GRAD_ROWS[device], share, tokens), 1)
         row_chunk = FP32 * rows_of_chunk * vocabulary
         forward = saved + gathered + row_chunk + 2 * FP32 * rows_of_chunk * hidden + scratch + converted
         backward = saved + gathered + tokens * hidden * product

@@ -29,12 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 MODES: dict[str, dict[str, Any]] = {
     "torch": {"implementation": "torch"},
-    "recompute": {"implementation": "chunked"},
+    "recompute": {"implementation": "chunked", "chunk_bytes": 3000},
     "small blocks": {"implementation": "chunked", "chunk_bytes": 700},
     "kept": {"implementation": "chunked", "saved_logits_bytes": 1 << 20},
-    "all early": {"implementation": "chunked", "threshold": -torch.inf},
+    "all early": {"implementation": "chunked", "threshold": -torch.inf, "chunk_bytes": 2000},
     "some early": {"implementation": "chunked", "threshold": 3.5, "chunk_bytes": 3000},
-    "none early": {"implementation": "chunked", "threshold": 1e6},
+    "none early": {"implementation": "chunked", "threshold": 1e6, "chunk_bytes": 2000},
 }
 SELECTIONS = {"0.6": 0.6, "all": 1.0, "none": 0.0}
 
@@ -109,13 +109,13 @@ def test_fixed_number_of_early_rows_changes_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(chunked.FIXED_SIZE, "cpu", True)
     for threshold in (-torch.inf, 3.0, torch.inf):
         policy = ForwardGradPolicy(data["valid"], threshold, share=share)
-        assert_agrees(run(data, policy=policy), expected(data), 1e-5)
+        assert_agrees(run(data, policy=policy, chunk_bytes=2000), expected(data), 1e-5)
 
 
 def test_rows_known_on_the_host_are_chosen() -> None:
     data = make()
     policy = ForwardGradPolicy(data["valid"], valid_on_host=data["valid"].numpy())
-    assert_agrees(run(data, policy=policy), expected(data), 1e-5)
+    assert_agrees(run(data, policy=policy, chunk_bytes=2000), expected(data), 1e-5)
     loss = torch.zeros(6)
     for fixed_size in (False, True):
         indices, is_chosen = policy.choose(slice(2, 8), loss, fixed_size=fixed_size)

@@ -33,6 +33,7 @@ from megatron_slm.runtime.host_reads import HostRead, row_indices
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # limited by CPU caches; large enough to saturate a GPU
 SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the logits
+MIN_CHUNK_BYTES = 1 << 18  # whatever that part: smaller chunks save little memory and cost many calls
 # Rows of a chunk with gradients in the forward pass, and the least number of chunks. Lower values save memory and cost
 # time: each chunk reads the weight twice and rewrites its gradient (docs/performance.md).
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
@@ -102,9 +103,11 @@ class _HeadInputs:
         """Return slices of the rows; a chunk is a slice times the full shard."""
         device = self.hidden.device.type
         rows = FORWARD_GRAD_ROWS[device]
+        row_bytes = LOGIT_BYTES * self.shard.size
         if self.config.chunk_bytes is not None:
-            rows = self.config.chunk_bytes // (LOGIT_BYTES * self.shard.size)
-        return slices(len(self), max(min(rows, -(-len(self) // MIN_ROW_CHUNKS[device])), 1))
+            rows = self.config.chunk_bytes // row_bytes
+        share = max(-(-len(self) // MIN_ROW_CHUNKS[device]), MIN_CHUNK_BYTES // row_bytes)
+        return slices(len(self), max(min(rows, share), 1))
 
     def logits(self, entries: slice, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """Return a chunk of logits in fp32 with aligned rows, in the memory ``out`` if it is given."""
@@ -195,7 +198,8 @@ def _head_inputs(
     flat = flat.to(product_dtype(flat))
     math = chunk_math(config, flat.dtype)
     logits_bytes = LOGIT_BYTES * len(flat) * shard.size
-    chunk_bytes = config.chunk_bytes or min(CHUNK_BYTES[hidden.device.type], int(logits_bytes * SHARE_OF_LOGITS))
+    share = max(int(logits_bytes * SHARE_OF_LOGITS), MIN_CHUNK_BYTES)
+    chunk_bytes = config.chunk_bytes or min(CHUNK_BYTES[hidden.device.type], share)
     return _HeadInputs(flat, weight.detach(), labels.reshape(-1) - shard.first, config, shard, math, chunk_bytes)
 
 
