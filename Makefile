@@ -16,7 +16,8 @@ test: setup
 	$(MAKE) --jobs 2 lint pytest  # side by side, since mypy uses one core
 
 pytest: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not gpu and not faults"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Import Megatron-Core as commands do, make the benchmarks importable, disable deadlines of property tests."""
+"""Import Megatron-Core as commands do, make the benchmarks importable, set up property tests, order packages."""
 
 import sys
 from pathlib import Path
@@ -9,9 +9,15 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
+LONG = {"scenario", "training", "reference", "checkpoint", "documentation"}  # tests of several ranks
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import Megatron-Core before modules that use it; a process that only distributes tests to others needs none."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         import megatron_slm.mcore.import_core  # noqa: F401
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run packages with long tests first, so that all workers end at nearly the same time."""
+    items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
