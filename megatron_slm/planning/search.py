@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -106,6 +107,7 @@ def search(problem: Problem) -> Plan | None:
     Raises:
         ConfigError: settings that no layout can satisfy.
     """
+    _check_batch(problem)
     valid: list[Plan] = []
     refused: set[str] | None = None  # messages that all refused layouts share
     for plan in sorted(candidates(problem), key=lambda plan: plan.time.total):
@@ -119,6 +121,19 @@ def search(problem: Problem) -> Plan | None:
     if not valid and refused:
         raise ConfigError("in every layout that fits:\n" + "\n".join(sorted(refused)))
     return min(valid, key=_preference, default=None)
+
+
+def _check_batch(problem: Problem) -> None:
+    """Raise ConfigError if no layout divides the global batch among its data-parallel ranks."""
+    batch, world = problem.config.training.global_batch_size, problem.world_size
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    shared = {math.prod(settings[name] for name in sizes) for settings in layouts(problem)}
+    if not any(batch % (world // ranks) == 0 for ranks in shared):
+        multiple = world // max(shared)
+        raise ConfigError(
+            f"--global-batch-size {batch} is not a multiple of the data-parallel ranks of any layout of {world} "
+            f"devices. Choose a multiple of {multiple}, or another number of devices."
+        )
 
 
 def _preference(plan: Plan) -> tuple[int, ...]:
@@ -223,7 +238,7 @@ def rejections(problem: Problem, plan: Plan) -> list[Rejection]:
         try:
             other = Plan(problem.layout(plan.settings | changes))
         except ConfigError as error:
-            found.append(Rejection(changes, str(error).splitlines()[-1].strip("- ")))
+            found.append(Rejection(changes, str(error).splitlines()[-1].strip()))
             continue
         found.append(Rejection(changes, _compare(other, plan)))
     return found
@@ -235,7 +250,13 @@ def _compare(other: Plan, plan: Plan) -> str:
         return f"needs {needed:.1f} GiB of {limit:.1f}"
     slower = other.time.total / plan.time.total - 1
     causes = [(seconds - vars(plan.time)[name], name) for name, seconds in vars(other.time).items()]
-    return f"{100 * slower:.1f} % slower ({max(causes)[1]})" if slower > 5e-4 else "as fast, with more memory"
+    return f"{100 * slower:.1f} % slower ({max(causes)[1]})" if slower > 5e-4 else _equal(other, plan)
+
+
+def _equal(other: Plan, plan: Plan) -> str:
+    if other.memory.total >= plan.memory.total:
+        return "as fast, with more memory"
+    return "as fast, with smaller matrix products or more model parallelism"
 
 
 def _neighbours(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -328,6 +349,9 @@ def smallest_world(problem: Problem, limit: int = 16384) -> int | None:
     """Return the smallest larger number of devices, by doubling, on which a layout fits, or None up to the limit."""
     count = problem.world_size
     while (count := 2 * count) <= limit:
-        if search(replace(problem, world_size=count)) is not None:
-            return count
+        try:
+            if search(replace(problem, world_size=count)) is not None:
+                return count
+        except ConfigError:  # the batch is too small for so many ranks
+            return None
     return None

@@ -97,6 +97,7 @@ def test_a_layout_as_given_is_planned_without_a_search(recipe: Path) -> None:
         (["--gpu", "h100", "--fp8-format", "hybrid", "--no-bf16", "--no-search"], "needs --bf16"),
         (["--gpu", "a100", "--fp8-format", "hybrid", "--no-search"], "a100 has no fp8"),
         (["--no-search", "--tensor-model-parallel-size", "5", "--gpus", "5"], "does not divide"),
+        (["--gpus", "48"], "--global-batch-size 256 is not a multiple of the data-parallel ranks of any layout"),
         (["--slm-selction-ratio", "0.5"], "Did you mean"),
     ],
 )
