@@ -101,7 +101,7 @@ def _plan(argv: Sequence[str]) -> None:
 
 def _is_recipe(path: Path) -> bool:
     """Return whether a file is a recipe of this command, which may be replaced."""
-    return path.read_text(encoding="utf-8").startswith("tensor_model_parallel_size:")
+    return path.read_text(encoding="utf-8", errors="replace").startswith("tensor_model_parallel_size:")
 
 
 def read_problem(arguments: argparse.Namespace, training: Sequence[str]) -> Problem:

@@ -44,7 +44,9 @@ def head_memory(layout: Layout) -> HeadMemory:
     logits = FP32 * tokens * vocabulary
     weight = vocabulary * hidden
     if objective.slm_cross_entropy == "torch":
-        return HeadMemory(saved=2 * logits, forward=3 * logits, backward=3 * logits + FP32 * weight)
+        selection = int((2 + layout.selected_share) * logits)  # exponentials, their gradient, selected rows of it
+        products = logits + FP32 * (weight + tokens * hidden)
+        return HeadMemory(saved=logits, forward=2 * logits, backward=max(selection, products))
     rows = FP32 * tokens * hidden  # hidden states, or their gradient, in fp32
     product = layout.value_bytes if device == "cuda" else FP32  # bytes of a factor of the matrix products
     gathered = tokens * hidden * product if _copies_hidden(layout, product) else 0

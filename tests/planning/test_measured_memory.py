@@ -35,6 +35,7 @@ LAYOUTS = {
         ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
     ),
     "logits in chunks, SLM": (1, [*SLM, "token-loss", "--slm-saved-logits-mb", "0"]),
+    "all logits": (1, ["--slm-cross-entropy", "torch"]),
     "filtered backward pass": (1, [*SLM, "token-loss", "--slm-backward", "filtered"]),
 }
 
