@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.checkpoint.adoption import adopt_settings
+from megatron_slm.checkpoint.source import find_source
 from megatron_slm.config.checks import derive
 from megatron_slm.config.constraints import UNSET
 from megatron_slm.config.flags import Parser, parse
@@ -49,7 +51,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add("--no-time", action="store_true", help="plan the memory of the given layout only")
     add("--json", action="store_true", help="print JSON, with sizes in bytes and times in seconds")
     add("--output", type=expand_user, metavar="FILE.yaml", help="write the layout as a recipe, for a last --config")
-    add("--reference-config", type=expand_user, metavar="RECIPE.yaml", help="model of --reference-load [the run's]")
+    add(
+        "--reference-config",
+        type=expand_user,
+        metavar="RECIPE.yaml",
+        help="model of --reference-load, if it is elsewhere",
+    )
     add("--write-gb-per-second", type=float, default=10.0, help="write bandwidth of the file system [10]")
     arguments, training = parser.parse_known_args(list(argv))
     for flag, value in (("--gpus", arguments.gpus), ("--write-gb-per-second", arguments.write_gb_per_second)):
@@ -110,19 +117,25 @@ def read_problem(arguments: argparse.Namespace, training: Sequence[str]) -> Prob
     Raises:
         ConfigError: a setting is missing or invalid.
     """
-    config = parse(training).config
+    config = parse(training, adopt_settings).config
     if config.training.micro_batch_size is UNSET:
         config = with_settings(config, {"micro_batch_size": 1})
     if config.training.global_batch_size is UNSET:
         raise ConfigError("missing required setting: --global-batch-size, which the layout must not change.")
     if needs_reference(config) and config.reference.reference_load is None and not config.reference.reference_scores:
         config = with_settings(config, {"reference_load": PLACEHOLDER})
-    model = None if arguments.reference_config is None else _reference_model(arguments.reference_config)
+    model = _reference_model(arguments.reference_config, config)
     config = derive(config)
     return Problem(config, arguments.gpus, _vocab_size(config), _device(arguments), model)
 
 
-def _reference_model(path: str) -> ModelConfig:
+def _reference_model(path: str | None, run: RunConfig) -> ModelConfig | None:
+    """Return the model of --reference-config, else of the directory --reference-load, if it is on this machine."""
+    directory = run.reference.reference_load
+    if path is None:
+        if directory is None or not Path(directory).is_dir():
+            return None
+        return find_source(directory, run.reference.reference_ckpt_step, "--reference-load").config().model
     config = derive(parse(["--config", path]).config)
     if config.model.num_layers is UNSET or config.model.hidden_size is UNSET:
         raise ConfigError(

@@ -119,7 +119,7 @@ def search(problem: Problem) -> Plan | None:
             messages = {line.strip() for line in str(error).splitlines() if not line.endswith("problems:")}
             refused = messages if refused is None else refused & messages
     if not valid and refused:
-        raise ConfigError("in every layout that fits:\n" + "\n".join(sorted(refused)))
+        raise ConfigError("no layout is valid:\n" + "\n".join(sorted(refused)))
     return min(valid, key=_preference, default=None)
 
 

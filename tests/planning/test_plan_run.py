@@ -135,3 +135,26 @@ def test_a_smaller_reference_model_needs_less_memory(recipe: Path, tmp_path: Pat
 def test_the_planner_imports_no_torch() -> None:
     code = "import sys, megatron_slm.cli.plan_run; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_reference_model_of_a_directory_is_planned(recipe: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "published"
+    directory.mkdir()
+    model = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "hidden_act": "silu",
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 22,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    }
+    (directory / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    given = ["--config", recipe, "--no-search", "--gpus", 64, "--micro-batch-size", 1, "--reference-load", directory]
+    found = plan(*given)["plan"]
+    assert found["memory"]["parts"]["reference model"] == 2 * 1_100_048_384
