@@ -16,11 +16,18 @@ from megatron_slm.checkpoint.adoption import adopt_settings
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.runtime.launch import read_launch
+from megatron_slm.runtime.launch import Launch, read_launch
 from megatron_slm.runtime.output import print_result
 from megatron_slm.runtime.reporting import run_command
 from megatron_slm.runtime.signals import StopSignals
-from megatron_slm.training.preflight import check_device, check_files, check_memory, default_device, resolve_values
+from megatron_slm.training.preflight import (
+    check_device,
+    check_files,
+    check_memory,
+    default_device,
+    device_obstacles,
+    resolve_values,
+)
 
 if TYPE_CHECKING:
     from megatron_slm.runtime.groups import Groups
@@ -34,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> None:
     command = parse(argv, adopt_settings)
-    launch = read_launch()
+    launch = read_launch() if command.world_size is None else Launch("none", world_size=command.world_size)
     if command.action == "print-config":
         if launch.rank == 0:
             print_result(dump_config(command.config))
@@ -45,7 +52,7 @@ def _run(argv: Sequence[str]) -> None:
         with StopSignals(announces=launch.rank == 0) if handles else nullcontext() as signals:
             _train(config, command.note, signals)
     elif launch.rank == 0:
-        print_checked_plan(config, command.note, launch.world_size)
+        print_checked_plan(config, command.note, launch.world_size, runs_here=command.world_size is None)
 
 
 def print_checked_plan(
@@ -54,7 +61,8 @@ def print_checked_plan(
     """Check files and device, and print the plan of a run with validated values.
 
     Args:
-        runs_here: whether the run has the same kind of device as this machine, which is checked.
+        runs_here: whether the run has the same kind of device as this machine, which is checked; otherwise a device
+            that cannot run it is only reported.
         shown: whether to print the plan.
 
     Raises:
@@ -78,6 +86,9 @@ def print_checked_plan(
     check_files(config, tokenizer, verify=True)
     if runs_here:
         check_device(config, default_device())
+    else:
+        for obstacle in device_obstacles(config, default_device()):
+            console.print(obstacle, markup=False)
     if note:
         console.print(note, markup=False)
     start = verified_start(plan_start(config), config)

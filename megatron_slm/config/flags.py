@@ -1,4 +1,4 @@
-"""Command-line parsing: one flag per setting, with the precedence default < recipe < flag."""
+"""Command-line parsing: one flag per setting, with the precedence default < recipe < --set < flag."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from megatron_slm.config import schema
 from megatron_slm.config.checkpoint_args import Adopt
 from megatron_slm.config.checks import value_violations
-from megatron_slm.config.constraints import flag_name
+from megatron_slm.config.constraints import LARGEST_INTEGER, flag_name
 from megatron_slm.config.layers import read_layers
 from megatron_slm.config.megatron_lm.statements import Label, add_accepted_flags, contradictions, describe, split
 from megatron_slm.config.paths import expand_user
@@ -21,6 +21,7 @@ from megatron_slm.config.recipe import (
     check_text,
     convert,
     convert_settings,
+    read_assignment,
     refusal_message,
     refuse_empty,
     settings,
@@ -43,6 +44,7 @@ class Command:
     config: RunConfig
     action: str
     note: str = ""  # on flags without effect and settings adopted from a checkpoint
+    world_size: int | None = None  # number of ranks that a dry run plans for; default the started processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,8 +108,9 @@ def parse(argv: Sequence[str], adopt: Adopt | None = None) -> Command:
     namespace, unknown = parser.parse_known_args(list(argv))
     typed = vars(namespace)
     recipes, action = typed.pop("config", []), typed.pop("action", "train")
+    world_size = _planned_ranks(typed.pop("world_size", None), action)
     names = {setting.name: flag_name(setting) for _, setting, _ in settings()}
-    sources = _recipe_sources(recipes)
+    sources = [*_recipe_sources(recipes), *map(_assignment_source, typed.pop("set", []))]
     sources.append((typed, lambda name: names.get(name, name)))
     problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
     given, stated, notes = dict[str, Any](), dict[str, Any](), list[str]()
@@ -122,13 +125,30 @@ def parse(argv: Sequence[str], adopt: Adopt | None = None) -> Command:
         config, note = adopt(config, frozenset(given))
         notes.append(note)
     refuse([*problems, *value_violations(config), *contradictions(config, stated)])
-    return Command(config, action, "\n".join(filter(None, notes)))
+    return Command(config, action, "\n".join(filter(None, notes)), world_size)
+
+
+def _planned_ranks(text: str | None, action: str) -> int | None:
+    """Return the value of --world-size."""
+    if text is None:
+        return None
+    if action != "dry-run":
+        raise ConfigError("--world-size is for --dry-run. Start the ranks of a run with torchrun or srun.")
+    count = convert(text, int, "--world-size")
+    refuse([] if 0 < count <= LARGEST_INTEGER else [f"--world-size is {text}, and must be above 0."])
+    return count
 
 
 def _recipe_sources(recipes: Sequence[str]) -> list[tuple[dict[str, Any], Label]]:
     """Return the settings of the recipes and their bases in order of application."""
     layers = read_layers([Path(expand_user(convert(recipe, str, "--config"))) for recipe in recipes])
     return [(values, partial("{}: {}".format, path)) for path, values in layers]
+
+
+def _assignment_source(text: str) -> tuple[dict[str, Any], Label]:
+    """Return the setting of a --set NAME=VALUE."""
+    name, value = read_assignment(text)
+    return {name: value}, lambda _: f"--set {name}"
 
 
 @cache
@@ -141,11 +161,23 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="RECIPE.yaml",
         help="YAML files with settings by flag name; later recipes override earlier ones, and flags override recipes",
     )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="settings by flag name, with values in YAML; they override recipes, and flags override them",
+    )
     for name, text in (
         ("print-config", "print the settings of the command line and its recipes as a recipe and exit"),
         ("dry-run", "validate the configuration and files, print the plan and exit"),
     ):
         parser.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
+    parser.add_argument(
+        "--world-size",
+        metavar="N",
+        help="number of ranks to plan for with --dry-run, also of another machine; default the started processes",
+    )
     sections = {
         group.name: parser.add_argument_group(getattr(schema, str(group.type)).__doc__) for group in fields(RunConfig)
     }

@@ -236,6 +236,24 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return dict(zip(names, values.values(), strict=True))
 
 
+def read_assignment(text: str) -> tuple[str, Any]:
+    """Return the setting and the value of NAME=VALUE, whose value is YAML and whose name may be written as a flag.
+
+    Raises:
+        ConfigError: the text has no name or no value, or the value is not valid YAML.
+    """
+    check_text(text, "--set")
+    name, _, value = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    if not name or not value.strip():
+        raise ConfigError(f"--set {text}: a setting is written as NAME=VALUE, for example lr=1e-4.")
+    try:
+        return name, yaml.load(value, RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--set {name}: {value!r} is not valid YAML: {reason}. Quote text as '...'.") from error
+
+
 def _positive(name: str) -> str:
     """Return the setting that Megatron-LM's spelling ``no_NAME`` disables; return other names unchanged."""
     known = {setting.name: kind for _, setting, kind in settings()}

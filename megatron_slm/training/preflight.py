@@ -139,6 +139,15 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     check_backend(config.parallel.distributed_backend, has_gpu=device.type == "cuda")
 
 
+def device_obstacles(config: RunConfig, device: torch.device) -> list[str]:
+    """Return the reason why the run cannot start on this machine, as a line for the plan, if there is one."""
+    try:
+        check_device(config, device)
+    except ConfigError as error:
+        return [f"this machine cannot run it: {error}"]
+    return []
+
+
 def check_precision(config: RunConfig, implementation: str, device: torch.device) -> None:
     """Validate that FP8, the optimizer and the communication overlap are available.
 

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_slm.config.flags import parse
 from megatron_slm.config.layers import read_layers
+from megatron_slm.config.recipe import dump_config, from_flat_dict
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
@@ -79,3 +80,43 @@ def test_unusable_bases_are_refused(tmp_path: Path, base: Any, message: str) -> 
     recipe(tmp_path / "other.yaml", base="run.yaml")
     with pytest.raises(ConfigError, match=message):
         read_layers([Path(recipe(tmp_path / "run.yaml", base=base))])
+
+
+def test_set_overrides_recipes_and_flags_override_it(tmp_path: Path) -> None:
+    first = recipe(tmp_path / "1.yaml", lr=0.1, num_layers=1, bf16=True)
+    config = parsed(first, "--set", "lr=2e-1", "no-bf16=true", "--set=--num_layers=3", "--set", "lr=0.3")
+    assert (config.optimizer.lr, config.training.bf16, config.model.num_layers) == (0.3, False, 3)
+    assert parsed(first, "--set", "lr=0.2", "--lr", "0.5").optimizer.lr == 0.5
+    assert parse(["--num-layers", "5", "--set", "num_layers=4", "--config", first]).config.model.num_layers == 5
+
+
+def test_set_reads_values_as_yaml() -> None:
+    given = ["data_path=[0.3, a, 0.7, b]", "valid-data-path={math: c=d}", "slm_score=excess:0.5 and random:0.5"]
+    config = parse(["--set", *given, "save=~/ü b", "train_samples=null", "wandb_exp_name='yes'", "swiglu=yes"]).config
+    assert config.data.data_path == ["0.3", "a", "0.7", "b"] and config.data.valid_data_path == {"math": ["c=d"]}
+    assert config.objective.slm_score == "excess:0.5 and random:0.5" and config.training.train_samples is None
+    assert config.checkpoint.save == str(Path.home() / "ü b") and config.logging.wandb_exp_name == "yes"
+    assert from_flat_dict(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("globl-batch_size=8", "--set globl_batch_size is unknown. Did you mean global_batch_size?"),
+        ("num_layers=two", "--set num_layers must be an integer, not 'two'."),
+        ("lr=-1", "--lr is -1.0, and must be 0 or more."),
+        ("lr", "--set lr: a setting is written as NAME=VALUE"),
+        ("lr=", "--set lr=: a setting is written as NAME=VALUE"),
+        ("=1", "--set =1: a setting is written as NAME=VALUE"),
+        ("save=''", "--set save is empty."),
+        ("data_path=[a", "--set data_path: '[a' is not valid YAML"),
+        ("data_path={a: 1, a: 2}", "--set data_path: '{a: 1, a: 2}' is not valid YAML"),
+        ("base=x.yaml", "--set base is unknown."),
+        ("optimizer-cpu-offload=true", "--set optimizer_cpu_offload is a Megatron-LM flag that is not supported"),
+        ("save=\udce9", "--set: 'save=\\udce9' is not valid UTF-8 text"),
+    ],
+)
+def test_a_wrong_assignment_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(["--set", text])
+    assert message in str(caught.value)
