@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.schema import ModelConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
@@ -49,7 +49,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
     return [
         ("objective", objective),
         ("reference", _reference(config)),
-        ("parameters", f"{parameter_count(model, padded):,}"),
+        ("parameters", _parameters(model, vocab_size, padded)),
         ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
         ("layout", f"TP {tensor} x PP {pipeline} x CP {context} x DP {data} = {world_size} processes"),
         ("global batch", f"{batch:,} samples = {batch * length:,} tokens"),
@@ -59,6 +59,13 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
         ("checkpoints", _checkpoints(config, vocab_size)),
         ("training model FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in total"),
     ]
+
+
+def _parameters(model: ModelConfig, vocab_size: int, padded: int) -> str:
+    """Return the parameter count of the model, and separately that of the padding of its vocabulary."""
+    unpadded = parameter_count(model, max(vocab_size, model.vocab_size or 0))
+    padding = parameter_count(model, padded) - unpadded
+    return f"{unpadded:,}" + (f", and {padding:,} of the vocabulary's padding" if padding else "")
 
 
 def _checkpoints(config: RunConfig, vocab_size: int) -> str:

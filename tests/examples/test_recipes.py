@@ -1,0 +1,121 @@
+"""Combinations of recipes that examples/recipes/README.md lists: dry runs, parameter counts, layouts and memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.cli.pretrain import main
+from megatron_slm.config import layers
+from megatron_slm.config.checks import derive
+from megatron_slm.config.flags import parse
+from megatron_slm.config.schema import RunConfig
+from megatron_slm.model.size import padded_vocab_size, parameter_count, projection_widths
+from megatron_slm.reference import replica
+from megatron_slm.testing.chat import make_examples
+from megatron_slm.training import setup
+from megatron_slm.training.preflight import needs_reference, resolve_values
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+README = (RECIPES / "README.md").read_text(encoding="utf-8")
+MEMORY = 72e9  # bytes of an H100 of 80 GB, without 8 GB for CUDA, communication and logits
+
+
+def rows(heading: str) -> Iterator[list[list[str]]]:
+    """Yield the rows of the table of a section, each cell as a list."""
+    table = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    for line in re.findall(r"^\| ([^-].*) \|$", table, re.MULTILINE)[1:]:
+        yield [cell.split(", ") for cell in line.split(" | ")]
+
+
+def combinations() -> list[tuple[str, str, str, str]]:
+    return [each for row in rows("Tested combinations") for each in itertools.product(*row)]
+
+
+def recipes(model: str, run: str, cluster: str, reference: Path) -> list[str]:
+    """Return the flags of a combination."""
+    names = [f"models/{model}", *(f"runs/{name}" for name in run.split(" + "))]
+    names += [f"clusters/{name}" for name in cluster.split(" + ")]
+    needs_reference = run.startswith("slm")
+    files = [str(RECIPES / f"{name}.yaml") for name in names]
+    return ["--config", *files, *(["--reference-load", str(reference)] if needs_reference else [])]
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read each file once, which takes most of the time."""
+    read = functools.cache(layers.read_recipe)
+    monkeypatch.setattr(layers, "read_recipe", lambda path: dict(read(path)))
+
+
+def bytes_per_rank(config: RunConfig, world_size: int) -> float:
+    """Estimate weights, gradients, optimizer state, a reference model of equal size, and activations of a rank."""
+    model, parallel = config.model, config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    embedding = (model.vocab_size or 0) * model.hidden_size
+    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    layers = (parameter_count(model, model.vocab_size or 0) - matrices * embedding) / pipeline
+    parameters = (layers + (1 if pipeline > 1 else matrices) * embedding) / tensor
+    per_parameter = 2 + 4 + 12 * tensor * pipeline / world_size
+    per_parameter += (2 if needs_reference(config) else 0) + (2 if config.precision.fp8_format else 0)
+    query, key = projection_widths(model)
+    per_token = 10 * model.hidden_size + 2 * query + 4 * key + 6 * model.ffn_hidden_size  # bytes of a layer
+    tokens = config.training.micro_batch_size * model.seq_length
+    return parameters * per_parameter + tokens * per_token * model.num_layers / tensor
+
+
+def test_every_recipe_is_listed_or_a_base() -> None:
+    files = {f"{path.parent.name}/{path.stem}" for path in RECIPES.rglob("*.yaml") if "laptop" not in path.stem}
+    listed = {f"models/{name}" for row in rows("Models") for name in row[0]}
+    listed |= {f"runs/{name}" for row in rows("Runs") for name in row[0]}
+    listed |= {f"clusters/{name}" for *_, cluster, _ in combinations() for name in cluster.split(" + ")}
+    bases = {"models/llama", "runs/pretraining", "runs/1b", "runs/7b", "runs/general"}
+    assert files == listed | bases
+    used = {f"runs/{name}" for _, run, *_ in combinations() for name in run.split(" + ")}
+    assert used | {f"models/{model}" for model, *_ in combinations()} == {
+        name for name in listed if not name.startswith("clusters")
+    }
+
+
+@pytest.mark.parametrize(("names", "count"), list(rows("Models")))
+def test_parameter_count_is_the_published_one(names: list[str], count: list[str]) -> None:
+    path = RECIPES / "models" / f"{names[0]}.yaml"
+    assert f"# {count[0]} parameters: huggingface.co/" in path.read_text(encoding="utf-8")
+    model = derive(parse(["--config", str(path)]).config).model
+    assert model.vocab_size is not None
+    for tensor in (1, 2, 4, 8):
+        padded = padded_vocab_size(model, model.vocab_size, tensor)
+        assert padded == model.vocab_size and f"{parameter_count(model, padded):,}" == count[0]
+
+
+def test_combinations_fit_their_gpus(tmp_path: Path) -> None:
+    for model, run, cluster, gpus in combinations():
+        config = resolve_values(
+            parse([*recipes(model, run, cluster, tmp_path), "--data-path", "corpus"]).config, int(gpus)
+        )
+        tokens = config.training.global_batch_size * config.model.seq_length
+        assert tokens == 2**20 or run.startswith("sft")
+        assert config.parallel.tensor_model_parallel_size <= 8
+        size = bytes_per_rank(config, int(gpus))
+        assert size < MEMORY, f"{model}, {run}, {cluster}, {gpus} GPUs: {size / 1e9:.1f} GB"
+
+
+def test_dry_run_accepts_every_combination(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = make_examples(tmp_path / "chat", [{"prompt": "a", "completion": "b"}])
+    monkeypatch.setattr(replica, "check_reference", lambda *_, **options: None)  # there is no reference model
+    monkeypatch.setattr(setup, "reference_identity", lambda *_: "rm")
+    files = ["--tokenizer-type", "ByteTokenizer", "--data-path", corpus, "--split", "1,0,0"]
+    published = {names[0]: count[0] for names, count in rows("Models")}
+    for model, run, cluster, gpus in combinations():
+        argv = [*recipes(model, run, cluster, tmp_path), *files, "--dry-run", "--world-size", gpus]
+        assert main(argv) == 0, f"{model}, {run}, {cluster}, {gpus} GPUs: {capsys.readouterr().err}"
+        output = capsys.readouterr().out
+        assert re.search(rf" {published[model]} +│", output) and f"= {gpus} processes" in output
+        assert ("this machine cannot run it: FP8" in output) == ("fp8" in cluster)
