@@ -105,11 +105,13 @@ def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
     from megatron_slm.runtime.logs import logging_to, open_log
+    from megatron_slm.training.flight_recorder import record_collectives
     from megatron_slm.training.loop import train
     from megatron_slm.training.replay import replay
     from megatron_slm.training.replay_start import replay_config
     from megatron_slm.training.setup import parallel_layout
 
+    record_collectives(config)
     groups = process.start(
         parallel_layout(config),
         backend=config.parallel.distributed_backend,
@@ -133,7 +135,9 @@ def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
+    from megatron_slm.training.flight_recorder import make_dump_directory
     from megatron_slm.training.metrics import print_settings
+    from megatron_slm.training.profiling import record_memory
     from megatron_slm.training.save_directory import locked_save, unchanged_if_refused
     from megatron_slm.training.setup import build_run
     from megatron_slm.training.sinks import closing_all
@@ -150,6 +154,8 @@ def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run
     save = None if config.training.skip_train else config.checkpoint.save
     with locked_save(save):
         with unchanged_if_refused(save):
+            record_memory(config, groups)
             run = build_run(config, tokenizer, groups, console)
+        on_first_rank(lambda: make_dump_directory(config))
         with closing_all(run.sinks):
             action(run)

@@ -134,7 +134,7 @@ def _planned_ranks(text: str | None, action: str) -> int | None:
         return None
     if action != "dry-run":
         raise ConfigError("--world-size is for --dry-run. Start the ranks of a run with torchrun or srun.")
-    count = convert(text, int, "--world-size")
+    count: int = convert(text, int, "--world-size")
     refuse([] if 0 < count <= LARGEST_INTEGER else [f"--world-size is {text}, and must be above 0."])
     return count
 

@@ -93,6 +93,12 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("eval_tasks", "tasks_dir", "eval_tasks_limit"),
         *("wandb_project", "wandb_exp_name", "wandb_save_dir", "slm_log_dir", "slm_metrics_file"),
         *("slm_events_file", "replay_report"),
+        *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "use_pytorch_profiler"),
+        *("pytorch_profiler_collect_shapes", "pytorch_profiler_collect_callstack"),
+        *("record_memory_history", "memory_snapshot_path"),
+        *("flight_recorder_dump_path", "flight_recorder_trace_buffer_size", "flight_recorder_dump_on_timeout"),
+        *("flight_recorder_include_stack_trace", "flight_recorder_include_only_active"),
+        *("flight_recorder_extra_dump_on_exec", "manual_gc", "manual_gc_interval", "manual_gc_eval"),
     ),
 }
 RULES: dict[str, Rule] = {name: rule for rule, names in _TABLE.items() for name in names}

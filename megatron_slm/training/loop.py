@@ -23,7 +23,10 @@ from megatron_slm.training.benchmarks import evaluate_benchmarks, score_line, sc
 from megatron_slm.training.clock import Schedule, StepClock
 from megatron_slm.training.evaluation import Evaluation, evaluate
 from megatron_slm.training.events import StepMonitor
+from megatron_slm.training.garbage import ManualCollection
+from megatron_slm.training.memory_use import MemoryUse
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
+from megatron_slm.training.profiling import StepProfiler, write_memory_snapshot
 from megatron_slm.training.save_directory import record_stop
 from megatron_slm.training.saver import Saver
 from megatron_slm.training.sinks import Sink
@@ -67,7 +70,7 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
         loop.evaluate()
         return
     record_stop(run.config.checkpoint.save, None)
-    with loop.saver.finishing():
+    with loop.collection.replacing_automatic(), loop.saver.finishing():
         _train(run, loop, stop)
     record_stop(run.config.checkpoint.save, stop.reason)
 
@@ -93,6 +96,8 @@ class _Loop:
         self.clock = StepClock(Schedule(self.iterations, logs.eval_interval, checkpoint.save_interval))
         self.saver = Saver(run.state, run.config, run.console)
         self.monitor = StepMonitor(run.state, run.config, run.datasets.train)
+        self.profiler = StepProfiler(run.config, run.state.groups, run.console)
+        self.collection = ManualCollection(run.config.diagnostics)
         self.saved, self.evaluated = run.progress.step, -1
         self.unlogged: list[Step] = []
 
@@ -103,11 +108,14 @@ class _Loop:
         self.clock.start()
         try:
             while run.progress.step < self.iterations and not self.stop.agreed():
+                self.profiler.before_step(run.progress.step)
                 if (trained := one_step(run, stream, self.monitor.accept)) is not None:
                     self.unlogged.append(trained)
+                step = run.progress.step
+                self.profiler.after_step(step)
+                self.collection.after_step(step)
                 self.clock.tick()
                 self.saver.poll()
-                step = run.progress.step
                 logger.info("step %d", step)
                 if self.unlogged and (_is_due(step, config.logging.log_interval) or step == self.iterations):
                     self._log()
@@ -119,6 +127,7 @@ class _Loop:
                     return f"--exit-interval {config.training.exit_interval}"
         finally:
             stream.close()
+            self.profiler.close()
             if self.unlogged:
                 self._log()
         return self.stop.reason
@@ -144,7 +153,7 @@ class _Loop:
         if self.evaluated == run.progress.step or not (sets or benchmarks):
             return
         logger.info("evaluating at step %d", run.progress.step)
-        with self.clock.evaluating():
+        with self.clock.evaluating(), self.collection.around_evaluation():
             losses = evaluate(run.state, sets, config, run.shape, self.stop.agreed)
             scores = evaluate_benchmarks(run.state, benchmarks, config, self.stop.agreed)
         if losses:
@@ -190,6 +199,8 @@ class _Loop:
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
         norms = [step.grad_norm for step in steps if not step.overflow]
+        memory = MemoryUse.measure(run.state.groups.device)
+        logger.info("memory %s", memory)
         metrics = StepMetrics(
             step=run.progress.step,
             tokens=run.tokens,
@@ -200,6 +211,9 @@ class _Loop:
             loss_scale=last.loss_scale,
             steps_skipped=len(steps) - len(norms) if last.loss_scale is not None else None,
             **interval_losses([step.sums for step in steps]),
+            memory=memory.current,
+            memory_peak=memory.peak,
+            memory_reserved=memory.reserved,
             **run.throughput.step_rates(self.clock.seconds_per_step()),
         )
         self.unlogged = []
@@ -207,6 +221,7 @@ class _Loop:
         run.console.print(metrics.line(self.iterations, width), markup=False)
         for sink in run.sinks:
             sink.write({"kind": "train", **asdict(metrics)})
+        write_memory_snapshot(run.config, run.state.groups.rank)
 
 
 def training_stream(run: Run) -> Generator[list[MicroBatch], None, None]:

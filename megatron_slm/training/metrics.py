@@ -21,6 +21,7 @@ from megatron_slm.objective.tokens import TokenBatch, diverged_tokens
 from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
 from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.training.memory_use import MemoryUse
 
 # Dense bf16 peak per device in TFLOP/s, from NVIDIA's data sheets; used for model FLOPs utilization (MFU).
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -123,6 +124,9 @@ class StepMetrics:
     seconds_ranking: float | None = None  # time of the ranking pass, included in seconds
     loss_scale: float | None = None  # of the last step; None without dynamic loss scaling
     steps_skipped: int | None = None  # steps without update, since gradients overflowed fp16; None without scaling
+    memory: int | None = None  # bytes of rank 0: allocated on a GPU, resident set on a CPU
+    memory_peak: int | None = None  # since the start of the process
+    memory_reserved: int | None = None  # by torch's allocator on a GPU
 
     def line(self, train_iters: int, width: int | None = None) -> str:
         """Return a console line, shortened to ``width`` columns by omitting the least important metrics."""
@@ -146,9 +150,15 @@ class StepMetrics:
             _Figure(4, 3, f"{short(self.tokens_per_second)} tok/s"),
             _Figure(4, 10, f"{self.tflops:.3g} TFLOP/s"),
             _Figure(4, 11, f"MFU {self.mfu:.0%}") if self.mfu is not None else None,
+            self._memory_figure(),
             _Figure(5, 2, f"{format_duration(self.seconds_left)} left"),
         ]
         return [figure for figure in figures if figure is not None]
+
+    def _memory_figure(self) -> _Figure | None:
+        if self.memory is None or self.memory_peak is None:
+            return None
+        return _Figure(4, 12, f"memory {MemoryUse(self.memory, self.memory_peak, self.memory_reserved)}")
 
 
 @dataclass(frozen=True)

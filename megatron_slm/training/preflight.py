@@ -136,7 +136,17 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     choose_cross_entropy(config.objective.slm_cross_entropy, device)
     check_dispatcher(config.model, device)
     check_precision(config, implementation, device)
+    check_diagnostics(config, device)
     check_backend(config.parallel.distributed_backend, has_gpu=device.type == "cuda")
+
+
+def check_diagnostics(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError if a profiler needs a GPU, and there is none."""
+    settings = config.diagnostics
+    if settings.profile and not settings.use_pytorch_profiler and device.type != "cuda":
+        raise ConfigError("--profile needs a GPU, whose kernels nsys records. Add --use-pytorch-profiler on a CPU.")
+    if settings.record_memory_history and device.type != "cuda":
+        raise ConfigError("--record-memory-history needs a GPU. Leave it out on a CPU.")
 
 
 def device_obstacles(config: RunConfig, device: torch.device) -> list[str]:

@@ -35,6 +35,10 @@ IMPLIED: dict[str, tuple[str, Any]] = {
     "--recompute-activations": ("recompute_granularity", "selective"),
     "--grad-reduce-in-bf16": ("accumulate_allreduce_grads_in_fp32", False),
     "--disable-fp8-wgrad": ("fp8_wgrad", False),
+    "--disable-manual-gc-eval": ("manual_gc_eval", False),
+    "--disable-flight-recorder-dump-on-timeout": ("flight_recorder_dump_on_timeout", False),
+    "--disable-flight-recorder-include-only-active": ("flight_recorder_include_only_active", False),
+    "--disable-flight-recorder-extra-dump-on-exec": ("flight_recorder_extra_dump_on_exec", False),
     "--override-opt-param-scheduler": ("override_opt_param_scheduler", True),
     "--use-checkpoint-opt-param-scheduler": ("use_checkpoint_opt_param_scheduler", True),
 }
@@ -102,9 +106,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
             "--no-gradient-reduce-div-fusion",
             "--no-persist-layer-norm",
             "--no-mmap-bin-files",
-            "--manual-gc",
-            "--no-manual-gc-eval",
-            "--disable-manual-gc-eval",
             "--ckpt-fully-parallel-save",
             "--no-ckpt-fully-parallel-save",
             "--ckpt-fully-parallel-load",
@@ -136,7 +137,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         (
             "--local-rank",
             "--local_rank",
-            "--manual-gc-interval",
             "--logging-level",
             "--log-memory-interval",
             "--tensorboard-log-interval",

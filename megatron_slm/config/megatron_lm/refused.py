@@ -10,7 +10,6 @@ _PHASES = "the global batch is constant; train in phases: --load with another --
 _DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and --min-lr."
 _SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated separately."
 _SCALED_ROPE = "rotary embeddings are scaled as in Llama 3 only. Use --use-rope-scaling."
-_PROFILE = "there is no built-in profiler. Run the command under nsys or py-spy."
 _OFFLOAD = "optimizer state is kept on the device. Shard it with --use-distributed-optimizer."
 _SAME_BATCH = "evaluation uses the batch sizes of training. Set the extent with --eval-iters."
 
@@ -77,13 +76,6 @@ CURATED: dict[str, str] = {
     "--persistent-save-interval": "there is one kind of checkpoint. Use --save-interval.",
     "--dist-ckpt-strictness": "loading is always strict. Leave the flag out.",
     "--wandb-entity": "set the environment variable WANDB_ENTITY.",
-    "--profile": _PROFILE,
-    "--profile-ranks": _PROFILE,
-    "--profile-step-start": _PROFILE,
-    "--profile-step-end": _PROFILE,
-    "--use-pytorch-profiler": _PROFILE,
-    "--record-memory-history": _PROFILE,
-    "--memory-snapshot-path": _PROFILE,
     "--exit-signal": "use --exit-signal-handler: SIGTERM and SIGUSR1 save and end the run.",
     "--exit-signal-handler-for-training": "use --exit-signal-handler.",
     "--chat-template": "conversations are formatted by tools/preprocess_sft.py (--chat-template).",
@@ -148,7 +140,7 @@ FAMILIES: dict[str, str] = {
     ),
     (
         "inprocess ^--adlr- ^--ft- ft-package ft-timeouts straggler fault injection verify-integrity weight- "
-        "hash sniff large-grads flight ^--gpu"
+        "hash sniff large-grads ^--gpu"
     ): "recover from checkpoints: set --save-interval and --exit-signal-handler, and rerun the command.",
     "tokenizer vocab tiktoken pad-tokens gigatoken": (
         "tokenizers are configured by --tokenizer-type, --tokenizer-model, --vocab-file and --merge-file."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_slm.config.relations import (
     data,
+    diagnostics,
     experts,
     files,
     finetuning,
@@ -30,7 +31,13 @@ PLAN_RELATIONS: tuple[Relation, ...] = (  # of a run whose data and directories 
     *schedule.RELATIONS,
     *objective.RELATIONS,
 )
-RELATIONS: tuple[Relation, ...] = (*PLAN_RELATIONS, *data.RELATIONS, *finetuning.RELATIONS, *files.RELATIONS)
+RELATIONS: tuple[Relation, ...] = (
+    *PLAN_RELATIONS,
+    *data.RELATIONS,
+    *finetuning.RELATIONS,
+    *files.RELATIONS,
+    *diagnostics.RELATIONS,
+)
 INFERENCE_RELATIONS: tuple[Relation, ...] = (
     layout.processes,
     layout.tensor_parallel,

@@ -107,6 +107,8 @@ def unwritable_outputs(config: RunConfig) -> Iterator[str]:
         ("--slm-log-dir", config.logging.slm_log_dir),
         ("--wandb-save-dir", config.logging.wandb_save_dir),
         ("--data-cache-path", config.data.data_cache_path),
+        ("--memory-snapshot-path", _parent(config.diagnostics.memory_snapshot_path)),
+        ("--flight-recorder-dump-path", _parent(config.diagnostics.flight_recorder_dump_path)),
     ):
         is_cache = flag == "--data-cache-path" and Path(directory or "").is_dir()  # optional, and may be complete
         if directory is not None and not is_cache:
@@ -118,6 +120,11 @@ def unwritable_outputs(config: RunConfig) -> Iterator[str]:
     ):
         if record_file is not None:
             yield from _record_file(flag, record_file, is_given=given is not None)
+
+
+def _parent(path: str | None) -> str | None:
+    """Return the directory of a file."""
+    return None if path is None else str(Path(path).parent)
 
 
 def _record_file(flag: str, path: Path, *, is_given: bool) -> Iterator[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_slm.config.schema.data import DataConfig, TokenizerConfig
+from megatron_slm.config.schema.diagnostics import DiagnosticsConfig
 from megatron_slm.config.schema.model import ModelConfig
 from megatron_slm.config.schema.objective import ObjectiveConfig, ReferenceConfig
 from megatron_slm.config.schema.output import CheckpointConfig, LoggingConfig
@@ -22,6 +23,7 @@ from megatron_slm.config.schema.training import OptimizerConfig, ParallelConfig,
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DiagnosticsConfig",
     "LoggingConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -48,5 +50,6 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
