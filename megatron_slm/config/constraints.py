@@ -6,7 +6,7 @@ Constraints between settings are in :mod:`megatron_slm.config.relations`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any
 
@@ -51,6 +51,7 @@ def flag(
     help: str,
     *,
     choices: tuple[str, ...] = (),
+    unsupported: Mapping[str, str] | None = None,
     required: bool = False,
     spelling: str | None = None,
     core: str = "",
@@ -66,6 +67,7 @@ def flag(
         default: default value, or factory.
         help: help text of the flag.
         choices: valid values of a string.
+        unsupported: reason and remedy by value, for values of Megatron-LM that are not among the choices.
         required: whether a run needs the setting and no other setting implies it.
         spelling: Megatron-LM's spelling, if it differs from the field's name with hyphens.
         core: Megatron-Core fields that receive the value, see :mod:`megatron_slm.config.core_fields`.
@@ -80,6 +82,7 @@ def flag(
     metadata = {
         "help": help,
         "choices": choices,
+        "unsupported": unsupported or {},
         "required": required,
         "spelling": spelling,
         "core": core,
@@ -105,7 +108,9 @@ def violations(setting: Field[Any], value: Any) -> Iterator[str]:
         yield from _number_violations(setting, value)
     elif setting.metadata["choices"]:
         for item in value if isinstance(value, list) else [value]:
-            if item not in setting.metadata["choices"]:
+            if item in setting.metadata["unsupported"]:
+                yield f"{name} {item} is not supported: {setting.metadata['unsupported'][item]}"
+            elif item not in setting.metadata["choices"]:
                 yield f"{name} must be one of {', '.join(setting.metadata['choices'])}, not {item!r}."
 
 

@@ -29,7 +29,8 @@ def run_check(world_size: int, **changes: Any) -> Any:
     arguments: list[str] = []
     for name, value in {**GOOD, **changes}.items():
         if value is not None:
-            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
     return resolve(parse(arguments).config, world_size)
 
 

@@ -65,8 +65,13 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
         (2, {"profile": True, "profile_ranks": [0, 2, -1]}, "--profile-ranks 2 -1: the run has the ranks 0 to 1."),
         (
             1,
-            {"manual_gc_interval": 5, "manual_gc_eval": False},
+            {"manual_gc_interval": 5, "no_manual_gc_eval": True},
             "--manual-gc-interval --no-manual-gc-eval has no effect",
+        ),
+        (
+            1,
+            {"optimizer": "muon"},
+            "--optimizer muon is not supported: Megatron-Core has it from version 0.16 on, with",
         ),
         (1, {"wandb_save_dir": "logs"}, "--wandb-save-dir logs has no effect without --wandb-project"),
         (1, {"objective": "slm", "reference_scores": ":"}, "--reference-scores :: a name has a letter"),

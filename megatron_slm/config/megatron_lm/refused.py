@@ -115,7 +115,8 @@ FAMILIES: dict[str, str] = {
     "^--save-.*-interval dump log wandb tensorboard otel nvtx profil record app-tag result-rejected workload": (
         "metrics are written to --slm-metrics-file, --tensorboard-dir and --wandb-project. Leave the flag out."
     ),
-    "muon lion- ^--(use-)?mup qk-clip optimizer weight-decay -wd- pin-cpu layer-wise": (
+    "muon": "--optimizer is adam or sgd: Muon is outside of the distributed optimizer of Megatron-Core.",
+    "lion- ^--(use-)?mup qk-clip optimizer weight-decay -wd- pin-cpu layer-wise": (
         "--optimizer is adam or sgd, with one learning rate and weight decay for all weights."
     ),
     "mtp": "multi-token prediction is configured by --mtp-num-layers and --mtp-loss-scaling-factor.",

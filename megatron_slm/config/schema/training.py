@@ -11,6 +11,10 @@ FUSED_PARTS = (  # parts of the table of implementations, for --require-fused
     *("linear", "attention", "norm", "rope", "weight-gradient", "adam", "lm-head", "fp8", "reference"),
     *("grad-reduce", "param-gather", "tp-comm", "p2p-comm"),
 )
+_MUON = (
+    "Megatron-Core has it from version 0.16 on, with the package emerging-optimizers, but outside of the distributed "
+    "optimizer, whose checkpoints are read and written here. Use --optimizer adam."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +157,11 @@ class OptimizerConfig:
     """Optimizer and schedule"""
 
     optimizer: str = flag(
-        "adam", "optimizer (adam is AdamW: decoupled weight decay)", choices=("adam", "sgd"), core="optimizer"
+        "adam",
+        "optimizer (adam is AdamW: decoupled weight decay)",
+        choices=("adam", "sgd"),
+        unsupported=dict.fromkeys(("muon", "dist_muon"), _MUON),
+        core="optimizer",
     )
     lr: float = flag(UNSET, "peak learning rate", required=True, at_least=0, at_most=1e6, core="optimizer")
     min_lr: float = flag(0.0, "minimum learning rate, reached at the end of the decay", at_least=0, core="optimizer")
