@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.config.activation import default_ffn_size
+from megatron_slm.config.batch_sizes import BatchSizes, ramp_violations
 from megatron_slm.config.blends import resolve_blends
 from megatron_slm.config.constraints import UNSET, flag_name, violations
 from megatron_slm.config.recipe import settings, to_flat_dict, with_settings
@@ -103,8 +104,11 @@ def _derive_run_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         derived["sequence_parallel"] = False  # no effect, as in Megatron-LM
     if batch is UNSET:
         batch = derived["global_batch_size"] = training.micro_batch_size * ranks
+    training = replace(training, global_batch_size=batch)
+    refuse(list(ramp_violations(training)))
+    sizes = BatchSizes.from_config(training)
     if training.train_samples is not None and training.train_iters is UNSET:
-        derived["train_iters"] = training.train_samples // batch
+        derived["train_iters"] = sizes.steps_until(training.train_samples)
     if training.skip_train:  # building the optimizer still needs a learning rate and a length
         derived |= {"load_optim": False, "load_rng": False}
         derived.setdefault("train_iters", training.train_iters or 1)

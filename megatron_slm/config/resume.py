@@ -60,7 +60,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("num_layers_at_end_in_bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale"),
         *("loss_scale_window", "hysteresis", "use_precision_aware_optimizer", "main_grads_dtype"),
         *("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"),
-        *("micro_batch_size", "global_batch_size", "train_iters", "train_samples", "seed", "bf16"),
+        *("micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples", "seed", "bf16"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
         *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
         "accumulate_allreduce_grads_in_fp32",

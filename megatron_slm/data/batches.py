@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.mcore.layers import context_positions
 from megatron_slm.runtime.errors import ConfigError
 
@@ -120,6 +121,10 @@ class BatchShape:
     def global_batch_size(self) -> int:
         return self.micro_batch_size * self.num_micro_batches * self.dp_size
 
+    def of_size(self, samples: int) -> BatchShape:
+        """Return the division of a global batch of another size."""
+        return replace(self, num_micro_batches=samples // (self.micro_batch_size * self.dp_size))
+
 
 class BatchStream(Iterator[list[MicroBatch]]):
     """Iterate over the optimizer steps of a run, yielding the micro-batches of one data-parallel rank.
@@ -127,6 +132,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
     Args:
         dataset: dataset with the sample format of Megatron-Core's GPT dataset.
         shape: division of the global batch.
+        sizes: global batch sizes by consumed samples; None: always that of ``shape``.
         start_sample: number of consumed samples, from which a resumed run continues.
         read_ahead: steps that a background thread prefetches; 0 reads synchronously.
         device: device of the returned tensors.
@@ -142,11 +148,12 @@ class BatchStream(Iterator[list[MicroBatch]]):
         shape: BatchShape,
         *,
         device: torch.device,
+        sizes: BatchSizes | None = None,
         start_sample: int = 0,
         read_ahead: int = 0,
         masks_missing: bool = False,
     ) -> None:
-        self.dataset, self.shape, self.device = dataset, shape, device
+        self.dataset, self.shape, self.sizes, self.device = dataset, shape, sizes, device
         self.size: int = len(dataset)  # type: ignore[arg-type]
         self.read_ahead, self.masks_missing = read_ahead, masks_missing
         self.next_sample = start_sample
@@ -155,11 +162,11 @@ class BatchStream(Iterator[list[MicroBatch]]):
 
     def __next__(self) -> list[MicroBatch]:
         if self.pool is None:
-            return self._on_device(self._step(self._advance()))
+            return self._on_device(self._step(*self._advance()))
         while len(self.ahead) <= self.read_ahead:
-            if self.ahead and self.next_sample + self.shape.global_batch_size > self.size:
+            if self.ahead and self.next_sample + self._next_shape().global_batch_size > self.size:
                 break  # end of the dataset
-            self.ahead.append(self.pool.submit(self._step, self._advance()))
+            self.ahead.append(self.pool.submit(self._step, *self._advance()))
         return self._on_device(self.ahead.popleft().result())
 
     def close(self) -> None:
@@ -167,16 +174,19 @@ class BatchStream(Iterator[list[MicroBatch]]):
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def _advance(self) -> int:
-        first = self.next_sample
-        self.next_sample += self.shape.global_batch_size
-        return first
+    def _next_shape(self) -> BatchShape:
+        return self.shape if self.sizes is None else self.shape.of_size(self.sizes.at(self.next_sample))
 
-    def _step(self, first: int) -> list[MicroBatch]:
-        if first + self.shape.global_batch_size > self.size and not self.masks_missing:
+    def _advance(self) -> tuple[int, BatchShape]:
+        first, shape = self.next_sample, self._next_shape()
+        self.next_sample += shape.global_batch_size
+        return first, shape
+
+    def _step(self, first: int, shape: BatchShape) -> list[MicroBatch]:
+        if first + shape.global_batch_size > self.size and not self.masks_missing:
             raise ConfigError(f"the dataset has {self.size} samples, but the batch at sample {first} exceeds it.")
-        stride = self.shape.micro_batch_size * self.shape.dp_size
-        shape, starts = self.shape, range(first, first + stride * self.shape.num_micro_batches, stride)
+        stride = shape.micro_batch_size * shape.dp_size
+        starts = range(first, first + shape.global_batch_size, stride)
         slices = [self._micro_batch(start).cp_slice(shape.cp_size, shape.cp_rank) for start in starts]
         if self.device.type != "cuda":
             return slices

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from rich.console import Console
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.paths import metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch
@@ -51,6 +53,11 @@ class Run:
     benchmarks: list[EncodedTask]
     sinks: list[Sink]
     console: Console
+
+    @cached_property
+    def sizes(self) -> BatchSizes:
+        """Return the global batch sizes of the run."""
+        return BatchSizes.from_config(self.config.training)
 
     @property
     def progress(self) -> TrainProgress:
@@ -100,6 +107,8 @@ class _Loop:
         self.collection = ManualCollection(run.config.diagnostics)
         self.saved, self.evaluated = run.progress.step, -1
         self.unlogged: list[Step] = []
+        self.logged = replace(run.progress)  # at the last log line
+        self.batch = 0  # samples of the last step
 
     def steps(self) -> str | None:
         """Run steps, and return the reason for an early stop, if any."""
@@ -108,6 +117,7 @@ class _Loop:
         self.clock.start()
         try:
             while run.progress.step < self.iterations and not self.stop.agreed():
+                self.batch = run.sizes.at(run.progress.consumed_samples)
                 self.profiler.before_step(run.progress.step)
                 if (trained := one_step(run, stream, self.monitor.accept)) is not None:
                     self.unlogged.append(trained)
@@ -199,6 +209,9 @@ class _Loop:
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
         norms = [step.grad_norm for step in steps if not step.overflow]
+        tokens = (run.progress.consumed_samples - self.logged.consumed_samples) * run.config.model.seq_length
+        seconds, interval = self.clock.seconds_per_step(), run.progress.step - self.logged.step
+        self.logged = replace(run.progress)
         memory = MemoryUse.measure(run.state.groups.device)
         logger.info("memory %s", memory)
         metrics = StepMetrics(
@@ -214,7 +227,8 @@ class _Loop:
             memory=memory.current,
             memory_peak=memory.peak,
             memory_reserved=memory.reserved,
-            **run.throughput.step_rates(self.clock.seconds_per_step()),
+            global_batch_size=None if run.sizes.is_constant else self.batch,
+            **run.throughput.step_rates(seconds, tokens / interval),
         )
         self.unlogged = []
         width = run.console.width if run.console.width < UNBOUNDED else None
@@ -233,6 +247,7 @@ def training_stream(run: Run) -> Generator[list[MicroBatch], None, None]:
         run.datasets.train,
         run.shape,
         device=run.state.groups.device,
+        sizes=run.sizes,
         start_sample=run.progress.consumed_samples,
         read_ahead=run.config.data.num_workers,
     )
@@ -271,10 +286,11 @@ def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObs
 
 def _advance(run: Run, *, scheduled: bool = True) -> None:
     """Advance the progress, and the schedule unless the update was skipped due to an overflow, as in Megatron-LM."""
+    batch = run.sizes.at(run.progress.consumed_samples)
     if scheduled:
-        run.state.scheduler.step(increment=run.shape.global_batch_size)
+        run.state.scheduler.step(increment=batch)
     run.progress.step += 1
-    run.progress.consumed_samples += run.shape.global_batch_size
+    run.progress.consumed_samples += batch
 
 
 def _is_due(step: int, interval: int | None) -> bool:

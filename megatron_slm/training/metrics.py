@@ -124,6 +124,7 @@ class StepMetrics:
     seconds_ranking: float | None = None  # time of the ranking pass, included in seconds
     loss_scale: float | None = None  # of the last step; None without dynamic loss scaling
     steps_skipped: int | None = None  # steps without update, since gradients overflowed fp16; None without scaling
+    global_batch_size: int | None = None  # of the last step; None if it is constant
     memory: int | None = None  # bytes of rank 0: allocated on a GPU, resident set on a CPU
     memory_peak: int | None = None  # since the start of the process
     memory_reserved: int | None = None  # by torch's allocator on a GPU
@@ -145,6 +146,7 @@ class StepMetrics:
             _Figure(2, 8, f"τ {self.threshold:+.2f}") if self.threshold is not None else None,
             _Figure(3, 7, f"norm {self.grad_norm:.2f}") if self.grad_norm is not None else None,
             _Figure(3, 4, f"lr {self.lr:.1e}"),
+            _Figure(3, 8, f"batch {self.global_batch_size}") if self.global_batch_size is not None else None,
             _Figure(3, 8, f"scale {self.loss_scale:g}") if self.loss_scale is not None else None,
             _Figure(3, 2, f"skipped {self.steps_skipped}") if self.steps_skipped else None,
             _Figure(4, 3, f"{short(self.tokens_per_second)} tok/s"),
@@ -214,7 +216,6 @@ def _hexadecimal(value: int) -> str:
 class Throughput:
     """Convert step times to tokens/s, TFLOP/s and MFU."""
 
-    tokens_per_step: int
     flops_per_token: float
     world_size: int
     peak_tflops: float | None
@@ -228,12 +229,11 @@ class Throughput:
             flops += forward_flops_per_token(model, padded_vocab_size(model, vocab_size, 1))
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""
         peak = next((tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
-        tokens_per_step = config.training.global_batch_size * config.model.seq_length
-        return Throughput(tokens_per_step, flops, groups.world_size, peak)
+        return Throughput(flops, groups.world_size, peak)
 
-    def step_rates(self, seconds: float) -> dict[str, Any]:
-        """Return the throughput fields of :class:`StepMetrics` for a step time in seconds."""
-        rate = self.tokens_per_step / seconds
+    def step_rates(self, seconds: float, tokens: float) -> dict[str, Any]:
+        """Return the throughput fields of :class:`StepMetrics` for a step of ``tokens`` tokens in ``seconds``."""
+        rate = tokens / seconds
         tflops = rate * self.flops_per_token / self.world_size / 1e12
         mfu = None if self.peak_tflops is None else tflops / self.peak_tflops
         return {"seconds": seconds, "tokens_per_second": rate, "tflops": tflops, "mfu": mfu}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.schema import ModelConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
@@ -25,7 +26,7 @@ def print_plan(console: Console, config: RunConfig, vocab_size: int, world_size:
         return
     rows = estimate_training_usage(
         config.data,
-        train_samples=config.training.train_iters * config.training.global_batch_size,
+        train_samples=BatchSizes.from_config(config.training).consumed_after(config.training.train_iters),
         valid_samples=config.logging.eval_iters,
         seq_length=config.model.seq_length,
     )
@@ -41,7 +42,12 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
     data = world_size // (tensor * pipeline * context)
     padded = padded_vocab_size(model, vocab_size, tensor)
     batch, length, steps = training.global_batch_size, model.seq_length, training.train_iters
-    flops = training_flops_per_token(model, padded) * batch * length
+    flops = training_flops_per_token(model, padded) * length
+    sizes = BatchSizes.from_config(training)
+    samples = sizes.consumed_after(steps)
+    ramp = (
+        "" if sizes.is_constant else f", from {sizes.start:,} by {sizes.increment:,} in {sizes.ramp_samples:,} samples"
+    )
     settings = config.objective
     objective = f"SLM, {settings.slm_score}, k = {settings.slm_selection_ratio:g}" if selects_tokens(config) else "CLM"
     if config.data.slm_loss_mask is not None:
@@ -52,12 +58,12 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
         ("parameters", _parameters(model, vocab_size, padded)),
         ("vocabulary", f"{vocab_size:,}, padded to {padded:,}"),
         ("layout", f"TP {tensor} x PP {pipeline} x CP {context} x DP {data} = {world_size} processes"),
-        ("global batch", f"{batch:,} samples = {batch * length:,} tokens"),
+        ("global batch", f"{batch:,} samples = {batch * length:,} tokens{ramp}"),
         ("micro-batches per step", f"{batch // (training.micro_batch_size * data):,}"),
-        ("steps", f"{steps:,} = {steps * batch * length:,} tokens"),
+        ("steps", f"{steps:,} = {samples * length:,} tokens"),
         ("memory per rank", _memory(config, vocab_size)),
         ("checkpoints", _checkpoints(config, vocab_size)),
-        ("training model FLOPs", f"{flops:.3g} per step, {flops * steps:.3g} in total"),
+        ("training model FLOPs", f"{flops * batch:.3g} per step, {flops * samples:.3g} in total"),
     ]
 
 

@@ -18,6 +18,7 @@ from megatron_slm.checkpoint.optimizer_buckets import has_buckets, load_buckets
 from megatron_slm.checkpoint.optimizer_state import load_optimizer_state, master_weight_request, saved_step
 from megatron_slm.checkpoint.requests import Shapes, check_weights, weight_request
 from megatron_slm.checkpoint.source import CheckpointSource, find_source
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.checkpoint_files import Manifest
 from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
 from megatron_slm.config.schema import RunConfig
@@ -82,7 +83,7 @@ def check_start(start: Start, config: RunConfig, tokenizer: Tokenizer, reference
 def _check_schedule(source: CheckpointSource, config: RunConfig) -> None:
     """Compare the configured schedule with that of a checkpoint, as :func:`resume` does."""
     saved = read_saved_run(source, config)
-    length = RunLength.from_config(config, saved.milestones, saved.config.training.global_batch_size)
+    length = RunLength.from_config(config, saved.milestones, saved.config.training)
     scheduler = build_scheduler(SimpleNamespace(param_groups=[]), config, length)
     common = weights.common_state(source.directory, source.flag)
     resume_schedule(scheduler, _saved_schedule(common), saved.consumed, source.directory, source.flag)
@@ -147,7 +148,9 @@ def _completion(config: RunConfig, manifest: Manifest, start: Start) -> str:
     is_complete = manifest.step >= training.train_iters
     shown = f"--train-iters {training.train_iters}"
     if training.train_samples is not None:
-        is_complete = training.train_samples - manifest.consumed_samples < training.global_batch_size
+        is_complete = not BatchSizes.from_config(training).steps_until(
+            training.train_samples, manifest.consumed_samples
+        )
         shown = f"--train-samples {training.train_samples}"
     if not is_complete or not start.trains:
         return ""

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.batch_sizes import BatchSizes
+from megatron_slm.config.schema import RunConfig, TrainingConfig
 
 Milestone = tuple[int, int]  # an iteration, and the number of samples consumed after it
 START: tuple[Milestone, ...] = ((0, 0),)
@@ -14,26 +15,28 @@ START: tuple[Milestone, ...] = ((0, 0),)
 
 @dataclass(frozen=True)
 class RunLength:
-    """Represent the iterations of a run; those after the last milestone consume ``batch`` samples each."""
+    """Represent the iterations of a run; those after the last milestone have the batch sizes ``sizes``."""
 
     iterations: int
-    batch: int
+    sizes: BatchSizes
     milestones: tuple[Milestone, ...] = START  # ascending: start of the run and its resumes
 
     @staticmethod
-    def from_config(config: RunConfig, milestones: Sequence[Milestone] = START, batch: int | None = None) -> RunLength:
+    def from_config(
+        config: RunConfig, milestones: Sequence[Milestone] = START, batches: TrainingConfig | None = None
+    ) -> RunLength:
         """Return the length of a run that continues after the last milestone.
 
         Args:
             milestones: milestones of the run so far.
-            batch: overrides --global-batch-size.
+            batches: settings whose batch sizes override those of the configuration.
         """
         training = config.training
-        batch = batch or training.global_batch_size
+        sizes = BatchSizes.from_config(batches or training)
         iterations, (step, consumed) = training.train_iters, milestones[-1]
         if training.train_samples is not None:
-            iterations = step + max(training.train_samples - consumed, 0) // batch
-        return RunLength(iterations, batch, tuple(milestones))
+            iterations = step + sizes.steps_until(training.train_samples, consumed)
+        return RunLength(iterations, sizes, tuple(milestones))
 
     @property
     def samples(self) -> int:
@@ -44,10 +47,12 @@ class RunLength:
         """Return the number of samples consumed after a past or future ``iteration``."""
         step, consumed = self.milestones[-1]
         if iteration >= step:
-            return consumed + (iteration - step) * self.batch
+            return self.sizes.consumed_after(iteration - step, consumed)
         (first, start), (last, stop) = next(
             pair for pair in itertools.pairwise(self.milestones) if pair[0][0] <= iteration < pair[1][0]
         )
+        if self.sizes.consumed_after(last - first, start) == stop:  # with the present batch sizes
+            return self.sizes.consumed_after(iteration - first, start)
         return start + (stop - start) * (iteration - first) // (last - first)
 
 

@@ -110,9 +110,9 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     corpora = corpus_identities(config.data)
     saved = on_first_rank(lambda: _saved_run(start, config, corpora, console)) if trains else None
     milestones = saved.milestones if saved is not None else START
-    # The configured and saved schedules are compared at the checkpoint's global batch size.
-    batch = saved.config.training.global_batch_size if saved is not None else None
-    state = _build_state(config, tokenizer, groups, RunLength.from_config(config, milestones, batch))
+    # The configured and saved schedules are compared at the checkpoint's batch sizes.
+    batches = saved.config.training if saved is not None else None
+    state = _build_state(config, tokenizer, groups, RunLength.from_config(config, milestones, batches))
     identity = on_first_rank(lambda: find_reference(config, headers)) if trains else None
     config = resume(state, config, start, identity, console)
     length = RunLength.from_config(config, milestones)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.data.batches import BatchShape, BatchStream, MicroBatch, document_mask
 from megatron_slm.data.datasets import build_datasets, parse_blend
@@ -83,6 +84,25 @@ def read_samples(size: int, micro: int, steps: int, dp: int, start: int, batches
 def test_samples_are_in_order_for_any_batch_shape(micro: int, steps: int, dp: int, start: int, ahead: int) -> None:
     count = 2 * micro * steps * dp
     assert read_samples(start + count, micro, steps, dp, start, 2, ahead) == list(range(start, start + count))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_samples_are_in_order_for_increasing_batches(ahead: int) -> None:
+    """After 4 samples of a run on two ranks, the ramp 4, 4, 4, 8, 12 continues with its second batch."""
+    sizes = BatchSizes(final=16, start=4, increment=4, ramp_samples=30)
+    shapes = [BatchShape(2, 4, rank, 2) for rank in range(2)]
+    streams = [
+        BatchStream(Numbers(32), shape, sizes=sizes, device=CPU, start_sample=4, read_ahead=ahead) for shape in shapes
+    ]
+    for steps in ([4], [8], [12, 16], [20, 24, 28]):
+        ranks = [next(stream) for stream in streams]
+        found = [[batch.sample_index.tolist() for batch in pair] for pair in zip(*ranks, strict=True)]
+        assert found == [[[first, first + 1], [first + 2, first + 3]] for first in steps]
+        assert [batch.first_sample for batch in ranks[1]] == steps
+    with pytest.raises(ConfigError, match="the batch at sample 32 exceeds it"):
+        next(streams[0])
+    for stream in streams:
+        stream.close()
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

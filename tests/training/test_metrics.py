@@ -26,6 +26,10 @@ LONGEST = StepMetrics(
     tflops=512.3,
     mfu=0.5123,
     seconds_left=86400 * 99,
+    global_batch_size=4096,
+    memory=3 * 2**29,
+    memory_peak=2**31,
+    memory_reserved=2**32,
 )
 
 
@@ -40,6 +44,8 @@ def test_line_fits_the_width(width: int) -> None:
 def test_line_without_width_has_all_metrics() -> None:
     line = LONGEST.line(1_000_000)
     assert all(name in line for name in ("all", "rest", "selected", "τ", "norm", "lr", "tok/s", "TFLOP/s", "MFU"))
+    assert " batch 4096 " in line
+    assert " memory 1.5 GiB (peak 2.0 GiB, reserved 4.0 GiB) |" in line
 
 
 def test_losses_are_ratios_of_sums() -> None:

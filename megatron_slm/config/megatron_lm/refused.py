@@ -6,7 +6,7 @@ import re
 from functools import cache
 from importlib import resources
 
-_PHASES = "the global batch is constant; train in phases: --load with another --global-batch-size."
+_PHASES = "use --rampup-batch-size, or train in phases: --load with another --global-batch-size."
 _DECOUPLED = "embeddings and other weights share one learning rate. Use --lr and --min-lr."
 _SPLITS = "name sets with --valid-data-path NAME=PREFIX ...; each is evaluated separately."
 _SCALED_ROPE = "rotary embeddings are scaled as in Llama 3 only. Use --use-rope-scaling."
@@ -25,7 +25,6 @@ CURATED: dict[str, str] = {
     # optimizer and schedule
     "--decoupled-lr": _DECOUPLED,
     "--decoupled-min-lr": _DECOUPLED,
-    "--rampup-batch-size": _PHASES,
     "--step-batch-size-schedule": _PHASES,
     "--decrease-batch-size-if-needed": _PHASES,
     "--warmup": "this name is from an old release. Use --lr-warmup-fraction.",

@@ -101,19 +101,25 @@ def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     """Require a global batch size that is a multiple of the micro-batches of all data-parallel ranks."""
     parallel, training = config.parallel, config.training
     ranks = data_parallel_size(config, world_size)
-    batch, step = training.global_batch_size, training.micro_batch_size * ranks
+    step = training.micro_batch_size * ranks
     if not step:
         return
-    if batch % step:
-        yield (
-            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {training.micro_batch_size} x "
-            f"{ranks} data-parallel ranks = {step}."
-        )
-    elif parallel.num_layers_per_virtual_pipeline_stage and batch // step % parallel.pipeline_model_parallel_size:
-        yield (
-            f"the interleaved schedule needs a multiple of {PIPELINE} {parallel.pipeline_model_parallel_size} "
-            f"micro-batches a step, and there are {batch // step}. Change --global-batch-size."
-        )
+    batches = {"--global-batch-size": training.global_batch_size}
+    if training.rampup_batch_size:
+        start, increment, _ = training.rampup_batch_size
+        batches |= {"the start of --rampup-batch-size": start, "the increment of --rampup-batch-size": increment}
+    stages = parallel.pipeline_model_parallel_size if parallel.num_layers_per_virtual_pipeline_stage else 1
+    for flag, batch in batches.items():
+        if batch % step:
+            yield (
+                f"{flag}, {batch}, is not a multiple of --micro-batch-size {training.micro_batch_size} x {ranks} "
+                f"data-parallel ranks = {step}."
+            )
+        elif batch // step % stages:
+            yield (
+                f"the interleaved schedule needs a multiple of {PIPELINE} {stages} micro-batches a step, and {flag} "
+                f"has {batch // step}. Change it."
+            )
 
 
 def overlap(config: RunConfig, _: int) -> Iterator[str]:

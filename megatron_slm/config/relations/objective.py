@@ -95,6 +95,11 @@ def bubbles(config: RunConfig, world_size: int) -> Iterator[str]:
             f"{flag} and --num-layers-per-virtual-pipeline-stage were both given: the interleaved schedule leaves no "
             "bubbles of this length. Give one."
         )
+    if config.training.rampup_batch_size:
+        yield (
+            f"{flag} cannot be combined with --rampup-batch-size: the bubbles are planned for one number of "
+            "micro-batches. Leave one of them out."
+        )
     samples = config.training.micro_batch_size * data_parallel_size(config, world_size)
     if samples and config.training.global_batch_size // samples < stages:
         yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.relations.wording import both_given
 from megatron_slm.config.schema import RunConfig
 
@@ -106,10 +107,11 @@ def units(config: RunConfig, _: int) -> Iterator[str]:
     for flag, value in in_iterations.items():
         if value:
             yield f"{flag} needs --train-iters. With --train-samples, give {flag.replace('iters', 'samples')}."
-    total, batch = training.train_samples, training.global_batch_size
-    if total < batch:
-        yield f"--train-samples {total} is less than --global-batch-size {batch}, one step."
-    elif training.train_iters != total // batch:
+    total, sizes = training.train_samples, BatchSizes.from_config(training)
+    if total < sizes.start:
+        flag = "--global-batch-size" if sizes.is_constant else "the initial batch size"
+        yield f"--train-samples {total} is less than {flag} {sizes.start}, one step."
+    elif training.train_iters != sizes.steps_until(total):
         yield "--train-iters and --train-samples were both given. Give one."
     decay = optimizer.lr_decay_samples or total
     if optimizer.lr_warmup_samples >= decay:

@@ -83,6 +83,11 @@ class TrainingConfig:
     global_batch_size: int = flag(
         UNSET, "training batch size over all ranks; default micro-batch size x data-parallel size", above=0
     )
+    rampup_batch_size: list[int] = flag(
+        list,
+        "initial global batch size, increment, and number of samples after which --global-batch-size is reached; "
+        "default constant",
+    )
     train_iters: int = flag(UNSET, "total number of training iterations", required=True, above=0)
     train_samples: int | None = flag(
         None,
