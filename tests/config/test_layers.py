@@ -104,7 +104,7 @@ def test_set_reads_values_as_yaml() -> None:
     [
         ("globl-batch_size=8", "--set globl_batch_size is unknown. Did you mean global_batch_size?"),
         ("num_layers=two", "--set num_layers must be an integer, not 'two'."),
-        ("lr=-1", "--lr is -1.0, and must be 0 or more."),
+        ("lr=-1", "--lr is -1.0, and must be in [0, 1e+06]."),
         ("lr", "--set lr: a setting is written as NAME=VALUE"),
         ("lr=", "--set lr=: a setting is written as NAME=VALUE"),
         ("=1", "--set =1: a setting is written as NAME=VALUE"),

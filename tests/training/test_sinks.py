@@ -166,7 +166,8 @@ class Wandb:
     def log(self, scalars: dict[str, float], step: int) -> None:
         if self.is_down:
             raise self.Error("unreachable")
-        self.logged.append(step)
+        if step > max(self.logged, default=-1):  # earlier steps are ignored, as by W&B
+            self.logged.append(step)
 
     def finish(self) -> None: ...
 
@@ -219,6 +220,16 @@ def test_resumed_run_continues_its_wandb_run(wandb: Wandb, tmp_path: Path) -> No
     identities = [arguments["id"] for arguments in wandb.started]
     assert len(set(identities[:4])) == 1 and identities[4] != identities[0]
     assert {arguments["resume"] for arguments in wandb.started} == {"allow"}
+
+
+def test_resumed_run_has_each_step_once(wandb: Wandb, tmp_path: Path) -> None:
+    """A run that logged five steps and is resumed after the third logs the others again, in the same W&B run."""
+    for resumed_step, steps in ((0, range(1, 6)), (3, range(4, 8))):
+        sink = WandbSink(wandb_config(tmp_path, tmp_path), resumed_step)
+        for step in steps:
+            sink.write({"kind": "train", "step": step, "loss": 1.0})
+        sink.close()
+    assert wandb.logged == list(range(1, 8)) and len({arguments["id"] for arguments in wandb.started}) == 1
 
 
 def test_wandb_uses_the_run_id_of_the_environment(
