@@ -14,16 +14,18 @@ from megatron_slm.cli.pretrain import main
 from megatron_slm.config import layers
 from megatron_slm.config.checks import derive
 from megatron_slm.config.flags import parse
-from megatron_slm.config.schema import RunConfig
-from megatron_slm.model.size import padded_vocab_size, parameter_count, projection_widths
+from megatron_slm.model.size import padded_vocab_size, parameter_count
+from megatron_slm.planning.devices import DEVICES
+from megatron_slm.planning.layout import Layout
+from megatron_slm.planning.memory import peak_memory
 from megatron_slm.reference import replica
 from megatron_slm.testing.chat import make_examples
 from megatron_slm.training import setup
-from megatron_slm.training.preflight import needs_reference, resolve_values
+from megatron_slm.training.preflight import resolve_values
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 README = (RECIPES / "README.md").read_text(encoding="utf-8")
-MEMORY = 72e9  # bytes of an H100 of 80 GB, without 8 GB for CUDA, communication and logits
+H100 = DEVICES["h100"]
 
 
 def rows(heading: str) -> Iterator[list[list[str]]]:
@@ -53,29 +55,16 @@ def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "read_recipe", lambda path: dict(read(path)))
 
 
-def bytes_per_rank(config: RunConfig, world_size: int) -> float:
-    """Estimate weights, gradients, optimizer state, a reference model of equal size, and activations of a rank."""
-    model, parallel = config.model, config.parallel
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    embedding = (model.vocab_size or 0) * model.hidden_size
-    matrices = 2 if model.untie_embeddings_and_output_weights else 1
-    layers = (parameter_count(model, model.vocab_size or 0) - matrices * embedding) / pipeline
-    parameters = (layers + (1 if pipeline > 1 else matrices) * embedding) / tensor
-    per_parameter = 2 + 4 + 12 * tensor * pipeline / world_size
-    per_parameter += (2 if needs_reference(config) else 0) + (2 if config.precision.fp8_format else 0)
-    query, key = projection_widths(model)
-    per_token = 10 * model.hidden_size + 2 * query + 4 * key + 6 * model.ffn_hidden_size  # bytes of a layer
-    tokens = config.training.micro_batch_size * model.seq_length
-    return parameters * per_parameter + tokens * per_token * model.num_layers / tensor
-
-
 def test_every_recipe_is_listed_or_a_base() -> None:
     files = {f"{path.parent.name}/{path.stem}" for path in RECIPES.rglob("*.yaml") if "laptop" not in path.stem}
     listed = {f"models/{name}" for row in rows("Models") for name in row[0]}
     listed |= {f"runs/{name}" for row in rows("Runs") for name in row[0]}
     listed |= {f"clusters/{name}" for *_, cluster, _ in combinations() for name in cluster.split(" + ")}
     bases = {"models/llama", "runs/pretraining", "runs/1b", "runs/7b", "runs/general"}
-    assert files == listed | bases
+    sentence = README.split("in one file: ")[1].split(".\n")[0]
+    complete = {f"runs/{name}" for name in sentence.split(", ")}
+    assert files == listed | bases | complete
+    assert all(parse(["--config", str(RECIPES / f"{name}.yaml")]).config.model.num_layers for name in complete)
     used = {f"runs/{name}" for _, run, *_ in combinations() for name in run.split(" + ")}
     assert used | {f"models/{model}" for model, *_ in combinations()} == {
         name for name in listed if not name.startswith("clusters")
@@ -101,8 +90,8 @@ def test_combinations_fit_their_gpus(tmp_path: Path) -> None:
         tokens = config.training.global_batch_size * config.model.seq_length
         assert tokens == 2**20 or run.startswith("sft")
         assert config.parallel.tensor_model_parallel_size <= 8
-        size = bytes_per_rank(config, int(gpus))
-        assert size < MEMORY, f"{model}, {run}, {cluster}, {gpus} GPUs: {size / 1e9:.1f} GB"
+        memory = peak_memory(Layout(config, int(gpus), config.model.vocab_size or 0, H100))
+        assert memory.total <= H100.usable, f"{model}, {run}, {cluster}, {gpus} GPUs: {memory}"
 
 
 def test_dry_run_accepts_every_combination(
