@@ -88,10 +88,10 @@ def test_findings_and_plots(tmp_path: Path) -> None:
     )
     assert speedup(curves(), "SLM", "CLM").endswith(raw)
     assert "does not reach" in speedup(curves(), "CLM", "SLM")
-    plot_comparison(curves(), tmp_path / "compare.png")
+    plot_comparison(curves(), tmp_path / "objectives.png")
     plot_stages([("base", curves()[:2], []), ("θ", curves()[2:4], [(1, 2.0, 3.0)])], tmp_path / "stages.png")
     plot_trade_off(curves(), tmp_path / "trade-off.png")
-    for name in ("compare.png", "stages.png", "trade-off.png"):
+    for name in ("objectives.png", "stages.png", "trade-off.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     write_curves(curves(), tmp_path / "curves.json")
     assert [Curve(**curve) for curve in json.loads((tmp_path / "curves.json").read_text())] == [
