@@ -40,12 +40,27 @@ def make_corpus(prefix: Path, seed: int, documents: int = 60) -> str:
     return job.prefix("text")
 
 
-def command(corpus: str, save: Path | None = None, *, dp: int = 1, model: list[str] = MODEL, **flags: Any) -> list[str]:
-    """Return the command line of a tiny run; keyword arguments are additional flags (True for switches)."""
+def command(
+    corpus: str,
+    save: Path | None = None,
+    *,
+    dp: int = 1,
+    model: list[str] = MODEL,
+    losses_only: bool = False,
+    **flags: Any,
+) -> list[str]:
+    """Return the command line of a tiny run.
+
+    Args:
+        save: directory of checkpoints and metrics.
+        losses_only: write no checkpoint to ``save``, and evaluate only if ``flags`` has eval_iters.
+        flags: additional flags (True for switches).
+    """
     argv = [*model, "--data-path", corpus, "--split", "100,0,0", "--valid-data-path", f"own={corpus}"]
     argv += ["--micro-batch-size", str(BATCH // dp), "--global-batch-size", str(GLOBAL_BATCH)]
+    argv += ["--eval-iters", "0"] if losses_only else []
     if save is not None:
-        argv += ["--save", str(save)]
+        argv += ["--slm-metrics-file", str(save / "metrics.jsonl")] if losses_only else ["--save", str(save)]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]

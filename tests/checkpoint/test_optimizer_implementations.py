@@ -88,14 +88,14 @@ def _run_each(rank: int, world_size: int, jobs: list[tuple[str, list[str]]]) -> 
 )
 def test_runs_resume_with_the_other_implementation(tmp_path: Path, flags: list[str]) -> None:
     corpus = make_corpus(tmp_path / "corpus", 1)
-    settings = {"train_iters": 4, "eval_iters": 0}
-    jobs = [("torch", command(corpus, tmp_path / "uninterrupted", **settings) + flags)]
+    settings = {"train_iters": 4, "eval_iters": 0, "num_layers": 1}
+    jobs = [("torch", command(corpus, tmp_path / "uninterrupted", losses_only=True, **settings) + flags)]
     for variant in VARIANTS:
         jobs.append((variant, command(corpus, tmp_path / variant, exit_interval=2, **settings) + flags))
     pairs = [("torch", "fused"), ("fused", "torch"), ("fused", "fused"), ("torch", "extra"), ("extra", "torch")]
     for one, other in pairs:
         save = tmp_path / f"{one}-{other}"
-        jobs.append((other, command(corpus, save, load=tmp_path / one, **settings) + flags))
+        jobs.append((other, command(corpus, save, load=tmp_path / one, losses_only=True, **settings) + flags))
     run_ranks(_run_each, 1, jobs, initialise=False)
     expected = [record["loss"] for record in records(tmp_path / "uninterrupted")][2:]
     for one, other in pairs:

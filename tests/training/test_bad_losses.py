@@ -80,7 +80,8 @@ def run(argv: list[str], ranks: int, *, masks: bool = False, **losses: float) ->
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_micro_batch_rank_and_step_without_valid_tokens(workspace: Path, variant: str) -> None:
     for dp in (1, 2):
-        for code, errors in run(slm(workspace, f"{variant}-{dp}", dp, *VARIANTS[variant]), dp, masks=True):
+        argv = slm(workspace, f"{variant}-{dp}", dp, *VARIANTS[variant], losses_only=True)
+        for code, errors in run(argv, dp, masks=True):
             assert code == 0, errors
     one, two = records(workspace / f"{variant}-1"), records(workspace / f"{variant}-2")
     assert [record["selection"] for record in one] == [record["selection"] for record in two]
@@ -91,8 +92,7 @@ def test_micro_batch_rank_and_step_without_valid_tokens(workspace: Path, variant
     assert one[3]["share_selected"] > 0.3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("fault", [math.nan, math.inf])
+@pytest.mark.parametrize(("variant", "fault"), [*((name, math.nan) for name in VARIANTS), ("predicted", math.inf)])
 def test_non_finite_loss_ends_the_run_on_every_rank(workspace: Path, variant: str, fault: float) -> None:
     name = f"{variant}-{fault}"
     first, owner = run(slm(workspace, name, 2, *VARIANTS[variant]), 2, fault=fault)
@@ -110,7 +110,7 @@ def test_non_finite_loss_ends_the_run_on_every_rank(workspace: Path, variant: st
 @pytest.mark.parametrize("variant", ["global-batch", "predicted"])
 def test_ranks_and_micro_batches_without_selected_tokens(workspace: Path, variant: str) -> None:
     """One of 512 tokens is selected."""
-    flags = {"slm_selection_ratio": 0.001}
+    flags = {"slm_selection_ratio": 0.001, "losses_only": True}
     for dp in (1, 2):
         for code, errors in run(slm(workspace, f"few-{variant}-{dp}", dp, *VARIANTS[variant], **flags), dp):
             assert code == 0, errors
@@ -124,7 +124,7 @@ def test_reference_losses_with_a_large_offset(workspace: Path) -> None:
     """A constant offset changes the selection only by fp32 rounding; with reference losses near zero, the token losses
     rank the tokens."""
     for name, losses in (("plain", {}), ("far", {"offset": 1e4}), ("near", {"scale": 1e-4})):
-        for code, errors in run(slm(workspace, name, 1), 1, **losses):
+        for code, errors in run(slm(workspace, name, 1, losses_only=True), 1, **losses):
             assert code == 0, errors
     for a, b, c in zip(*(records(workspace / name) for name in ("plain", "far", "near")), strict=True):
         assert a["share_selected"] == b["share_selected"] == c["share_selected"]

@@ -16,7 +16,7 @@ from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import settings
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import _main, command, make_corpus
+from megatron_slm.testing.tiny import BATCH, _main, command, make_corpus
 
 Setting = tuple[Field[Any], Any]
 SETTINGS: dict[str, Setting] = {flag_name(setting): (setting, kind) for _, setting, kind in settings()}
@@ -39,6 +39,7 @@ WITH: dict[str, list[str]] = {
     "--recompute-num-layers": ["--recompute-granularity", "full", "--recompute-method", "uniform"],
     "--lr-wsd-decay-iters": ["--lr-decay-style", "WSD"],
     "--start-weight-decay": ["--end-weight-decay", "1e30", "--weight-decay-incr-style", "linear"],
+    "--eval-interval": ["--eval-iters", "1"],
     "--end-weight-decay": ["--start-weight-decay", "0", "--weight-decay-incr-style", "linear"],
     "--sgd-momentum": ["--optimizer", "sgd"],
     "--max-position-embeddings": ["--position-embedding-type", "learned_absolute"],
@@ -56,7 +57,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def argv(workspace: Path, flag: str, value: str) -> list[str]:
     """Return the command of a one-step run with a flag value and the flags it requires."""
-    arguments = command(str(workspace / "corpus_text_document"), train_iters=1, num_layers=1)
+    corpus = str(workspace / "corpus_text_document")
+    arguments = command(corpus, losses_only=True, train_iters=1, num_layers=1, global_batch_size=BATCH)
     if flag.startswith("--slm-"):
         arguments += ["--objective", "slm", "--slm-score", "token-loss"]
     return [*arguments, *WITH.get(flag, []), f"{flag}={value}"]

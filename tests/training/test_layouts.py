@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.testing.tiny import MODEL, command, launch, launch_and_fail, make_corpus, records
+from megatron_slm.testing.tiny import MODEL, command, launch, launch_and_fail, launch_each, make_corpus, records
 
 STEPS = 2  # the second has updated weights
 LAYOUTS = [
     *[(1, 1, 2), (1, 2, 1), (2, 1, 1)],
-    *[(1, 1, 4), (1, 4, 1), (4, 1, 1)],
     (2, 2, 2),
-    # combinations of the layouts above, which have all pairs of dimensions
+    # more ranks in a dimension, of which a pipeline of three stages is tested below, and pairs of dimensions
+    *(pytest.param(*dims, marks=pytest.mark.slow) for dims in [(1, 1, 4), (1, 4, 1), (4, 1, 1)]),
     *(pytest.param(*dims, marks=pytest.mark.slow) for dims in [(1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 4, 2), (4, 1, 2)]),
 ]
 
@@ -24,9 +24,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a corpus, a base model, a reference model, and the single-process baseline run."""
     directory = tmp_path_factory.mktemp("layouts")
     corpus = make_corpus(directory / "corpus", 1)
-    launch(command(corpus, directory / "base", train_iters=2))
-    launch(command(make_corpus(directory / "clean", 2), directory / "rm", train_iters=3))
-    launch(slm(directory, "one"))
+    clean = make_corpus(directory / "clean", 2)
+    models = ((corpus, "base", 2), (clean, "rm", 3))
+    launch_each([command(text, directory / name, train_iters=n, eval_iters=0) for text, name, n in models])
+    launch(slm(directory, "one", eval_iters=1))
     return directory
 
 
@@ -35,6 +36,7 @@ def slm(directory: Path, name: str, tp: int = 1, pp: int = 1, dp: int = 1, **fla
         str(directory / "corpus_text_document"),
         directory / name,
         dp=dp,
+        losses_only=True,
         load=directory / "base",
         finetune=True,
         train_iters=STEPS,
@@ -55,15 +57,19 @@ def assert_same(directory: Path, name: str, other: str = "one") -> None:
             assert many[figure] == pytest.approx(one[figure], rel=2e-4, abs=2e-5), figure
         assert many["share_selected"] == one["share_selected"]
         assert many["selection"] == one["selection"], "another set of tokens was selected"
-    ends = [[record["loss"] for record in records(directory / run, "eval")] for run in (other, name)]
-    assert ends[1] == pytest.approx(ends[0], rel=2e-4)
+
+
+def assert_same_evaluations(directory: Path, name: str) -> None:
+    one, many = ([record["loss"] for record in records(directory / run, "eval")] for run in ("one", name))
+    assert len(one) == 2 and many == pytest.approx(one, rel=2e-4)
 
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), LAYOUTS, ids=str)
 def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int) -> None:
     name = f"tp{tp}pp{pp}dp{dp}"
-    launch(slm(workspace, name, tp, pp, dp), tp * pp * dp)
+    launch(slm(workspace, name, tp, pp, dp, eval_iters=1), tp * pp * dp)
     assert_same(workspace, name)
+    assert_same_evaluations(workspace, name)
 
 
 def test_sequence_parallel_agrees(workspace: Path) -> None:
@@ -90,7 +96,7 @@ def test_uneven_pipeline_agrees(workspace: Path, stages: int, flags: dict[str, i
 def test_reference_model_of_another_depth_in_an_uneven_pipeline(workspace: Path) -> None:
     """Its layers are split evenly; if this is impossible, every rank raises an error."""
     corpus = str(workspace / "clean_text_document")
-    launch(command(corpus, workspace / "rm2", train_iters=2, num_layers=2))
+    launch(command(corpus, workspace / "rm2", train_iters=2, num_layers=2, eval_iters=0))
     for name, flags in (("flat", {}), ("deep", {"pp": 2, "decoder_last_pipeline_num_layers": 1})):
         launch(
             [*slm(workspace, f"rm2-{name}", **flags), "--reference-load", str(workspace / "rm2")], flags.get("pp", 1)
@@ -104,10 +110,12 @@ def test_reference_model_of_another_depth_in_an_uneven_pipeline(workspace: Path)
 def test_reference_model_with_a_longer_sequence_length(workspace: Path) -> None:
     """Losses are independent of the reference model's sequence length, which must not be shorter than the run's."""
     corpus = str(workspace / "clean_text_document")
+    commands = []
     for length in (32, 64):
-        untrained = {"train_iters": 1, "lr": 0, "seq_length": length}
-        launch(command(corpus, workspace / f"rm-{length}", **untrained))
-        launch([*slm(workspace, f"with-{length}"), "--reference-load", str(workspace / f"rm-{length}")])
+        untrained = {"train_iters": 1, "lr": 0, "seq_length": length, "eval_iters": 0}
+        commands.append(command(corpus, workspace / f"rm-{length}", **untrained))
+        commands.append([*slm(workspace, f"with-{length}"), "--reference-load", str(workspace / f"rm-{length}")])
+    launch_each(commands)
     assert_same(workspace, "with-64", "with-32")
     longer = [*slm(workspace, "longer"), "--reference-load", str(workspace / "rm-32"), "--seq-length", "64"]
     for action in ([], ["--dry-run"]):
@@ -117,8 +125,8 @@ def test_reference_model_with_a_longer_sequence_length(workspace: Path) -> None:
 
 def test_reference_model_with_more_learned_positions(workspace: Path) -> None:
     positions = {"position_embedding_type": "learned_absolute", "seq_length": 64}
-    launch(command(str(workspace / "clean_text_document"), workspace / "rm-learned", train_iters=1, **positions))
-    launch([*slm(workspace, "learned"), "--reference-load", str(workspace / "rm-learned")])
+    reference = command(str(workspace / "clean_text_document"), workspace / "rm-learned", train_iters=1, **positions)
+    launch_each([reference, [*slm(workspace, "learned"), "--reference-load", str(workspace / "rm-learned")]])
     assert len(records(workspace / "learned")) == STEPS
 
 
@@ -147,12 +155,21 @@ def test_tied_embedding_agrees(workspace: Path) -> None:
     model = [word for word in MODEL if word != "--untie-embeddings-and-output-weights"]
     corpus = str(workspace / "corpus_text_document")
     flags = {"model": model, "train_iters": STEPS, "objective": "slm", "slm_score": "token-loss"}
-    launch(command(corpus, workspace / "tied-base", **flags))
-    flags |= {"load": workspace / "tied-base", "finetune": True}
-    layouts = {"pp": {"pipeline_model_parallel_size": 2}, "tp": {"tensor_model_parallel_size": 2}, "chunked": {}}
-    launch(command(corpus, workspace / "tied-one", **flags, slm_cross_entropy="torch"))
-    for name, more in layouts.items():
-        launch(command(corpus, workspace / f"tied-{name}", **flags, **more), 1 if name == "chunked" else 2)
+    base = command(corpus, workspace / "tied-base", **flags)
+    flags |= {"load": workspace / "tied-base", "finetune": True, "losses_only": True}
+    one, chunked, pp, tp = (
+        command(corpus, workspace / f"tied-{name}", **flags, **more)
+        for name, more in (
+            ("one", {"slm_cross_entropy": "torch"}),
+            ("chunked", {}),
+            ("pp", {"pipeline_model_parallel_size": 2}),
+            ("tp", {"tensor_model_parallel_size": 2}),
+        )
+    )
+    launch_each([base, one, chunked])
+    launch(pp, 2)
+    launch(tp, 2)
+    for name in ("chunked", "pp", "tp"):
         assert_same(workspace, f"tied-{name}", "tied-one")
 
 
@@ -160,8 +177,9 @@ def test_tied_embedding_agrees(workspace: Path) -> None:
 def test_context_parallel_agrees(workspace: Path, tp: int, pp: int, dp: int) -> None:
     name = f"cp2tp{tp}pp{pp}dp{dp}"
     more = {"sequence_parallel": True} if tp > 1 else {}
-    launch(slm(workspace, name, tp, pp, dp, context_parallel_size=2, **more), 2 * tp * pp * dp)
+    launch(slm(workspace, name, tp, pp, dp, context_parallel_size=2, eval_iters=1, **more), 2 * tp * pp * dp)
     assert_same(workspace, name)
+    assert_same_evaluations(workspace, name)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro-batch", "global-batch"])
@@ -199,9 +217,9 @@ def test_micro_batches_do_not_change_random_selection(workspace: Path) -> None:
 
 def test_everything_selected_is_clm_bit_for_bit(workspace: Path) -> None:
     corpus = str(workspace / "corpus_text_document")
-    base = {"load": workspace / "base", "finetune": True, "train_iters": STEPS}
-    launch(command(corpus, workspace / "clm", **base))
-    launch([*slm(workspace, "k1"), "--slm-selection-ratio", "1.0", "--no-use-distributed-optimizer"])
+    base = {"load": workspace / "base", "finetune": True, "train_iters": STEPS, "losses_only": True}
+    k1 = [*slm(workspace, "k1"), "--slm-selection-ratio", "1.0", "--no-use-distributed-optimizer"]
+    launch_each([command(corpus, workspace / "clm", **base), k1])
     for clm, k1 in zip(records(workspace / "clm"), records(workspace / "k1"), strict=True):
         for figure in ("loss", "loss_all", "grad_norm", "selection", "share_selected"):
             assert clm[figure] == k1[figure], figure

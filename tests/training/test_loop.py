@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_interval_logs_the_mean_of_its_steps(tmp_path: Path, corpus: str) -> None:
     """Steps have equal weight although their token counts differ."""
     each, mean = tmp_path / "each", tmp_path / "mean"
-    flags = {"train_iters": 6, "eval_iters": 20, "eod_mask_loss": True}
+    flags = {"train_iters": 6, "eval_iters": 20, "eod_mask_loss": True, "losses_only": True}
     launch_each([command(corpus, save, log_interval=n, **flags) for save, n in ((each, 1), (mean, 4))])
     steps, intervals = records(each), records(mean)
     assert [record["step"] for record in intervals] == [4, 6]
@@ -45,7 +45,8 @@ def test_interval_logs_the_mean_of_its_steps(tmp_path: Path, corpus: str) -> Non
 
 def test_evaluation_does_not_change_training(tmp_path: Path, corpus: str) -> None:
     """Dropout is off during an evaluation, which draws no random number, and on again after it."""
-    flags = {"train_iters": 4, "eval_interval": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    flags = {"train_iters": 4, "eval_interval": 2, "losses_only": True, **dropout}
     with_evaluation, without = tmp_path / "with", tmp_path / "without"
     launch_each([command(corpus, save, eval_iters=n, **flags) for save, n in ((with_evaluation, 3), (without, 0))])
     assert losses(with_evaluation) == losses(without)
@@ -55,7 +56,7 @@ def test_evaluation_does_not_change_training(tmp_path: Path, corpus: str) -> Non
 
 def test_finished_checkpoints_are_evaluated_and_superseded_ones_deleted(tmp_path: Path, corpus: str) -> None:
     save = tmp_path / "run"
-    run = command(corpus, save, train_iters=5, load=save, save_interval=1, save_retain_interval=2)
+    run = command(corpus, save, train_iters=5, load=save, save_interval=1, save_retain_interval=2, eval_iters=1)
     launch_each([run, run, [*run, "--skip-train"], [*run, "--skip-train", "--ckpt-step", "2"]])
     assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000002", "iter_0000004", "iter_0000005"]
     assert len(records(save)) == 5
@@ -66,15 +67,15 @@ def test_finished_checkpoints_are_evaluated_and_superseded_ones_deleted(tmp_path
 
 def test_skip_train_needs_no_training_corpus(tmp_path: Path, corpus: str) -> None:
     save = tmp_path / "run"
-    launch_each([command(corpus, save, train_iters=1)])
-    argv = command(corpus, load=save, skip_train=True, slm_metrics_file=save / "metrics.jsonl")
+    argv = command(corpus, save, load=save, skip_train=True, eval_iters=1, losses_only=True)
     place = argv.index("--data-path")
-    launch_each([argv[:place] + argv[place + 4 :]])  # without --split, too
+    without = argv[:place] + argv[place + 4 :]  # --split, too
+    launch_each([command(corpus, save, train_iters=1, eval_iters=1), without])
     first, last = (record["loss"] for record in records(save, "eval")[-2:])
     assert first == last
-    code, errors = launch_and_fail(command(corpus, skip_train=True))
+    code, errors = launch_and_fail(command(corpus, skip_train=True, eval_iters=1))
     assert code == 2 and "--skip-train evaluates a checkpoint: give it with --load" in errors
-    code, errors = launch_and_fail([*command(corpus, load=save, skip_train=True), "--eval-iters", "0"])
+    code, errors = launch_and_fail(command(corpus, load=save, skip_train=True, eval_iters=0))
     assert code == 2 and "--skip-train has nothing to evaluate" in errors
 
 

@@ -36,9 +36,11 @@ def _score(rank: int, world_size: int, jobs: list[ScoringJob]) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create two corpora, two reference models, a base model, and sidecars: rm and other for both, plain for one."""
     directory = tmp_path_factory.mktemp("sidecars")
-    one, two = make_corpus(directory / "one", 1), make_corpus(directory / "two", 2)
+    one, two = (make_corpus(directory / name, seed, documents=20) for seed, name in ((1, "one"), (2, "two")))
     models = (("rm", two, 4), ("other", one, 2), ("base", one, 3))
-    launch_each([command(corpus, directory / name, train_iters=steps, num_layers=2) for name, corpus, steps in models])
+    launch_each(
+        [command(corpus, directory / name, train_iters=n, num_layers=2, eval_iters=0) for name, corpus, n in models]
+    )
     jobs = [
         _job(directory, "rm", "rm", [one, two], with_entropy=True),
         _job(directory, "other", "other", [one, two], with_entropy=True),
@@ -49,7 +51,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _job(directory, "stride", "rm", [two], stride=8),
     ]
     run_ranks(_score, 1, jobs, initialise=False)
-    launch(slm(directory, "single"))
+    launch(slm(directory, "single", losses_only=True))
     return directory
 
 
@@ -85,7 +87,7 @@ def slm(directory: Path, save: str | None, tp: int = 1, pp: int = 1, dp: int = 1
 @pytest.mark.parametrize(("tp", "pp", "dp", "cp"), [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)])
 def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int, dp: int, cp: int) -> None:
     name = f"tp{tp}pp{pp}dp{dp}cp{cp}"
-    launch(slm(workspace, name, tp, pp, dp, context_parallel_size=cp), 2)
+    launch(slm(workspace, name, tp, pp, dp, context_parallel_size=cp, losses_only=True), 2)
     for one, many in zip(records(workspace / "single"), records(workspace / name), strict=True):
         assert 0.3 < many["share_selected"] < 0.8
         assert many["selection"] == one["selection"], "another set of tokens was selected"
@@ -95,7 +97,7 @@ def test_every_layout_agrees_with_one_process(workspace: Path, tp: int, pp: int,
 
 def test_weights_choose_the_reference_model(workspace: Path) -> None:
     """If one sidecar has nearly all of the weight, the selection equals that of this sidecar without the other."""
-    common: dict[str, Any] = {"slm_score": "reference-loss", "train_iters": 1}
+    common: dict[str, Any] = {"slm_score": "reference-loss", "train_iters": 1, "losses_only": True}
     runs = (("one", ["rm"], None), ("two", ["other"], None), ("weighted", ["rm", "other"], "1,1e-12"))
     launch_each(
         [

@@ -287,7 +287,7 @@ def test_requeued_run_equals_an_uninterrupted_run(tmp_path: Path, corpus: str) -
     """Two ranks start from base weights, stop after two steps, repeat the command, and omit --load at last."""
     launch(command(corpus, tmp_path / "base", train_iters=1))
     flags = {"dp": 2, "train_iters": 4, "load": tmp_path / "base", "finetune": True, "no_load_optim": True}
-    launch(command(corpus, tmp_path / "uninterrupted", **flags), 2)
+    launch(command(corpus, tmp_path / "uninterrupted", losses_only=True, **flags), 2)
     launch(command(corpus, tmp_path / "run", **flags, exit_interval=2), 2)
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
     launch(command(corpus, tmp_path / "run", **flags), 2)
@@ -295,7 +295,7 @@ def test_requeued_run_equals_an_uninterrupted_run(tmp_path: Path, corpus: str) -
     assert run == expected
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     evaluation = {name: value for name, value in flags.items() if name != "finetune"}
-    launch(command(corpus, tmp_path / "run", **evaluation, skip_train=True), 2)
+    launch(command(corpus, tmp_path / "run", **evaluation, skip_train=True, eval_iters=1), 2)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     code, errors = launch_and_fail(command(corpus, tmp_path / "run", dp=2, train_iters=4), 2)
     assert code == 2 and "contains another run" in errors
