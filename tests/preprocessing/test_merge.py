@@ -28,8 +28,6 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.corpus_files import Documents, build, run_tool, synthetic
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles
 
-TOOL = Path(__file__).parents[2] / "tools" / "merge_datasets.py"
-
 
 def same_files(ours: Path, theirs: Path) -> None:
     for end in (".bin", ".idx"):
@@ -67,7 +65,9 @@ def test_merged_bytes_match_megatron_core_merge(tmp_path: Path, dtype: Any) -> N
     assert dataset.document_indices.tolist() == [0, 2, 3, 4, 5, 5]
 
 
-def test_merged_text_shards_match_a_single_job(tmp_path: Path) -> None:
+def test_merged_text_shards_match_a_single_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [json.dumps({"text": f"document {number} " * (number % 5)}) for number in range(47)]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
 
@@ -83,14 +83,14 @@ def test_merged_text_shards_match_a_single_job(tmp_path: Path) -> None:
         part.write_text("\n".join(lines[number * 4 : (number + 1) * 4]))
         run(part, tmp_path / "shards" / f"raw_shard{number}-of-12")
     output = tmp_path / "shards" / "raw_text_document"  # in the directory of its shards, and merged twice
+    words = ["--input", str(tmp_path / "shards"), "--output-prefix", str(output)]
     for _ in range(2):
-        result = tool("--input", tmp_path / "shards", "--output-prefix", output)
-        assert result.returncode == 0, result.stderr
+        code, shown, errors = run_tool(monkeypatch, capsys, "merge_datasets", words)
+        assert code == 0 and "47 documents" in shown, errors
         same_files(output, Path(whole))
     merged, one = (json.loads(Path(f"{prefix}.corpus.json").read_text()) for prefix in (output, whole))
     del one["job"]  # by which --resume knows that a job is done; a merged corpus is of several
     assert merged == one
-    assert "47 documents" in result.stdout
 
 
 def test_metadata_counts_are_summed(tmp_path: Path) -> None:
@@ -325,8 +325,3 @@ def test_bad_input(
     assert code == 2
     assert message.format(tmp_path) in errors, errors
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def tool(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ import pytest
 from megatron_slm.cli import score_corpus
 from megatron_slm.config.recipe import from_flat_dict
 from megatron_slm.scores.sidecar import read_header
-from megatron_slm.testing.tiny import command, launch, make_corpus, records
-
-TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
+from megatron_slm.testing.tiny import command, launch, make_corpus, records, run_each
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +33,12 @@ def argv(directory: Path, corpus: Path, **flags: Any) -> list[str]:
 
 
 def test_score_then_train(workspace: Path) -> None:
-    """Run the two commands of the documentation in separate processes."""
-    result = subprocess.run(
-        [sys.executable, str(TOOL), *argv(workspace, workspace, reference_scores="once"), "--entropy"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    scoring = [*argv(workspace, workspace, reference_scores="once"), "--entropy"]
+    [result] = run_each(scoring, main=score_corpus.main)
+    assert result.code == 0, result.errors
     path = workspace / "corpus_text_document.once.scores"
     tokens = (workspace / "corpus_text_document.bin").stat().st_size // 2
-    assert f"{path}: {tokens:,} tokens" in result.stdout and "tokens/s" in result.stdout
+    assert f"{path}: {tokens:,} tokens" in result.output and "tokens/s" in result.output
     assert read_header(path).tokens == tokens
     corpus = str(workspace / "corpus_text_document")
     launch(command(corpus, workspace / "slm", train_iters=2, objective="slm", reference_scores="once"))

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.cli import pretrain, score_corpus
 from megatron_slm.runtime import early_reports
 from megatron_slm.runtime.launch import Launch
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import Outcome, captured
+from megatron_slm.testing.tiny import Main, Outcome, captured
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ["-m", "megatron_slm.pretrain"]
-SCORE = [str(ROOT / "tools" / "score_corpus.py"), "--reference-load=x", "--data-path=x", "--reference-scores=rm"]
+SCORE = ["--reference-load=x", "--data-path=x", "--reference-scores=rm"]
 BAD = ["--lr", "fast"]
 MESSAGE = "--lr must be a number"
 
@@ -32,10 +33,15 @@ def port() -> Iterator[int]:
     yield free
 
 
+def launcher_variables() -> list[str]:
+    """Return the names of all environment variables that a launcher may have set."""
+    prefixes = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM_", "TORCHELASTIC_", "GROUP_")
+    return [name for name in os.environ if name.startswith(prefixes)]
+
+
 def start(arguments: list[str], **variables: object) -> subprocess.Popen[str]:
     """Start a command with the given launcher variables only."""
-    prefixes = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM_", "TORCHELASTIC_", "GROUP_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    env = {name: value for name, value in os.environ.items() if name not in launcher_variables()}
     env |= {"PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}}
     return subprocess.Popen([sys.executable, *arguments], env=env, stderr=subprocess.PIPE, text=True)
 
@@ -121,10 +127,16 @@ ENVIRONMENTS = [
 
 
 @pytest.mark.parametrize(
-    ("command", "variables", "message"),
-    [*((PRETRAIN, *case) for case in ENVIRONMENTS), (SCORE, *ENVIRONMENTS[0])],
+    ("main", "argv", "variables", "message"),
+    [*((pretrain.main, [], *case) for case in ENVIRONMENTS), (score_corpus.main, SCORE, *ENVIRONMENTS[0])],
     ids=str,
 )
-def test_contradictory_environment_is_one_message(command: list[str], variables: dict[str, str], message: str) -> None:
-    ((code, output),) = finish(start(command, **variables))
+def test_contradictory_environment_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, main: Main, argv: list[str], variables: dict[str, str], message: str
+) -> None:
+    for name in launcher_variables():
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    code, _, output = captured(argv, main)
     assert code == 2 and output.count("error") == 1 and message in output, output
