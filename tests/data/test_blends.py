@@ -120,20 +120,33 @@ SMALL: list[tuple[str, Documents, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("documents", "flags", "message"), [case[1:] for case in SMALL], ids=[c[0] for c in SMALL])
-def test_corpora_too_small_for_the_run_are_rejected(
-    tmp_path: Path, documents: Documents, flags: dict[str, Any], message: str
-) -> None:
-    small = build(tmp_path / "small", documents)
-    large = corpus_of(tmp_path / "large", 1, 2000)
+@pytest.fixture(scope="module")
+def results_of_small_corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Build the datasets of all cases in one process."""
+    directory = tmp_path_factory.mktemp("small")
+    large = corpus_of(directory / "large", 1, 2000)
+    cases = {name: _with_small_corpus(build(directory / name, text), large, flags) for name, text, flags, _ in SMALL}
+    return dict(zip(cases, run_ranks(_build_each, 1, list(cases.values()))[0], strict=True))
+
+
+def _with_small_corpus(small: str, large: str, flags: dict[str, Any]) -> DataConfig:
     flags = dict(flags)
     if flags.pop("valid", False):
-        data = DataConfig(data_path=[large], valid_data_path={"v": [small]}, **flags)
-    elif flags.pop("beside", False):
-        data = DataConfig(data_path=[large, small], split="1,0,0", **flags)
-    else:
-        data = DataConfig(data_path=[small], **flags)
-    [result] = run_ranks(_build, 1, data, 10, 2, timeout=60)
+        return DataConfig(data_path=[large], valid_data_path={"v": [small]}, **flags)
+    if flags.pop("beside", False):
+        return DataConfig(data_path=[large, small], split="1,0,0", **flags)
+    return DataConfig(data_path=[small], **flags)
+
+
+def _build_each(rank: int, world_size: int, cases: list[DataConfig]) -> list[dict[str, Any]]:
+    return [_build(rank, world_size, data, 10, 2) for data in cases]
+
+
+@pytest.mark.parametrize(("name", "message"), [(case[0], case[3]) for case in SMALL], ids=[case[0] for case in SMALL])
+def test_corpora_too_small_for_the_run_are_rejected(
+    results_of_small_corpora: dict[str, dict[str, Any]], name: str, message: str
+) -> None:
+    result = results_of_small_corpora[name]
     assert message in result.get("error", "")
     assert bool(message) == ("error" in result), result
 

@@ -17,8 +17,8 @@ from megatron_slm.testing.inference import opened
 from megatron_slm.testing.ranks import run_ranks
 
 PROMPTS = ["abc", "a longer prompt of several words", "", "bad cab", "fed"]
-GREEDY = Decoding(max_new_tokens=10, greedy=True)
-SAMPLED = Decoding(max_new_tokens=10, temperature=0.5, top_k=50, top_p=0.95, seed=5)
+GREEDY = Decoding(max_new_tokens=7, greedy=True)
+SAMPLED = Decoding(max_new_tokens=7, temperature=0.5, top_k=50, top_p=0.95, seed=5)
 TEXTS = [b"a", b"abc abc hg", b"the longest of the texts, of 37 bytes", b"gh", b"bad cab fed"]
 REQUESTS = [ScoringRequest(list(text), first) for text in TEXTS for first in {1, len(text) // 2 or 1}]
 
@@ -107,4 +107,4 @@ def test_results_equal_the_definition(
     if kind == "trained":
         assert any(scores.is_greedy.any() for scores in expected.scores)
     if kind == "random":
-        assert all(len(set(generation.tokens)) > 4 for generation in expected.greedy)
+        assert all(len(set(generation.tokens)) > 3 for generation in expected.greedy)

@@ -44,7 +44,7 @@ TOKENIZER = ByteTokenizer(TokenizerFiles())
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a corpus, a reference model, and a less trained base model."""
     directory = tmp_path_factory.mktemp("scoring")
-    corpus = make_corpus(directory / "corpus", 1, documents=12)
+    corpus = make_corpus(directory / "corpus", 1, documents=8)
     other = make_corpus(directory / "other", 2)
     models = ((corpus, "rm", 40), (other, "base", 8))
     commands = [command(text, directory / name, train_iters=n, num_layers=2) for text, name, n in models]

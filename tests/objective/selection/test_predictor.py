@@ -80,14 +80,14 @@ CASES: dict[str, Losses] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_share_is_held_over_any_fifty_steps(name: str) -> None:
-    errors, exact = train(CASES[name], 250)
-    assert exact == [True] + [False] * 249
+    errors, exact = train(CASES[name], 200)
+    assert exact == [True] + [False] * 199
     assert worst(errors[1:]) <= 0.01
 
 
 def test_share_is_held_while_the_ratio_is_warmed_down() -> None:
     ratio = lambda step: max(0.3, 1.0 - 0.01 * step)  # noqa: E731
-    errors, exact = train(CASES["learning-rate warm-up"], 250, ratio=ratio)
+    errors, exact = train(CASES["learning-rate warm-up"], 200, ratio=ratio)
     assert sum(exact) == 1 and worst(errors[1:]) <= 0.01
 
 
