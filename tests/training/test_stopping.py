@@ -1,4 +1,4 @@
-"""Test that all ranks save before an early stop, with real torchrun processes and signals."""
+"""Test that all ranks save before an early stop: after signals to one rank or to torchrun, and at a time limit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from megatron_slm.config.checkpoint_files import latest_step
 from megatron_slm.config.paths import STOP_FILE
 from megatron_slm.testing.ranks import run_ranks
-from megatron_slm.testing.tiny import _main, command, launch, losses, make_corpus, records
+from megatron_slm.testing.tiny import Outcome, _main, captured, command, launch, losses, make_corpus, records
 from megatron_slm.training import stopping
 
 FOREVER = ["--train-iters", "1000000", "--lr-decay-iters", "1000"]
@@ -33,13 +34,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Torchrun:
     """Run the trainer under torchrun on two ranks."""
 
-    def __init__(self, argv: list[str], log: Path, ignores: signal.Signals | None = None) -> None:
+    def __init__(self, argv: list[str], log: Path) -> None:
         self.log = log
-        trap = f"trap '' {ignores.name[3:]}; " if ignores is not None else ""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                ["bash", "-c", f'{trap}exec "$0" "$@"', *torchrun, "-m", "megatron_slm.pretrain", *argv],
+                [*torchrun, "-m", "megatron_slm.pretrain", *argv],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -78,27 +78,34 @@ def torchrun() -> Iterator[Callable[..., Torchrun]]:
         run.kill()
 
 
-def test_signal_to_one_rank_interrupts_an_evaluation_and_saves(
-    tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]
-) -> None:
-    """The signal is sent as by Slurm, to all processes of a step; torchrun ignores it."""
+def test_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path, corpus: str) -> None:
     save = tmp_path / "run"
-    launch(command(corpus, save, dp=2, exit_interval=1) + FOREVER, 2)
-    endless = ["--eval-interval", "3", "--eval-iters", "1000000", "--load", str(save)]
-    run = torchrun(command(corpus, save, dp=2) + FOREVER + endless, tmp_path / "log", ignores=signal.SIGUSR1)
-    run.wait_for(lambda: len(losses(save)) == 3)  # a long evaluation is running
-    for process in (run.process, run.ranks()[1]):
-        process.send_signal(signal.SIGUSR1)
-    assert run.process.wait(60) == 0, run.text()
-    assert latest_step(save) == 3, run.text()
-    assert "stopping after step 3: SIGUSR1" in run.text()
+    launch(command(corpus, save, dp=2, exit_interval=1, eval_iters=1) + FOREVER, 2)
+    argv = command(corpus, save, dp=2, load=save, eval_interval=3, eval_iters=1_000_000) + FOREVER
+    outcome, other = run_ranks(_signalled_while_evaluating, 2, argv, save, initialise=False)
+    assert outcome.code == other.code == 0, (outcome, other)
+    assert latest_step(save) == 3 and "stopping after step 3: SIGUSR1" in outcome.output, outcome
     assert [record["step"] for record in records(save, "eval")] == [0, 1]
     assert (save / STOP_FILE).read_text() == "SIGUSR1\n"
-    again = command(corpus, save, dp=2, load=save, eval_interval=3)
+    again = command(corpus, save, dp=2, load=save, eval_interval=3, eval_iters=1)
     for last in ("4", "5"):  # no evaluation is missing the second time
         launch([*again, *FOREVER, "--exit-interval", last], 2)
     assert [record["step"] for record in records(save, "eval")] == [0, 1, 3, 4, 5]
     assert not (save / STOP_FILE).exists()
+
+
+def _signalled_while_evaluating(rank: int, world_size: int, argv: list[str], save: Path) -> Outcome:
+    """Run the trainer; rank 1 receives a signal that its parent process ignores, as torchrun under Slurm may."""
+
+    def signal_after_step_3() -> None:
+        while len(losses(save)) < 3:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if rank == 1:
+        threading.Thread(target=signal_after_step_3, daemon=True).start()
+    return captured(argv)
 
 
 def test_ranks_save_if_torchrun_is_killed(tmp_path: Path, corpus: str, torchrun: Callable[..., Torchrun]) -> None:
@@ -115,7 +122,7 @@ def test_ranks_save_if_torchrun_is_killed(tmp_path: Path, corpus: str, torchrun:
 
 
 def test_time_limit_on_one_rank_stops_all_ranks(tmp_path: Path, corpus: str) -> None:
-    argv = command(corpus, tmp_path / "run", dp=2, exit_duration_in_mins=60) + FOREVER
+    argv = command(corpus, tmp_path / "run", dp=2, exit_duration_in_mins=60, eval_iters=1) + FOREVER
     results = run_ranks(_with_a_fast_clock, 2, argv, initialise=False)
     assert [code for code, _ in results] == [0, 0], results
     assert latest_step(tmp_path / "run") == len(losses(tmp_path / "run")) > 0
