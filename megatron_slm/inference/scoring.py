@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,10 +32,16 @@ class TokenScores:
 
     log_probs: NDArray[np.float32]  # natural logarithm
     is_greedy: NDArray[np.bool_]  # whether the token has the highest probability
+    entropy: NDArray[np.float32] | None = None  # of the distributions that predict the tokens, nats; on request
 
 
 def score_tokens(
-    model: InferenceModel, requests: Sequence[ScoringRequest], *, micro_batch_size: int = 8, label: str | None = None
+    model: InferenceModel,
+    requests: Sequence[ScoringRequest],
+    *,
+    micro_batch_size: int = 8,
+    label: str | None = None,
+    with_entropy: bool = False,
 ) -> list[TokenScores]:
     """Return the scores of every request, on every rank. Collective over all ranks.
 
@@ -45,6 +52,7 @@ def score_tokens(
         requests: the same on every rank; their lengths are at most the context length + 1.
         micro_batch_size: sequences per data-parallel rank and forward pass.
         label: description of a progress bar; None for no bar.
+        with_entropy: also compute entropies.
     """
     results: list[TokenScores | None] = [None] * len(requests)
     longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
@@ -52,7 +60,7 @@ def score_tokens(
     with progress(label or "", len(requests), "sequences", enabled=shown) as bar:
         for places in _passes(longest_first, micro_batch_size, model):
             rows = [requests[place] for place in places]
-            for place, scores in zip(places, _score_pass(model, rows, micro_batch_size), strict=True):
+            for place, scores in zip(places, _score_pass(model, rows, micro_batch_size, with_entropy), strict=True):
                 results[place] = scores
             bar.advance(len(places))
     return [scores for scores in results if scores is not None]
@@ -66,28 +74,31 @@ def _passes(order: Sequence[int], micro_batch_size: int, model: InferenceModel) 
 
 
 @torch.no_grad()
-def _score_pass(model: InferenceModel, rows: Sequence[ScoringRequest], micro_batch_size: int) -> list[TokenScores]:
+def _score_pass(
+    model: InferenceModel, rows: Sequence[ScoringRequest], micro_batch_size: int, with_entropy: bool
+) -> list[TokenScores]:
     """Score the requests of one pass, and share the scores with all data-parallel ranks."""
     groups = model.groups
     ranks = groups.dp_size
     batches = _micro_batches(model, rows, micro_batch_size)
-    reports = run_pipeline(model.chunks, batches, _token_scores, forward_only=True)
+    reports = run_pipeline(model.chunks, batches, partial(_token_scores, with_entropy), forward_only=True)
     counts = [sum(row.scored for row in rows[rank::ranks]) for rank in range(ranks)]
-    values = torch.zeros(2, max(counts), device=groups.device)
+    values = torch.zeros(2 + with_entropy, max(counts), device=groups.device)
     if reports:
         values[:, : counts[groups.dp_rank]] = torch.cat(reports, 1)
     shared = [torch.empty_like(values) for _ in range(ranks)]
     all_reduce_sum(broadcast_from_last_stage(values, groups.pp), groups.cp)
     dist.all_gather(shared, values, group=groups.dp)
-    results: list[TokenScores] = [TokenScores(np.empty(0, np.float32), np.empty(0, np.bool_))] * len(rows)
+    results: list[TokenScores | None] = [None] * len(rows)
     for rank, part in enumerate(shared):
-        losses, greedy = part.cpu().numpy()
+        local = part.cpu().numpy()
         start = 0
         for place in range(rank, len(rows), ranks):
             stop = start + rows[place].scored
-            results[place] = TokenScores(-losses[start:stop], greedy[start:stop] > 0)
+            losses, greedy, *entropy = local[:, start:stop]
+            results[place] = TokenScores(-losses, greedy > 0, *entropy)
             start = stop
-    return results
+    return [scores for scores in results if scores is not None]
 
 
 def _micro_batches(model: InferenceModel, rows: Sequence[ScoringRequest], micro_batch_size: int) -> list[ScoringBatch]:
@@ -114,8 +125,10 @@ def _micro_batches(model: InferenceModel, rows: Sequence[ScoringRequest], micro_
     ]
 
 
-def _token_scores(number: int, batch: ScoringBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token losses and greedy matches of a micro-batch, [2, n] fp32, on the last pipeline stage.
+def _token_scores(
+    with_entropy: bool, number: int, batch: ScoringBatch, hidden: HiddenStates
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token losses, greedy matches and entropies of a micro-batch, [2 or 3, n] fp32, on the last pipeline stage.
 
     Those of other context-parallel ranks are 0.
     """
@@ -127,6 +140,10 @@ def _token_scores(number: int, batch: ScoringBatch, hidden: HiddenStates) -> tup
         logits, targets = hidden.logits(selected[start : start + rows]), labels[start : start + rows]
         loss = vocab_parallel_token_loss(logits, targets, settings.tp_group, settings.vocab_size)
         parts.append(torch.stack((loss, (sharded_argmax(logits, settings.tp_group) == targets).float())))
-    scores = torch.zeros(2, batch.count, device=labels.device)
-    scores[:, batch.places[batch.scored]] = torch.cat(parts, 1)
+    scores = torch.zeros(2 + with_entropy, batch.count, device=labels.device)
+    scores[:2, batch.places[batch.scored]] = torch.cat(parts, 1)
+    if with_entropy:
+        entropy = hidden.token_losses(batch.labels, with_entropy=True).entropy
+        assert entropy is not None
+        scores[2, batch.places[batch.scored]] = entropy[batch.scored]
     return scores[0].sum(), torch.tensor(len(labels), device=labels.device), scores
