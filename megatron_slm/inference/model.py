@@ -72,7 +72,7 @@ def open_model(
     """
     source = open_source(path, step, flag, verify=verify)
     config = on_first_rank(lambda: _inference_config(source, parallel, groups.world_size))
-    tokenizer = on_every_rank(partial(_build_tokenizer, source, config, tokenizer_settings or {}))
+    tokenizer = on_every_rank(partial(checkpoint_tokenizer, source, config, tokenizer_settings or {}))
     params_dtype = precision or config.training.params_dtype
     chunks = load_frozen_model(
         config,
@@ -99,7 +99,7 @@ def _inference_config(source: CheckpointSource, parallel: ParallelConfig, world_
     return config
 
 
-def _build_tokenizer(source: CheckpointSource, config: RunConfig, settings: Mapping[str, Any]) -> Tokenizer:
+def checkpoint_tokenizer(source: CheckpointSource, config: RunConfig, settings: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer of the checkpoint's run with the given settings.
 
     Raises:

@@ -31,57 +31,64 @@ class Prompt:
     record: dict[str, Any]
 
 
-def read_prompts(path: str) -> list[Prompt]:
+def read_prompts(path: str, key: str = PROMPT) -> list[Prompt]:
     """Return the prompts of a file of JSON lines, or of standard input for ``-``. Blank lines are skipped.
 
     Raises:
-        ConfigError: the file cannot be read, holds no prompt, or lines are not objects with a text under "prompt".
+        ConfigError: the file cannot be read, holds no prompt, or lines are not objects with a text under ``key``.
     """
-    try:
-        lines = _read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise read_error(INPUT, path, error) from error
+    lines = read_input(path).split(b"\n")
     prompts, problems = list[Prompt](), list[str]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            prompts.append(_read_line(line, place))
+            prompts.append(_read_line(line, place, key))
         except (ValueError, TypeError, RecursionError) as error:
-            problems.append(f"{INPUT}: {place}: {_describe(error)}")
+            problems.append(f"{INPUT}: {place}: {_describe(error, key)}")
     _refuse_some(problems)
     if not prompts:
-        raise ConfigError(f'{INPUT} {path} holds no prompt. Write one JSON object per line: {{"prompt": "text"}}.')
+        raise ConfigError(f'{INPUT} {path} holds no {key}. Write one JSON object per line: {{"{key}": "text"}}.')
     return prompts
 
 
-def _read(path: str) -> bytes:
-    if path == STDIN:
-        return b"" if sys.stdin is None else sys.stdin.buffer.read()
-    check_regular(Path(path))
-    return Path(path).read_bytes()
+def read_input(path: str) -> bytes:
+    """Return the content of a file, or of standard input for ``-``, without a byte order mark.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        if path == STDIN:
+            content = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        else:
+            check_regular(Path(path))
+            content = Path(path).read_bytes()
+    except OSError as error:
+        raise read_error(INPUT, path, error) from error
+    return content.removeprefix(b"\xef\xbb\xbf")
 
 
-def _read_line(line: bytes, place: str) -> Prompt:
+def _read_line(line: bytes, place: str, key: str) -> Prompt:
     record = json.loads(line.decode("utf-8"))
     if not isinstance(record, dict):
-        raise TypeError('not a JSON object; write {"prompt": "text"}')
-    if PROMPT not in record:
+        raise TypeError(f'not a JSON object; write {{"{key}": "text"}}')
+    if key not in record:
         keys = ", ".join(map(repr, record)) or "none"
-        raise TypeError(f"the key {PROMPT!r} is missing (keys: {keys})")
-    text = record[PROMPT]
+        raise TypeError(f"the key {key!r} is missing (keys: {keys})")
+    text = record[key]
     if not isinstance(text, str):
-        raise TypeError(f"the value of {PROMPT!r} is not a string")
+        raise TypeError(f"the value of {key!r} is not a string")
     text.encode("utf-8")
     return Prompt(text, place, record)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, key: str) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg})"
     if isinstance(error, UnicodeEncodeError):
-        return f"the value of {PROMPT!r} has a lone surrogate, which is not valid text"
+        return f"the value of {key!r} has a lone surrogate, which is not valid text"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
     return "JSON nested too deeply" if isinstance(error, RecursionError) else str(error)
