@@ -58,8 +58,8 @@ def read_records(path: Path | None) -> list[dict[str, Any]]:
     """Return all complete records of a metrics file; none if there is no file, and of a device or pipe."""
     if path is None or is_stream(path) or not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if _step(line) is not None]
+    with path.open("rb") as file:
+        return [record for record in map(_record, file) if record is not None]
 
 
 def is_foreign(path: Path) -> bool:
@@ -92,11 +92,15 @@ def _is_ours(first_line: bytes) -> bool:
 
 def _step(line: bytes) -> int | None:
     """Return the step of a complete metrics line; None for any other line."""
+    record = _record(line)
+    return None if record is None else record["step"]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a complete metrics line; None for any other line."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        return None
-    step = record.get("step")
-    return step if isinstance(step, int) else None
+    is_record = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if is_record else None
