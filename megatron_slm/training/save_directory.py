@@ -17,12 +17,14 @@ from megatron_slm.checkpoint.source import holds_only_weights
 from megatron_slm.config.checkpoint_files import TRACKER, step_directory
 from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE, STOP_FILE
-from megatron_slm.config.schema import CheckpointConfig
+from megatron_slm.config.recipe import to_flat_dict
+from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.files import check_regular, explained_write, write_text
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.lock import DirectoryLock
+from megatron_slm.runtime.software import environment
 from megatron_slm.training.sinks import WANDB_ID_FILE
 
 RECORD_FILE = "slm_run.json"
@@ -69,9 +71,10 @@ def read_record(directory: Path) -> RunRecord | None:
         return None
 
 
-def write_record(directory: Path, record: RunRecord) -> None:
-    """Write the record of the run in ``directory``."""
-    text = json.dumps(asdict(record), indent=1) + "\n"
+def write_record(directory: Path, record: RunRecord, config: RunConfig) -> None:
+    """Write the record of the run in ``directory``, with its settings and its environment at this start."""
+    content = {**asdict(record), "environment": environment(), "settings": to_flat_dict(config)}
+    text = json.dumps(content, indent=1) + "\n"
     write_text(directory / RECORD_FILE, text, "--save", is_ours=lambda path: read_record(path.parent) is not None)
 
 

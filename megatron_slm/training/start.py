@@ -123,7 +123,7 @@ def prepare_save(config: RunConfig, start: Start) -> None:
     with explained_write(save, "--save"):
         Path(save).mkdir(parents=True, exist_ok=True)
     check_replaceable(Path(save) / TRACKER, "--save")
-    write_record(Path(save), start.record)
+    write_record(Path(save), start.record, config)
     remove_leftovers(Path(save))
     checkpoint = start.checkpoint
     if start.damaged and checkpoint is not None and checkpoint.step is not None and belongs_to(checkpoint.path, save):

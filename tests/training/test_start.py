@@ -34,7 +34,7 @@ def save_steps(directory: Path, *steps: int, record: RunRecord | None = None, tr
     if tracker and steps:
         (directory / TRACKER).write_text(f"{steps[-1]}\n")
     if record is not None:
-        write_record(directory, record)
+        write_record(directory, record, RunConfig())
     return directory
 
 
