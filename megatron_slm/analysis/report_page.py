@@ -1,0 +1,280 @@
+"""HTML report of one run, or comparison of several: curves, spikes, data usage, settings and environment."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_slm.analysis.page import write_page
+from megatron_slm.analysis.run_files import RunFiles, Series, tokens_of
+from megatron_slm.analysis.svg_chart import BOX, Chart, Line, draw_chart
+from megatron_slm.config.recipe import to_flat_dict
+from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.console import format_duration
+
+NAME = "report"  # of the template
+STEPS, TOKENS = "steps", "tokens"  # x axis
+MAX_EVENTS = 100  # rows of the table of spikes
+Usage = Mapping[str, Sequence[tuple[str, float | None]]]  # corpora of a run, and their shares of its tokens
+Row = Sequence[str]
+
+LOSS_NAMES = {"loss": "selected", "loss_all": "all", "loss_unselected": "unselected"}
+SINGLE_CHARTS = (  # metric, title
+    ("lr", "learning rate"),
+    ("grad_norm", "gradient norm"),
+    ("share_selected", "share of tokens selected"),
+    ("threshold", "threshold (lowest selected score)"),
+    ("tokens_per_second", "throughput (tokens per second)"),
+    ("tflops", "model TFLOP/s per device"),
+    ("loss_scale", "loss scale"),
+)
+
+
+def write_report(runs: Sequence[RunFiles], path: str, *, axis: str, usage: Usage) -> None:
+    """Write the report, atomically.
+
+    Args:
+        axis: "steps" or "tokens", the x axis of all curves.
+        usage: by name of the run.
+    """
+    charts = [draw_chart(chart) for chart in _charts(runs, axis)]
+    content = "".join(
+        [
+            _section("Summary", _table(("", *(run.name for run in runs)), _summary(runs))),
+            _section("Curves", f'<div class="charts">{"".join(figure for figure, _ in charts)}</div>'),
+            _section("Spikes and NaN", _events(runs)),
+            _section("Data usage", _usage(runs, usage)),
+            _section("Settings", _settings(runs)),
+            _section("Environment of the latest start", _environment(runs)),
+            _section("Unreadable files", _notes(runs)),
+        ]
+    )
+    title = f"{'Comparison' if len(runs) > 1 else 'Report'} of {', '.join(run.name for run in runs)}"
+    write_page(
+        path, NAME, title, {"axis": axis, "box": BOX, "charts": [points for _, points in charts]}, content=content
+    )
+
+
+def _charts(runs: Sequence[RunFiles], axis: str) -> Iterator[Chart]:
+    """Yield the charts that have values."""
+    for chart in _all_charts(runs, axis):
+        if any(map(math.isfinite, (value for line in chart.lines for value in line.y))):
+            yield chart
+
+
+def _all_charts(runs: Sequence[RunFiles], axis: str) -> Iterator[Chart]:
+    if len(runs) == 1:
+        [run] = runs
+        selects = run.series("loss_unselected").values
+        names = LOSS_NAMES if selects else {"loss_all": "all tokens"}
+        lines = [_line(label, run.series(metric), axis) for metric, label in names.items()]
+        yield Chart("training loss (nats per token)", lines, axis, _marks(run, axis))
+    else:
+        for metric, label in (("loss_all", "all"), ("loss", "selected"), ("loss_unselected", "unselected")):
+            yield _comparison(f"training loss, {label} tokens (nats)", runs, metric, axis)
+    yield from _evaluations(runs, axis)
+    for metric, title in SINGLE_CHARTS:
+        yield _comparison(title, runs, metric, axis)
+
+
+def _comparison(title: str, runs: Sequence[RunFiles], metric: str, axis: str) -> Chart:
+    lines = [_line(run.name, run.series(metric), axis) for run in runs]
+    marks = _marks(runs[0], axis) if len(runs) == 1 and metric == "grad_norm" else ()
+    return Chart(title, lines, axis, marks)
+
+
+def _evaluations(runs: Sequence[RunFiles], axis: str) -> Iterator[Chart]:
+    """Yield one chart for all held-out losses of one run, or one per set; and one per metric of the benchmarks."""
+    if len(runs) == 1:
+        [run] = runs
+        lines = [_line(name, run.series("loss", "eval", name), axis) for name in run.sets()]
+        yield Chart("held-out loss (nats per token)", lines, axis)
+    else:
+        for name in dict.fromkeys(name for run in runs for name in run.sets()):
+            lines = [_line(run.name, run.series("loss", "eval", name), axis) for run in runs]
+            yield Chart(f"held-out loss, {name} (nats per token)", lines, axis)
+    tasks = dict.fromkeys(name for run in runs for name in run.sets("task"))
+    metrics = dict.fromkeys(name for run in runs for name in run.metric_names("task"))
+    for metric in (name for name in metrics if not name.endswith("_stderr") and name != "documents"):
+        lines = [
+            _line(f"{run.name} {task}" if len(runs) > 1 else task, run.series(metric, "task", task), axis)
+            for run in runs
+            for task in tasks
+        ]
+        yield Chart(f"benchmarks, {metric}", lines, axis)
+
+
+def _line(label: str, series: Series, axis: str) -> Line:
+    return Line(label, series.tokens if axis == TOKENS else series.steps, series.values)
+
+
+def _marks(run: RunFiles, axis: str) -> list[tuple[float, str]]:
+    """Return the steps of events, as positions on the axis."""
+    tokens = {record["step"]: tokens_of(record) for record in run.records}
+    return [
+        (tokens.get(event["step"], 0) if axis == TOKENS else event["step"], str(event.get("message", "")))
+        for event in run.events
+    ]
+
+
+def _summary(runs: Sequence[RunFiles]) -> list[Row]:
+    """Return the rows of the summary, one column per run."""
+    rows: list[tuple[str, Callable[[RunFiles], str]]] = [
+        ("objective", lambda run: _objective(run.settings)),
+        ("steps", _progress),
+        ("tokens", lambda run: f"{run.tokens:,}"),
+        ("start", _origin),
+        ("last record", lambda run: run.updated),
+        ("checkpoints", lambda run: _steps(run.checkpoints)),
+        *((f"training loss, {label}", _last(metric)) for metric, label in LOSS_NAMES.items()),
+        *(
+            (f"held-out loss, {name}", _held_out(name))
+            for name in dict.fromkeys(name for run in runs for name in run.sets())
+        ),
+        ("tokens per second, median", _throughput),
+        ("time of the logged steps", _duration),
+        ("spikes and NaN", lambda run: f"{len(run.events):,}"),
+    ]
+    table = [(title, *(value(run) for run in runs)) for title, value in rows]
+    return [row for row in table if any(row[1:])]
+
+
+def _objective(settings: Mapping[str, Any]) -> str:
+    if settings.get("objective") != "slm":
+        return str(settings.get("objective") or "")
+    return f"slm, {settings.get('slm_score')}, k = {settings.get('slm_selection_ratio')}, {settings.get('slm_scope')}"
+
+
+def _progress(run: RunFiles) -> str:
+    planned = run.settings.get("train_iters")
+    if not isinstance(planned, int):
+        return f"{run.step:,}"
+    return f"{run.step:,} of {planned:,} ({'complete' if run.step >= planned else 'not complete'})"
+
+
+def _origin(run: RunFiles) -> str:
+    if not run.origin:
+        return "" if run.origin is None else "from scratch"
+    step = run.origin.get("step")
+    kind = "weights of" if run.origin.get("weights_only") else "continues"
+    return f"{kind} {run.origin.get('path')}" + ("" if step is None else f", step {step:,}")
+
+
+def _steps(steps: Sequence[int]) -> str:
+    shown = [f"{step:,}" for step in steps]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:2], "...", *shown[-3:]])
+
+
+def _last(metric: str) -> Callable[[RunFiles], str]:
+    return lambda run: f"{values[-1]:.4f}" if (values := run.series(metric).values) else ""
+
+
+def _held_out(name: str) -> Callable[[RunFiles], str]:
+    def value(run: RunFiles) -> str:
+        series = run.series("loss", "eval", name)
+        finite = [each for each in series.values if math.isfinite(each)]
+        return f"{series.values[-1]:.4f} (lowest {min(finite):.4f})" if finite else ""
+
+    return value
+
+
+def _throughput(run: RunFiles) -> str:
+    values = sorted(filter(math.isfinite, run.series("tokens_per_second").values))
+    return f"{values[len(values) // 2]:,.0f}" if values else ""
+
+
+def _duration(run: RunFiles) -> str:
+    """Return the sum of the step times; a log interval's record has the mean time of its steps."""
+    series, interval = run.series("seconds"), run.settings.get("log_interval") or 1
+    before = [0, *series.steps]
+    seconds = [
+        value * min(step - previous, interval)
+        for value, step, previous in zip(series.values, series.steps, before, strict=False)
+        if math.isfinite(value)
+    ]
+    return format_duration(math.fsum(seconds)) if seconds else ""
+
+
+def _events(runs: Sequence[RunFiles]) -> str:
+    rows = [
+        (*([run.name] if len(runs) > 1 else []), f"{event['step']:,}", *_event(event))
+        for run in runs
+        for event in run.events
+    ]
+    if not rows:
+        return "<p>none</p>"
+    head = (*(["run"] if len(runs) > 1 else []), "step", "time", "event", "action", "message")
+    more = f"<p>{len(rows) - MAX_EVENTS:,} more in the events files</p>" if len(rows) > MAX_EVENTS else ""
+    return _table(head, rows[:MAX_EVENTS]) + more
+
+
+def _event(event: Mapping[str, Any]) -> Row:
+    return [str(event.get(name, "")) for name in ("time", "event", "action", "message")]
+
+
+def _usage(runs: Sequence[RunFiles], usage: Usage) -> str:
+    rows = []
+    for run in runs:
+        for corpus, share in usage.get(run.name, ()):
+            known = ("by size", "") if share is None else (f"{share:.2%}", f"{share * run.tokens:,.0f}")
+            rows.append((*([run.name] if len(runs) > 1 else []), corpus, *known))
+    if not rows:
+        return "<p>The settings name no corpus.</p>"
+    head = (*(["run"] if len(runs) > 1 else []), "corpus", "weight", "tokens of the run so far (weight × tokens)")
+    return _table(head, rows)
+
+
+def _settings(runs: Sequence[RunFiles]) -> str:
+    """Return the settings that differ between runs, and those of each run that differ from the defaults."""
+    defaults = to_flat_dict(RunConfig())
+    known = [run for run in runs if run.settings]
+    parts = [f"<p>{html.escape(run.name)} has saved no settings yet.</p>" for run in runs if not run.settings]
+    if len(known) > 1:
+        names = dict.fromkeys(name for run in known for name in run.settings)
+        values = {name: [_text(run.settings.get(name)) for run in known] for name in names}
+        rows = [(name, *texts) for name, texts in values.items() if len(set(texts)) > 1]
+        parts.append(_table(("differs", *(run.name for run in known)), rows) if rows else "<p>All are equal.</p>")
+    for run in known:
+        rows = [
+            (name, _text(value), _text(defaults.get(name)))
+            for name, value in run.settings.items()
+            if value != defaults.get(name)
+        ]
+        table = _table(("setting", "value", "default"), rows)
+        is_open = " open" if len(runs) == 1 else ""
+        parts.append(f"<details{is_open}><summary>{html.escape(run.name)}: changed settings</summary>{table}</details>")
+    return "".join(parts)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name}={_text(each)}" for name, each in value.items())
+    return "" if value is None else str(value)
+
+
+def _environment(runs: Sequence[RunFiles]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.environment)
+    rows = [(name, *(_text(run.environment.get(name)) for run in runs)) for name in names]
+    return _table(("", *(run.name for run in runs)), rows) if rows else "<p>not recorded</p>"
+
+
+def _notes(runs: Sequence[RunFiles]) -> str:
+    return "".join(f"<p>{html.escape(note)}</p>" for run in runs for note in run.notes)
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def _table(head: Row, rows: Sequence[Row]) -> str:
+    """Return a table whose first column names its rows."""
+    lines = ["".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)]
+    for first, *cells in rows:
+        lines.append(
+            f'<th scope="row">{html.escape(first)}</th>' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        )
+    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"

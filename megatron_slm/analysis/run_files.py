@@ -1,0 +1,181 @@
+"""Metrics, events, settings and environment of a run, from the files in its --save directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.config.checkpoint_files import CONFIG_FILE
+from megatron_slm.config.checkpoint_steps import step_directories
+from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
+from megatron_slm.config.recipe import read_recipe
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import check_regular
+from megatron_slm.runtime.metrics_file import is_foreign, read_records
+
+RECORD_FILE = "slm_run.json"
+RUN_REMEDY = "Give the --save directory of a run, or its metrics file."
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values of one metric; NaN for values that are not finite."""
+
+    steps: list[int]
+    tokens: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run, as far as they exist."""
+
+    name: str
+    metrics: Path
+    records: Sequence[Record]  # by step; of repeated steps the last
+    events: Sequence[Record]  # spikes and NaN
+    settings: dict[str, Any]  # empty if the run has saved none
+    environment: dict[str, Any]  # of the latest start; empty if it is not recorded
+    origin: dict[str, Any] | None  # initial checkpoint; empty for a run from scratch, None if it is not recorded
+    checkpoints: Sequence[int]  # steps
+    notes: Sequence[str]  # unreadable files
+
+    def series(self, metric: str, kind: str = "train", name: str | None = None) -> Series:
+        """Return one metric of a kind of record, of the set ``name`` for evaluations, from the records that have it."""
+        found = [
+            (record["step"], tokens_of(record), record[metric])
+            for record in self.records
+            if record["kind"] == kind and record.get("set") == name and _is_number(record.get(metric))
+        ]
+        values = [value if math.isfinite(value) else math.nan for _, _, value in found]
+        return Series([step for step, _, _ in found], [tokens for _, tokens, _ in found], values)
+
+    def sets(self, kind: str = "eval") -> list[str]:
+        """Return the names of the validation sets or benchmarks, in the order of the file."""
+        found = (record for record in self.records if record["kind"] == kind and "set" in record)
+        return list(dict.fromkeys(str(record["set"]) for record in found))
+
+    def metric_names(self, kind: str = "train") -> list[str]:
+        """Return the names of all numeric metrics of a kind of record, except step and tokens."""
+        found = (
+            name for record in self.records if record["kind"] == kind for name in record if _is_number(record[name])
+        )
+        return [name for name in dict.fromkeys(found) if name not in ("step", "tokens")]
+
+    @property
+    def step(self) -> int:
+        """Return the last step of the metrics."""
+        return self.records[-1]["step"] if self.records else 0
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens that the run had read at the last step of the metrics."""
+        return tokens_of(self.records[-1]) if self.records else 0
+
+    @property
+    def updated(self) -> str:
+        """Return the time of the last change of the metrics file; "" if there is none."""
+        try:
+            seconds = self.metrics.stat().st_mtime
+        except OSError:
+            return ""
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def read_runs(paths: Sequence[str]) -> list[RunFiles]:
+    """Return the runs of a command line, with different names.
+
+    Raises:
+        ConfigError: a path is not that of a run.
+    """
+    runs = [read_run(path) for path in dict.fromkeys(paths)]
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else RunFiles(**{**vars(run), "name": str(run.metrics.parent)})
+        for run in runs
+    ]
+
+
+def read_run(path: str) -> RunFiles:
+    """Return the run of a --save directory or of a metrics file.
+
+    Raises:
+        ConfigError: there is no such path, or it holds neither metrics nor checkpoints.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise ConfigError(f"{path}: no such file or directory. {RUN_REMEDY}")
+    directory, metrics = (given, given / METRICS_FILE) if given.is_dir() else (given.parent, given)
+    checkpoints = step_directories(directory, path)
+    notes: list[str] = []
+    settings = _saved_settings(checkpoints, notes)
+    record = _read_object(directory / RECORD_FILE, notes)
+    settings = settings or _mapping(record.get("settings"))
+    if metrics.name != METRICS_FILE and settings.get("slm_metrics_file") != path:
+        settings, record, checkpoints = {}, {}, {}  # of another run, whose metrics.jsonl replaced these metrics
+    if given.is_dir() and not metrics.exists() and (elsewhere := settings.get("slm_metrics_file")):
+        metrics = Path(elsewhere)
+    if metrics.is_file() and is_foreign(metrics):
+        raise ConfigError(f"{metrics} is not a metrics file of this trainer. {RUN_REMEDY}")
+    if not metrics.is_file() and not checkpoints and not record:
+        raise ConfigError(f"{path} holds neither {METRICS_FILE} nor a checkpoint. {RUN_REMEDY}")
+    events = Path(settings.get("slm_events_file") or directory / EVENTS_FILE)
+    return RunFiles(
+        name=directory.resolve().name if metrics.name == METRICS_FILE else metrics.stem,
+        metrics=metrics,
+        records=_latest(read_records(metrics)),
+        events=[event for event in read_records(events) if event["kind"] == "event"],
+        settings=settings,
+        environment=_mapping(record.get("environment")),
+        origin=_mapping(record["origin"]) if "origin" in record else None,
+        checkpoints=list(checkpoints),
+        notes=notes,
+    )
+
+
+def tokens_of(record: Record) -> int:
+    """Return the tokens that a run had read before a record; 0 if they are not recorded."""
+    tokens = record.get("tokens")
+    return tokens if isinstance(tokens, int) else 0
+
+
+def _latest(records: Sequence[Record]) -> list[Record]:
+    """Return the last record of every step, kind and set, in the order of their steps."""
+    unique = {(record["step"], record["kind"], str(record.get("set"))): record for record in records}
+    return sorted(unique.values(), key=lambda record: record["step"])
+
+
+def _saved_settings(checkpoints: dict[int, Path], notes: list[str]) -> dict[str, Any]:
+    """Return the settings in the newest checkpoint that has them; empty if none has."""
+    for directory in reversed(checkpoints.values()):
+        if (directory / CONFIG_FILE).is_file():
+            try:
+                return read_recipe(directory / CONFIG_FILE)
+            except ConfigError as error:
+                notes.append(str(error))
+    return {}
+
+
+def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        check_regular(path)
+        return _mapping(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{path} cannot be read ({error})")
+        return {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

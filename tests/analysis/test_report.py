@@ -1,0 +1,146 @@
+"""Test the report and the plots of runs, from the files that an active, broken or resumed run leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_slm.analysis.metrics_plot import smooth
+from megatron_slm.analysis.run_files import read_run, read_runs
+from megatron_slm.analysis.svg_chart import Chart, Line, draw_chart, reduce_points, short_number, ticks
+from megatron_slm.cli.plot_metrics import main as plot_main
+from megatron_slm.cli.report import main as report_main
+from megatron_slm.config.recipe import dump_config, with_settings
+from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.tiny import captured
+from megatron_slm.training.save_directory import RunRecord, write_record
+
+
+def record(step: int, **values: Any) -> dict[str, Any]:
+    losses = {"loss": 5 - 0.1 * step, "loss_all": 4.5, "loss_unselected": 4.0, "share_selected": 0.6}
+    rates = {"threshold": 0.1, "grad_norm": 1.0, "lr": 1e-3, "seconds": 2.0, "tokens_per_second": 100.0}
+    return {"kind": "train", "step": step, "tokens": 64 * step, **losses, **rates, "selection": "00ff", **values}
+
+
+def make_run(directory: Path, records: list[dict[str, Any]], **settings: Any) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    if settings:
+        (directory / "iter_0000002").mkdir()
+        (directory / "iter_0000002" / "config.yaml").write_text(dump_config(with_settings(RunConfig(), settings)))
+    return directory
+
+
+def held_out(step: int, loss: float) -> dict[str, Any]:
+    return {"kind": "eval", "step": step, "tokens": 64 * step, "set": "clean & <raw>", "loss": loss}
+
+
+SLM = {"objective": "slm", "train_iters": 4, "data_path": ["0.3", "/data/a<b>", "0.1", "/data/c"]}
+SPIKE = {"kind": "event", "step": 2, "event": "spike", "action": "log", "message": "step 2: <loss> exceeds"}
+
+
+def test_a_report_has_curves_events_usage_and_settings(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "slm", [held_out(0, 6.0), *map(record, range(1, 5)), held_out(4, 5.0)], **SLM)
+    (run / "events.jsonl").write_text(json.dumps(SPIKE) + "\n")
+    assert captured([str(run)], report_main).code == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for text in ("4 of 4 (complete)", "clean &amp; &lt;raw&gt;", "5.0000 (lowest 5.0000)", "8s", "/data/a&lt;b&gt;"):
+        assert text in page
+    assert "75.00%" in page and ">192<" in page  # share of the first corpus, and its tokens
+    assert page.count('<path class="mark"') == 2 and "&lt;loss&gt; exceeds" in page
+    assert "://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert captured([str(run)], report_main).code == 0  # replaces its own file
+
+
+def test_runs_without_threshold_checkpoint_or_complete_lines(tmp_path: Path) -> None:
+    clm = [record(step, loss_unselected=None, threshold=None, share_selected=1.0) for step in (1, 2)]
+    odd = {"kind": "eval", "step": 3, "loss": "NaN", "tokens": None}
+    active, empty = make_run(tmp_path / "a" / "run", clm), make_run(tmp_path / "b" / "run", [])
+    with (active / "metrics.jsonl").open("a") as file:
+        lines = [json.dumps({**clm[1], "loss_all": math.nan}), "[1]", json.dumps(odd), json.dumps(record(3))[:50]]
+        file.write("\n".join(lines))
+    (empty / "slm_run.json").write_text('{"run_id": "x", "environment": {"host": "n1"}, "settings": {"lr": 1.0}}')
+    result = captured([str(active), str(empty), "--html", str(tmp_path / "r.html")], report_main)
+    assert result.code == 0, result.errors
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "lowest selected score" not in page and "has saved no settings yet" in page and "n1" in page
+    first, second = read_runs([str(active), str(empty)])
+    assert [first.name, second.name] == [str(active), str(empty)]  # equal names are distinguished
+    assert first.series("loss_all").values[0] == 4.5 and math.isnan(first.series("loss_all").values[1])
+
+
+def test_a_run_without_a_checkpoint_has_the_settings_of_its_start(tmp_path: Path) -> None:
+    write_record(tmp_path, RunRecord.new(None), with_settings(RunConfig(), {"lr": 0.5}))
+    run = read_run(str(tmp_path))
+    assert run.settings["lr"] == 0.5 and run.environment["processes"] == 1 and run.origin == {}
+    (tmp_path / "metrics.jsonl.1").write_text(json.dumps(record(1)) + "\n")  # of an earlier run
+    assert read_run(str(tmp_path / "metrics.jsonl.1")).settings == {}
+
+
+def test_paths_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("theirs\n")
+    (tmp_path / "report.html").write_text("theirs")
+    run = make_run(tmp_path / "run", [record(1)])
+    for argv, message in (
+        ([str(tmp_path / "missing")], "no such file or directory"),
+        ([str(tmp_path)], "is not a metrics file of this trainer"),
+        ([str(run), "--html", str(tmp_path / "report.html")], "report.html exists and was not written by"),
+        ([str(run / "metrics.jsonl"), "--html", str(tmp_path / "no" / "x.html")], "does not exist. Create it"),
+    ):
+        result = captured(argv, report_main)
+        assert result.code == 2 and message in result.errors, result
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ConfigError, match="nor a checkpoint"):
+        read_run(str(tmp_path / "nothing"))
+
+
+def test_metrics_are_plotted_by_name(tmp_path: Path) -> None:
+    runs = [
+        str(make_run(tmp_path / name, [held_out(0, 6.0), *map(record, range(1, 4)), held_out(3, 5.0)], **SLM))
+        for name in ("one", "two")
+    ]
+    output = tmp_path / "plot.svg"
+    flags = ["--output", str(output), "--metrics", "loss", "eval/loss", "--x", "tokens", "--smoothing", "0.5"]
+    result = captured([*runs, *flags], plot_main)
+    assert result.code == 0 and "</svg>" in output.read_text(), result.errors
+    for flags, message in (
+        (["--output", "x.gif"], "the format is not known by its suffix"),
+        (["--output", str(output), "--metrics", "los"], "no run has this metric. Did you mean loss?"),
+        (["--output", str(output), "--smoothing", "1"], "must be at least 0 and below 1"),
+    ):
+        result = captured([*runs, *flags], plot_main)
+        assert result.code == 2 and message in result.errors, result
+
+
+def test_long_lines_keep_their_extremes() -> None:
+    values = [1.0] * 2000
+    values[777], values[1500] = 9.0, math.nan
+    points = reduce_points(Line("loss", list(range(2000)), values), 100)
+    assert len(points.x) == 100 and max(points.high) == 9.0 and points.x[-1] == 1999
+    figure, data = draw_chart(Chart("<loss>", [Line("a", list(range(2000)), values)], "steps"))
+    assert "&lt;loss&gt;" in figure and 'class="band c0"' in figure and data["lines"][0]["x"][-1] == 1999
+
+
+def test_charts_of_few_values() -> None:
+    assert "no values" in draw_chart(Chart("empty", [Line("a", [1], [math.nan])], "steps"))[0]
+    for x, y in (([1], [2.0]), ([1, 2, 3], [0.0, math.nan, 0.0]), ([5, 5], [1e-12, -1e12])):
+        figure, data = draw_chart(Chart("few", [Line("a", x, y)], "steps"))
+        assert "nan" not in figure and len(data["lines"][0]["y"]) == len(x)
+
+
+def test_ticks_are_round_numbers() -> None:
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert ticks(4.93, 5.71) == [5, 5.2, 5.4, 5.6]
+    assert [short_number(value) for value in (0, 2e-5, -0.5, 9500, 40_000, 2.5e6)] == [
+        *("0", "2e−05", "−0.5", "9500", "40k", "2.5M")
+    ]
+
+
+def test_smoothing_starts_at_the_first_value_and_skips_nan() -> None:
+    assert np.allclose(smooth(np.array([2.0, 2.0, np.nan, 2.0]), 0.9), [2, 2, np.nan, 2], equal_nan=True)
