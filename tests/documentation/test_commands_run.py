@@ -18,7 +18,7 @@ from megatron_slm.testing.published import save_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NAMES = ("generation", "reference_scores", "finetuning", "data", "performance", "scaling")
+NAMES = ("generation", "analysis", "reference_scores", "finetuning", "data", "performance", "scaling")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 BLOCKS = [
     (page, number, block)
