@@ -41,16 +41,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> Path:
     directory = tmp_path_factory.mktemp("saved")
     commands = []
     for name, flags in KINDS.items():
-        commands.append(command(corpus, directory / f"{name}-uninterrupted", train_iters=4) + SCHEDULE + flags)
+        commands.append(
+            command(corpus, directory / f"{name}-uninterrupted", train_iters=4, losses_only=True) + SCHEDULE + flags
+        )
         commands.append(command(corpus, directory / name, train_iters=4, exit_interval=2) + SCHEDULE + flags)
     for outcome in run_each(*commands):
         assert outcome.code == 0, outcome.errors
     return directory
 
 
-def resume(corpus: str, saved: Path, name: str, save: Path, *flags: str, **settings: Any) -> list[str]:
-    save.mkdir(parents=True, exist_ok=True)
-    return [*command(corpus, save, load=saved / name, **{"train_iters": 4, **settings}), *SCHEDULE, *flags]
+def resume(
+    corpus: str, saved: Path, name: str, save: Path, *flags: str, train_iters: int = 4, **more: Any
+) -> list[str]:
+    argv = command(corpus, save, load=saved / name, losses_only=True, train_iters=train_iters, **more)
+    return [*argv, *SCHEDULE, *flags]
 
 
 def test_every_optimizer_resumes_with_the_state_of_another(tmp_path: Path, corpus: str, saved: Path) -> None:
@@ -125,12 +129,13 @@ def test_changed_schedule_is_refused_without_a_scheduler_flag(tmp_path: Path, co
 def test_resume_without_random_or_optimizer_states(tmp_path: Path, corpus: str) -> None:
     """The states are not saved, or saved and not loaded."""
     dropout = {"hidden_dropout": 0.3, "train_iters": 4}
-    uninterrupted = [*command(corpus, tmp_path / "uninterrupted", **dropout), *SCHEDULE]
+    uninterrupted = [*command(corpus, tmp_path / "uninterrupted", losses_only=True, **dropout), *SCHEDULE]
     first = [*command(corpus, tmp_path / "run", **dropout, exit_interval=2), *SCHEDULE]
     bare = [*command(corpus, tmp_path / "bare", **dropout, exit_interval=2), *SCHEDULE, "--no-save-rng"]
 
     def again(name: str, save: str, *flags: str) -> list[str]:
-        return [*command(corpus, tmp_path / save, load=tmp_path / name, **dropout), *SCHEDULE, *flags]
+        argv = command(corpus, tmp_path / save, load=tmp_path / name, losses_only=True, **dropout)
+        return [*argv, *SCHEDULE, *flags]
 
     outcomes = run_each(
         uninterrupted,

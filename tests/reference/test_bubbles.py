@@ -111,12 +111,12 @@ def scored_ahead(ranks: int, *commands: list[str]) -> list[list[int]]:
 def test_bubbles_do_not_change_a_run(workspace: Path) -> None:
     """Two stages with resume, a skipped step, evaluation, ranking passes; the data is read up to the last step only."""
     two = {"pipeline_model_parallel_size": 2, "micro_batch_size": 4, "eval_interval": 2, "train_iters": 6}
-    two |= {"iterations_to_skip": 3, "slm_scope": "global-batch", "recompute_granularity": "selective"}
+    two |= {"eval_iters": 1, "iterations_to_skip": 3, "slm_scope": "global-batch", "recompute_granularity": "selective"}
     parts = settings(workspace, "two-parts", **two, reference_in_bubbles=True, save_interval=2)
     separate, together, first, rest = scored_ahead(
         2,
-        settings(workspace, "two", **two),
-        settings(workspace, "two-bubbles", **two, reference_in_bubbles=True),
+        settings(workspace, "two", **two, losses_only=True),
+        settings(workspace, "two-bubbles", **two, reference_in_bubbles=True, losses_only=True),
         [*parts, "--exit-interval", "4"],
         [*parts, "--load", str(workspace / "two-parts")],
     )

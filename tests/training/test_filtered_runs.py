@@ -28,7 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a corpus, a base model, and the run of one process."""
     directory = tmp_path_factory.mktemp("filtered")
-    launch(command(make_corpus(directory / "corpus", 1), directory / "base", train_iters=2))
+    launch(command(make_corpus(directory / "corpus", 1), directory / "base", train_iters=2, eval_iters=0))
     run(directory, "one")
     return directory
 
@@ -36,7 +36,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(directory: Path, name: str, ranks: int = 1, **flags: Any) -> list[dict[str, Any]]:
     """Train three steps from the base with SLM; return the records of the steps."""
     settings = {"objective": "slm", "slm_score": "token-loss", "slm_backward": "filtered", **flags}
-    start = {"load": directory / "base", "finetune": True, "train_iters": 3}
+    start = {"load": directory / "base", "finetune": True, "train_iters": 3, "losses_only": True}
     launch(command(str(directory / "corpus_text_document"), directory / name, **start, **settings), ranks)
     return records(directory / name)
 

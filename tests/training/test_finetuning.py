@@ -45,7 +45,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sft(directory: Path, name: str | None, *, corpus: Any = "one", **flags: Any) -> list[str]:
     prefix = str(directory / f"{corpus}_sft_document")
-    flags = {"objective": "sft", "train_iters": 4, **flags}
+    flags = {"objective": "sft", "train_iters": 4, "losses_only": True, **flags}
     return command(prefix, None if name is None else directory / name, **flags)
 
 
@@ -117,7 +117,7 @@ def test_packed_examples_equal_examples_alone(workspace: Path) -> None:
 
 def test_resume_is_bit_for_bit_and_selects_only_if_asked(workspace: Path) -> None:
     flags = {"hidden_dropout": 0.1, "corpus": "one", "train_iters": 4}
-    part = sft(workspace, "part", load=workspace / "part", **flags)
+    part = sft(workspace, "part", load=workspace / "part", losses_only=False, **flags)
     outcomes = run_ranks(
         run_commands,
         1,
@@ -146,7 +146,8 @@ def test_resume_is_bit_for_bit_and_selects_only_if_asked(workspace: Path) -> Non
 
 def test_layouts_agree_with_one_process(workspace: Path) -> None:
     flags = {"load": workspace / "base", "finetune": True, "use_distributed_optimizer": True, "train_iters": 3}
-    alone = [("pretrain", sft(workspace, "base", train_iters=1)), ("pretrain", sft(workspace, "alone", **flags))]
+    base = sft(workspace, "base", train_iters=1, losses_only=False)
+    alone = [("pretrain", base), ("pretrain", sft(workspace, "alone", **flags))]
     outcomes = run_ranks(run_commands, 1, alone, initialise=False)[0]
     assert not any(outcome.code for outcome in outcomes), outcomes
     launch(sft(workspace, "dp", dp=2, **flags), 2)
@@ -166,7 +167,7 @@ def test_selection_by_a_reference_model_and_over_the_corpus(workspace: Path) -> 
     slm = {"data_path": blend, "slm_selection_ratio": 0.5, "train_iters": 3, "slm_scope": "global-batch"}
 
     def model(name: str, seed: int) -> tuple[str, list[str]]:
-        return "pretrain", sft(workspace, name, corpus="two", train_iters=2, seed=seed)
+        return "pretrain", sft(workspace, name, corpus="two", train_iters=2, seed=seed, losses_only=False)
 
     def scored(name: str) -> tuple[str, list[str]]:
         flags = ["--reference-load", str(workspace / name), "--reference-scores", name]
