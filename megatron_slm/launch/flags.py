@@ -139,7 +139,7 @@ def _add_resource_flags(parser: Parser) -> None:
 def _add_environment_flags(parser: Parser) -> None:
     add: Any = parser.add_argument_group("environment of the ranks").add_argument
     add("--launcher", choices=(SRUN, TORCHRUN), help=f"program that starts the ranks [{SRUN}]")
-    add("--env", nargs="+", action="extend", metavar="NAME=VALUE", help="environment variables")
+    add("--env", nargs="+", action="extend", metavar="NAME=VALUE", help="environment variables; values are literal")
     add("--module", nargs="+", action="extend", metavar="NAME", help="modules to load")
     add("--venv", type=expand_user, metavar="DIRECTORY", help="virtual environment to activate")
     add("--python", type=expand_user, help="Python interpreter; default that of --venv, python in a container, or this")

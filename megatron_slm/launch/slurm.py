@@ -84,6 +84,8 @@ def queue(job_ids: Sequence[str]) -> list[JobState]:
 
 def recorded_states(job_ids: Sequence[str]) -> dict[str, str]:
     """Return the states of jobs in Slurm's accounting by job or task id; empty on a cluster without accounting."""
+    if not job_ids:
+        return {}
     command = [
         "sacct",
         "--noheader",

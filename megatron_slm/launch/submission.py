@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import yaml
@@ -105,6 +106,8 @@ def prepare(
     run_dir = Path(check_line(expand_user(request.run_dir or save or ""), "--run-dir")).absolute()
     if "\\" in str(run_dir):
         raise ConfigError(f"--run-dir {run_dir} has a backslash, with which Slurm finds no log file. Rename it.")
+    if settings.container_image is not None:
+        _check_mounts(Path.cwd(), run_dir, *([] if save is None else [Path(save).absolute()]))
     if config is not None:
         arguments += _save_flags(config, run_dir, with_seeds=bool(settings.seeds))
         config = _check_run(request, arguments, run_dir, checks_files=request.check_files and not after)
@@ -199,6 +202,13 @@ def _runs_here(request: JobRequest) -> bool:
     return request.settings.container_image is None and uses_gpus == (default_device().type == "cuda")
 
 
+def _check_mounts(*directories: Path) -> None:
+    """Raise ConfigError for a directory that a container cannot mount under its path."""
+    for directory in directories:
+        if {":", ","} & set(str(directory)):
+            raise ConfigError(f"{directory} has a colon or a comma, which separate mounts of a container. Rename it.")
+
+
 def _check_seeds(request: JobRequest) -> None:
     if request.command != PRETRAIN:
         raise ConfigError(f"--seeds is for training runs, and --command is {request.command}. Leave it out.")
@@ -216,8 +226,9 @@ def _check_command(request: JobRequest) -> None:
     if request.recipes:
         raise ConfigError(f"--config is for training runs, and --command is {request.command}. Leave it out.")
     module = import_module(f"megatron_slm.cli.{request.command.replace('-', '_')}")
-    with suppress(TypeError):  # parsers that take no arguments
-        module.parse_arguments(request.arguments)
+    parse_arguments = getattr(module, "parse_arguments", None)
+    if parse_arguments is not None and signature(parse_arguments).parameters:  # others parse only sys.argv
+        parse_arguments(request.arguments)
 
 
 def _copy_recipes(recipes: Sequence[str]) -> dict[str, str]:

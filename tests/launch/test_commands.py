@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_slm.cli.__main__ import main as run_by_name
 from megatron_slm.launch import slurm
 from megatron_slm.launch.chain import read_chain
 from megatron_slm.launch.command import main
@@ -85,6 +86,8 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
         (["--run-dir", "run", "--print-config"], "--print-config is for the trainer"),
         (["--seeds", "1", "2"], "--seeds needs --run-dir"),
         (["--run-dir", "run", "--seeds", "1", "--seed", "2"], "--seed and --seeds exclude each other"),
+        (["--run-dir", "a:b", "--container-image", "x.sqsh"], "has a colon or a comma"),
+        (["--run-dir", "run", "--command", "score-corpus", "--context", "x"], "--context: invalid choice: 'x'"),
         (["--run-dir", "run", "--command", "soak", "--config", "x.yaml"], "--config is for training runs"),
     ],
 )
@@ -192,7 +195,21 @@ def test_wrong_chains_are_refused(stages: dict[str, object], message: str) -> No
 def test_example_chain_is_valid() -> None:
     chain = read_chain(ROOT / "examples" / "slurm" / "chain.yaml", dry_run=True)
     assert [stage.name for stage in chain.stages] == ["reference", "score", "theta", "evaluate"]
+    recipes = [recipe for stage in chain.stages for recipe in stage.request.recipes]
+    assert recipes and all((ROOT / recipe).exists() for recipe in recipes)
     assert chain.dependents("reference") == ["score", "theta", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["nonsense"], "'nonsense' is no command"), (["score-corpus", "--context", "x"], "invalid choice: 'x'")],
+)
+def test_commands_run_by_name(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["megatron_slm.cli", *argv])
+    assert run_by_name() == 2
+    assert message in capsys.readouterr().err
 
 
 def metrics(path: Path, step: int) -> None:

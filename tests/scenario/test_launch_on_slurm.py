@@ -116,6 +116,7 @@ def statuses(directory: Path) -> dict[str, dict[str, Any]]:
     return {status["name"]: status for status in json.loads(run("status", str(directory), "--json"))}
 
 
+@pytest.mark.slow
 def test_chain_trains_scores_and_trains(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     """RM, scoring and θ are submitted by one command; a second one finds them finished."""
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"train_iters": 4, "micro_batch_size": 4}))
@@ -153,6 +154,7 @@ def test_chain_trains_scores_and_trains(tmp_path: Path, cluster: SlurmCluster, c
     assert run("chain", "chain.yaml").count("finished already") == 3
 
 
+@pytest.mark.slow
 def test_failed_stage_cancels_the_stages_after_it(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     chain = {
         "directory": "runs",
@@ -172,6 +174,7 @@ def test_failed_stage_cancels_the_stages_after_it(tmp_path: Path, cluster: Slurm
     assert "depends on rm, which did not succeed" in run("status", "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_signalled_run_is_requeued_and_resumes(
     launcher: str, tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
@@ -188,6 +191,7 @@ def test_signalled_run_is_requeued_and_resumes(
     assert losses(directory) == undisturbed
 
 
+@pytest.mark.slow
 def test_run_survives_a_failing_node(
     tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
 ) -> None:
@@ -203,6 +207,7 @@ def test_run_survives_a_failing_node(
     assert losses(directory) == undisturbed
 
 
+@pytest.mark.slow
 def test_unhealthy_node_is_excluded(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     directory, python = tmp_path / "run", tmp_path / "python"
     python.write_text(SICK_NODE.replace("PYTHON", sys.executable))
@@ -215,6 +220,7 @@ def test_unhealthy_node_is_excluded(tmp_path: Path, cluster: SlurmCluster, corpu
     assert "ExcNodeList=node0" in shown and " NodeList=node1" in shown
 
 
+@pytest.mark.slow
 def test_cancel_leaves_nothing_behind(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     directory = tmp_path / "run"
     argv = [*TWO_NODES, *flags(corpus, train_iters=100_000, save_interval=1)]
@@ -251,6 +257,7 @@ def test_hostile_directives_reach_slurm(tmp_path: Path, cluster: SlurmCluster, c
     assert f"StdOut={directory}/slurm/{job.job_id}.log" in shown.replace("%%", "%"), shown
 
 
+@pytest.mark.slow
 def test_array_runs_every_seed(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     directory = tmp_path / "seeds"
     argv = command(corpus, train_iters=2)
