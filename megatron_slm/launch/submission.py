@@ -68,9 +68,13 @@ class Prepared:
         write_text(self.script_path, self.script, "--run-dir", is_ours=_is_script)
 
     def submit(self, after: Sequence[str] = ()) -> JobRecord:
-        """Submit the written script, record the job id, and return the record."""
+        """Submit the written script and record the job id; a job that cannot be recorded is cancelled."""
         record = replace(self.record, job_id=slurm.submit(self.script_path, after))
-        record.write()
+        try:
+            record.write()
+        except BaseException:
+            slurm.cancel([record.job_id])  # neither status nor cancel would find it
+            raise
         return record
 
     def _recipe_files(self) -> dict[Path, str]:

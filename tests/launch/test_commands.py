@@ -125,6 +125,13 @@ def test_foreign_script_is_not_replaced(tmp_path: Path, answers: Answers) -> Non
     assert "precious" in script.read_text()
 
 
+def test_job_that_cannot_be_recorded_is_cancelled(tmp_path: Path, answers: Answers) -> None:
+    calls = answers(sbatch="12\n", squeue="", scancel="")
+    (tmp_path / "run" / "slurm" / "job.json").mkdir(parents=True)
+    assert "job.json is a directory" in run("--run-dir", "run", "--gpus-per-node", "1", *TRAINING).errors
+    assert calls[-1] == ["scancel", "--quiet", "12"]
+
+
 def test_sbatch_environment_cannot_override_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "x.sbatch"
     script.write_text("#!/bin/bash\n#SBATCH --partition=gpu\n")
