@@ -32,11 +32,14 @@ requeue() {
     [ "$requeues" = yes ] || finish 75 "$1; this job is not requeued. Submit it again to resume."
     echo "launch: $1; requeueing job $SLURM_JOB_ID" >&2
     trap '' TERM # Slurm ends this script; a requeued job can be changed before that
-    scontrol requeue "$SLURM_JOB_ID" || finish 75 "$1; the job cannot be requeued. Submit it again to resume."
+    if ! scontrol requeue "$SLURM_JOB_ID"; then # after the failure of a node, Slurm may have requeued it already
+        scontrol --oneliner show job "$SLURM_JOB_ID" | grep -Eq 'JobState=(PENDING|COMPLETING|REQUEUED|CANCELLED)' ||
+            finish 75 "$1; the job cannot be requeued. Submit it again to resume."
+    fi
     if [ -s "$records/excluded_nodes" ]; then
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded$(sort -u "$records/excluded_nodes" | paste -sd,)"
     fi
-    exit 0
+    exit 75
 }
 
 # Requeue the job after a failure, unless it fails repeatedly without a new checkpoint: failed CODE MESSAGE.

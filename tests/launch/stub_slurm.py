@@ -11,8 +11,6 @@ RECORDER = """#!/bin/bash
 number=$(cat "$STUB/count" 2> /dev/null || echo 0)
 echo $((number + 1)) > "$STUB/count"
 printf '%s\\0' "${0##*/}" "$@" > "$STUB/call-$number"
-"""
-SRUN = """
 [ ! -e "$STUB/action-$number" ] || source "$STUB/action-$number"
 exit "$(cat "$STUB/code-$number" 2> /dev/null || echo 0)"
 """
@@ -34,7 +32,7 @@ class StubSlurm:
         (directory / "bin").mkdir(parents=True)
         for name in ("srun", "scontrol", "module"):
             path = directory / "bin" / name
-            path.write_text(RECORDER + (SRUN if name == "srun" else ""))
+            path.write_text(RECORDER)
             path.chmod(0o755)
 
     def run(self, script: str, *codes: int, actions: tuple[str, ...] = (), **variables: str) -> Result:

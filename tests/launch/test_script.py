@@ -103,6 +103,16 @@ def test_stopped_run_is_requeued(tmp_path: Path, stub: StubSlurm) -> None:
     assert (run / "slurm" / "ended").read_text().startswith("75 the run stopped before its end")
 
 
+def test_job_that_slurm_has_requeued_already_is_not_ended(tmp_path: Path, stub: StubSlurm) -> None:
+    """Slurm may notice the failure of a node before the script does."""
+    run = tmp_path / "run"
+    result = stub.run(script_of(PLAIN, run), 1, 1, actions=("", "", "echo JobState=PENDING Reason=BeginTime"))
+    assert [call[0] for call in result.calls] == ["srun", "scontrol", "scontrol"] and result.code == 75
+    assert not (run / "slurm" / "ended").exists()
+    result = stub.run(script_of(PLAIN, run), 1, 1, 1)
+    assert "the job cannot be requeued. Submit it again" in (run / "slurm" / "ended").read_text()
+
+
 @pytest.mark.parametrize("code", [2, 3])
 def test_errors_that_a_restart_repeats_end_the_job(code: int, tmp_path: Path, stub: StubSlurm) -> None:
     result = stub.run(script_of(PLAIN, tmp_path / "run", dependents=["score", "theta"]), code)

@@ -229,7 +229,7 @@ def test_cancel_leaves_nothing_behind(tmp_path: Path, cluster: SlurmCluster, cor
     refused = captured(["--run-dir", str(directory), *argv], main)
     assert refused.code == 2 and "is RUNNING. Wait for it, or cancel it" in refused.errors
     assert f"job {job.job_id} is cancelled" in run("cancel", str(directory))
-    assert not cluster.processes(job=job.job_id)
+    assert cluster.state(job.job_id) == "CANCELLED" and not cluster.processes(job=job.job_id)
     assert not (directory / LOCK_FILE).exists() and not list(directory.glob("*partial*"))
     done = latest_step(directory)
     assert done is not None
