@@ -20,7 +20,7 @@ from megatron_slm.config.checkpoint_files import latest_step
 from megatron_slm.launch.command import main
 from megatron_slm.launch.records import JobRecord, read_jobs
 from megatron_slm.runtime.lock import LOCK_FILE
-from megatron_slm.testing.tiny import MODEL, captured, command, launch, losses, make_corpus, records
+from megatron_slm.testing.tiny import captured, command, launch, losses, make_corpus, records
 
 pytestmark = [
     pytest.mark.slurm,
@@ -270,8 +270,7 @@ def test_array_runs_every_seed(tmp_path: Path, cluster: SlurmCluster, corpus: st
 
 
 def test_wrong_flag_never_queues(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
-    outcome = captured(
-        ["--run-dir", str(tmp_path / "run"), *TWO_NODES, *MODEL, "--tensor-model-parallel-size", "3"], main
-    )
+    argv = [*TWO_NODES, "--run-dir", str(tmp_path / "run"), *flags(corpus, tensor_model_parallel_size=3)]
+    outcome = captured(argv, main)
     assert outcome.code == 2 and "--tensor-model-parallel-size 3" in outcome.errors, outcome.errors
     assert not (tmp_path / "run").exists() and not cluster.run("squeue", "--noheader")
