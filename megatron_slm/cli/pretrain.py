@@ -117,6 +117,7 @@ def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
         backend=config.parallel.distributed_backend,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.training.seed,
+        hang_timeout=config.parallel.slm_hang_timeout,
     )
     if signals is not None:
         signals.record_all()

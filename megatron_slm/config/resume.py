@@ -81,6 +81,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
     Rule.CHECKPOINT: ("init_method_std",),
     Rule.LOCAL: (
         *("distributed_backend", "distributed_timeout_minutes", "tp_comm_overlap_cfg", "tp_comm_bootstrap_backend"),
+        *("slm_hang_timeout", "log_straggler", "slm_straggler_factor"),
         *("exit_interval", "exit_duration_in_mins", "exit_signal_handler", "skip_train", "replay_step"),
         "require_fused",
         *("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.packed_documents import row_shape
 from megatron_slm.model.selected_tokens import BackwardFilter
+from megatron_slm.runtime.health.progress import progress
+from megatron_slm.runtime.health.work_time import forward_time
 
 
 class ModelInput(Protocol):
@@ -71,7 +74,9 @@ def run_pipeline(
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
         if backward_filter is not None:
             backward_filter.enter_forward(micro_batch_index)
-        output = chunk(*inputs, inference_context=inference_context)
+        progress.tick()
+        with nullcontext() if forward_only else forward_time(batch.tokens.device):
+            output = chunk(*inputs, inference_context=inference_context)
         if backward_filter is not None:
             last = output.heads[0] if isinstance(output, HiddenStates) else output
             backward_filter.enter_backward(micro_batch_index, last, batch.tokens.shape)

@@ -21,13 +21,19 @@ from megatron_slm.runtime.addresses import resolve_host
 from megatron_slm.runtime.early_reports import is_under_torchrun
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.runtime.health.session import start_health
 from megatron_slm.runtime.launch import Launch, read_launch
 
 SECONDS_BEFORE_NOTICE = 15.0  # of waiting for the other ranks
 
 
 def start(
-    layout: ParallelLayout, *, backend: str | None = None, timeout_minutes: float = 10, seed: int = 1234
+    layout: ParallelLayout,
+    *,
+    backend: str | None = None,
+    timeout_minutes: float = 10,
+    seed: int = 1234,
+    hang_timeout: float | None = None,
 ) -> Groups:
     """Join the process group, build Megatron-Core's parallel groups and seed all random generators.
 
@@ -36,15 +42,19 @@ def start(
         backend: "nccl" or "gloo"; None selects nccl if there is a GPU.
         timeout_minutes: timeout of collective operations.
         seed: seed of weights and dropout, offset by the pipeline stage as in Megatron-LM.
+        hang_timeout: seconds without progress after which a rank counts as hung, 0 for never; None disables the
+            monitoring of the ranks.
 
     Raises:
         ConfigError: the number of processes is not a multiple of TP x PP x CP, or of TP x PP x EP.
     """
     launch = read_launch()
+    if launch.address is not None and not is_under_torchrun():
+        launch = replace(launch, address=resolve_host(launch.address))
     order_kernels(layout)
     device = _choose_device(backend, launch)
     timeout = timedelta(minutes=timeout_minutes)
-    _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
+    store = _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
     world_size = dist.get_world_size()
     for flag, size in (("context", layout.context), ("expert-model", layout.expert)):
         if world_size % (layout.tensor * layout.pipeline * size):
@@ -54,7 +64,16 @@ def start(
                 f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --{flag}-parallel-size "
                 f"{size}. Start a multiple of their product."
             )
-    return build_groups(layout, device, timeout_minutes=timeout_minutes, seed=seed)
+    groups = build_groups(layout, device, timeout_minutes=timeout_minutes, seed=seed)
+    if store is not None and hang_timeout is not None:
+        start_health(
+            dist.PrefixStore("health", store),
+            launch,
+            hang_timeout=hang_timeout,
+            collective_timeout=timeout.total_seconds(),
+            stage=groups.pp_rank,
+        )
+    return groups
 
 
 def build_groups(layout: ParallelLayout, device: torch.device, *, timeout_minutes: float, seed: int) -> Groups:
@@ -156,17 +175,15 @@ def _device_index(launch: Launch, devices: int) -> int:
     return launch.local_rank
 
 
-def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
-    """Join the rendezvous and start the process group.
+def _join(launch: Launch, backend: str, timeout: timedelta) -> dist.Store | None:
+    """Join the rendezvous and start the process group; return the store of all ranks, or None for a single process.
 
     Raises:
         ConfigError: the rendezvous failed; the message has the address and the timeout.
     """
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    if launch.address is not None and not is_under_torchrun():
-        launch = replace(launch, address=resolve_host(launch.address))
+        return None
     try:
         with _notice_while_waiting(launch):
             store = _rendezvous(launch, timeout)
@@ -180,6 +197,7 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(_not_joined(launch, timeout, error)) from error
     reporting.share_reports(dist.PrefixStore("reports", store))
+    return store
 
 
 def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:

@@ -16,15 +16,19 @@ from typing import Protocol
 
 from megatron_slm.runtime import early_reports
 from megatron_slm.runtime.errors import ConfigError, DivergedError, explain
+from megatron_slm.runtime.health import session
 from megatron_slm.runtime.launch import guess_launch, launched_rank
 from megatron_slm.runtime.output import prepare_output, print_error
 
 SECONDS_FOR_RANK_0 = 2.0  # head start of rank 0 in reporting
 SECONDS_FOR_OTHERS = 1.0  # for the other ranks to query the report of rank 0 afterwards
+SECONDS_FOR_VERDICT = 4.0  # on a dead rank, which ends this process with a message that names it
 INTERRUPTED = 130  # exit code after Ctrl+C, by shell convention
 
 # Messages of collectives whose peer has exited.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+OF_COMMUNICATION = ("NCCL", "Timed out waiting", "Socket Timeout")  # further errors with a rank that has ended
 
 _store: Store | None = None
 
@@ -48,6 +52,19 @@ def run_command(action: Callable[[], None]) -> int:
     groups are destroyed after the report, because this makes the other ranks fail.
     """
     prepare_output()
+    code = 1
+    try:
+        code = _run_and_report(action)
+    finally:
+        session.announce_end(code)
+        process = sys.modules.get("megatron_slm.runtime.process")
+        if process is not None:  # imported, unless the error precedes the import of torch
+            process.stop()
+        session.stop_health()
+    return code
+
+
+def _run_and_report(action: Callable[[], None]) -> int:
     try:
         action()
     except (ConfigError, DivergedError) as error:
@@ -64,10 +81,6 @@ def run_command(action: Callable[[], None]) -> int:
             return explained.exit_code
         _report_failure(error)
         return 1
-    finally:
-        process = sys.modules.get("megatron_slm.runtime.process")
-        if process is not None:  # imported, unless the error precedes the import of torch
-            process.stop()
     return 0
 
 
@@ -136,6 +149,8 @@ def _claim(key: str) -> bool:
 def _report_failure(error: Exception) -> None:
     """Print an unexpected error, unless another rank has reported one, which is then the cause of this error."""
     rank = launched_rank()
+    if any(phrase in str(error) for phrase in (*LOST_PEER, *OF_COMMUNICATION)):
+        session.await_verdict(SECONDS_FOR_VERDICT)
     if not _claim("failure"):
         early_reports.leave_quietly(guess_launch())
         return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -19,6 +21,8 @@ from megatron_slm.evaluation.evaluate import EncodedTask, TaskResult
 from megatron_slm.reference.bubbles import BubbleReference
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import UNBOUNDED
+from megatron_slm.runtime.health.progress import progress as health
+from megatron_slm.runtime.health.work_time import count_step
 from megatron_slm.runtime.metrics_file import evaluated_sets
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.benchmarks import evaluate_benchmarks, score_line, score_record
@@ -35,6 +39,7 @@ from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
 from megatron_slm.training.step import ReferenceSource, Step, StepObserver, selection_ratio, train_step
 from megatron_slm.training.stopping import StopDecision
+from megatron_slm.training.stragglers import StragglerLog
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +79,22 @@ def train(run: Run, signals: StopSignals | None = None) -> None:
     stop = StopDecision(run.state.groups, signals, run.config.training.exit_duration_in_mins)
     loop = _Loop(run, stop)
     if run.config.training.skip_train:
-        loop.evaluate()
+        with _slow_end():
+            loop.evaluate()
         return
     record_stop(run.config.checkpoint.save, None)
-    with loop.collection.replacing_automatic(), loop.saver.finishing():
+    with loop.collection.replacing_automatic(), loop.saver.finishing(), _slow_end():
         _train(run, loop, stop)
     record_stop(run.config.checkpoint.save, stop.reason)
+
+
+@contextmanager
+def _slow_end() -> Iterator[None]:
+    """Let the end of a run, also after an error, take long without signs of life."""
+    try:
+        yield
+    finally:
+        health.enter("finishing", slow=True)
 
 
 def _train(run: Run, loop: _Loop, stop: StopDecision) -> None:
@@ -106,6 +121,7 @@ class _Loop:
         self.profiler = StepProfiler(run.config, run.state.groups, run.console)
         self.collection = ManualCollection(run.config.diagnostics)
         self.saved, self.evaluated = run.progress.step, -1
+        self.stragglers = StragglerLog(run.config)
         self.unlogged: list[Step] = []
         self.logged = replace(run.progress)  # at the last log line
         self.batch = 0  # samples of the last step
@@ -122,6 +138,8 @@ class _Loop:
                 if (trained := one_step(run, stream, self.monitor.accept)) is not None:
                     self.unlogged.append(trained)
                 step = run.progress.step
+                if config.diagnostics.profile:
+                    health.enter("profiling", slow=True)  # traces are large
                 self.profiler.after_step(step)
                 self.collection.after_step(step)
                 self.clock.tick()
@@ -164,7 +182,9 @@ class _Loop:
             return
         logger.info("evaluating at step %d", run.progress.step)
         with self.clock.evaluating(), self.collection.around_evaluation():
+            health.enter("evaluating")
             losses = evaluate(run.state, sets, config, run.shape, self.stop.agreed)
+            health.enter("evaluating benchmarks", slow=True)
             scores = evaluate_benchmarks(run.state, benchmarks, config, self.stop.agreed)
         if losses:
             self._log_losses(losses)
@@ -200,12 +220,14 @@ class _Loop:
         if run.config.checkpoint.save is None or self.saved == run.progress.step:
             return
         logger.info("saving step %d", run.progress.step)
+        health.enter("saving a checkpoint", slow=True)
         with self.clock.saving():
             self.saver.save()
         self.saved = run.progress.step
 
     def _log(self) -> None:
         """Log the mean losses and times of the steps since the last log."""
+        health.enter("logging")
         run, steps, last = self.run, self.unlogged, self.unlogged[-1]
         ranking = [step.seconds_ranking for step in steps if step.seconds_ranking is not None]
         norms = [step.grad_norm for step in steps if not step.overflow]
@@ -229,6 +251,7 @@ class _Loop:
             memory_reserved=memory.reserved,
             global_batch_size=None if run.sizes.is_constant else self.batch,
             **run.throughput.step_rates(seconds, tokens / interval),
+            **self.stragglers.update(),
         )
         self.unlogged = []
         width = run.console.width if run.console.width < UNBOUNDED else None
@@ -271,15 +294,20 @@ def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObs
         the step, or None if it is one of --iterations-to-skip: its samples are consumed, and the schedule advances.
     """
     progress = run.progress
+    health.enter("loading a batch", progress.step + 1)
+    start = time.perf_counter()
+    batches = next(stream)
+    seconds_loading = time.perf_counter() - start
     if progress.step + 1 in run.config.training.iterations_to_skip:
-        next(stream)
         run.console.print(f"step {progress.step + 1} is skipped (--iterations-to-skip)")
         _advance(run)
         return None
     ratio, next_ratio = (selection_ratio(run.config.objective, progress.step + ahead) for ahead in (0, 1))
+    health.enter("training")
     step = train_step(
-        run.state, next(stream), ratio=ratio, next_ratio=next_ratio, reference=run.reference, observer=observer
+        run.state, batches, ratio=ratio, next_ratio=next_ratio, reference=run.reference, observer=observer
     )
+    count_step(seconds_loading)
     _advance(run, scheduled=not step.overflow)
     return step
 

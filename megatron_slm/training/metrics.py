@@ -128,6 +128,8 @@ class StepMetrics:
     memory: int | None = None  # bytes of rank 0: allocated on a GPU, resident set on a CPU
     memory_peak: int | None = None  # since the start of the process
     memory_reserved: int | None = None  # by torch's allocator on a GPU
+    slowest_rank: int | None = None  # with the most work compared with its stage; None if it was not determined
+    slowest_rank_ratio: float | None = None  # of its work per step to the median of its stage
 
     def line(self, train_iters: int, width: int | None = None) -> str:
         """Return a console line, shortened to ``width`` columns by omitting the least important metrics."""

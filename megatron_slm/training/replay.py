@@ -15,6 +15,7 @@ from megatron_slm.model.gpt import model_config
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.runtime.console import progress
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.health.progress import progress as health
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.loop import Run, one_step, training_stream
@@ -115,6 +116,7 @@ def replay(run: Run, original: RunConfig, signals: StopSignals | None = None) ->
             assert step is not None, "the step is not skipped, see config.relations"
     finally:
         stream.close()
+        health.enter("reporting", slow=True)
     norms = gather_on_first_rank(rank_norms[0] if rank_norms else None)
     on_first_rank(lambda: write_report(run, observer.report(run, step, norms), original))
 

@@ -21,6 +21,7 @@ from megatron_slm.model.size import checkpoint_bytes
 from megatron_slm.runtime.collective import gather_on_every_rank, is_first_rank, on_every_rank, on_first_rank
 from megatron_slm.runtime.console import format_duration, warn
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.health.progress import progress
 from megatron_slm.training.checkpoint import Save, begin_save, plan_save
 from megatron_slm.training.free_space import check_space
 from megatron_slm.training.retention import Retention
@@ -85,6 +86,7 @@ class Saver:
             ConfigError: the save failed; on every rank.
         """
         if self._pending is not None:
+            progress.enter("completing a checkpoint", slow=True)
             self._queue.maybe_finalize_async_calls()
 
     def finish(self) -> None:

@@ -119,7 +119,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
             "--log-num-zeros-in-grad",
             "--log-params-norm",
             "--log-progress",
-            "--log-straggler",
             "--log-timers-to-tensorboard",
             "--log-validation-ppl-to-tensorboard",
             "--log-world-size-to-tensorboard",

@@ -138,8 +138,12 @@ FAMILIES: dict[str, str] = {
     "ckpt checkpoint persistent load-main replication ^--save- save-tokenizer fully-reshard": (
         "checkpoints are configured by --save, --load, --save-interval and --ckpt-step."
     ),
+    "straggler": (
+        "slow ranks are named in the log. Set --slm-straggler-factor, or leave the comparison out with "
+        "--no-log-straggler."
+    ),
     (
-        "inprocess ^--adlr- ^--ft- ft-package ft-timeouts straggler fault injection verify-integrity weight- "
+        "inprocess ^--adlr- ^--ft- ft-package ft-timeouts fault injection verify-integrity weight- "
         "hash sniff large-grads ^--gpu"
     ): "recover from checkpoints: set --save-interval and --exit-signal-handler, and rerun the command.",
     "tokenizer vocab tiktoken pad-tokens gigatoken": (

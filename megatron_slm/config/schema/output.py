@@ -69,6 +69,12 @@ class LoggingConfig:
     wandb_project: str | None = flag(None, "Weights & Biases project; enables logging to it")
     wandb_exp_name: str | None = flag(None, "Weights & Biases run name")
     wandb_save_dir: str | None = flag(None, "local directory for Weights & Biases logs")
+    log_straggler: bool = flag(
+        True, "name ranks whose forward passes and data loading take longer than those of others (Megatron-LM: off)"
+    )
+    slm_straggler_factor: float = flag(
+        1.5, "multiple of the median time of the ranks of a pipeline stage from which a rank is slow", above=1
+    )
     slm_log_dir: str | None = flag(None, "directory for one log file per rank, with timestamps; default no log files")
     slm_metrics_file: str | None = flag(None, "JSONL file for all metrics; default metrics.jsonl in --save")
     slm_events_file: str | None = flag(

@@ -73,6 +73,12 @@ class ParallelConfig:
         None, "backend of torch.distributed; default nccl on GPUs, gloo on CPUs", choices=("nccl", "gloo")
     )
     distributed_timeout_minutes: int = flag(10, "timeout in minutes of collective operations", above=0, at_most=525600)
+    slm_hang_timeout: float = flag(
+        45.0,
+        "seconds without progress of a rank within a training step after which the run ends; 0 disables this, for "
+        "example for a debugger",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
