@@ -115,6 +115,32 @@ def first_host(nodes: str) -> str:
     return host
 
 
+def expand_hosts(nodes: str) -> list[str]:
+    """Return the hosts of a Slurm node list such as ``node[01-03,7],gpu5``, in its order.
+
+    Raises:
+        ConfigError: the list is malformed.
+    """
+    first_host(nodes)
+    hosts: list[str] = []
+    for name in re.findall(r"(?:[^\[\],\s]|\[[^\[\]]*\])+", nodes):
+        expanded = [""]
+        for fixed, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", name):
+            numbers = [fixed] if fixed else [number for part in ranges.split(",") for number in _numbers(part)]
+            expanded = [head + number for head in expanded for number in numbers]
+        hosts += expanded
+    return hosts
+
+
+def _numbers(part: str) -> list[str]:
+    """Return the numbers of a range such as 08-11, with leading zeros."""
+    first, dash, last = part.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"{part!r} is no range of numbers in a Slurm node list. Check SLURM_JOB_NODELIST.")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
 def _read_step(env: Variables) -> _Step | None:
     """Return the srun step of this process; None outside a step, for example in a batch script or salloc shell."""
     if "SLURM_PROCID" not in env or not _is_started_by_srun(env):

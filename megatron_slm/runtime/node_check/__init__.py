@@ -1,0 +1,1 @@
+"""Check of the nodes of a job before its ranks start."""
