@@ -24,6 +24,7 @@ from megatron_slm.runtime.console import UNBOUNDED
 from megatron_slm.runtime.health.progress import progress as health
 from megatron_slm.runtime.health.work_time import count_step
 from megatron_slm.runtime.metrics_file import evaluated_sets
+from megatron_slm.runtime.resiliency import Heartbeat
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.benchmarks import evaluate_benchmarks, score_line, score_record
 from megatron_slm.training.clock import Schedule, StepClock
@@ -122,6 +123,7 @@ class _Loop:
         self.collection = ManualCollection(run.config.diagnostics)
         self.saved, self.evaluated = run.progress.step, -1
         self.stragglers = StragglerLog(run.config)
+        self.heartbeat = Heartbeat()
         self.unlogged: list[Step] = []
         self.logged = replace(run.progress)  # at the last log line
         self.batch = 0  # samples of the last step
@@ -143,6 +145,7 @@ class _Loop:
                 self.profiler.after_step(step)
                 self.collection.after_step(step)
                 self.clock.tick()
+                self.heartbeat.send()
                 self.saver.poll()
                 logger.info("step %d", step)
                 if self.unlogged and (_is_due(step, config.logging.log_interval) or step == self.iterations):
@@ -156,6 +159,7 @@ class _Loop:
         finally:
             stream.close()
             self.profiler.close()
+            self.heartbeat.close()
             if self.unlogged:
                 self._log()
         return self.stop.reason
