@@ -15,6 +15,7 @@ import numpy as np
 from megatron_slm.runtime.files import IsOurs, check_replaceable, write_text
 
 HTML_FLAG = "--html"
+SCRIPTS = {"selection": ("page.js", "search.js", "selection.js"), "report": ("page.js", "report.js")}
 
 
 def write_page(path: str, name: str, title: str, data: dict[str, Any], *, content: str = "") -> None:
@@ -36,7 +37,7 @@ def build_page(name: str, title: str, data: dict[str, Any], *, content: str = ""
     parts = {
         "generator": generator(name),
         "css": _resource("page.css") + _resource(f"{name}.css"),
-        "js": _resource("page.js") + _resource(f"{name}.js"),
+        "js": "".join(map(_resource, SCRIPTS[name])),
         "title": html.escape(title),
         "content": content,
         "data": encoded,
