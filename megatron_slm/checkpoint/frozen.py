@@ -36,7 +36,8 @@ def load_frozen_model(
             replace(config.model, mtp_num_layers=None),
             vocab_size=vocab_size,
             parallel=replace(config.parallel, tp_comm_overlap=False),  # its buffers have the training model's size
-            training=replace(config.training, recompute_granularity=None),
+            # without gradients, there is no buffer to which weight gradients could be added
+            training=replace(config.training, recompute_granularity=None, gradient_accumulation_fusion=False),
             objective=config.objective,
             groups=groups,
             params_dtype=params_dtype,

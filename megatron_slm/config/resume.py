@@ -61,7 +61,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("loss_scale_window", "hysteresis", "use_precision_aware_optimizer", "main_grads_dtype"),
         *("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"),
         *("micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples", "seed", "bf16"),
-        *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+        *("recompute_granularity", "recompute_method", "recompute_num_layers", "gradient_accumulation_fusion"),
         *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"),
         "accumulate_allreduce_grads_in_fp32",
         *("check_for_spiky_loss", "check_for_large_grads"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, PrecisionConfig, TrainingConfig
+from megatron_slm.mcore.gradient_fusion import fuses_weight_gradients, fusion_without_apex
 from megatron_slm.mcore.layers import additive_mask
 from megatron_slm.mcore.positions import RotaryByPosition
 from megatron_slm.model.activation import activation_settings
@@ -114,28 +116,9 @@ def build_model(
     head = linear_cross_entropy_config(model, parallel, objective, max(vocab_size, model.vocab_size or 0), groups)
     stages = config.virtual_pipeline_model_parallel_size or 1
     chunks: list[torch.nn.Module] = []
-    for stage in range(stages):
+    for stage in range(config.virtual_pipeline_model_parallel_size or 1):
         vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
-        layers = layer_spec(model, config, implementation, vp_stage, groups.pp_rank, backward_filter)
-        chunk = GPT(
-            config=config,
-            transformer_layer_spec=layers,
-            vocab_size=padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size),
-            max_sequence_length=model.max_position_embeddings,
-            pre_process=groups.is_first_stage and stage == 0,
-            post_process=groups.is_last_stage and stage == stages - 1,
-            parallel_output=True,
-            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-            position_embedding_type=model.position_embedding_type,
-            rotary_percent=model.rotary_percent,
-            rotary_base=model.rotary_base,
-            rope_scaling=model.use_rope_scaling,
-            rope_scaling_factor=model.rope_scaling_factor,
-            seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            vp_stage=vp_stage,
-            mtp_block_spec=mtp_heads_spec(config, layers, implementation, vp_stage) if model.mtp_num_layers else None,
-        )
+        chunk = _build_chunk(config, model, groups, implementation, vp_stage, backward_filter, options)
         if chunk.post_process:
             LMHead.convert(chunk.output_layer, head)
         if rotates_by_id:
@@ -148,6 +131,48 @@ def build_model(
 
 def check_dispatcher(model: ModelConfig, device: torch.device) -> None:
     """Raise ConfigError if the token dispatcher does not support the device."""
+def _chunk_options(model: ModelConfig, padded_size: int) -> dict[str, Any]:
+    """Return the arguments that all chunks of a model share, for a vocabulary of ``padded_size``."""
+    return {
+        "vocab_size": padded_size,
+        "max_sequence_length": model.max_position_embeddings,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_percent": model.rotary_percent,
+        "rotary_base": model.rotary_base,
+        "rope_scaling": model.use_rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor,
+        "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
+    }
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    model: ModelConfig,
+    groups: Groups,
+    implementation: str,
+    vp_stage: int | None,
+    backward_filter: BackwardFilter | None,
+    options: dict[str, Any],
+) -> GPT:
+    """Build the model chunk of one virtual pipeline stage; None is the only stage of this rank."""
+    layers = layer_spec(model, config, implementation, vp_stage, groups.pp_rank, backward_filter)
+    last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    fuses = config.gradient_accumulation_fusion and implementation == "transformer_engine"
+    with fusion_without_apex() if fuses else nullcontext():
+        return GPT(
+            config=config,
+            transformer_layer_spec=layers,
+            pre_process=groups.is_first_stage and not vp_stage,
+            post_process=groups.is_last_stage and (vp_stage or 0) == last,
+            vp_stage=vp_stage,
+            mtp_block_spec=mtp_heads_spec(config, layers, implementation, vp_stage) if model.mtp_num_layers else None,
+            **options,
+        )
+
+
     if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and device.type == "cpu":
         raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or omit the flag.")
 
@@ -226,7 +251,9 @@ def transformer_config(
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=implementation == "transformer_engine",
         persist_layer_norm=implementation == "transformer_engine",
-        gradient_accumulation_fusion=on_gpu and _has_fused_gradient_accumulation(),
+        gradient_accumulation_fusion=(
+            training.gradient_accumulation_fusion and on_gpu and fuses_weight_gradients(implementation)
+        ),
         deallocate_pipeline_outputs=True,
         overlap_p2p_comm=False,
         batch_p2p_comm=virtual is None or parallel.pipeline_model_parallel_size > 2,
@@ -239,8 +266,3 @@ def virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> int | None:
         return None
     per_rank = model.num_layers // parallel.pipeline_model_parallel_size
     return per_rank // parallel.num_layers_per_virtual_pipeline_stage
-
-
-def _has_fused_gradient_accumulation() -> bool:
-    """Return whether Megatron-Core's kernel is installed (NVIDIA apex built with C++ extensions)."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -102,7 +102,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
             "--no-bias-swiglu-fusion",
             "--no-bias-dropout-fusion",
             "--no-rope-fusion",
-            "--no-gradient-accumulation-fusion",
             "--no-gradient-reduce-div-fusion",
             "--no-persist-layer-norm",
             "--no-mmap-bin-files",

@@ -124,6 +124,9 @@ class TrainingConfig:
     iterations_to_skip: list[int] = flag(
         list, "iterations whose samples are consumed without training, for example after a NaN"
     )
+    gradient_accumulation_fusion: bool = flag(
+        True, "fuse the accumulation of weight gradients with their computation in linear layers; on GPUs only"
+    )
     check_for_spiky_loss: bool = flag(
         True, "record steps whose loss is a spike, with their samples and documents (Megatron-LM: off)"
     )
