@@ -52,7 +52,17 @@ def sharded_optimizer_state(
     for part in (state, *(part for part in state.values() if isinstance(part, dict))):
         if part.get("param_state", part) is None:  # on ranks that do not gather; would differ from the gathering rank
             del part["param_state"]
+    _move_step_to_host(state)
     return state
+
+
+def _move_step_to_host(state: dict[Any, Any]) -> None:
+    """Move the step count of torch's fused Adam from the GPU, which may have no counterpart in other processes."""
+    for key, value in state.items():
+        if key == "common_step":
+            state[key] = value.cpu()
+        elif isinstance(value, dict):
+            _move_step_to_host(value)
 
 
 def load_optimizer_state(

@@ -16,6 +16,8 @@ from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+FUSED_DEVICES = {"cuda"}  # on which torch's Adam uses its fused kernel
+
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """Return the optimizers chained by Megatron-Core, or the only one."""
@@ -153,6 +155,16 @@ def repair_loading(optimizer: MegatronOptimizer) -> None:
         part._set_main_param_and_optimizer_states = with_present_values
 
 
+def fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam update all parameters of a GPU in few kernels, which count the steps on the GPU.
+
+    Megatron-Core (0.16 to 0.19) falls back to torch's Adam without Transformer Engine and apex, with default settings.
+    """
+    for part in optimizer_parts(optimizer):
+        for group in part.optimizer.param_groups if isinstance(part.optimizer, torch.optim.Adam) else ():
+            group["fused"] = {parameter.device.type for parameter in group["params"]} <= FUSED_DEVICES
+
+
 def allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
     """Allocate the momentum buffers of SGD; zeros give the same first update as no buffers."""
     for group in optimizer.param_groups:
@@ -170,7 +182,7 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros(())
+                    state["step"] = torch.zeros((), device=parameter.device if group["fused"] else None)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_slm.config.core_fields import core_fields
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.mcore.optimizer import repair_loading
+from megatron_slm.mcore.optimizer import fuse_torch_adam, repair_loading
 from megatron_slm.model.gpt import DTYPES, model_config, virtual_stages
 from megatron_slm.training.run_length import RunLength, ScheduleLength
 
@@ -48,6 +48,7 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> Meg
     repair_loading(optimizer)
     schedule = model_config(list(chunks))
     schedule.finalize_model_grads_func = finalize_model_grads
+    fuse_torch_adam(optimizer)
     schedule.grad_scale_func = optimizer.scale_loss
     if parallel.overlap_grad_reduce:
         schedule.no_sync_func = _single_or_list([chunk.no_sync for chunk in chunks])

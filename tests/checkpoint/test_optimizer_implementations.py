@@ -15,6 +15,7 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer
 
 from megatron_slm.cli.pretrain import main
+from megatron_slm.mcore import optimizer as our_optimizer
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, make_corpus, records
 
@@ -70,7 +71,12 @@ def _extra_state(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(torch.nn.RMSNorm, "set_extra_state", set_extra_state))
 
 
-VARIANTS = {"torch": None, "fused": _fused_adam, "extra": _extra_state}
+def _torch_kernel(stack: ExitStack) -> None:
+    """Use torch's fused kernel, as on a GPU."""
+    stack.enter_context(mock.patch.object(our_optimizer, "FUSED_DEVICES", {"cpu"}))
+
+
+VARIANTS = {"torch": None, "fused": _fused_adam, "kernel": _torch_kernel, "extra": _extra_state}
 
 
 def _run_each(rank: int, world_size: int, jobs: list[tuple[str, list[str]]]) -> None:
@@ -93,6 +99,7 @@ def test_runs_resume_with_the_other_implementation(tmp_path: Path, flags: list[s
     for variant in VARIANTS:
         jobs.append((variant, command(corpus, tmp_path / variant, exit_interval=2, **settings) + flags))
     pairs = [("torch", "fused"), ("fused", "torch"), ("fused", "fused"), ("torch", "extra"), ("extra", "torch")]
+    pairs += [("torch", "kernel"), ("kernel", "torch"), ("kernel", "kernel"), ("fused", "kernel"), ("kernel", "fused")]
     for one, other in pairs:
         save = tmp_path / f"{one}-{other}"
         jobs.append((other, command(corpus, save, load=tmp_path / one, losses_only=True, **settings) + flags))
