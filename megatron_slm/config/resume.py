@@ -56,6 +56,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
         *("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
         *("tp_comm_overlap", "fp8_format", "fp8_recipe", "fp8_param_gather", "fp8_margin", "fp8_amax_history_len"),
+        *("align_grad_reduce", "align_param_gather", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush"),
         *("fp8_amax_compute_algo", "fp8_wgrad", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
         *("num_layers_at_end_in_bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale"),
         *("loss_scale_window", "hysteresis", "use_precision_aware_optimizer", "main_grads_dtype"),

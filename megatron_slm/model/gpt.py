@@ -114,7 +114,7 @@ def build_model(
     if backward_filter is not None:
         config.gradient_accumulation_fusion = False  # of the filtered linear layers
     head = linear_cross_entropy_config(model, parallel, objective, max(vocab_size, model.vocab_size or 0), groups)
-    stages = config.virtual_pipeline_model_parallel_size or 1
+    options = _chunk_options(model, padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size))
     chunks: list[torch.nn.Module] = []
     for stage in range(config.virtual_pipeline_model_parallel_size or 1):
         vp_stage = stage if config.virtual_pipeline_model_parallel_size else None
@@ -129,8 +129,6 @@ def build_model(
     return chunks
 
 
-def check_dispatcher(model: ModelConfig, device: torch.device) -> None:
-    """Raise ConfigError if the token dispatcher does not support the device."""
 def _chunk_options(model: ModelConfig, padded_size: int) -> dict[str, Any]:
     """Return the arguments that all chunks of a model share, for a vocabulary of ``padded_size``."""
     return {
@@ -173,6 +171,8 @@ def _build_chunk(
         )
 
 
+def check_dispatcher(model: ModelConfig, device: torch.device) -> None:
+    """Raise ConfigError if the token dispatcher does not support the device."""
     if model.num_experts and model.moe_token_dispatcher_type == "alltoall" and device.type == "cpu":
         raise ConfigError("--moe-token-dispatcher-type alltoall needs GPUs. Use allgather, or omit the flag.")
 
@@ -226,12 +226,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron-Core's model configuration, with losses normalized per token over the global batch.
 
-    With two interleaved stages, the previous and the next rank are the same. In a batch of operations, gradients would
-    be received as activations, and Megatron-LM refuses it; separate operations use two groups.
+    As in Megatron-LM, only the interleaved schedule overlaps pipeline communication, which excludes batched operations.
+    It then frees outputs whose messages are not yet complete, which gloo reads until they are.
     """
     dtype = DTYPES[params_dtype]
     on_gpu = groups.device.type == "cuda"
     virtual = virtual_stages(model, parallel)
+    overlaps_pipeline = parallel.overlap_p2p_comm and virtual is not None
     given = core_fields("model", model, parallel, training, precision)
     if model.num_experts is None:
         given = {name: value for name, value in given.items() if not name.startswith(("moe_", "expert_"))}
@@ -254,9 +255,10 @@ def transformer_config(
         gradient_accumulation_fusion=(
             training.gradient_accumulation_fusion and on_gpu and fuses_weight_gradients(implementation)
         ),
-        deallocate_pipeline_outputs=True,
-        overlap_p2p_comm=False,
-        batch_p2p_comm=virtual is None or parallel.pipeline_model_parallel_size > 2,
+        deallocate_pipeline_outputs=on_gpu or not overlaps_pipeline,
+        overlap_p2p_comm=overlaps_pipeline,
+        overlap_p2p_comm_warmup_flush=overlaps_pipeline and parallel.overlap_p2p_comm_warmup_flush,
+        batch_p2p_comm=not overlaps_pipeline,
     )
 
 

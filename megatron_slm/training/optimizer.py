@@ -33,11 +33,13 @@ def wrap_data_parallel(chunks: Sequence[torch.nn.Module], config: RunConfig) -> 
 def data_parallel_config(config: RunConfig) -> DistributedDataParallelConfig:
     """Return Megatron-Core's configuration of gradient and parameter buffers.
 
-    As in Megatron-LM, the interleaved schedule starts overlapped parameter gathers, at the same time on all stages;
-    otherwise each stage starts them when it needs them.
+    As in Megatron-LM, the interleaved schedule starts overlapped parameter gathers, at the same time on all stages
+    unless --no-align-param-gather is given; otherwise each stage starts them when it needs them.
     """
-    aligned = config.parallel.overlap_param_gather and virtual_stages(config.model, config.parallel) is not None
-    given = core_fields("ddp", config.parallel, config.optimizer, config.precision)
+    parallel = config.parallel
+    is_interleaved = virtual_stages(config.model, parallel) is not None
+    aligned = parallel.overlap_param_gather and parallel.align_param_gather and is_interleaved
+    given = core_fields("ddp", parallel, config.optimizer, config.precision)
     return DistributedDataParallelConfig(**given, align_param_gather=aligned)
 
 
@@ -46,12 +48,14 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> Meg
     parallel = config.parallel
     optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
     repair_loading(optimizer)
+    fuse_torch_adam(optimizer)
     schedule = model_config(list(chunks))
     schedule.finalize_model_grads_func = finalize_model_grads
-    fuse_torch_adam(optimizer)
     schedule.grad_scale_func = optimizer.scale_loss
     if parallel.overlap_grad_reduce:
         schedule.no_sync_func = _single_or_list([chunk.no_sync for chunk in chunks])
+        if parallel.align_grad_reduce:
+            schedule.grad_sync_func = _single_or_list([chunk.start_grad_sync for chunk in chunks])
     if data_parallel_config(config).align_param_gather:
         schedule.param_sync_func = _single_or_list([chunk.start_param_sync for chunk in chunks])
     return optimizer

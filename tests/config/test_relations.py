@@ -17,6 +17,8 @@ from megatron_slm.config.recipe import settings
 from megatron_slm.runtime.errors import ConfigError
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
+INTERLEAVED = {"num_layers_per_virtual_pipeline_stage": 1}
+WARMUP_FLUSH = "overlap_p2p_communication_warmup_flush"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,22 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
                 "num_layers_per_virtual_pipeline_stage": 1,
             },
             "--reference-in-bubbles and --num-layers-per-virtual-pipeline-stage were both given",
+        ),
+        (
+            2,
+            {"no_overlap_p2p_communication": True, "pipeline_model_parallel_size": 2, **INTERLEAVED},
+            "--no-overlap-p2p-communication needs --pipeline-model-parallel-size above 2 with --num-layers-per-virtual",
+        ),
+        (2, {"pipeline_model_parallel_size": 2, WARMUP_FLUSH: True}, "flush needs --num-layers-per-virtual"),
+        (
+            4,
+            {
+                "pipeline_model_parallel_size": 4,
+                **INTERLEAVED,
+                WARMUP_FLUSH: True,
+                "no_overlap_p2p_communication": True,
+            },
+            "--overlap-p2p-communication-warmup-flush contradicts --no-overlap-p2p-communication",
         ),
         (1, {"reference_ckpt_step": 5}, "--reference-ckpt-step 5 has no effect without --reference-load"),
         (1, {"save_retain_interval": 3}, "--save-retain-interval 3 needs --save-interval"),

@@ -39,6 +39,7 @@ IMPLIED: dict[str, tuple[str, Any]] = {
     "--disable-flight-recorder-dump-on-timeout": ("flight_recorder_dump_on_timeout", False),
     "--disable-flight-recorder-include-only-active": ("flight_recorder_include_only_active", False),
     "--disable-flight-recorder-extra-dump-on-exec": ("flight_recorder_extra_dump_on_exec", False),
+    "--disable-align-grad-reduce": ("align_grad_reduce", False),
     "--override-opt-param-scheduler": ("override_opt_param_scheduler", True),
     "--use-checkpoint-opt-param-scheduler": ("use_checkpoint_opt_param_scheduler", True),
 }
@@ -55,7 +56,6 @@ FACTS: dict[str, Fact] = {
     "--auto-detect-ckpt-format": Fact(_FORMAT),
     "--dist-ckpt-optim-fully-reshardable": Fact("optimizer state is always fully reshardable."),
     "--distrib-optim-fully-reshardable-mem-efficient": Fact("optimizer state is always gathered on one rank."),
-    "--no-overlap-p2p-communication": Fact("pipeline communication is not overlapped."),
     "--no-one-logger": Fact("one-logger is not used."),
     "--no-position-embedding": Fact(
         "it contradicts --position-embedding-type learned_absolute. Choose rope or none.",

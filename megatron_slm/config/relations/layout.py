@@ -67,6 +67,11 @@ def pipeline_parallel(config: RunConfig, _: int) -> Iterator[str]:
     if pipeline == 1:
         yield f"{flag} needs {PIPELINE} above 1."
     yield from not_dividing(per_stage, flag, layers // pipeline, "layers per pipeline rank, --num-layers / PP =")
+    if pipeline == 2 and not config.parallel.overlap_p2p_comm:
+        yield (
+            f"--no-overlap-p2p-communication needs {PIPELINE} above 2 with {flag}: the previous and the next stage are "
+            "one rank, whose messages would be confused. Leave it out."
+        )
     if per_stage == layers // pipeline and pipeline > 1:
         yield f"{flag} {per_stage} leaves one stage per rank: leave it out."
 
@@ -123,10 +128,16 @@ def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def overlap(config: RunConfig, _: int) -> Iterator[str]:
-    """Require an optimizer that supports the communication overlap."""
+    """Require an optimizer and a schedule that support the communication overlap."""
     parallel = config.parallel
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce."
+    if parallel.overlap_p2p_comm_warmup_flush:
+        flag = "--overlap-p2p-communication-warmup-flush"
+        if parallel.num_layers_per_virtual_pipeline_stage is None:
+            yield f"{flag} needs --num-layers-per-virtual-pipeline-stage. Add it, or leave the flag out."
+        elif not parallel.overlap_p2p_comm:
+            yield f"{flag} contradicts --no-overlap-p2p-communication. Leave one of them out."
     if parallel.use_distributed_optimizer and config.optimizer.optimizer == "sgd":
         yield "--use-distributed-optimizer cannot save the state of --optimizer sgd. Leave one of them out."
 

@@ -54,6 +54,24 @@ class ParallelConfig:
         "overlap the parameter all-gather with the forward pass; requires the distributed optimizer",
         core="optimizer ddp",
     )
+    align_grad_reduce: bool = flag(
+        True, "start overlapped gradient reductions on all pipeline stages at the same time, not when each is ready"
+    )
+    align_param_gather: bool = flag(
+        True,
+        "with the interleaved schedule, start overlapped parameter gathers on all pipeline stages at the same time, "
+        "not when each is needed",
+    )
+    overlap_p2p_comm: bool = flag(
+        True,
+        "overlap pipeline communication with computation in the interleaved schedule",
+        spelling="--overlap-p2p-communication",
+    )
+    overlap_p2p_comm_warmup_flush: bool = flag(
+        False,
+        "overlap pipeline communication also in the warm-up and flush of the interleaved schedule",
+        spelling="--overlap-p2p-communication-warmup-flush",
+    )
     tp_comm_overlap: bool = flag(
         False,
         "overlap tensor-parallel communication with the matrix products of Transformer Engine's linear layers; "
@@ -106,6 +124,9 @@ class TrainingConfig:
     )
     bf16: bool = flag(False, "train in bfloat16 with fp32 master weights", core="optimizer")
     fp16: bool = flag(False, "train in float16 with fp32 master weights and loss scaling", core="optimizer")
+    gradient_accumulation_fusion: bool = flag(
+        True, "fuse the accumulation of weight gradients with their computation in linear layers; on GPUs only"
+    )
     recompute_granularity: str | None = flag(
         None,
         "granularity of activation recomputation in the backward pass",
@@ -123,9 +144,6 @@ class TrainingConfig:
     )
     iterations_to_skip: list[int] = flag(
         list, "iterations whose samples are consumed without training, for example after a NaN"
-    )
-    gradient_accumulation_fusion: bool = flag(
-        True, "fuse the accumulation of weight gradients with their computation in linear layers; on GPUs only"
     )
     check_for_spiky_loss: bool = flag(
         True, "record steps whose loss is a spike, with their samples and documents (Megatron-LM: off)"
