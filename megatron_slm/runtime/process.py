@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_slm.mcore.cpu import redirect_cuda_to_cpu
 from megatron_slm.runtime import reporting
 from megatron_slm.runtime.addresses import resolve_host
+from megatron_slm.runtime.collective import on_every_rank
 from megatron_slm.runtime.early_reports import is_under_torchrun
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
@@ -25,6 +27,8 @@ from megatron_slm.runtime.health.session import start_health
 from megatron_slm.runtime.launch import Launch, read_launch
 
 SECONDS_BEFORE_NOTICE = 15.0  # of waiting for the other ranks
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues of a GPU
+BLACKWELL = (10, 0)  # compute capability
 
 
 def start(
@@ -46,7 +50,8 @@ def start(
             monitoring of the ranks.
 
     Raises:
-        ConfigError: the number of processes is not a multiple of TP x PP x CP, or of TP x PP x EP.
+        ConfigError: the number of processes is not a multiple of TP x PP x CP, or of TP x PP x EP, or the GPUs would
+            not start kernels in order.
     """
     launch = read_launch()
     if launch.address is not None and not is_under_torchrun():
@@ -54,16 +59,14 @@ def start(
     order_kernels(layout)
     device = _choose_device(backend, launch)
     timeout = timedelta(minutes=timeout_minutes)
-    store = _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
-    world_size = dist.get_world_size()
-    for flag, size in (("context", layout.context), ("expert-model", layout.expert)):
-        if world_size % (layout.tensor * layout.pipeline * size):
-            stop()
-            raise ConfigError(
-                f"{world_size} processes were started, which is not a multiple of --tensor-model-parallel-size "
-                f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --{flag}-parallel-size "
-                f"{size}. Start a multiple of their product."
-            )
+    store = _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), device, timeout)
+    try:
+        _check_processes(layout, dist.get_world_size())
+        if device.type == "cuda":
+            on_every_rank(lambda: check_kernel_order(layout, device))
+    except ConfigError:
+        stop()
+        raise
     groups = build_groups(layout, device, timeout_minutes=timeout_minutes, seed=seed)
     if store is not None and hang_timeout is not None:
         start_health(
@@ -74,6 +77,16 @@ def start(
             stage=groups.pp_rank,
         )
     return groups
+
+
+def _check_processes(layout: ParallelLayout, world_size: int) -> None:
+    for flag, size in (("context", layout.context), ("expert-model", layout.expert)):
+        if world_size % (layout.tensor * layout.pipeline * size):
+            raise ConfigError(
+                f"{world_size} processes were started, which is not a multiple of --tensor-model-parallel-size "
+                f"{layout.tensor} x --pipeline-model-parallel-size {layout.pipeline} x --{flag}-parallel-size "
+                f"{size}. Start a multiple of their product."
+            )
 
 
 def build_groups(layout: ParallelLayout, device: torch.device, *, timeout_minutes: float, seed: int) -> Groups:
@@ -143,14 +156,40 @@ def order_kernels(layout: ParallelLayout) -> None:
 
     Megatron-Core launches communication of tensor and context parallelism before the matrix products that hide it.
     """
-    if layout.tensor > 1 or layout.context > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if _needs_kernel_order(layout) and not os.environ.get(CONNECTIONS):
+        os.environ[CONNECTIONS] = "1"
+
+
+def check_kernel_order(layout: ParallelLayout, device: torch.device) -> None:
+    """Validate the user's number of hardware queues, as Megatron-LM does for GPUs before Blackwell.
+
+    Raises:
+        ConfigError: the queues would not start kernels in the order of their launch.
+    """
+    given = os.environ.get(CONNECTIONS)
+    if not given or given == "1" or device.type != "cuda" or not _needs_kernel_order(layout):
+        return
+    if torch.cuda.get_device_capability(device) < BLACKWELL:
+        raise ConfigError(
+            f"the environment variable {CONNECTIONS} is {given!r}. With --tensor-model-parallel-size or "
+            "--context-parallel-size above 1, GPUs before Blackwell need 1, with which communication starts before the "
+            f"matrix products that hide it. Unset {CONNECTIONS}, or set it to 1."
+        )
+
+
+def _needs_kernel_order(layout: ParallelLayout) -> bool:
+    return layout.tensor > 1 or layout.context > 1
 
 
 def check_backend(backend: str | None, *, has_gpu: bool) -> None:
-    """Raise ConfigError if the communication backend needs a GPU and there is none."""
+    """Raise ConfigError if the communication backend does not support the device of a run."""
     if backend == "nccl" and not has_gpu:
         raise ConfigError("--distributed-backend nccl needs a GPU, and torch sees none. Use gloo, or leave it out.")
+    if backend == "gloo" and has_gpu:
+        raise ConfigError(
+            "--distributed-backend gloo is for CPUs (it does not send tensors of a GPU between pipeline stages), and "
+            "torch sees a GPU. Leave the flag out, or hide the GPUs: set CUDA_VISIBLE_DEVICES to an empty value."
+        )
 
 
 def _choose_device(backend: str | None, launch: Launch) -> torch.device:
@@ -164,22 +203,26 @@ def _choose_device(backend: str | None, launch: Launch) -> torch.device:
 
 
 def _device_index(launch: Launch, devices: int) -> int:
-    """Return the index of this rank's GPU; with ``srun --gpus-per-task 1``, each task sees only one GPU."""
-    if launch.launcher == "srun" and devices == 1:
+    """Return the index of this rank's GPU.
+
+    Launchers that bind a GPU to each process, such as ``srun --gpus-per-task 1``, make only that one visible to it;
+    torchrun does not, and its processes would share a visible GPU.
+    """
+    if devices == 1 and not is_under_torchrun():
         return 0
     if launch.local_rank >= devices:
         raise ConfigError(
             f"rank {launch.rank} has local rank {launch.local_rank}, and {devices} GPUs "
-            "are visible. Start one process per GPU, or check CUDA_VISIBLE_DEVICES."
+            "are visible. Start one process per GPU (torchrun --nproc-per-node), or check CUDA_VISIBLE_DEVICES."
         )
     return launch.local_rank
 
 
-def _join(launch: Launch, backend: str, timeout: timedelta) -> dist.Store | None:
+def _join(launch: Launch, backend: str, device: torch.device, timeout: timedelta) -> dist.Store | None:
     """Join the rendezvous and start the process group; return the store of all ranks, or None for a single process.
 
     Raises:
-        ConfigError: the rendezvous failed; the message has the address and the timeout.
+        ConfigError: the rendezvous failed, with the address and the timeout; or two ranks would use one GPU.
     """
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -187,6 +230,8 @@ def _join(launch: Launch, backend: str, timeout: timedelta) -> dist.Store | None
     try:
         with _notice_while_waiting(launch):
             store = _rendezvous(launch, timeout)
+            if device.type == "cuda":
+                claim_device(store, launch, str(torch.cuda.get_device_properties(device).uuid))
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore("group", store),
@@ -204,6 +249,36 @@ def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     """Return the key-value store of all ranks, served by torchrun's agent or rank 0."""
     url = "env://" if is_under_torchrun() else f"tcp://{launch.address}:{launch.port}"
     return next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=timeout))[0]
+
+
+def claim_device(store: dist.Store, launch: Launch, device: str) -> None:
+    """Validate that no other rank uses the GPU of this rank, which NCCL would report late. Collective over all ranks.
+
+    Args:
+        store: key-value store of all ranks.
+        launch: rank of this process.
+        device: unique name of its GPU.
+
+    Raises:
+        ConfigError: two ranks use one GPU; on every rank.
+    """
+    claims = dist.PrefixStore("devices", store)
+    if claims.add(f"GPU {device}", 1) > 1:
+        claims.set("shared", f"rank {launch.rank} on {socket.gethostname()}")
+    if claims.add("ranks", 1) == launch.world_size:
+        claims.set("complete", "")
+    claims.wait(["complete"])
+    if not claims.check(["shared"]):
+        return
+    shared = claims.get("shared").decode()
+    if claims.add("readers", 1) == launch.world_size:
+        claims.set("read", "")
+    if launch.rank == 0:  # it may serve the store
+        claims.wait(["read"])
+    raise ConfigError(
+        f"{shared} uses the same GPU as another rank. Start one process per GPU: torchrun --nproc-per-node, or srun "
+        "--ntasks-per-node with --gpus-per-task 1; and check LOCAL_RANK and CUDA_VISIBLE_DEVICES."
+    )
 
 
 def _not_joined(launch: Launch, timeout: timedelta, error: Exception) -> str:

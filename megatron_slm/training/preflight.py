@@ -128,7 +128,8 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     """
     from megatron_slm.model.gpt import check_dispatcher, choose_cross_entropy
     from megatron_slm.model.specs import choose_implementation
-    from megatron_slm.runtime.process import check_backend
+    from megatron_slm.runtime.process import check_backend, check_kernel_order
+    from megatron_slm.training.setup import parallel_layout
 
     implementation = choose_implementation(config.model.transformer_impl, device)
     if implementation == "transformer_engine" and (problem := packing_problem(config)) is not None:
@@ -138,6 +139,20 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     check_precision(config, implementation, device)
     check_diagnostics(config, device)
     check_backend(config.parallel.distributed_backend, has_gpu=device.type == "cuda")
+    check_kernel_order(parallel_layout(config), device)
+
+
+def slow_products(config: RunConfig, device: torch.device) -> str | None:
+    """Return a warning if the matrix products of a GPU do not use its tensor cores; the setting of torch is kept."""
+    import torch
+
+    is_fp32 = config.training.params_dtype == "fp32" and torch.get_float32_matmul_precision() == "highest"
+    if device.type != "cuda" or not is_fp32:
+        return None
+    return (
+        "matrix products are in fp32, for which torch does not use the tensor cores of a GPU. Add --bf16, or set "
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 for products in TF32."
+    )
 
 
 def check_diagnostics(config: RunConfig, device: torch.device) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_slm.runtime import process
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import ParallelLayout
+from megatron_slm.runtime.launch import Launch
 from megatron_slm.testing.ranks import run_ranks
 
 
@@ -47,6 +52,7 @@ def test_random_states_differ_between_stages_and_tensor_parallel_ranks(
         (ParallelLayout(pipeline=2), None, None),
         (ParallelLayout(tensor=2), None, "1"),
         (ParallelLayout(context=2), None, "1"),
+        (ParallelLayout(tensor=2), "", "1"),
         (ParallelLayout(tensor=2), "32", "32"),
     ],
 )
@@ -58,3 +64,79 @@ def test_kernels_are_ordered_for_tensor_and_context_parallelism(
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     process.order_kernels(layout)
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "capability", "device", "is_refused"),
+    [
+        (ParallelLayout(tensor=2), "32", (9, 0), "cuda", True),
+        (ParallelLayout(context=2), "0", (8, 0), "cuda", True),
+        (ParallelLayout(tensor=2), "32", (10, 0), "cuda", False),
+        (ParallelLayout(tensor=2), "1", (9, 0), "cuda", False),
+        (ParallelLayout(tensor=2), "", (9, 0), "cuda", False),  # a dry run, whose ranks would set it
+        (ParallelLayout(tensor=2), "32", (9, 0), "cpu", False),
+        (ParallelLayout(pipeline=2), "32", (9, 0), "cuda", False),
+    ],
+)
+def test_queues_that_lose_the_order_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    layout: ParallelLayout,
+    given: str,
+    capability: tuple[int, int],
+    device: str,
+    is_refused: bool,
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    refusal = pytest.raises(ConfigError, match="Unset CUDA_DEVICE_MAX_CONNECTIONS, or set it to 1")
+    with refusal if is_refused else nullcontext():
+        process.check_kernel_order(layout, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("launch", "devices", "torchrun", "expected"),
+    [
+        (Launch("srun", 7, 8, 3), 1, False, 0),  # --gpus-per-task 1 or --gpu-bind single
+        (Launch("torchrun", 7, 8, 3), 1, False, 0),  # a launcher that sets RANK and binds a GPU to each process
+        (Launch("srun", 7, 8, 3), 4, False, 3),
+        (Launch("torchrun", 7, 8, 3), 4, True, 3),
+        (Launch("torchrun", 7, 8, 3), 1, True, None),
+        (Launch("srun", 7, 8, 3), 2, False, None),
+        (Launch("none"), 1, False, 0),
+    ],
+)
+def test_gpu_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch, launch: Launch, devices: int, torchrun: bool, expected: int | None
+) -> None:
+    monkeypatch.setattr(process, "is_under_torchrun", lambda: torchrun)
+    if expected is not None:
+        assert process._device_index(launch, devices) == expected
+        return
+    with pytest.raises(ConfigError, match=f"local rank 3, and {devices} GPUs are visible"):
+        process._device_index(launch, devices)
+
+
+@pytest.mark.parametrize(("devices", "refused"), [("abc", 0), ("aba", 3)])
+def test_ranks_that_share_a_gpu_are_refused(devices: str, refused: int) -> None:
+    store = dist.HashStore()
+
+    def claim(rank: int) -> str:
+        try:
+            process.claim_device(store, Launch("srun", rank, len(devices), rank), devices[rank])
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        errors = list(filter(None, pool.map(claim, range(len(devices)))))
+    assert len(errors) == refused
+    assert all("uses the same GPU as another rank. Start one process per GPU" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("backend", "has_gpu", "problem"),
+    [("nccl", False, "needs a GPU"), ("gloo", True, "CUDA_VISIBLE_DEVICES"), ("gloo", False, None), (None, True, None)],
+)
+def test_backends_fit_the_device(backend: str | None, has_gpu: bool, problem: str | None) -> None:
+    with pytest.raises(ConfigError, match=problem) if problem else nullcontext():
+        process.check_backend(backend, has_gpu=has_gpu)
