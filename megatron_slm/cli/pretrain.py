@@ -27,6 +27,7 @@ from megatron_slm.training.preflight import (
     default_device,
     device_obstacles,
     resolve_values,
+    slow_products,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def print_checked_plan(
         ConfigError: a file or the device does not suit the run.
     """
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
-    from megatron_slm.runtime.console import make_console
+    from megatron_slm.runtime.console import make_console, warn
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.fallback import verified_start
     from megatron_slm.training.free_space import check_start_space
@@ -93,6 +94,8 @@ def print_checked_plan(
         console.print(note, markup=False)
     start = verified_start(plan_start(config), config)
     check_start_space(config, tokenizer.vocab_size, start)
+    if (warning := slow_products(config, default_device())) is not None:
+        warn(warning)
     trains = not config.training.skip_train
     reference = find_reference(config, score_headers(config, tokenizer)) if trains else None
     differences = check_start(start, start.adjusted(config), tokenizer, reference)
@@ -133,7 +136,7 @@ def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
 def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run], None]) -> None:
     """Build the run of a configuration, and run ``action`` on it. Collective over all ranks."""
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
-    from megatron_slm.runtime.console import make_console
+    from megatron_slm.runtime.console import make_console, warn
     from megatron_slm.runtime.software import describe_software
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
     from megatron_slm.training.flight_recorder import make_dump_directory
@@ -152,6 +155,8 @@ def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run
     if note:
         console.print(note, markup=False)
     print_settings(console, config)
+    if groups.is_logging_rank and (warning := slow_products(config, groups.device)) is not None:
+        warn(warning)
     save = None if config.training.skip_train else config.checkpoint.save
     with locked_save(save):
         with unchanged_if_refused(save):

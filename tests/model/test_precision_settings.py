@@ -17,6 +17,7 @@ from megatron_slm.model.fp8 import check_fp8, frozen_fp8
 from megatron_slm.model.gpt import transformer_config
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training import optimizer as training_optimizer
+from megatron_slm.training.preflight import slow_products
 
 MODEL = "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --lr 1"
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -130,6 +131,25 @@ def test_optimizer_fields(engine: None, flags: str, fields: dict[str, Any]) -> N
 def test_buffer_fields(flags: str, fields: dict[str, Any]) -> None:
     found = training_optimizer.data_parallel_config(settings(flags))
     assert {name: getattr(found, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "precision", "warns"),
+    [
+        ("", GPU, "highest", True),
+        ("", GPU, "high", False),
+        ("--bf16", GPU, "highest", False),
+        ("--fp16", GPU, "highest", False),
+        ("", CPU, "highest", False),
+    ],
+)
+def test_products_without_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, flags: str, device: torch.device, precision: str, warns: bool
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    warning = slow_products(settings(flags), device)
+    assert (warning is not None) == warns
+    assert warning is None or ("--bf16" in warning and "TF32" in warning)
 
 
 def hopper(monkeypatch: pytest.MonkeyPatch, engine: tuple[int, int] = (2, 11), cuda: str = "12.9") -> None:
