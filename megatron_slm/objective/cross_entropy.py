@@ -39,7 +39,7 @@ def vocab_parallel_token_loss(
         [...] fp32, the same on every rank of the group.
 
     Raises:
-        ValueError: a label is outside the vocabulary.
+        ValueError: a label on the host is outside the vocabulary; on a GPU its loss is NaN.
     """
     return _TokenLoss.apply(logits, labels, VocabShard.from_size(logits.size(-1), group, vocab_size))
 
@@ -66,7 +66,7 @@ class _TokenLoss(torch.autograd.Function):
         label_logit, total = all_reduce_sum(torch.stack((label_logit, exponentials.sum(-1))), shard.group)
         ctx.save_for_backward(exponentials, total, column, is_here)
         ctx.logits_dtype = logits.dtype
-        return total.log() - label_logit
+        return mark_outside_labels(total.log() - label_logit, labels, shard.vocab_size)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
@@ -93,9 +93,21 @@ def _shifted_logits(logits: Tensor, shard: VocabShard) -> Tensor:
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
-    """Raise ValueError if a label is outside the vocabulary; labels on a GPU are not checked."""
+    """Raise ValueError if a label on the host is outside the vocabulary."""
     if labels.device.type != "cpu" or not labels.numel():
-        return  # on a GPU the check would wait for the device; the assertion in gather stops the run
+        return  # the check would wait for the GPU, see mark_outside_labels
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"a label is {low if low < 0 else high}, and the vocabulary has {vocab_size} entries")
+
+
+def mark_outside_labels(loss: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    """Return the losses with NaN for labels on a GPU that are outside the vocabulary: a run ends with their positions.
+
+    Args:
+        loss: [...] fp32.
+        labels: [...] int64; those on the host have been checked.
+    """
+    if labels.device.type == "cpu":
+        return loss
+    return loss.masked_fill((labels < 0) | (labels >= vocab_size), torch.nan)

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
+from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.testing.ranks import run_ranks
 
 SHAPE, VOCAB, PADDED = (3, 7), 45, 48
@@ -86,3 +88,22 @@ def test_label_outside_the_vocabulary_is_refused(label: int) -> None:
     labels[0, 0] = label
     with pytest.raises(ValueError, match=f"a label is {label}, and the vocabulary has {VOCAB}"):
         vocab_parallel_token_loss(logits, labels, None, VOCAB)
+
+
+class OnGpu(Tensor):
+    """A tensor that names a GPU as its device."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("label", [-1, VOCAB])
+def test_label_outside_the_vocabulary_has_no_loss_on_a_gpu(label: int) -> None:
+    """The host does not wait for the labels: the NaN reaches the run's check for divergence."""
+    logits, labels, _ = make()
+    logits.requires_grad_()
+    labels[1, 2] = label
+    loss = vocab_parallel_token_loss(logits, labels.as_subclass(OnGpu), None, VOCAB)
+    assert loss.isnan().nonzero().tolist() == [[1, 2]]
+    hidden, settings = torch.randn(*SHAPE, 8), LinearCrossEntropyConfig(vocab_size=VOCAB)
+    found = linear_cross_entropy(hidden, torch.randn(PADDED, 8), labels.as_subclass(OnGpu), settings).loss
+    assert found.isnan().nonzero().tolist() == [[1, 2]]

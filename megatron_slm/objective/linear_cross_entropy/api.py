@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_slm.objective.cross_entropy import check_labels
+from megatron_slm.objective.cross_entropy import check_labels, mark_outside_labels
 from megatron_slm.objective.linear_cross_entropy.chunked import chunked_token_loss
 from megatron_slm.objective.linear_cross_entropy.definition import full_token_loss
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
@@ -54,7 +54,8 @@ def linear_cross_entropy(
         with_entropy: also give entropies.
 
     Raises:
-        ValueError: a label is outside the vocabulary, or the implementation is unknown.
+        ValueError: a label on the host is outside the vocabulary (on a GPU, its loss is NaN), or the implementation is
+            unknown.
     """
     if config.implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
@@ -67,4 +68,4 @@ def linear_cross_entropy(
     loss, entropy = chunked_token_loss(
         hidden, weight, labels, config, shard, forward_grad if needs_gradient else None, with_entropy, needs_gradient
     )
-    return TokenLosses(loss, entropy)
+    return TokenLosses(mark_outside_labels(loss, labels, shard.vocab_size), entropy)
