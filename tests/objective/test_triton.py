@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_slm.objective.linear_cross_entropy.chunk_math import aligned_width, empty_chunk, select_rows
+
+ALIGNED = ("logits", "gradient_out", "stride", "padded")
 CASES = Path(__file__).with_name("on_triton.py")
 
 
@@ -35,25 +39,47 @@ def test_kernels_under_the_interpreter() -> None:
 @needs_triton
 @pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_kernels_compile_for_hopper(dtype: str, softcap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_have_vector_loads_on_hopper(
+    dtype: str, softcap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, stride and padded width are multiples of 16, which Triton detects at each call; the width is any."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from megatron_slm.objective.linear_cross_entropy import triton_math
 
-    common = {"logits": "*fp32", "labels": "*i64", "width": "i32", "stride": "i32", "softcap": "fp32"}
+    sizes = dict.fromkeys(("width", "padded", "stride"), "i32")
+    common = {"logits": "*fp32", "labels": "*i64", **sizes, "softcap": "fp32"}
     flags = {"HAS_SOFTCAP": softcap, "TILE": 4096}
     outputs = dict.fromkeys(("highest_out", "total_out", "label_logit_out", "weighted_out"), "*fp32")
     factors = dict.fromkeys(("highest", "scale", "loss_weight"), "*fp32")
-    for kernel, arguments, constants in (
-        (triton_math._statistics_kernel, {**common, **outputs}, {**flags, "WITH_ENTROPY": softcap, "LOWEST": -1000.0}),
-        (triton_math._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, flags),
+    per_thread = 4096 // (8 * 32)
+    for kernel, arguments, constants, stored in (
+        (triton_math._statistics_kernel, {**common, **outputs}, {"WITH_ENTROPY": softcap, "LOWEST": -1000.0}, 0),
+        (triton_math._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, {}, per_thread),
     ):
         signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        aligned = [kernel.arg_names.index(name) for name in arguments if name in ALIGNED]
+        attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+        source = ASTSource(fn=kernel, signature=signature, constexprs={**flags, **constants}, attrs=attributes)
         compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         assert compiled.asm["cubin"]
+        code = compiled.asm["ptx"]
+        assert len(re.findall(r"ld\.global\.v4\.b32", code)) == per_thread // 4
+        assert len(re.findall(r"st\.global\.v4\.b32", code)) == stored // (8 if dtype == "bf16" else 4)
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [1, 50_257, 32_000, 256])
+def test_rows_of_chunks_are_padded_to_aligned_widths(width: int) -> None:
+    from megatron_slm.objective.linear_cross_entropy import triton_math
+
+    chunk = torch.empty(2, aligned_width(width))[:, :width]
+    for each in (chunk, empty_chunk(chunk, torch.bfloat16), select_rows(chunk, torch.tensor([1]))):
+        assert triton_math._padded(each) == each.stride(0) == aligned_width(width)
+        assert each.stride(0) % 16 == 0
+    assert triton_math._padded(torch.empty(2, 1000)[:, :width]) == min(width, 1000), "other entries follow"
 
 
 @needs_triton

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
-from megatron_slm.objective.linear_cross_entropy.chunk_math import empty_chunk, select_rows
+from megatron_slm.objective.linear_cross_entropy.chunk_math import aligned_width, empty_chunk, select_rows
 from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, Statistics
 
 LARGEST_TILE = 4096  # entries of a row that one step of a program works on
@@ -45,6 +45,7 @@ class TritonChunkMath:
             result.label_logit,
             weighted,
             width,
+            _padded(logits),
             logits.stride(0),
             self.softcap or 0.0,
             HAS_SOFTCAP=self.softcap is not None,
@@ -69,6 +70,7 @@ class TritonChunkMath:
             labels,
             *factors,
             width,
+            _padded(logits),
             logits.stride(0),
             self.softcap or 0.0,
             HAS_SOFTCAP=self.softcap is not None,
@@ -81,6 +83,15 @@ class TritonChunkMath:
         self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
     ) -> Tensor:
         return self.gradient(select_rows(logits, row_indices), labels, factors, saved_highest)
+
+
+def _padded(logits: Tensor) -> int:
+    """Return the entries of a row that are read and written, with the padding of a chunk at its end.
+
+    If this number is a multiple of 16, as the stride is, the compiler uses vector loads and stores for all entries.
+    """
+    rows_are_padded = logits.stride(0) == aligned_width(logits.size(1))
+    return logits.stride(0) if rows_are_padded else logits.size(1)
 
 
 def _tile(width: int) -> int:
@@ -106,6 +117,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     label_logit_out,
     weighted_out,
     width,
+    padded,
     stride,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -122,7 +134,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, width, TILE):
         columns = first + tl.arange(0, TILE)
         inside = columns < width
-        values = tl.load(begin + columns, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(begin + columns, mask=columns < padded, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
             values = _capped(values, softcap)
         values = tl.where(inside, values, -float("inf"))
@@ -156,6 +168,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     scale,
     loss_weight,
     width,
+    padded,
     stride,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -164,9 +177,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     """One program per row and tile: the gradient of logits, which may take their place."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = columns < width
+    in_memory = columns < padded
     offset = row * stride + columns
-    values = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(logits + offset, mask=in_memory, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         values = _capped(values, softcap)
     label = tl.load(labels + row)
@@ -175,4 +188,5 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     if HAS_SOFTCAP:
         share = values / softcap
         gradient = gradient * (1.0 - share * share)
-    tl.store(gradient_out + offset, gradient.to(gradient_out.dtype.element_ty), mask=inside)
+    gradient = tl.where(columns < width, gradient, 0.0)
+    tl.store(gradient_out + offset, gradient.to(gradient_out.dtype.element_ty), mask=in_memory)
