@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_slm.config.batch_sizes import BatchSizes
+from megatron_slm.data.read_ahead import read_ahead as read_in_advance
 from megatron_slm.mcore.layers import context_positions
 from megatron_slm.runtime.errors import ConfigError
 
@@ -92,6 +92,15 @@ class MicroBatch:
         """Return a copy in page-locked memory."""
         return self._each(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of the tensors, which were copied on another stream, until ``stream`` has used it."""
+
+        def record(values: Tensor) -> Tensor:
+            values.record_stream(stream)
+            return values
+
+        self._each(record)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         changed: dict[str, Any] = {
             field.name: change(value)
@@ -134,7 +143,8 @@ class BatchStream(Iterator[list[MicroBatch]]):
         shape: division of the global batch.
         sizes: global batch sizes by consumed samples; None: always that of ``shape``.
         start_sample: number of consumed samples, from which a resumed run continues.
-        read_ahead: steps that a background thread prefetches; 0 reads synchronously.
+        steps: number of steps; None for any number.
+        read_ahead: steps that a background thread reads and copies in advance; 0 reads on demand.
         device: device of the returned tensors.
         masks_missing: pad with samples of empty loss mask beyond the end of the dataset (for evaluation).
 
@@ -150,48 +160,35 @@ class BatchStream(Iterator[list[MicroBatch]]):
         device: torch.device,
         sizes: BatchSizes | None = None,
         start_sample: int = 0,
+        steps: int | None = None,
         read_ahead: int = 0,
         masks_missing: bool = False,
     ) -> None:
-        self.dataset, self.shape, self.sizes, self.device = dataset, shape, sizes, device
+        self.dataset, self.shape, self.sizes, self.masks_missing = dataset, shape, sizes, masks_missing
         self.size: int = len(dataset)  # type: ignore[arg-type]
-        self.read_ahead, self.masks_missing = read_ahead, masks_missing
-        self.next_sample = start_sample
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if read_ahead else None
-        self.ahead: deque[Future[list[MicroBatch]]] = deque()
+        jobs = (partial(self._step, *step) for step in islice(self._steps(start_sample), steps))
+        self._batches = read_in_advance(jobs, device, read_ahead)
 
     def __next__(self) -> list[MicroBatch]:
-        if self.pool is None:
-            return self._on_device(self._step(*self._advance()))
-        while len(self.ahead) <= self.read_ahead:
-            if self.ahead and self.next_sample + self._next_shape().global_batch_size > self.size:
-                break  # end of the dataset
-            self.ahead.append(self.pool.submit(self._step, *self._advance()))
-        return self._on_device(self.ahead.popleft().result())
+        return next(self._batches)
 
     def close(self) -> None:
         """Stop the background thread."""
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        self._batches.close()
 
-    def _next_shape(self) -> BatchShape:
-        return self.shape if self.sizes is None else self.shape.of_size(self.sizes.at(self.next_sample))
-
-    def _advance(self) -> tuple[int, BatchShape]:
-        first, shape = self.next_sample, self._next_shape()
-        self.next_sample += shape.global_batch_size
-        return first, shape
+    def _steps(self, first: int) -> Iterator[tuple[int, BatchShape]]:
+        """Yield the first sample and the shape of each step."""
+        while True:
+            shape = self.shape if self.sizes is None else self.shape.of_size(self.sizes.at(first))
+            yield first, shape
+            first += shape.global_batch_size
 
     def _step(self, first: int, shape: BatchShape) -> list[MicroBatch]:
         if first + shape.global_batch_size > self.size and not self.masks_missing:
             raise ConfigError(f"the dataset has {self.size} samples, but the batch at sample {first} exceeds it.")
         stride = shape.micro_batch_size * shape.dp_size
         starts = range(first, first + shape.global_batch_size, stride)
-        slices = [self._micro_batch(start).cp_slice(shape.cp_size, shape.cp_rank) for start in starts]
-        if self.device.type != "cuda":
-            return slices
-        with torch.cuda.device(self.device):  # in this thread
-            return [each.pinned() for each in slices]
+        return [self._micro_batch(start).cp_slice(shape.cp_size, shape.cp_rank) for start in starts]
 
     def _micro_batch(self, first: int) -> MicroBatch:
         size = self.shape.micro_batch_size
@@ -216,9 +213,6 @@ class BatchStream(Iterator[list[MicroBatch]]):
             return self.dataset[index]
         filler = self.dataset[0]
         return {**filler, "loss_mask": torch.zeros_like(filler["loss_mask"])}
-
-    def _on_device(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        return [batch.to(self.device) for batch in micro_batches]
 
 
 def document_lengths(numbers: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from megatron_slm.config.relations.objective import sidecar_name_problem
 from megatron_slm.config.schema import ParallelConfig, ReferenceConfig, RunConfig
 from megatron_slm.corpus.checks import CorpusInfo, bin_path, check_corpus
 from megatron_slm.corpus.fingerprints import corpus_fingerprint
+from megatron_slm.data.batches import MicroBatch
+from megatron_slm.data.read_ahead import read_ahead
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
 from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, build_micro_batch, make_row_source, scored_positions
@@ -199,10 +202,12 @@ class _Scorer:
         start, before = time.monotonic(), self.progress.tokens
         name = Path(self.corpus.prefix).name
         shown = self.groups.is_logging_rank
-        with progress_bar(f"scoring {name}", self.corpus.tokens, "tokens", enabled=shown) as bar:
+        passes, upcoming = tee(self._passes())
+        batches = read_ahead((partial(self._build, rows) for rows, _, _ in upcoming), self.groups.device, ahead=1)
+        with closing(batches), progress_bar(f"scoring {name}", self.corpus.tokens, "tokens", enabled=shown) as bar:
             bar.advance(before)
-            for rows, chunk, row in self._passes():
-                for scored, scores in self._score(rows):
+            for (rows, chunk, row), micro_batches in zip(passes, batches, strict=True):
+                for scored, scores in self._score(rows, micro_batches):
                     self._write(scored, scores)
                 tokens = sum(each.stop - each.first for spans in rows for each in spans)
                 self.progress = replace(self.progress, chunk=chunk, rows=row, tokens=self.progress.tokens + tokens)
@@ -227,19 +232,25 @@ class _Scorer:
         while found := list(islice(remaining, self.rows_per_pass)):
             yield [row for row, _, _ in found], *found[-1][1:]
 
-    def _score(self, rows: Sequence[Row]) -> list[tuple[Sequence[Row], ReferenceScores]]:
-        """Return this replica's rows and scores per micro-batch on the writing rank, an empty list on other ranks."""
+    def _row_groups(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """Return the rows of each micro-batch of this replica."""
         size, stride = self.job.micro_batch_size, self.job.micro_batch_size * self.groups.dp_size
         starts = range(self.groups.dp_rank * size, MICRO_BATCHES * stride, stride)
-        row_groups = [rows[start : start + size] for start in starts]
-        window, packed = self.header.context.window, self.source.packed
-        micro_batches = [
-            build_micro_batch(group, self.ids, size, window, self.eod, packed=packed).to(self.groups.device)
-            for group in row_groups
-        ]
+        return [rows[start : start + size] for start in starts]
+
+    def _build(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        """Build this replica's micro-batches on the host."""
+        size, window = self.job.micro_batch_size, self.header.context.window
+        build = partial(build_micro_batch, ids=self.ids, size=size, window=window, eod=self.eod)
+        return [build(group, packed=self.source.packed) for group in self._row_groups(rows)]
+
+    def _score(
+        self, rows: Sequence[Row], micro_batches: Sequence[MicroBatch]
+    ) -> list[tuple[Sequence[Row], ReferenceScores]]:
+        """Return this replica's rows and scores per micro-batch on the writing rank, an empty list on other ranks."""
         scores = self.model.score(micro_batches)
         writes = self.groups.is_last_stage and self.groups.tp_rank == 0
-        return list(zip(row_groups, scores, strict=True)) if writes else []
+        return list(zip(self._row_groups(rows), scores, strict=True)) if writes else []
 
     def _write(self, rows: Sequence[Row], scores: ReferenceScores) -> None:
         losses = scores.loss.cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +58,17 @@ def evaluate(
             batches = config.logging.eval_iters
             if config.data.full_validation:
                 batches = -(-len(dataset) // shape.global_batch_size)  # type: ignore[arg-type]
-            stream = BatchStream(dataset, shape, device=state.groups.device, masks_missing=True)
+            stream = BatchStream(
+                dataset,
+                shape,
+                device=state.groups.device,
+                steps=batches,
+                read_ahead=config.data.num_workers,
+                masks_missing=True,
+            )
             shown = state.groups.is_logging_rank
-            with progress(f"evaluating {name}", batches, "batches", enabled=shown) as bar:
-                result = _evaluate_set(state, stream, batches, bar, must_stop)
+            with closing(stream), progress(f"evaluating {name}", batches, "batches", enabled=shown) as bar:
+                result = _evaluate_set(state, stream, bar, must_stop)
             if result is None:
                 break
             results[name] = result
@@ -69,17 +76,16 @@ def evaluate(
 
 
 def _evaluate_set(
-    state: TrainState, stream: BatchStream, batches: int, bar: Advance, must_stop: Callable[[], bool]
+    state: TrainState, stream: BatchStream, bar: Advance, must_stop: Callable[[], bool]
 ) -> Evaluation | None:
-    """Return the mean loss over ``batches`` batches, or None if the evaluation was stopped."""
+    """Return the mean loss over the batches of the stream, or None if the evaluation was stopped."""
     groups = state.groups
     all_tokens = ExactSelection(SelectionConfig(None, dp_cp_group=groups.dp_cp, cp_group=groups.cp), groups.device)
     parts: list[TokenSums] = []
     size = torch.zeros((), dtype=torch.int64, device=groups.device)
-    for _ in range(batches):
+    for micro_batches in stream:
         if must_stop():
             return None
-        micro_batches = next(stream)
         passes = StepPasses(state.model_chunks, micro_batches, no_reference(micro_batches))
         parts += [result.sums for result in passes.run(all_tokens)]
         for batch in micro_batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_exhausted_dataset_is_an_error(ahead: int) -> None:
 def test_evaluation_masks_missing_samples() -> None:
     stream = BatchStream(Numbers(3), BatchShape(2, 2, 0, 1), device=CPU, masks_missing=True)
     assert [bool(row.any()) for batch in next(stream) for row in batch.loss_mask] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_steps_limit_the_samples_that_are_read(ahead: int) -> None:
+    numbers = Numbers(5)
+    with mock.patch.object(Numbers, "__getitem__", autospec=True, side_effect=Numbers.__getitem__) as read:
+        stream = BatchStream(numbers, BatchShape(1, 1, 0, 1), device=CPU, steps=3, read_ahead=ahead, masks_missing=True)
+        assert [int(batch.tokens[0, 0]) for (batch,) in stream] == [0, 1, 2] and read.call_count == 3
 
 
 def test_blends_match_megatron_core() -> None:
