@@ -114,6 +114,8 @@ def build_model(
     if backward_filter is not None:
         config.gradient_accumulation_fusion = False  # of the filtered linear layers
     head = linear_cross_entropy_config(model, parallel, objective, max(vocab_size, model.vocab_size or 0), groups)
+    if backward_filter is not None:
+        head = replace(head, host_reads=backward_filter.host_reads)
     options = _chunk_options(model, padded_vocab_size(model, vocab_size, parallel.tensor_model_parallel_size))
     chunks: list[torch.nn.Module] = []
     for stage in range(config.virtual_pipeline_model_parallel_size or 1):

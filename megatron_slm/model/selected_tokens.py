@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.runtime.groups import Groups, pipeline_group
-from megatron_slm.runtime.host_reads import HostRead, row_indices
+from megatron_slm.runtime.host_reads import HostRead, HostReads, row_indices
 
 
 @dataclass
@@ -48,6 +48,7 @@ class BackwardFilter:
     def __init__(self, groups: Groups) -> None:
         """Create the groups of all pipelines. Collective over all ranks."""
         self.current = SelectedTokens()
+        self.host_reads = HostReads()  # shared with the LM head
         self._groups = groups
         self._micro_batches: list[SelectedTokens] = []
         self._unsent: dict[int, HostRead] = {}  # selections [b, s] by micro-batch
@@ -90,9 +91,9 @@ class BackwardFilter:
     def select(self, index: int, selected: Tensor) -> None:
         """Set the selected tokens of a micro-batch, [b, s] bool, which its backward pass sends to the other stages."""
         micro_batch = self._micro_batches[index]
-        micro_batch.mask, micro_batch.count = selected.t(), HostRead(selected.sum())
+        micro_batch.mask, micro_batch.count = selected.t(), self.host_reads.request(selected.sum())
         if self._pipeline is not None:
-            self._unsent[index] = HostRead(selected)
+            self._unsent[index] = self.host_reads.request(selected)
 
     def _send(self, selected: HostRead, shape: Sequence[int]) -> None:
         message = torch.tensor(selected.numbers(), dtype=torch.uint8).view(*shape)

@@ -8,40 +8,45 @@ import torch
 from torch import Tensor
 
 
+class HostReads:
+    """Pending reads of one device, which the first access to any of their numbers completes together."""
+
+    def __init__(self) -> None:
+        self._pending: WeakSet[HostRead] = WeakSet()
+
+    def request(self, values: Tensor) -> HostRead:
+        """Return a pending read of ``values`` [...], of any dtype whose values fp64 holds exactly."""
+        read = HostRead(values, self)
+        self._pending.add(read)
+        return read
+
+    def complete(self) -> None:
+        """Read the numbers of all pending reads; the host waits for the device once."""
+        reads = list(self._pending)
+        self._pending.clear()
+        numbers = torch.cat([read.values for read in reads]).tolist()
+        for read in reads:
+            read.found, numbers = numbers[: len(read.values)], numbers[len(read.values) :]
+
+
 class HostRead:
-    """Numbers of a device that the host needs later. The first access to one reads all that are pending.
+    """Numbers of a device that the host needs later; see :meth:`HostReads.request`."""
 
-    Args:
-        values: [...] of any dtype whose values fp64 holds exactly; all pending reads have the same device.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values.detach().reshape(-1).double()
-        self._numbers: list[float] | None = None
-        _pending.add(self)
+    def __init__(self, values: Tensor, reads: HostReads) -> None:
+        self.values = values.detach().reshape(-1).double()
+        self.found: list[float] | None = None
+        self._reads = reads
 
     def numbers(self) -> list[float]:
         """Return the values, flat."""
-        if self._numbers is None:
-            _read_pending()
-        assert self._numbers is not None
-        return self._numbers
+        if self.found is None:
+            self._reads.complete()
+        assert self.found is not None
+        return self.found
 
     def __int__(self) -> int:
         (number,) = self.numbers()
         return int(number)
-
-
-_pending: WeakSet[HostRead] = WeakSet()
-
-
-def _read_pending() -> None:
-    reads = list(_pending)
-    _pending.clear()
-    numbers = torch.cat([read._values for read in reads]).tolist()
-    for read in reads:
-        size = len(read._values)
-        read._numbers, numbers = numbers[:size], numbers[size:]
 
 
 def row_indices(values: Tensor, count: int) -> Tensor:

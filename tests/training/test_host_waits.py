@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_slm.objective.linear_cross_entropy import chunked
+from megatron_slm.runtime.host_reads import HostReads
 from megatron_slm.testing.host_waits import counted_waits
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import BATCH, GLOBAL_BATCH, MODEL, captured, command, make_corpus
@@ -83,7 +84,7 @@ def test_waits_are_counted_at_their_lines() -> None:
     with counted_waits() as counts:
         (values[mask] * 2).sum().backward()  # outside of the packages
         chunked.row_indices(mask, 2)
-        int(chunked.HostRead(mask.sum()))
+        int(HostReads().request(mask.sum()))
         values.detach()[mask] = 0.0  # filled in
         values.detach().index_fill_(0, torch.tensor([1]), 1.0)
     places = {place.partition(":")[0]: count for place, count in counts.items()}
@@ -93,8 +94,9 @@ def test_waits_are_counted_at_their_lines() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_pending_reads_are_read_together(count: int) -> None:
-    later = [chunked.HostRead(torch.arange(size)) for size in range(count)]
+    reads = HostReads()
+    later = [reads.request(torch.arange(size)) for size in range(count)]
     with counted_waits() as counts:
-        assert int(chunked.HostRead(torch.tensor(2**31 + 1))) == 2**31 + 1
+        assert int(reads.request(torch.tensor(2**31 + 1))) == 2**31 + 1
         assert [read.numbers() for read in later] == [list(range(size)) for size in range(count)]
     assert counts.total() == 1

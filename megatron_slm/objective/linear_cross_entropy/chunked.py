@@ -29,7 +29,7 @@ from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntr
 from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, SoftmaxNormalizer, Statistics
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient
 from megatron_slm.objective.vocab_shard import VocabShard, gather_sequence, reduce_hidden_gradient
-from megatron_slm.runtime.host_reads import HostRead, row_indices
+from megatron_slm.runtime.host_reads import row_indices
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # limited by CPU caches; large enough to saturate a GPU
 SHARE_OF_LOGITS = 1 / 16  # no chunk of all rows is larger than this part of the logits
@@ -293,7 +293,8 @@ class _Gradients:
         residual = loss_weight - shared * forward.chosen
         missing = (residual != 0) & ~forward.chosen
         counts = torch.stack([values.count_nonzero() for values in (loss_weight, residual, missing)])
-        scale, *sizes = HostRead(torch.cat((shared.double()[None], counts.double()))).numbers()
+        numbers = torch.cat((shared.double()[None], counts.double()))
+        scale, *sizes = self.inputs.config.host_reads.request(numbers).numbers()
         n_weighted, n_residual, n_missing = map(int, sizes)
         if n_residual >= n_weighted:
             self._add(row_indices(loss_weight, n_weighted), loss_weight)
@@ -308,7 +309,7 @@ class _Gradients:
 
     def add(self, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:
         """Compute the gradients of rows with a nonzero loss weight [N] fp32, from saved chunks if there are some."""
-        count = HostRead(loss_weight.count_nonzero())
+        count = self.inputs.config.host_reads.request(loss_weight.count_nonzero())
         self._add(row_indices(loss_weight, int(count)), loss_weight, saved_chunks)
 
     def _add(self, indices: Tensor, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_slm.runtime.host_reads import HostReads
 
 IMPLEMENTATIONS = ("torch", "chunked", "triton")
 
@@ -23,6 +25,7 @@ class LinearCrossEntropyConfig:
     implementation: str = "chunked"
     chunk_bytes: int | None = None  # largest chunk of logits; None: a fitting one for device and size
     saved_logits_bytes: int = 0  # logits of a micro-batch up to this size are saved for the backward pass
+    host_reads: HostReads = field(default_factory=HostReads, compare=False)  # with those of the layers, if they read
 
 
 class TokenLosses(NamedTuple):
