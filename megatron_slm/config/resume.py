@@ -24,6 +24,7 @@ class Rule(Enum):
     OPTIMIZER = auto()  # an error if the optimizer state is loaded; otherwise uses the flag
     FLAG = auto()  # uses the flag and prints the difference
     CHECKPOINT = auto()  # uses the checkpoint: the setting has no effect after the first step
+    STATE = auto()  # ignores the flag if the optimizer state is loaded, which holds the current value
     LOCAL = auto()  # specific to this start of the run; not compared
 
 
@@ -55,10 +56,10 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("context_parallel_size", "expert_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
         *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
         *("sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
-        *("tp_comm_overlap", "fp8_format", "fp8_recipe", "fp8_param_gather", "fp8_margin", "fp8_amax_history_len"),
         *("align_grad_reduce", "align_param_gather", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush"),
+        *("tp_comm_overlap", "fp8_format", "fp8_recipe", "fp8_param_gather", "fp8_margin", "fp8_amax_history_len"),
         *("fp8_amax_compute_algo", "fp8_wgrad", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
-        *("num_layers_at_end_in_bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale"),
+        *("num_layers_at_end_in_bf16", "fp16", "loss_scale", "min_loss_scale"),
         *("loss_scale_window", "hysteresis", "use_precision_aware_optimizer", "main_grads_dtype"),
         *("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"),
         *("micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters", "train_samples", "seed", "bf16"),
@@ -80,6 +81,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         *("reference_fp8", "reference_in_bubbles"),
     ),
     Rule.CHECKPOINT: ("init_method_std",),
+    Rule.STATE: ("initial_loss_scale",),
     Rule.LOCAL: (
         *("distributed_backend", "distributed_timeout_minutes", "tp_comm_overlap_cfg", "tp_comm_bootstrap_backend"),
         *("slm_hang_timeout", "log_straggler", "slm_straggler_factor"),
@@ -163,7 +165,7 @@ def reconcile(
     found = differences(config, saved)
     refused = {Rule.STRUCTURE, Rule.ERROR} | ({Rule.OPTIMIZER} if config.checkpoint.load_optim else set())
     refuse([_refusal(each, directory, flag) for each in found if each.rule in refused])
-    adopted = {Rule.CHECKPOINT}
+    adopted = {Rule.CHECKPOINT} | ({Rule.STATE} if config.checkpoint.load_optim else set())
     if config.optimizer.use_checkpoint_opt_param_scheduler and config.checkpoint.load_optim:
         adopted.add(Rule.SCHEDULE)
     values = {each.name: each.theirs for each in found if each.rule in adopted}
@@ -219,13 +221,15 @@ def _remedy(each: Difference) -> str:
 def _line(found: list[Difference], adopted: set[Rule], directory: Path, additional: Sequence[str] = ()) -> str:
     if not found and not additional:
         return ""
-    shown = [
-        f"{each.flag} {show(each.theirs)} -> {show(each.ours)}"
-        if each.rule not in adopted
-        else f"{each.flag} {show(each.ours)} ignored, {show(each.theirs)} kept"
-        for each in found
-    ]
+    shown = [_shown(each, each.rule in adopted) for each in found]
     return f"differences from {directory}: {'; '.join([*shown, *additional])}"
+
+
+def _shown(each: Difference, is_adopted: bool) -> str:
+    if not is_adopted:
+        return f"{each.flag} {show(each.theirs)} -> {show(each.ours)}"
+    kept = "the current one of the checkpoint" if each.rule is Rule.STATE else show(each.theirs)
+    return f"{each.flag} {show(each.ours)} ignored, {kept} kept"
 
 
 def show(value: Any) -> str:
@@ -242,6 +246,8 @@ def show(value: Any) -> str:
 def _has_effect(name: str, config: RunConfig, saved: RunConfig) -> bool:
     if config.training.skip_train and (RULES[name] is Rule.SCHEDULE or name in ("train_iters", "train_samples")):
         return False
+    if name == "initial_loss_scale":
+        return all(run.training.fp16 and run.precision.has_dynamic_loss_scale for run in (config, saved))
     if name in ("swiglu", "activation"):
         return activation_name(config.model) != activation_name(saved.model)
     if name in ("group_query_attention", "num_query_groups"):

@@ -84,6 +84,7 @@ def test_accepted(processes: int, changes: dict[str, Any]) -> None:
         (1, {**AWARE, "optimizer": "sgd"}, "--use-precision-aware-optimizer needs --optimizer adam, not sgd"),
         (1, {**AWARE, "main_grads_dtype": "bf16"}, "Add --grad-reduce-in-bf16"),
         (1, {**AWARE, "main_params_dtype": "bf16"}, "--main-params-dtype must be one of fp32, fp16"),
+        (1, {"fp16": True, "grad_reduce_in_bf16": True}, "--grad-reduce-in-bf16 would reduce gradients in fp16"),
         (1, {"tp_comm_overlap": True, "sequence_parallel": True}, "--tp-comm-overlap needs --tensor-model-parallel"),
         (2, {**OVERLAP, "sequence_parallel": None}, "above 1 and --sequence-parallel"),
         (2, {**OVERLAP, "transformer_impl": "local"}, "--tp-comm-overlap needs --transformer-impl"),

@@ -99,6 +99,18 @@ def test_checkpoint_settings_are_adopted_if_the_table_or_a_flag_requires_it() ->
     assert "--lr 0.005 ignored, 0.001 kept" in line
 
 
+def test_loss_scale_continues_with_the_optimizer_state() -> None:
+    saved, ours = (config(fp16=True, initial_loss_scale=scale) for scale in (1024.0, 8.0))
+    line = reconcile(ours, saved, RUN, "--load")[1]
+    assert "--initial-loss-scale 8.0 ignored, the current one of the checkpoint kept" in line
+    fresh = config(fp16=True, initial_loss_scale=8.0, load_optim=False)
+    resumed, line = reconcile(fresh, saved, RUN, "--load")
+    assert "--initial-loss-scale 1024.0 -> 8.0" in line and resumed.precision.initial_loss_scale == 8
+    for other in (config(bf16=True), config(fp16=True, loss_scale=4.0)):  # without a scale to continue
+        resumed, line = reconcile(ours, other, RUN, "--load")
+        assert "--initial-loss-scale" not in line and resumed.precision.initial_loss_scale == 8
+
+
 def test_derived_sizes_are_compared() -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4}
     for changes in ({"ffn_hidden_size": 100}, {"kv_channels": 16}):

@@ -86,10 +86,15 @@ def _convert(flag: str, value: Any, label: str) -> Any:
 
 
 def contradictions(config: RunConfig, stated: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a message for each stated fact that contradicts the configuration."""
+    """Yield a message for each stated flag that contradicts the configuration."""
     for flag in stated:
         if flag in FACTS and not FACTS[flag].holds(config):
             yield f"{flag}: {FACTS[flag].remedy}"
+    if "--grad-reduce-in-bf16" in stated and config.training.fp16:
+        yield (
+            "--grad-reduce-in-bf16 would reduce gradients in fp16 with --fp16. Leave it out, or give "
+            "--no-accumulate-allreduce-grads-in-fp32 to reduce them in fp16, as Megatron-LM does."
+        )
     if stated.get("--attention-backend") == "local" and config.model.transformer_impl == "transformer_engine":
         yield f"--attention-backend local: {FACTS['--attention-backend'].remedy}"
 
