@@ -72,6 +72,7 @@ def print_checked_plan(
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.runtime.console import make_console, warn
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
+    from megatron_slm.training.expected_implementations import check_expected
     from megatron_slm.training.fallback import verified_start
     from megatron_slm.training.free_space import check_start_space
     from megatron_slm.training.plan import print_plan
@@ -87,6 +88,9 @@ def print_checked_plan(
     check_files(config, tokenizer, verify=True)
     if runs_here:
         check_device(config, default_device())
+        check_expected(config, default_device(), world_size)
+        if (warning := slow_products(config, default_device())) is not None:
+            warn(warning)
     else:
         for obstacle in device_obstacles(config, default_device()):
             console.print(obstacle, markup=False)
@@ -94,8 +98,6 @@ def print_checked_plan(
         console.print(note, markup=False)
     start = verified_start(plan_start(config), config)
     check_start_space(config, tokenizer.vocab_size, start)
-    if (warning := slow_products(config, default_device())) is not None:
-        warn(warning)
     trains = not config.training.skip_train
     reference = find_reference(config, score_headers(config, tokenizer)) if trains else None
     differences = check_start(start, start.adjusted(config), tokenizer, reference)

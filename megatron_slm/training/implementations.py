@@ -15,16 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_slm.mcore.gradient_fusion import apex_is_available
 from megatron_slm.mcore.optimizer import optimizer_parts
 from megatron_slm.model.gpt import model_config
 from megatron_slm.model.hidden_states import LMHead
 from megatron_slm.model.specs import engine_obstacle
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.training.expected_implementations import FILTERED, refuse_fallbacks
 from megatron_slm.training.state import TrainState
 
 ENGINE = ("megatron.core.extensions.transformer_engine", "transformer_engine")  # packages of Transformer Engine's parts
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+CPU_CHOICES = ("lm-head", "reference", "grad-reduce", "param-gather", "p2p-comm")  # parts with several implementations
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -57,7 +59,7 @@ def inspect_run(
         _linear(linear, local),
         *_attention_and_norms(chunks, layers, local),
         _rotary(chunks, config, local),
-        _weight_gradients(linear, local),
+        _weight_gradients(linear, local, state.groups.device),
         _optimizer(state, local),
         *_lm_head(chunks),
         _fp8(config, linear),
@@ -70,6 +72,10 @@ def _is_engine(module: Any) -> bool:
     return type(module).__module__.startswith(ENGINE)
 
 
+def _is_filtered(modules: Sequence[Any]) -> bool:
+    return any("filtered_backward" in type(module).__module__ for module in modules)
+
+
 def _classes(modules: Sequence[Any]) -> str:
     return ", ".join(sorted({type(module).__name__ for module in modules})) or "none on this rank"
 
@@ -77,8 +83,8 @@ def _classes(modules: Sequence[Any]) -> str:
 def _linear(modules: Sequence[torch.nn.Module], local: str) -> Implementation:
     if all(map(_is_engine, modules)):
         return Implementation("linear", f"Transformer Engine ({_classes(modules)})")
-    is_filtered = any("filtered_backward" in type(module).__module__ for module in modules)
-    return Implementation("linear", f"torch ({_classes(modules)})", "--slm-backward filtered" if is_filtered else local)
+    obstacle = FILTERED if _is_filtered(modules) else local
+    return Implementation("linear", f"torch ({_classes(modules)})", obstacle)
 
 
 def _attention_and_norms(
@@ -107,15 +113,20 @@ def _rotary(chunks: Sequence[torch.nn.Module], config: TransformerConfig, local:
     return Implementation("rope", "torch", "--reset-position-ids" if has_ids else local)
 
 
-def _weight_gradients(modules: Sequence[torch.nn.Module], local: str) -> Implementation:
+def _weight_gradients(modules: Sequence[torch.nn.Module], local: str, device: torch.device) -> Implementation:
     """Return how weight gradients are added to the gradient buffer."""
     fuses = ("fuse_wgrad_accumulation", "gradient_accumulation_fusion")
     if all(any(getattr(module, name, False) for name in fuses) for module in modules):
         return Implementation("weight-gradient", "added to the gradient buffer by the matrix product")
-    has_kernel = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    reason = "the linear layers do not support it" if has_kernel else "NVIDIA apex's extension is not installed"
-    layers = "" if all(map(_is_engine, modules)) else f"{local}; "
-    return Implementation("weight-gradient", "separate addition", f"{layers}{reason}")
+    separate, flag = "separate addition", "--no-gradient-accumulation-fusion"
+    if all(map(_is_engine, modules)):
+        return Implementation("weight-gradient", separate, flag)
+    if _is_filtered(modules):
+        return Implementation("weight-gradient", separate, FILTERED)
+    reason = "NVIDIA apex's extension is not installed"
+    if apex_is_available:
+        reason = flag if device.type == "cuda" else ""
+    return Implementation("weight-gradient", separate, "; ".join(filter(None, (local, reason))))
 
 
 def _optimizer(state: TrainState, local: str) -> Implementation:
@@ -125,7 +136,7 @@ def _optimizer(state: TrainState, local: str) -> Implementation:
     used = f"{name} {type(inner).__name__}"
     if package != "torch":
         return Implementation("adam", used)
-    if inner.defaults.get("fused"):
+    if all(group.get("fused") for group in inner.param_groups):
         return Implementation("adam", f"{used} (fused)")
     apex = "" if importlib.util.find_spec("amp_C") else "; NVIDIA apex's extensions are not installed"
     return Implementation("adam", used, f"{local}{apex}")
@@ -167,11 +178,11 @@ def _overlaps(
     """Yield the overlap of communication with computation, as far as there is communication."""
     ddp: Any = chunks[0].ddp_config
     groups, is_interleaved = state.groups, config.virtual_pipeline_model_parallel_size is not None
-    schedule = "overlap in the interleaved schedule" if is_interleaved else "interleaved schedule"
-    for part, flag, ranks, overlaps in (
-        ("grad-reduce", "--overlap-grad-reduce", groups.dp_cp.size(), ddp.overlap_grad_reduce),
-        ("param-gather", "--overlap-param-gather", groups.dp_cp.size(), ddp.overlap_param_gather),
-        ("tp-comm", "--tp-comm-overlap", groups.tp_size, config.tp_comm_overlap),
+    schedule = "--no-overlap-p2p-communication" if is_interleaved else "no interleaved schedule"
+    for part, obstacle, ranks, overlaps in (
+        ("grad-reduce", "no --overlap-grad-reduce", groups.dp_cp.size(), ddp.overlap_grad_reduce),
+        ("param-gather", "no --overlap-param-gather", groups.dp_cp.size(), ddp.overlap_param_gather),
+        ("tp-comm", "no --tp-comm-overlap", groups.tp_size, config.tp_comm_overlap),
         ("p2p-comm", schedule, groups.pp_size, config.overlap_p2p_comm),
     ):
         if part == "param-gather" and not ddp.use_distributed_optimizer:
@@ -179,15 +190,18 @@ def _overlaps(
         elif ranks == 1:
             yield Implementation(part, "none: one rank")
         else:
-            yield Implementation(part, "overlapped" if overlaps else "not overlapped", "" if overlaps else f"no {flag}")
+            yield Implementation(part, "overlapped" if overlaps else "not overlapped", "" if overlaps else obstacle)
 
 
-def report_implementations(here: Sequence[Implementation], required: Sequence[str], console: Console) -> None:
+def report_implementations(
+    here: Sequence[Implementation], required: Sequence[str], device: torch.device, console: Console
+) -> None:
     """Print the implementations of all ranks as a table. Collective over all ranks.
 
     Args:
         here: result of :func:`inspect_run` on this rank.
         required: parts of --require-fused.
+        device: device of the run.
         console: console of the run.
 
     Raises:
@@ -201,17 +215,20 @@ def report_implementations(here: Sequence[Implementation], required: Sequence[st
         table.add_column("part", no_wrap=True)
         table.add_column("implementation", no_wrap=True)
         table.add_column("obstacle to the fastest")
-        for each in found:
+        for each in found if device.type == "cuda" else _shown_on_cpus(found, required):
             table.add_row(each.part, escape(each.used), escape(each.obstacle))
         console.print(table)
-        if missing := [each for each in found if each.part in required and each.obstacle]:
-            reasons = "; ".join(f"{each.part}: {each.used} ({each.obstacle})" for each in missing)
-            raise ConfigError(
-                f"--require-fused: the fastest implementation is not used. {reasons}. Remove the obstacles "
-                "(docs/hopper.md), or leave these parts out of --require-fused."
-            )
+        refuse_fallbacks({each.part: f"{each.used} ({each.obstacle})" for each in found if each.obstacle}, required)
 
     on_first_rank(report)
+
+
+def _shown_on_cpus(found: Sequence[Implementation], required: Sequence[str]) -> Iterator[Implementation]:
+    """Yield the parts whose implementation is a choice without a GPU, and required ones."""
+    for each in found:
+        is_choice = each.part in CPU_CHOICES and not each.used.startswith("none")
+        if is_choice or each.part in required or FILTERED in each.obstacle:
+            yield each
 
 
 def merge_ranks(ranks: Sequence[Sequence[Implementation]]) -> list[Implementation]:

@@ -122,7 +122,7 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     reference, replica = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
     chunks, replica_config = (None, None) if replica is None else (replica.chunks, replica.config)
     found = inspect_run(state, chunks, has_sidecar=reference is sidecar_scores)
-    report_implementations(found, config.training.require_fused, console)
+    report_implementations(found, config.training.require_fused, groups.device, console)
     bubbles = _build_bubbles(config, replica, state, shape)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
