@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.testing.ranks import run_ranks
 
 LENGTH, BATCH, VOCAB = 12, 2, 64
@@ -39,15 +39,14 @@ def define_filter(chunk: Any, selected: Tensor) -> None:
 
 def _gradients(rank: int, world_size: int, settings: dict[str, Any], share: float) -> dict[str, dict[str, Tensor]]:
     """Return the gradients of exact, defined and filtered backward passes in float64."""
-    from megatron_slm.model.gpt import build_model
     from megatron_slm.model.selected_tokens import BackwardFilter
     from megatron_slm.runtime import process
     from megatron_slm.runtime.groups import ParallelLayout
+    from megatron_slm.testing.tiny_gpt import build_tiny_gpt
 
     groups = process.start(ParallelLayout(), seed=1)
-    shape = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "seq_length": LENGTH}
-    dropouts = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    model = ModelConfig(**shape, **dropouts, max_position_embeddings=LENGTH, init_method_std=0.3, **settings)
+    model = {"num_layers": 3, "init_method_std": 0.3, **settings}
+    objective = ObjectiveConfig(slm_cross_entropy="torch")
     generator = torch.Generator().manual_seed(3)
     tokens, labels = (torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator) for _ in range(2))
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
@@ -55,16 +54,7 @@ def _gradients(rank: int, world_size: int, settings: dict[str, Any], share: floa
     found, states = {}, None
     for name in ("exact", "defined", "filtered"):
         backward_filter = BackwardFilter(groups) if name == "filtered" else None
-        (chunk,) = build_model(
-            model,
-            vocab_size=VOCAB,
-            parallel=ParallelConfig(),
-            training=TrainingConfig(),
-            objective=ObjectiveConfig(slm_cross_entropy="torch"),
-            groups=groups,
-            params_dtype="fp32",
-            backward_filter=backward_filter,
-        )
+        chunk = build_tiny_gpt(groups, LENGTH, VOCAB, model, objective=objective, backward_filter=backward_filter)
         states = states or chunk.state_dict()
         chunk.load_state_dict(states)
         for parameter in chunk.parameters():  # biases start at zero, and norms at one

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.mcore.layers import TorchAttention
-from megatron_slm.model.gpt import build_model
 from megatron_slm.model.packed_documents import packed_sequences
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.runtime import process
 from megatron_slm.runtime.groups import ParallelLayout
 from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.tiny_gpt import build_tiny_gpt
 
 LENGTH, VOCAB = 12, 61
 DOCUMENTS = [[5, 1, 6], [3, 9], [12]]
@@ -62,33 +62,10 @@ def results(chunk: Any, batch: MicroBatch) -> list[Tensor]:
 
 def _packed_and_isolated(rank: int, world_size: int, position_embedding: str) -> list[list[Tensor]]:
     groups = process.start(ParallelLayout(), seed=3)
-    model = ModelConfig(
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        kv_channels=8,
-        seq_length=LENGTH,
-        max_position_embeddings=LENGTH,
-        position_embedding_type=position_embedding,
-        init_method_std=0.5,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-    )
-    common: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "parallel": ParallelConfig(),
-        "groups": groups,
-        "params_dtype": "fp32",
-    }
+    objective = ObjectiveConfig(slm_saved_logits_mb=0)
+    settings = {"position_embedding_type": position_embedding}
     chunks = [
-        build_model(
-            model,
-            training=TrainingConfig(),
-            objective=ObjectiveConfig(slm_saved_logits_mb=0),
-            resets_positions=resets,
-            **common,
-        )[0].double()
+        build_tiny_gpt(groups, LENGTH, VOCAB, settings, objective=objective, resets_positions=resets).double()
         for resets in (True, False)
     ]
     isolated, packing = chunks

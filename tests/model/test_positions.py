@@ -10,14 +10,7 @@ from torch import Tensor
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
-from megatron_slm.config.schema import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_slm.config.schema import DataConfig, RunConfig
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.training.preflight import check_device
@@ -27,34 +20,13 @@ LENGTH, BREAK, VOCAB = 12, 5, 64  # a document of 5 tokens, then one of 7
 
 def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Tensor]:
     """Return the token losses of one sample for every use of its position ids."""
-    from megatron_slm.model.gpt import build_model
     from megatron_slm.runtime import process
     from megatron_slm.runtime.groups import ParallelLayout
+    from megatron_slm.testing.tiny_gpt import build_tiny_gpt
 
     groups = process.start(ParallelLayout(), seed=1)
-    model = ModelConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        seq_length=LENGTH,
-        max_position_embeddings=LENGTH,
-        position_embedding_type=position_embedding,
-        init_method_std=0.5,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-    )
-    chunks: dict[bool, Any] = {}
-    for resets in (False, True):
-        (chunks[resets],) = build_model(
-            model,
-            vocab_size=VOCAB,
-            parallel=ParallelConfig(),
-            training=TrainingConfig(),
-            objective=ObjectiveConfig(),
-            groups=groups,
-            params_dtype="fp32",
-            resets_positions=resets,
-        )
+    model = {"position_embedding_type": position_embedding}
+    chunks = {resets: build_tiny_gpt(groups, LENGTH, VOCAB, model, resets_positions=resets) for resets in (False, True)}
     chunks[True].load_state_dict(chunks[False].state_dict())
     generator = torch.Generator().manual_seed(3)
     tokens, labels = (torch.randint(0, VOCAB, (2, LENGTH), generator=generator) for _ in range(2))
