@@ -38,8 +38,8 @@ FAULTS = [
     Fault(
         "attention dropout in evaluation",
         "mcore/layers.py",
-        "dropout = self.dropout if self.training else 0.0",
-        "dropout = self.dropout",
+        "dropout_p=self.dropout if self.training else 0.0",
+        "dropout_p=self.dropout",
         ("training/test_loop.py::test_evaluation_does_not_change_training",),
     ),
     Fault(
