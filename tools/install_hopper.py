@@ -176,7 +176,8 @@ def _satisfy(
     usable = [wheel for wheel in fitting if wheel.supports(environment)]
     if usable:
         return max(usable, key=lambda wheel: wheel.version)
-    needed = f"{requirement.name}{requirement.specifier} (required by {parent})"
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    needed = f"{requirement.name}{extras}{requirement.specifier} (required by {parent})"
     if fitting:
         reason = f"{fitting[0].path.name} is for another Python or platform than {_platform()}"
     elif named:
@@ -229,17 +230,22 @@ def environment_problems(environment: Environment, wheels: Sequence[Wheel]) -> I
 
 def install(directory: Path, wheels: Sequence[Wheel], environment: Environment) -> int:
     """Install the project without an index, and import the result; return the exit code."""
-    found = next((wheel.path for wheel in wheels if wheel.name == "megatron-slm"), PROJECT)
+    ours = [wheel for wheel in wheels if wheel.name == "megatron-slm"]
+    found = max(ours, key=lambda wheel: wheel.version).path if ours else PROJECT
     kept = [f"{name}=={environment.installed[name]}" for name in ("torch", "numpy") if name in environment.installed]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(kept) + "\n")
         constraints.flush()
-        command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(directory)]
-        command += ["--no-build-isolation", "--constraint", constraints.name, f"{found}[{EXTRA}]"]
-        if code := subprocess.run(command, check=False).returncode:
-            return code
+        pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation"]
+        command = [*pip, "--find-links", str(directory), "--constraint", constraints.name, f"{found}[{EXTRA}]"]
+        code = subprocess.run(command, check=False).returncode
+    if not code and found != PROJECT:  # pip keeps an installed version with the same number
+        code = subprocess.run([*pip, "--no-deps", "--force-reinstall", str(found)], check=False).returncode
+    if code:
+        return code
     check = "import torch, transformer_engine.pytorch, megatron.core, megatron_slm"
-    imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    elsewhere = tempfile.gettempdir()  # not in the source tree, whose package would be imported
+    imported = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False, cwd=elsewhere)
     if imported.returncode:
         print(f"installed, but not importable:\n{imported.stderr.strip()}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -168,3 +169,25 @@ def test_check_reports_everything_and_installs_nothing(
     monkeypatch.setattr(tool, "PROJECT", tmp_path)  # without its source tree
     assert tool.main([str(tmp_path)]) == 2
     assert "pyproject.toml: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_wheel", [False, True])
+def test_installed_package_is_replaced(
+    tool: Any, wheels: Path, monkeypatch: pytest.MonkeyPatch, has_wheel: bool
+) -> None:
+    """An earlier build may have the same version; the newest wheel is used, and imported outside of the sources."""
+    for version in ("0.1.0", "0.2.0") if has_wheel else ():
+        wheel(wheels, "megatron_slm", version)
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        assert "-c" not in command or Path(options["cwd"]) != ROOT
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    assert tool.install(wheels, tool.read_wheels(wheels)[0], environment(tool)) == 0
+    source = wheels / "megatron_slm-0.2.0-py3-none-any.whl" if has_wheel else ROOT
+    assert commands[0][-1] == f"{source}[hopper]" and "--no-index" in commands[0]
+    replaced = [command for command in commands if "--force-reinstall" in command]
+    assert [command[-1] for command in replaced] == ([str(source)] if has_wheel else [])
