@@ -16,6 +16,7 @@ from megatron_slm.training import checkpoint
 from megatron_slm.training.state import TrainState
 
 PREDICTED = ["--slm-scope", "global-batch", "--slm-threshold", "predicted"]
+SLM: dict[str, Any] = {"objective": "slm", "slm_score": "token-loss", "train_iters": 6}
 STRATEGIES = {
     "predicted": PREDICTED,
     "speculative": ["--slm-scope", "micro-batch", "--slm-exact-mode", "speculative"],
@@ -28,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def slm(corpus: str, save: Path, *flags: str, **more: Any) -> list[str]:
-    return [*command(corpus, save, load=save, objective="slm", slm_score="token-loss", train_iters=6, **more), *flags]
+    return [*command(corpus, save, load=save, **SLM, **more), *flags]
 
 
 def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
@@ -52,7 +53,7 @@ def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checkpoints_of_earlier_versions_resume_bit_for_bit(tmp_path: Path, corpus: str, strategy: str) -> None:
     flags = STRATEGIES[strategy]
-    launch(slm(corpus, tmp_path / "uninterrupted", *flags))
+    launch(command(corpus, tmp_path / "uninterrupted", losses_only=True, **SLM) + flags)
     run_ranks(_save_as_0_2, 1, slm(corpus, tmp_path / "part", *flags, exit_interval=3), initialise=False)
     launch(slm(corpus, tmp_path / "part", *flags))
     assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
