@@ -116,6 +116,10 @@ def statuses(directory: Path) -> dict[str, dict[str, Any]]:
     return {status["name"]: status for status in json.loads(run("status", str(directory), "--json"))}
 
 
+def has_finished(directory: Path) -> bool:
+    return all(status["state"] == "FINISHED" for status in statuses(directory).values())
+
+
 @pytest.mark.slow
 def test_chain_trains_scores_and_trains(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     """RM, scoring and θ are submitted by one command; a second one finds them finished."""
@@ -145,8 +149,9 @@ def test_chain_trains_scores_and_trains(tmp_path: Path, cluster: SlurmCluster, c
     assert re.search(r"rm: job \d+; .*\nscore: job \d+, after rm; .*\ntheta: job \d+, after score", output), output
     jobs = {job.stage: job for job in read_jobs(tmp_path / "my chain")}
     assert wait_for_end(jobs["theta"])[0] == 0, "\n".join(map(log_of, jobs.values()))
+    wait_for(lambda: has_finished(tmp_path / "my chain"), jobs["theta"])
     found = statuses(tmp_path / "my chain")
-    assert [found[name]["state"] for name in ("rm", "score", "theta")] == ["FINISHED"] * 3
+    assert list(found) == ["rm", "score", "theta"]
     assert (found["theta"]["step"], found["theta"]["iterations"]) == (4, 4)
     assert records(tmp_path / "my chain" / "theta")[0]["share_selected"] < 1
     assert "step 4/4" in run("logs", "my chain", "--stage", "theta", "--rank", "0")
@@ -263,8 +268,8 @@ def test_array_runs_every_seed(tmp_path: Path, cluster: SlurmCluster, corpus: st
     argv = command(corpus, train_iters=2)
     job = submit(directory, *JOB, "--seeds", "3", "5", *argv)
     wait_for(lambda: all(job.ended(seed) is not None for seed in job.seeds), job)
-    found = statuses(directory)
-    assert [found[f"seeds seed {seed}"]["state"] for seed in (3, 5)] == ["FINISHED"] * 2
+    wait_for(lambda: has_finished(directory), job)
+    assert list(statuses(directory)) == ["seeds seed 3", "seeds seed 5"]
     assert losses(directory / "seed-3") != losses(directory / "seed-5")
     assert "step 2/2" in run("logs", str(directory), "--seed", "5")
 
