@@ -109,20 +109,23 @@ def global_batch(config: RunConfig, world_size: int) -> Iterator[str]:
     step = training.micro_batch_size * ranks
     if not step:
         return
-    batches = {"--global-batch-size": training.global_batch_size}
+    batches = {f"--global-batch-size {training.global_batch_size}": training.global_batch_size}
     if training.rampup_batch_size:
         start, increment, _ = training.rampup_batch_size
-        batches |= {"the start of --rampup-batch-size": start, "the increment of --rampup-batch-size": increment}
+        batches |= {
+            f"the start of --rampup-batch-size, {start},": start,
+            f"the increment of --rampup-batch-size, {increment},": increment,
+        }
     stages = parallel.pipeline_model_parallel_size if parallel.num_layers_per_virtual_pipeline_stage else 1
-    for flag, batch in batches.items():
+    for shown, batch in batches.items():
         if batch % step:
             yield (
-                f"{flag}, {batch}, is not a multiple of --micro-batch-size {training.micro_batch_size} x {ranks} "
+                f"{shown} is not a multiple of --micro-batch-size {training.micro_batch_size} x {ranks} "
                 f"data-parallel ranks = {step}."
             )
         elif batch // step % stages:
             yield (
-                f"the interleaved schedule needs a multiple of {PIPELINE} {stages} micro-batches a step, and {flag} "
+                f"the interleaved schedule needs a multiple of {PIPELINE} {stages} micro-batches a step, and {shown} "
                 f"has {batch // step}. Change it."
             )
 
