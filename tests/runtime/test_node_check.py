@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -128,6 +129,11 @@ def test_directories_are_checked(tmp_path: Path) -> None:
         assert "cannot be written (No space left on device)" in check_locally("node", str(tmp_path), None).errors[0]
 
 
+def play(connection: socket.socket, node: str) -> None:
+    with contextlib.suppress(SystemExit):
+        serve(connection, node, None, 1.0)
+
+
 Answer = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
@@ -150,7 +156,7 @@ def check(answers: dict[str, Answer], shared: Path | None = None, **options: Any
     with impatient, mock.patch.object(agent, "_answer", dispatch):
         for node in answers:
             connection = socket.create_connection(address)
-            threading.Thread(target=serve, args=(connection, node, None, 1.0), daemon=True).start()
+            threading.Thread(target=play, args=(connection, node), daemon=True).start()
         return Coordinator(
             server, NAMES, Requirements(), shared=shared, node="node0", address="127.0.0.1", **{"limit": 2.0, **options}
         ).run()
