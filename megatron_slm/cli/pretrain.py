@@ -109,6 +109,7 @@ def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank
+    from megatron_slm.runtime.health.session import verdict_first
     from megatron_slm.runtime.logs import logging_to, open_log
     from megatron_slm.training.flight_recorder import record_collectives
     from megatron_slm.training.loop import train
@@ -131,7 +132,7 @@ def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
         config = on_first_rank(lambda: replay_config(config))
     else:
         action = partial(train, signals=signals)
-    with logging_to(on_every_rank(lambda: open_log(config.logging.slm_log_dir, groups.rank))):
+    with logging_to(on_every_rank(lambda: open_log(config.logging.slm_log_dir, groups.rank))), verdict_first():
         _run_job(config, note, groups, action)
 
 

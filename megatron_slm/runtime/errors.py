@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 FILE_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of reads and writes, which carry no path
 LONGEST_NAME = 200  # characters of a path in a message
+# Messages of collectives whose peer has exited, and of others that may have failed for this reason.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+OF_COMMUNICATION = (*LOST_PEER, "NCCL", "Timed out waiting", "Socket Timeout")
 
 
 class ConfigError(Exception):

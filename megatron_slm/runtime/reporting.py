@@ -15,20 +15,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_slm.runtime import early_reports
-from megatron_slm.runtime.errors import ConfigError, DivergedError, explain
+from megatron_slm.runtime.errors import LOST_PEER, ConfigError, DivergedError, explain
 from megatron_slm.runtime.health import session
 from megatron_slm.runtime.launch import guess_launch, launched_rank
 from megatron_slm.runtime.output import prepare_output, print_error
 
 SECONDS_FOR_RANK_0 = 2.0  # head start of rank 0 in reporting
 SECONDS_FOR_OTHERS = 1.0  # for the other ranks to query the report of rank 0 afterwards
-SECONDS_FOR_VERDICT = 4.0  # on a dead rank, which ends this process with a message that names it
 INTERRUPTED = 130  # exit code after Ctrl+C, by shell convention
-
-# Messages of collectives whose peer has exited.
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-
-OF_COMMUNICATION = ("NCCL", "Timed out waiting", "Socket Timeout")  # further errors with a rank that has ended
 
 _store: Store | None = None
 
@@ -149,8 +143,6 @@ def _claim(key: str) -> bool:
 def _report_failure(error: Exception) -> None:
     """Print an unexpected error, unless another rank has reported one, which is then the cause of this error."""
     rank = launched_rank()
-    if any(phrase in str(error) for phrase in (*LOST_PEER, *OF_COMMUNICATION)):
-        session.await_verdict(SECONDS_FOR_VERDICT)
     if not _claim("failure"):
         early_reports.leave_quietly(guess_launch())
         return

@@ -9,11 +9,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import psutil
 
+from megatron_slm.runtime.errors import OF_COMMUNICATION
 from megatron_slm.runtime.health.channel import Channel
 from megatron_slm.runtime.health.ending import EXIT_CODE, end_process, kill_on_this_host
 from megatron_slm.runtime.health.member import MemberThread
@@ -26,6 +29,7 @@ from megatron_slm.runtime.output import print_error
 
 KEY = "health"
 SECONDS_TO_CONNECT = 10.0
+SECONDS_FOR_VERDICT = 4.0
 SHARE_OF_TIMEOUT = 0.9  # of the timeout of collectives, after which the waiting ranks would fail
 
 
@@ -116,9 +120,20 @@ def stop_health() -> None:
         session.monitor.close()
 
 
-def await_verdict(seconds: float) -> None:
-    """Wait for a verdict on a dead rank, which ends this process; return if another rank has reported a failure."""
-    end = time.monotonic() + seconds
+@contextmanager
+def verdict_first() -> Iterator[None]:
+    """If the block fails because another rank has died, let the verdict on that rank end this process first."""
+    try:
+        yield
+    except Exception as error:
+        if any(phrase in str(error) for phrase in OF_COMMUNICATION):
+            _await_verdict()
+        raise
+
+
+def _await_verdict() -> None:
+    """Wait for a verdict, which ends this process; return if another rank has reported a failure."""
+    end = time.monotonic() + SECONDS_FOR_VERDICT
     while _session is not None and _session.member is not None and not _session.member.has_failed_peer:
         if time.monotonic() > end:
             return
