@@ -42,9 +42,9 @@ def compare(flags: list[str], every: int) -> list[dict[str, float]]:
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.groups import ParallelLayout
     from megatron_slm.tokenizers.tokenizer import build_run_tokenizer
+    from megatron_slm.training.curriculum import selection_ratio
     from megatron_slm.training.loop import one_step
     from megatron_slm.training.setup import build_run
-    from megatron_slm.training.step import selection_ratio
 
     config = resolve(parse([*flags, "--slm-backward", "filtered"]).config, 1)
     groups = process.start(ParallelLayout(), seed=config.training.seed)
@@ -55,7 +55,7 @@ def compare(flags: list[str], every: int) -> list[dict[str, float]]:
         print("| step | cosine | norm, filtered ÷ exact |\n| ---: | ---: | ---: |")
         for step in range(config.training.train_iters or 0):
             batches = next(stream)
-            ratio = selection_ratio(config.objective, step)
+            ratio = selection_ratio(config.objective, step, run.tokens)
             if step % every == 0:
                 found.append({"step": step, "lr": run.state.lr, **gradient_agreement(run, batches, ratio)})
                 print(f"| {step} | {found[-1]['cosine']:.4f} | {found[-1]['norm_ratio']:.4f} |", flush=True)

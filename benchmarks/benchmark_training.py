@@ -225,10 +225,11 @@ class Measurement:
         self.seconds.append(now() - began)
 
     def _trainer_step(self, batches: Any) -> None:
-        from megatron_slm.training.step import selection_ratio, train_step
+        from megatron_slm.training.curriculum import selection_ratio
+        from megatron_slm.training.step import train_step
 
         run = self.run
-        ratio = selection_ratio(run.config.objective, 0)
+        ratio = selection_ratio(run.config.objective, 0, 0)
         step = train_step(
             run.state,
             batches,

@@ -37,3 +37,12 @@ def select_scope(scores: Tensor, valid: Tensor, ratio: float, scope: str, lowest
         for row, mask in zip(rows, masks, strict=True)
     ]
     return torch.cat(chosen)
+
+
+def softmax_weights(scores: list[float], selected: list[bool], temperature: float, lowest: bool = False) -> list[float]:
+    """Return the weights of one ranking: the softmax over its selected tokens times their number."""
+    sign = -1 if lowest else 1
+    weights = [
+        math.exp(sign * score / temperature) * is_selected for score, is_selected in zip(scores, selected, strict=True)
+    ]
+    return [sum(selected) * weight / max(sum(weights), 1e-300) for weight in weights]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -36,6 +36,7 @@ class MicroBatch:
     context_size: int = 1  # context-parallel size
     positions: Tensor | None = None  # [s] int64, positions of the columns in their sample; None: 0 ... s - 1
     loss_mask_on_host: NDArray[np.bool_] | None = None  # ``loss_mask`` before it was moved to a device
+    corpus: Tensor | None = None  # [b] int64, position of each sample's corpus in the blend; None without a blend
 
     @property
     def sample_length(self) -> int:
@@ -194,7 +195,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
         size = self.shape.micro_batch_size
         start = first + self.shape.dp_rank * size
         samples = [self._sample(index) for index in range(start, start + size)]
-        names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]  # a blend adds an int
+        names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
         columns = {name: torch.stack([sample[name] for sample in samples]) for name in names}
         return MicroBatch(
             tokens=columns["tokens"],
@@ -206,6 +207,7 @@ class BatchStream(Iterator[list[MicroBatch]]):
             documents=columns.get("documents"),
             reference_loss=columns.get("reference_loss"),
             reference_entropy=columns.get("reference_entropy"),
+            corpus=_corpora(samples),
         )
 
     def _sample(self, index: int) -> dict[str, Tensor]:
@@ -213,6 +215,13 @@ class BatchStream(Iterator[list[MicroBatch]]):
             return self.dataset[index]
         filler = self.dataset[0]
         return {**filler, "loss_mask": torch.zeros_like(filler["loss_mask"])}
+
+
+def _corpora(samples: Sequence[dict[str, Any]]) -> Tensor | None:
+    """Return the positions in the blend that Megatron-Core's blended dataset adds to its samples, [b] int64."""
+    if "dataset_id" not in samples[0]:
+        return None
+    return torch.tensor([int(sample["dataset_id"]) for sample in samples])
 
 
 def document_lengths(numbers: Tensor) -> Tensor:

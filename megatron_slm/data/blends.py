@@ -1,9 +1,10 @@
-"""Blends of corpora: parsing of ``--data-path`` arguments, and normalization of their weights."""
+"""Blends of corpora: parsing of ``--data-path`` arguments, weights and selection ratios of corpora."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 
 from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.index import bin_path
@@ -55,6 +56,44 @@ def normalized_weights(blend: Blend) -> list[float | None]:
     """Return the weights of a blend scaled to a sum of 1, or None for each corpus of a blend without weights."""
     prefixes, weights = blend
     return [None] * len(prefixes) if weights is None else [weight / sum(weights) for weight in weights]
+
+
+def locate_corpus(name: str, prefixes: Sequence[str], flag: str) -> int:
+    """Return the position of the corpus with this prefix or, if that is unique, with this last part of its prefix.
+
+    Raises:
+        ConfigError: no corpus or several have the name.
+    """
+    found = [place for place, prefix in enumerate(prefixes) if _file_identity(prefix) == _file_identity(name)]
+    found = found or [place for place, prefix in enumerate(prefixes) if Path(prefix).name == name]
+    if len(found) != 1:
+        problem = "is the name of several corpora" if found else "is not a corpus of the run"
+        raise ConfigError(f"{flag}: {name} {problem}. Its corpora are {', '.join(prefixes) or 'mock data'}.")
+    return found[0]
+
+
+def parse_corpus_ratios(arguments: Sequence[str], prefixes: Sequence[str], flag: str) -> tuple[float | None, ...]:
+    """Parse pairs of a selection ratio and a corpus; return the ratio of each corpus of the blend, None if not given.
+
+    Raises:
+        ConfigError: arguments are not in pairs, a ratio is outside of (0, 1], a corpus is unknown or named twice, or
+            the blend has one corpus.
+    """
+    if len(prefixes) < 2:
+        raise ConfigError(f"{flag} needs a blend of several corpora. Use --slm-selection-ratio for one corpus.")
+    numbers = [_parse_number(argument) for argument in arguments[0::2]]
+    if len(arguments) % 2 or not all(number is not None and 0 < number <= 1 for number in numbers):
+        raise ConfigError(
+            f"{flag} {' '.join(arguments)}: expected pairs of a ratio in (0, 1] and a corpus, for example 0.4 web 0.8 "
+            "math."
+        )
+    ratios: list[float | None] = [None] * len(prefixes)
+    for ratio, name in zip(numbers, arguments[1::2], strict=True):
+        place = locate_corpus(name, prefixes, flag)
+        if ratios[place] is not None:
+            raise ConfigError(f"{flag}: the corpus {name} is named twice. Give it one ratio.")
+        ratios[place] = ratio
+    return tuple(ratios)
 
 
 def _reject_repeats(prefixes: Sequence[str], flag: str) -> None:

@@ -10,12 +10,14 @@ losses and the reference scores of its tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.objective.linear_cross_entropy.settings import TokenLosses
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import Selection, select
 from megatron_slm.objective.selective_loss import weighted_sum
@@ -30,39 +32,39 @@ def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, head
 
 
 def multi_token_loss(
-    head_losses: Sequence[Tensor], tokens: TokenBatch, selection: Selection, config: SelectionConfig, ratio: float
+    heads: Sequence[TokenLosses], tokens: TokenBatch, selection: Selection, config: SelectionConfig, ratio: float
 ) -> Tensor:
     """Return the part of the MTP heads in a micro-batch's numerator, a scalar with its graph.
 
     Collective over the config's context group, and over its group if heads select independently.
 
     Args:
-        head_losses: [b, s] fp32 token losses of heads 1 to D; those beyond the sample's end do not count.
+        heads: [b, s] fp32 token losses of heads 1 to D; those beyond the sample's end do not count. Their entropies are
+            only needed if the heads select independently by them.
         tokens: the micro-batch with the losses of the main head.
         selection: selection of the main head.
         config: settings of the selection.
         ratio: the selection ratio.
     """
-    total = torch.zeros_like(head_losses[0][0, 0])
+    total = torch.zeros_like(heads[0].loss[0, 0])
     sequence = _Sequence(tokens.global_token_index, config.cp_group)
-    for distance, loss in enumerate(head_losses, start=1):
+    for distance, head in enumerate(heads, start=1):
         if config.mtp_is_independent:
-            weight = select(_shifted_tokens(tokens, loss, distance, sequence), config, ratio).weight
+            weight = select(_shifted_tokens(tokens, head, distance, sequence), config, ratio).weight
         else:
             weight = sequence.shift_left(selection.weight, distance)
-        total = total + weighted_sum(loss, weight)
-    return config.mtp_loss_weight / len(head_losses) * total
+        total = total + weighted_sum(head.loss, weight)
+    return config.mtp_loss_weight / len(heads) * total
 
 
-def _shifted_tokens(tokens: TokenBatch, loss: Tensor, distance: int, sequence: _Sequence) -> TokenBatch:
+def _shifted_tokens(tokens: TokenBatch, head: TokenLosses, distance: int, sequence: _Sequence) -> TokenBatch:
     """Return the micro-batch of the head at a distance."""
     reference = tokens.reference
     if reference is not None:
         entropy = None if reference.entropy is None else sequence.shift_left(reference.entropy, distance)
         reference = ReferenceScores(sequence.shift_left(reference.loss, distance), entropy)
-    return TokenBatch(
-        loss, sequence.shift_left(tokens.valid, distance), tokens.global_token_index, tokens.step_token_index, reference
-    )
+    valid = sequence.shift_left(tokens.valid, distance)
+    return replace(tokens, loss=head.loss, entropy=head.entropy, valid=valid, reference=reference)
 
 
 class _Sequence:

@@ -31,6 +31,9 @@ def _plain_score(tokens: TokenBatch, config: SelectionConfig, name: str) -> Tens
         return uniform(tokens.global_token_index, config.seed, RANDOM_SCORE)
     if name == "token-loss":
         return tokens.loss.detach()
+    if name == "token-entropy":
+        assert tokens.entropy is not None, "the token losses were computed without entropies"
+        return tokens.entropy
     assert reference is not None, f"the score {name} needs a reference model"
     if name == "reference-entropy":
         assert reference.entropy is not None, "the reference model was built without entropies"

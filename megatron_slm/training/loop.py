@@ -28,6 +28,7 @@ from megatron_slm.runtime.resiliency import Heartbeat
 from megatron_slm.runtime.signals import StopSignals
 from megatron_slm.training.benchmarks import evaluate_benchmarks, score_line, score_record
 from megatron_slm.training.clock import Schedule, StepClock
+from megatron_slm.training.curriculum import selection_ratio
 from megatron_slm.training.evaluation import Evaluation, evaluate
 from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.garbage import ManualCollection
@@ -38,7 +39,7 @@ from megatron_slm.training.save_directory import record_stop
 from megatron_slm.training.saver import Saver
 from megatron_slm.training.sinks import Sink
 from megatron_slm.training.state import TrainProgress, TrainState
-from megatron_slm.training.step import ReferenceSource, Step, StepObserver, selection_ratio, train_step
+from megatron_slm.training.step import ReferenceSource, Step, StepObserver, train_step
 from megatron_slm.training.stopping import StopDecision
 from megatron_slm.training.stragglers import StragglerLog
 
@@ -245,6 +246,7 @@ class _Loop:
             tokens=run.tokens,
             grad_norm=norms[-1] if norms else None,
             lr=last.lr,
+            ratio=last.ratio if run.state.selection.config.policy is not None else None,
             seconds_left=self.clock.seconds_left(run.progress.step),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
             loss_scale=last.loss_scale,
@@ -306,7 +308,11 @@ def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObs
         run.console.print(f"step {progress.step + 1} is skipped (--iterations-to-skip)")
         _advance(run)
         return None
-    ratio, next_ratio = (selection_ratio(run.config.objective, progress.step + ahead) for ahead in (0, 1))
+    step_tokens = run.sizes.at(progress.consumed_samples) * run.config.model.seq_length
+    ratio, next_ratio = (
+        selection_ratio(run.config.objective, progress.step + ahead, run.tokens + ahead * step_tokens)
+        for ahead in (0, 1)
+    )
     health.enter("training")
     step = train_step(
         run.state, batches, ratio=ratio, next_ratio=next_ratio, reference=run.reference, observer=observer

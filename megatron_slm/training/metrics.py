@@ -102,8 +102,9 @@ class TokenSums:
 class StepMetrics:
     """Represent the metrics of a step, or of the steps of a log interval; losses in nats per token.
 
-    Losses, the selected share, the threshold and times are unweighted means over the steps; the gradient norm and the
-    learning rate are those of the last step, as in Megatron-LM, without steps whose update was skipped.
+    Losses, the selected share, the threshold and times are unweighted means over the steps; the selection ratio is that
+    of the last step, and the gradient norm and the learning rate are, as in Megatron-LM, those of the last step whose
+    update was not skipped. Weights do not enter the losses.
     """
 
     step: int
@@ -123,6 +124,7 @@ class StepMetrics:
     seconds_left: float
     seconds_ranking: float | None = None  # time of the ranking pass, included in seconds
     loss_scale: float | None = None  # of the last step; None without dynamic loss scaling
+    ratio: float | None = None  # selection ratio of the last step; None under CLM
     steps_skipped: int | None = None  # steps without update, since gradients overflowed fp16; None without scaling
     global_batch_size: int | None = None  # of the last step; None if it is constant
     memory: int | None = None  # bytes of rank 0: allocated on a GPU, resident set on a CPU

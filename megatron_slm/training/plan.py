@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.batch_sizes import BatchSizes
-from megatron_slm.config.schema import ModelConfig, RunConfig
+from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
@@ -49,7 +49,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
         "" if sizes.is_constant else f", from {sizes.start:,} by {sizes.increment:,} in {sizes.ramp_samples:,} samples"
     )
     settings = config.objective
-    objective = f"SLM, {settings.slm_score}, k = {settings.slm_selection_ratio:g}" if selects_tokens(config) else "CLM"
+    objective = f"SLM, {settings.slm_score}, k = {_ratio(settings)}" if selects_tokens(config) else "CLM"
     if config.data.slm_loss_mask is not None:
         objective += f" over the tokens of the loss mask {config.data.slm_loss_mask}"
     return [
@@ -72,6 +72,17 @@ def _parameters(model: ModelConfig, vocab_size: int, padded: int) -> str:
     unpadded = parameter_count(model, max(vocab_size, model.vocab_size or 0))
     padding = parameter_count(model, padded) - unpadded
     return f"{unpadded:,}" + (f", and {padding:,} of the vocabulary's padding" if padding else "")
+
+
+def _ratio(settings: ObjectiveConfig) -> str:
+    """Describe the selection ratio and its changes."""
+    ratio = f"{settings.slm_selection_ratio:g}"
+    if settings.slm_selection_ratio_start is not None:
+        ratio = f"{settings.slm_selection_ratio_start:g} to {ratio} ({settings.slm_selection_ratio_style})"
+    if settings.slm_ratio_gain is not None:
+        ratio = f"{ratio}, adapted within {settings.slm_ratio_min:g} to {settings.slm_ratio_max:g}"
+    pairs = zip(settings.slm_corpus_ratios[1::2], settings.slm_corpus_ratios[0::2], strict=True)
+    return ", ".join([ratio, *(f"{corpus} {share}" for corpus, share in pairs)])
 
 
 def _checkpoints(config: RunConfig, vocab_size: int) -> str:

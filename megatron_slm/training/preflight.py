@@ -5,22 +5,15 @@ Functions import torch locally, so that invalid flags are reported before torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.relations.files import unwritable_outputs
 from megatron_slm.config.relations.model import packing_problem
 from megatron_slm.config.schema import RunConfig
-from megatron_slm.config.selection import selects_tokens
-from megatron_slm.objective.selection.policy import (
-    BooleanOp,
-    needs_reference_entropy,
-    needs_reference_loss,
-    parse_policy,
-)
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import format_size
+from megatron_slm.training.policy_checks import needs_reference, score_violations
 
 if TYPE_CHECKING:
     import torch
@@ -37,40 +30,8 @@ def resolve_values(config: RunConfig, world_size: int, *, has_files: bool = True
         ConfigError: lists all violations.
     """
     config = resolve(config, world_size, has_files=has_files)
-    refuse(list(_score_violations(config)))
+    refuse(list(score_violations(config)))
     return config
-
-
-def _score_violations(config: RunConfig) -> Iterator[str]:
-    objective, reference = config.objective, config.reference
-    policy = parse_policy(objective.slm_score)
-    if not selects_tokens(config):
-        return
-    if needs_reference(config) and reference.reference_load is None and not reference.reference_scores:
-        yield (
-            f"--slm-score {objective.slm_score!r} needs a reference model. Specify its checkpoint with "
-            "--reference-load or sidecars of its scores with --reference-scores, or use the score token-loss or "
-            "random."
-        )
-    if config.model.num_experts and isinstance(policy, BooleanOp) and objective.slm_scope != "global-batch":
-        yield (
-            f"--num-experts with the combined --slm-score {objective.slm_score!r}: the auxiliary loss is scaled by the "
-            "selected share, which is known before the backward pass only with --slm-scope global-batch. Use that "
-            "scope, or a score with one term."
-        )
-
-
-def reference_needs(config: RunConfig) -> tuple[bool, bool]:
-    """Return whether the score needs reference losses and reference entropies."""
-    if not selects_tokens(config):
-        return False, False
-    policy = parse_policy(config.objective.slm_score)
-    return needs_reference_loss(policy), needs_reference_entropy(policy)
-
-
-def needs_reference(config: RunConfig) -> bool:
-    """Return whether the score needs reference losses or entropies."""
-    return any(reference_needs(config))
 
 
 def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:

@@ -17,6 +17,7 @@ from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.gpt import build_model, virtual_stages
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.model.size import forward_flops_per_token, padded_vocab_size
+from megatron_slm.objective.selection.adaptive import AdaptiveSelection, RatioRule
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
@@ -40,7 +41,7 @@ from megatron_slm.training.implementations import inspect_run, report_implementa
 from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import build_optimizer, build_scheduler, set_schedule_length, wrap_data_parallel
-from megatron_slm.training.preflight import needs_reference, reference_needs
+from megatron_slm.training.policy_checks import corpus_ratios, needs_reference, reference_needs
 from megatron_slm.training.resume import resume
 from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder, continue_orders, repetition_report
@@ -75,15 +76,21 @@ def build_selection(config: RunConfig, groups: Groups) -> SelectionStrategy:
         mix=objective.slm_mix if policy is not None else 0.0,
         seed=config.training.seed,
         temperature=objective.slm_gumbel_temperature,
+        weight_temperature=objective.slm_weight_temperature if policy is not None else None,
+        corpus_ratios=corpus_ratios(config),
         mtp_loss_weight=config.model.mtp_loss_scaling_factor if config.model.mtp_num_layers else 0.0,
         mtp_is_independent=objective.slm_mtp_selection == "independent",
     )
-    return build_strategy(
+    strategy = build_strategy(
         settings,
         groups.device,
         predicts=objective.slm_threshold == "predicted",
         speculates=objective.slm_exact_mode == "speculative",
     )
+    if policy is None or objective.slm_ratio_gain is None:
+        return strategy
+    rule = RatioRule(objective.slm_ratio_gain, objective.slm_ratio_min, objective.slm_ratio_max)
+    return AdaptiveSelection(strategy, rule)
 
 
 def batch_shape(config: RunConfig, groups: Groups) -> BatchShape:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_slm.config.schema import ObjectiveConfig
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.model.selected_tokens import BackwardFilter
+from megatron_slm.objective.linear_cross_entropy.settings import TokenLosses
 from megatron_slm.objective.multi_token import mtp_labels, multi_token_loss
 from megatron_slm.objective.selection.strategies import SelectionStrategy
 from megatron_slm.objective.selective_loss import selective_loss
@@ -38,6 +38,7 @@ class Step:
     sums: TokenSums
     grad_norm: float
     lr: float
+    ratio: float  # selection ratio
     seconds_ranking: float | None  # time of the ranking pass, if any
     loss_scale: float | None = None  # dynamic loss scale, if any
     overflow: bool = False  # gradients overflowed fp16: no update, and the schedule does not advance
@@ -67,21 +68,15 @@ class StepResults:
 StepObserver = Callable[[StepResults, float], bool]
 
 
-def selection_ratio(config: ObjectiveConfig, step: int) -> float:
-    """Return the selection ratio k of a step (counted from 0): linear warm-up, then constant."""
-    start, final = config.slm_selection_ratio_start, config.slm_selection_ratio
-    if start is None or step >= config.slm_selection_ratio_warmup_iters:
-        return final
-    return start + (final - start) * step / config.slm_selection_ratio_warmup_iters
-
-
 def token_batch(
-    batch: MicroBatch, token_loss: Tensor, reference: ReferenceScores | None, step_first_sample: int
+    batch: MicroBatch, losses: TokenLosses, reference: ReferenceScores | None, step_first_sample: int
 ) -> TokenBatch:
     """Return the tokens of a micro-batch with their losses; its step starts at ``step_first_sample``."""
     index = batch.token_index()
     return TokenBatch(
-        loss=token_loss,
+        loss=losses.loss,
+        entropy=losses.entropy,
+        corpus=batch.corpus,
         valid=batch.loss_mask,
         global_token_index=index,
         step_token_index=index - step_first_sample * batch.sample_length,
@@ -97,6 +92,7 @@ class StepPasses:
     micro_batches: Sequence[MicroBatch]
     references: Sequence[ReferenceScores | None]
     backward_filter: BackwardFilter | None = None  # None for the exact backward pass
+    with_entropy: bool = False  # whether the selection needs the entropies of the training model
 
     def ranking_pass(self) -> list[TokenBatch]:
         """Run the ranking pass (forward without gradients); return one entry per micro-batch on the last stage.
@@ -105,7 +101,7 @@ class StepPasses:
         """
 
         def last_stage(index: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, TokenBatch]:
-            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels).loss)
+            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, with_entropy=self.with_entropy))
             return tokens.loss.sum(), batch.loss_mask.sum(), concat_micro_batches([tokens])
 
         with preserved_random_state(), torch.no_grad():
@@ -123,7 +119,8 @@ class StepPasses:
                 forward_grad = selection.forward_grad_policy(
                     index, batch.loss_mask, batch.token_index(), self.references[index], batch.loss_mask_on_host
                 )
-            tokens = self._tokens(index, batch, hidden.token_losses(batch.labels, forward_grad=forward_grad).loss)
+            losses = hidden.token_losses(batch.labels, forward_grad=forward_grad, with_entropy=self.with_entropy)
+            tokens = self._tokens(index, batch, losses)
             selected = selection.select(index, tokens)
             loss = selective_loss(tokens, selected)
             if backward_filter is not None:
@@ -131,8 +128,11 @@ class StepPasses:
             numerator = loss.numerator
             if torch.is_grad_enabled() and len(hidden.heads) > 1:
                 labels = mtp_labels(batch.labels, tokens, selection.config, len(hidden.heads) - 1)
-                losses = [hidden.token_losses(of_head, head=head).loss for head, of_head in enumerate(labels, start=1)]
-                numerator = numerator + multi_token_loss(losses, tokens, selected, selection.config, selection.ratio)
+                heads = [
+                    hidden.token_losses(of_head, head=head, with_entropy=self.with_entropy)
+                    for head, of_head in enumerate(labels, start=1)
+                ]
+                numerator = numerator + multi_token_loss(heads, tokens, selected, selection.config, selection.ratio)
             without_graph = replace(tokens, loss=tokens.loss.detach())
             result = MicroBatchResult(TokenSums.from_micro_batch(tokens, loss), without_graph, loss.selected)
             return numerator, loss.count, result
@@ -145,8 +145,8 @@ class StepPasses:
             backward_filter=backward_filter,
         )
 
-    def _tokens(self, index: int, batch: MicroBatch, token_loss: Tensor) -> TokenBatch:
-        return token_batch(batch, token_loss, self.references[index], self.micro_batches[0].first_sample)
+    def _tokens(self, index: int, batch: MicroBatch, losses: TokenLosses) -> TokenBatch:
+        return token_batch(batch, losses, self.references[index], self.micro_batches[0].first_sample)
 
 
 def train_step(
@@ -169,7 +169,10 @@ def train_step(
         DivergedError: the observer ends the run, equally on every rank.
     """
     state.zero_grad()
-    passes = StepPasses(state.model_chunks, micro_batches, reference(micro_batches), state.backward_filter)
+    passes = StepPasses(
+        *(state.model_chunks, micro_batches, reference(micro_batches), state.backward_filter),
+        with_entropy=state.selection.config.with_entropy,
+    )
     start = time.perf_counter()
     ranked = state.selection.begin_step(ratio, next_ratio, passes.ranking_pass)
     seconds_ranking = time.perf_counter() - start if ranked else None
@@ -182,4 +185,4 @@ def train_step(
     lr, loss_scale, gradients = state.lr, state.dynamic_loss_scale(), state.prepare_gradients()
     if observer(StepResults(sums, micro_batches, results, gradients.overflow), gradients.norm):
         state.optimizer_step(gradients.norm)
-    return Step(sums, gradients.norm, lr, seconds_ranking, loss_scale, gradients.overflow)
+    return Step(sums, gradients.norm, lr, state.selection.ratio, seconds_ranking, loss_scale, gradients.overflow)

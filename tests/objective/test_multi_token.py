@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.objective.linear_cross_entropy.settings import TokenLosses
 from megatron_slm.objective.multi_token import multi_token_loss
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
@@ -30,7 +31,7 @@ def test_heads_count_the_tokens_of_the_definition(text: str | None, own: bool) -
     selector = SelectionConfig(policy, "sequence", mtp_loss_weight=0.3, mtp_is_independent=own)
     tokens = TokenBatch(main, valid, index, index, ReferenceScores(reference, entropy))
     selection = select(tokens, selector, 0.6)
-    loss = multi_token_loss(heads, tokens, selection, selector, 0.6)
+    loss = multi_token_loss([TokenLosses(head, None) for head in heads], tokens, selection, selector, 0.6)
     gradients = torch.autograd.grad(loss, heads)
 
     expected = 0.0
@@ -81,7 +82,9 @@ def _head_gradients(rank: int, world_size: int, own: bool) -> Tensor:
     selector = SelectionConfig(
         parse_policy("excess"), "micro-batch", world, world, mtp_loss_weight=0.3, mtp_is_independent=own
     )
-    loss = multi_token_loss(heads, tokens, select(tokens, selector, 0.6), selector, 0.6)
+    loss = multi_token_loss(
+        [TokenLosses(head, None) for head in heads], tokens, select(tokens, selector, 0.6), selector, 0.6
+    )
     whole = torch.zeros(D, B, S)
     whole[:, :, places] = torch.stack(torch.autograd.grad(loss, heads))
     return whole

@@ -274,7 +274,7 @@ def _compare(
         [exact], [loss] = model.score([batch]), learner.score([batch])
         assert batch.reference_loss is not None
         one, two = (
-            select(token_batch(batch, loss.loss, reference, batch.first_sample), selector, 0.6)
+            select(token_batch(batch, loss, reference, batch.first_sample), selector, 0.6)
             for reference in (exact, replace(exact, loss=batch.reference_loss))
         )
         tokens, selected = tokens + one.selected.numel(), selected + int(one.selected.sum())

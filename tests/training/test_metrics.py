@@ -7,8 +7,8 @@ import torch
 
 from megatron_slm.config.schema import ModelConfig, ObjectiveConfig
 from megatron_slm.model.size import forward_flops_per_token, matrix_parameters, parameter_count
+from megatron_slm.training.curriculum import selection_ratio
 from megatron_slm.training.metrics import StepMetrics, TokenSums, step_losses
-from megatron_slm.training.step import selection_ratio
 
 LONGEST = StepMetrics(
     step=1_000_000,
@@ -59,8 +59,26 @@ def test_ratio_warm_up() -> None:
     settings = ObjectiveConfig(
         slm_selection_ratio=0.6, slm_selection_ratio_start=1.0, slm_selection_ratio_warmup_iters=4
     )
-    assert [selection_ratio(settings, step) for step in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6])
-    assert selection_ratio(ObjectiveConfig(), 0) == 0.6
+    assert [selection_ratio(settings, step, 0) for step in range(6)] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6])
+    assert selection_ratio(ObjectiveConfig(), 0, 0) == 0.6
+
+
+@pytest.mark.parametrize(
+    ("style", "ratios"),
+    [
+        ("linear", [1.0, 0.9, 0.8, 0.7, 0.6, 0.6]),
+        ("cosine", [1.0, 0.941421, 0.8, 0.658579, 0.6, 0.6]),
+        ("steps", [1.0, 1.0, 0.8, 0.8, 0.6, 0.6]),
+    ],
+)
+def test_ratio_curriculum_over_tokens(style: str, ratios: list[float]) -> None:
+    settings = ObjectiveConfig(
+        slm_selection_ratio_start=1.0,
+        slm_selection_ratio_warmup_tokens=400,
+        slm_selection_ratio_style=style,
+        slm_selection_ratio_levels=2,
+    )
+    assert [selection_ratio(settings, 9, tokens) for tokens in range(0, 600, 100)] == pytest.approx(ratios)
 
 
 def test_sizes_of_experts() -> None:

@@ -18,6 +18,9 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
         for name, unset in (
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
+            ("--slm-corpus-ratios", not objective.slm_corpus_ratios),
+            ("--slm-ratio-gain", objective.slm_ratio_gain is None),
+            ("--slm-weight-temperature", objective.slm_weight_temperature is None),
             ("--slm-mtp-selection", objective.slm_mtp_selection == "main"),
             ("--slm-threshold", objective.slm_threshold == "exact"),
             ("--slm-backward", objective.slm_backward == "exact"),
@@ -35,8 +38,29 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
             f"{' '.join(given)} has no effect with --objective sft and every answer token selected. Give a reference "
             "model (--reference-load or --reference-scores) or another --slm-score, or leave it out."
         )
-    if objective.slm_selection_ratio_start is not None and not objective.slm_selection_ratio_warmup_iters:
-        yield "--slm-selection-ratio-start needs --slm-selection-ratio-warmup-iters."
+
+
+def curriculum(config: RunConfig, _: int) -> Iterator[str]:
+    """Require a start and one length for the transition of the selection ratio, and bounds that are used."""
+    objective, defaults = config.objective, ObjectiveConfig()
+    iterations, tokens = objective.slm_selection_ratio_warmup_iters, objective.slm_selection_ratio_warmup_tokens
+    flag = "--slm-selection-ratio"
+    yield from both_given(f"{flag}-warmup-iters", iterations, f"{flag}-warmup-tokens", tokens)
+    has_start = objective.slm_selection_ratio_start is not None
+    if has_start and not (iterations or tokens):
+        yield f"{flag}-start needs {flag}-warmup-iters or {flag}-warmup-tokens."
+    is_stepped = objective.slm_selection_ratio_style == "steps"
+    for other, is_used, needed in (
+        ("slm_selection_ratio_warmup_tokens", has_start, f"{flag}-start"),
+        ("slm_selection_ratio_style", has_start, f"{flag}-start"),
+        ("slm_selection_ratio_levels", is_stepped, f"{flag}-style steps"),
+        ("slm_ratio_min", objective.slm_ratio_gain is not None, "--slm-ratio-gain"),
+        ("slm_ratio_max", objective.slm_ratio_gain is not None, "--slm-ratio-gain"),
+    ):
+        value = getattr(objective, other)
+        if value != getattr(defaults, other) and not is_used:
+            name = f"--{other.replace('_', '-')}"
+            yield f"{name} {value} has no effect without {needed}. Add it, or leave {name} out."
 
 
 def scopes(config: RunConfig, _: int) -> Iterator[str]:
@@ -139,4 +163,4 @@ def sidecars(config: RunConfig, _: int) -> Iterator[str]:
         )
 
 
-RELATIONS = (selection_flags, scopes, filtered_backward, reference_model, bubbles, sidecars)
+RELATIONS = (selection_flags, curriculum, scopes, filtered_backward, reference_model, bubbles, sidecars)

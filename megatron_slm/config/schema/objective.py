@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megatron_slm.config.constraints import flag
 from megatron_slm.config.schema.training import PARAMS_DTYPES
 
+LARGEST_TOKENS = 2**53  # consumed tokens are exact as floating-point numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -27,8 +29,8 @@ class ObjectiveConfig:
     )
     slm_score: str = flag(
         "excess",
-        "token score: excess, token-loss, reference-loss, reference-entropy (both lowest first), random, "
-        "stochastic-NAME; or scores with individual ratios, combined by and/or: "
+        "token score: excess, token-loss, token-entropy, reference-loss, reference-entropy (both lowest first), "
+        "random, stochastic-NAME; or scores with individual ratios, combined by and/or: "
         "'reference-loss:0.7 and reference-entropy:0.7'",
     )
     slm_scope: str = flag(
@@ -49,6 +51,36 @@ class ObjectiveConfig:
         0,
         "number of iterations of the transition from --slm-selection-ratio-start to --slm-selection-ratio",
         at_least=0,
+    )
+    slm_selection_ratio_warmup_tokens: int = flag(
+        0,
+        "number of tokens of the transition, instead of --slm-selection-ratio-warmup-iters",
+        at_least=0,
+        at_most=LARGEST_TOKENS,
+    )
+    slm_selection_ratio_style: str = flag("linear", "shape of the transition", choices=("linear", "cosine", "steps"))
+    slm_selection_ratio_levels: int = flag(
+        4, "number of constant levels before the final ratio with --slm-selection-ratio-style steps", above=0
+    )
+    slm_corpus_ratios: list[str] = flag(
+        list,
+        "selection ratios of corpora of the blend, which are then ranked separately: ratio corpus ratio corpus ..., "
+        "each corpus by its prefix or the last part of it; other corpora have --slm-selection-ratio",
+    )
+    slm_ratio_gain: float | None = flag(
+        None,
+        "adapt the selection ratio to the mean score of the selected tokens (risk): multiply it by exp(gain x change "
+        "of the risk in nats) after each step",
+        above=0,
+        example="0.5",
+    )
+    slm_ratio_min: float = flag(0.1, "lowest selection ratio with --slm-ratio-gain", above=0, at_most=1)
+    slm_ratio_max: float = flag(1.0, "highest selection ratio with --slm-ratio-gain", above=0, at_most=1)
+    slm_weight_temperature: float | None = flag(
+        None,
+        "temperature in nats of softmax weights: each selected token's loss is weighted by exp(score/temperature), "
+        "with a mean weight of 1; default equal weights",
+        above=0,
     )
     slm_mix: float = flag(
         0.0, "fraction of the loss weight to spread evenly over all valid tokens, as in CLM", at_least=0, at_most=1

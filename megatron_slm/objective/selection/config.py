@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
 
-from megatron_slm.objective.selection.policy import Policy
+from megatron_slm.objective.selection.policy import Policy, needs_token_entropy, selects_everything
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,18 @@ class SelectionConfig:
     mix: float = 0.0  # share of the weight that is spread evenly over all valid tokens
     seed: int = 1234  # of random and stochastic scores
     temperature: float = 1.0  # of stochastic scores
+    weight_temperature: float | None = None  # of softmax weights over the selected tokens; None: equal weights
+    corpus_ratios: tuple[float | None, ...] = ()  # of each corpus of the blend, ranked separately; None: the run's
     mtp_loss_weight: float = 0.0  # of all MTP heads together
     mtp_is_independent: bool = False  # MTP heads rank by their losses instead of following the main head
+
+    @property
+    def with_entropy(self) -> bool:
+        """Return whether the entropies of the training model are needed."""
+        return self.policy is not None and needs_token_entropy(self.policy)
+
+    def selects_everything(self, ratio: float) -> bool:
+        """Return whether every valid token is selected with the run's ratio, whatever its scores."""
+        return self.policy is None or all(
+            selects_everything(self.policy, corpus_ratio or ratio) for corpus_ratio in self.corpus_ratios or (None,)
+        )

@@ -1,4 +1,8 @@
-"""Exact selection: the ⌈k · valid⌉ tokens with the highest score of each ranking."""
+"""Exact selection: the ⌈k · valid⌉ tokens with the highest score of each ranking.
+
+A ranking is a sequence or the scope. If corpora of a blend have ratios, the tokens of each corpus in the scope are a
+ranking.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import Policy, TopK, top_ks
 from megatron_slm.objective.selection.threshold import select_highest
 from megatron_slm.objective.tokens import TokenBatch
-from megatron_slm.runtime.collective import all_reduce_sum
+from megatron_slm.runtime.collective import all_reduce_max, all_reduce_sum
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -44,24 +48,27 @@ def select(tokens: TokenBatch, config: SelectionConfig, ratio: float) -> Selecti
         config: settings of the selection.
         ratio: the share k of the valid tokens that is selected.
     """
-    by_row, group = _rankings(config)
-    valid, order = _as_rankings(tokens.valid, by_row), _as_rankings(tokens.step_token_index, by_row)
-    n_valid = all_reduce_sum(valid.sum(1), group)
     if config.policy is None:
-        return Selection(tokens.valid, tokens.valid.float(), torch.full((), -torch.inf, device=valid.device))
+        return Selection(tokens.valid, tokens.valid.float(), torch.full((), -torch.inf, device=tokens.valid.device))
+    rankings = _rankings(tokens, config)
     masks, thresholds = [], []
     for top_k in top_ks(config.policy):
-        scores = _as_rankings(ranking_scores(tokens, config, top_k), by_row)
-        count = selected_count(top_k.ratio or ratio, n_valid)
-        mask, threshold = select_highest(scores, valid, count, order, group)
+        scores = rankings.arrange(ranking_scores(tokens, config, top_k))
+        count = rankings.counts(top_k.ratio or ratio)
+        mask, threshold = select_highest(scores, rankings.valid, count, rankings.order, rankings.group)
         masks.append(mask)
-        thresholds.append(top_k.sign * threshold.mean())
+        mean = threshold.masked_fill(count == 0, torch.nan).nanmean()  # NaN if nothing is selected
+        thresholds.append(top_k.sign * torch.where(mean.isnan(), torch.inf, mean))
     selected = combine_masks(config.policy, iter(masks))
     weight = selected.float()
-    if config.mix:
-        share = (all_reduce_sum(selected.sum(1), group) / n_valid.clamp(min=1)).float()
-        weight = mixed_weight(weight, valid, share[:, None], config.mix)
-    return Selection(selected.view_as(tokens.valid), weight.view_as(tokens.valid), thresholds[0])
+    if config.weight_temperature is not None or config.mix:
+        n_selected = all_reduce_sum(selected.sum(1), rankings.group)
+        if config.weight_temperature is not None:
+            weight = softmax_weight(scores, selected, n_selected, config.weight_temperature, rankings.group)
+        if config.mix:
+            share = (n_selected / rankings.n_valid.clamp(min=1)).float()
+            weight = mixed_weight(weight, rankings.valid, share[:, None], config.mix)
+    return Selection(rankings.restore(selected), rankings.restore(weight), thresholds[0])
 
 
 def selected_count(ratio: float, n_valid: Count) -> Count:
@@ -86,12 +93,72 @@ def mixed_weight(weight: Tensor, valid: Tensor, share: Tensor, mix: float) -> Te
     return (1 - mix) * weight + mix * share * valid.float()
 
 
-def _rankings(config: SelectionConfig) -> tuple[bool, ProcessGroup | None]:
-    """Return whether each sequence is a ranking, and the group that shares a ranking."""
-    shared = config.scope in ("data-parallel", "global-batch")
-    return config.scope == "sequence", config.dp_cp_group if shared else config.cp_group
+def softmax_weight(
+    scores: Tensor, selected: Tensor, n_selected: Tensor, temperature: float, group: ProcessGroup | None
+) -> Tensor:
+    """Return the weight of each token's loss by the softmax of its score over the selected tokens of its ranking.
+
+    n_selected · exp(scoreᵢ / T) ÷ Σ exp(scoreⱼ / T), over the selected tokens j; the sum over a ranking is n_selected.
+
+    Args:
+        scores: [r, n] fp32, r rankings.
+        selected: [r, n] bool.
+        n_selected: [r] int64, over all ranks.
+        temperature: T; the weights approach 1 as it grows.
+        group: ranks that share the rankings.
+    """
+    logits = (scores.double() / temperature).masked_fill(~selected, -torch.inf)
+    highest = all_reduce_max(logits.amax(1), group)
+    exponentials = (logits - highest[:, None]).exp().masked_fill(~selected, 0.0)
+    total = all_reduce_sum(exponentials.sum(1), group)
+    return (exponentials * (n_selected / total.clamp(min=1))[:, None]).float()  # the highest score adds 1 to the total
 
 
-def _as_rankings(values: Tensor, by_row: bool) -> Tensor:
-    """Return [b, s] as rankings: [b, s] if each sequence is one, else [1, b · s]."""
-    return values if by_row else values.reshape(1, -1)
+@dataclass(frozen=True)
+class _Rankings:
+    """Represent tokens as r separate rankings: the sequences, or the scope, or the corpora of the scope."""
+
+    tokens: TokenBatch
+    by_sequence: bool
+    valid: Tensor  # [r, n] bool
+    n_valid: Tensor  # [r] int64, over all ranks
+    corpus: Tensor | None  # [r] int64, if each corpus has a ratio
+    corpus_ratios: tuple[float | None, ...]
+    group: ProcessGroup | None  # ranks that share the rankings
+
+    @property
+    def order(self) -> Tensor:
+        """Return the order in which equal scores are selected, [r, n] int64."""
+        return self.arrange(self.tokens.step_token_index)
+
+    def arrange(self, values: Tensor) -> Tensor:
+        """Return values of all tokens [b, s] for each ranking, [r, n]; the corpora of a scope share them."""
+        return values if self.by_sequence else values.reshape(1, -1).expand(len(self.valid), -1)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Return values of the rankings [r, n], 0 outside of each, as [b, s]."""
+        return values if self.by_sequence else values.sum(0, dtype=values.dtype).view_as(self.tokens.valid)
+
+    def counts(self, ratio: float) -> Tensor:
+        """Return the number of tokens to select from each ranking, [r] int64, if the run's ratio is ``ratio``."""
+        if self.corpus is None:
+            return selected_count(ratio, self.n_valid)
+        each = [selected_count(corpus_ratio or ratio, self.n_valid) for corpus_ratio in self.corpus_ratios]
+        return torch.stack(each).gather(0, self.corpus[None])[0]
+
+
+def _rankings(tokens: TokenBatch, config: SelectionConfig) -> _Rankings:
+    """Divide tokens into rankings. Collective over ``config.dp_cp_group``."""
+    by_sequence, shared = config.scope == "sequence", config.scope in ("data-parallel", "global-batch")
+    group = config.dp_cp_group if shared else config.cp_group
+    valid = tokens.valid if by_sequence else tokens.valid.reshape(1, -1)
+    corpus = None
+    if config.corpus_ratios:
+        assert tokens.corpus is not None, "the samples come from one corpus"
+        corpus = tokens.corpus
+        if not by_sequence:
+            of_token = corpus.repeat_interleave(tokens.valid.size(1))
+            corpus = torch.arange(len(config.corpus_ratios), device=corpus.device)
+            valid = valid & (of_token == corpus[:, None])
+    n_valid = all_reduce_sum(valid.sum(1), group)
+    return _Rankings(tokens, by_sequence, valid, n_valid, corpus, config.corpus_ratios, group)

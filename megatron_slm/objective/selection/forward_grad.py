@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy, HostMask
 from megatron_slm.objective.selection.config import SelectionConfig
-from megatron_slm.objective.selection.policy import TopK, selects_everything
+from megatron_slm.objective.selection.policy import TopK
 from megatron_slm.objective.tokens import ReferenceScores
 
 
@@ -25,8 +25,8 @@ def build_forward_grad_policy(
     """Return the rule for a micro-batch, or None if nothing is known about its selection.
 
     Every valid token if all of them are selected (CLM, k = 1); the selected ones if they are known; else those whose
-    score reaches a threshold, if the policy is one score that depends only on the token loss. With a mix every token
-    has a gradient, and there is no rule.
+    score reaches a threshold, if the policy is one score that depends only on the token loss. There is no rule with a
+    mix, with which every token has a gradient, and with different weights, which are known after the selection.
 
     Args:
         config: settings of the selection.
@@ -39,9 +39,9 @@ def build_forward_grad_policy(
         threshold: scalar or [b, s] fp32, the lowest score that is selected.
     """
     policy = config.policy
-    if config.mix:
+    if config.mix or config.weight_temperature is not None:
         return None
-    if policy is None or selects_everything(policy, ratio):
+    if policy is None or config.selects_everything(ratio):
         return ForwardGradPolicy(valid, valid_on_host=valid_on_host)
     if selected is not None:
         return ForwardGradPolicy(selected, valid_on_host=selected_on_host)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megatron_slm.runtime.errors import ConfigError
 
-SCORES = ("excess", "token-loss", "reference-loss", "reference-entropy", "random")
+SCORES = ("excess", "token-loss", "token-entropy", "reference-loss", "reference-entropy", "random")
 LOWEST_FIRST = ("reference-loss", "reference-entropy")
 STOCHASTIC = "stochastic-"
 
@@ -68,6 +68,11 @@ def needs_reference_loss(policy: Policy) -> bool:
 def needs_reference_entropy(policy: Policy) -> bool:
     """Return whether the reference model's entropies are needed."""
     return any(top_k.score == "reference-entropy" for top_k in top_ks(policy))
+
+
+def needs_token_entropy(policy: Policy) -> bool:
+    """Return whether the entropies of the training model are needed."""
+    return any(top_k.score == "token-entropy" for top_k in top_ks(policy))
 
 
 def selects_everything(policy: Policy, ratio: float) -> bool:

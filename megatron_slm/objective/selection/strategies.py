@@ -4,6 +4,7 @@
 ExactSelection            ranks each micro-batch when its losses are known
 GlobalBatchSelection      ranks all tokens of the step, from an additional forward pass
 PredictedSelection        compares each token with a threshold predicted from earlier steps
+AdaptiveSelection         one of the first two, with a ratio that adapts to the scores (adaptive.py)
 ========================  ======================================================================================
 """
 
@@ -261,4 +262,5 @@ class PredictedSelection(GlobalBatchSelection):
         return self.predictor.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.predictor.load_state_dict(state)
+        if "values" in state:  # not the state of an adaptive ratio
+            self.predictor.load_state_dict(state)

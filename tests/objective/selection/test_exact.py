@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
+from megatron_slm.objective.cross_entropy import vocab_parallel_entropy, vocab_parallel_token_loss
 from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
 from megatron_slm.objective.selection.policy import parse_policy
@@ -25,6 +25,7 @@ SCOPES = ("sequence", "micro-batch", "data-parallel", "global-batch")
 POLICIES = (
     "excess",
     "token-loss",
+    "token-entropy",
     "reference-loss",
     "reference-entropy",
     "reference-loss:0.7 and reference-entropy:0.8",
@@ -56,6 +57,8 @@ def run(
         global_token_index=data["index"],
         step_token_index=data["index"] - 1000,
         reference=ReferenceScores(data["reference_loss"], data["reference_entropy"]),
+        entropy=vocab_parallel_entropy(logits, tp),
+        corpus=data.get("corpus"),
     )
     policy = None if text is None else parse_policy(text)
     ratio = more.pop("ratio", 0.6)
@@ -69,6 +72,7 @@ def expected_selection(data: dict[str, Tensor], text: str, scope: str) -> Tensor
     scores = {
         "excess": token_loss - data["reference_loss"],
         "token-loss": token_loss,
+        "token-entropy": definition.entropies(data["logits"]).float(),
         "reference-loss": data["reference_loss"],
         "reference-entropy": data["reference_entropy"],
     }
@@ -103,7 +107,7 @@ def _on_data_parallel_ranks(rank: int, world_size: int, text: str, mix: float) -
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("text", ["excess", "random", "stochastic-excess", POLICIES[4]])
+@pytest.mark.parametrize("text", ["excess", "random", "stochastic-excess", POLICIES[5]])
 def test_data_parallel_ranks_agree_with_one_process(text: str, world_size: int) -> None:
     one, one_gradient = run(make(), text, "data-parallel", mix=0.25)
     parts = run_ranks(_on_data_parallel_ranks, world_size, text, 0.25)

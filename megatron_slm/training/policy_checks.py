@@ -1,0 +1,127 @@
+"""Checks of the selection policy against the other settings of a run; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_slm.config.schema import ObjectiveConfig, RunConfig
+from megatron_slm.config.selection import selects_tokens
+from megatron_slm.data.blends import parse_corpus_ratios, training_blend
+from megatron_slm.objective.selection.policy import (
+    BooleanOp,
+    Policy,
+    TopK,
+    needs_reference_entropy,
+    needs_reference_loss,
+    parse_policy,
+    top_ks,
+)
+
+
+def reference_needs(config: RunConfig) -> tuple[bool, bool]:
+    """Return whether the score needs reference losses and reference entropies."""
+    if not selects_tokens(config):
+        return False, False
+    policy = parse_policy(config.objective.slm_score)
+    return needs_reference_loss(policy), needs_reference_entropy(policy)
+
+
+def needs_reference(config: RunConfig) -> bool:
+    """Return whether the score needs reference losses or entropies."""
+    return any(reference_needs(config))
+
+
+def corpus_ratios(config: RunConfig) -> tuple[float | None, ...]:
+    """Return the selection ratio of each corpus of the training blend (None: the run's), or () if all have the run's.
+
+    Raises:
+        ConfigError: an invalid ratio or an unknown corpus.
+    """
+    arguments = config.objective.slm_corpus_ratios
+    if not arguments or not selects_tokens(config):
+        return ()
+    return parse_corpus_ratios(arguments, training_blend(config.data)[0], "--slm-corpus-ratios")
+
+
+def score_violations(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each setting that conflicts with the score or with another part of the policy."""
+    objective, reference = config.objective, config.reference
+    policy = parse_policy(objective.slm_score)
+    if not selects_tokens(config):
+        return
+    if needs_reference(config) and reference.reference_load is None and not reference.reference_scores:
+        yield (
+            f"--slm-score {objective.slm_score!r} needs a reference model. Specify its checkpoint with "
+            "--reference-load or sidecars of its scores with --reference-scores, or use the score token-loss, "
+            "token-entropy or random."
+        )
+    if config.model.num_experts and objective.slm_scope != "global-batch":
+        yield from _unknown_share(objective, policy)
+    if objective.slm_weight_temperature is not None:
+        yield from _single_score("--slm-weight-temperature", objective, policy)
+        yield from _needs_exact_threshold("--slm-weight-temperature", objective)
+    if objective.slm_corpus_ratios:
+        corpus_ratios(config)
+        yield from _run_ratio("--slm-corpus-ratios", objective, policy)
+        yield from _needs_exact_threshold("--slm-corpus-ratios", objective)
+    if objective.slm_ratio_gain is not None:
+        yield from _adaptive_ratio("--slm-ratio-gain", objective, policy)
+
+
+def _unknown_share(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    """Yield a message if the selected share of a model with experts is unknown before the backward pass."""
+    for setting, given in (
+        (f"the combined --slm-score {objective.slm_score!r}", isinstance(policy, BooleanOp)),
+        ("--slm-corpus-ratios", bool(objective.slm_corpus_ratios)),
+    ):
+        if given:
+            yield (
+                f"--num-experts with {setting}: the auxiliary loss is scaled by the selected share, which is known "
+                "before the backward pass only with --slm-scope global-batch. Use that scope, or a score with one term "
+                "and one ratio."
+            )
+
+
+def _adaptive_ratio(flag: str, objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    yield from _single_score(flag, objective, policy)
+    yield from _run_ratio(flag, objective, policy)
+    yield from _needs_exact_threshold(flag, objective)
+    if any(top_k.score == "random" for top_k in top_ks(policy)):
+        yield f"{flag} needs a score of the tokens, and --slm-score is random. Use another score, or leave {flag} out."
+    for other, given in (
+        ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is not None),
+        ("--slm-corpus-ratios", bool(objective.slm_corpus_ratios)),
+    ):
+        if given:
+            yield f"{flag} and {other} both determine the selection ratio. Give one."
+    if not objective.slm_ratio_min <= objective.slm_selection_ratio <= objective.slm_ratio_max:
+        yield (
+            f"--slm-selection-ratio {objective.slm_selection_ratio:g}, the first ratio with {flag}, is outside of "
+            f"--slm-ratio-min {objective.slm_ratio_min:g} and --slm-ratio-max {objective.slm_ratio_max:g}. Change the "
+            "bounds."
+        )
+
+
+def _single_score(flag: str, objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    if not isinstance(policy, TopK) or policy.stochastic:
+        yield (
+            f"{flag} needs one score without noise, and --slm-score is {objective.slm_score!r}. Use one of its scores, "
+            f"or leave {flag} out."
+        )
+
+
+def _run_ratio(flag: str, objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    if any(top_k.ratio is not None for top_k in top_ks(policy)):
+        yield (
+            f"{flag} has no effect on the ratios in --slm-score {objective.slm_score!r}. Leave them out, or leave "
+            f"{flag} out."
+        )
+
+
+def _needs_exact_threshold(flag: str, objective: ObjectiveConfig) -> Iterator[str]:
+    for other, value, remedy in (
+        ("--slm-threshold", objective.slm_threshold, "exact"),
+        ("--slm-exact-mode", objective.slm_exact_mode, "recompute"),
+    ):
+        if value != remedy:
+            yield f"{flag} ranks exactly, and {other} is {value}. Use {other} {remedy}, or leave {flag} out."

@@ -1,0 +1,145 @@
+"""Runs with softmax weights, token entropy, corpora with ratios, and an adaptive ratio: layouts, resume, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.config.flags import parse
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.tiny import command, launch, launch_each, losses, make_corpus, records
+from megatron_slm.training.preflight import resolve_values
+
+STEPS = 4
+POLICIES: dict[str, dict[str, Any]] = {
+    "corpora": {
+        "slm_score": "token-entropy",
+        "slm_corpus_ratios": ["0.9", "two_text_document"],
+        "slm_weight_temperature": 0.5,
+    },
+    "adaptive": {"slm_score": "token-loss", "slm_ratio_gain": 2},
+    "curriculum": {
+        "slm_score": "token-loss",
+        "slm_selection_ratio_start": 1,
+        "slm_selection_ratio_warmup_tokens": 3 * 16 * 32,
+        "slm_selection_ratio_style": "cosine",
+    },
+}
+
+
+def slm(directory: Path, name: str, policy: str, **flags: Any) -> list[str]:
+    argv = command(
+        "BLEND", directory / name, **{**POLICIES.get(policy, {}), "objective": "slm", "train_iters": STEPS, **flags}
+    )
+    place = argv.index("BLEND")
+    argv[place : place + 1] = ["0.5", str(directory / "one_text_document"), "0.5", str(directory / "two_text_document")]
+    argv[argv.index("--valid-data-path") + 1] = f"own={directory / 'one_text_document'}"
+    return [*argv, "--slm-selection-ratio", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("policies")
+    make_corpus(directory / "one", 1)
+    make_corpus(directory / "two", 2)
+    launch_each([slm(directory, policy, policy, num_layers=1) for policy in POLICIES])
+    return directory
+
+
+def test_ratios_are_logged(workspace: Path) -> None:
+    assert [record["ratio"] for record in records(workspace / "corpora")] == [0.5] * STEPS
+    curriculum = [record["ratio"] for record in records(workspace / "curriculum")]
+    assert curriculum == pytest.approx([1.0, 0.875, 0.625, 0.5])
+    assert [record["share_selected"] for record in records(workspace / "curriculum")] == pytest.approx(
+        curriculum, abs=0.01
+    )
+    adaptive = [record["ratio"] for record in records(workspace / "adaptive")]
+    assert adaptive[:2] == [0.5, 0.5] and len(set(adaptive)) > 2
+
+
+def test_each_corpus_has_its_ratio(workspace: Path) -> None:
+    """Half of the samples come from each of the two corpora, whose ratios are 0.5 and 0.9."""
+    assert records(workspace / "corpora")[0]["share_selected"] == pytest.approx(0.7, abs=0.01)
+
+
+def test_resume_is_bit_for_bit(workspace: Path) -> None:
+    resumed = [
+        slm(workspace, f"{name}-again", name, num_layers=1, load=workspace / f"{name}-again") for name in POLICIES
+    ]
+    launch_each([argv for each in resumed for argv in ([*each, "--exit-interval", "2"], each)])
+    for name in POLICIES:
+        assert losses(workspace / f"{name}-again") == losses(workspace / name)
+        ratios = [[record["ratio"] for record in records(workspace / run)] for run in (name, f"{name}-again")]
+        assert ratios[0] == ratios[1]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data": {"dp": 2, "use_distributed_optimizer": True},
+    "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "context": {"context_parallel_size": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", ["corpora", "adaptive"])
+def test_layouts_agree(workspace: Path, policy: str, layout: str) -> None:
+    if not (workspace / "base").exists():  # the initial weights depend on the layout
+        launch(slm(workspace, "base", "plain", slm_score="token-loss", train_iters=1))
+    # Equal contexts have equal entropies up to rounding, so that ties at the threshold differ sooner or later.
+    start = {"load": workspace / "base", "finetune": True, "train_iters": 3}
+    if not (workspace / f"{policy}-one").exists():
+        launch(slm(workspace, f"{policy}-one", policy, **start))
+    launch(slm(workspace, f"{policy}-{layout}", policy, **start, **LAYOUTS[layout]), 2)
+    expected, found = (records(workspace / f"{policy}-{name}") for name in ("one", layout))
+    assert len(found) == len(expected) == 3
+    for one, two in zip(expected, found, strict=True):
+        assert two["selection"] == one["selection"]
+        for figure in ("loss", "loss_all", "grad_norm"):
+            assert two[figure] == pytest.approx(one[figure], rel=2e-4), figure
+        assert two["ratio"] == pytest.approx(one["ratio"], abs=2e-6)
+
+
+TEMPERATURE, GAIN = {"slm_weight_temperature": 1}, {"slm_ratio_gain": 1}
+CORPORA = {"slm_corpus_ratios": ["0.9", "two_text_document"]}
+COMBINED, STOCHASTIC = {"slm_score": "token-loss and random"}, {"slm_score": "stochastic-token-loss"}
+PREDICTED = {"slm_threshold": "predicted", "slm_scope": "global-batch"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({**TEMPERATURE, **COMBINED}, "--slm-weight-temperature needs one score without noise"),
+        ({**TEMPERATURE, **STOCHASTIC}, "--slm-weight-temperature needs one score without noise"),
+        ({**TEMPERATURE, **PREDICTED}, "Use --slm-threshold exact"),
+        ({**TEMPERATURE, "slm_exact_mode": "speculative"}, "Use --slm-exact-mode recompute"),
+        ({**TEMPERATURE, "objective": "clm"}, "--slm-weight-temperature has no effect with --objective clm"),
+        ({**TEMPERATURE, "slm_weight_temperature": 0}, "must be above 0"),
+        ({**CORPORA, **PREDICTED}, "Use --slm-threshold exact"),
+        ({**CORPORA, "slm_score": "token-loss:0.5"}, "has no effect on the ratios in --slm-score"),
+        ({**CORPORA, "num_experts": 2}, "the selected share, which is known"),
+        ({"slm_corpus_ratios": ["0.9", "math"]}, "math is not a corpus of the run"),
+        ({**GAIN, **COMBINED}, "--slm-ratio-gain needs one score without noise"),
+        ({**GAIN, "slm_score": "random"}, "--slm-score is random"),
+        ({**GAIN, "slm_score": "token-loss:0.5"}, "has no effect on the ratios in --slm-score"),
+        ({**GAIN, **CORPORA}, "both determine the selection ratio"),
+        ({**GAIN, "slm_selection_ratio_start": 1, "slm_selection_ratio_warmup_iters": 2}, "both determine"),
+        ({**GAIN, "slm_ratio_min": 0.7}, "is outside of"),
+        ({"slm_ratio_min": 0.2}, "--slm-ratio-min 0.2 has no effect without --slm-ratio-gain"),
+        ({"slm_selection_ratio_style": "cosine"}, "no effect without --slm-selection-ratio-start"),
+        ({"slm_selection_ratio_levels": 3}, "no effect without --slm-selection-ratio-style steps"),
+        ({"slm_selection_ratio_warmup_tokens": 9}, "no effect without --slm-selection-ratio-start"),
+        (
+            {"slm_selection_ratio_warmup_tokens": 9, "slm_selection_ratio_warmup_iters": 9},
+            "--slm-selection-ratio-warmup-iters and --slm-selection-ratio-warmup-tokens were both given",
+        ),
+    ],
+)
+def test_conflicting_settings_are_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
+    with pytest.raises(ConfigError) as refusal:
+        resolve_values(parse(argv).config, 1)
+    assert message in str(refusal.value)
