@@ -13,7 +13,8 @@ from megatron_slm.config.schema import DataConfig
 from megatron_slm.corpus.index import read_index
 from megatron_slm.corpus.inspection import document_ids
 from megatron_slm.data.datasets import build_datasets, training_samples
-from megatron_slm.data.sample_locations import document_spans
+from megatron_slm.data.document_samples import samples_of_document
+from megatron_slm.data.sample_locations import DocumentSpan, document_spans
 from megatron_slm.preprocessing.preprocess import Job, preprocess
 from megatron_slm.scores.samples import ScoredSamples
 from megatron_slm.testing.chat import make_examples
@@ -91,9 +92,37 @@ def test_packed_examples_are_located_without_padding(tmp_path: Path) -> None:
         tokens = np.concatenate([document_ids(read_index(span.corpus), span.document) for span in spans])
         assert len(tokens) == sum(span.tokens for span in spans)
         assert tokens.tolist() == dataset[index]["tokens"][: len(tokens)].tolist()
+    check_documents(dataset, 20)
 
 
 def test_mock_data_has_no_documents() -> None:
     data, tokenizer = DataConfig(mock_data=True), ByteTokenizer(TokenizerFiles())
     sets = build_datasets(data, tokenizer=tokenizer, seq_length=SEQUENCE, train_samples=8, valid_samples=0, seed=7)
     assert document_spans(sets.train, 0) == []
+
+
+def check_documents(dataset: Any, count: int) -> None:
+    """Compare the samples of documents with those found by reading all samples of a dataset."""
+    expected: dict[tuple[str, int], list[tuple[int, DocumentSpan]]] = {}
+    for sample in range(count):
+        for span in document_spans(dataset, sample):
+            expected.setdefault((span.corpus, span.document), []).append((sample, span))
+    prefixes = {prefix for prefix, _ in expected}
+    assert len(prefixes) == len(getattr(dataset, "datasets", [dataset]))
+    for prefix in prefixes:
+        last = read_index(prefix).documents - 1
+        for document in {*range(0, last, 7), last}:
+            found = [each for each in samples_of_document(dataset, prefix, document) if each[0] < count]
+            assert found == expected.get((prefix, document), []), (prefix, document)
+
+
+@pytest.mark.parametrize("order", ["megatron", "stable"])
+def test_samples_of_documents_over_several_epochs_of_a_blend(corpora: list[str], order: str) -> None:
+    """40 samples are more than one epoch of the second corpus."""
+    dataset = build(DataConfig(data_path=["0.3", corpora[0], "0.7", corpora[1]], split="90,10,0", data_order=order))
+    check_documents(dataset, 40)
+
+
+@pytest.mark.parametrize("sentences", ["join", "separate"])
+def test_samples_of_documents_of_sentences(corpora: list[str], sentences: str) -> None:
+    check_documents(build(DataConfig(data_path=[corpora[2]], split="100,0,0", slm_sentences=sentences)), 40)

@@ -1,0 +1,133 @@
+"""Documents of a run's steps, and steps of its documents: blends, several epochs, a resume with another order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_slm.cli import inspect_run, pretrain
+from megatron_slm.corpus.index import bin_path
+from megatron_slm.testing.tiny import GLOBAL_BATCH, Outcome, command, launch_each, make_corpus, records, run_each
+
+LENGTH = 32
+
+
+def blend(directory: Path, **flags: Any) -> list[str]:
+    argv = command("BLEND", directory / "run", num_layers=1, objective="slm", slm_score="token-loss", **flags)
+    place = argv.index("BLEND")
+    argv[place : place + 1] = ["0.5", str(directory / "one_text_document"), "0.5", str(directory / "two_text_document")]
+    argv[argv.index("--valid-data-path") + 1] = f"own={directory / 'one_text_document'}"
+    return argv
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps that was stopped after step 3 and resumed with another seed, and thus another order."""
+    directory = tmp_path_factory.mktemp("provenance")
+    make_corpus(directory / "one", 1, documents=8)
+    make_corpus(directory / "two", 2)
+    first = blend(directory, train_iters=6, exit_interval=3)
+    launch_each([first, blend(directory, train_iters=6, load=directory / "run", seed=99)])
+    return directory
+
+
+def inspect(workspace: Path, *argvs: list[str]) -> list[Outcome]:
+    return run_each(*(["--load", str(workspace / "run"), *argv] for argv in argvs), main=inspect_run.main)
+
+
+def sources(workspace: Path, step: int) -> dict[str, Any]:
+    path = workspace / f"step-{step}.json"
+    (outcome,) = inspect(workspace, ["--step", str(step), "--json", str(path)])
+    assert outcome.code == 0, outcome.errors
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_steps_list_the_tokens_that_were_trained_on(workspace: Path) -> None:
+    """The replay of a step reports the text of each sample."""
+    for step in (2, 5):
+        report = workspace / f"replay-{step}.json"
+        argv = blend(workspace, train_iters=6, load=workspace / "run", seed=1234 if step < 4 else 99)
+        if step < 4:  # before the first checkpoint: from the start of the run
+            place = argv.index("--save")
+            del argv[place : place + 2]
+            del argv[argv.index("--load") : argv.index("--load") + 2]
+        (outcome,) = run_each([*argv, "--replay-step", str(step), "--replay-report", str(report)], main=pretrain.main)
+        assert outcome.code == 0, outcome.errors
+        replayed = json.loads(report.read_text(encoding="utf-8"))["samples"]
+        found = sources(workspace, step)
+        assert found["samples"] == [(step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH]
+        spans: dict[int, list[dict[str, Any]]] = {}
+        for source in found["sources"]:
+            spans.setdefault(source["sample"], []).append(source)
+        for sample in replayed:
+            listed = spans[sample["sample"]]
+            names = ("corpus", "document", "offset", "tokens")
+            assert [{name: span[name] for name in names} for span in listed] == sample["documents"]
+            ids = [
+                np.fromfile(bin_path(span["corpus"]), np.uint16)[slice(*(byte // 2 for byte in span["bytes"]))]
+                for span in listed
+            ]
+            text = bytes(token for token in np.concatenate(ids)[:-1].tolist() if token < 256).decode()
+            assert text == sample["text"]
+        (outcome,) = inspect(workspace, ["--step", str(step), "--replay-report", str(report)])
+        assert outcome.code == 0, outcome.errors
+        selected = sum(sample["selected"] for sample in replayed)
+        shown = [line for line in outcome.output.splitlines() if " selected (" in line]
+        counted = sum(int(line.split(" tokens, ")[1].split(" selected")[0].replace(",", "")) for line in shown)
+        assert len(shown) == 2 and counted == selected
+        share = records(workspace / "run")[step - 1]["share_selected"]
+        assert selected == round(share * GLOBAL_BATCH * LENGTH)
+
+
+def test_documents_list_exactly_the_steps_that_read_them(workspace: Path) -> None:
+    """The first corpus is read several times."""
+    expected: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for step in range(1, 7):
+        for source in sources(workspace, step)["sources"]:
+            name = Path(source["corpus"]).name
+            expected.setdefault((name, source["document"]), []).append((step, source["sample"]))
+    documents = [("one_text_document", 0), ("one_text_document", 7), ("two_text_document", 3)]
+    assert any(len(expected.get(document, [])) > 6 for document in documents)
+    paths = [workspace / f"document-{number}.json" for number in range(len(documents))]
+    outcomes = inspect(
+        workspace,
+        *(
+            ["--document", f"{name}:{number}", "--json", str(path)]
+            for (name, number), path in zip(documents, paths, strict=True)
+        ),
+    )
+    for document, path, outcome in zip(documents, paths, outcomes, strict=True):
+        assert outcome.code == 0, outcome.errors
+        found = json.loads(path.read_text(encoding="utf-8"))["occurrences"]
+        assert [(each["step"], each["sample"]) for each in found] == expected.get(document, [])
+
+
+def test_unrecorded_selection_has_a_remedy(workspace: Path) -> None:
+    (outcome,) = inspect(workspace, ["--step", "5", "--max-samples", "1"])
+    assert outcome.code == 0, outcome.errors
+    assert "--replay-step 5 --replay-report FILE" in outcome.output and "and 15 more" in outcome.output
+    assert outcome.output.count("sample ") == 1
+
+
+def test_refusals(workspace: Path) -> None:
+    report, other = workspace / "other.json", workspace / "text.json"
+    report.write_text(json.dumps({"kind": "replay", "step": 4, "samples": []}), encoding="utf-8")
+    other.write_text("text", encoding="utf-8")
+    cases = [
+        ([], "give one of --step N and --document"),
+        (["--step", "1", "--document", "one:1"], "give one of --step N and --document"),
+        (["--step", "7"], "the run has the steps 1 to 6"),
+        (["--step", "0"], "the run has the steps 1 to 6"),
+        (["--document", "one"], "expected CORPUS:NUMBER"),
+        (["--document", "three:1"], "three is not a corpus of the run"),
+        (["--document", "one_text_document:8"], "the documents 0 to 7"),
+        (["--step", "5", "--replay-report", str(report)], "is the report of step 4"),
+        (["--step", "5", "--replay-report", str(other)], "is not a report of --replay-step"),
+        (["--step", "5", "--json", str(other)], "was not written by megatron_slm"),
+    ]
+    for (_, message), outcome in zip(cases, inspect(workspace, *(argv for argv, _ in cases)), strict=True):
+        assert outcome.code == 2 and message in outcome.errors, (message, outcome.errors)
