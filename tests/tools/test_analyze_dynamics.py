@@ -1,0 +1,95 @@
+"""The command line of the token dynamics on the checkpoints of a tiny run: results, kept losses, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_slm.cli import analyze_dynamics
+from megatron_slm.cli.analyze_dynamics import LOSSES, PLOT, RESULT
+from megatron_slm.testing.tiny import Outcome, command, launch_each, make_corpus, records, run_each
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dynamics")
+    corpus, other = (make_corpus(directory / name, seed, documents=12) for seed, name in enumerate(("corpus", "other")))
+    base = {"num_layers": 1, "eval_interval": 1, "full_validation": True}
+    launch_each(
+        [
+            command(corpus, directory / "run", train_iters=6, save_interval=1, **base),
+            command(other, directory / "rm", train_iters=1, num_layers=1),
+        ]
+    )
+    return directory
+
+
+def run(*argvs: list[str], ranks: int = 1) -> list[Outcome]:
+    return run_each(*argvs, main=analyze_dynamics.main, ranks=ranks)
+
+
+def flags(directory: Path, output: str, **more: object) -> list[str]:
+    settings = {"load": directory / "run", "data-path": directory / "corpus_text_document", **more}
+    return ["--output", str(directory / output), *(str(a) for n, v in settings.items() for a in (f"--{n}", v))]
+
+
+def test_results_and_kept_losses(workspace: Path) -> None:
+    argv = flags(workspace, "out", **{"reference-load": workspace / "rm"})
+    (outcome,) = run(argv)
+    assert outcome.code == 0, outcome.errors
+    result = json.loads((workspace / "out" / RESULT).read_text(encoding="utf-8"))
+    assert result["steps"] == [1, 2, 3, 4, 5, 6] and result["tokens"][0] == 16 * 32
+    evaluated = {record["step"]: record["loss"] for record in records(workspace / "run", "eval")}
+    expected = [evaluated[step] for step in result["steps"]]
+    assert result["loss"] == pytest.approx(expected, rel=0.01), "the trainer's evaluation has the same windows"
+    assert len(result["selection"]["perplexity"]) == 6 and "sigmoid" in result["fits"]
+    assert (workspace / "out" / PLOT).is_file()
+
+
+def test_only_damaged_losses_are_computed_again(workspace: Path) -> None:
+    argv = flags(workspace, "again", steps=1)
+    argv[argv.index("--steps") + 2 : argv.index("--steps") + 2] = ["3", "4"]
+    (outcome,) = run(argv)
+    assert outcome.code == 0, outcome.errors
+    before = json.loads((workspace / "again" / RESULT).read_text(encoding="utf-8"))
+    files = sorted((workspace / "again" / LOSSES).iterdir())
+    contents = [file.read_bytes() for file in files]
+    files[0].write_bytes(contents[0][:200])
+    np.save(files[1], np.zeros(3, np.float32))
+    kept = files[2].stat().st_mtime_ns
+    (outcome,) = run(argv)
+    assert outcome.code == 0, outcome.errors
+    assert [file.read_bytes() for file in files] == contents and files[2].stat().st_mtime_ns == kept
+    assert json.loads((workspace / "again" / RESULT).read_text(encoding="utf-8")) == before
+
+
+@pytest.mark.slow
+def test_ranks_agree_with_one_process(workspace: Path) -> None:
+    one = flags(workspace, "one", steps=2)
+    one[one.index("--steps") + 2 : one.index("--steps") + 2] = ["6"]
+    two = [str(workspace / "two") if word == str(workspace / "one") else word for word in one]
+    assert run(one)[0].code == 0
+    assert run([*two, "--tensor-model-parallel-size", "2"], ranks=2)[0].code == 0
+    results = [json.loads((workspace / name / RESULT).read_text(encoding="utf-8")) for name in ("one", "two")]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+
+
+def test_refusals(workspace: Path) -> None:
+    (workspace / "foreign").mkdir(exist_ok=True)
+    (workspace / "foreign" / RESULT).write_text("{}", encoding="utf-8")
+    cases = [
+        (flags(workspace, "no", load=workspace / "rm"), "1 complete checkpoints, and token dynamics need at least two"),
+        (flags(workspace, "no", steps=9), "has no complete checkpoint of step 9"),
+        (flags(workspace, "no", load=workspace / "nothing"), "0 complete checkpoints"),
+        (flags(workspace, "no", **{"data-path": workspace / "nothing"}), "is missing"),
+        (flags(workspace, "no", **{"seq-length": 64}), "has a context of 32 tokens"),
+        (flags(workspace, "no", tokens=0), "--tokens is 0, and must be above 0"),
+        (flags(workspace, "no", **{"slm-selection-ratio": 0}), "must be in (0, 1]"),
+        (flags(workspace, "no", **{"reference-ckpt-step": 1}), "no effect without --reference-load"),
+        (flags(workspace, "foreign"), "exists and was not written by megatron_slm"),
+    ]
+    for (_, message), outcome in zip(cases, run(*(argv for argv, _ in cases)), strict=True):
+        assert outcome.code == 2 and message in outcome.errors, (message, outcome.errors)
