@@ -261,13 +261,16 @@ def _given_steps(arguments: argparse.Namespace) -> Iterator[tuple[str, int | Non
 
 def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, step: int | None) -> Choice:
     from megatron_slm.runtime.console import notice
-    from megatron_slm.training.step import selection_ratio
+    from megatron_slm.training.curriculum import selection_ratio
 
     config = source.config()
     objective = config.objective
-    number = source.manifest().step if source.is_resumable else None
+    number, consumed = None, 0
+    if source.is_resumable:
+        manifest = source.manifest()
+        number, consumed = manifest.step, manifest.consumed_samples * config.model.seq_length
     label = run_name(source.directory) + ("" if number is None else f" step {number:,}")
-    ratio = arguments.slm_selection_ratio or selection_ratio(objective, number or 0)
+    ratio = arguments.slm_selection_ratio or selection_ratio(objective, number or 0, consumed)
     policy = arguments.slm_score or objective.slm_score
     if objective.objective == "clm" and arguments.slm_selection_ratio is None:
         notice(f"{label} was trained on all tokens; the selection is shown for {policy} with k = {ratio:g}")
@@ -343,11 +346,11 @@ class Scorer:
         from megatron_slm.analysis.selection_view import CheckpointTokens
         from megatron_slm.inference.text_selection import select_tokens
         from megatron_slm.objective.selection.config import SelectionConfig
-        from megatron_slm.objective.selection.policy import top_ks
+        from megatron_slm.objective.selection.policy import needs_token_entropy, top_ks
 
         model = self._open(choice.path, choice.step, LOAD, self.arguments.precision)
-        losses = self._score(model, choice.label)
         policy: Policy = self.policies[choice.policy]
+        losses = self._score(model, choice.label, with_entropy=needs_token_entropy(policy))
         config = SelectionConfig(
             policy,
             scope="micro-batch",

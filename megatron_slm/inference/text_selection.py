@@ -99,10 +99,14 @@ def select_tokens(
     order = torch.arange(len(losses.loss))[None]
     scores = None
     if reference is not None:
-        entropy = None if reference.entropy is None else torch.from_numpy(reference.entropy)[None]
-        scores = ReferenceScores(torch.from_numpy(reference.loss)[None], entropy)
-    tokens = TokenBatch(torch.from_numpy(losses.loss)[None], torch.ones_like(order).bool(), order, order, scores)
+        scores = ReferenceScores(torch.from_numpy(reference.loss)[None], _row(reference.entropy))
+    loss, valid = torch.from_numpy(losses.loss)[None], torch.ones_like(order).bool()
+    tokens = TokenBatch(loss, valid, order, order, scores, entropy=_row(losses.entropy))
     selection = select(tokens, config, ratio)
     first = next(top_ks(config.policy))
     score = first.sign * ranking_scores(tokens, config, first)
     return TextSelection(selection.selected[0].numpy(), score[0].numpy(), float(selection.threshold))
+
+
+def _row(values: Values | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values)[None]
