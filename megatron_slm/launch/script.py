@@ -62,7 +62,11 @@ rm -f "$records/healthy_nodes" "$records/unhealthy_nodes"
     --healthy-nodes "$records/healthy_nodes" --unhealthy-nodes "$records/unhealthy_nodes"
 code=$?
 if [ ! -s "$records/healthy_nodes" ]; then
-    [ -s "$records/unhealthy_nodes" ] || failed 1 "the node check failed with exit code $code"
+    if [ ! -s "$records/unhealthy_nodes" ]; then
+        # A single node that cannot start Python is not named by the check.
+        [ "$SLURM_JOB_NUM_NODES" -gt 1 ] || echo "$SLURMD_NODENAME" >> "$records/excluded_nodes"
+        failed 1 "the node check failed with exit code $code"
+    fi
     nodes=$(sort -u "$records/unhealthy_nodes" | paste -sd,)
     count=$(sort -u "$records/unhealthy_nodes" | wc -l)
     if [ "$count" -gt 1 ] && [ "$count" -ge "$SLURM_JOB_NUM_NODES" ]; then

@@ -160,6 +160,12 @@ def test_unhealthy_node_is_excluded(tmp_path: Path, stub: StubSlurm) -> None:
     assert (run / "slurm" / "failures").read_text() == "none 1\n", "a check that names no node counts as a failure"
 
 
+def test_only_node_is_excluded_if_its_check_names_none(tmp_path: Path, stub: StubSlurm) -> None:
+    script = script_of(replace(PLAIN, nodes=1, check_nodes=True), tmp_path / "run")
+    result = stub.run(script, 127, SLURM_JOB_NUM_NODES="1", SLURMD_NODENAME="node5")
+    assert result.calls[2] == ["scontrol", "update", "JobId=12", "ExcNodeList=node5"]
+
+
 def test_seeds_have_their_directories(tmp_path: Path, stub: StubSlurm) -> None:
     run = tmp_path / "my run"
     script = script_of(replace(PLAIN, seeds=[7, 11]), run, "--lr", "1")
