@@ -28,7 +28,6 @@ MODEL = [
 SLM = ["--objective", "slm", "--slm-selection-ratio", "0.6"]
 RUNS: dict[str, list[str]] = {
     "CLM": [],
-    "SLM, global batch": [*SLM, "--slm-score", "token-loss", "--slm-scope", "global-batch"],
     "SLM, filtered backward pass": [*SLM, "--slm-score", "token-loss", "--slm-backward", "filtered"],
     "SLM, co-located reference model": [*SLM, "--reference-load", "REFERENCE"],
 }
