@@ -129,7 +129,6 @@ ENVIRONMENTS = [
 @pytest.mark.parametrize(
     ("main", "argv", "variables", "message"),
     [*((pretrain.main, [], *case) for case in ENVIRONMENTS), (score_corpus.main, SCORE, *ENVIRONMENTS[0])],
-    ids=str,
 )
 def test_contradictory_environment_is_one_message(
     monkeypatch: pytest.MonkeyPatch, main: Main, argv: list[str], variables: dict[str, str], message: str
