@@ -122,7 +122,7 @@ def read_problem(arguments: argparse.Namespace, training: Sequence[str]) -> Prob
         config = with_settings(config, {"micro_batch_size": 1})
     if config.training.global_batch_size is UNSET:
         raise ConfigError("missing required setting: --global-batch-size, which the layout must not change.")
-    if needs_reference(config) and config.reference.reference_load is None and not config.reference.reference_scores:
+    if needs_reference(config) and not config.reference.is_co_located and not config.reference.reference_scores:
         config = with_settings(config, {"reference_load": PLACEHOLDER})
     model = _reference_model(arguments.reference_config, config)
     config = derive(config)

@@ -82,6 +82,7 @@ _TABLE: dict[Rule, tuple[str, ...]] = {
         "slm_saved_logits_mb",
         *("reference_load", "reference_ckpt_step", "reference_precision", "reference_scores", "reference_combine"),
         *("reference_fp8", "reference_in_bubbles"),
+        *("reference_history", "reference_average_decay", "reference_refresh_interval"),
     ),
     Rule.CHECKPOINT: ("init_method_std",),
     Rule.STATE: ("initial_loss_scale",),
@@ -122,6 +123,9 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_fp8",
     "reference_scores",
     "reference_combine",
+    "reference_history",
+    "reference_average_decay",
+    "reference_refresh_interval",
 )
 DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # may be derived from others
 

@@ -20,7 +20,7 @@ def selects_tokens(config: RunConfig) -> bool:
     """Return whether the run selects tokens: with --objective sft, only if a reference or a score is given."""
     objective, reference = config.objective, config.reference
     if objective.objective == "sft":
-        has_reference = reference.reference_load is not None or bool(reference.reference_scores)
+        has_reference = reference.is_co_located or bool(reference.reference_scores)
         return has_reference or objective.slm_score != ObjectiveConfig().slm_score
     return objective.objective == "slm"
 

@@ -81,7 +81,7 @@ def training_flops_per_token(model: ModelConfig, vocab_size: int) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
-    """Return the size of one checkpoint, a lower bound: weights and optimizer state."""
+    """Return the size of one checkpoint, a lower bound: weights, those of --reference-history, optimizer state."""
     padded = padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
     has_masters, optimizer = config.training.params_dtype != "fp32", config.optimizer.optimizer
     per_parameter = 2 if has_masters else 4
@@ -89,4 +89,7 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int) -> int:
         has_momentum = optimizer != "sgd" or config.optimizer.sgd_momentum
         per_parameter += 4 * MOMENTS[optimizer] if has_momentum else 0
         per_parameter += 4 if has_masters or config.parallel.use_distributed_optimizer else 0  # master weights
+    if config.reference.reference_history is not None:
+        is_fp32 = config.reference.reference_history == "average" or not has_masters
+        per_parameter += 4 if is_fp32 else 2
     return per_parameter * parameter_count(config.model, padded)

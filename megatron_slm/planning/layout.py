@@ -90,7 +90,7 @@ class Layout:
     @property
     def has_replica(self) -> bool:
         """Return whether a reference model runs on the ranks of the training model."""
-        return needs_reference(self.config) and self.config.reference.reference_load is not None
+        return needs_reference(self.config) and self.config.reference.is_co_located
 
     @property
     def selected_share(self) -> float:

@@ -34,6 +34,9 @@ class ReferenceReplica:
     The model is in evaluation mode, without gradients, gradient buffers or optimizer state, and is not part of the
     training model's checkpoints. Building it preserves all random states.
 
+    With --reference-history, it has the architecture of the training model, and its weights are set by
+    :class:`megatron_slm.reference.history.ModelHistory`.
+
     Args:
         config: configuration of the training run, which includes the reference checkpoint.
         tokenizer: tokenizer of the training run; the reference model must use the same one.
@@ -46,10 +49,14 @@ class ReferenceReplica:
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
         path, step = config.reference.reference_load, config.reference.reference_ckpt_step
-        assert path is not None, "checked by config.checks"
-        source = open_source(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
-        self.config = reference = on_first_rank(lambda: _matching_config(source, config, tokenizer))
         self.with_entropy = with_entropy
+        if path is None:
+            self.config, load = config, _keep_weights
+        else:
+            source = open_source(path, step, FLAG, verify=config.checkpoint.slm_verify_checksums)
+            self.config = on_first_rank(lambda: _matching_config(source, config, tokenizer))
+            load = source.load_weights
+        reference = self.config
         model = replace(
             reference.model,
             transformer_impl=config.model.transformer_impl,
@@ -59,7 +66,7 @@ class ReferenceReplica:
         with preserved_random_state():
             self.chunks = load_frozen_model(
                 replace(config, model=model, parallel=_layout(reference, config)),
-                source.load_weights,
+                load,
                 vocab_size=tokenizer.vocab_size,
                 groups=groups,
                 params_dtype=config.reference.reference_precision or config.training.params_dtype,
@@ -83,6 +90,10 @@ class ReferenceReplica:
     def _scores(self, number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, ReferenceScores]:
         scores = self.token_scores(batch, hidden)
         return scores.loss.sum(), batch.loss_mask.sum(), scores
+
+
+def _keep_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Keep the initial weights of a model."""
 
 
 def check_reference(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:

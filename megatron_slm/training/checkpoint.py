@@ -42,6 +42,7 @@ from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.schedule import schedule_state
 from megatron_slm.training.state import TrainState
 
+HISTORY = "reference"
 RNG = "rng"
 SELECTION = "selection"
 SPIKES = "spikes"
@@ -185,6 +186,8 @@ def _all_state(state: TrainState, config: RunConfig) -> dict[str, Any]:
     if config.checkpoint.save_optim:
         content["optimizer"] = sharded_optimizer_state(state.optimizer, content, is_loading=False)
         content["scheduler"] = schedule_state(state.scheduler)
+    if state.history is not None:
+        content[HISTORY] = state.history.sharded_state()
     content[SPIKES] = state.spikes.state_dict()
     if config.checkpoint.save_rng:
         content[RNG] = random_state(state.groups)

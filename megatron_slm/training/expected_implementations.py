@@ -84,7 +84,7 @@ def _lm_head(config: RunConfig, device: torch.device) -> str:
 
 
 def _reference(config: RunConfig) -> str:
-    has_model = config.reference.reference_load is not None and not config.reference.reference_scores
+    has_model = config.reference.is_co_located and not config.reference.reference_scores
     return "--reference-fp8 is not given" if has_model and not config.reference.reference_fp8 else ""
 
 

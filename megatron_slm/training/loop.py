@@ -323,12 +323,16 @@ def one_step(run: Run, stream: Iterator[Sequence[MicroBatch]], observer: StepObs
 
 
 def _advance(run: Run, *, scheduled: bool = True) -> None:
-    """Advance the progress, and the schedule unless the update was skipped due to an overflow, as in Megatron-LM."""
+    """Advance the progress, and the schedule unless the update was skipped due to an overflow, as in Megatron-LM.
+
+    The history of the model advances with the progress. Collective over all ranks.
+    """
     batch = run.sizes.at(run.progress.consumed_samples)
     if scheduled:
         run.state.scheduler.step(increment=batch)
     run.progress.step += 1
     run.progress.consumed_samples += batch
+    run.state.update_history()
 
 
 def _is_due(step: int, interval: int | None) -> bool:

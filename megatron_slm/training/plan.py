@@ -104,4 +104,6 @@ def _reference(config: RunConfig) -> str:
         names = ", ".join(settings.reference_scores)
         combination = f", combined by {settings.reference_combine}" if len(settings.reference_scores) > 1 else ""
         return f"sidecars {names}{combination}: no forward pass of a reference model"
+    if settings.reference_history is not None:
+        return f"history of the training model: {settings.reference_history}"
     return settings.reference_load or "none"

@@ -49,11 +49,11 @@ def score_violations(config: RunConfig) -> Iterator[str]:
     policy = parse_policy(objective.slm_score)
     if not selects_tokens(config):
         return
-    if needs_reference(config) and reference.reference_load is None and not reference.reference_scores:
+    if needs_reference(config) and not reference.is_co_located and not reference.reference_scores:
         yield (
             f"--slm-score {objective.slm_score!r} needs a reference model. Specify its checkpoint with "
-            "--reference-load or sidecars of its scores with --reference-scores, or use the score token-loss, "
-            "token-entropy or random."
+            "--reference-load, sidecars of its scores with --reference-scores, or --reference-history; or use the "
+            "score token-loss, token-entropy or random."
         )
     if config.model.num_experts and objective.slm_scope != "global-batch":
         yield from _unknown_share(objective, policy)

@@ -23,6 +23,7 @@ from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
 from megatron_slm.reference.bubble_plan import plan_bubbles
 from megatron_slm.reference.bubbles import BubbleReference
+from megatron_slm.reference.history import ModelHistory
 from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
 from megatron_slm.reference.sidecar import sidecar_scores
@@ -42,6 +43,7 @@ from megatron_slm.training.loop import Run
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.optimizer import build_optimizer, build_scheduler, set_schedule_length, wrap_data_parallel
 from megatron_slm.training.policy_checks import corpus_ratios, needs_reference, reference_needs
+from megatron_slm.training.reference_history import start_history
 from megatron_slm.training.resume import resume
 from megatron_slm.training.run_length import START, RunLength
 from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder, continue_orders, repetition_report
@@ -128,6 +130,9 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
         set_schedule_length(state.scheduler, config, length)
     reference, replica = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
     chunks, replica_config = (None, None) if replica is None else (replica.chunks, replica.config)
+    if replica is not None and config.reference.reference_history is not None:
+        state.history = ModelHistory(replica, config.reference)
+        start_history(state, config, start, console)
     found = inspect_run(state, chunks, has_sidecar=reference is sidecar_scores)
     report_implementations(found, config.training.require_fused, groups.device, console)
     bubbles = _build_bubbles(config, replica, state, shape)

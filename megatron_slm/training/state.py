@@ -14,10 +14,12 @@ from megatron_slm.mcore.optimizer import PreparedGradients, dynamic_scalers, pre
 from megatron_slm.model.experts import AuxiliaryLosses
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.objective.selection.strategies import SelectionStrategy
+from megatron_slm.reference.history import ModelHistory
 from megatron_slm.runtime.groups import Groups
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.label_bytes import LabelBytes
+from megatron_slm.training.optimizer import gather_parameters
 from megatron_slm.training.spikes import SpikeDetector
 
 
@@ -42,6 +44,7 @@ class TrainState:
     auxiliary: AuxiliaryLosses
     spikes: SpikeDetector
     backward_filter: BackwardFilter | None = None  # None for the exact backward pass
+    history: ModelHistory | None = None  # with --reference-history
     data: DataRecord = field(default_factory=DataRecord)
     progress: TrainProgress = field(default_factory=TrainProgress)
 
@@ -79,3 +82,9 @@ class TrainState:
     def optimizer_step(self, grad_norm: float) -> None:
         """Clip the gradients, whose norm is ``grad_norm``, and update the weights. Collective over all ranks."""
         update_weights(self.optimizer, grad_norm)
+
+    def update_history(self) -> None:
+        """Update the reference model of --reference-history after a step. Collective over the data-parallel ranks."""
+        if self.history is not None and self.history.is_due(self.progress.step):
+            gather_parameters(self.model_chunks)
+            self.history.update(self.model_chunks)

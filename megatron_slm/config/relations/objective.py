@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_slm.config.relations.wording import PIPELINE, both_given, data_parallel_size
-from megatron_slm.config.schema import ObjectiveConfig, RunConfig
+from megatron_slm.config.schema import ObjectiveConfig, ReferenceConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 
 
@@ -26,6 +26,7 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
             ("--slm-backward", objective.slm_backward == "exact"),
             ("--reference-load", reference.reference_load is None),
             ("--reference-scores", not reference.reference_scores),
+            ("--reference-history", reference.reference_history is None),
         )
         if not unset
     ]
@@ -36,7 +37,7 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
     if objective.objective == "sft" and given and not selects_tokens(config):
         yield (
             f"{' '.join(given)} has no effect with --objective sft and every answer token selected. Give a reference "
-            "model (--reference-load or --reference-scores) or another --slm-score, or leave it out."
+            "model (--reference-load, --reference-scores, --reference-history) or another --slm-score, or leave it out."
         )
 
 
@@ -97,11 +98,30 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
     reference = config.reference
     path, names = reference.reference_load, reference.reference_scores
     yield from both_given("--reference-load", path, "--reference-scores", names, ": the model, or its scores")
+    yield from both_given("--reference-load", path, "--reference-history", reference.reference_history)
+    yield from both_given("--reference-scores", names, "--reference-history", reference.reference_history)
     if reference.reference_ckpt_step is not None and path is None:
         yield (
             f"--reference-ckpt-step {reference.reference_ckpt_step} has no effect without --reference-load. Add "
             "--reference-load, or leave it out."
         )
+
+
+def history(config: RunConfig, _: int) -> Iterator[str]:
+    """Require settings that apply to the kind of history, and weights that can be copied."""
+    reference, kind = config.reference, config.reference.reference_history
+    if reference.reference_refresh_interval is not None and kind != "start":
+        yield (
+            f"--reference-refresh-interval {reference.reference_refresh_interval} needs --reference-history start. Add "
+            "it, or leave the interval out."
+        )
+    if reference.reference_average_decay != ReferenceConfig().reference_average_decay and kind != "average":
+        yield (
+            f"--reference-average-decay {reference.reference_average_decay} needs --reference-history average. Add it, "
+            "or leave the decay out."
+        )
+    if kind is not None and config.precision.fp8_param_gather:
+        yield ("--reference-history copies weights, which --fp8-param-gather keeps in FP8 only. Leave one of them out.")
 
 
 def bubbles(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -110,8 +130,14 @@ def bubbles(config: RunConfig, world_size: int) -> Iterator[str]:
     if not reference.reference_in_bubbles:
         return
     flag, stages = "--reference-in-bubbles", parallel.pipeline_model_parallel_size
-    if reference.reference_load is None:
+    if not reference.is_co_located:
         yield f"{flag} has no effect without --reference-load. Add --reference-load, or leave it out."
+    if reference.changes:
+        yield (
+            f"{flag} needs a reference model that does not change between steps: it scores the next step's "
+            "micro-batches before this step's update. Leave it out, or use --reference-history start without "
+            "--reference-refresh-interval."
+        )
     if stages == 1:
         yield f"{flag} needs {PIPELINE} above 1: without a pipeline there are no bubbles. Leave it out."
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
@@ -163,4 +189,4 @@ def sidecars(config: RunConfig, _: int) -> Iterator[str]:
         )
 
 
-RELATIONS = (selection_flags, curriculum, scopes, filtered_backward, reference_model, bubbles, sidecars)
+RELATIONS = (selection_flags, curriculum, scopes, filtered_backward, reference_model, history, bubbles, sidecars)

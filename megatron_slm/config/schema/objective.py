@@ -132,6 +132,20 @@ class ReferenceConfig:
     reference_ckpt_step: int | None = flag(
         None, "checkpoint iteration of the reference model; default the newest", at_least=0
     )
+    reference_history: str | None = flag(
+        None,
+        "reference model from the training model's history, instead of --reference-load: a copy of its weights at the "
+        "start of the run, or their exponential moving average; saved with checkpoints",
+        choices=("start", "average"),
+    )
+    reference_average_decay: float = flag(
+        0.999, "with --reference-history average: weight of the previous average in each step", at_least=0, below=1
+    )
+    reference_refresh_interval: int | None = flag(
+        None,
+        "with --reference-history start: copy the training model's weights again after every this many steps",
+        at_least=1,
+    )
     reference_precision: str | None = flag(
         None, "precision of the reference model; default that of the training model", choices=PARAMS_DTYPES
     )
@@ -151,3 +165,13 @@ class ReferenceConfig:
         "CORPUS.NAME.scores next to each corpus, DIRECTORY/NAME to the same file in DIRECTORY",
     )
     reference_combine: str = flag("mean", "combination of several sidecars: mean, min, or weights such as 0.7,0.3")
+
+    @property
+    def is_co_located(self) -> bool:
+        """Return whether a reference model runs on the ranks of the training model."""
+        return self.reference_load is not None or self.reference_history is not None
+
+    @property
+    def changes(self) -> bool:
+        """Return whether the reference model changes during the run."""
+        return self.reference_history == "average" or self.reference_refresh_interval is not None
