@@ -1,6 +1,7 @@
 """Scores for ranking tokens.
 
-excess lossᵢ  =  token lossᵢ − reference lossᵢ
+excess lossᵢ                =  token lossᵢ − reference lossᵢ
+retrospective excess lossᵢ  =  reference lossᵢ − token lossᵢ
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_slm.objective.noise import RANDOM_SCORE, STOCHASTIC_RANKING, gumbel, uniform
 from megatron_slm.objective.selection.config import SelectionConfig
-from megatron_slm.objective.selection.policy import TopK
+from megatron_slm.objective.selection.policy import RETROSPECTIVE, TopK
 from megatron_slm.objective.tokens import TokenBatch
 
 
@@ -42,4 +43,6 @@ def _plain_score(tokens: TokenBatch, config: SelectionConfig, name: str) -> Tens
         return reference.loss
     if name == "excess":
         return tokens.loss.detach() - reference.loss
+    if name == RETROSPECTIVE:
+        return reference.loss - tokens.loss.detach()
     raise ValueError(f"the score {name} is unknown")

@@ -29,9 +29,9 @@ class ObjectiveConfig:
     )
     slm_score: str = flag(
         "excess",
-        "token score: excess, token-loss, token-entropy, reference-loss, reference-entropy (both lowest first), "
-        "random, stochastic-NAME; or scores with individual ratios, combined by and/or: "
-        "'reference-loss:0.7 and reference-entropy:0.7'",
+        "token score: excess, retrospective-excess (its negative), token-loss, token-entropy, reference-loss, "
+        "reference-entropy (both lowest first), random, stochastic-NAME; or scores with individual ratios, combined by "
+        "and/or: 'reference-loss:0.7 and reference-entropy:0.7'",
     )
     slm_scope: str = flag(
         "data-parallel",

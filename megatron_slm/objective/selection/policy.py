@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from megatron_slm.runtime.errors import ConfigError
 
-SCORES = ("excess", "token-loss", "token-entropy", "reference-loss", "reference-entropy", "random")
+RETROSPECTIVE = "retrospective-excess"
+SCORES = ("excess", RETROSPECTIVE, "token-loss", "token-entropy", "reference-loss", "reference-entropy", "random")
 LOWEST_FIRST = ("reference-loss", "reference-entropy")
 STOCHASTIC = "stochastic-"
 
@@ -62,7 +63,7 @@ def top_ks(policy: Policy) -> Iterator[TopK]:
 
 def needs_reference_loss(policy: Policy) -> bool:
     """Return whether the reference model's token losses are needed."""
-    return any(top_k.score in ("excess", "reference-loss") for top_k in top_ks(policy))
+    return any(top_k.score in ("excess", RETROSPECTIVE, "reference-loss") for top_k in top_ks(policy))
 
 
 def needs_reference_entropy(policy: Policy) -> bool:

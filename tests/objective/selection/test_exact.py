@@ -24,6 +24,7 @@ B, S, V = 4, 9, 24
 SCOPES = ("sequence", "micro-batch", "data-parallel", "global-batch")
 POLICIES = (
     "excess",
+    "retrospective-excess",
     "token-loss",
     "token-entropy",
     "reference-loss",
@@ -71,6 +72,7 @@ def expected_selection(data: dict[str, Tensor], text: str, scope: str) -> Tensor
     token_loss = definition.token_losses(data["logits"], data["labels"]).float()
     scores = {
         "excess": token_loss - data["reference_loss"],
+        "retrospective-excess": data["reference_loss"] - token_loss,
         "token-loss": token_loss,
         "token-entropy": definition.entropies(data["logits"]).float(),
         "reference-loss": data["reference_loss"],
