@@ -104,8 +104,10 @@ def violations(setting: Field[Any], value: Any) -> Iterator[str]:
     name = flag_name(setting)
     if value is None or isinstance(value, bool):
         return
-    if isinstance(value, int | float):
-        yield from _number_violations(setting, value)
+    numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
+    if numbers:
+        for number in numbers:
+            yield from _number_violations(setting, number)
     elif setting.metadata["choices"]:
         for item in value if isinstance(value, list) else [value]:
             if item in setting.metadata["unsupported"]:

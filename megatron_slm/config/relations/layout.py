@@ -145,4 +145,20 @@ def overlap(config: RunConfig, _: int) -> Iterator[str]:
         yield "--use-distributed-optimizer cannot save the state of --optimizer sgd. Leave one of them out."
 
 
-RELATIONS = (processes, tensor_parallel, sequence_parallel, context_parallel, pipeline_parallel, global_batch, overlap)
+def hang_timeout(config: RunConfig, _: int) -> Iterator[str]:
+    """Refuse a time without progress that is shorter than the messages of a busy machine may take."""
+    seconds = config.parallel.slm_hang_timeout
+    if 0 < seconds < 1:
+        yield f"--slm-hang-timeout is {seconds:g}, and must be 0, to disable it, or at least 1 second."
+
+
+RELATIONS = (
+    processes,
+    tensor_parallel,
+    sequence_parallel,
+    context_parallel,
+    pipeline_parallel,
+    global_batch,
+    overlap,
+    hang_timeout,
+)
