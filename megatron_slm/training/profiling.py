@@ -33,12 +33,14 @@ class StepProfiler:
         self.settings, self.rank, self.console = config.diagnostics, groups.rank, console
         self.directory = Path(config.checkpoint.save or ".") / DIRECTORY
         self.is_on = self.settings.profile and is_profiled(self.settings, groups.rank)
-        self.step = 0  # completed steps
+        self.step: int | None = None  # completed steps
         self.stop: Callable[[], None] | None = None  # ends the active profile
 
     def before_step(self, step: int) -> None:
         """Start the profile if it is due after ``step`` completed steps."""
-        settings, self.step = self.settings, step
+        settings, is_first, self.step = self.settings, self.step is None, step
+        if self.is_on and is_first and step >= settings.profile_step_end:
+            warn(f"no step is profiled: the run resumes after step {step}. Raise --profile-step-start and -end.")
         if self.is_on and self.stop is None and settings.profile_step_start <= step < settings.profile_step_end:
             self.stop = self._start_torch() if settings.use_pytorch_profiler else _start_nsys()
 
@@ -55,7 +57,7 @@ class StepProfiler:
             stop()
 
     def _start_torch(self) -> Callable[[], None]:
-        settings, first = self.settings, self.step + 1
+        settings, first = self.settings, (self.step or 0) + 1
         profiler = torch.profiler.profile(
             record_shapes=settings.pytorch_profiler_collect_shapes,
             with_stack=settings.pytorch_profiler_collect_callstack,

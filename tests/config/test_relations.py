@@ -126,6 +126,14 @@ WARMUP_FLUSH = "overlap_p2p_communication_warmup_flush"
         (1, {"save_retain_interval": 3}, "--save-retain-interval 3 needs --save-interval"),
         (1, {"exit_duration_in_mins": 0}, "--exit-duration-in-mins is 0, and must be above 0"),
         (1, {"train_iters": 2**31}, "--train-iters is 2147483648, and must be at most 2147483647"),
+        (1, {"rampup_batch_size": [1, 1, 10**20]}, "--rampup-batch-size is 100000000000000000000, and must be at most"),
+        (1, {"iterations_to_skip": [2**31]}, "--iterations-to-skip is 2147483648, and must be at most"),
+        (1, {"slm_hang_timeout": 0.001}, "--slm-hang-timeout is 0.001, and must be 0"),
+        (
+            1,
+            {"profile": True, "use_pytorch_profiler": True, "train_iters": 10},
+            "--profile-step-start 10 is not below --train-iters 10: no step would be profiled",
+        ),
         (1, {"attention_dropout": 1}, "--attention-dropout is 1.0, and must be in [0, 1)"),
         (1, {"lr": "-1e-3"}, "--lr is -0.001"),  # argparse would take these for flags
         (1, {"lr": "-inf"}, "--lr is -inf"),

@@ -78,6 +78,11 @@ def test_profiled_steps_and_ranks(tmp_path: Path) -> None:
     assert names(tmp_path / "b") == ["rank-3-steps-3-5.json.gz", "rank-4-steps-2-2.json.gz"]
 
 
+def test_run_that_resumes_after_the_profile_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiled(range(12, 14), Console(file=io.StringIO()), save=str(tmp_path))
+    assert capsys.readouterr().err.count("no step is profiled: the run resumes after step 12") == 1
+
+
 def test_an_unwritable_profile_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / profiling.DIRECTORY).touch()
     profiled(range(2), Console(file=io.StringIO()), save=str(tmp_path), profile_step_start=0, profile_step_end=1)

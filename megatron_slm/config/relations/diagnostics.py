@@ -19,6 +19,11 @@ def profile(config: RunConfig, world_size: int) -> Iterator[str]:
             f"--profile-step-end {settings.profile_step_end} must be above --profile-step-start "
             f"{settings.profile_step_start}."
         )
+    elif settings.profile_step_start >= config.training.train_iters:
+        yield (
+            f"--profile-step-start {settings.profile_step_start} is not below --train-iters "
+            f"{config.training.train_iters}: no step would be profiled. Lower it."
+        )
     if not settings.use_pytorch_profiler:
         yield from _idle(settings, PROFILER, "--use-pytorch-profiler")
     if not settings.record_memory_history:
