@@ -39,10 +39,10 @@ class StepClock:
         """Start timing the next step."""
         self._last = time.perf_counter()
 
-    def tick(self) -> None:
-        """Record the end of a step."""
+    def tick(self, samples: int = 1) -> None:
+        """Record the end of a step with a number of samples, which grows in a batch size ramp."""
         now = time.perf_counter()
-        self._steps.add(now - self._last)
+        self._steps.add(now - self._last, samples)
         self._since_log += now - self._last
         self._steps_since_log += 1
         self._last = now
@@ -61,11 +61,11 @@ class StepClock:
         self._since_log, self._steps_since_log = 0.0, 0
         return mean
 
-    def seconds_left(self, step: int) -> float:
-        """Estimate the seconds from ``step`` to the end of the run."""
+    def seconds_left(self, step: int, samples: int) -> float:
+        """Estimate the seconds from ``step`` to the end of the run, which ``samples`` samples are left for."""
         schedule = self._schedule
         return (
-            self._steps.value * (schedule.iterations - step)
+            self._steps.value * samples
             + self._evaluations.value * schedule.left(step, schedule.eval_interval)
             + self._saves.value * schedule.left(step, schedule.save_interval)
         )
@@ -81,20 +81,20 @@ class StepClock:
 
 
 class _Mean:
-    """Accumulate a mean duration, excluding the first ``skips`` values if there are more."""
+    """Accumulate a weighted mean duration, excluding the first ``skips`` values if there are more."""
 
     def __init__(self, skips: int = 0) -> None:
         self._skips = skips
         self._total, self._count = 0.0, 0
         self._first = 0.0
 
-    def add(self, seconds: float) -> None:
+    def add(self, seconds: float, weight: int = 1) -> None:
         if self._skips:
             self._skips -= 1
-            self._first = seconds
+            self._first = seconds / weight
         else:
             self._total += seconds
-            self._count += 1
+            self._count += weight
 
     @property
     def value(self) -> float:

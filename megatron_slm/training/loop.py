@@ -145,7 +145,7 @@ class _Loop:
                     health.enter("profiling", slow=True)  # traces are large
                 self.profiler.after_step(step)
                 self.collection.after_step(step)
-                self.clock.tick()
+                self.clock.tick(self.batch)
                 self.heartbeat.send()
                 self.saver.poll()
                 logger.info("step %d", step)
@@ -230,6 +230,10 @@ class _Loop:
             self.saver.save()
         self.saved = run.progress.step
 
+    def _samples_left(self) -> int:
+        consumed = self.run.progress.consumed_samples
+        return self.run.sizes.consumed_after(self.iterations - self.run.progress.step, consumed) - consumed
+
     def _log(self) -> None:
         """Log the mean losses and times of the steps since the last log."""
         health.enter("logging")
@@ -247,7 +251,7 @@ class _Loop:
             grad_norm=norms[-1] if norms else None,
             lr=last.lr,
             ratio=last.ratio if run.state.selection.config.policy is not None else None,
-            seconds_left=self.clock.seconds_left(run.progress.step),
+            seconds_left=self.clock.seconds_left(run.progress.step, self._samples_left()),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
             loss_scale=last.loss_scale,
             steps_skipped=len(steps) - len(norms) if last.loss_scale is not None else None,

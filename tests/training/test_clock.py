@@ -49,4 +49,13 @@ def test_steps_do_not_contain_evaluations_and_saves(fake: FakeTime) -> None:
     fake.now += 2
     steps.tick()
     assert steps.seconds_per_step() == 2
-    assert steps.seconds_left(3) == 7 * 1.5 + 4 * 75 + 2 * 20  # the first step warms up and does not count
+    assert steps.seconds_left(3, 7) == 7 * 1.5 + 4 * 75 + 2 * 20  # the first step warms up and does not count
+
+
+def test_larger_batches_take_longer(fake: FakeTime) -> None:
+    steps = StepClock(Schedule(4))
+    steps.start()
+    for samples, seconds in ((4, 9), (4, 1), (8, 2)):
+        fake.now += seconds
+        steps.tick(samples)
+    assert steps.seconds_left(3, 16) == 16 * 3 / 12
