@@ -105,6 +105,27 @@ def test_first_occurrences_of_a_phase_are_not_limited() -> None:
     assert progress.limit(45.0) == pytest.approx(300.0, rel=0.01), "steps that take a minute are no hang"
 
 
+@pytest.mark.parametrize(("seconds", "limit"), [((600.0, 5.0), 45.0), ((600.0, 60.0), 300.0)])
+def test_second_step_shows_how_slow_steps_are(seconds: tuple[float, ...], limit: float) -> None:
+    progress = Progress()
+    for each in seconds:
+        progress.enter("training")
+        progress.ticked -= each
+    progress.enter("training")
+    assert progress.limit(45.0) == pytest.approx(limit, rel=0.01)
+
+
+def test_ranks_wait_for_one_that_works_in_a_slow_phase() -> None:
+    waits, works = replace(BEAT, idle=50.0, waiting=40.0), replace(BEAT, limit=None, phase="profiling", idle=50.0)
+    assert not roll([waits, works]).is_stuck(0.0)
+    assert roll([waits, replace(works, waiting=40.0)]).is_stuck(0.0), "all wait"
+    assert roll([replace(waits, waiting=0.0), works]).is_stuck(0.0), "waits for no rank"
+    assert roll([replace(waits, waiting=541.0), works]).is_stuck(0.0)
+    gone = roll([waits, works])
+    gone.members[1].heard = -50.0
+    assert gone.is_stuck(0.0), "stopped"
+
+
 def witness(rank: int, stack: Stack | None = WAITING, **changes: Any) -> Witness:
     return Witness(identity(rank), replace(BEAT, idle=50.0, **changes), stack)
 

@@ -134,7 +134,7 @@ class MemberThread:
             transitions=progress.transitions,
             idle=idle,
             limit=progress.limit(self._limits.hang),
-            waiting=self._waiting(now) if idle > min(IDLE, self._limits.slow / 4) else 0.0,
+            waiting=self._waiting(now) if idle > min(IDLE, self._limits.hang / 4, self._limits.slow / 4) else 0.0,
             steps=progress.steps,
             seconds_loading=progress.seconds_loading,
             seconds_forward=progress.seconds_forward,

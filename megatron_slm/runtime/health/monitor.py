@@ -92,8 +92,14 @@ class Roll:
             member.heard += seconds
 
     def is_stuck(self, now: float) -> bool:
-        """Return whether a rank makes no progress."""
-        return any(self._is_stuck(member, now) for member in self._active())
+        """Return whether a rank makes no progress, and does not wait for one in a slow phase, such as a save."""
+        active = self._active()
+        has_busy = any(self._is_busy(member, now) for member in active)
+        return any(
+            self._is_stuck(member, now) and not (has_busy and self._may_wait(member.beat))
+            for member in active
+            if member.beat is not None
+        )
 
     def verdict(self, now: float) -> Verdict | None:
         """Return the verdict on dead and silent ranks, or None."""
@@ -121,6 +127,15 @@ class Roll:
 
     def _active(self) -> list[Member]:
         return [member for member in self.members.values() if member.is_active]
+
+    def _is_busy(self, member: Member, now: float) -> bool:
+        """Return whether a rank works in a phase that may be long."""
+        beat = member.beat
+        is_slow = beat is not None and beat.limit is None and not beat.waiting
+        return is_slow and now - member.heard <= self.limits.hang
+
+    def _may_wait(self, beat: Beat) -> bool:
+        return 0 < beat.waiting <= self.limits.slow
 
     def _is_stuck(self, member: Member, now: float) -> bool:
         beat = member.beat

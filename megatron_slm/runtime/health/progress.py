@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 PATIENCE = 5.0  # multiple of the longest interval between two signs of life, which is no hang
 UNLIMITED = 2  # first occurrences of a phase
+UNTYPICAL = 1  # first occurrences of a phase, whose intervals other phases may not take
 STARTING, ENDING = "starting", "ending"
 
 
@@ -19,15 +20,16 @@ class Progress:
     """Record the phases of the main thread.
 
     A phase is limited if its signs of life must follow each other within the hang timeout. Its first occurrences are
-    not: they may compile kernels or read files that are not cached.
+    not: they may compile kernels or read files that are not cached. The second one shows how slow the model is.
     """
 
     phase: str = STARTING
     step: int = 0
     transitions: int = 0  # number of phases so far, equal on ranks at the same place
     is_limited: bool = False
+    is_typical: bool = False
     ticked: float = field(default_factory=time.monotonic)
-    longest: float = 0.0  # interval between two signs of life within limited phases, in seconds
+    longest: float = 0.0  # interval between two signs of life within typical phases, in seconds
     steps: int = 0  # training steps with work times
     seconds_loading: float = 0.0  # of all steps
     seconds_forward: float = 0.0
@@ -42,6 +44,7 @@ class Progress:
         """
         self.tick()
         self.is_limited = not slow and self._occurrences[phase] >= UNLIMITED
+        self.is_typical = not slow and self._occurrences[phase] >= UNTYPICAL
         self._occurrences[phase] += 1
         self.step = self.step if step is None else step
         self.phase = phase
@@ -50,7 +53,7 @@ class Progress:
     def tick(self) -> None:
         """Record a sign of life within a phase."""
         now = time.monotonic()
-        if self.is_limited and now - self.ticked > self.longest:
+        if self.is_typical and now - self.ticked > self.longest:
             self.longest = now - self.ticked
         self.ticked = now
 
