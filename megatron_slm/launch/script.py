@@ -14,6 +14,7 @@ from megatron_slm.launch.settings import GPU_OPTIONS, PRETRAIN, PYXIS, TORCHRUN,
 MARK = "written by megatron-slm-launch"  # in the second line of a script
 RECORDS = "slurm"  # subdirectory of a run for script, recipes, logs and state
 ENDED, EXCLUDED, FAILURES = "ended", "excluded_nodes", "failures"  # files of the script in its directory of records
+STOPS = 3  # time limits without a new checkpoint after which a job ends, since the next one would not be enough either
 INCOMPLETE = 75  # exit code of a job whose run stopped before its end and which is not requeued (EX_TEMPFAIL)
 
 FUNCTIONS = """\
@@ -42,13 +43,13 @@ requeue() {
     exit 75
 }
 
-# Requeue the job after a failure, unless it fails repeatedly without a new checkpoint: failed CODE MESSAGE.
-failed() {
+# Requeue the job, unless it ended at least LIMIT times without a new checkpoint: retry CODE MESSAGE LIMIT.
+retry() {
     local newest last="" count=0
     newest=$(cat "$save/TRACKER" 2> /dev/null || echo none)
     [ ! -e "$records/failures" ] || read -r last count < "$records/failures"
     [ "$last" = "$newest" ] || count=0
-    [ "$count" -lt "$restarts" ] || finish "$1" "$2, $((count + 1)) times without a new checkpoint"
+    [ "$count" -lt "$3" ] || finish "$1" "$2, $((count + 1)) times without a new checkpoint"
     echo "$newest $((count + 1))" > "$records/failures"
     requeue "$2"
 }
@@ -65,7 +66,7 @@ if [ ! -s "$records/healthy_nodes" ]; then
     if [ ! -s "$records/unhealthy_nodes" ]; then
         # A single node that cannot start Python is not named by the check.
         [ "$SLURM_JOB_NUM_NODES" -gt 1 ] || echo "$SLURMD_NODENAME" >> "$records/excluded_nodes"
-        failed 1 "the node check failed with exit code $code"
+        retry 1 "the node check failed with exit code $code" "$restarts"
     fi
     nodes=$(sort -u "$records/unhealthy_nodes" | paste -sd,)
     count=$(sort -u "$records/unhealthy_nodes" | wc -l)
@@ -80,14 +81,16 @@ fi
 OUTCOME = """\
 case $code in
     0)
-        [ ! -e "$save/STOP_FILE" ] || requeue "the run stopped before its end ($(cat "$save/STOP_FILE"))"
-        finish 0 "finished"
+        [ -e "$save/STOP_FILE" ] || finish 0 "finished"
+        reason="the run stopped before its end ($(cat "$save/STOP_FILE"))"
+        [ "$reason" = "${reason/SIGTERM/}" ] || requeue "$reason" # preempted, perhaps before its first step
+        retry 75 "$reason" STOPS
         ;;
     2 | 3) finish "$code" "exit code $code, an error that a restart repeats" ;;
     138 | 140) requeue "the ranks were ended by SIGUSR1 or SIGUSR2" ;;
-    *) failed "$code" "the ranks failed with exit code $code" ;;
+    *) retry "$code" "the ranks failed with exit code $code" "$restarts" ;;
 esac
-""".replace("STOP_FILE", STOP_FILE)
+""".replace("STOP_FILE", STOP_FILE).replace("STOPS", str(STOPS))
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class JobSettings:
             yield f"--signal-time {self.signal_time} exceeds Slurm's limit of 65535 seconds."
         if self.time is not None and not TIME.fullmatch(self.time):
             yield f"--time {self.time!r} is no time of Slurm. Write minutes, HH:MM:SS or DAYS-HH:MM:SS."
+        elif self.time is not None and 0 < (limit := limit_seconds(self.time)) <= self.signal_time:
+            yield (
+                f"--signal-time {self.signal_time}: SIGUSR1 would be sent at the start of a job of --time {self.time}, "
+                f"{limit:g} s. Lower --signal-time, or raise --time."
+            )
         texts = ("name", "partition", "account", "qos", "container_image", "venv", "python")
         values = [(name, value) for name in texts if (value := getattr(self, name)) is not None]
         lists = [(name, each) for name in ("container_mounts", "module", "sbatch") for each in getattr(self, name)]
@@ -146,6 +151,16 @@ class JobSettings:
                 yield f"--sbatch {name!r} is no option of sbatch. Write NAME or NAME=VALUE, for example mem=0."
             elif name in MANAGED:
                 yield f"--sbatch {name}: the script sets this option. Use {MANAGED[name]} instead."
+
+
+def limit_seconds(time: str) -> float:
+    """Return the seconds of a time limit of Slurm, such as 90 (minutes), 24:00:00 or 1-12."""
+    if not time[0].isdigit():
+        return float("inf")
+    days, dash, rest = time.rpartition("-")
+    fields = [int(number) for number in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(number * unit for number, unit in zip(fields, units, strict=False))
 
 
 def _below(name: str, value: int | None, least: int) -> Iterator[str]:

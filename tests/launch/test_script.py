@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from stub_slurm import StubSlurm
 
 from megatron_slm.config.checkpoint_files import TRACKER
 from megatron_slm.config.paths import STOP_FILE
-from megatron_slm.launch.script import Work, render
-from megatron_slm.launch.settings import APPTAINER, TORCHRUN, JobSettings
+from megatron_slm.launch.script import STOPS, Work, render
+from megatron_slm.launch.settings import APPTAINER, TORCHRUN, JobSettings, limit_seconds
 from megatron_slm.runtime.errors import ConfigError
 
 HOSTILE = [
@@ -101,6 +102,29 @@ def test_stopped_run_is_requeued(tmp_path: Path, stub: StubSlurm) -> None:
     result = stub.run(script_of(replace(PLAIN, requeue=False), run))
     assert result.code == 75 and len(result.calls) == 1, "dependent stages must not start"
     assert (run / "slurm" / "ended").read_text().startswith("75 the run stopped before its end")
+
+
+def test_time_limits_that_are_shorter_than_the_start_up_end_the_job(tmp_path: Path, stub: StubSlurm) -> None:
+    run = tmp_path / "run"
+    script = script_of(replace(PLAIN, restarts=0), run)
+    for _ in range(STOPS):
+        assert len(stub.run(script, actions=(f"echo SIGUSR1 > '{run}/{STOP_FILE}'",)).calls) == 2, "requeued"
+    result = stub.run(script)
+    assert result.code == 75 and f"(SIGUSR1), {STOPS + 1} times without a new checkpoint" in result.errors
+    (run / STOP_FILE).write_text("SIGTERM\n")  # preempted
+    assert len(stub.run(script).calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("5", 300), ("5:30", 330), ("01:00:02", 3602), ("1-12", 129_600), ("1-0:01:01", 86_461), ("UNLIMITED", math.inf)],
+)
+def test_signal_at_the_start_of_a_job_is_refused(time: str, seconds: float) -> None:
+    assert limit_seconds(time) == seconds
+    replace(PLAIN, time=time, signal_time=60).check()
+    if seconds < 65_536:
+        with pytest.raises(ConfigError, match="SIGUSR1 would be sent at the start"):
+            replace(PLAIN, time=time, signal_time=int(seconds)).check()
 
 
 def test_job_that_slurm_has_requeued_already_is_not_ended(tmp_path: Path, stub: StubSlurm) -> None:
