@@ -24,12 +24,12 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_regular, explained_write
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.output import print_error
+from megatron_slm.runtime.start_times import start_time
 
 LOCK_FILE = ".slm_run.lock"
 SECONDS_BETWEEN_TOUCHES = 10.0
 SECONDS_TO_EXPIRY = 120.0
 SECONDS_TO_SETTLE = 0.5  # after removing an expired lock, in case other processes remove it too
-CLOCK_TOLERANCE = 2.0  # seconds; maximum difference of two readings of a start time
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _this_process() -> Owner:
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        started=psutil.Process().create_time(),
+        started=start_time(os.getpid()),
         job=slurm_job(),
     )
 
@@ -233,7 +233,7 @@ def _is_running(owner: Owner) -> bool:
         process = psutil.Process(owner.pid)
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return False
-        return abs(process.create_time() - owner.started) < CLOCK_TOLERANCE
+        return start_time(owner.pid) == owner.started
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -97,6 +97,15 @@ def test_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
     acquire_and_release(tmp_path)
 
 
+def test_owner_is_alive_after_a_change_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = DirectoryLock(tmp_path, "--save")
+    first.acquire()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e9)
+    with pytest.raises(ConfigError, match="another run is active there"):
+        DirectoryLock(tmp_path, "--save").acquire()
+    first.release()
+
+
 def test_owner_on_another_machine_is_alive_while_it_touches_the_lock(tmp_path: Path) -> None:
     write_owner(tmp_path, machine="another", host="node7")
     ended = threading.Event()

@@ -14,10 +14,10 @@ import psutil
 
 from megatron_slm.runtime.health.ranks import Identity
 from megatron_slm.runtime.output import print_error
+from megatron_slm.runtime.start_times import start_time
 
 EXIT_CODE = 4  # of all ranks, after one was dead or hung
 SECONDS_TO_REPORT = 2.0  # for an output that may be blocked
-SAME_START = 0.1  # seconds; difference of two readings of a start time
 
 logger = logging.getLogger("megatron_slm.health")
 
@@ -45,5 +45,5 @@ def kill_on_this_host(identity: Identity, host: str) -> None:
     if identity.host != host or identity.pid == os.getpid():
         return
     with contextlib.suppress(psutil.Error, OSError):
-        if abs(psutil.Process(identity.pid).create_time() - identity.started) < SAME_START:
+        if start_time(identity.pid) == identity.started:
             os.kill(identity.pid, signal.SIGKILL)

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-import psutil
-
 from megatron_slm.runtime.errors import OF_COMMUNICATION
 from megatron_slm.runtime.health.channel import Channel
 from megatron_slm.runtime.health.ending import EXIT_CODE, end_process, kill_on_this_host
@@ -26,6 +24,7 @@ from megatron_slm.runtime.health.ranks import Identity
 from megatron_slm.runtime.health.stragglers import Straggler, StragglerTable
 from megatron_slm.runtime.launch import Launch
 from megatron_slm.runtime.output import print_error
+from megatron_slm.runtime.start_times import start_time
 
 KEY = "health"
 SECONDS_TO_CONNECT = 10.0
@@ -97,7 +96,7 @@ def start_health(store: Store, launch: Launch, *, hang_timeout: float, collectiv
 def this_identity(rank: int, stage: int) -> Identity:
     """Return the identity of this process."""
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return Identity(rank, host, os.getpid(), psutil.Process().create_time(), stage)
+    return Identity(rank, host, os.getpid(), start_time(os.getpid()), stage)
 
 
 def announce_end(code: int) -> None:
