@@ -87,7 +87,11 @@ case $code in
         retry 75 "$reason" STOPS
         ;;
     2 | 3) finish "$code" "exit code $code, an error that a restart repeats" ;;
-    138 | 140) requeue "the ranks were ended by SIGUSR1 or SIGUSR2" ;;
+    138 | 140)
+        reason="the ranks were ended by SIGUSR1 or SIGUSR2"
+        [ "${command[1]}" != megatron_slm.pretrain ] || retry 75 "$reason" STOPS
+        requeue "$reason" # the progress of other commands is unknown
+        ;;
     *) retry "$code" "the ranks failed with exit code $code" "$restarts" ;;
 esac
 """.replace("STOP_FILE", STOP_FILE).replace("STOPS", str(STOPS))

@@ -111,6 +111,7 @@ def test_time_limits_that_are_shorter_than_the_start_up_end_the_job(tmp_path: Pa
         assert len(stub.run(script, actions=(f"echo SIGUSR1 > '{run}/{STOP_FILE}'",)).calls) == 2, "requeued"
     result = stub.run(script)
     assert result.code == 75 and f"(SIGUSR1), {STOPS + 1} times without a new checkpoint" in result.errors
+    assert "SIGUSR2, 4 times" in stub.run(script, 138).errors
     (run / STOP_FILE).write_text("SIGTERM\n")  # preempted
     assert len(stub.run(script).calls) == 2
 
