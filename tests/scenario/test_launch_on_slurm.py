@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import slurm_cluster
 import yaml
+from evaluation_samples import choice_lines, write_requests
 from slurm_cluster import SlurmCluster
 
 from megatron_slm.config.checkpoint_files import latest_step
@@ -121,15 +122,22 @@ def has_finished(directory: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_chain_trains_scores_and_trains(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
-    """RM, scoring and θ are submitted by one command; a second one finds them finished."""
+def test_chain_trains_scores_trains_and_evaluates(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
+    """RM, scoring, θ and evaluation are submitted by one command; a second one finds them finished."""
+    write_requests(tmp_path / "tasks" / "colors.jsonl", choice_lines())
+    results = tmp_path / "my chain" / "evaluate" / "colors.json"
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"train_iters": 4, "micro_batch_size": 4}))
-    common = command(corpus, dp=2, save_interval=2)
+    common = command(corpus, dp=2, save_interval=2, seq_length=64)
     del common[common.index("--micro-batch-size") : common.index("--micro-batch-size") + 2]
     chain = {
         "directory": "my chain",
         "defaults": {"gpus_per_node": 0, "check_nodes": False, "nodes": 1, "time": "01:00:00"},
         "stages": {
+            "evaluate": {
+                "after": "theta",
+                "command": "evaluate",
+                "flags": f"'my chain/theta' --tasks colors --tasks-dir tasks --output '{results}'",
+            },
             "theta": {
                 "after": "score",
                 "recipes": "model.yaml",
@@ -148,15 +156,16 @@ def test_chain_trains_scores_and_trains(tmp_path: Path, cluster: SlurmCluster, c
     output = run("chain", "chain.yaml")
     assert re.search(r"rm: job \d+; .*\nscore: job \d+, after rm; .*\ntheta: job \d+, after score", output), output
     jobs = {job.stage: job for job in read_jobs(tmp_path / "my chain")}
-    assert wait_for_end(jobs["theta"])[0] == 0, "\n".join(map(log_of, jobs.values()))
-    wait_for(lambda: has_finished(tmp_path / "my chain"), jobs["theta"])
+    assert wait_for_end(jobs["evaluate"])[0] == 0, "\n".join(map(log_of, jobs.values()))
+    wait_for(lambda: has_finished(tmp_path / "my chain"), jobs["evaluate"])
     found = statuses(tmp_path / "my chain")
-    assert list(found) == ["rm", "score", "theta"]
+    assert list(found) == ["rm", "score", "theta", "evaluate"]
     assert (found["theta"]["step"], found["theta"]["iterations"]) == (4, 4)
     assert records(tmp_path / "my chain" / "theta")[0]["share_selected"] < 1
     assert "step 4/4" in run("logs", "my chain", "--stage", "theta", "--rank", "0")
     assert "step 4/4" not in run("logs", "my chain", "--stage", "theta", "--rank", "1")
-    assert run("chain", "chain.yaml").count("finished already") == 3
+    assert json.loads(results.read_text())["directory"] == "my chain/theta/iter_0000004"
+    assert run("chain", "chain.yaml").count("finished already") == 4
 
 
 @pytest.mark.slow
