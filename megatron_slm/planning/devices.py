@@ -48,11 +48,13 @@ class Device:
         return self.node_bandwidth if members >= group else min(members * self.network_bandwidth, self.node_bandwidth)
 
 
-# Dense rates: the data sheets' values "with sparsity" are halved. The network is that of a DGX with one 400 Gb/s (A100:
-# 200 Gb/s) adapter per GPU.
+# Dense rates: the data sheets' values "with sparsity" are halved. NVLink's bandwidth is half of the sum of both
+# directions. The network is that of a DGX with one adapter per GPU: 400 Gb/s, A100 200 Gb/s.
+# H100, H200: https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai/latest
+# has adapters and memory; https://glennklockwood.com/garden/processors/h100 and .../A100 list the data sheets' rates.
 H100 = Device(
     name="h100",
-    memory=80 * GIB,
+    memory=81_559 << 20,  # as nvidia-smi reports it
     flops={"fp32": 67e12, "bf16": 989.4e12, "fp8": 1978.9e12},
     memory_bandwidth=3.35e12,
     node_bandwidth=450e9,
@@ -61,23 +63,24 @@ H100 = Device(
     reserve=2 * GIB,
     used_share=0.95,
     fragmentation=0.05,
-    source="NVIDIA H100 Tensor Core GPU data sheet (SXM5); DGX H100 data sheet",
+    source="NVIDIA H100 Tensor Core GPU data sheet (SXM5); DGX BasePOD reference architecture",
 )
 H200 = replace(
     H100,
     name="h200",
     memory=141 * 10**9,
     memory_bandwidth=4.8e12,
-    source="NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX H200 data sheet",
+    source="NVIDIA H200 Tensor Core GPU data sheet (SXM); DGX BasePOD reference architecture",
 )
 A100 = replace(
     H100,
     name="a100",
+    memory=80 * GIB,
     flops={"fp32": 19.5e12, "bf16": 312e12},
     memory_bandwidth=2.039e12,
     node_bandwidth=300e9,
     network_bandwidth=25e9,
-    source="NVIDIA A100 Tensor Core GPU data sheet (SXM4, 80 GB); DGX A100 data sheet",
+    source="NVIDIA A100 Tensor Core GPU data sheet 1758950-r4 (SXM4, 80 GB); NVIDIA DGX A100",
 )
 DEVICES = {device.name: device for device in (H100, H200, A100)}
 CPU = "cpu"

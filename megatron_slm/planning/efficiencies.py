@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from megatron_slm.config.schema import ModelConfig
 from megatron_slm.model.size import parameter_count, training_flops_per_token
 
-BRIDGE = "Megatron-Bridge, docs/performance-summary-archive.md, NeMo container"
-MEGATRON_LM = "Megatron-LM, README.md, table of weak scaling (images/model_table.png)"
-KORTHIKANTI = "Korthikanti et al. 2022, arXiv 2205.05198, tables 3 and 5"
+BRIDGE = "Megatron-Bridge 067f987d, docs/performance-summary-archive.md, pre-training on DGX-H100, NeMo container"
+MEGATRON_LM = "Megatron-LM d98e8a64, README.md, images/model_table.png"
+# Layouts and times are read from Calculon's copy (calculon-ai/calculon, validation/*_seqsel.json and
+# calculon/llm/validation.py); vocabulary and sequence length from Megatron-LM's README of 2022, whose MFU agrees with
+# the times within 0.5 %.
+KORTHIKANTI = "Korthikanti et al. 2022, arXiv 2205.05198, table 5; Megatron-LM 2e90a342, README.md"
 RHO_1 = "Rho-1, arXiv 2404.07965, section 3.1 (hours of 32 H100, reference model included)"
 
 
@@ -34,6 +37,8 @@ class Measurement:
     source: str
     experts: int = 1  # degree of expert parallelism
     has_fp32_gradients: bool = True  # gradients are reduced in fp32
+    has_exposed_communication: bool = False  # tensor-parallel communication does not overlap
+    recomputation: str | None = None  # granularity
 
     @property
     def parameters(self) -> int:
@@ -117,6 +122,8 @@ def _recomputation(
         batch,
         batch * 2048 / seconds / gpus,
         KORTHIKANTI,
+        has_exposed_communication=True,
+        recomputation="selective",
     )
 
 
@@ -127,6 +134,7 @@ def _experts(layers: int, hidden: int, ffn: int, attention: tuple[int, int, int]
     return replace(dense, kv_channels=size, num_experts=128, moe_router_topk=top, moe_ffn_hidden_size=ffn)
 
 
+# GPT-OSS has sliding windows in half of its layers; full attention is counted.
 GPT_OSS = _experts(36, 2880, 2880, (64, 8, 64), 4)
 QWEN3_30B = _experts(48, 2048, 768, (32, 4, 128), 8)
 QWEN3_235B = _experts(94, 4096, 1536, (64, 4, 128), 8)

@@ -241,7 +241,7 @@ def derive_efficiency(row: Measurement) -> float:
 
 
 def row_layout(row: Measurement) -> Layout:
-    """Return the layout of a published throughput, with overlapped communication as its sources describe."""
+    """Return the layout of a published throughput, with communication that overlaps if its source describes that."""
     tensor, pipeline, context, virtual = row.layout
     per_chunk = row.model.num_layers // pipeline // virtual if virtual > 1 else None
     config = RunConfig(
@@ -255,10 +255,15 @@ def row_layout(row: Measurement) -> Layout:
             use_distributed_optimizer=True,
             overlap_grad_reduce=True,
             overlap_param_gather=True,
-            tp_comm_overlap=tensor > 1,
+            tp_comm_overlap=tensor > 1 and not row.has_exposed_communication,
             expert_model_parallel_size=row.experts,
         ),
-        training=TrainingConfig(micro_batch_size=row.micro_batch, global_batch_size=row.global_batch, bf16=True),
+        training=TrainingConfig(
+            micro_batch_size=row.micro_batch,
+            global_batch_size=row.global_batch,
+            bf16=True,
+            recompute_granularity=row.recomputation,
+        ),
         optimizer=OptimizerConfig(lr=1e-4, accumulate_allreduce_grads_in_fp32=row.has_fp32_gradients),
         precision=replace(PrecisionConfig(), fp8_format="hybrid" if row.precision == "fp8" else None),
     )
