@@ -10,7 +10,7 @@ from typing import Protocol
 
 from megatron_slm.config.activation import is_gated
 from megatron_slm.planning.activations import Widths
-from megatron_slm.planning.head import FP32, MIB, SAVED_LOGITS_MB
+from megatron_slm.planning.head import FP32, MIB, SAVED_LOGITS_MB, chunk_width
 from megatron_slm.planning.layout import Layout
 from megatron_slm.planning.parameters import rank_parameters
 from megatron_slm.planning.step_time import StepTime
@@ -42,8 +42,12 @@ class Rates(Protocol):
         """Return the time of reading or writing so many fp32 values in elementwise operations."""
         ...
 
-    def exponentials(self, values: float) -> float:
-        """Return the time of so many exponentials."""
+    def statistics(self, rows: int, width: int) -> float:
+        """Return the time of the softmax statistics of a chunk of logits, with the operations on its rows."""
+        ...
+
+    def gradient(self, rows: int, width: int) -> float:
+        """Return the time of the gradient of a chunk of logits whose exponentials were saved."""
         ...
 
 
@@ -53,6 +57,7 @@ class Passes:
 
     forward: float
     backward: float
+    scoring: float  # forward pass without gradients, of the ranking pass and the reference model
 
 
 def cpu_step_time(layout: Layout, rates: Rates) -> StepTime:
@@ -65,13 +70,13 @@ def cpu_step_time(layout: Layout, rates: Rates) -> StepTime:
     reference = 0.0
     if layout.has_replica:
         frozen = layout.reference()
-        reference = count * max(_stage(frozen, rates, stage).forward for stage in range(layout.pipeline))
+        reference = count * max(_stage(frozen, rates, stage).scoring for stage in range(layout.pipeline))
     return StepTime(
         compute=count * (slowest.forward + slowest.backward),
         recomputation=count * recomputed,
         bubble=fill * (slowest.forward + slowest.backward + recomputed),
         reference=reference,
-        ranking=count * slowest.forward if layout.ranks_globally else 0.0,
+        ranking=count * slowest.scoring if layout.ranks_globally else 0.0,
         tensor=0.0,
         context=0.0,
         pipeline=0.0,
@@ -91,8 +96,8 @@ def _stage(layout: Layout, rates: Rates, stage: int) -> Passes:
         backward += rates.elementwise(EMBEDDING * layout.padded_vocab // layout.tensor * model.hidden_size)
     if stage == layout.pipeline - 1:
         head = _head(layout, rates)
-        forward, backward = forward + head.forward, backward + head.backward
-    return Passes(forward, backward)
+        return Passes(forward + head.forward, backward + head.backward, forward + head.scoring)
+    return Passes(forward, backward, forward)
 
 
 def _layer(layout: Layout, rates: Rates) -> Passes:
@@ -125,24 +130,34 @@ def _layer(layout: Layout, rates: Rates) -> Passes:
     ):
         forward += rates.elementwise(first * tokens * width)
         backward += rates.elementwise(second * tokens * width)
-    return Passes(forward, backward)
+    return Passes(forward, backward, forward)
 
 
 def _head(layout: Layout, rates: Rates) -> Passes:
-    """Return the time of the LM head; its backward pass computes selected rows, whose logits may have been saved."""
+    """Return the time of the LM head; its backward pass computes selected rows, whose logits may have been saved.
+
+    Logits are computed in chunks of all rows, each with operations on its rows, which take time in small models.
+    """
     tokens, hidden = layout.tokens, layout.config.model.hidden_size
     vocabulary = layout.padded_vocab // layout.tensor
     rows = int(layout.selected_share * tokens)
     limit = layout.config.objective.slm_saved_logits_mb
     saved = FP32 * tokens * vocabulary <= (SAVED_LOGITS_MB["cpu"] if limit is None else limit) * MIB
-    forward = rates.product(tokens, hidden, vocabulary) + rates.exponentials(tokens * vocabulary)
-    gradient = rates.product(rows, vocabulary, hidden) + rates.product(vocabulary, rows, hidden)
+    logits = _chunks(layout, rates, tokens)
+    width = chunk_width(layout, tokens if saved else rows)
+    products = rates.product(rows, width, hidden) + rates.product(width, rows, hidden)
+    gradient = vocabulary / width * (products + rates.gradient(rows, width))
     if layout.computes_gradient_in_forward and not saved:
-        return Passes(forward + gradient, 0.0)
-    backward = gradient + rates.elementwise(4 * rows * vocabulary)
-    if not saved:
-        backward += rates.product(rows, hidden, vocabulary) + rates.exponentials(rows * vocabulary)
-    return Passes(forward, backward)
+        return Passes(logits + gradient, 0.0, logits)
+    again = rates.elementwise(2 * rows * vocabulary) if saved else _chunks(layout, rates, rows)
+    return Passes(logits, gradient + again, logits)
+
+
+def _chunks(layout: Layout, rates: Rates, rows: int) -> float:
+    """Return the time of the logits of some rows and their statistics."""
+    width, vocabulary = chunk_width(layout, rows), layout.padded_vocab // layout.tensor
+    product = rates.product(rows, layout.config.model.hidden_size, width)
+    return vocabulary / width * (product + rates.statistics(rows, width))
 
 
 def _update(layout: Layout, rates: Rates) -> float:

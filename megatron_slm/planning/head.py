@@ -15,6 +15,8 @@ SAVED_LOGITS_MB = {"cpu": 64, "cuda": 2048}
 CHUNK_BYTES = {"cpu": 8 * MIB, "cuda": 64 * MIB}
 SHARE_OF_LOGITS = 1 / 16
 MIN_CHUNK_BYTES = MIB // 4
+MIN_ENTRIES = 64
+WIDTH_MULTIPLE = 256
 FORWARD_GRAD_ROWS = {"cpu": 512, "cuda": 4096}
 MIN_ROW_CHUNKS = {"cpu": 8, "cuda": 2}
 SLICE_BYTES = {"cpu": 2 * MIB, "cuda": 64 * MIB}
@@ -76,6 +78,16 @@ def head_memory(layout: Layout) -> HeadMemory:
         backward = gathered + gradient + int(selected * chunk) + scratch + converted
     backward = max(backward, gathered + tokens * hidden * product + placeholder)
     return HeadMemory(saved, forward, backward)
+
+
+def chunk_width(layout: Layout, rows: int) -> int:
+    """Return the vocabulary entries of a chunk of ``rows`` rows of logits on a CPU, chosen for all tokens."""
+    vocabulary = layout.padded_vocab // layout.tensor
+    logits = FP32 * layout.tokens * vocabulary
+    chunk = min(CHUNK_BYTES["cpu"], max(int(logits * SHARE_OF_LOGITS), MIN_CHUNK_BYTES))
+    width = chunk // (FP32 * max(rows, 1))
+    width -= width % (WIDTH_MULTIPLE if width >= WIDTH_MULTIPLE else MIN_ENTRIES)
+    return min(max(width, MIN_ENTRIES), vocabulary)
 
 
 def _copies_hidden(layout: Layout, product: int) -> bool:

@@ -12,7 +12,7 @@ def test_constants_of_the_lm_head() -> None:
     assert head.SAVED_LOGITS_MB == gpt.SAVED_LOGITS_MB
     assert head.SLICE_BYTES == chunk_math.SLICE_BYTES
     names = ("CHUNK_BYTES", "SHARE_OF_LOGITS", "MIN_CHUNK_BYTES", "FORWARD_GRAD_ROWS", "MIN_ROW_CHUNKS")
-    for name in (*names, "CONVERTED_BYTES"):
+    for name in (*names, "CONVERTED_BYTES", "MIN_ENTRIES", "WIDTH_MULTIPLE"):
         assert getattr(head, name) == getattr(chunked, name), name
 
 
