@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add("--gpu", choices=[*DEVICES, CPU], default="h100", help="device [h100]")
     add("--no-search", action="store_true", help="plan the given layout only")
     add("--no-time", action="store_true", help="plan the memory of the given layout only")
-    add("--json", action="store_true", help="print JSON, with sizes in bytes and times in seconds")
+    add("--json", action="store_true", help="print JSON, errors included, with sizes in bytes and times in seconds")
     add("--output", type=expand_user, metavar="FILE.yaml", help="write the layout as a recipe, for a last --config")
     add(
         "--reference-config",
@@ -59,18 +59,34 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     )
     add("--write-gb-per-second", type=float, default=10.0, help="write bandwidth of the file system [10]")
     arguments, training = parser.parse_known_args(list(argv))
-    for flag, value in (("--gpus", arguments.gpus), ("--write-gb-per-second", arguments.write_gb_per_second)):
-        if not 0 < value < 1e7:
-            raise ConfigError(f"{flag} {value} must be above 0 and below 10,000,000.")
+    bounded = ("--gpus", arguments.gpus, 1), ("--write-gb-per-second", arguments.write_gb_per_second, 0.001)
+    for flag, value, least in bounded:
+        if not least <= value < 1e7:
+            raise ConfigError(f"{flag} {value} must be at least {least} and below 10,000,000.")
     return arguments, training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 if no layout fits."""
-    return run_tool(lambda: _plan(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    return run_tool(lambda: _plan_or_explain(given))
 
 
-def _plan(argv: Sequence[str]) -> None:
+def _plan_or_explain(argv: Sequence[str]) -> None:
+    """Plan; with --json, also print an error as JSON, so that the output is valid in every case."""
+    try:
+        report, error = _plan(argv)
+    except ConfigError as problem:
+        if "--json" in argv:
+            print_result(json.dumps({"error": str(problem)}, indent=1))
+        raise
+    print_result(report)
+    if error is not None:
+        raise error
+
+
+def _plan(argv: Sequence[str]) -> tuple[str, ConfigError | None]:
+    """Return the report, and an error if the run does not fit."""
     arguments, training = parse_arguments(argv)
     problem = read_problem(arguments, training)
     lines: list[str] = []
@@ -100,10 +116,12 @@ def _plan(argv: Sequence[str]) -> None:
         values |= {"flags": flags(plan), "recipe": recipe(plan)}
         if arguments.output is not None:
             write_text(arguments.output, recipe(plan), "--output", is_ours=_is_recipe)
-    print_result(json.dumps(values, indent=1) if arguments.json else "\n".join(lines))
+    error = None
     if plan is None or not plan.fits:
         needed = "" if plan is None else f" ({plan.memory.moment} on stage {plan.memory.stage})"
-        raise ConfigError(f"the run does not fit on {arguments.gpus} {arguments.gpu}{needed}. See the report above.")
+        error = ConfigError(f"the run does not fit on {arguments.gpus} {arguments.gpu}{needed}. See the report above.")
+        values["error"] = str(error)
+    return json.dumps(values, indent=1) if arguments.json else "\n".join(lines), error
 
 
 def _is_recipe(path: Path) -> bool:

@@ -93,7 +93,10 @@ def test_a_layout_as_given_is_planned_without_a_search(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--gpus", "0"], "--gpus 0 must be above 0"),
+        (["--gpus", "0"], "--gpus 0 must be at least 1"),
+        (["--gpus", "1000000000"], "below 10,000,000"),
+        (["--write-gb-per-second", "1e-320"], "--write-gb-per-second 1e-320 must be at least 0.001"),
+        (["--write-gb-per-second", "nan"], "--write-gb-per-second nan must be at least 0.001"),
         (["--gpu", "h100", "--fp8-format", "hybrid", "--no-bf16", "--no-search"], "needs --bf16"),
         (["--gpu", "a100", "--fp8-format", "hybrid", "--no-search"], "a100 has no fp8"),
         (["--no-search", "--tensor-model-parallel-size", "5", "--gpus", "5"], "does not divide"),
@@ -102,9 +105,10 @@ def test_a_layout_as_given_is_planned_without_a_search(recipe: Path) -> None:
     ],
 )
 def test_mistakes_are_reported(recipe: Path, argv: list[str], message: str) -> None:
-    outcome = captured(["--config", str(recipe), "--gpus", "8", *argv], main)
+    outcome = captured(["--config", str(recipe), "--gpus", "8", "--json", *argv], main)
     assert outcome.code == 2
     assert message in outcome.errors
+    assert message in json.loads(outcome.output)["error"]
 
 
 def test_the_batch_size_is_required(tmp_path: Path) -> None:
