@@ -42,10 +42,14 @@ class RatioRule:
 
     def next_ratio(self, ratio: float, risk: float, risk_before: float) -> float:
         """Return kₜ₊₁; the ratio remains if a risk is unknown (NaN) or infinite."""
-        change = self.gain * (risk - risk_before)
+        change = risk - risk_before
         if math.isfinite(change):
-            ratio *= math.exp(min(max(change, -LARGEST_CHANGE), LARGEST_CHANGE))
-        return round(min(max(ratio, self.lowest), self.highest), DIGITS)
+            ratio *= math.exp(min(max(self.gain * change, -LARGEST_CHANGE), LARGEST_CHANGE))
+        return self.bounded(round(ratio, DIGITS))
+
+    def bounded(self, ratio: float) -> float:
+        """Return the nearest ratio within the bounds."""
+        return min(max(ratio, self.lowest), self.highest)
 
 
 class AdaptiveSelection(SelectionStrategy):
@@ -60,7 +64,7 @@ class AdaptiveSelection(SelectionStrategy):
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # scores and number of selected tokens
 
     def begin_step(self, ratio: float, next_ratio: float, ranking_pass: Callable[[], Sequence[TokenBatch]]) -> bool:
-        self.ratio = ratio if self.adapted is None else self.adapted
+        self.ratio = ratio if self.adapted is None else self.rule.bounded(self.adapted)  # a resume may change bounds
         return self.inner.begin_step(self.ratio, self.ratio, ranking_pass)
 
     def forward_grad_policy(

@@ -73,7 +73,7 @@ def select(tokens: TokenBatch, config: SelectionConfig, ratio: float) -> Selecti
 
 def selected_count(ratio: float, n_valid: Count) -> Count:
     """Return ⌈ratio · n_valid⌉ for the decimal number that the user typed, free of binary rounding; int64."""
-    share = Fraction(str(ratio)).limit_denominator(10**9)
+    share = Fraction(str(ratio)).limit_denominator(10**9) or Fraction(1, 10**9)
     return -(n_valid * -share.numerator // share.denominator)
 
 
@@ -107,9 +107,9 @@ def softmax_weight(
         temperature: T; the weights approach 1 as it grows.
         group: ranks that share the rankings.
     """
-    logits = (scores.double() / temperature).masked_fill(~selected, -torch.inf)
+    logits = scores.double().masked_fill(~selected, -torch.inf)
     highest = all_reduce_max(logits.amax(1), group)
-    exponentials = (logits - highest[:, None]).exp().masked_fill(~selected, 0.0)
+    exponentials = ((logits - highest[:, None]) / temperature).exp().masked_fill(~selected, 0.0)
     total = all_reduce_sum(exponentials.sum(1), group)
     return (exponentials * (n_selected / total.clamp(min=1))[:, None]).float()  # the highest score adds 1 to the total
 

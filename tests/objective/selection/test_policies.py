@@ -18,7 +18,7 @@ from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.exact import select
 from megatron_slm.objective.selection.forward_grad import build_forward_grad_policy
 from megatron_slm.objective.selection.policy import parse_policy
-from megatron_slm.objective.selection.strategies import ExactSelection
+from megatron_slm.objective.selection.strategies import ExactSelection, GlobalBatchSelection, PredictedSelection
 from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
@@ -78,6 +78,13 @@ def test_softmax_weights_of_large_scores_and_of_nothing() -> None:
     data["valid"] = torch.zeros_like(data["valid"])
     loss, gradient = run(data, "excess", "data-parallel", weight_temperature=1.0)
     assert float(loss.numerator) == 0 and bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30])
+def test_softmax_weights_at_the_lowest_temperatures(temperature: float) -> None:
+    """The highest score of each sequence has all of its weight."""
+    loss, gradient = run(make(), "excess", "sequence", weight_temperature=temperature)
+    assert bool(loss.numerator.isfinite()) and bool(gradient.isfinite().all())
 
 
 def test_different_weights_have_no_gradient_in_the_forward_pass() -> None:
@@ -187,6 +194,32 @@ def test_unknown_risk_keeps_the_ratio(risk: float) -> None:
     rule = RatioRule(gain=1.0, lowest=0.1, highest=1.0)
     assert rule.next_ratio(0.5, risk, 1.0) == rule.next_ratio(0.5, 1.0, risk) == 0.5
     assert (rule.next_ratio(0.5, 1e30, 0.0), rule.next_ratio(0.5, -1e30, 0.0)) == (1.0, 0.1)
+
+
+def test_small_bounds_and_large_gains_of_the_ratio() -> None:
+    small, steep = (RatioRule(gain, 1e-9, 0.8) for gain in (1.0, 1e308))
+    assert small.next_ratio(2e-9, -50.0, 0.0) == 1e-9, "rounding stays within the bounds"
+    assert (steep.next_ratio(0.5, 9.0, 1.0), steep.next_ratio(0.5, 1.0, 9.0)) == (0.8, 2.3e-5)
+
+
+def test_bounds_that_a_resume_changes_hold_from_its_first_step() -> None:
+    config = SelectionConfig(parse_policy("token-loss"))
+    strategy = AdaptiveSelection(ExactSelection(config, torch.device("cpu")), RatioRule(1.0, 0.3, 0.4))
+    strategy.load_state_dict({"ratio": 0.8, "risk": 1.0})
+    strategy.begin_step(0.35, 0.35, list)
+    assert strategy.ratio == 0.4
+
+
+def test_state_of_another_strategy_is_ignored() -> None:
+    """A resumed run may change --slm-threshold or --slm-ratio-gain."""
+    config, device = SelectionConfig(parse_policy("token-loss"), scope="global-batch"), torch.device("cpu")
+    adaptive = AdaptiveSelection(GlobalBatchSelection(config, device), RatioRule(1.0, 0.1, 1.0))
+    predicted = PredictedSelection(config, device)
+    before = predicted.state_dict()
+    predicted.load_state_dict({"ratio": 0.8, "risk": 1.0})
+    adaptive.load_state_dict(before)
+    assert repr(predicted.state_dict()) == repr(before), "values may be NaN"
+    assert adaptive.adapted is None and math.isnan(adaptive.risk)
 
 
 PREFIXES = ["data/web_text_document", "math", "other/math"]

@@ -66,6 +66,10 @@ def test_count_is_the_ceiling_of_the_decimal_that_was_typed(n_valid: int, millio
     assert int(selected_count(ratio, torch.tensor(n_valid))) == exact
 
 
+def test_lowest_ratios_select_a_token() -> None:
+    assert int(selected_count(1e-300, torch.tensor(100))) == 1 and int(selected_count(1e-300, torch.tensor(0))) == 0
+
+
 def test_count_is_free_of_binary_rounding() -> None:
     assert math.ceil(0.55 * 100) == 56  # result of float arithmetic
     assert int(selected_count(0.55, torch.tensor(100))) == 55
