@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from megatron_slm.analysis.curves import COLOURS
 from megatron_slm.analysis.run_files import RunFiles, Series
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import atomic_path
+from megatron_slm.runtime.files import atomic_path, check_output_file
 
 COLUMNS = 2  # of panels
 FEW = 30  # points of a line with markers
-SUFFIXES = (".png", ".svg", ".pdf")
+SUFFIXES = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and the metadata that names a program
+PROGRAM = "megatron_slm plot"
 LINE_STYLES = ("-", "--", ":", "-.")
 UNITS = {"loss": "nats per token", "seconds": "s", "tokens_per_second": "tokens/s", "tflops": "TFLOP/s per device"}
 DEFAULT_METRICS = ("loss", "eval/loss", "grad_norm", "lr", "share_selected", "threshold")
@@ -57,11 +58,15 @@ class Metric:
 
 
 def check_plot(path: str, flag: str) -> None:
-    """Raise ConfigError if the suffix of a plot is not that of a supported format, or its directory is missing."""
+    """Raise ConfigError if a plot cannot be written to ``path``, or its suffix is not that of a supported format."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{flag} {path}: the format is not known by its suffix. Use {', '.join(SUFFIXES)}.")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"{flag} {path}: the directory {Path(path).parent} does not exist. Create it.")
+    check_output_file(path, flag, is_ours=_is_plot)
+
+
+def _is_plot(path: Path) -> bool:
+    content = path.read_bytes()
+    return not content or PROGRAM.encode() in content
 
 
 def known_metrics(runs: Sequence[RunFiles]) -> list[str]:
@@ -94,8 +99,8 @@ def plot_metrics(
         _dress(panel, name, axis)
     for panel in panels.flat[len(metrics) :]:
         panel.set_visible(False)
-    with atomic_path(path, role) as temporary:
-        figure.savefig(temporary, dpi=130)
+    with atomic_path(path, role, is_ours=_is_plot) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={SUFFIXES[Path(path).suffix.lower()]: PROGRAM})
     plt.close(figure)
 
 

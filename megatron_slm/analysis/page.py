@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.runtime.files import IsOurs, check_replaceable, write_text
+from megatron_slm.runtime.files import IsOurs, check_output_file, write_text
 
 HTML_FLAG = "--html"
 SCRIPTS = {"selection": ("page.js", "search.js", "selection.js"), "report": ("page.js", "report.js")}
@@ -58,7 +58,7 @@ def page_test(name: str) -> IsOurs:
 
 def check_page(path: str, name: str) -> None:
     """Raise ConfigError if a page cannot be written to ``path``."""
-    check_replaceable(path, HTML_FLAG, is_ours=page_test(name))
+    check_output_file(path, HTML_FLAG, is_ours=page_test(name))
 
 
 def generator(name: str) -> str:

@@ -159,7 +159,7 @@ def _origin(run: RunFiles) -> str:
         return "" if run.origin is None else "from scratch"
     step = run.origin.get("step")
     kind = "weights of" if run.origin.get("weights_only") else "continues"
-    return f"{kind} {run.origin.get('path')}" + ("" if step is None else f", step {step:,}")
+    return f"{kind} {run.origin.get('path')}" + (f", step {step:,}" if isinstance(step, int) else "")
 
 
 def _steps(steps: Sequence[int]) -> str:
@@ -187,7 +187,8 @@ def _throughput(run: RunFiles) -> str:
 
 def _duration(run: RunFiles) -> str:
     """Return the sum of the step times; a log interval's record has the mean time of its steps."""
-    series, interval = run.series("seconds"), run.settings.get("log_interval") or 1
+    series, interval = run.series("seconds"), run.settings.get("log_interval")
+    interval = interval if isinstance(interval, int) else 1
     before = [0, *series.steps]
     seconds = [
         value * min(step - previous, interval)

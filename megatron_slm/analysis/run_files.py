@@ -94,7 +94,7 @@ def read_runs(paths: Sequence[str]) -> list[RunFiles]:
     Raises:
         ConfigError: a path is not that of a run.
     """
-    runs = [read_run(path) for path in dict.fromkeys(paths)]
+    runs = list({run.metrics.resolve(): run for run in map(read_run, dict.fromkeys(paths))}.values())
     names = [run.name for run in runs]
     return [
         run if names.count(run.name) == 1 else RunFiles(**{**vars(run), "name": str(run.metrics.parent)})
@@ -178,4 +178,5 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (isinstance(value, float) or abs(value) < 2**63)

@@ -73,12 +73,12 @@ def inspect(arguments: argparse.Namespace) -> None:
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.checkpoint.source import find_source
     from megatron_slm.runtime.console import make_console
-    from megatron_slm.runtime.files import check_replaceable, is_json_of, write_text
+    from megatron_slm.runtime.files import check_output_file, is_json_of, write_text
     from megatron_slm.training.provenance import Provenance
 
     is_ours = partial(is_json_of, kind=KIND)
     if arguments.json is not None:
-        check_replaceable(arguments.json, "--json", is_ours=is_ours)
+        check_output_file(arguments.json, "--json", is_ours=is_ours)
     tokenizer = find_source(arguments.load, arguments.ckpt_step, "--load").tokenizer()
     run = Provenance.open(arguments.load, arguments.ckpt_step, tokenizer)
     show = _show_step if arguments.step is not None else _show_document

@@ -44,15 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report of the command line."""
-    from megatron_slm.analysis.page import HTML_FLAG, check_page
+    from megatron_slm.analysis.page import check_page
     from megatron_slm.analysis.report_page import NAME, write_report
     from megatron_slm.analysis.run_files import read_runs
 
     runs = read_runs(arguments.runs)
     first = Path(arguments.runs[0])
     path = arguments.html or str((first if first.is_dir() else first.parent) / DEFAULT)
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"{HTML_FLAG} {path}: the directory {Path(path).parent} does not exist. Create it.")
     check_page(path, NAME)
     axis = arguments.x or ("tokens" if len(runs) > 1 else "steps")
     write_report(runs, path, axis=axis, usage={run.name: corpus_shares(run) for run in runs})
@@ -63,9 +61,9 @@ def corpus_shares(run: RunFiles) -> list[tuple[str, float | None]]:
     """Return the training corpora of a run with their shares of its samples, None if these depend on their sizes."""
     from megatron_slm.data.blends import normalized_weights, parse_blend
 
-    arguments = run.settings.get("train_data_path") or run.settings.get("data_path") or []
+    arguments = run.settings.get("train_data_path") or run.settings.get("data_path")
     try:
-        blend = parse_blend(list(map(str, arguments)))
+        blend = parse_blend(list(map(str, arguments)) if isinstance(arguments, list) else [])
     except ConfigError:
         return []
     weights = normalized_weights(blend)

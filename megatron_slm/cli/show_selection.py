@@ -177,17 +177,14 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     from megatron_slm.analysis.page import HTML_FLAG, page_test
     from megatron_slm.analysis.selection_page import NAME
     from megatron_slm.analysis.selection_view import JSON_FLAG, is_selection_file
-    from megatron_slm.runtime.files import check_replaceable
+    from megatron_slm.runtime.files import check_output_file
 
     if arguments.html and arguments.html == arguments.json:
         raise ConfigError(f"{HTML_FLAG} and {JSON_FLAG} are the same file. Choose another path for one of them.")
     tests = ((HTML_FLAG, arguments.html, page_test(NAME)), (JSON_FLAG, arguments.json, is_selection_file))
     for flag, path, is_ours in tests:
-        if path is None:
-            continue
-        if not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{flag} {path}: the directory {Path(path).parent} does not exist. Create it.")
-        check_replaceable(path, flag, is_ours=is_ours)
+        if path is not None:
+            check_output_file(path, flag, is_ours=is_ours)
 
 
 def choose_checkpoints(arguments: argparse.Namespace) -> tuple[list[Choice], ContextRule]:

@@ -13,7 +13,14 @@ from megatron_slm.inference.prompts import INPUT, PROMPT, STDIN, Prompt
 from megatron_slm.inference.sampling import Decoding
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_replaceable, explained_write, lock_output, write_all, write_bytes
+from megatron_slm.runtime.files import (
+    check_output_file,
+    check_replaceable,
+    explained_write,
+    lock_output,
+    write_all,
+    write_bytes,
+)
 
 FLAG = "--output"
 TEXT, KEY = "text", "generate_text"  # keys of a line, and of the first line of an unfinished file
@@ -30,11 +37,9 @@ def job_key(model: str, decoding: Decoding, prompts: Sequence[Prompt]) -> str:
 
 def check_output(path: str, source: str | None = None) -> None:
     """Raise ConfigError if the file has other content than generated texts, is ``source``, or has no directory."""
-    check_replaceable(path, FLAG, is_ours=_is_output)
+    check_output_file(path, FLAG, is_ours=_is_output)
     if source not in (None, STDIN) and Path(path).exists() and Path(path).samefile(source):
         raise ConfigError(f"{FLAG} {path} is the file of {INPUT}, which is not replaced. Choose another path.")
-    if not Path(path).resolve().parent.is_dir():
-        raise ConfigError(f"{FLAG} {path}: the directory {Path(path).parent} does not exist. Create it.")
     check_replaceable(partial_path(path), FLAG, is_ours=_is_partial)
 
 

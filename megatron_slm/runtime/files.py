@@ -98,6 +98,13 @@ def check_replaceable(path: str | Path, role: str = "the file", *, is_ours: IsOu
         )
 
 
+def check_output_file(path: str | Path, role: str, *, is_ours: IsOurs | None = None) -> None:
+    """Raise ConfigError if ``path`` may not be replaced, or has no directory; call it before long work."""
+    check_replaceable(path, role, is_ours=is_ours)
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"{role} {path}: the directory {Path(path).parent} does not exist. Create it.")
+
+
 def lock_output(file: IO[bytes], role: str) -> None:
     """Lock an output file until it is closed; close it and raise ConfigError if another process holds the lock."""
     try:

@@ -230,7 +230,8 @@ def recorded_samples(config: RunConfig, step: int, report: str | None) -> tuple[
 def _read_report(path: str) -> Record:
     try:
         content: Record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["kind"] != "replay" or not isinstance(content["samples"], list):
+        samples = [each[name] for each in content["samples"] for name in ("sample", "tokens", "selected")]
+        if content["kind"] != "replay" or not all(isinstance(number, int) for number in samples):
             raise ValueError("it is not a report of --replay-step")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error if isinstance(error, OSError) else "it is not a report of --replay-step"

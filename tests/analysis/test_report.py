@@ -100,6 +100,27 @@ def test_paths_that_are_no_runs_are_refused(tmp_path: Path) -> None:
         read_run(str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".pdf"])
+def test_plots_replace_their_own_files(suffix: str, tmp_path: Path) -> None:
+    argv = [str(make_run(tmp_path / "run", [record(1), record(2)])), "--metrics", "loss"]
+    for _ in range(2):
+        result = captured([*argv, "--output", str(tmp_path / f"plot{suffix}")], plot_main)
+        assert result.code == 0, result.errors
+
+
+def test_a_run_that_is_named_twice_is_shown_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(1)])
+    assert len(read_runs([str(run), f"{run}/", str(run / "metrics.jsonl")])) == 1
+
+
+def test_numbers_beyond_floating_point_and_settings_of_other_types_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(1, lr=10**400), record(2)])
+    assert read_run(str(run)).series("lr").steps == [2]
+    damaged = {"settings": {"data_path": 5, "log_interval": "x"}, "origin": {"step": "x"}}
+    (run / "slm_run.json").write_text(json.dumps(damaged))
+    assert captured([str(run)], report_main).code == 0
+
+
 def test_metrics_are_plotted_by_name(tmp_path: Path) -> None:
     runs = [
         str(make_run(tmp_path / name, [held_out(0, 6.0), *map(record, range(1, 4)), held_out(3, 5.0)], **SLM))
@@ -109,8 +130,13 @@ def test_metrics_are_plotted_by_name(tmp_path: Path) -> None:
     flags = ["--output", str(output), "--metrics", "loss", "eval/loss", "--x", "tokens", "--smoothing", "0.5"]
     result = captured([*runs, *flags], plot_main)
     assert result.code == 0 and "</svg>" in output.read_text(), result.errors
+    assert captured([*runs, *flags], plot_main).code == 0  # replaces its own file
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"\x89PNG of a camera")
     for flags, message in (
         (["--output", "x.gif"], "the format is not known by its suffix"),
+        (["--output", str(photo)], "was not written by megatron_slm"),
+        (["--output", str(tmp_path / "no" / "plot.png")], "does not exist. Create it"),
         (["--output", str(output), "--metrics", "los"], "no run has this metric. Did you mean loss?"),
         (["--output", str(output), "--smoothing", "1"], "must be at least 0 and below 1"),
     ):

@@ -117,6 +117,9 @@ def test_refusals(workspace: Path) -> None:
     report, other = workspace / "other.json", workspace / "text.json"
     report.write_text(json.dumps({"kind": "replay", "step": 4, "samples": []}), encoding="utf-8")
     other.write_text("text", encoding="utf-8")
+    broken = [workspace / f"broken-{number}.json" for number in range(3)]
+    for path, samples in zip(broken, (None, [1], [{"sample": 64, "tokens": "x", "selected": 1}]), strict=True):
+        path.write_text(json.dumps({"kind": "replay", "step": 5, "samples": samples}), encoding="utf-8")
     cases = [
         ([], "give one of --step N and --document"),
         (["--step", "1", "--document", "one:1"], "give one of --step N and --document"),
@@ -127,6 +130,8 @@ def test_refusals(workspace: Path) -> None:
         (["--document", "one_text_document:8"], "the documents 0 to 7"),
         (["--step", "5", "--replay-report", str(report)], "is the report of step 4"),
         (["--step", "5", "--replay-report", str(other)], "is not a report of --replay-step"),
+        *((["--step", "5", "--replay-report", str(path)], "is not a report of --replay-step") for path in broken),
+        (["--step", "5", "--json", str(workspace / "no" / "a.json")], "does not exist. Create it"),
         (["--step", "5", "--json", str(other)], "was not written by megatron_slm"),
     ]
     for (_, message), outcome in zip(cases, inspect(workspace, *(argv for argv, _ in cases)), strict=True):
