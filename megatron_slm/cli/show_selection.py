@@ -271,6 +271,8 @@ def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, 
     policy = arguments.slm_score or objective.slm_score
     if objective.objective == "clm" and arguments.slm_selection_ratio is None:
         notice(f"{label} was trained on all tokens; the selection is shown for {policy} with k = {ratio:g}")
+    if arguments.slm_selection_ratio is None and (objective.slm_ratio_gain or objective.slm_corpus_ratios):
+        notice(f"the ratio of {label} adapts or differs between corpora; the selection is shown with k = {ratio:g}")
     return Choice(path, step, source, label, config, policy, ratio)
 
 
