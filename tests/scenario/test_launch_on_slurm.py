@@ -206,6 +206,23 @@ def test_signalled_run_is_requeued_and_resumes(
 
 
 @pytest.mark.slow
+def test_slurm_signals_before_the_time_limit(
+    tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
+) -> None:
+    """The ranks are paused, since the run would end before the signal; Slurm continues them to deliver it."""
+    directory = tmp_path / "run"
+    limits = ["--time", "3", "--signal-time", "60"]
+    job = submit(directory, *TWO_NODES, *limits, *flags(corpus, slm_hang_timeout=0))
+    wait_for(lambda: has_steps(directory, 2), job)
+    for process in cluster.processes(job=job.job_id):
+        if process.name() != "srun" and "megatron_slm.pretrain" in process.cmdline():
+            process.suspend()
+    assert wait_for_end(job) == (0, "finished"), log_of(job)
+    assert "the run stopped before its end (SIGUSR1); requeueing job" in log_of(job)
+    assert losses(directory) == undisturbed
+
+
+@pytest.mark.slow
 def test_run_survives_a_failing_node(
     tmp_path: Path, cluster: SlurmCluster, corpus: str, undisturbed: list[tuple[Any, ...]]
 ) -> None:
