@@ -146,7 +146,7 @@ def test_suspended_run_continues(tmp_path: Path, corpus: str) -> None:
 
 
 def test_slow_rank_is_named(tmp_path: Path, corpus: str) -> None:
-    argv = settings(corpus, tmp_path / "run", train_iters=14)
+    argv = settings(corpus, tmp_path / "run", slm_hang_timeout=5, train_iters=24)  # a message per second, for 5 seconds
     codes, errors = finish(start(tmp_path, argv, "slow", 1), tmp_path)
     assert codes == [0, 0], errors
     assert "warning: slow ranks" in errors[0] and "rank 1 on " in errors[0] and "loading batches" in errors[0]
