@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -39,6 +40,7 @@ ReturnToService=2
 KillWait=10
 SlurmdParameters=config_overrides
 JobRequeue=1
+FirstJobId={first_job}
 """
 NODE = "NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 State=UNKNOWN\n"
 
@@ -138,7 +140,11 @@ class SlurmCluster:
         for name in ("state", *(f"spool-node{number}" for number in range(NODES))):
             (self.directory / name).mkdir()
         controller, *ports = free_ports(1 + NODES)
-        text = CONFIGURATION.format(host=host, controller=controller, directory=self.directory)
+        # The port of a job's ranks is derived from its number, and the nodes of all clusters share this machine's ports.
+        first_job = random.randrange(1, 1_000_000)
+        text = CONFIGURATION.format(
+            host=host, controller=controller, directory=self.directory, first_job=first_job
+        )
         text += "".join(NODE.format(number=number, host=host, port=port) for number, port in enumerate(ports))
         text += self.settings
         text += "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"

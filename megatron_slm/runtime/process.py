@@ -283,6 +283,11 @@ def claim_device(store: dist.Store, launch: Launch, device: str) -> None:
 
 def _not_joined(launch: Launch, timeout: timedelta, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "EADDRINUSE" in reason:
+        return (
+            f"rank {launch.rank} cannot serve the other ranks at {launch.address}:{launch.port}: another process on "
+            f"{socket.gethostname()} uses the port. Set MASTER_PORT to a free port for all ranks."
+        )
     return (
         f"the {launch.world_size} ranks did not meet at {launch.address}:{launch.port} within "
         f"{timeout.total_seconds() / 60:g} minutes ({reason}). Check that all {launch.world_size} processes were "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
@@ -131,6 +133,16 @@ def test_ranks_that_share_a_gpu_are_refused(devices: str, refused: int) -> None:
         errors = list(filter(None, pool.map(claim, range(len(devices)))))
     assert len(errors) == refused
     assert all("uses the same GPU as another rank. Start one process per GPU" in error for error in errors)
+
+
+def test_occupied_port_is_reported() -> None:
+    """As if two jobs on one node had the same port; without a wait for ranks which cannot come."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        launch = Launch("srun", 0, 2, 0, "127.0.0.1", other.getsockname()[1])
+        with pytest.raises(ConfigError, match=r"another process .* uses the port\. Set MASTER_PORT to a free port"):
+            process._join(launch, "gloo", torch.device("cpu"), timedelta(minutes=10))
 
 
 @pytest.mark.parametrize(
