@@ -140,11 +140,9 @@ class SlurmCluster:
         for name in ("state", *(f"spool-node{number}" for number in range(NODES))):
             (self.directory / name).mkdir()
         controller, *ports = free_ports(1 + NODES)
-        # The port of a job's ranks is derived from its number, and the nodes of all clusters share this machine's ports.
+        # Ranks meet at a port derived from the job's number, and all clusters share the ports of this machine.
         first_job = random.randrange(1, 1_000_000)
-        text = CONFIGURATION.format(
-            host=host, controller=controller, directory=self.directory, first_job=first_job
-        )
+        text = CONFIGURATION.format(host=host, controller=controller, directory=self.directory, first_job=first_job)
         text += "".join(NODE.format(number=number, host=host, port=port) for number, port in enumerate(ports))
         text += self.settings
         text += "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"

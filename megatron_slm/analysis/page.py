@@ -22,7 +22,7 @@ def write_page(path: str, name: str, title: str, data: dict[str, Any], *, conten
     """Write a page, atomically.
 
     Args:
-        name: name of the template in web/.
+        name: name of the template of the body in web/.
         title: plain text.
         data: JSON object for the script of the page.
         content: HTML of its main part.
@@ -42,13 +42,8 @@ def build_page(name: str, title: str, data: dict[str, Any], *, content: str = ""
         "content": content,
         "data": encoded,
     }
-    page = _resource(f"{name}.html")
-    pieces = page.split("{{")
-    filled = [pieces[0]]
-    for piece in pieces[1:]:
-        part, _, rest = piece.partition("}}")
-        filled += (parts[part], rest)
-    return "".join(filled).encode("utf-8", errors="replace").decode()
+    parts["body"] = _fill(f"{name}.html", parts)
+    return _fill("frame.html", parts).encode("utf-8", errors="replace").decode()
 
 
 def page_test(name: str) -> IsOurs:
@@ -75,6 +70,16 @@ def _is_page(name: str, path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(1024)
     return not head or f'content="{generator(name)}"'.encode() in head
+
+
+def _fill(template: str, parts: dict[str, str]) -> str:
+    """Return a template of web/ with its ``{{names}}`` replaced; parts are not searched for names."""
+    first, *pieces = _resource(template).split("{{")
+    filled = [first]
+    for piece in pieces:
+        name, _, rest = piece.partition("}}")
+        filled += (parts[name], rest)
+    return "".join(filled)
 
 
 def _resource(name: str) -> str:
