@@ -67,7 +67,8 @@ class Problem:
             reference = layout.reference().config
             if problems := inference_violations(reference, self.world_size):
                 raise ConfigError(f"reference model: {problems[0]}")
-        layout.device.peak(layout.precision) if layout.device.is_gpu else None
+        if layout.device.is_gpu:
+            layout.device.peak(layout.precision)  # raises ConfigError for a precision that the device lacks
         return layout
 
 
