@@ -110,13 +110,19 @@ def format_amount(number: float, unit: str) -> str:
     return f"{number / 1e6:,.1f} MB" if unit == BYTES else f"{number:,.0f} {unit}"
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """Format a rate per second: 151 tokens/s; below ten with two significant digits, such as 0.042 steps/s."""
+    is_small = unit != BYTES and 0 < rate < 10
+    return f"{rate:.2g} {unit}/s" if is_small else f"{format_amount(rate, unit)}/s"
+
+
 class _Rate(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{format_amount(task.speed, self.unit)}/s" if task.speed else "")
+        return Text(format_rate(task.speed, self.unit) if task.speed else "")
 
 
 class _RichProgress:
@@ -154,4 +160,4 @@ class _PlainProgress:
             remaining = max((self.total - self.done) / rate, 0.0) if rate else 0.0
             text += f" of {format_amount(self.total, self.unit)} ({self.done / self.total:.0%})"
             text += f", {format_duration(remaining)} left"
-        print_error(f"{text}, {format_amount(rate, self.unit)}/s")
+        print_error(f"{text}, {format_rate(rate, self.unit)}")

@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 
 from megatron_slm.runtime import console
-from megatron_slm.runtime.console import make_console, progress
+from megatron_slm.runtime.console import BYTES, format_rate, make_console, progress
 
 SCRIPT = """
 from megatron_slm.runtime.console import make_console, progress, warn
@@ -118,3 +118,18 @@ def test_byte_rates_are_in_megabytes(capsys: pytest.CaptureFixture[str], monkeyp
         bar.advance(1_000_000)
     [line] = capsys.readouterr().err.splitlines()  # the last amount is not repeated at the end
     assert line.startswith("reading: 1.0 MB of 4.0 MB (25%), ") and line.endswith(" MB/s")
+
+
+@pytest.mark.parametrize(
+    ("rate", "unit", "text"),
+    [
+        (0.0416, "steps", "0.042 steps/s"),
+        (3.14, "documents", "3.1 documents/s"),
+        (9.96, "steps", "10 steps/s"),
+        (1234.5, "tokens", "1,234 tokens/s"),
+        (0.0, "tokens", "0 tokens/s"),
+        (3.4e6, BYTES, "3.4 MB/s"),
+    ],
+)
+def test_slow_rates_have_digits(rate: float, unit: str, text: str) -> None:
+    assert format_rate(rate, unit) == text
