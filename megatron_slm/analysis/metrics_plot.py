@@ -12,12 +12,15 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from megatron_slm.analysis.curves import COLOURS
-from megatron_slm.analysis.run_files import RunFiles, Series
+from megatron_slm.analysis.metric_columns import Series
+from megatron_slm.analysis.run_files import RunFiles
+from megatron_slm.analysis.svg_chart import Line, reduce_points
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import atomic_path, check_output_file
 
 COLUMNS = 2  # of panels
 FEW = 30  # points of a line with markers
+MAX_POINTS = 2000  # per line; longer lines are means with a band from the lowest to the highest value
 SUFFIXES = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and the metadata that names a program
 PROGRAM = "megatron_slm plot"
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -54,7 +57,7 @@ class Metric:
         else:
             names = [name for name in run.sets(self.kind) if self.held_out in (None, name)]
             found = [(name, run.series(self.name, self.kind, name)) for name in names]
-        return [(label, series) for label, series in found if series.values]
+        return [(label, series) for label, series in found if len(series)]
 
 
 def check_plot(path: str, flag: str) -> None:
@@ -109,19 +112,21 @@ def _draw_lines(panel: Axes, metric: Metric, runs: Sequence[RunFiles], axis: str
     for number, run in enumerate(runs):
         for style, (label, series) in enumerate(metric.lines(run)):
             color = COLOURS[(number if len(runs) > 1 else style) % len(COLOURS)]
-            x = np.array(series.tokens if axis == "tokens" else series.steps, float)
-            values = np.array(series.values)
-            if smoothing:
-                panel.plot(x, values, color=color, alpha=0.25, linewidth=0.8)
-                values = smooth(values, smoothing)
+            x = series.tokens if axis == "tokens" else series.steps
+            values = smooth(series.values, smoothing) if smoothing else series.values
+            raw, points = (reduce_points(Line(label, x, each), MAX_POINTS) for each in (series.values, values))
+            if raw.is_reduced:
+                panel.fill_between(raw.x, raw.low, raw.high, color=color, alpha=0.25, linewidth=0)
+            elif smoothing:
+                panel.plot(raw.x, raw.y, color=color, alpha=0.25, linewidth=0.8)
             panel.plot(
-                x,
-                values,
+                points.x,
+                points.y,
                 color=color,
                 label=" ".join(part for part in (run.name if len(runs) > 1 else "", label) if part),
                 linestyle=LINE_STYLES[style % len(LINE_STYLES)],
                 linewidth=1.4,
-                marker="o" if len(x) <= FEW else None,
+                marker="o" if len(points.x) <= FEW else None,
                 markersize=3,
             )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from megatron_slm.analysis.metric_columns import Series
 from megatron_slm.analysis.page import write_page
-from megatron_slm.analysis.run_files import RunFiles, Series, tokens_of
+from megatron_slm.analysis.run_files import RunFiles
 from megatron_slm.analysis.svg_chart import BOX, Chart, Line, draw_chart
 from megatron_slm.config.recipe import to_flat_dict
 from megatron_slm.config.schema import RunConfig
@@ -60,15 +62,14 @@ def write_report(runs: Sequence[RunFiles], path: str, *, axis: str, usage: Usage
 def _charts(runs: Sequence[RunFiles], axis: str) -> Iterator[Chart]:
     """Yield the charts that have values."""
     for chart in _all_charts(runs, axis):
-        if any(map(math.isfinite, (value for line in chart.lines for value in line.y))):
+        if any(line.has_values for line in chart.lines):
             yield chart
 
 
 def _all_charts(runs: Sequence[RunFiles], axis: str) -> Iterator[Chart]:
     if len(runs) == 1:
         [run] = runs
-        selects = run.series("loss_unselected").values
-        names = LOSS_NAMES if selects else {"loss_all": "all tokens"}
+        names = LOSS_NAMES if len(run.series("loss_unselected")) else {"loss_all": "all tokens"}
         lines = [_line(label, run.series(metric), axis) for metric, label in names.items()]
         yield Chart("training loss (nats per token)", lines, axis, _marks(run, axis))
     else:
@@ -112,7 +113,7 @@ def _line(label: str, series: Series, axis: str) -> Line:
 
 def _marks(run: RunFiles, axis: str) -> list[tuple[float, str]]:
     """Return the steps of events, as positions on the axis."""
-    tokens = {record["step"]: tokens_of(record) for record in run.records}
+    tokens = run.columns.tokens_by_step() if run.events else {}
     return [
         (tokens.get(event["step"], 0) if axis == TOKENS else event["step"], str(event.get("message", "")))
         for event in run.events
@@ -168,34 +169,30 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def _last(metric: str) -> Callable[[RunFiles], str]:
-    return lambda run: f"{values[-1]:.4f}" if (values := run.series(metric).values) else ""
+    return lambda run: f"{series.values[-1]:.4f}" if len(series := run.series(metric)) else ""
 
 
 def _held_out(name: str) -> Callable[[RunFiles], str]:
     def value(run: RunFiles) -> str:
         series = run.series("loss", "eval", name)
-        finite = [each for each in series.values if math.isfinite(each)]
-        return f"{series.values[-1]:.4f} (lowest {min(finite):.4f})" if finite else ""
+        finite = series.values[np.isfinite(series.values)]
+        return f"{series.values[-1]:.4f} (lowest {finite.min():.4f})" if len(finite) else ""
 
     return value
 
 
 def _throughput(run: RunFiles) -> str:
-    values = sorted(filter(math.isfinite, run.series("tokens_per_second").values))
-    return f"{values[len(values) // 2]:,.0f}" if values else ""
+    values = run.series("tokens_per_second").values
+    values = np.sort(values[np.isfinite(values)])
+    return f"{values[len(values) // 2]:,.0f}" if len(values) else ""
 
 
 def _duration(run: RunFiles) -> str:
     """Return the sum of the step times; a log interval's record has the mean time of its steps."""
     series, interval = run.series("seconds"), run.settings.get("log_interval")
     interval = interval if isinstance(interval, int) else 1
-    before = [0, *series.steps]
-    seconds = [
-        value * min(step - previous, interval)
-        for value, step, previous in zip(series.values, series.steps, before, strict=False)
-        if math.isfinite(value)
-    ]
-    return format_duration(math.fsum(seconds)) if seconds else ""
+    steps = np.minimum(np.diff(series.steps, prepend=0), interval)
+    return format_duration(float(np.nansum(series.values * steps))) if np.isfinite(series.values).any() else ""
 
 
 def _events(runs: Sequence[RunFiles]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.analysis.metric_columns import Metrics, Record, Series
 from megatron_slm.config.checkpoint_files import CONFIG_FILE
 from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
@@ -20,16 +20,6 @@ from megatron_slm.runtime.metrics_file import is_foreign, read_records
 
 RECORD_FILE = "slm_run.json"
 RUN_REMEDY = "Give the --save directory of a run, or its metrics file."
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Series:
-    """Values of one metric; NaN for values that are not finite."""
-
-    steps: list[int]
-    tokens: list[int]
-    values: list[float]
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,7 @@ class RunFiles:
 
     name: str
     metrics: Path
-    records: Sequence[Record]  # by step; of repeated steps the last
+    columns: Metrics
     events: Sequence[Record]  # spikes and NaN
     settings: dict[str, Any]  # empty if the run has saved none
     environment: dict[str, Any]  # of the latest start; empty if it is not recorded
@@ -48,35 +38,25 @@ class RunFiles:
 
     def series(self, metric: str, kind: str = "train", name: str | None = None) -> Series:
         """Return one metric of a kind of record, of the set ``name`` for evaluations, from the records that have it."""
-        found = [
-            (record["step"], tokens_of(record), record[metric])
-            for record in self.records
-            if record["kind"] == kind and record.get("set") == name and _is_number(record.get(metric))
-        ]
-        values = [value if math.isfinite(value) else math.nan for _, _, value in found]
-        return Series([step for step, _, _ in found], [tokens for _, tokens, _ in found], values)
+        return self.columns.series(metric, kind, name)
 
     def sets(self, kind: str = "eval") -> list[str]:
         """Return the names of the validation sets or benchmarks, in the order of the file."""
-        found = (record for record in self.records if record["kind"] == kind and "set" in record)
-        return list(dict.fromkeys(str(record["set"]) for record in found))
+        return self.columns.sets(kind)
 
     def metric_names(self, kind: str = "train") -> list[str]:
         """Return the names of all numeric metrics of a kind of record, except step and tokens."""
-        found = (
-            name for record in self.records if record["kind"] == kind for name in record if _is_number(record[name])
-        )
-        return [name for name in dict.fromkeys(found) if name not in ("step", "tokens")]
+        return self.columns.names(kind)
 
     @property
     def step(self) -> int:
         """Return the last step of the metrics."""
-        return self.records[-1]["step"] if self.records else 0
+        return self.columns.step
 
     @property
     def tokens(self) -> int:
         """Return the tokens that the run had read at the last step of the metrics."""
-        return tokens_of(self.records[-1]) if self.records else 0
+        return self.columns.tokens
 
     @property
     def updated(self) -> str:
@@ -129,7 +109,7 @@ def read_run(path: str) -> RunFiles:
     return RunFiles(
         name=directory.resolve().name if metrics.name == METRICS_FILE else metrics.stem,
         metrics=metrics,
-        records=_latest(read_records(metrics)),
+        columns=Metrics(read_records(metrics)),
         events=[event for event in read_records(events) if event["kind"] == "event"],
         settings=settings,
         environment=_mapping(record.get("environment")),
@@ -137,18 +117,6 @@ def read_run(path: str) -> RunFiles:
         checkpoints=list(checkpoints),
         notes=notes,
     )
-
-
-def tokens_of(record: Record) -> int:
-    """Return the tokens that a run had read before a record; 0 if they are not recorded."""
-    tokens = record.get("tokens")
-    return tokens if isinstance(tokens, int) else 0
-
-
-def _latest(records: Sequence[Record]) -> list[Record]:
-    """Return the last record of every step, kind and set, in the order of their steps."""
-    unique = {(record["step"], record["kind"], str(record.get("set"))): record for record in records}
-    return sorted(unique.values(), key=lambda record: record["step"])
 
 
 def _saved_settings(checkpoints: dict[int, Path], notes: list[str]) -> dict[str, Any]:
@@ -175,8 +143,3 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and (isinstance(value, float) or abs(value) < 2**63)

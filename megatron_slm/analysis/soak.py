@@ -235,7 +235,7 @@ def verify_checkpoint(save: Path, step: int) -> None:
 
 def differences(save: Path, undisturbed: Path, steps: int) -> list[str]:
     """Return a message for every difference of the metrics of two runs, except times."""
-    ours, theirs = (read_records(directory / METRICS_FILE) for directory in (save, undisturbed))
+    ours, theirs = (list(read_records(directory / METRICS_FILE)) for directory in (save, undisturbed))
     found = []
     for kind, names in (("train", REPRODUCIBLE), ("eval", EVALUATED)):
         one, other = ([record for record in records if record["kind"] == kind] for records in (ours, theirs))

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 38  # margins
 BOX = (LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM)  # of the curves: left, right, top, bottom
@@ -22,8 +25,13 @@ class Line:
     """Represent one curve; NaN interrupts it."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | NDArray[np.generic]
+    y: Sequence[float] | NDArray[np.float64]
+
+    @property
+    def has_values(self) -> bool:
+        """Return whether a value is finite."""
+        return bool(np.isfinite(self.y).any())
 
 
 @dataclass(frozen=True)
@@ -47,21 +55,24 @@ class Points:
 
     @property
     def is_reduced(self) -> bool:
-        """Return whether points are means of several values."""
-        return self.low != self.high
+        """Return whether points are means of different values."""
+        return any(low < high for low, high in zip(self.low, self.high, strict=True))
 
 
 def reduce_points(line: Line, limit: int = MAX_POINTS) -> Points:
     """Return the line itself, or the mean, lowest and highest value of equally many points each."""
-    size = max(1, math.ceil(len(line.x) / limit))
-    x, y, low, high = list[float](), list[float](), list[float](), list[float]()
-    for start in range(0, len(line.x), size):
-        values = [value for value in line.y[start : start + size] if math.isfinite(value)]
-        x.append(line.x[min(start + size, len(line.x)) - 1])
-        y.append(math.fsum(values) / len(values) if values else math.nan)
-        low.append(min(values, default=math.nan))
-        high.append(max(values, default=math.nan))
-    return Points(x, y, low, high)
+    x, y = np.asarray(line.x), np.asarray(line.y, float)
+    size = max(1, math.ceil(len(x) / limit))
+    starts = np.arange(0, len(x), size)
+    finite = np.isfinite(y)
+    low = np.minimum.reduceat(np.where(finite, y, np.inf), starts)
+    high = np.maximum.reduceat(np.where(finite, y, -np.inf), starts)
+    count = np.add.reduceat(finite, starts, dtype=int)
+    with np.errstate(over="ignore"):
+        mean = np.add.reduceat(np.where(finite, y, 0.0), starts) / np.maximum(count, 1)
+    mean = np.clip(mean, np.minimum(low, high), np.maximum(low, high))  # of a sum that overflows
+    mean, low, high = (np.where(count, values, np.nan).tolist() for values in (mean, low, high))
+    return Points(x[np.minimum(starts + size, len(x)) - 1].tolist(), mean, low, high)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -86,7 +97,7 @@ def short_number(value: float) -> str:
 
 def draw_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
     """Return a chart as HTML, and its points for the script."""
-    lines = [(line.label, reduce_points(line)) for line in chart.lines if any(map(math.isfinite, line.y))]
+    lines = [(line.label, reduce_points(line)) for line in chart.lines if line.has_values]
     title = html.escape(chart.title)
     if not lines:
         return f'<figure class="chart"><figcaption>{title}</figcaption><p>no values</p></figure>', {}

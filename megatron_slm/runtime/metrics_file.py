@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
 
 def evaluated_sets(path: Path | None, step: int) -> set[tuple[str, str]]:
     """Return the kind and name of every validation set and benchmark that a metrics file has after ``step``."""
-    records = [record for record in read_records(path) if record["step"] == step and "set" in record]
+    records = (record for record in read_records(path) if record["step"] == step and "set" in record)
     return {(record["kind"], record["set"]) for record in records}
 
 
@@ -54,12 +55,12 @@ def training_record(path: Path | None, step: int) -> dict[str, Any] | None:
     return found[-1] if found else None
 
 
-def read_records(path: Path | None) -> list[dict[str, Any]]:
-    """Return all complete records of a metrics file; none if there is no file, and of a device or pipe."""
+def read_records(path: Path | None) -> Iterator[dict[str, Any]]:
+    """Yield all complete records of a metrics file; none if there is no file, and of a device or pipe."""
     if path is None or is_stream(path) or not path.exists():
-        return []
+        return
     with path.open("rb") as file:
-        return [record for record in map(_record, file) if record is not None]
+        yield from (record for record in map(_record, file) if record is not None)
 
 
 def is_foreign(path: Path) -> bool:

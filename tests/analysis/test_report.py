@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slm.analysis.metric_columns import Metrics
 from megatron_slm.analysis.metrics_plot import smooth
 from megatron_slm.analysis.run_files import read_run, read_runs
 from megatron_slm.analysis.svg_chart import Chart, Line, draw_chart, reduce_points, short_number, ticks
@@ -72,7 +73,9 @@ def test_runs_without_threshold_checkpoint_or_complete_lines(tmp_path: Path) -> 
     assert "lowest selected score" not in page and "has saved no settings yet" in page and "n1" in page
     first, second = read_runs([str(active), str(empty)])
     assert [first.name, second.name] == [str(active), str(empty)]  # equal names are distinguished
-    assert first.series("loss_all").values[0] == 4.5 and math.isnan(first.series("loss_all").values[1])
+    assert (
+        first.step == 3 and first.series("loss_all").values[0] == 4.5 and math.isnan(first.series("loss_all").values[1])
+    )
 
 
 def test_a_run_without_a_checkpoint_has_the_settings_of_its_start(tmp_path: Path) -> None:
@@ -151,6 +154,22 @@ def test_long_lines_keep_their_extremes() -> None:
     assert len(points.x) == 100 and max(points.high) == 9.0 and points.x[-1] == 1999
     figure, data = draw_chart(Chart("<loss>", [Line("a", list(range(2000)), values)], "steps"))
     assert "&lt;loss&gt;" in figure and 'class="band c0"' in figure and data["lines"][0]["x"][-1] == 1999
+
+
+def test_values_that_are_nan_or_huge_are_reduced() -> None:
+    points = reduce_points(Line("loss", range(6), [math.nan, math.nan, 1e308, 1.7e308, 2.0, math.nan]), 3)
+    assert points.x == [1, 3, 5] and math.isnan(points.y[0]) and points.y[1:] == [1.7e308, 2.0]
+    assert points.is_reduced and not reduce_points(Line("loss", [1, 2], [math.nan, 3.0])).is_reduced
+    assert reduce_points(Line("loss", [], [])).x == []
+
+
+def test_the_last_record_of_a_repeated_step_counts() -> None:
+    records = [record(1), record(3, lr=0.3), record(2, lr=0.2), record(3, lr=None), record(2, lr=0.4), record(2**70)]
+    metrics = Metrics([*records, {"kind": "eval", "step": 4, "tokens": 2**70, "set": None, "loss": 5}])
+    series = metrics.series("lr", "train", None)
+    assert (series.steps.tolist(), series.tokens.tolist(), series.values.tolist()) == ([1, 2], [64, 128], [1e-3, 0.4])
+    assert metrics.series("loss", "train", None).steps.tolist() == [1, 2, 3]
+    assert (metrics.step, metrics.tokens, metrics.sets("eval")) == (4, 0, [])
 
 
 def test_charts_of_few_values() -> None:
