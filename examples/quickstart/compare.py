@@ -1,7 +1,8 @@
 """Train the variants of studies with three seeds, and write tables and plots: ``make compare``.
 
-``python examples/quickstart/compare.py STUDY ...`` runs other studies of ``studies.py``. Runs of one rank are trained
-two in parallel, which is faster on two cores than one run of two processes. Scopes use two ranks with half the
+``python examples/quickstart/compare.py STUDY ...`` runs other studies of ``studies.py``; ``--seeds 1 2`` trains fewer
+seeds, and a later call with all of them continues. Runs of one rank are trained two in parallel, or ``--parallel N``,
+which is faster on two cores than one run of two processes. Scopes use two ranks with half the
 micro-batch, so that each scope ranks a different number of tokens. Re-running continues with unfinished runs.
 """
 
@@ -17,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import stages
-from studies import BASE, BASE_STEPS, COMPARISON, REFERENCES, STUDIES, Study, Variant
+from studies import BASE, BASE_STEPS, COMPARISON, RATIO, REFERENCES, STUDIES, Study, Variant
+from study_corpora import prepare
 
 from megatron_slm.analysis.curves import Curve, plot_comparison, plot_trade_off, write_curves
 from megatron_slm.analysis.summary import comparison_table, speedup
@@ -31,31 +33,38 @@ SEEDS = (1, 2, 3)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run studies, and write their tables and plots.")
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; default make compare's")
-    names = parser.parse_args(argv).studies or COMPARISON
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED", help="default 1 2 3")
+    parser.add_argument("--parallel", type=int, default=2, metavar="N", help="runs of one rank to train in parallel")
+    arguments = parser.parse_args(argv)
+    names, seeds = arguments.studies or COMPARISON, sorted(set(arguments.seeds))
     if unknown := sorted(set(names) - set(STUDIES)):
         parser.error(f"unknown study {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+    if min(arguments.parallel, *seeds) < 1:
+        parser.error("--parallel and --seeds must be at least 1")
     os.chdir(stages.ROOT)
     directory = stages.FOLDER
+    variants = {name: variant for study in names for name, variant in STUDIES[study].variants.items()}
     try:
-        train_all(directory, {name: variant for study in names for name, variant in STUDIES[study].variants.items()})
+        train_all(directory, variants, seeds, arguments.parallel)
     except stages.StageFailed as failure:
         return failure.code
     for name in names:
-        report(directory, name, STUDIES[name])
+        report(directory, name, STUDIES[name], seeds)
     print(f"tables and plots: {RESULTS}")
     return 0
 
 
-def train_all(directory: Path, variants: dict[str, Variant]) -> None:
-    """Train the base, the reference models and every variant with every seed, with at most two ranks in parallel."""
+def train_all(directory: Path, variants: dict[str, Variant], seeds: Sequence[int], parallel: int) -> None:
+    """Train the base, the reference models and every variant with every seed, ``parallel`` runs of one rank."""
     stages.prepare_data(directory)
     stages.train(directory, BASE, "raw_train", ["--train-iters", str(BASE_STEPS)])
     for name in dict.fromkeys(variant.reference for variant in variants.values() if variant.reference):
         train_reference(directory, name)
-    runs = sorted(((seed, name) for seed in SEEDS for name in variants), key=lambda run: variants[run[1]].ranks)
+    prepare(directory, (name for variant in variants.values() for name in variant.blend), RATIO)
+    runs = sorted(((seed, name) for seed in seeds for name in variants), key=lambda run: variants[run[1]].ranks)
     single = sum(variants[name].ranks == 1 for _, name in runs)
     with progress("runs", len(runs), "runs") as bar:
-        for chosen, parallel_runs in ((runs[:single], 2), (runs[single:], 1)):
+        for chosen, parallel_runs in ((runs[:single], parallel), (runs[single:], 1)):
             with ThreadPoolExecutor(parallel_runs) as pool:
                 for _ in pool.map(lambda run: train_one(directory, run[1], variants[run[1]], run[0]), chosen):
                     bar.advance()
@@ -86,22 +95,24 @@ def train_one(directory: Path, name: str, variant: Variant, seed: int) -> None:
     flags += ["--eval-interval", str(variant.steps // 8), "--eval-iters", "8"]
     if variant.reference:
         flags += ["--reference-load", str(directory / variant.reference)]
-    command = stages.training_command(directory, run.name, "raw_train", flags, processes=variant.ranks)
-    log = run.with_suffix(".log")
+    command = stages.training_command(directory, run.name, variant.blend, flags, processes=variant.ranks)
+    log = run.with_name(f"{run.name}.log")
     settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
     start = time.monotonic()
     stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log))
     print(f"   {run.name}: {format_duration(time.monotonic() - start)}, log in {log}", flush=True)
 
 
-def report(directory: Path, name: str, study: Study) -> None:
+def report(directory: Path, name: str, study: Study, seeds: Sequence[int]) -> None:
     """Write the curves, the table and the plot of a study, and print the table."""
-    curves = held_out_curves(directory, study.variants)
+    curves = held_out_curves(directory, study.variants, seeds)
     RESULTS.mkdir(exist_ok=True)
     write_curves(curves, RESULTS / f"{name}.json")
     text = comparison_table(curves, study.baseline)
     if {"CLM", "SLM"} <= set(study.variants):
         text += f"\n\n{speedup(curves, 'SLM', 'CLM')}"
+    if len(seeds) < len(SEEDS):
+        text += f"\n\nSeeds: {', '.join(map(str, seeds))}."
     write_text(RESULTS / f"{name}.md", f"{text}\n")
     print(f"\n{name}\n\n{text}")
     if study.plot:
@@ -110,11 +121,11 @@ def report(directory: Path, name: str, study: Study) -> None:
         shutil.copy(RESULTS / f"{name}.png", directory / f"{name}.png")
 
 
-def held_out_curves(directory: Path, variants: Iterable[str]) -> list[Curve]:
+def held_out_curves(directory: Path, variants: Iterable[str], seeds: Sequence[int]) -> list[Curve]:
     return [
         Curve(name, seed, held_out, *stages.held_out_losses(run_directory(directory, name, seed), held_out))
         for name in variants
-        for seed in SEEDS
+        for seed in seeds
         for held_out in ("clean", "raw")
     ]
 

@@ -69,7 +69,7 @@ def show(console: Console, plot: Path) -> None:
     console.print(f"plot     {plot}\ndata     {FOLDER / 'data'}\nmetrics  {FOLDER}/*/metrics.jsonl", highlight=False)
     console.print("\nnext: compare SLM with plain training and random selection, three seeds each:\n  make compare")
     console.print("or train θ on other tokens, for example the 40 % with the highest excess loss:")
-    again = stages.training_command(FOLDER, "slm-40", "raw_train", [], 1)[1:]
+    again = stages.training_command(FOLDER, "slm-40", ["raw_train"], [], 1)[1:]
     flags = f"--train-iters {STEPS} --load runs/quickstart/base --finetune --objective slm --slm-selection-ratio 0.4 "
     flags += "--reference-load runs/quickstart/rm"
     shown = " ".join(again).replace(f"{stages.ROOT}/", "")

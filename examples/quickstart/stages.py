@@ -67,8 +67,12 @@ def prepare_data(directory: Path, vocab_size: int = 4096) -> None:
     tokenizer = [sys.executable, "tools/train_tokenizer.py", "--input", *texts, "--vocab-size", str(vocab_size)]
     tokenizer += ["--output-prefix", str(directory / "tokenizer")]
     stage("tokenizer", data, tokenizer, lambda: run(tokenizer))
-    model = str(directory / "tokenizer.model")
-    tokenize(data, ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model])
+    tokenize(data, tokenizer_flags(directory))
+
+
+def tokenizer_flags(directory: Path) -> list[str]:
+    """Return the flags of the quickstart's tokenizer."""
+    return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(directory / "tokenizer.model")]
 
 
 def prepare_texts(data: Path) -> None:
@@ -76,11 +80,11 @@ def prepare_texts(data: Path) -> None:
     stage("corpora", data, [(HERE / "corpora.py").read_text(encoding="utf-8")], lambda: build_corpora(data))
 
 
-def tokenize(data: Path, tokenizer_flags: Sequence[str]) -> None:
-    """Write the ``.bin/.idx`` files of all corpora."""
-    for name in CORPORA:
+def tokenize(data: Path, tokenizer: Sequence[str], names: Sequence[str] = CORPORA) -> None:
+    """Write the ``.bin/.idx`` files of corpora."""
+    for name in names:
         command = [sys.executable, "tools/preprocess_data.py", "--input", str(data / f"{name}.jsonl")]
-        command += ["--output-prefix", str(data / name), *tokenizer_flags, "--append-eod", "--workers", "2"]
+        command += ["--output-prefix", str(data / name), *tokenizer, "--append-eod", "--workers", "2"]
         stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
 
 
@@ -89,7 +93,16 @@ def corpus(directory: Path, name: str) -> str:
     return str(directory / "data" / f"{name}_text_document")
 
 
-def training_command(directory: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int) -> list[str]:
+def blend_arguments(directory: Path, blend: Sequence[str]) -> list[str]:
+    """Return the arguments of ``--data-path`` for one corpus, or for weights and corpora in turn."""
+    weights = () if len(blend) == 1 else blend[::2]
+    paths = [corpus(directory, name) for name in (blend[1::2] if weights else blend)]
+    return [each for pair in zip(weights, paths, strict=True) for each in pair] if weights else paths
+
+
+def training_command(
+    directory: Path, name: str, blend: Sequence[str], flags: Sequence[str], processes: int
+) -> list[str]:
     """Return the command of one training run, saved in ``directory/name``."""
     launcher = [sys.executable]
     if processes > 1:
@@ -97,7 +110,7 @@ def training_command(directory: Path, name: str, corpus_name: str, flags: Sequen
     return [
         *launcher,
         *("-m", "megatron_slm.pretrain", "--config", str(MODEL)),
-        *("--tokenizer-model", str(directory / "tokenizer.model"), "--data-path", corpus(directory, corpus_name)),
+        *("--tokenizer-model", str(directory / "tokenizer.model"), "--data-path", *blend_arguments(directory, blend)),
         *("--valid-data-path", f"clean={corpus(directory, 'clean_valid')}", f"raw={corpus(directory, 'raw_valid')}"),
         *("--data-cache-path", str(directory / "cache"), "--save", str(directory / name)),
         "--slm-overwrite-save",  # replaces the run of a stage whose settings changed
@@ -107,7 +120,7 @@ def training_command(directory: Path, name: str, corpus_name: str, flags: Sequen
 
 def train(directory: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int = 2) -> None:
     """Train one run, unless it is already complete."""
-    command = training_command(directory, name, corpus_name, flags, processes)
+    command = training_command(directory, name, [corpus_name], flags, processes)
     settings = [*command[1:], MODEL.read_text(encoding="utf-8")]
     stage(f"train {name}", directory / name, settings, lambda: run(command, env=single_threaded()))
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-BASE = "compare-base"
+BASE, REFERENCE = "compare-base", "compare-rm"
 BASE_STEPS, STEPS, SCOPE_STEPS = 100, 160, 80
-SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
+RATIO = 0.6
+SELECTED_STEPS = round(RATIO * STEPS)  # steps of as many tokens as SLM selects
+POOL, SELECTED = "raw_pool", "raw_selected"  # documents to select from, and those selected (study_corpora.py)
+GENERAL = ("6", "general_text", "3", "general_code", "1", "clean_train")  # mix of section 3.1
+SLM = ("--objective", "slm", "--slm-selection-ratio", str(RATIO))
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Variant:
-    """Represent a compared variant: its flags, reference model, ranks and steps."""
+    """Represent a compared variant: its flags, reference model, ranks, steps and corpora."""
 
     flags: Sequence[str]
-    reference: str | None = "compare-rm"
+    reference: str | None = REFERENCE
     ranks: int = 1
     steps: int = STEPS
+    blend: Sequence[str] = ("raw_train",)  # one corpus, or weights and corpora in turn
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Study:
 
 REFERENCES = {
     # three passes over the clean corpus (section 3.1): 3 x 1.69 million tokens / 4,096
-    "compare-rm": Reference("clean_train", 1242),
+    REFERENCE: Reference("clean_train", 1242),
     # a third of the raw corpus: self-reference (appendix H)
     "compare-raw-rm": Reference("raw_train", 360),
     # a sixth of θ's parameters without embeddings (appendix I)
@@ -67,7 +72,7 @@ SCOPES["SLM, global-batch, predicted"] = replace(
 )
 
 
-def _ratio(ratio: float, *flags: str, reference: str | None = "compare-rm") -> Variant:
+def _ratio(ratio: float, *flags: str, reference: str | None = REFERENCE) -> Variant:
     return Variant(("--objective", "slm", "--slm-selection-ratio", str(ratio), *flags), reference)
 
 
@@ -125,6 +130,22 @@ STUDIES = {
         },
         "CLM",
         "trade-off",
+    ),
+    # whole documents instead of tokens; CLM on as many tokens as SLM selects
+    "document": Study(
+        {
+            **OBJECTIVES,
+            f"CLM, {SELECTED_STEPS} steps": replace(OBJECTIVES["CLM"], steps=SELECTED_STEPS),
+            "documents": replace(OBJECTIVES["CLM"], steps=SELECTED_STEPS, blend=(SELECTED,)),
+        },
+        "CLM",
+        "curves",
+    ),
+    # section 3.1: text, code and mathematics 6:3:1
+    "general": Study(
+        {f"{name}, general": replace(variant, blend=GENERAL) for name, variant in OBJECTIVES.items()},
+        "CLM, general",
+        "curves",
     ),
     # appendix I
     "weak-to-strong": Study(

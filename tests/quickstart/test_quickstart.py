@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples" / "quickstart"))
@@ -16,6 +17,7 @@ import compare
 import corpora
 import stages
 import studies
+import study_corpora
 
 from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages, plot_trade_off, write_curves
 from megatron_slm.analysis.summary import comparison_table, speedup, tokens_to_reach
@@ -106,9 +108,71 @@ def test_studies_share_variants_and_have_their_baseline() -> None:
         for name, variant in study.variants.items():
             assert variants.setdefault(name, variant) == variant
             assert variant.reference in {None, *studies.REFERENCES}
+            arguments = stages.blend_arguments(Path("runs"), variant.blend)
+            known = (*stages.CORPORA, *study_corpora.DOMAINS, studies.SELECTED)
+            prefixes = {stages.corpus(Path("runs"), corpus) for corpus in known}
+            assert arguments[-1] in prefixes and (len(arguments) == 1 or set(arguments[1::2]) <= prefixes)
+    assert len(variants) == len({compare.run_directory(Path(), name, 1) for name in variants})
+    assert stages.blend_arguments(Path("r"), ["6", "a", "1", "b"])[::2] == ["6", "1"]
 
 
-def test_unknown_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["ratios"], "unknown study ratios"),
+        (["ratio", "--seeds", "0"], "must be at least 1"),
+        (["--parallel", "0"], "must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        compare.main(["ratios"])
-    assert stopped.value.code == 2 and "unknown study ratios" in capsys.readouterr().err
+        compare.main(argv)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_runs_have_a_log_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that ends in a ratio has no suffix to replace."""
+    logs: list[Path] = []
+    monkeypatch.setattr(stages, "run_with_log", lambda command, log: logs.append(log))
+    variants = {name: studies.STUDIES["ratio"].variants[name] for name in ("SLM, k 0.2", "SLM, k 0.4")}
+    monkeypatch.setattr(stages, "prepare_data", lambda directory: None)
+    monkeypatch.setattr(stages, "train", lambda *arguments: None)
+    compare.train_all(tmp_path, variants, [1, 2], 1)
+    assert sorted(log.name for log in logs) == [f"compare-SLM-k-0.{k}-{seed}.log" for k in (2, 4) for seed in (1, 2)]
+
+
+def test_reports_state_fewer_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(stages, "held_out_losses", lambda run, held_out: ([0, 100], [5.0, 4.0]))
+    study = replace(studies.STUDIES["general"], plot=None)
+    compare.report(tmp_path, "general", study, [1, 2])
+    assert (tmp_path / "general.md").read_text().endswith("\n\nSeeds: 1, 2.\n")
+    compare.report(tmp_path, "general", study, [1, 2, 3])
+    assert "Seeds" not in (tmp_path / "general.md").read_text()
+
+
+def test_domains_are_disjoint(tmp_path: Path) -> None:
+    def source(number: int) -> str:
+        return f'"""Module {number}. {"Prose. " * 40}"""\nx = {number}\n'
+
+    study_corpora.write_texts(tmp_path, "clean_train", ["clean"])
+    study_corpora.write_texts(tmp_path, "raw_train", [source(1), "clean", source(2), source(2)[:-4], "y = 3"])
+    study_corpora.build_domains(tmp_path)
+    texts, code = (study_corpora.read_texts(tmp_path, name) for name in study_corpora.DOMAINS)
+    assert code == [source(1)] and len(texts) == 1 and texts[0].startswith("Module 2. Prose.")
+
+
+def test_documents_with_the_highest_mean_excess_loss_are_selected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excess = {"base": [1.0, 1, 5, 5, 5, 2, 9], "rm": [0.0, 1, 1, 0, 2, 0, 9]}  # means 0.5, 4, 2, 0
+    lengths = np.array([2, 3, 1, 1])
+    monkeypatch.setattr(study_corpora, "losses", lambda prefix, name, tokens: np.array(excess[name][:tokens]))
+    monkeypatch.setattr(study_corpora, "read_index", lambda prefix: type("Index", (), {"lengths": lengths}))
+    (tmp_path / "data").mkdir()
+    study_corpora.write_texts(tmp_path / "data", studies.POOL, ["a", "b", "c", "d"])
+    study_corpora.build_selected(tmp_path, ["base", "rm"], 0.6)
+    assert study_corpora.read_texts(tmp_path / "data", studies.SELECTED) == ["b", "c"]
+    study_corpora.write_texts(tmp_path / "data", studies.POOL, ["a"])
+    with pytest.raises(ValueError, match=r"has 4 documents, but raw_pool\.jsonl 1"):
+        study_corpora.build_selected(tmp_path, ["base", "rm"], 0.6)
