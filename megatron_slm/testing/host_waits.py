@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 DATA_DEPENDENT = (  # operations whose result is a host number, or has a size that the host must know
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"),
     *("is_nonzero", "bincount", "nonzero_numpy", "argwhere"),
+    "nanmedian",  # reads the number of values inside its GPU implementation
 )
 TO_HOST = (torch.Tensor.tolist, torch.Tensor.cpu)
 FROM_HOST = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)

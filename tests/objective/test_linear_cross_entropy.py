@@ -307,6 +307,13 @@ def test_not_a_number_is_not_hidden() -> None:
         assert loss.isnan().nonzero().tolist() == [[2, 1]]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_median_without_waiting(share: float) -> None:
+    values, counted = torch.randn(101), torch.randperm(101) < share * 101
+    expected = values.where(counted, torch.nan).nanmedian().nan_to_num(0.0)
+    assert chunked._median(values, counted).tolist() == [expected]
+
+
 def test_no_tokens() -> None:
     hidden, weight = torch.zeros(0, 2, H, requires_grad=True), torch.randn(PADDED, H, requires_grad=True)
     for early in (None, ForwardGradPolicy(torch.zeros(2, 0, dtype=torch.bool))):

@@ -289,11 +289,11 @@ class _Gradients:
             forward: the gradients of the forward pass; their memory is reused.
             loss_weight: [N] fp32, weight of each row's loss.
         """
-        shared = loss_weight.where(forward.chosen & (loss_weight != 0), torch.nan).nanmedian().nan_to_num(0.0)
+        shared = _median(loss_weight, forward.chosen & (loss_weight != 0))
         residual = loss_weight - shared * forward.chosen
         missing = (residual != 0) & ~forward.chosen
         counts = torch.stack([values.count_nonzero() for values in (loss_weight, residual, missing)])
-        numbers = torch.cat((shared.double()[None], counts.double()))
+        numbers = torch.cat((shared.double(), counts.double()))
         scale, *sizes = self.inputs.config.host_reads.request(numbers).numbers()
         n_weighted, n_residual, n_missing = map(int, sizes)
         if n_residual >= n_weighted:
@@ -346,6 +346,18 @@ class _Gradients:
             self.weight.add_product(entries, change, selected.hidden)
             selected.add_hidden_gradient(hidden, change, entries)
         return hidden
+
+
+def _median(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the median of the counted values, [1]; 0 without one. For torch's nanmedian, the host waits for a GPU.
+
+    Args:
+        values: [n], n above 0.
+        counted: [n] bool.
+    """
+    ascending = values.where(counted, torch.inf).sort().values
+    middle = (counted.count_nonzero() - 1).clamp(min=0) >> 1
+    return ascending.gather(0, middle[None]).nan_to_num(0.0, 0.0)
 
 
 def _recomputed_logit_gradients(selected: _HeadInputs, factors: GradientFactors) -> Iterator[tuple[slice, Tensor]]:
