@@ -229,7 +229,8 @@ def transformer_config(
     """Return Megatron-Core's model configuration, with losses normalized per token over the global batch.
 
     As in Megatron-LM, only the interleaved schedule overlaps pipeline communication, which excludes batched operations.
-    It then frees outputs whose messages are not yet complete, which gloo reads until they are.
+    It then frees outputs whose messages are not yet complete, which gloo reads until they are. The host does not wait
+    for the device after each message, which Megatron-LM does because of a fault in old releases of torch.
     """
     dtype = DTYPES[params_dtype]
     on_gpu = groups.device.type == "cuda"
@@ -261,6 +262,7 @@ def transformer_config(
         overlap_p2p_comm=overlaps_pipeline,
         overlap_p2p_comm_warmup_flush=overlaps_pipeline and parallel.overlap_p2p_comm_warmup_flush,
         batch_p2p_comm=not overlaps_pipeline,
+        batch_p2p_sync=False,
     )
 
 

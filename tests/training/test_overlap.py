@@ -44,6 +44,7 @@ def test_pipeline_communication(flags: str, overlaps: bool, warmup_flush: bool) 
     assert found.overlap_p2p_comm is overlaps and found.batch_p2p_comm is not overlaps
     assert found.overlap_p2p_comm_warmup_flush is warmup_flush
     assert found.deallocate_pipeline_outputs is not overlaps, "on a CPU"
+    assert not found.batch_p2p_sync, "the host would wait for the device after each message"
 
 
 @pytest.mark.parametrize(
