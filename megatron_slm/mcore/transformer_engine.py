@@ -35,6 +35,7 @@ def engine_version() -> tuple[int, int]:
 def initialize_user_buffers(
     *,
     shape: tuple[int, int],
+    dtype: torch.dtype,
     tensor_parallel_size: int,
     settings: dict[str, Any],
     uses_fp8: bool,
@@ -45,6 +46,7 @@ def initialize_user_buffers(
 
     Args:
         shape: tokens and hidden size of a micro-batch on a context-parallel rank.
+        dtype: dtype of the activations outside of FP8.
         tensor_parallel_size: number of tensor-parallel ranks.
         settings: settings by operation, of --tp-comm-overlap-cfg.
         uses_fp8: some layers run in FP8.
@@ -53,7 +55,7 @@ def initialize_user_buffers(
     """
     base = importlib.import_module("transformer_engine.pytorch.module.base")
     options: dict[str, Any] = {"shape": list(shape), "tp_size": tensor_parallel_size, "ub_cfgs": settings}
-    options["bootstrap_backend"] = bootstrap_backend
+    options |= {"dtype": dtype, "bootstrap_backend": bootstrap_backend}
     if engine_version() >= (2, 7):
         modes = base.UserBufferQuantizationMode
         used = ((uses_fp8, modes.FP8), (uses_high_precision, modes.NONE))

@@ -9,6 +9,7 @@ import yaml
 
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.transformer_engine import initialize_user_buffers
+from megatron_slm.model.gpt import DTYPES
 from megatron_slm.runtime.errors import ConfigError
 
 FLAG = "--tp-comm-overlap-cfg"
@@ -43,6 +44,7 @@ def start_overlap(config: RunConfig) -> None:
     tokens = training.micro_batch_size * config.model.seq_length // parallel.context_parallel_size
     initialize_user_buffers(
         shape=(tokens, config.model.hidden_size),
+        dtype=DTYPES[training.params_dtype],
         tensor_parallel_size=parallel.tensor_model_parallel_size,
         settings=overlap_settings(parallel.tp_comm_overlap_cfg),
         uses_fp8=uses_fp8,

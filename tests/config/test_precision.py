@@ -15,7 +15,12 @@ FP8: dict[str, Any] = {**SIZES, "bf16": True, "fp8_format": "hybrid"}
 REFERENCE: dict[str, Any] = {**SIZES, "bf16": True, "objective": "slm", "reference_load": "x", "reference_fp8": True}
 AWARE: dict[str, Any] = {"bf16": True, "use_precision_aware_optimizer": True, "use_distributed_optimizer": True}
 LAYERS = {"first_last_layers_bf16": True, "num_layers": 4}
-OVERLAP: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True}
+OVERLAP: dict[str, Any] = {
+    "bf16": True,
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "tp_comm_overlap": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,7 @@ def test_accepted(processes: int, changes: dict[str, Any]) -> None:
         (1, {"tp_comm_overlap": True, "sequence_parallel": True}, "--tp-comm-overlap needs --tensor-model-parallel"),
         (2, {**OVERLAP, "sequence_parallel": None}, "above 1 and --sequence-parallel"),
         (2, {**OVERLAP, "transformer_impl": "local"}, "--tp-comm-overlap needs --transformer-impl"),
+        (2, {**OVERLAP, "bf16": None}, "--tp-comm-overlap needs --bf16 or --fp16"),
         (1, {"tp_comm_overlap_cfg": "x"}, "--tp-comm-overlap-cfg has no effect without --tp-comm-overlap"),
         (1, {"require_fused": "linears"}, "--require-fused must be one of linear, attention"),
     ],

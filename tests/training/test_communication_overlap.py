@@ -51,6 +51,7 @@ def test_buffers(monkeypatch: pytest.MonkeyPatch, flags: str, fp8: bool, high_pr
     assert calls == [
         {
             "shape": (256, 128),
+            "dtype": torch.bfloat16,
             "tensor_parallel_size": 2,
             "settings": {},
             "uses_fp8": fp8,

@@ -193,6 +193,8 @@ def communication_overlap(config: RunConfig, _: int) -> Iterator[str]:
         yield f"{flag} needs {TENSOR} above 1 and --sequence-parallel."
     if config.model.transformer_impl == "local":
         yield f"{flag} needs --transformer-impl transformer_engine."
+    if config.training.params_dtype == "fp32":
+        yield f"{flag} needs --bf16 or --fp16."
     if config.objective.slm_backward == "filtered":
         yield f"{flag} cannot be combined with --slm-backward filtered, whose linear layers do not overlap."
     if config.logging.eval_tasks:
