@@ -12,6 +12,5 @@ COPY examples examples
 # The constraints of the image keep its torch and Transformer Engine.
 RUN pip install --no-cache-dir .[hopper]
 
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1
 WORKDIR /workspace
 RUN python -c "import megatron.core, transformer_engine.pytorch, megatron_slm"
