@@ -101,7 +101,7 @@ def build_model(
     Raises:
         ConfigError: a layer implementation or token dispatcher is not available on this machine.
     """
-    implementation = choose_implementation(model.transformer_impl, groups.device)
+    implementation = choose_implementation(model.transformer_impl, groups.device, params_dtype)
     check_dispatcher(model, groups.device)
     check_fp8(precision, implementation, groups.device)
     config = transformer_config(

@@ -27,9 +27,14 @@ from megatron_slm.model.filtered_backward import FilteredMLP, FilteredQueryLinea
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.runtime.errors import ConfigError
 
+IN_FP32 = "neither --bf16 nor --fp16"  # obstacle to Transformer Engine
 
-def choose_implementation(requested: str | None, device: torch.device) -> str:
+
+def choose_implementation(requested: str | None, device: torch.device, params_dtype: str) -> str:
     """Return the layer implementation: the requested one, else Transformer Engine if available, else local.
+
+    Without a request, layers in fp32 are local: Transformer Engine multiplies fp32 in TF32, and its attention stores
+    all scores.
 
     Raises:
         ConfigError: Transformer Engine is requested and not available.
@@ -41,7 +46,8 @@ def choose_implementation(requested: str | None, device: torch.device) -> str:
         raise ConfigError(
             f"--transformer-impl transformer_engine: {problem}. Use --transformer-impl local, or omit the flag."
         )
-    return "transformer_engine" if problem is None else "local"
+    is_engine = problem is None and (requested is not None or params_dtype != "fp32")
+    return "transformer_engine" if is_engine else "local"
 
 
 def engine_obstacle(device: torch.device) -> str | None:
@@ -49,6 +55,13 @@ def engine_obstacle(device: torch.device) -> str | None:
     if device.type == "cuda":
         return engine_problem()
     return "there is no GPU" if importlib.util.find_spec("transformer_engine") else "it is not installed"
+
+
+def local_reason(device: torch.device, params_dtype: str) -> str:
+    """Return the reason why the layers of a model are local, given that they are."""
+    if (problem := engine_obstacle(device)) is not None:
+        return f"Transformer Engine: {problem}"
+    return IN_FP32 if params_dtype == "fp32" else "--transformer-impl local"
 
 
 def layer_spec(

@@ -84,8 +84,9 @@ class Layout:
 
     @property
     def uses_engine(self) -> bool:
-        """Return whether layers are Transformer Engine's: by default on a GPU."""
-        return self.device.is_gpu and self.config.model.transformer_impl != "local"
+        """Return whether layers are Transformer Engine's: by default on a GPU, except in fp32."""
+        default = "local" if self.config.training.params_dtype == "fp32" else "transformer_engine"
+        return self.device.is_gpu and (self.config.model.transformer_impl or default) != "local"
 
     @property
     def has_replica(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_slm.config.recipe import to_flat_dict, with_settings
 from megatron_slm.config.relations import inference_violations
-from megatron_slm.config.relations.model import packing_problem
+from megatron_slm.config.relations.model import attention_problem
 from megatron_slm.config.schema import ModelConfig, RunConfig
 from megatron_slm.planning.cpu_rates import MeasuredRates
 from megatron_slm.planning.cpu_time import cpu_step_time
@@ -61,7 +61,7 @@ class Problem:
         """
         config = resolve_values(with_settings(self.config, settings), self.world_size, has_files=False)
         layout = Layout(config, self.world_size, self.vocab_size, self.device, self.reference_model)
-        if layout.uses_engine and (problem := packing_problem(config)) is not None:
+        if layout.uses_engine and (problem := attention_problem(config, config.training.params_dtype)) is not None:
             raise ConfigError(problem)
         if layout.has_replica:
             reference = layout.reference().config

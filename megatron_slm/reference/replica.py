@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_slm.checkpoint.frozen import load_frozen_model
 from megatron_slm.checkpoint.source import CheckpointSource, find_source, open_source
+from megatron_slm.config.relations.model import attention_problem
 from megatron_slm.config.relations.precision import unaligned_sizes
 from megatron_slm.config.relations.wording import has_uneven_stages
 from megatron_slm.config.schema import ParallelConfig, RunConfig
@@ -18,6 +19,7 @@ from megatron_slm.model.fp8 import frozen_fp8
 from megatron_slm.model.gpt import HIGH_PRECISION, virtual_stages
 from megatron_slm.model.hidden_states import HiddenStates
 from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.model.specs import choose_implementation
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.errors import ConfigError, refuse
@@ -63,13 +65,15 @@ class ReferenceReplica:
             moe_token_dispatcher_type=config.model.moe_token_dispatcher_type,
             moe_grouped_gemm=reference.model.moe_grouped_gemm and config.model.transformer_impl != "local",
         )
+        params_dtype = config.reference.reference_precision or config.training.params_dtype
+        _check_attention(model.transformer_impl, config, params_dtype, groups.device)
         with preserved_random_state():
             self.chunks = load_frozen_model(
                 replace(config, model=model, parallel=_layout(reference, config)),
                 load,
                 vocab_size=tokenizer.vocab_size,
                 groups=groups,
-                params_dtype=config.reference.reference_precision or config.training.params_dtype,
+                params_dtype=params_dtype,
                 precision=frozen_fp8(config.precision) if config.reference.reference_fp8 else HIGH_PRECISION,
             )
 
@@ -142,6 +146,13 @@ def _layout(reference: RunConfig, config: RunConfig) -> ParallelConfig:
         decoder_first_pipeline_num_layers=None,
         decoder_last_pipeline_num_layers=None,
     )
+
+
+def _check_attention(requested: str | None, config: RunConfig, params_dtype: str, device: torch.device) -> None:
+    """Raise ConfigError if Transformer Engine's attention, if it is used, cannot isolate the documents of the run."""
+    implementation = choose_implementation(requested, device, params_dtype)
+    if implementation == "transformer_engine" and (problem := attention_problem(config, params_dtype)) is not None:
+        raise ConfigError(f"{FLAG}: {problem}")
 
 
 def _check_shape(reference: RunConfig, config: RunConfig) -> None:

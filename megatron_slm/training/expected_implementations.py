@@ -11,7 +11,7 @@ from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.gradient_fusion import fuses_weight_gradients
 from megatron_slm.model.gpt import choose_cross_entropy, virtual_stages
-from megatron_slm.model.specs import choose_implementation, engine_obstacle
+from megatron_slm.model.specs import IN_FP32, choose_implementation, engine_obstacle, local_reason
 from megatron_slm.runtime.errors import ConfigError
 
 FILTERED = "--slm-backward filtered"
@@ -41,14 +41,14 @@ def expected_obstacles(config: RunConfig, device: torch.device, world_size: int)
 
     A run inspects its objects instead (:mod:`megatron_slm.training.implementations`).
     """
-    implementation = choose_implementation(config.model.transformer_impl, device)
-    missing = engine_obstacle(device)
-    local = f"Transformer Engine: {missing}" if missing else "--transformer-impl local"
+    params_dtype = config.training.params_dtype
+    implementation = choose_implementation(config.model.transformer_impl, device, params_dtype)
+    local = local_reason(device, params_dtype)
     engine = "" if implementation == "transformer_engine" else local
     filtered = FILTERED if config.objective.slm_backward == "filtered" else ""
     return {
         "linear": filtered or engine,
-        "attention": engine,
+        "attention": engine or (IN_FP32 if params_dtype == "fp32" else ""),
         "norm": engine,
         "rope": _rope(config, engine),
         "weight-gradient": filtered or _weight_gradient(config, implementation, device, local),

@@ -19,7 +19,7 @@ from megatron_slm.mcore.gradient_fusion import apex_is_available
 from megatron_slm.mcore.optimizer import optimizer_parts
 from megatron_slm.model.gpt import model_config
 from megatron_slm.model.hidden_states import LMHead
-from megatron_slm.model.specs import engine_obstacle
+from megatron_slm.model.specs import IN_FP32, local_reason
 from megatron_slm.runtime.collective import gather_on_first_rank, on_first_rank
 from megatron_slm.training.expected_implementations import FILTERED, refuse_fallbacks
 from megatron_slm.training.state import TrainState
@@ -52,12 +52,11 @@ def inspect_run(
     chunks = state.model_chunks
     config = model_config(list(chunks))
     layers = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, TransformerLayer)]
-    missing = engine_obstacle(state.groups.device)
-    local = f"Transformer Engine: {missing}" if missing else "--transformer-impl local"
+    local = local_reason(state.groups.device, NAMES[config.params_dtype])
     linear = [module for layer in layers for name, module in layer.named_modules() if name.endswith(LINEAR)]
     return [
         _linear(linear, local),
-        *_attention_and_norms(chunks, layers, local),
+        *_attention_and_norms(chunks, layers, config, local),
         _rotary(chunks, config, local),
         _weight_gradients(linear, local, state.groups.device),
         _optimizer(state, local),
@@ -88,10 +87,12 @@ def _linear(modules: Sequence[torch.nn.Module], local: str) -> Implementation:
 
 
 def _attention_and_norms(
-    chunks: Sequence[torch.nn.Module], layers: Sequence[TransformerLayer], local: str
+    chunks: Sequence[torch.nn.Module], layers: Sequence[TransformerLayer], config: TransformerConfig, local: str
 ) -> Iterator[Implementation]:
     attention = [layer.self_attention.core_attention for layer in layers]
-    if all(map(_is_engine, attention)):
+    if all(map(_is_engine, attention)) and config.params_dtype is torch.float32:
+        yield Implementation("attention", "Transformer Engine (not fused)", IN_FP32)
+    elif all(map(_is_engine, attention)):
         yield Implementation("attention", "Transformer Engine (FlashAttention or cuDNN, by call)")
     else:
         yield Implementation("attention", "torch scaled_dot_product_attention", local)

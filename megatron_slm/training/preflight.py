@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.relations.files import unwritable_outputs
-from megatron_slm.config.relations.model import packing_problem
+from megatron_slm.config.relations.model import attention_problem
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, refuse
 from megatron_slm.runtime.files import format_size
@@ -92,8 +92,9 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     from megatron_slm.runtime.process import check_backend, check_kernel_order
     from megatron_slm.training.setup import parallel_layout
 
-    implementation = choose_implementation(config.model.transformer_impl, device)
-    if implementation == "transformer_engine" and (problem := packing_problem(config)) is not None:
+    params_dtype = config.training.params_dtype
+    implementation = choose_implementation(config.model.transformer_impl, device, params_dtype)
+    if implementation == "transformer_engine" and (problem := attention_problem(config, params_dtype)) is not None:
         raise ConfigError(problem)
     choose_cross_entropy(config.objective.slm_cross_entropy, device)
     check_dispatcher(config.model, device)
@@ -141,13 +142,15 @@ def check_precision(config: RunConfig, implementation: str, device: torch.device
         ConfigError: one of them needs Transformer Engine, or another device.
     """
     from megatron_slm.model.fp8 import check_fp8, frozen_fp8
-    from megatron_slm.model.specs import engine_obstacle
+    from megatron_slm.model.specs import choose_implementation, engine_obstacle
     from megatron_slm.training.communication_overlap import overlap_settings
 
     overlap_settings(config.parallel.tp_comm_overlap_cfg)
     check_fp8(config.precision, implementation, device)
     if config.reference.reference_fp8:
-        check_fp8(frozen_fp8(config.precision), implementation, device)
+        params_dtype = config.reference.reference_precision or config.training.params_dtype
+        reference = choose_implementation(config.model.transformer_impl, device, params_dtype)
+        check_fp8(frozen_fp8(config.precision), reference, device)
     obstacle = engine_obstacle(device)
     for flag, is_given in (
         ("--use-precision-aware-optimizer", config.precision.use_precision_aware_optimizer),

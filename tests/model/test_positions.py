@@ -71,7 +71,7 @@ def test_transformer_engine_without_packing_is_refused(monkeypatch: pytest.Monke
     message = "which does not work with --slm-backward filtered. Use --transformer-impl local"
     with pytest.raises(ConfigError, match=message):
         resolve(parse([*filtered, "--transformer-impl", "transformer_engine"]).config, 1)
-    resolve(parse([*flags.split(), "--transformer-impl", "transformer_engine"]).config, 1)
+    resolve(parse([*flags.split(), "--bf16", "--transformer-impl", "transformer_engine"]).config, 1)
     config = resolve(parse(filtered).config, 1)
     check_device(config, torch.device("cpu"))
     monkeypatch.setattr("megatron_slm.model.specs.choose_implementation", lambda *_: "transformer_engine")

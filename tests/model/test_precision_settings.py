@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from megatron_slm.config.flags import parse
+from megatron_slm.config.relations.model import attention_problem
 from megatron_slm.config.schema import PrecisionConfig, RunConfig
 from megatron_slm.mcore import transformer_engine
 from megatron_slm.model import fp8, specs
 from megatron_slm.model.fp8 import check_fp8, frozen_fp8
 from megatron_slm.model.gpt import transformer_config
+from megatron_slm.reference.replica import _check_attention
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.training import optimizer as training_optimizer
 from megatron_slm.training.preflight import slow_products
@@ -198,8 +201,54 @@ def test_frozen_model_has_fp8_weights_only() -> None:
 def test_broken_engine_is_refused_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "engine_problem", lambda: "it cannot be imported (undefined symbol)")
     with pytest.raises(ConfigError, match="undefined symbol"):
-        specs.choose_implementation("transformer_engine", GPU)
-    assert specs.choose_implementation(None, GPU) == specs.choose_implementation("local", GPU) == "local"
+        specs.choose_implementation("transformer_engine", GPU, "bf16")
+    assert {specs.choose_implementation(name, GPU, "bf16") for name in (None, "local")} == {"local"}
+
+
+@pytest.mark.parametrize(
+    ("requested", "params_dtype", "chosen"),
+    [
+        (None, "bf16", "transformer_engine"),
+        (None, "fp16", "transformer_engine"),
+        (None, "fp32", "local"),
+        ("transformer_engine", "fp32", "transformer_engine"),
+        ("local", "bf16", "local"),
+    ],
+)
+def test_layers_in_fp32_are_local(
+    monkeypatch: pytest.MonkeyPatch, requested: str | None, params_dtype: str, chosen: str
+) -> None:
+    """Transformer Engine would multiply in TF32, and has no fused attention for fp32."""
+    monkeypatch.setattr(specs, "engine_problem", lambda: None)
+    assert specs.choose_implementation(requested, GPU, params_dtype) == chosen
+    if chosen == "local":
+        reason = specs.IN_FP32 if params_dtype == "fp32" else "--transformer-impl local"
+        assert specs.local_reason(GPU, params_dtype) == reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "params_dtype", "message"),
+    [
+        ("--reset-attention-mask", "bf16", None),
+        ("--context-parallel-size 2", "bf16", None),
+        ("", "fp32", None),
+        ("--reset-attention-mask", "fp32", "attention in fp32 supports neither"),
+        ("--context-parallel-size 2", "fp32", "attention in fp32 supports neither"),
+        ("--reset-attention-mask --context-parallel-size 2", "bf16", "context-parallel-size above 1. Use"),
+    ],
+)
+def test_attention_of_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, flags: str, params_dtype: str, message: str | None
+) -> None:
+    monkeypatch.setattr(specs, "engine_problem", lambda: None)
+    config = settings(f"{flags} {'' if params_dtype == 'fp32' else '--' + params_dtype}")
+    check = partial(_check_attention, "transformer_engine", config, params_dtype, GPU)
+    if message is None:
+        check()
+        return
+    with pytest.raises(ConfigError, match=message):
+        check()
+    assert attention_problem(config, config.training.params_dtype) is not None
 
 
 def test_engine_problem_names_the_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +274,7 @@ def test_user_buffers(monkeypatch: pytest.MonkeyPatch, version: str, modes: list
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     transformer_engine.initialize_user_buffers(
         shape=(64, 128),
+        dtype=torch.float16,
         tensor_parallel_size=2,
         settings={},
         uses_fp8=True,
@@ -232,4 +282,5 @@ def test_user_buffers(monkeypatch: pytest.MonkeyPatch, version: str, modes: list
         bootstrap_backend="nccl",
     )
     assert called.pop("quantization_modes", None) == modes and called.pop("use_fp8", None) == (None if modes else True)
+    assert called.pop("dtype") == torch.float16
     assert called == {"shape": [64, 128], "tp_size": 2, "ub_cfgs": {}, "bootstrap_backend": "nccl"}

@@ -21,6 +21,7 @@ from megatron_slm.training import implementations, setup
 from megatron_slm.training.expected_implementations import expected_obstacles
 from megatron_slm.training.implementations import (
     Implementation,
+    _attention_and_norms,
     _fp8,
     _weight_gradients,
     merge_ranks,
@@ -99,6 +100,21 @@ def test_expected_obstacles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse([*flags, "--no-gradient-accumulation-fusion"]).config
     found = expected_obstacles(config, torch.device("cuda"), 1)["weight-gradient"]
     assert found == "--no-gradient-accumulation-fusion"
+
+
+def test_fp32_is_an_obstacle_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs, "engine_problem", lambda: None)
+    device = torch.device("cuda")
+    obstacles = expected_obstacles(parse([*MODEL, "--lr", "1"]).config, device, 1)
+    assert {obstacles[part] for part in ("linear", "attention", "norm")} == {specs.IN_FP32}
+    engine = [*MODEL, "--lr", "1", "--transformer-impl", "transformer_engine"]
+    obstacles = expected_obstacles(parse(engine).config, device, 1)
+    assert (obstacles["linear"], obstacles["attention"]) == ("", specs.IN_FP32)
+    attention = type("TEAttention", (), {"__module__": "megatron.core.extensions.transformer_engine"})()
+    layers: Any = [SimpleNamespace(self_attention=SimpleNamespace(core_attention=attention))]
+    for dtype, obstacle in ((torch.float32, specs.IN_FP32), (torch.bfloat16, "")):
+        settings: Any = SimpleNamespace(params_dtype=dtype)
+        assert next(_attention_and_norms([], layers, settings, "")).obstacle == obstacle
 
 
 def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:

@@ -8,20 +8,31 @@ from megatron_slm.config.relations.wording import not_dividing
 from megatron_slm.config.schema import RunConfig
 
 
-def packing_problem(config: RunConfig) -> str | None:
-    """Return the error if Transformer Engine, which packs documents as sequences, cannot isolate those of a run."""
+def attention_problem(config: RunConfig, params_dtype: str) -> str | None:
+    """Return the error if Transformer Engine's attention, which packs documents as sequences, does not support a run.
+
+    Args:
+        params_dtype: dtype of the weights of the training or reference model.
+    """
+    is_split = config.parallel.context_parallel_size > 1
     given = {
-        "--context-parallel-size above 1": config.parallel.context_parallel_size > 1,
+        "--context-parallel-size above 1": is_split,
         "--mtp-num-layers": config.model.mtp_num_layers is not None,
         "--slm-backward filtered": config.objective.slm_backward == "filtered",
     }
     conflicts = " and ".join(flag for flag, is_given in given.items() if is_given)
-    if not config.data.reset_attention_mask or not conflicts:
-        return None
-    return (
-        "--reset-attention-mask (or --objective sft): Transformer Engine isolates documents as packed sequences, which "
-        f"does not work with {conflicts}. Use --transformer-impl local."
-    )
+    if config.data.reset_attention_mask and conflicts:
+        return (
+            "--reset-attention-mask (or --objective sft): Transformer Engine isolates documents as packed sequences, "
+            f"which does not work with {conflicts}. Use --transformer-impl local."
+        )
+    if params_dtype == "fp32" and (config.data.reset_attention_mask or is_split):
+        return (
+            "--transformer-impl transformer_engine: its attention in fp32 supports neither --reset-attention-mask (or "
+            "--objective sft) nor --context-parallel-size above 1. Add --bf16 or --fp16, or use --transformer-impl "
+            "local."
+        )
+    return None
 
 
 def heads(config: RunConfig, _: int) -> Iterator[str]:
@@ -63,9 +74,11 @@ def activation(config: RunConfig, _: int) -> Iterator[str]:
         yield f"--swiglu contradicts the activation {model.activation}. Leave --swiglu out (--no-swiglu)."
 
 
-def documents(config: RunConfig, _: int) -> Iterator[str]:
-    """Require a layer implementation that isolates documents for --reset-attention-mask."""
-    if config.model.transformer_impl == "transformer_engine" and (problem := packing_problem(config)) is not None:
+def attention(config: RunConfig, _: int) -> Iterator[str]:
+    """Require a layer implementation whose attention supports documents and context parallelism as given."""
+    if config.model.transformer_impl != "transformer_engine":
+        return
+    if (problem := attention_problem(config, config.training.params_dtype)) is not None:
         yield problem
 
 
@@ -100,4 +113,4 @@ def recomputation(config: RunConfig, _: int) -> Iterator[str]:
         yield f"{given} has no effect without --recompute-granularity full. Add it, or leave {given} out."
 
 
-RELATIONS = (heads, positions, activation, documents, prediction_heads, recomputation)
+RELATIONS = (heads, positions, activation, attention, prediction_heads, recomputation)

@@ -110,6 +110,7 @@ class ModelConfig:
     )
     transformer_impl: str | None = flag(
         None,
-        "transformer layer implementation; default transformer_engine on a GPU if it is installed, else local",
+        "transformer layer implementation; default transformer_engine on a GPU with --bf16 or --fp16, if it is "
+        "installed, else local",
         choices=("local", "transformer_engine"),
     )
