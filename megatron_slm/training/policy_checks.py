@@ -57,6 +57,7 @@ def score_violations(config: RunConfig) -> Iterator[str]:
         )
     if config.model.num_experts and objective.slm_scope != "global-batch":
         yield from _unknown_share(objective, policy)
+    yield from _unused(objective, policy)
     if objective.slm_weight_temperature is not None:
         yield from _single_score("--slm-weight-temperature", objective, policy)
         yield from _needs_exact_threshold("--slm-weight-temperature", objective)
@@ -66,6 +67,30 @@ def score_violations(config: RunConfig) -> Iterator[str]:
         yield from _needs_exact_threshold("--slm-corpus-ratios", objective)
     if objective.slm_ratio_gain is not None:
         yield from _adaptive_ratio("--slm-ratio-gain", objective, policy)
+
+
+def _unused(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    """Yield a message for each setting of a curriculum or of noise that no term of the score uses."""
+    terms = tuple(top_ks(policy))
+    for flag, given, is_used, needed in (
+        (
+            "--slm-selection-ratio-start",
+            objective.slm_selection_ratio_start is not None,
+            any(term.ratio is None for term in terms),
+            "a term without a ratio",
+        ),
+        (
+            "--slm-gumbel-temperature",
+            objective.slm_gumbel_temperature != ObjectiveConfig().slm_gumbel_temperature,
+            any(term.stochastic for term in terms),
+            "a term stochastic-NAME",
+        ),
+    ):
+        if given and not is_used:
+            yield (
+                f"{flag} has no effect on --slm-score {objective.slm_score!r}: it needs {needed}. Change the score, or "
+                f"leave {flag} out."
+            )
 
 
 def _unknown_share(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:

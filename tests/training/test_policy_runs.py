@@ -128,6 +128,11 @@ PREDICTED = {"slm_threshold": "predicted", "slm_scope": "global-batch"}
         ({**GAIN, **CORPORA}, "both determine the selection ratio"),
         ({**GAIN, "slm_selection_ratio_start": 1, "slm_selection_ratio_warmup_iters": 2}, "both determine"),
         ({**GAIN, "slm_ratio_min": 0.7}, "is outside of"),
+        (
+            {"slm_selection_ratio_start": 1, "slm_selection_ratio_warmup_iters": 2, "slm_score": "token-loss:0.5"},
+            "--slm-selection-ratio-start has no effect on --slm-score 'token-loss:0.5': it needs a term without",
+        ),
+        ({"slm_gumbel_temperature": 2}, "--slm-gumbel-temperature has no effect on --slm-score 'token-loss'"),
         ({"slm_ratio_min": 0.2}, "--slm-ratio-min 0.2 has no effect without --slm-ratio-gain"),
         ({"slm_selection_ratio_style": "cosine"}, "no effect without --slm-selection-ratio-start"),
         ({"slm_selection_ratio_levels": 3}, "no effect without --slm-selection-ratio-style steps"),
