@@ -1,5 +1,6 @@
 """Import Megatron-Core as commands do, make the benchmarks importable, set up property tests, order packages."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -15,9 +16,21 @@ LONG = {"scenario", "training", "reference", "checkpoint", "documentation"}  # t
 def pytest_configure(config: pytest.Config) -> None:
     """Import Megatron-Core before modules that use it; a process that only distributes tests to others needs none."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # until all tests are collected
         import megatron_slm.mcore.import_core  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run packages with long tests first, so that all workers end at nearly the same time."""
     items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
+
+
+def pytest_collection_finish() -> None:
+    """Exclude modules and tests from garbage collections."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let extension modules find their objects collected at the end, without which some print warnings."""
+    gc.unfreeze()
