@@ -23,7 +23,7 @@ from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import Outcome, _main, captured, command, launch, losses, make_corpus, records
 from megatron_slm.training import stopping
 
-FOREVER = ["--train-iters", "1000000", "--lr-decay-iters", "1000"]
+FOREVER = ["--train-iters", "10000", "--lr-decay-iters", "1000"]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def torchrun() -> Iterator[Callable[..., Torchrun]]:
 def test_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path, corpus: str) -> None:
     save = tmp_path / "run"
     launch(command(corpus, save, dp=2, exit_interval=1, eval_iters=1) + FOREVER, 2)
-    argv = command(corpus, save, dp=2, load=save, eval_interval=3, eval_iters=1_000_000) + FOREVER
+    argv = command(corpus, save, dp=2, load=save, eval_interval=3, eval_iters=10_000) + FOREVER
     outcome, other = run_ranks(_signalled_while_evaluating, 2, argv, save, initialise=False)
     assert outcome.code == other.code == 0, (outcome, other)
     assert latest_step(save) == 3 and "stopping after step 3: SIGUSR1" in outcome.output, outcome
