@@ -13,29 +13,52 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
-from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like"),
+    *("rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
+)
 
 
-class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Replace CUDA by the CPU in the arguments of torch calls."""
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch that creates tensors on the CPU if it is asked for CUDA or for pinned memory."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimizer groups parameters by type names such as "torch.cuda.FloatTensor".
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if kwargs and _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": CPU}
-        if kwargs and kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}  # only useful for copies to a GPU
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        return func(*args, **(kwargs or {}))
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if "pin_memory" in kwargs:  # only useful for copies to a GPU
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _redirect_methods() -> None:
+    """Replace the methods of tensors that move them to a GPU, or return the name of their type.
+
+    A ``TorchFunctionMode`` calls the replacement twice: torch looks methods up by name.
+    """
+    move, name_or_convert = torch.Tensor.to, torch.Tensor.type
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return move(tensor, *args, **kwargs)
+
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = name_or_convert(tensor, *args, **kwargs)
+        # The optimizer groups parameters by type names such as "torch.cuda.FloatTensor".
+        return (
+            f"torch.cuda.{result.removeprefix('torch.').removeprefix('cuda.')}" if isinstance(result, str) else result
+        )
+
+    methods = {"to": to, "type": type_, "cuda": lambda tensor, *_, **__: tensor}
+    for name, method in methods.items():
+        setattr(torch.Tensor, name, method)
 
 
 def _names_cuda(device: Any) -> bool:
@@ -95,4 +118,6 @@ def redirect_cuda_to_cpu() -> None:
         _CUDA_RNG_STATE_TRACKER=_CpuRNGStatesTracker(),
         _CUDA_RNG_STATE_TRACKER_INITIALIZED=True,
     )
-    _CudaNamesMeanCpu().__enter__()
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _redirect_methods()

@@ -1,0 +1,53 @@
+"""Redirection of Megatron-Core's CUDA calls to the CPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.overrides import BaseTorchFunctionMode
+
+from megatron_slm.mcore.cpu import FACTORIES, redirect_cuda_to_cpu
+from megatron_slm.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are used")
+ARGUMENTS = {"randint": (9, (2,)), "full": ((2,), 0.0), "linspace": (0, 1, 2), "tensor": ([1, 2],)}
+ARGUMENTS |= {"as_tensor": ([1, 2],)}
+PINNED = ("empty", "full", "ones", "tensor", "zeros")
+
+
+def _redirected(rank: int, world_size: int) -> list[str]:
+    """Return the CUDA calls that are not redirected, after Megatron-Core's calls of all kinds."""
+    redirect_cuda_to_cpu()
+    value = torch.ones(2)
+    moved = {
+        "cuda": value.cuda(torch.cuda.current_device()),
+        "to": value.to("cuda"),
+        "to device": value.to(torch.device("cuda", 0), torch.float64),
+        "to keyword": value.to(device="cuda:0", dtype=torch.float64),
+    }
+    for name in FACTORIES:
+        arguments = (value, 1.0)[: 1 + (name == "full_like")] if name.endswith("_like") else ARGUMENTS.get(name, (2,))
+        for device in ("cuda", torch.device("cuda", 0)):
+            moved[name] = getattr(torch, name)(*arguments, device=device)
+    for name in PINNED:
+        moved[f"pinned {name}"] = getattr(torch, name)(*ARGUMENTS.get(name, (2,)), pin_memory=True)
+    wrong = [name for name, tensor in moved.items() if tensor.device.type != "cpu" or tensor.is_pinned()]
+    wrong += [name for name in ("to device", "to keyword") if moved[name].dtype != torch.float64]
+    for mode in (nullcontext(), BaseTorchFunctionMode()):
+        with mode:
+            names = (value.bfloat16().type(), value.type(), value.to("cuda").device.type)
+        if names != ("torch.cuda.BFloat16Tensor", "torch.cuda.FloatTensor", "cpu"):
+            wrong.append(f"names {names}")
+    if value.type(torch.float64).dtype != torch.float64 or value.to(torch.float64).dtype != torch.float64:
+        wrong.append("conversions")
+    if torch.zeros(2, device="meta").device.type != "meta" or value.to("meta").device.type != "meta":
+        wrong.append("other devices")
+    if torch._C._len_torch_function_stack():
+        wrong.append("a mode, which makes each call of torch slow")
+    return wrong
+
+
+def test_calls_are_redirected_without_a_cost_for_all_others() -> None:
+    assert run_ranks(_redirected, 1, initialise=False) == [[]]
