@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from megatron_slm.cli.pretrain import main
 from megatron_slm.preprocessing.preprocess import Job, preprocess
-from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.ranks import run_ranks, shared_process_group
 from megatron_slm.tokenizers.tokenizer import TokenizerFiles
 
 MODEL = [
@@ -115,7 +115,8 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
 
 
 def _main_each(rank: int, world_size: int, commands: tuple[list[str], ...], main: Main) -> list[Outcome]:
-    return [captured(argv, main) for argv in commands]
+    with shared_process_group() if world_size > 1 else contextlib.nullcontext():
+        return [captured(argv, main) for argv in commands]
 
 
 def records(save: Path, kind: str = "train") -> list[dict[str, Any]]:
