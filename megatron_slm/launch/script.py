@@ -88,9 +88,9 @@ case $code in
         ;;
     2 | 3) finish "$code" "exit code $code, an error that a restart repeats" ;;
     138 | 140)
-        reason="the ranks were ended by SIGUSR1 or SIGUSR2"
-        [ "${command[1]}" != megatron_slm.pretrain ] || retry 75 "$reason" STOPS
-        requeue "$reason" # the progress of other commands is unknown
+        limit=STOPS
+        [ "${command[1]}" = megatron_slm.pretrain ] || limit=$restarts # others have no checkpoint as a sign of progress
+        retry 75 "the ranks were ended by SIGUSR1 or SIGUSR2" "$limit"
         ;;
     *) retry "$code" "the ranks failed with exit code $code" "$restarts" ;;
 esac

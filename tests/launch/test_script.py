@@ -157,9 +157,14 @@ def test_failures_are_limited_until_a_checkpoint_is_saved(tmp_path: Path, stub: 
 
 
 def test_command_without_signal_handler_is_requeued(tmp_path: Path, stub: StubSlurm) -> None:
-    result = stub.run(render(PLAIN, Work("score-corpus", ["--x", "y"], tmp_path / "run"), tmp_path), 138)
-    assert result.calls[0][-5:] == ["-m", "megatron_slm.cli", "score-corpus", "--x", "y"]
-    assert result.calls[1] == ["scontrol", "requeue", "12"]
+    work = Work("score-corpus", ["--x", "y"], tmp_path / "run")
+    script = render(replace(PLAIN, restarts=2), work, tmp_path)
+    for _ in range(2):
+        result = stub.run(script, 138)
+        assert result.calls[0][-5:] == ["-m", "megatron_slm.cli", "score-corpus", "--x", "y"]
+        assert result.calls[1] == ["scontrol", "requeue", "12"]
+    result = stub.run(script, 140)
+    assert result.code == 75 and len(result.calls) == 1 and "SIGUSR2, 3 times" in result.errors
 
 
 def test_unhealthy_node_is_excluded(tmp_path: Path, stub: StubSlurm) -> None:
