@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config.schema import ParallelConfig
@@ -26,6 +27,12 @@ def add_layout_flags(add: Callable[..., argparse.Action]) -> None:
         help="backend of torch.distributed; default nccl on GPUs, gloo on CPUs",
     )
     add("--distributed-timeout-minutes", type=int, default=10, help="timeout in minutes of collective operations")
+    add(
+        "--slm-hang-timeout",
+        type=float,
+        default=ParallelConfig().slm_hang_timeout,
+        help="seconds without progress of a rank that scores tokens after which all ranks end; 0 disables this",
+    )
 
 
 class _Trust(argparse.Action):
@@ -63,13 +70,18 @@ def given_layout(arguments: argparse.Namespace) -> ParallelConfig:
     """Return the layout of the command line.
 
     Raises:
-        ConfigError: a size is not positive.
+        ConfigError: a size is not positive, or a time is negative.
     """
     sizes = {
         name: getattr(arguments, name)
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
     }
-    refuse([f"--{name.replace('_', '-')} is {size}, and must be above 0." for name, size in sizes.items() if size < 1])
+    problems = [
+        f"--{name.replace('_', '-')} is {size}, and must be above 0." for name, size in sizes.items() if size < 1
+    ]
+    if arguments.slm_hang_timeout < 0 or isnan(arguments.slm_hang_timeout):
+        problems.append(f"--slm-hang-timeout is {arguments.slm_hang_timeout:g}, and must be at least 0.")
+    refuse(problems)
     return ParallelConfig(**sizes)
 
 
@@ -90,4 +102,5 @@ def start_ranks(parallel: ParallelConfig, arguments: argparse.Namespace) -> Grou
         ),
         backend=arguments.distributed_backend,
         timeout_minutes=arguments.distributed_timeout_minutes,
+        hang_timeout=arguments.slm_hang_timeout,
     )

@@ -21,6 +21,7 @@ from megatron_slm.model.pipeline import run_pipeline
 from megatron_slm.objective.cross_entropy import vocab_parallel_token_loss
 from megatron_slm.runtime.collective import all_reduce_sum, broadcast_from_last_stage
 from megatron_slm.runtime.console import progress
+from megatron_slm.runtime.health.progress import progress as health
 
 LOGIT_BYTES = 64 << 20  # of logits in memory at a time
 MICRO_BATCHES = 4  # per pass and pipeline stage
@@ -59,10 +60,12 @@ def score_tokens(
     shown = label is not None and model.groups.is_logging_rank
     with progress(label or "", len(requests), "sequences", enabled=shown) as bar:
         for places in _passes(longest_first, micro_batch_size, model):
+            health.enter("scoring")
             rows = [requests[place] for place in places]
             for place, scores in zip(places, _score_pass(model, rows, micro_batch_size, with_entropy), strict=True):
                 results[place] = scores
             bar.advance(len(places))
+    health.enter("evaluating scores", slow=True)
     return [scores for scores in results if scores is not None]
 
 

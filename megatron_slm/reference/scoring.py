@@ -37,6 +37,7 @@ from megatron_slm.runtime.console import progress as progress_bar
 from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.files import check_output_prefix
 from megatron_slm.runtime.groups import Groups
+from megatron_slm.runtime.health.progress import progress as health
 from megatron_slm.scores.quantization import Quantization
 from megatron_slm.scores.sets import recorded_tokenizer
 from megatron_slm.scores.sidecar import ContextRule, ScoresHeader, sidecar_path
@@ -206,6 +207,7 @@ class _Scorer:
         batches = read_ahead((partial(self._build, rows) for rows, _, _ in upcoming), self.groups.device, ahead=1)
         with closing(batches), progress_bar(f"scoring {name}", self.corpus.tokens, "tokens", enabled=shown) as bar:
             bar.advance(before)
+            health.enter("scoring")
             for (rows, chunk, row), micro_batches in zip(passes, batches, strict=True):
                 for scored, scores in self._score(rows, micro_batches):
                     self._write(scored, scores)
@@ -214,6 +216,7 @@ class _Scorer:
                 bar.advance(tokens)
                 if self._record_is_due():
                     self._record()
+                health.enter("scoring")
         self._record()
         self.writer.close()
         checksum = content_checksum(self.path)
@@ -280,6 +283,7 @@ class _Scorer:
 
     def _record(self) -> None:
         """Flush scores to disk on every rank, then record the progress. Collective over all ranks."""
+        health.enter("writing scores", slow=True)
         self.writer.sync()
         clamped = torch.tensor(self.clamped, device=self.groups.device)
         dist.all_reduce(clamped)

@@ -60,7 +60,8 @@ def run_command(action: Callable[[], None]) -> int:
 
 def _run_and_report(action: Callable[[], None]) -> int:
     try:
-        action()
+        with session.verdict_first():
+            action()
     except (ConfigError, DivergedError) as error:
         report_error(error)
         return error.exit_code

@@ -53,6 +53,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"stride": 33}, "--stride is 33, and must be from 1 to 32"),
     ({"micro_batch_size": 0}, "--micro-batch-size is 0, and must be above 0"),
     ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size is -1"),
+    ({"slm_hang_timeout": -1}, "--slm-hang-timeout is -1, and must be at least 0"),
     ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: omit the suffix .scores"),
     ({"score_bytes": 1}, "--score-bytes is not supported. Values have two bytes; leave the flag out."),
     ({"score_byte": 2}, "unknown flag --score-byte"),

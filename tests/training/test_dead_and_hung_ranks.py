@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.cli.pretrain import main
+from megatron_slm.cli import pretrain, score_corpus
 from megatron_slm.data.batches import BatchStream
+from megatron_slm.reference.scoring import _Scorer
 from megatron_slm.runtime.health import stragglers
 from megatron_slm.runtime.health.ending import EXIT_CODE
 from megatron_slm.testing.ranks import fork_server, reserved_port
-from megatron_slm.testing.tiny import MODEL, command, make_corpus, records
+from megatron_slm.testing.tiny import MODEL, command, launch, make_corpus, records
 
 SECONDS = 120
 ONE_LAYER = ["--num-layers", "1", *MODEL[2:]]
@@ -46,14 +47,21 @@ def be_slow() -> None:
 
 
 FAULTS = {"killed": kill, "stopped": stop, "deadlocked": deadlock, "slow": be_slow}
+WORK: dict[Any, tuple[type, str]] = {  # methods of the commands that fail
+    pretrain.main: (BatchStream, "__next__"),
+    score_corpus.main: (_Scorer, "_score"),
+}
 
 
-def start(directory: Path, argv: list[str], fault: str, faulty: int, ranks: int = 2) -> list[BaseProcess]:
-    """Start the trainer; the faulty rank has a fault from the third step."""
+def start(
+    directory: Path, argv: list[str], fault: str, faulty: int, ranks: int = 2, main: Any = pretrain.main
+) -> list[BaseProcess]:
+    """Start a command; the faulty rank has a fault from the third step."""
     with reserved_port() as port:
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         arguments = [
-            (rank, variables, directory, argv, FAULTS.get(fault) if rank == faulty else None) for rank in range(ranks)
+            (rank, variables, directory, argv, FAULTS.get(fault) if rank == faulty else None, main)
+            for rank in range(ranks)
         ]
         processes: list[BaseProcess] = [fork_server().Process(target=_rank, args=each) for each in arguments]
         for process in processes:
@@ -62,22 +70,23 @@ def start(directory: Path, argv: list[str], fault: str, faulty: int, ranks: int 
     return processes
 
 
-def _rank(rank: int, variables: dict[str, str], directory: Path, argv: list[str], fault: Any) -> None:
+def _rank(rank: int, variables: dict[str, str], directory: Path, argv: list[str], fault: Any, main: Any) -> None:
     os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     for number, name in ((1, "output"), (2, "errors")):
         os.dup2(os.open(directory / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     stragglers.MIN_STEPS, stragglers.MIN_SECONDS = 3, 0.0
-    load, calls = BatchStream.__next__, []
+    owner, name = WORK[main]
+    work, calls = getattr(owner, name), []
 
-    def loading(stream: BatchStream) -> Any:
+    def failing(*arguments: Any) -> Any:
         (directory / "joined").touch()
-        calls.append(stream)
+        calls.append(arguments)
         if len(calls) > 2 and fault is not None:
             fault()
-        return load(stream)
+        return work(*arguments)
 
-    BatchStream.__next__ = loading  # type: ignore[method-assign]
+    setattr(owner, name, failing)
     sys.exit(main(argv))
 
 
@@ -130,6 +139,18 @@ def test_run_ends_with_message_about_rank(
     assert text.count("error:") == 1 and f"error: rank {faulty} on " in text, text
     assert all(message in text for message in messages) and "Traceback" not in text, text
     assert messages[0] in (logs / f"rank_{1 - faulty:05d}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "message"), [("killed", "died without"), ("deadlocked", "in deadlock")])
+def test_scoring_ends_with_message_about_rank(tmp_path: Path, corpus: str, fault: str, message: str) -> None:
+    launch(command(corpus, tmp_path / "rm", model=ONE_LAYER, train_iters=1))
+    argv = ["--reference-load", str(tmp_path / "rm"), "--data-path", corpus, "--reference-scores", f"{tmp_path}/new"]
+    argv += ["--slm-hang-timeout", "2", "--micro-batch-size", "1"]
+    codes, errors = finish(start(tmp_path, argv, fault, 1, main=score_corpus.main), tmp_path)
+    assert codes[0] == EXIT_CODE, (codes, errors)
+    text = "".join(errors)
+    assert text.count("error: rank 1 on ") == 1 and message in text and "Traceback" not in text, text
 
 
 @pytest.mark.slow

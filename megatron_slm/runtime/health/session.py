@@ -45,6 +45,7 @@ class _Session:
     member: MemberThread | None
     monitor: Monitor | None  # on rank 0
     table: StragglerTable
+    has_waited: bool = False  # for a verdict
 
 
 _session: _Session | None = None
@@ -132,10 +133,11 @@ def verdict_first() -> Iterator[None]:
 
 def _await_verdict() -> None:
     """Wait for a verdict, which ends this process; return if another rank has reported a failure."""
-    end = time.monotonic() + SECONDS_FOR_VERDICT
-    while _session is not None and _session.member is not None and not _session.member.has_failed_peer:
-        if time.monotonic() > end:
-            return
+    session, end = _session, time.monotonic() + SECONDS_FOR_VERDICT
+    if session is None or session.member is None or session.has_waited:
+        return
+    session.has_waited = True
+    while not session.member.has_failed_peer and time.monotonic() < end:
         time.sleep(0.02)
 
 
