@@ -26,7 +26,7 @@ from megatron_slm.runtime.files import atomic_path
 from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
 
 DOMAINS = ("general_text", "general_code")
-POOL_SHARE = 4  # one of this many documents of the raw corpus is scored
+POOL_SHARE = 6  # one of this many documents of the raw corpus is scored
 CODE_SHARE = 4  # one of this many source files is code; the others give docstrings
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)  # also of sources that were cut, which do not parse
 
