@@ -30,7 +30,15 @@ from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.read_ahead import read_ahead
 from megatron_slm.objective.tokens import ReferenceScores
 from megatron_slm.reference.replica import FLAG, ReferenceReplica
-from megatron_slm.reference.windows import CHUNK_TOKENS, Row, Span, build_micro_batch, make_row_source, scored_positions
+from megatron_slm.reference.windows import (
+    CHUNK_TOKENS,
+    Row,
+    Span,
+    build_micro_batch,
+    check_ids,
+    make_row_source,
+    scored_positions,
+)
 from megatron_slm.runtime.collective import on_first_rank
 from megatron_slm.runtime.console import format_duration
 from megatron_slm.runtime.console import progress as progress_bar
@@ -154,7 +162,7 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
             console.print(f"{path}: complete, kept")
             continue
         with reserved(path, header) as progress:
-            _Scorer(job, model, tokenizer.eod, groups, corpus, path, header, progress).run(console)
+            _Scorer(job, model, tokenizer, groups, corpus, path, header, progress).run(console)
     return paths
 
 
@@ -183,14 +191,14 @@ class _Scorer:
         self,
         job: ScoringJob,
         model: ReferenceReplica,
-        eod: int,
+        tokenizer: Tokenizer,
         groups: Groups,
         corpus: CorpusInfo,
         path: Path,
         header: ScoresHeader,
         progress: Progress,
     ) -> None:
-        self.job, self.model, self.eod, self.groups = job, model, eod, groups
+        self.job, self.model, self.tokenizer, self.groups = job, model, tokenizer, groups
         self.corpus, self.path, self.header, self.progress = corpus, path, header, progress
         self.source = make_row_source(corpus, header.context, job.chunk_tokens)
         self.ids = np.memmap(bin_path(corpus.prefix), corpus.dtype, "r")
@@ -244,7 +252,9 @@ class _Scorer:
     def _build(self, rows: Sequence[Row]) -> list[MicroBatch]:
         """Build this replica's micro-batches on the host."""
         size, window = self.job.micro_batch_size, self.header.context.window
-        build = partial(build_micro_batch, ids=self.ids, size=size, window=window, eod=self.eod)
+        build = partial(build_micro_batch, ids=self.ids, size=size, window=window, eod=self.tokenizer.eod)
+        for group in self._row_groups(rows):
+            check_ids(group, self.ids, self.tokenizer.vocab_size, self.corpus.prefix)
         return [build(group, packed=self.source.packed) for group in self._row_groups(rows)]
 
     def _score(

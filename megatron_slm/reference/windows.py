@@ -21,6 +21,7 @@ from megatron_slm.corpus.checks import CorpusInfo
 from megatron_slm.corpus.index import read_index
 from megatron_slm.data.batches import MicroBatch
 from megatron_slm.data.packing import best_fit
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.sidecar import EXAMPLE, ContextRule
 
 CHUNK_TOKENS = 1 << 20
@@ -175,6 +176,24 @@ def build_micro_batch(
         first_sample=0,
         documents=torch.from_numpy(texts) if packed else None,
     )
+
+
+def check_ids(rows: Sequence[Row], ids: NDArray[Any], vocab_size: int, prefix: str) -> None:
+    """Raise ConfigError if a token of the rows is outside the vocabulary, which a GPU would report without its place.
+
+    Args:
+        ids: token ids of the corpus ``prefix``.
+    """
+    for each in (each for spans in rows for each in spans):
+        start = each.start if each.opens_text else each.start - 1
+        wrong = np.flatnonzero((ids[start : each.stop] < 0) | (ids[start : each.stop] >= vocab_size))
+        if len(wrong):
+            position = start + int(wrong[0])
+            raise ConfigError(
+                f"{prefix} has the token id {ids[position]} at position {position}, but the vocabulary has "
+                f"{vocab_size} entries. Use the tokenizer that made the corpus; tools/inspect_dataset.py --check finds "
+                "all such ids."
+            )
 
 
 def scored_positions(rows: Sequence[Row]) -> Iterator[tuple[int, slice, Span]]:

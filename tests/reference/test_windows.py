@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from megatron_slm.corpus.checks import check_corpus
 from megatron_slm.data.batches import document_mask
-from megatron_slm.reference.windows import build_micro_batch, make_row_source, pack, scored_positions, span, span_count
+from megatron_slm.reference.windows import (
+    Span,
+    build_micro_batch,
+    check_ids,
+    make_row_source,
+    pack,
+    scored_positions,
+    span,
+    span_count,
+)
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.sidecar import ContextRule
 from megatron_slm.testing.numbered import write_numbered_corpus
 
@@ -85,3 +95,16 @@ def test_numbers_beyond_32_bits() -> None:
     last = span(0, tokens, span_count(tokens, rule) - 1, rule)
     assert last.stop == tokens and last.start == 1024 * (span_count(tokens, rule) - 1)
     assert last.first < tokens <= last.start + 2048
+
+
+@pytest.mark.parametrize(("place", "token"), [(1, 10), (2, -1), (4, 10)])
+def test_ids_outside_the_vocabulary_are_refused(place: int, token: int) -> None:
+    """A GPU would end the process in a kernel, without the place."""
+    ids = np.arange(8, dtype=np.int32)
+    rows = [[Span(0, 0, 1, True)], [Span(2, 3, 5, False)]]
+    check_ids(rows, ids, 10, "corpus")
+    ids[[5, 7]] = 99  # in no row
+    check_ids(rows, ids, 10, "corpus")
+    ids[place] = token
+    with pytest.raises(ConfigError, match=f"corpus has the token id {token} at position {place}, but the vocabulary"):
+        check_ids(rows, ids, 10, "corpus")
