@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.backward_rows import request_together
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import linear_in_fp32
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig, TokenLosses
@@ -46,29 +48,38 @@ class HiddenStates:
     samples: int | None = None  # b, if all samples are packed into one row: heads [b * s, 1, h]; else None
 
     def token_losses(
-        self,
-        labels: Tensor,
-        *,
-        head: int = 0,
-        forward_grad: ForwardGradPolicy | None = None,
-        with_entropy: bool = False,
+        self, labels: Tensor, *, forward_grad: ForwardGradPolicy | None = None, with_entropy: bool = False
     ) -> TokenLosses:
-        """Return the token losses of one head, and optionally entropies, each [b, s].
+        """Return the token losses of the main head; arguments and result as those of :meth:`head_losses`."""
+        return self.head_losses([labels], forward_grad=forward_grad, with_entropy=with_entropy)[0]
+
+    def head_losses(
+        self, labels: Sequence[Tensor], *, forward_grad: ForwardGradPolicy | None = None, with_entropy: bool = False
+    ) -> list[TokenLosses]:
+        """Return the token losses of the main head and of MTP heads, and optionally entropies, each [b, s].
 
         Args:
-            labels: [b, s] int64.
-            head: 0 for the main head, then the MTP heads.
-            forward_grad: tokens whose gradient is computed in the forward pass.
+            labels: [b, s] int64, of the main head, then of the MTP heads.
+            forward_grad: tokens whose gradient of the main head's loss is computed in the forward pass.
             with_entropy: also return the entropies of the next-token distributions.
         """
-        shape = labels.shape
+        shape = labels[0].shape
         if self.samples is not None:
-            labels = labels.reshape(1, -1)
+            labels = [each.reshape(1, -1) for each in labels]
             forward_grad = None if forward_grad is None else forward_grad.as_one_row()
-        loss, entropy = self.lm_head(
-            self.heads[head], self.weight, labels=labels.t(), forward_grad=forward_grad, with_entropy=with_entropy
-        )
-        return TokenLosses(loss.t().reshape(shape), None if entropy is None else entropy.t().reshape(shape))
+        policies = [forward_grad, *[None] * (len(labels) - 1)]
+        found: list[TokenLosses] = [
+            self.lm_head(hidden, self.weight, labels=each.t(), forward_grad=policy, with_entropy=with_entropy)
+            for hidden, each, policy in zip(self.heads, labels, policies, strict=False)
+        ]
+        losses: Sequence[Tensor] = [head.loss for head in found]
+        rows = [head.rows for head in found if head.rows is not None]
+        if len(rows) == len(found) > 1:
+            losses = request_together(rows, losses)
+        return [
+            TokenLosses(loss.t().reshape(shape), None if head.entropy is None else head.entropy.t().reshape(shape))
+            for loss, head in zip(losses, found, strict=True)
+        ]
 
     def select(self, tokens: Tensor) -> Tensor:
         """Return the main head's hidden states of selected tokens, [n, h] in batch order.

@@ -25,9 +25,11 @@ from megatron_slm.objective.tokens import ReferenceScores, TokenBatch
 from megatron_slm.runtime.collective import group_rank, group_size
 
 
-def mtp_labels(labels: Tensor, tokens: TokenBatch, config: SelectionConfig, head_count: int) -> list[Tensor]:
+def mtp_labels(labels: Tensor, global_token_index: Tensor, config: SelectionConfig, head_count: int) -> list[Tensor]:
     """Return the labels [b, s] of each MTP head; 0 beyond the sequence's end. Collective over ``config.cp_group``."""
-    sequence = _Sequence(tokens.global_token_index, config.cp_group)
+    if not head_count:
+        return []
+    sequence = _Sequence(global_token_index, config.cp_group)
     return [sequence.shift_left(labels, distance) for distance in range(1, head_count + 1)]
 
 

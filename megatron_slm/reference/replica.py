@@ -88,8 +88,8 @@ class ReferenceReplica:
 
     def token_scores(self, batch: MicroBatch, hidden: HiddenStates) -> ReferenceScores:
         """Return the scores of a micro-batch from its final hidden states."""
-        loss, entropy = hidden.token_losses(batch.labels, with_entropy=self.with_entropy)
-        return ReferenceScores(loss, entropy)
+        losses = hidden.token_losses(batch.labels, with_entropy=self.with_entropy)
+        return ReferenceScores(losses.loss, losses.entropy)
 
     def _scores(self, number: int, batch: MicroBatch, hidden: HiddenStates) -> tuple[Tensor, Tensor, ReferenceScores]:
         scores = self.token_scores(batch, hidden)

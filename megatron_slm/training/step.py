@@ -119,19 +119,17 @@ class StepPasses:
                 forward_grad = selection.forward_grad_policy(
                     index, batch.loss_mask, batch.token_index(), self.references[index], batch.loss_mask_on_host
                 )
-            losses = hidden.token_losses(batch.labels, forward_grad=forward_grad, with_entropy=self.with_entropy)
+            labels = [batch.labels]
+            if torch.is_grad_enabled():
+                labels += mtp_labels(batch.labels, batch.token_index(), selection.config, len(hidden.heads) - 1)
+            losses, *heads = hidden.head_losses(labels, forward_grad=forward_grad, with_entropy=self.with_entropy)
             tokens = self._tokens(index, batch, losses)
             selected = selection.select(index, tokens)
             loss = selective_loss(tokens, selected)
             if backward_filter is not None:
                 backward_filter.select(index, loss.selected)
             numerator = loss.numerator
-            if torch.is_grad_enabled() and len(hidden.heads) > 1:
-                labels = mtp_labels(batch.labels, tokens, selection.config, len(hidden.heads) - 1)
-                heads = [
-                    hidden.token_losses(of_head, head=head, with_entropy=self.with_entropy)
-                    for head, of_head in enumerate(labels, start=1)
-                ]
+            if heads:
                 numerator = numerator + multi_token_loss(heads, tokens, selected, selection.config, selection.ratio)
             without_graph = replace(tokens, loss=tokens.loss.detach())
             result = MicroBatchResult(TokenSums.from_micro_batch(tokens, loss), without_graph, loss.selected)

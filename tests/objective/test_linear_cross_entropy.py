@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_slm.objective.linear_cross_entropy import chunked
 from megatron_slm.objective.linear_cross_entropy.api import linear_cross_entropy
+from megatron_slm.objective.linear_cross_entropy.backward_rows import median
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
 from megatron_slm.testing.ranks import run_ranks
@@ -311,7 +312,7 @@ def test_not_a_number_is_not_hidden() -> None:
 def test_median_without_waiting(share: float) -> None:
     values, counted = torch.randn(101), torch.randperm(101) < share * 101
     expected = values.where(counted, torch.nan).nanmedian().nan_to_num(0.0)
-    assert chunked._median(values, counted).tolist() == [expected]
+    assert median(values, counted).tolist() == [expected]
 
 
 def test_no_tokens() -> None:

@@ -36,6 +36,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "documents": {**SLM, **DOCUMENTS},
     "reference model": {"objective": "slm"},
     "experts": {**SLM, **EXPERTS},
+    "MTP": {**SLM, "mtp_num_layers": 2},
+    "MTP, speculative": {**SLM, "mtp_num_layers": 2, "slm_exact_mode": "speculative"},
 }
 OF_CORE = (  # waits of Megatron-Core per step, of its experts, and of torch's optimizer, whose steps are on the host
     *("megatron/core/distributed/finalize_model_grads.py", "megatron/core/optimizer/", "megatron/core/utils.py"),

@@ -65,7 +65,7 @@ def linear_cross_entropy(
     if config.implementation == "torch":
         return TokenLosses(*full_token_loss(hidden, weight, labels, config, shard, with_entropy))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, entropy = chunked_token_loss(
+    losses = chunked_token_loss(
         hidden, weight, labels, config, shard, forward_grad if needs_gradient else None, with_entropy, needs_gradient
     )
-    return TokenLosses(mark_outside_labels(loss, labels, shard.vocab_size), entropy)
+    return losses._replace(loss=mark_outside_labels(losses.loss, labels, shard.vocab_size))

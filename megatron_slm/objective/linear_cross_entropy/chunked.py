@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_slm.objective.linear_cross_entropy.backward_rows import BackwardRows
 from megatron_slm.objective.linear_cross_entropy.chunk_math import (
     ChunkMath,
     TorchChunkMath,
@@ -25,7 +26,7 @@ from megatron_slm.objective.linear_cross_entropy.chunk_math import (
 )
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.objective.linear_cross_entropy.product import add_product, fp32_product, product_dtype
-from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig
+from megatron_slm.objective.linear_cross_entropy.settings import LinearCrossEntropyConfig, TokenLosses
 from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, SoftmaxNormalizer, Statistics
 from megatron_slm.objective.linear_cross_entropy.weight_gradient import WeightGradient
 from megatron_slm.objective.vocab_shard import VocabShard, gather_sequence, reduce_hidden_gradient
@@ -55,12 +56,11 @@ def chunked_token_loss(
     forward_grad: ForwardGradPolicy | None,
     with_entropy: bool,
     needs_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> TokenLosses:
     """Return token losses and entropies, [s, b] each, as :func:`linear_cross_entropy` describes them."""
-    loss, entropy = _ChunkedLoss.apply(
-        hidden, weight, labels, config, shard, forward_grad, with_entropy, needs_gradient
-    )
-    return loss, entropy
+    rows = BackwardRows(config.host_reads) if needs_gradient else None
+    loss, entropy = _ChunkedLoss.apply(hidden, weight, labels, config, shard, forward_grad, with_entropy, rows)
+    return TokenLosses(loss, entropy, rows)
 
 
 def chunk_math(config: LinearCrossEntropyConfig, dtype: torch.dtype) -> ChunkMath:
@@ -153,18 +153,20 @@ class _ChunkedLoss(torch.autograd.Function):
         shard: VocabShard,
         forward_grad: ForwardGradPolicy | None,
         with_entropy: bool,
-        needs_gradient: bool,
+        backward_rows: BackwardRows | None,
     ) -> tuple[Tensor, Tensor | None]:
         inputs = _head_inputs(hidden, weight, labels, config, shard)
         fits = len(inputs) * shard.size * LOGIT_BYTES <= config.saved_logits_bytes
-        saved_chunks: list[_SavedChunk] | None = [] if needs_gradient and fits else None
+        saved_chunks: list[_SavedChunk] | None = [] if backward_rows is not None and fits else None
         forward_gradients: _ForwardGradients | None = None
         if forward_grad is not None and saved_chunks is None:
             statistics, forward_gradients = _forward_grad_pass(inputs, forward_grad, with_entropy)
+            assert backward_rows is not None, "a policy is only used with gradients"
+            backward_rows.chosen = forward_gradients.chosen
         else:
             statistics = _statistics(inputs, with_entropy, saved_chunks)
         ctx.save_for_backward(hidden, weight, labels, *statistics.normalizer)
-        ctx.config, ctx.shard = config, shard
+        ctx.config, ctx.shard, ctx.backward_rows = config, shard, backward_rows
         ctx.saved_chunks, ctx.forward_gradients = saved_chunks, forward_gradients
         loss, entropy = statistics.loss.view(labels.shape), statistics.entropy
         if entropy is None:
@@ -177,7 +179,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, highest, total = ctx.saved_tensors
         inputs = _head_inputs(hidden, weight, labels, ctx.config, ctx.shard)
-        gradients = _Gradients(inputs, SoftmaxNormalizer(highest, total), WeightGradient(weight))
+        gradients = _Gradients(inputs, SoftmaxNormalizer(highest, total), WeightGradient(weight), ctx.backward_rows)
         loss_weight = grad_loss.reshape(-1).float()
         forward_gradients, ctx.forward_gradients = ctx.forward_gradients, None
         if forward_gradients is None:
@@ -274,27 +276,25 @@ def _forward_grad_pass(
 class _Gradients:
     """Gradients of hidden states [N, h] (for this vocabulary shard only) and weight, accumulated over chunks."""
 
-    def __init__(self, inputs: _HeadInputs, normalizer: SoftmaxNormalizer, weight: WeightGradient) -> None:
-        self.inputs, self.normalizer, self.weight = inputs, normalizer, weight
+    def __init__(
+        self, inputs: _HeadInputs, normalizer: SoftmaxNormalizer, weight: WeightGradient, rows: BackwardRows
+    ) -> None:
+        self.inputs, self.normalizer, self.weight, self.rows = inputs, normalizer, weight, rows
         self.hidden = torch.zeros_like(inputs.hidden)
 
     def correct(self, forward: _ForwardGradients, loss_weight: Tensor) -> None:
         """Correct the gradients of the forward pass once the final selection is known.
 
-        Selected tokens usually share one loss weight, the loss scale, by which the weight gradient is multiplied; the
-        median is robust against the others. The residual of each row is computed. If more rows have one than are
-        selected, it is cheaper, and more exact, to compute all selected rows.
+        The residual of each row is computed (:class:`BackwardRows`). If more rows have one than are selected, it is
+        cheaper, and more exact, to compute all selected rows.
 
         Args:
             forward: the gradients of the forward pass; their memory is reused.
             loss_weight: [N] fp32, weight of each row's loss.
         """
-        shared = _median(loss_weight, forward.chosen & (loss_weight != 0))
-        residual = loss_weight - shared * forward.chosen
-        missing = (residual != 0) & ~forward.chosen
-        counts = torch.stack([values.count_nonzero() for values in (loss_weight, residual, missing)])
-        numbers = torch.cat((shared.double(), counts.double()))
-        scale, *sizes = self.inputs.config.host_reads.request(numbers).numbers()
+        scale, *sizes = self.rows.numbers(loss_weight)
+        residual, missing = self.rows.residual, self.rows.missing
+        assert residual is not None and missing is not None
         n_weighted, n_residual, n_missing = map(int, sizes)
         if n_residual >= n_weighted:
             self._add(row_indices(loss_weight, n_weighted), loss_weight)
@@ -309,7 +309,7 @@ class _Gradients:
 
     def add(self, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:
         """Compute the gradients of rows with a nonzero loss weight [N] fp32, from saved chunks if there are some."""
-        count = self.inputs.config.host_reads.request(loss_weight.count_nonzero())
+        (count,) = self.rows.numbers(loss_weight)
         self._add(row_indices(loss_weight, int(count)), loss_weight, saved_chunks)
 
     def _add(self, indices: Tensor, loss_weight: Tensor, saved_chunks: list[_SavedChunk] | None = None) -> None:
@@ -346,18 +346,6 @@ class _Gradients:
             self.weight.add_product(entries, change, selected.hidden)
             selected.add_hidden_gradient(hidden, change, entries)
         return hidden
-
-
-def _median(values: Tensor, counted: Tensor) -> Tensor:
-    """Return the median of the counted values, [1]; 0 without one. For torch's nanmedian, the host waits for a GPU.
-
-    Args:
-        values: [n], n above 0.
-        counted: [n] bool.
-    """
-    ascending = values.where(counted, torch.inf).sort().values
-    middle = (counted.count_nonzero() - 1).clamp(min=0) >> 1
-    return ascending.gather(0, middle[None]).nan_to_num(0.0, 0.0)
 
 
 def _recomputed_logit_gradients(selected: _HeadInputs, factors: GradientFactors) -> Iterator[tuple[slice, Tensor]]:

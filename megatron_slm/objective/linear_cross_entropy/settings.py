@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.objective.linear_cross_entropy.backward_rows import BackwardRows
 from megatron_slm.runtime.host_reads import HostReads
 
 IMPLEMENTATIONS = ("torch", "chunked", "triton")
@@ -33,3 +34,4 @@ class TokenLosses(NamedTuple):
 
     loss: Tensor  # [s, b], with its graph
     entropy: Tensor | None  # [s, b], nats, of the next-token distribution; no gradient
+    rows: BackwardRows | None = None  # of the backward pass, if the host reads their number
