@@ -86,13 +86,15 @@ def print_checked_plan(
         config = replay_config(config)
     tokenizer = build_run_tokenizer(config)
     check_files(config, tokenizer, verify=True)
+    device = default_device()
+    checks = partial(check_device, config, device), partial(check_expected, config, device, world_size)
     if runs_here:
-        check_device(config, default_device())
-        check_expected(config, default_device(), world_size)
-        if (warning := slow_products(config, default_device())) is not None:
+        for check in checks:
+            check()
+        if (warning := slow_products(config, device)) is not None:
             warn(warning)
     else:
-        for obstacle in device_obstacles(config, default_device()):
+        for obstacle in dict.fromkeys(device_obstacles(checks)):
             console.print(obstacle, markup=False)
     if note:
         console.print(note, markup=False)

@@ -5,6 +5,7 @@ Functions import torch locally, so that invalid flags are reported before torch 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_slm.config.checks import resolve
@@ -126,13 +127,13 @@ def check_diagnostics(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("--record-memory-history needs a GPU. Leave it out on a CPU.")
 
 
-def device_obstacles(config: RunConfig, device: torch.device) -> list[str]:
-    """Return the reason why the run cannot start on this machine, as a line for the plan, if there is one."""
-    try:
-        check_device(config, device)
-    except ConfigError as error:
-        return [f"this machine cannot run it: {error}"]
-    return []
+def device_obstacles(checks: Iterable[Callable[[], None]]) -> Iterator[str]:
+    """Yield the reasons why the run cannot start on this machine, as lines for the plan."""
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            yield f"this machine cannot run it: {error}"
 
 
 def check_precision(config: RunConfig, implementation: str, device: torch.device) -> None:

@@ -42,10 +42,11 @@ def run(corpus: str, directory: Path, **flags: object) -> list[str]:
 
 def test_table_and_requirements_of_a_cpu(corpus: str, tmp_path: Path) -> None:
     required = ["linear", "lm-head", "tp-comm"]
-    plain, refused, planned, accepted = run_each(
+    plain, refused, planned, elsewhere, accepted = run_each(
         run(corpus, tmp_path / "plain", position_embedding_type="rope"),
         run(corpus, tmp_path / "refused", require_fused=required),
         run(corpus, tmp_path / "planned", require_fused=required, dry_run=True),
+        run(corpus, tmp_path / "elsewhere", require_fused=required, dry_run=True, world_size=2),
         run(corpus, tmp_path / "accepted", require_fused=["reference", "tp-comm", "grad-reduce"], bf16=True),
     )
     assert plain.code == accepted.code == 0, plain.errors + accepted.errors
@@ -57,6 +58,8 @@ def test_table_and_requirements_of_a_cpu(corpus: str, tmp_path: Path) -> None:
         assert text in refused.errors
     for text in ("linear: Transformer Engine: it is not installed", "lm-head: --slm-cross-entropy chunked"):
         assert text in planned.errors
+    assert elsewhere.code == 0, elsewhere.errors
+    assert "this machine cannot run it: --require-fused: the fastest implementation is not used" in elsewhere.output
     assert "tp-comm:" not in refused.errors + planned.errors and not (tmp_path / "refused").exists()
 
 
