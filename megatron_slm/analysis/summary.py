@@ -20,7 +20,7 @@ def comparison_table(curves: Sequence[Curve], baseline: str) -> str:
 
     Returns:
         One row per variant: for each held-out set, mean ± standard deviation over seeds of the loss and of the
-        difference.
+        difference; of one seed the values.
     """
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
     rows = [
@@ -43,8 +43,8 @@ def _final_losses(curves: Sequence[Curve], held_out: str, variant: str) -> NDArr
 
 
 def _with_spread(values: NDArray[np.float64], sign: str) -> str:
-    spread = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():{sign}.4f} ± {spread:.4f}"
+    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""  # one seed has none
+    return f"{values.mean():{sign}.4f}{spread}"
 
 
 def tokens_to_reach(tokens: Sequence[float], losses: Sequence[float], target: float) -> float:

@@ -82,6 +82,8 @@ def test_findings_and_plots(tmp_path: Path) -> None:
     assert table[0].startswith("| variant | clean held-out loss | less CLM's | raw held-out loss |")
     assert table[2].startswith("| CLM | 3.0500 ± 0.0707 |  | 3.0500 ± 0.0707 |  |")
     assert table[3].startswith("| SLM | 2.0500 ± 0.0707 | -1.0000 ± 0.0000 |")
+    one_seed = comparison_table([curve for curve in curves() if curve.seed == 1], "CLM").splitlines()
+    assert one_seed[3].startswith("| SLM | 2.1000 | -1.0000 |")
     assert tokens_to_reach([0, 100, 200], [5.0, 4.0, 2.0], 3.0) == 150
     assert tokens_to_reach([0, 100], [5.0, 4.0], 3.0) == math.inf
     assert "SLM reaches CLM's final clean loss (3.0500) after 133 of 200 tokens" in speedup(curves(), "SLM", "CLM")
