@@ -16,6 +16,7 @@ from megatron_slm.checkpoint.adoption import adopt_settings
 from megatron_slm.config.flags import parse
 from megatron_slm.config.recipe import dump_config
 from megatron_slm.config.schema import RunConfig
+from megatron_slm.runtime.kernel_order import order_kernels
 from megatron_slm.runtime.launch import Launch, read_launch
 from megatron_slm.runtime.output import print_result
 from megatron_slm.runtime.reporting import run_command
@@ -108,6 +109,7 @@ def print_checked_plan(
 
 
 def _train(config: RunConfig, note: str, signals: StopSignals | None) -> None:
+    order_kernels(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size)
     import megatron_slm.mcore.import_core  # noqa: F401  # before modules that import Megatron-Core
     from megatron_slm.runtime import process
     from megatron_slm.runtime.collective import on_every_rank, on_first_rank

@@ -24,10 +24,10 @@ from megatron_slm.runtime.early_reports import is_under_torchrun
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.runtime.health.session import start_health
+from megatron_slm.runtime.kernel_order import CONNECTIONS, needs_kernel_order, order_kernels
 from megatron_slm.runtime.launch import Launch, read_launch
 
 SECONDS_BEFORE_NOTICE = 15.0  # of waiting for the other ranks
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"  # hardware queues of a GPU
 BLACKWELL = (10, 0)  # compute capability
 
 
@@ -56,7 +56,7 @@ def start(
     launch = read_launch()
     if launch.address is not None and not is_under_torchrun():
         launch = replace(launch, address=resolve_host(launch.address))
-    order_kernels(layout)
+    order_kernels(layout.tensor, layout.context)
     device = _choose_device(backend, launch)
     timeout = timedelta(minutes=timeout_minutes)
     store = _join(launch, backend or ("nccl" if device.type == "cuda" else "gloo"), device, timeout)
@@ -151,15 +151,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def order_kernels(layout: ParallelLayout) -> None:
-    """Let a GPU start kernels in the order of their launch, before it is used; a value of the user's takes precedence.
-
-    Megatron-Core launches communication of tensor and context parallelism before the matrix products that hide it.
-    """
-    if _needs_kernel_order(layout) and not os.environ.get(CONNECTIONS):
-        os.environ[CONNECTIONS] = "1"
-
-
 def check_kernel_order(layout: ParallelLayout, device: torch.device) -> None:
     """Validate the user's number of hardware queues, as Megatron-LM does for GPUs before Blackwell.
 
@@ -167,7 +158,7 @@ def check_kernel_order(layout: ParallelLayout, device: torch.device) -> None:
         ConfigError: the queues would not start kernels in the order of their launch.
     """
     given = os.environ.get(CONNECTIONS)
-    if not given or given == "1" or device.type != "cuda" or not _needs_kernel_order(layout):
+    if not given or given == "1" or device.type != "cuda" or not needs_kernel_order(layout.tensor, layout.context):
         return
     if torch.cuda.get_device_capability(device) < BLACKWELL:
         raise ConfigError(
@@ -175,10 +166,6 @@ def check_kernel_order(layout: ParallelLayout, device: torch.device) -> None:
             "--context-parallel-size above 1, GPUs before Blackwell need 1, with which communication starts before the "
             f"matrix products that hide it. Unset {CONNECTIONS}, or set it to 1."
         )
-
-
-def _needs_kernel_order(layout: ParallelLayout) -> bool:
-    return layout.tensor > 1 or layout.context > 1
 
 
 def check_backend(backend: str | None, *, has_gpu: bool) -> None:

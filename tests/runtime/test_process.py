@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_slm.cli import pretrain
+from megatron_slm.config.flags import parse
 from megatron_slm.runtime import process
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import ParallelLayout
+from megatron_slm.runtime.kernel_order import order_kernels
 from megatron_slm.runtime.launch import Launch
 from megatron_slm.testing.ranks import run_ranks
 
@@ -64,8 +67,21 @@ def test_kernels_are_ordered_for_tensor_and_context_parallelism(
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
     if given is None:
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    process.order_kernels(layout)
+    order_kernels(layout.tensor, layout.context)
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+
+
+def test_kernels_are_ordered_before_the_driver_is_initialized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question for a GPU initializes it, and thus reads the environment."""
+
+    def is_available() -> bool:
+        raise LookupError(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    config = parse(["--num-layers", "2", "--lr", "1", "--tensor-model-parallel-size", "2"]).config
+    with pytest.raises(LookupError, match="1"):
+        pretrain._train(config, "", None)
 
 
 @pytest.mark.parametrize(
