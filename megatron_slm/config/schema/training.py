@@ -11,6 +11,8 @@ FUSED_PARTS = (  # parts of the table of implementations, for --require-fused
     *("linear", "attention", "norm", "rope", "weight-gradient", "adam", "lm-head", "fp8", "reference"),
     *("grad-reduce", "param-gather", "tp-comm", "p2p-comm"),
 )
+# Megatron-Core 0.16 calls emerging-optimizers with argument names that its version 0.3.0 (Python 3.12) does not accept.
+# Later versions of Megatron-Core use the new names. Checkpoints would need the state of Muon in all layouts.
 _MUON = (
     "Megatron-Core has it from version 0.16 on, with the package emerging-optimizers, but outside of the distributed "
     "optimizer, whose checkpoints are read and written here. Use --optimizer adam."
