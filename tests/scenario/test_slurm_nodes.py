@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -53,24 +54,28 @@ def wait_for_end(cluster: SlurmCluster, job: str, log: Path) -> str:
     return cluster.state(job)
 
 
-@pytest.mark.parametrize(("node", "other", "fault"), [("node1", "node0", "exit 127"), ("node0", "node1", "sleep 1000")])
-def test_node_without_python_is_named_and_left_out(
-    tmp_path: Path, cluster: SlurmCluster, node: str, other: str, fault: str
-) -> None:
-    """Also if it is the first node, on which the check would decide."""
-    python, good, bad = python_without(tmp_path, node, fault), tmp_path / "good", tmp_path / "bad"
+def test_node_without_python_is_named_and_left_out(tmp_path: Path, cluster: SlurmCluster) -> None:
+    """Also if it is the first node, on which the check would decide; both checks wait at the same time."""
+    faults = [("node1", "node0", "exit 127"), ("node0", "node1", "sleep 1000")]
+    with contextlib.ExitStack() as stack:
+        checks = [stack.enter_context(start_check(tmp_path / node, cluster, node, fault)) for node, _, fault in faults]
+        errors = [check.communicate(timeout=SECONDS)[1] for check in checks]
+    for (node, other, _), message in zip(faults, errors, strict=True):
+        good, bad = tmp_path / node / "good", tmp_path / node / "bad"
+        assert good.exists(), message
+        assert good.read_text() == f"{other}\n" and bad.read_text() == f"{node}\n", message
+        assert f"unhealthy node {node}: no process started there within 40 s" in message
+
+
+def start_check(directory: Path, cluster: SlurmCluster, node: str, fault: str) -> subprocess.Popen[str]:
+    """Start the check of both nodes, one of which has a fault, as one job."""
+    directory.mkdir()
+    python, good, bad = python_without(directory, node, fault), directory / "good", directory / "bad"
     options = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=200"]
-    check = [*CHECK.replace("60", "40").split(), "--save", str(tmp_path), "--needed", "1"]
-    result = subprocess.run(
-        ["srun", *options, str(python), "-m", *check, "--healthy-nodes", str(good), "--unhealthy-nodes", str(bad)],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert good.exists(), result.stderr
-    assert good.read_text() == f"{other}\n" and bad.read_text() == f"{node}\n", result.stderr
-    assert f"unhealthy node {node}: no process started there within 40 s" in result.stderr
+    check = [*CHECK.replace("60", "40").split(), "--save", str(directory), "--needed", "1"]
+    command = [str(python), "-m", *check, "--healthy-nodes", str(good), "--unhealthy-nodes", str(bad)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(["srun", *options, *command], env=cluster.environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_job_is_requeued_without_the_unhealthy_node(tmp_path: Path, cluster: SlurmCluster) -> None:
