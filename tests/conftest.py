@@ -4,13 +4,20 @@ import gc
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
-LONG = {"scenario", "training", "reference", "checkpoint", "documentation"}  # tests of several ranks
+FIRST = ("scenario", "training", "reference", "checkpoint", "documentation", "preprocessing")  # long tests
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Use one worker more than cores, because tests wait for the processes that they start."""
+    return (psutil.cpu_count() or 1) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run packages with long tests first, so that all workers end at nearly the same time."""
-    items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: min(order.get(part, len(order)) for part in item.path.parts))
 
 
 def pytest_collection_finish() -> None:
