@@ -35,17 +35,21 @@ smollm2: $(READY)
 setup: $(TEST_READY)
 
 # torch is pinned: this version has the small CPU build where the index offers one, and the CUDA build elsewhere.
-$(READY): pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing torch 2.13.0, megatron-core and the rest: about a minute"
-	$(PIP) torch==2.13.0
-	$(PIP) --editable .
-	@touch $(READY)
+REQUIREMENTS := torch==2.13.0 --editable
 
-$(TEST_READY): $(READY)
-	$(PIP) --editable '.[test]'
-	@touch $(TEST_READY)
+$(READY): pyproject.toml Makefile | $(BIN)/pip
+	$(PIP) $(REQUIREMENTS) .
+	@touch $@
+
+$(TEST_READY): pyproject.toml Makefile | $(BIN)/pip
+	$(PIP) $(REQUIREMENTS) '.[test]'
+	@touch $(READY) $@
+
+# the pip of Python 3.11 needs twice the time to find the versions
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "installing torch 2.13.0, megatron-core and the rest: about a minute"
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
