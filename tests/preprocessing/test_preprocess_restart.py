@@ -373,7 +373,7 @@ def test_random_kills(tmp_path: Path) -> None:
     slow = {**os.environ, "SECONDS": "0.004"}
     journal = tmp_path / "out_text_document.journal"
     kills, records = 0, []
-    while kills < 8:
+    while kills < 6:
         process = subprocess.Popen(command, env=slow, stderr=subprocess.DEVNULL)
         size = journal.stat().st_size if journal.exists() else 0
         while kills % 2 and process.poll() is None and (not journal.exists() or journal.stat().st_size <= size):
