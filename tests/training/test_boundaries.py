@@ -44,6 +44,7 @@ WITH: dict[str, list[str]] = {
     "--sgd-momentum": ["--optimizer", "sgd"],
     "--max-position-embeddings": ["--position-embedding-type", "learned_absolute"],
     "--slm-selection-ratio-start": ["--slm-selection-ratio-warmup-iters", "1"],
+    "--slm-gumbel-temperature": ["--slm-score", "stochastic-token-loss"],
 }
 
 
