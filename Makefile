@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
-# without byte-compilation: most modules are never imported, and Python compiles the others when they are
+# without byte-compilation: most modules are never imported, and Python compiles the others when they are; and without
+# setuptools' warning of editable installations
 unexport PYTHONDONTWRITEBYTECODE  # which would compile them again in each process, for eight seconds
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: quickstart test lint pytest compare smollm2 clean setup
 
