@@ -113,8 +113,9 @@ def _draw_lines(panel: Axes, metric: Metric, runs: Sequence[RunFiles], axis: str
         for style, (label, series) in enumerate(metric.lines(run)):
             color = COLOURS[(number if len(runs) > 1 else style) % len(COLOURS)]
             x = series.tokens if axis == "tokens" else series.steps
-            values = smooth(series.values, smoothing) if smoothing else series.values
-            raw, points = (reduce_points(Line(label, x, each), MAX_POINTS) for each in (series.values, values))
+            raw = points = reduce_points(Line(label, x, series.values), MAX_POINTS)
+            if smoothing:
+                points = reduce_points(Line(label, x, smooth(series.values, smoothing)), MAX_POINTS)
             if raw.is_reduced:
                 panel.fill_between(raw.x, raw.low, raw.high, color=color, alpha=0.25, linewidth=0)
             elif smoothing:

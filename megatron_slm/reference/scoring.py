@@ -253,9 +253,10 @@ class _Scorer:
         """Build this replica's micro-batches on the host."""
         size, window = self.job.micro_batch_size, self.header.context.window
         build = partial(build_micro_batch, ids=self.ids, size=size, window=window, eod=self.tokenizer.eod)
-        for group in self._row_groups(rows):
+        groups = list(self._row_groups(rows))
+        for group in groups:
             check_ids(group, self.ids, self.tokenizer.vocab_size, self.corpus.prefix)
-        return [build(group, packed=self.source.packed) for group in self._row_groups(rows)]
+        return [build(group, packed=self.source.packed) for group in groups]
 
     def _score(
         self, rows: Sequence[Row], micro_batches: Sequence[MicroBatch]
