@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.utils import _device
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -118,6 +119,7 @@ def redirect_cuda_to_cpu() -> None:
         _CUDA_RNG_STATE_TRACKER=_CpuRNGStatesTracker(),
         _CUDA_RNG_STATE_TRACKER_INITIALIZED=True,
     )
+    _device._device_constructors()  # fill its cache: otherwise "with torch.device" does not know the functions replaced
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _redirect_methods()

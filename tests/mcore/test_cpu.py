@@ -44,6 +44,11 @@ def _redirected(rank: int, world_size: int) -> list[str]:
         wrong.append("conversions")
     if torch.zeros(2, device="meta").device.type != "meta" or value.to("meta").device.type != "meta":
         wrong.append("other devices")
+    with torch.device("meta"):
+        created = [getattr(torch, name)(*ARGUMENTS.get(name, (2,))) for name in PINNED]
+        created += [torch.nn.Linear(2, 2).weight, torch.zeros(2, device="cpu").to("meta")]
+    if any(tensor.device.type != "meta" for tensor in created):
+        wrong.append("other devices of a context")
     if torch._C._len_torch_function_stack():
         wrong.append("a mode, which makes each call of torch slow")
     return wrong
