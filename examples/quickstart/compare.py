@@ -1,14 +1,16 @@
 """Train the variants of studies with three seeds, and write tables and plots: ``make compare``.
 
 ``python examples/quickstart/compare.py STUDY ...`` runs other studies of ``studies.py``; ``--seeds 1 2`` trains fewer
-seeds, and a later call with all of them continues. Runs of one rank are trained two in parallel, or ``--parallel N``,
-which is faster on two cores than one run of two processes. Scopes use two ranks with half the
-micro-batch, so that each scope ranks a different number of tokens. Re-running continues with unfinished runs.
+seeds, and adds them to the table of those that were run before, on this machine or on another. Runs of one rank are
+trained two in parallel, or ``--parallel N``, which is faster on two cores than one run of two processes. Scopes use two
+ranks with half the micro-batch, so that each scope ranks a different number of tokens. Re-running continues with
+unfinished runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -105,14 +107,16 @@ def train_one(directory: Path, name: str, variant: Variant, seed: int) -> None:
 
 def report(directory: Path, name: str, study: Study, seeds: Sequence[int]) -> None:
     """Write the curves, the table and the plot of a study, and print the table."""
-    curves = held_out_curves(directory, study.variants, seeds)
     RESULTS.mkdir(exist_ok=True)
-    write_curves(curves, RESULTS / f"{name}.json")
+    path, order = RESULTS / f"{name}.json", list(study.variants)
+    curves = held_out_curves(directory, study.variants, seeds) + recorded_curves(path, study, seeds)
+    curves.sort(key=lambda curve: (order.index(curve.variant), curve.seed, curve.held_out))
+    write_curves(curves, path)
     text = comparison_table(curves, study.baseline)
     if {"CLM", "SLM"} <= set(study.variants):
         text += f"\n\n{speedup(curves, 'SLM', 'CLM')}"
-    if len(seeds) < len(SEEDS):
-        text += f"\n\nSeeds: {', '.join(map(str, seeds))}."
+    if len(used := sorted({curve.seed for curve in curves})) < len(SEEDS):
+        text += f"\n\nSeeds: {', '.join(map(str, used))}."
     write_text(RESULTS / f"{name}.md", f"{text}\n")
     print(f"\n{name}\n\n{text}")
     if study.plot:
@@ -128,6 +132,16 @@ def held_out_curves(directory: Path, variants: Iterable[str], seeds: Sequence[in
         for seed in seeds
         for held_out in ("clean", "raw")
     ]
+
+
+def recorded_curves(path: Path, study: Study, seeds: Sequence[int]) -> list[Curve]:
+    """Read the curves of other seeds, if all variants of the study were run with them."""
+    recorded = [Curve(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    variants = {
+        seed: {curve.variant for curve in recorded if curve.seed == seed} for seed in (c.seed for c in recorded)
+    }
+    complete = {seed for seed, names in variants.items() if names == set(study.variants)}
+    return [curve for curve in recorded if curve.seed in complete - set(seeds)]
 
 
 if __name__ == "__main__":

@@ -143,14 +143,24 @@ def test_runs_have_a_log_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(log.name for log in logs) == [f"compare-SLM-k-0.{k}-{seed}.log" for k in (2, 4) for seed in (1, 2)]
 
 
-def test_reports_state_fewer_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tables result from one call and from several; runs of a changed study are left out."""
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    monkeypatch.setattr(stages, "held_out_losses", lambda run, held_out: ([0, 100], [5.0, 4.0]))
+    monkeypatch.setattr(
+        stages, "held_out_losses", lambda run, held_out: ([0, 100], [5.0, len(run.name) / 10 + int(run.name[-1])])
+    )
     study = replace(studies.STUDIES["general"], plot=None)
-    compare.report(tmp_path, "general", study, [1, 2])
-    assert (tmp_path / "general.md").read_text().endswith("\n\nSeeds: 1, 2.\n")
+    json, table = tmp_path / "general.json", tmp_path / "general.md"
     compare.report(tmp_path, "general", study, [1, 2, 3])
-    assert "Seeds" not in (tmp_path / "general.md").read_text()
+    expected = (json.read_text(), table.read_text())
+    json.unlink()
+    compare.report(tmp_path, "general", study, [3, 1])
+    assert table.read_text().endswith("\n\nSeeds: 1, 3.\n")
+    compare.report(tmp_path, "general", study, [2])
+    assert (json.read_text(), table.read_text()) == expected
+    fewer = replace(study, variants=dict(list(study.variants.items())[:2]))
+    compare.report(tmp_path, "general", fewer, [2])
+    assert table.read_text().endswith("\n\nSeeds: 2.\n")
 
 
 def test_domains_are_disjoint(tmp_path: Path) -> None:
