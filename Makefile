@@ -9,7 +9,7 @@ TEST_READY := $(VENV)/.test-ready
 unexport PYTHONDONTWRITEBYTECODE  # which would compile them again in each process, for eight seconds
 PIP := PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test lint pytest compare smollm2 clean setup
+.PHONY: quickstart test lint pytest compare smollm2 clean setup setup-browser
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
@@ -34,6 +34,9 @@ smollm2: $(READY)
 	$(BIN)/python examples/smollm2/continue_pretraining.py --results examples/smollm2/results
 
 setup: $(TEST_READY)
+
+setup-browser: setup  # for tests of HTML pages, which need Chromium as well
+	$(PIP) playwright
 
 # torch is pinned: this version has the small CPU build where the index offers one, and the CUDA build elsewhere.
 REQUIREMENTS := torch==2.13.0 --editable

@@ -1,4 +1,4 @@
-"""Test that continuous integration runs with and without Slurm, with stand-ins for apt-get and make."""
+"""Test that continuous integration runs with and without Slurm and Chromium, with stand-ins for apt-get and make."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / ".ci" / "run"
 PROGRAMS = ("bash", "dirname", "mktemp", "rm", "tail", "timeout")
-SLURM = ("slurmctld", "slurmd", "srun", "munged")
+PACKAGED = ("slurmctld", "slurmd", "srun", "munged", "chromium")
+CALLS = ["make setup", "make setup-browser", "make test"]
 
 
 def run(directory: Path, **programs: str) -> tuple[list[str], str]:
@@ -31,20 +32,27 @@ def run(directory: Path, **programs: str) -> tuple[list[str], str]:
         ({"id": "echo 1000"}, "needs root"),
         ({"id": "echo 0"}, "has no apt-get"),
         ({"id": "echo 0", "apt_get": "echo no such package >&2; exit 100"}, "exit code 100 (limit: 150 s): no such"),
+        ({"id": "echo 1000", "slurmctld": "", "slurmd": "", "srun": "", "munged": ""}, "that need chromium are"),
     ],
 )
-def test_slurm_that_cannot_be_installed_is_named_and_ends_nothing(
+def test_packages_that_cannot_be_installed_are_named_and_end_nothing(
     tmp_path: Path, programs: dict[str, str], reason: str
 ) -> None:
     output, messages = run(tmp_path, **programs)
-    assert output == ["make setup", "make test"]
-    assert "ci: tests on Slurm are skipped: " in messages and reason in messages
+    assert output == CALLS
+    assert "ci: tests that need " in messages and reason in messages
 
 
-def test_slurm_is_installed_once(tmp_path: Path) -> None:
+def test_a_browser_that_cannot_be_driven_ends_nothing(tmp_path: Path) -> None:
+    programs = {**dict.fromkeys(PACKAGED, ""), "make": 'echo make "$@"; [ "$1" != setup-browser ]'}
+    output, messages = run(tmp_path, **programs)
+    assert output == CALLS and messages == "ci: tests in a browser are skipped: playwright cannot be installed\n"
+
+
+def test_missing_packages_are_installed_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     (tmp_path / "without").mkdir()
-    assert run(tmp_path / "without", id="echo 0", apt_get=f'echo "$@" >> {log}') == (["make setup", "make test"], "")
-    assert log.read_text().splitlines()[1].endswith("slurm-wlm munge")
+    assert run(tmp_path / "without", id="echo 0", apt_get=f'echo "$@" >> {log}') == (CALLS, "")
+    assert log.read_text().splitlines()[1].endswith("--no-install-recommends slurm-wlm munge chromium")
     (tmp_path / "with").mkdir()
-    assert run(tmp_path / "with", **dict.fromkeys(SLURM, ""), id="exit 1")[1] == ""
+    assert run(tmp_path / "with", **dict.fromkeys(PACKAGED, ""), id="exit 1") == (CALLS, "")
