@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +58,20 @@ def build_optimizer(chunks: Sequence[torch.nn.Module], config: RunConfig) -> Meg
         if parallel.align_grad_reduce:
             schedule.grad_sync_func = _single_or_list([chunk.start_grad_sync for chunk in chunks])
     if data_parallel_config(config).align_param_gather:
-        schedule.param_sync_func = _single_or_list([chunk.start_param_sync for chunk in chunks])
+        schedule.param_sync_func = _single_or_list([partial(start_missing_gathers, chunk) for chunk in chunks])
     return optimizer
+
+
+def start_missing_gathers(chunk: torch.nn.Module, *_: Any) -> None:
+    """Start the parameter gathers of a chunk that have not run since its gradients were reset.
+
+    Megatron-Core's ``start_param_sync`` would gather all parameters again after a ranking pass, whose modules gather
+    those that they use.
+    """
+    buckets: Any = chunk.bucket_groups + chunk.expert_parallel_bucket_groups  # type: ignore[operator]
+    for bucket in buckets:
+        if not bucket.param_gather_dispatched:
+            bucket.start_param_sync()
 
 
 def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
