@@ -29,6 +29,7 @@ from megatron_slm.config.checkpoint_files import (
 )
 from megatron_slm.corpus.fingerprints import files_fingerprint
 from megatron_slm.mcore.common_state import common_state_objects
+from megatron_slm.mcore.loading import loading_strategy
 from megatron_slm.mcore.pickle_classes import DAMAGE, TRUST_REMEDY, UnsafePickleError
 from megatron_slm.mcore.pickles import restricted_pickles
 from megatron_slm.runtime.checksums import file_checksums, ranks_with_same_files, text_checksum
@@ -112,7 +113,7 @@ def load_state(state: dict[str, Any], directory: Path, flag: str) -> dict[str, A
 
     def load() -> dict[str, Any]:
         with explained_load(directory, flag):
-            return dist_checkpointing.load(state, str(directory))
+            return dist_checkpointing.load(state, str(directory), loading_strategy())
 
     return on_every_rank(load)
 
