@@ -1,14 +1,16 @@
 """Install megatron_slm with Transformer Engine from a directory of wheels, without network access.
 
-Usage: python tools/install_hopper.py WHEELS [--check]
+Usage: python tools/install_hopper.py WHEELS [--collect | --check]
 
-The wheels are checked first: versions, Python and platform tags, the CUDA version and the C++ ABI of their libraries,
-and that nothing is missing. The script needs the standard library and pip only.
+With --collect, wheels of everything that this environment lacks are downloaded or built, on a machine with network
+access. Otherwise the wheels are checked: versions, Python and platform tags, the CUDA version and the C++ ABI of their
+libraries, and that nothing is missing. The script needs the standard library and pip only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import re
 import subprocess
@@ -17,7 +19,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from email.parser import Parser
@@ -228,16 +230,47 @@ def environment_problems(environment: Environment, wheels: Sequence[Wheel]) -> I
         yield "setuptools 77 or later is needed to build megatron_slm. Install it, or add a wheel of megatron_slm."
 
 
-def install(directory: Path, wheels: Sequence[Wheel], environment: Environment) -> int:
-    """Install the project without an index, and import the result; return the exit code."""
-    ours = [wheel for wheel in wheels if wheel.name == "megatron-slm"]
-    found = max(ours, key=lambda wheel: wheel.version).path if ours else PROJECT
+@contextmanager
+def kept_versions(environment: Environment) -> Iterator[list[str]]:
+    """Yield the options of pip that keep the installed torch and NumPy."""
     kept = [f"{name}=={environment.installed[name]}" for name in ("torch", "numpy") if name in environment.installed]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(kept) + "\n")
         constraints.flush()
-        pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation"]
-        command = [*pip, "--find-links", str(directory), "--constraint", constraints.name, f"{found}[{EXTRA}]"]
+        yield ["--constraint", constraints.name]
+
+
+def collect(directory: Path, environment: Environment) -> int:
+    """Download or build the wheels that this environment lacks; return the exit code.
+
+    pip would build Transformer Engine's extension for another torch if it isolated the build.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip"]
+    with kept_versions(environment) as kept, tempfile.NamedTemporaryFile(suffix=".json") as report:
+        options = ["--dry-run", "--quiet", "--no-build-isolation", *kept, "--report", report.name]
+        code = subprocess.run([*pip, "install", *options, f"{PROJECT}[{EXTRA}]"], check=False).returncode
+        if code:
+            return code
+        found = [each["metadata"] for each in json.loads(report.read())["install"]]
+    names = [(canonicalize_name(each["name"]), each["version"]) for each in found]
+    missing = [f"{name}=={version}" for name, version in names if name != "megatron-slm"]
+    if missing:
+        options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(directory)]
+        code = subprocess.run([*pip, "wheel", *options, *missing], check=False).returncode
+    print(
+        f"{directory}: {', '.join(missing) or 'nothing is missing'}." if not code else "not all wheels were collected."
+    )
+    return code
+
+
+def install(directory: Path, wheels: Sequence[Wheel], environment: Environment) -> int:
+    """Install the project without an index, and import the result; return the exit code."""
+    ours = [wheel for wheel in wheels if wheel.name == "megatron-slm"]
+    found = max(ours, key=lambda wheel: wheel.version).path if ours else PROJECT
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation"]
+    with kept_versions(environment) as kept:
+        command = [*pip, "--find-links", str(directory), *kept, f"{found}[{EXTRA}]"]
         code = subprocess.run(command, check=False).returncode
     if not code and found != PROJECT:  # pip keeps an installed version with the same number
         code = subprocess.run([*pip, "--no-deps", "--force-reinstall", str(found)], check=False).returncode
@@ -257,12 +290,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the wheels, and install them; return 2 if something is missing."""
     parser = argparse.ArgumentParser(description="Install megatron_slm[hopper] from a directory of wheels.")
     parser.add_argument("wheels", type=Path, help="directory of wheels")
-    parser.add_argument("--check", action="store_true", help="check the wheels without installing them")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--collect", action="store_true", help="download or build the wheels that are missing here")
+    action.add_argument("--check", action="store_true", help="check the wheels without installing them")
     arguments = parser.parse_args(argv)
     if sys.version_info < OLDEST_PYTHON:
         print(f"Python {platform.python_version()} is too old. Use Python 3.11 or later.", file=sys.stderr)
         return 2
     environment = Environment.current()
+    if arguments.collect:
+        problems = list(environment_problems(environment, []))
+        print(*problems, sep="\n", file=sys.stderr)
+        return 2 if problems else collect(arguments.wheels, environment)
     try:
         wheels, problems = read_wheels(arguments.wheels)
         requirements = project_requirements(PROJECT)

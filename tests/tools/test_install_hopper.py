@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def wheel(
             *(f"Requires-Dist: {each}" for each in requires),
         ]
         archive.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
+        archive.writestr(f"{name}-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
+        archive.writestr(f"{name}-{version}.dist-info/RECORD", "")
         if library is not None:
             archive.writestr(f"{name}/lib.so", library)
     return path
@@ -169,6 +172,36 @@ def test_check_reports_everything_and_installs_nothing(
     monkeypatch.setattr(tool, "PROJECT", tmp_path)  # without its source tree
     assert tool.main([str(tmp_path)]) == 2
     assert "pyproject.toml: No such file or directory" in capsys.readouterr().err
+
+
+def test_collected_wheels_are_complete(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine with the same environment; an installed package, here NumPy, is not collected."""
+    project, index, collected = (tmp_path / name for name in ("project", "index", "collected"))
+    project.mkdir()
+    index.mkdir()
+    lines = ['[project]\nname = "megatron_slm"\nversion = "1"', 'dependencies = ["numpy"]']
+    lines += [
+        '[project.optional-dependencies]\nhopper = ["fake-engine[pytorch]>=2"]',
+        "[tool.setuptools]\npackages = []",
+    ]
+    (project / "pyproject.toml").write_text("\n".join(lines), encoding="utf-8")
+    wheel(index, "fake_engine", "2.1", "fake-engine-torch==2.1; extra == 'pytorch'\nProvides-Extra: pytorch")
+    for name in ("fake_engine", "fake_engine_torch"):
+        wheel(index, name, "2.1" if name.endswith("torch") else "1.0")
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(index)), ("CONFIG_FILE", "/dev/null")):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setattr(tool, "PROJECT", project)
+    here = environment(
+        tool, installed={name: Version(metadata.version(name)) for name in ("numpy", "setuptools", "torch")}
+    )
+    monkeypatch.setattr(tool.Environment, "current", staticmethod(lambda: here))
+    assert tool.main([str(collected), "--collect"]) == 0, capfd.readouterr().err
+    assert sorted(path.name.partition("-")[0] for path in collected.iterdir()) == ["fake_engine", "fake_engine_torch"]
+    assert tool.main([str(collected), "--check"]) == 0, capfd.readouterr().err
+    monkeypatch.setattr(tool.Environment, "current", staticmethod(lambda: replace(here, cuda=None)))
+    assert tool.main([str(collected), "--collect"]) == 2 and "is a build for CPUs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("has_wheel", [False, True])
