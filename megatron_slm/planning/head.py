@@ -64,7 +64,8 @@ def head_memory(layout: Layout) -> HeadMemory:
         gradient = int(tokens * hidden * product * (1 + selected) + selected * rows)
     if fits:
         saved, forward = logits, logits + gathered + scratch
-        backward = saved + gathered + gradient + int(selected * chunk) + scratch
+        picked = int(selected * chunk) if device == "cuda" else 0  # a CPU overwrites the saved chunk
+        backward = saved + gathered + gradient + picked + scratch
     elif layout.computes_gradient_in_forward:
         saved = tokens * hidden * product + FP32 * weight
         share = max(-(-tokens // MIN_ROW_CHUNKS[device]), MIN_CHUNK_BYTES // (FP32 * vocabulary))

@@ -245,6 +245,28 @@ def test_the_logits_are_never_all_there(threshold: float | None, share: float) -
     assert largest.elements >= tokens * entries, "the measurement sees nothing"
 
 
+@pytest.mark.parametrize("saved_logits_bytes", [0, 1 << 30], ids=["recompute", "kept"])
+def test_products_have_full_tiles(monkeypatch: pytest.MonkeyPatch, saved_logits_bytes: int) -> None:
+    """All chunks but the last one are multiples of 256 wide, and all rows are aligned, for a vocabulary of any size."""
+    chunks: list[Tensor] = []
+    for name in ("statistics", "gradient", "picked_gradient"):
+        original = getattr(chunked.TorchChunkMath, name)
+
+        def recorded(math: Any, logits: Tensor, *rest: Any, original: Any = original, **options: Any) -> Any:
+            chunks.append(logits)
+            return original(math, logits, *rest, **options)
+
+        monkeypatch.setattr(chunked.TorchChunkMath, name, recorded)
+    tokens, entries = 700, 5003
+    hidden, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(entries, 8).requires_grad_()
+    settings = LinearCrossEntropyConfig(saved_logits_bytes=saved_logits_bytes)
+    loss = linear_cross_entropy(hidden, weight, torch.arange(tokens)[:, None], settings).loss
+    loss[:400].sum().backward()
+    widths = [chunk.size(1) for chunk in chunks]
+    assert len(widths) > 8 and sum(width % 256 > 0 for width in widths) == 2, "the last one in each pass"
+    assert all(chunk.stride(0) % 64 == 0 and chunk.stride(0) - chunk.size(1) < 64 for chunk in chunks)
+
+
 def _with_main_grad(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     weight = torch.nn.Parameter(weight.clone())
     weight.main_grad = torch.full(weight.shape, 0.25, dtype=dtype)  # type: ignore[attr-defined]

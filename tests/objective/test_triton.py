@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_slm.objective.linear_cross_entropy.chunk_math import aligned_width, empty_chunk, select_rows
+from megatron_slm.objective.linear_cross_entropy.chunk_math import aligned_width, empty_chunk
 
 ALIGNED = ("logits", "gradient_out", "stride", "padded")
 CASES = Path(__file__).with_name("on_triton.py")
@@ -55,9 +55,11 @@ def test_kernels_have_vector_loads_on_hopper(
     outputs = dict.fromkeys(("highest_out", "total_out", "label_logit_out", "weighted_out"), "*fp32")
     factors = dict.fromkeys(("highest", "scale", "loss_weight"), "*fp32")
     per_thread = 4096 // (8 * 32)
+    gradient = {**common, **factors, "gradient_out": f"*{dtype}", "row_indices": "*i64"}
     for kernel, arguments, constants, stored in (
         (triton_math._statistics_kernel, {**common, **outputs}, {"WITH_ENTROPY": softcap, "LOWEST": -1000.0}, 0),
-        (triton_math._gradient_kernel, {**common, **factors, "gradient_out": f"*{dtype}"}, {}, per_thread),
+        (triton_math._gradient_kernel, gradient, {"PICKS_ROWS": False}, per_thread),
+        (triton_math._gradient_kernel, gradient, {"PICKS_ROWS": True}, per_thread),
     ):
         signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
         aligned = [kernel.arg_names.index(name) for name in arguments if name in ALIGNED]
@@ -76,7 +78,7 @@ def test_rows_of_chunks_are_padded_to_aligned_widths(width: int) -> None:
     from megatron_slm.objective.linear_cross_entropy import triton_math
 
     chunk = torch.empty(2, aligned_width(width))[:, :width]
-    for each in (chunk, empty_chunk(chunk, torch.bfloat16), select_rows(chunk, torch.tensor([1]))):
+    for each in (chunk, empty_chunk(chunk, 1, torch.bfloat16)):
         assert triton_math._padded(each) == each.stride(0) == aligned_width(width)
         assert each.stride(0) % 16 == 0
     assert triton_math._padded(torch.empty(2, 1000)[:, :width]) == min(width, 1000), "other entries follow"

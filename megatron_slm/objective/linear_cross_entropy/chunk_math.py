@@ -44,7 +44,7 @@ class ChunkMath(Protocol):
     def picked_gradient(
         self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
     ) -> Tensor:
-        """Return the logit gradient of the given rows of a saved chunk, [p, w], and overwrite the chunk.
+        """Return the logit gradient of the given rows of a saved chunk, [p, w]; it may take the chunk's memory.
 
         Args:
             row_indices: [p] int64, ascending; labels, factors and ``saved_highest`` are those of these rows.
@@ -145,20 +145,14 @@ def aligned_width(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
-def select_rows(chunk: Tensor, row_indices: Tensor) -> Tensor:
-    """Return the given rows of a chunk [n, w] as a chunk [p, w] with the same stride between rows."""
-    rows, width = chunk.shape
-    return chunk.as_strided((rows, chunk.stride(0)), (chunk.stride(0), 1)).index_select(0, row_indices)[:, :width]
-
-
-def empty_chunk(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return memory for a chunk in another dtype, with the same shape and stride between rows."""
-    return like.new_empty(len(like), like.stride(0), dtype=dtype)[:, : like.size(1)]
+def empty_chunk(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for a chunk of so many rows in another dtype, with the same width and stride between rows."""
+    return like.new_empty(rows, like.stride(0), dtype=dtype)[:, : like.size(1)]
 
 
 def converted(chunk: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a chunk in ``dtype``, with the same stride between rows."""
-    return chunk if chunk.dtype == dtype else empty_chunk(chunk, dtype).copy_(chunk)
+    return chunk if chunk.dtype == dtype else empty_chunk(chunk, len(chunk), dtype).copy_(chunk)
 
 
 def _few_rows(logits: Tensor, count: int) -> list[slice]:

@@ -21,7 +21,6 @@ from megatron_slm.objective.linear_cross_entropy.chunk_math import (
     TorchChunkMath,
     aligned_width,
     largest,
-    select_rows,
     slices,
 )
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
@@ -363,7 +362,7 @@ def _saved_logit_gradients(
     """Yield the entries and the logit gradient of the rows ``indices`` of each saved chunk."""
     for entries, logits, highest in saved_chunks:
         labels = selected.labels - entries.start
-        yield entries, selected.math.gradient(select_rows(logits, indices), labels, factors, highest[indices])
+        yield entries, selected.math.picked_gradient(logits, indices, labels, factors, highest[indices])
 
 
 def _spread(rows: Tensor, indices: Tensor) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_slm.objective.cross_entropy import LOWEST_LOGIT
-from megatron_slm.objective.linear_cross_entropy.chunk_math import aligned_width, empty_chunk, select_rows
+from megatron_slm.objective.linear_cross_entropy.chunk_math import aligned_width, empty_chunk
 from megatron_slm.objective.linear_cross_entropy.softmax import GradientFactors, Statistics
 
 LARGEST_TILE = 4096  # entries of a row that one step of a program works on
@@ -59,30 +59,39 @@ class TritonChunkMath:
     def gradient(
         self, logits: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor | None
     ) -> Tensor:
-        rows, width = logits.shape
-        result = logits if logits.dtype == self.dtype else empty_chunk(logits, self.dtype)
+        result = logits if logits.dtype == self.dtype else empty_chunk(logits, len(logits), self.dtype)
+        return self._gradient(logits, None, labels, factors, result)
+
+    def picked_gradient(
+        self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
+    ) -> Tensor:
+        result = empty_chunk(logits, len(row_indices), self.dtype)  # programs would overwrite rows that others read
+        return self._gradient(logits, row_indices, labels, factors, result)
+
+    def _gradient(
+        self, logits: Tensor, row_indices: Tensor | None, labels: Tensor, factors: GradientFactors, result: Tensor
+    ) -> Tensor:
+        """Write the gradient of the given rows, all if None, to ``result`` [p, w]."""
+        rows, width = result.shape
         if not rows or not width:
             return result
         tile = _tile(width)
         _gradient_kernel[(rows, triton.cdiv(width, tile))](
             logits,
             result,
+            labels if row_indices is None else row_indices,
             labels,
             *factors,
             width,
             _padded(logits),
             logits.stride(0),
             self.softcap or 0.0,
+            PICKS_ROWS=row_indices is not None,
             HAS_SOFTCAP=self.softcap is not None,
             TILE=tile,
             num_warps=_warps(tile),
         )
         return result
-
-    def picked_gradient(
-        self, logits: Tensor, row_indices: Tensor, labels: Tensor, factors: GradientFactors, saved_highest: Tensor
-    ) -> Tensor:
-        return self.gradient(select_rows(logits, row_indices), labels, factors, saved_highest)
 
 
 def _padded(logits: Tensor) -> int:
@@ -163,6 +172,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     logits,
     gradient_out,
+    row_indices,
     labels,
     highest,
     scale,
@@ -171,15 +181,16 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     padded,
     stride,
     softcap,
+    PICKS_ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program per row and tile: the gradient of logits, which may take their place."""
+    """One program per row of the result and tile: the gradient of logits, which may take the place of all rows."""
     row = tl.program_id(0).to(tl.int64)
+    source = tl.load(row_indices + row) if PICKS_ROWS else row
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     in_memory = columns < padded
-    offset = row * stride + columns
-    values = tl.load(logits + offset, mask=in_memory, other=0.0).to(tl.float32)
+    values = tl.load(logits + source * stride + columns, mask=in_memory, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         values = _capped(values, softcap)
     label = tl.load(labels + row)
@@ -189,4 +200,4 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         share = values / softcap
         gradient = gradient * (1.0 - share * share)
     gradient = tl.where(columns < width, gradient, 0.0)
-    tl.store(gradient_out + offset, gradient.to(gradient_out.dtype.element_ty), mask=in_memory)
+    tl.store(gradient_out + row * stride + columns, gradient.to(gradient_out.dtype.element_ty), mask=in_memory)
