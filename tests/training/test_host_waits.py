@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 from megatron_slm.objective.linear_cross_entropy import chunked
 from megatron_slm.runtime.host_reads import HostReads
 from megatron_slm.testing.host_waits import counted_waits
-from megatron_slm.testing.ranks import run_ranks
+from megatron_slm.testing.ranks import run_ranks, shared_process_group
 from megatron_slm.testing.tiny import BATCH, GLOBAL_BATCH, MODEL, captured, command, make_corpus
 from megatron_slm.training import loop
 
@@ -39,6 +40,22 @@ RUNS: dict[str, dict[str, Any]] = {
     "MTP": {**SLM, "mtp_num_layers": 2},
     "MTP, speculative": {**SLM, "mtp_num_layers": 2, "slm_exact_mode": "speculative"},
 }
+PIPELINE = {"pipeline_model_parallel_size": 2}
+OVERLAP = dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), True)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pipeline, filtered": {**SLM, **PIPELINE, "slm_backward": "filtered"},
+    "pipeline, reference model in bubbles": {"objective": "slm", **PIPELINE, "reference_in_bubbles": True},
+    "interleaved": {
+        **SLM,
+        **PIPELINE,
+        **OVERLAP,
+        "slm_scope": "global-batch",
+        "num_layers": 4,
+        "num_layers_per_virtual_pipeline_stage": 1,
+    },
+    "tensor, filtered": {**SLM, "tensor_model_parallel_size": 2, "sequence_parallel": True, "slm_backward": "filtered"},
+    "context": {**SLM, "context_parallel_size": 2},
+}
 OF_CORE = (  # waits of Megatron-Core per step, of its experts, and of torch's optimizer, whose steps are on the host
     *("megatron/core/distributed/finalize_model_grads.py", "megatron/core/optimizer/", "megatron/core/utils.py"),
     "megatron/core/transformer/moe/",
@@ -47,7 +64,8 @@ OF_CORE = (  # waits of Megatron-Core per step, of its experts, and of torch's o
 
 def count_steps(rank: int, world_size: int, commands: list[list[str]]) -> list[list[Counter[str]]]:
     """Train with each command, and return the waits of each step of each run."""
-    return [_count_run(argv) for argv in commands]
+    with shared_process_group() if world_size > 1 else nullcontext():
+        return [_count_run(argv) for argv in commands]
 
 
 def _count_run(argv: list[str]) -> list[Counter[str]]:
@@ -75,10 +93,27 @@ def test_at_most_one_wait_per_micro_batch(tmp_path: Path) -> None:
     commands = [command(corpus, dp=2, model=model, train_iters=2, **flags) for flags in runs.values()]
     _, *counted = run_ranks(count_steps, 1, [base, *commands], initialise=False)[0]
     for name, steps in zip(runs, counted, strict=True):
-        _, waits = steps  # constants are read in the first one
-        ours = {place: count for place, count in waits.items() if not any(core in place for core in OF_CORE)}
-        report = name + "".join(f"\n{count:6} {place}" for place, count in sorted(ours.items()))
-        assert MICRO_BATCHES <= sum(ours.values()) <= MICRO_BATCHES + PER_STEP, report
+        count, report = our_waits(steps)
+        assert MICRO_BATCHES <= count <= MICRO_BATCHES + PER_STEP, name + report
+
+
+def our_waits(steps: list[Counter[str]]) -> tuple[int, str]:
+    """Return the number of waits of the second step that are not Megatron-Core's, and their places."""
+    _, waits = steps  # constants are read in the first one
+    ours = {place: count for place, count in waits.items() if not any(core in place for core in OF_CORE)}
+    return sum(ours.values()), "".join(f"\n{count:6} {place}" for place, count in sorted(ours.items()))
+
+
+def test_at_most_one_wait_per_micro_batch_on_two_ranks(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", 1)
+    base = command(corpus, tmp_path / "base", train_iters=1, num_layers=2, **PIPELINE)
+    name = "pipeline, reference model in bubbles"
+    runs = {**LAYOUTS, name: {**LAYOUTS[name], "reference_load": tmp_path / "base"}}
+    commands = [command(corpus, dp=2, train_iters=2, **{"num_layers": 2, **flags}) for flags in runs.values()]
+    for _, *counted in run_ranks(count_steps, 2, [base, *commands], initialise=False):
+        for name, steps in zip(runs, counted, strict=True):
+            count, report = our_waits(steps)
+            assert 1 <= count <= MICRO_BATCHES + PER_STEP, name + report
 
 
 def test_waits_are_counted_at_their_lines() -> None:
