@@ -20,7 +20,7 @@ class SavedValues:
         parameters = (parameter for chunk in model_chunks for parameter in chunk.parameters())
         self._excluded = {_address(parameter) for parameter in parameters}
         self._uses: Counter[int] = Counter()  # of saved storages, by address
-        self._hooks = saved_tensors_hooks(self._pack, lambda saved: saved.tensor)
+        self._hooks = saved_tensors_hooks(self._pack, lambda saved: saved.unpack())
         self.bytes = self.peak = 0
 
     def __enter__(self) -> SavedValues:
@@ -33,7 +33,7 @@ class SavedValues:
         self._hooks.__exit__(kind, error, trace)
 
     def _pack(self, tensor: Tensor) -> Any:
-        return _Saved(self, tensor)
+        return Saved(self, tensor)
 
     def add(self, tensor: Tensor) -> None:
         """Count a saved tensor."""
@@ -51,12 +51,16 @@ class SavedValues:
             self.bytes -= tensor.untyped_storage().nbytes()
 
 
-class _Saved:
+class Saved:
     """Hold a saved tensor until autograd releases it."""
 
     def __init__(self, values: SavedValues, tensor: Tensor) -> None:
         self.values, self.tensor = values, tensor.detach()
         values.add(self.tensor)
+
+    def unpack(self) -> Tensor:
+        """Return the tensor for the backward pass."""
+        return self.tensor
 
     def __del__(self) -> None:
         self.values.remove(self.tensor)
