@@ -97,6 +97,13 @@ def _add_resource_flags(parser: Parser) -> None:
     add = parser.add_argument_group("resources and limits").add_argument
     default = JobSettings()
     add("--nodes", type=int, help=f"number of nodes [{default.nodes}]")
+    add(
+        "--spare-nodes",
+        type=int,
+        metavar="N",
+        help="nodes to allocate in addition; the ranks start if --nodes of all nodes pass the check, and the others "
+        f"stay idle [{default.spare_nodes}]",
+    )
     add("--gpus-per-node", type=int, help=f"GPUs of each node; 0 trains on CPUs [{default.gpus_per_node}]")
     add("--ranks-per-node", type=int, help="ranks of each node; default one per GPU")
     add("--cpus-per-task", type=int, help="CPU cores of a rank, or of a node with --launcher torchrun")

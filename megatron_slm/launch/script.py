@@ -56,11 +56,11 @@ retry() {
 """.replace("TRACKER", TRACKER)
 
 NODE_CHECK = """\
-# Check the nodes, one task each. A failing node is excluded, and the job is requeued.
+# Check the nodes, one task each. Failing nodes are excluded; if too few are left, the job is requeued.
 rm -f "$records/healthy_nodes" "$records/unhealthy_nodes"
 "${srun[@]}" --kill-on-bad-exit=0 --wait=600 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\
     --ntasks-per-node=1 "${container[@]}" "$python" -m megatron_slm.cli check-nodes --gpus GPUS --save "$save" \\
-    --healthy-nodes "$records/healthy_nodes" --unhealthy-nodes "$records/unhealthy_nodes"
+    --needed NEEDED --healthy-nodes "$records/healthy_nodes" --unhealthy-nodes "$records/unhealthy_nodes"
 code=$?
 if [ ! -s "$records/healthy_nodes" ]; then
     if [ ! -s "$records/unhealthy_nodes" ]; then
@@ -76,6 +76,14 @@ if [ ! -s "$records/healthy_nodes" ]; then
     cat "$records/unhealthy_nodes" >> "$records/excluded_nodes"
     requeue "unhealthy nodes are excluded: $nodes"
 fi
+"""
+
+SPARE_NODES = """\
+# Start the ranks on healthy nodes; if the job is requeued later, it excludes the unhealthy ones.
+cat "$records/unhealthy_nodes" >> "$records/excluded_nodes"
+nodes=$(paste -sd, "$records/healthy_nodes")
+echo "launch: the ranks start on $nodes" >&2
+srun+=(--nodes=NEEDED --ntasks=TASKS --nodelist="$nodes")
 """
 
 OUTCOME = """\
@@ -120,7 +128,7 @@ def render(settings: JobSettings, work: Work, directory: Path) -> str:
         [*_variables(settings, work), *_command(settings, work), *_steps(settings, work, directory)],
         FUNCTIONS.splitlines(),
         _environment(settings),
-        NODE_CHECK.replace("GPUS", str(settings.gpus_per_node)).splitlines() if settings.check_nodes else [],
+        _node_check(settings),
         _ranks(settings),
         OUTCOME.splitlines(),
     ]
@@ -133,9 +141,10 @@ def log_pattern(settings: JobSettings) -> str:
 
 
 def _head(settings: JobSettings, work: Work) -> list[str]:
+    spare = f" and {settings.spare_nodes} spare" if settings.spare_nodes else ""
     return [
         "#!/bin/bash",
-        f"# {work.command}, nodes: {settings.nodes}, ranks per node: {settings.node_ranks}; {MARK}.",
+        f"# {work.command}, nodes: {settings.nodes}{spare}, ranks per node: {settings.node_ranks}; {MARK}.",
         f"# megatron-slm-launch status|logs|cancel {shlex.quote(str(work.run_dir))}",
     ]
 
@@ -149,8 +158,8 @@ def _directives(settings: JobSettings, work: Work, directory: Path) -> list[str]
         ("partition", settings.partition),
         ("account", settings.account),
         ("qos", settings.qos),
-        ("nodes", settings.nodes),
-        ("ntasks-per-node", 1 if settings.launcher == TORCHRUN else settings.node_ranks),
+        ("nodes", settings.allocated_nodes),
+        ("ntasks-per-node", settings.node_tasks),
         ("gpus-per-node", gpus or None),
         ("cpus-per-task", settings.cpus_per_task),
         ("time", settings.time),
@@ -234,6 +243,15 @@ def _container(settings: JobSettings, work: Work, directory: Path) -> list[list[
     return [["apptainer", "exec", *gpus], *binds, ["--pwd", str(directory)], [settings.container_image]]
 
 
+def _node_check(settings: JobSettings) -> list[str]:
+    if not settings.check_nodes:
+        return []
+    text = NODE_CHECK.replace("GPUS", str(settings.gpus_per_node))
+    if settings.spare_nodes:
+        text += "\n" + SPARE_NODES.replace("TASKS", str(settings.nodes * settings.node_tasks))
+    return text.replace("NEEDED", str(settings.nodes)).splitlines()
+
+
 def _ranks(settings: JobSettings) -> list[str]:
     if settings.launcher != TORCHRUN:
         return [
@@ -241,11 +259,12 @@ def _ranks(settings: JobSettings) -> list[str]:
             '"${srun[@]}" "${container[@]}" "$python" "${command[@]}"',
             "code=$?",
         ]
+    nodes = "$nodes" if settings.spare_nodes else "$SLURM_JOB_NODELIST"
     return [
         "# Start the ranks with one torchrun per node; SIGUSR1 before the time limit makes them save and exit.",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f'head=$(scontrol show hostnames "{nodes}" | head -n 1)',
         "address=$(scontrol --oneliner show node \"$head\" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)",
-        'torchrun=(-m megatron_slm.torchrun --nnodes "$SLURM_JOB_NUM_NODES"',
+        f"torchrun=(-m megatron_slm.torchrun --nnodes {settings.nodes}",
         f'{INDENT}--nproc-per-node {settings.node_ranks} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"',
         f'{INDENT}--rdzv-endpoint "$address:$((10000 + SLURM_JOB_ID % 20000))")',
         '"${srun[@]}" "${container[@]}" "$python" "${torchrun[@]}" "${command[@]}"',

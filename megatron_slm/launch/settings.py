@@ -44,6 +44,7 @@ class JobSettings:
     """Represent the settings of a job; None leaves the choice to Slurm."""
 
     nodes: int = 1
+    spare_nodes: int = 0  # allocated in addition, for nodes that fail the check
     gpus_per_node: int = 8
     ranks_per_node: int | None = None  # default one per GPU
     cpus_per_task: int | None = None
@@ -79,6 +80,16 @@ class JobSettings:
         return self.nodes * self.node_ranks
 
     @property
+    def node_tasks(self) -> int:
+        """Return the number of srun's tasks on a node."""
+        return 1 if self.launcher == TORCHRUN else self.node_ranks
+
+    @property
+    def allocated_nodes(self) -> int:
+        """Return the number of nodes that Slurm allocates."""
+        return self.nodes + self.spare_nodes
+
+    @property
     def interpreter(self) -> str:
         """Return the Python interpreter of the job."""
         if self.python is not None:
@@ -98,8 +109,11 @@ class JobSettings:
         refuse(list(self._problems()))
 
     def _problems(self) -> Iterator[str]:
-        for name, least in (("nodes", 1), ("ranks_per_node", 1), ("cpus_per_task", 1), ("gpus_per_node", 0)):
+        limits = {"nodes": 1, "spare_nodes": 0, "ranks_per_node": 1, "cpus_per_task": 1, "gpus_per_node": 0}
+        for name, least in limits.items():
             yield from _below(name, getattr(self, name), least)
+        if self.spare_nodes and not self.check_nodes:
+            yield "--spare-nodes has no effect with --no-check-nodes. Leave out one of them."
         yield from _below("signal_time", self.signal_time, 1)
         yield from _below("restarts", self.restarts, 0)
         if self.signal_time > 65535:

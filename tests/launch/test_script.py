@@ -173,7 +173,8 @@ def test_unhealthy_node_is_excluded(tmp_path: Path, stub: StubSlurm) -> None:
     report = 'echo node1 > "${@: -1}"'  # the file that the last argument names
     result = stub.run(script, 1, actions=(report,))
     save, files = str(run), f"{run}/slurm"
-    assert result.calls[0][-10:-4] == ["megatron_slm.cli", "check-nodes", "--gpus", "4", "--save", save]
+    assert result.calls[0][-12:-6] == ["megatron_slm.cli", "check-nodes", "--gpus", "4", "--save", save]
+    assert result.calls[0][-6:-4] == ["--needed", "2"]
     assert result.calls[0][-4:] == [
         *("--healthy-nodes", f"{files}/healthy_nodes", "--unhealthy-nodes", f"{files}/unhealthy_nodes")
     ]
@@ -194,6 +195,25 @@ def test_only_node_is_excluded_if_its_check_names_none(tmp_path: Path, stub: Stu
     script = script_of(replace(PLAIN, nodes=1, check_nodes=True), tmp_path / "run")
     result = stub.run(script, 127, SLURM_JOB_NUM_NODES="1", SLURMD_NODENAME="node5")
     assert result.calls[2] == ["scontrol", "update", "JobId=12", "ExcNodeList=node5"]
+
+
+def test_job_with_a_failing_node_continues_on_a_spare_one(tmp_path: Path, stub: StubSlurm) -> None:
+    run = tmp_path / "my run"
+    settings = replace(PLAIN, spare_nodes=1, check_nodes=True)
+    script = script_of(settings, run, "--lr", "1")
+    assert "#SBATCH --nodes=3\n" in script and "--needed 2 --healthy-nodes" in script
+    report = 'printf \'node0\\nnode2\\n\' > "${@: -3:1}"; echo node1 > "${@: -1}"'
+    result = stub.run(script, 0, 137, actions=(report,), SLURM_JOB_NUM_NODES="3")
+    check, ranks, *requeue = result.calls
+    assert "--nodes=3" in check and "--ntasks=3" in check
+    assert ranks[3:7] == ["--nodes=2", "--ntasks=8", "--nodelist=node0,node2", "python"]
+    assert requeue[1] == ["scontrol", "update", "JobId=12", "ExcNodeList=node1"], "a later start excludes it"
+    report = 'echo node2 > "${@: -3:1}"; touch "${@: -1}"'
+    script = script_of(replace(settings, nodes=1, launcher=TORCHRUN), run)
+    hostnames, *_, ranks = stub.run(script, actions=(report,)).calls[1:]
+    assert hostnames == ["scontrol", "show", "hostnames", "node2"]
+    assert ranks[3:6] == ["--nodes=1", "--ntasks=1", "--nodelist=node2"]
+    assert ranks[ranks.index("--nnodes") + 1] == "1"
 
 
 def test_seeds_have_their_directories(tmp_path: Path, stub: StubSlurm) -> None:
@@ -218,6 +238,8 @@ def test_torchrun_runs_once_per_node(tmp_path: Path, stub: StubSlurm) -> None:
     ("fields", "message"),
     [
         ({"nodes": 0}, "--nodes is 0, and must be at least 1"),
+        ({"spare_nodes": -1}, "--spare-nodes is -1, and must be at least 0"),
+        ({"spare_nodes": 1, "check_nodes": False}, "--spare-nodes has no effect with --no-check-nodes"),
         ({"time": "tomorrow"}, "--time 'tomorrow' is no time of Slurm"),
         ({"partition": "a\nb"}, "--partition: .* must be one line"),
         ({"account": "a\x1b[31m"}, "--account: .* must be one line"),

@@ -252,6 +252,19 @@ def test_unhealthy_node_is_excluded(tmp_path: Path, cluster: SlurmCluster, corpu
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_job_continues_on_a_spare_node(launcher: str, tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
+    directory, python = tmp_path / "my run", tmp_path / "python"
+    python.write_text(SICK_NODE.replace("PYTHON", sys.executable))
+    python.chmod(0o755)
+    settings = ["--gpus-per-node", "0", "--spare-nodes", "1", "--python", str(python), "--ranks-per-node", "2"]
+    job = submit(directory, *settings, "--launcher", launcher, *command(corpus, dp=2, train_iters=2))
+    assert wait_for_end(job) == (0, "finished"), log_of(job)
+    assert "the ranks start on node1" in log_of(job) and "requeueing" not in log_of(job)
+    assert "2 x CPU over gloo" in log_of(job)
+
+
+@pytest.mark.slow
 def test_cancel_leaves_nothing_behind(tmp_path: Path, cluster: SlurmCluster, corpus: str) -> None:
     directory = tmp_path / "run"
     argv = [*TWO_NODES, *flags(corpus, train_iters=100_000, save_interval=1)]
