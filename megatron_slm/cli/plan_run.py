@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = Parser(description=__doc__, usage="%(prog)s --gpus N --gpu DEVICE [...] TRAINING ARGUMENTS")
     add = parser.add_argument
     add("--gpus", type=int, default=1, help="number of devices, or of processes with --gpu cpu [1]")
-    add("--gpu", choices=[*DEVICES, CPU], default="h100", help="device [h100]")
+    add("--gpu", type=str.lower, choices=[*DEVICES, CPU], default="h100", help="device [h100]")
     add("--no-search", action="store_true", help="plan the given layout only")
     add("--no-time", action="store_true", help="plan the memory of the given layout only")
     add("--json", action="store_true", help="print JSON, errors included, with sizes in bytes and times in seconds")

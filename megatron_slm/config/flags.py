@@ -94,11 +94,12 @@ def parse_strictly(
     raise ConfigError(f"unknown flag {flag}.{suggest_name(flag, list(parser._option_string_actions))}")
 
 
-def parse(argv: Sequence[str], adopt: Adopt | None = None) -> Command:
+def parse(argv: Sequence[str], adopt: Adopt | None = None, *, other_flags: Sequence[str] = ()) -> Command:
     """Parse the command line and its recipes.
 
     Args:
         adopt: function that takes settings from the checkpoint which the run starts from.
+        other_flags: flags that the caller has removed from ``argv``, to suggest instead of misspelled ones.
 
     Raises:
         ConfigError: one message with all unknown or unsupported flags and settings and all invalid values.
@@ -112,7 +113,7 @@ def parse(argv: Sequence[str], adopt: Adopt | None = None) -> Command:
     names = {setting.name: flag_name(setting) for _, setting, _ in settings()}
     sources = [*_recipe_sources(recipes), *map(_assignment_source, typed.pop("set", []))]
     sources.append((typed, lambda name: names.get(name, name)))
-    problems = _refusals(unknown, [name for option in parser._actions for name in option.option_strings])
+    problems = _refusals(unknown, [*parser._option_string_actions, *other_flags])
     given, stated, notes = dict[str, Any](), dict[str, Any](), list[str]()
     for values, label in sources:
         notes += renaming_notes(values)

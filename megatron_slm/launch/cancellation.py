@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_slm.launch import slurm
-from megatron_slm.launch.records import JobRecord
+from megatron_slm.launch.records import JobRecord, queued_states
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.lock import LOCK_FILE, locking_job, remove_lock_of_job
 
@@ -24,10 +24,9 @@ def cancel(jobs: Sequence[JobRecord], timeout: float = TIMEOUT) -> Iterator[str]
     Raises:
         ConfigError: Slurm cannot be reached, or processes of a job do not end.
     """
-    job_ids = [job.job_id for job in jobs if job.job_id]
-    active = {state.job_id for state in slurm.queue(job_ids) if not state.has_ended}
+    active = {state.job_id for state in queued_states(jobs) if not state.has_ended}
     slurm.cancel(sorted(active, key=int))
-    _wait(job_ids, timeout)
+    _wait(jobs, timeout)
     for job in jobs:
         yield (
             f"{job.stage}: job {job.job_id} is cancelled" if job.job_id in active else f"{job.stage}: not in the queue"
@@ -36,9 +35,9 @@ def cancel(jobs: Sequence[JobRecord], timeout: float = TIMEOUT) -> Iterator[str]
             yield from _clean(save)
 
 
-def _wait(job_ids: Sequence[str], timeout: float) -> None:
+def _wait(jobs: Sequence[JobRecord], timeout: float) -> None:
     end = time.monotonic() + timeout
-    while running := [state for state in slurm.queue(job_ids) if not state.has_ended]:
+    while running := [state for state in queued_states(jobs) if not state.has_ended]:
         if time.monotonic() > end:
             names = ", ".join(f"{state.task_id} ({state.state} on {state.nodes or 'no node'})" for state in running)
             raise ConfigError(

@@ -123,7 +123,7 @@ def _prepare(chain: Chain) -> dict[str, Prepared]:
         except ConfigError as error:
             problems.append(f"stage {stage.name}: {error}")
     refuse(problems)
-    places = [job.record.run_dir for job in prepared.values()]
+    places = [str(Path(job.record.run_dir).resolve()) for job in prepared.values()]
     refuse(
         [f"several stages have the run directory {place}." for place in sorted(set(places)) if places.count(place) > 1]
     )
@@ -185,7 +185,7 @@ def _stage(name: str, values: Any, defaults: dict[str, Any], directory: Path, lo
         merged |= {key.replace("_", "-"): value for key, value in level.items()}
     after = _texts(merged.pop(AFTER, []), f"{location}: {AFTER}")
     flags = merged.pop(FLAGS, [])
-    arguments = shlex.split(flags) if isinstance(flags, str) else _texts(flags, f"{location}: {FLAGS}")
+    arguments = _words(flags, location) if isinstance(flags, str) else _texts(flags, f"{location}: {FLAGS}")
     recipes = _texts(merged.pop(RECIPES, []), f"{location}: {RECIPES}")
     argv = [*(["--config", *recipes] if recipes else []), *_job_flags(merged, location)]
     known = parse_request([*argv])
@@ -211,6 +211,15 @@ def _job_flags(values: dict[str, Any], location: str) -> Iterator[str]:
             yield from (f"--{name}", *texts)
         else:
             yield from (f"--{name}={text}" for text in texts)
+
+
+def _words(flags: str, location: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise ConfigError(
+            f"{location}: {FLAGS}: {flags!r} has an unpaired quote or backslash. Add its pair."
+        ) from error
 
 
 def _texts(value: Any, location: str) -> list[str]:

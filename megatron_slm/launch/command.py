@@ -10,12 +10,12 @@ from pathlib import Path
 
 from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
-from megatron_slm.launch import slurm
+from megatron_slm.config.recipe import suggest_name
 from megatron_slm.launch.cancellation import cancel
 from megatron_slm.launch.chain import read_chain, submit_chain
 from megatron_slm.launch.flags import parse_request
 from megatron_slm.launch.logs import find_log, follow, last_lines
-from megatron_slm.launch.records import JobRecord, read_jobs
+from megatron_slm.launch.records import JobRecord, queued_states, read_jobs
 from megatron_slm.launch.status import status_of
 from megatron_slm.launch.submission import Prepared, check_idle, prepare
 from megatron_slm.runtime.errors import ConfigError
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def submit_run(argv: Sequence[str]) -> None:
     """Check and submit one job, or print its script."""
+    if not argv[0].startswith("-"):
+        suggestion = suggest_name(argv[0], list(COMMANDS))
+        raise ConfigError(f"{argv[0]!r} is no command.{suggestion} The commands are {', '.join(COMMANDS)}.")
     request = parse_request(argv)
     job = prepare(request)
     if request.dry_run:
@@ -125,7 +128,7 @@ def _chosen(arguments: argparse.Namespace) -> list[JobRecord]:
 
 
 def _is_active(job: JobRecord) -> bool:
-    return any(not state.has_ended for state in slurm.queue([job.job_id]))
+    return any(not state.has_ended for state in queued_states([job]))
 
 
 def _titled(job: Prepared) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megatron_slm.launch import slurm
 from megatron_slm.launch.script import ENDED, RECORDS
+from megatron_slm.launch.slurm import JobState
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_regular, is_json_of, write_text
 
@@ -76,8 +79,22 @@ def read_jobs(directory: str | Path) -> list[JobRecord]:
                 raise ConfigError(f"{path} is damaged ({error}). Submit the run again.") from error
     raise ConfigError(
         f"{directory} holds no job of megatron-slm-launch (no {CHAIN_FILE} and no {RECORDS}/{JOB_FILE}). Give the "
-        "directory of a run or a chain."
+        "directory of a run or a chain; if its files were deleted, find the job with squeue --me."
     )
+
+
+def queued_states(jobs: Sequence[JobRecord]) -> list[JobState]:
+    """Return the states of jobs that Slurm's controller knows.
+
+    A job with the same id but another script is not ours: two clusters may share a file system, and a new installation
+    of Slurm counts from 1 again.
+
+    Raises:
+        ConfigError: Slurm cannot be reached.
+    """
+    scripts = {job.job_id: str(job.records / SCRIPT_FILE) for job in jobs if job.job_id}
+    states = slurm.queue(list(scripts))
+    return [state for state in states if not state.command or scripts[state.job_id] in state.command]
 
 
 def _write(path: Path, content: dict[str, object]) -> None:

@@ -153,11 +153,15 @@ class JobSettings:
     def _container_problems(self) -> Iterator[str]:
         if self.container_image is None and self.container_mounts:
             yield "--container-mounts needs --container-image."
+        if self.container_image is None and self.container_runtime != PYXIS:
+            yield f"--container-runtime {self.container_runtime} needs --container-image."
         if self.container_image is not None and self.venv is not None:
             yield "--venv is a directory outside of the container. Use --python for an interpreter in the image."
         for mount in self.container_mounts:
             if "," in mount:
                 yield f"--container-mounts {mount!r} has a comma, which separates mounts. Give several arguments."
+            elif not all(mount.split(":")):
+                yield f"--container-mounts {mount!r} must be SOURCE:TARGET, without an empty part."
 
     def _sbatch_problems(self) -> Iterator[str]:
         for name, _ in self.sbatch_options:

@@ -13,7 +13,8 @@ from pathlib import Path
 from megatron_slm.runtime.errors import ConfigError
 
 SECONDS = 120  # for an answer of Slurm's controller
-FIELDS = ("%F", "%i", "%T", "%M", "%L", "%r", "%N")  # array or job id, task id, state, elapsed, left, reason, nodes
+# array or job id, task id, state, elapsed, left, reason, nodes, batch script with its arguments
+FIELDS = ("%F", "%i", "%T", "%M", "%L", "%r", "%N", "%o")
 ENDED_STATES = frozenset(
     {
         *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -33,6 +34,7 @@ class JobState:
     left: str = ""
     reason: str = ""
     nodes: str = ""
+    command: str = ""  # batch script; empty if unknown
 
     @property
     def has_ended(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.launch import slurm
-from megatron_slm.launch.records import JobRecord
+from megatron_slm.launch.records import JobRecord, queued_states
 from megatron_slm.launch.slurm import JobState
 from megatron_slm.runtime.append import is_stream
 from megatron_slm.runtime.console import format_duration
@@ -53,10 +53,9 @@ class RunStatus:
 
 def status_of(jobs: Sequence[JobRecord]) -> list[RunStatus]:
     """Return the status of each job, and of each seed of an array, from Slurm, its accounting and the run's files."""
-    job_ids = [job.job_id for job in jobs if job.job_id]
-    queued = slurm.queue(job_ids)
+    queued = queued_states(jobs)
     known = {state.job_id for state in queued}
-    accounted = slurm.recorded_states([job_id for job_id in job_ids if job_id not in known])
+    accounted = slurm.recorded_states([job.job_id for job in jobs if job.job_id and job.job_id not in known])
     failed: dict[str, str] = {}  # stages that will not succeed
     found = []
     for job in jobs:

@@ -19,11 +19,11 @@ from megatron_slm.config.layers import read_layers
 from megatron_slm.config.paths import expand_user, metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.launch import slurm
-from megatron_slm.launch.flags import JobRequest
+from megatron_slm.launch.flags import JobRequest, job_parser
 from megatron_slm.launch.quoting import check_line
-from megatron_slm.launch.records import SCRIPT_FILE, JobRecord, read_jobs
+from megatron_slm.launch.records import SCRIPT_FILE, JobRecord, queued_states, read_jobs
 from megatron_slm.launch.script import ENDED, EXCLUDED, FAILURES, MARK, Work, render
-from megatron_slm.launch.settings import PRETRAIN
+from megatron_slm.launch.settings import PRETRAIN, JobSettings
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import check_regular, explained_write, write_text
 from megatron_slm.training.preflight import default_device, resolve_values
@@ -112,6 +112,8 @@ def prepare(
         raise ConfigError(f"--run-dir {run_dir} has a backslash, with which Slurm finds no log file. Rename it.")
     if settings.container_image is not None:
         _check_mounts(Path.cwd(), run_dir, *([] if save is None else [Path(save).absolute()]))
+    if request.check_files:
+        _check_programs(settings)
     if config is not None:
         arguments += _save_flags(config, run_dir, with_seeds=bool(settings.seeds))
         config = _check_run(request, arguments, run_dir, checks_files=request.check_files and not after)
@@ -144,7 +146,7 @@ def check_idle(record: JobRecord) -> None:
         earlier = read_jobs(record.run_dir)
     except ConfigError:
         return
-    for state in slurm.queue([job.job_id for job in earlier]):
+    for state in queued_states(earlier):
         if not state.has_ended:
             raise ConfigError(
                 f"job {state.task_id} of {record.run_dir} is {state.state}. Wait for it, or cancel it with "
@@ -154,7 +156,7 @@ def check_idle(record: JobRecord) -> None:
 
 def _parsed(request: JobRequest, arguments: Sequence[str]) -> RunConfig:
     """Return the settings of a training run, unresolved; its action must be to train."""
-    command = parse([*_config_flags(request), *arguments])
+    command = parse([*_config_flags(request), *arguments], other_flags=list(job_parser()._option_string_actions))
     if command.action != "train":
         raise ConfigError(f"--{command.action} is for the trainer: python -m megatron_slm.pretrain --{command.action}.")
     return command.config
@@ -211,6 +213,20 @@ def _check_mounts(*directories: Path) -> None:
     for directory in directories:
         if {":", ","} & set(str(directory)):
             raise ConfigError(f"{directory} has a colon or a comma, which separate mounts of a container. Rename it.")
+
+
+def _check_programs(settings: JobSettings) -> None:
+    """Raise ConfigError if the virtual environment, the interpreter or the file of the image is missing."""
+    paths = [("--venv", settings.venv and str(Path(settings.venv) / "bin" / "activate"))]
+    if settings.container_image is None:
+        paths.append(("--python", settings.python if "/" in (settings.python or "") else None))
+    elif settings.container_image.startswith(("/", "./", "../")):
+        paths.append(("--container-image", settings.container_image))
+    for flag, path in paths:
+        if path is not None and not Path(path).exists():
+            raise ConfigError(
+                f"{flag}: {path} does not exist. Correct the path; add --no-check-files if it exists on the nodes only."
+            )
 
 
 def _check_seeds(request: JobRequest) -> None:

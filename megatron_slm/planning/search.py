@@ -214,7 +214,8 @@ def _dependent(config: RunConfig, tensor: int, pipeline: int, chunk: int | None)
 
 
 def _divisors(number: int, limit: int) -> list[int]:
-    return [divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({divisor for pair in small for divisor in (pair, number // pair) if divisor <= limit})
 
 
 def _chunks(layers: int, pipeline: int) -> list[int | None]:

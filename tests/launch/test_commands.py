@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from megatron_slm.testing.tiny import MODEL, Outcome, captured
 
 ROOT = Path(__file__).parents[2]
 TRAINING = [*MODEL, "--train-iters", "4", "--micro-batch-size", "2", "--data-path", "corpus", "--no-check-files"]
+SEVEN_FIELDS = re.compile(r"^((?:[^|\n]*\|){6}[^|\n]*)$", re.MULTILINE)  # of squeue, without the batch script
 Answers = Callable[..., list[list[str]]]
 
 
@@ -42,7 +45,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
             output = outputs.get(command[0])
             if output is None:
                 raise ConfigError(f"{command[0]} failed: not expected")
-            return output.pop(0) if isinstance(output, list) else output
+            text = output.pop(0) if isinstance(output, list) else output
+            return SEVEN_FIELDS.sub(r"\1|", text) if command[0] == "squeue" else text
 
         monkeypatch.setattr(slurm, "_run", run)
         return calls
@@ -87,6 +91,8 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path) -> None:
         (["--seeds", "1", "2"], "--seeds needs --run-dir"),
         (["--run-dir", "run", "--seeds", "1", "--seed", "2"], "--seed and --seeds exclude each other"),
         (["--run-dir", "a:b", "--container-image", "x.sqsh"], "has a colon or a comma"),
+        (["--run-dir", "run", "--partitoin", "gpu"], "--partitoin is unknown. Did you mean --partition?"),
+        (["stauts", "run"], "'stauts' is no command. Did you mean status?"),
         (["--run-dir", "run", "--command", "score-corpus", "--context", "x"], "--context: invalid choice: 'x'"),
         (["--run-dir", "run", "--command", "soak", "--config", "x.yaml"], "--config is for training runs"),
     ],
@@ -188,6 +194,7 @@ def test_refused_stage_cancels_those_that_were_submitted(answers: Answers) -> No
         ({"a": {"partitoin": "x"}}, "partitoin is no setting of a stage. Did you mean partition"),
         ({"a/b": {}}, "a stage name has letters"),
         ({"a": {"nodes": "two"}}, "chain.yaml: a: .*invalid int value"),
+        ({"a": {"flags": "--lr 'x"}}, "a: flags: .* has an unpaired quote"),
         ({"a": {"requeue": "maybe"}}, "requeue must be true or false"),
         ({"a": {"nodes": {"x": 1}}}, "a: nodes must be a value or a list"),
         ({"a": "text"}, "chain.yaml: a must be a mapping"),
@@ -197,6 +204,39 @@ def test_refused_stage_cancels_those_that_were_submitted(answers: Answers) -> No
 def test_wrong_chains_are_refused(stages: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_chain(write_chain_file(stages), dry_run=False)
+
+
+def test_stages_with_two_names_of_one_directory_are_refused(answers: Answers) -> None:
+    answers()
+    stages: dict[str, object] = {"a": {"flags": TRAINING[:-1]}, "b": {"flags": TRAINING[:-1], "run-dir": "x/../runs/a"}}
+    outcome = run("chain", str(write_chain_file(stages, gpus_per_node=1, check_files=False)), "--dry-run")
+    assert outcome.code == 2 and "several stages have the run directory" in outcome.errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "path"),
+    [
+        (["--venv", "my env"], "--venv: .*my env/bin/activate"),
+        (["--python", "bin/python"], "--python: bin/python"),
+        (["--container-image", "./my image.sqsh"], "--container-image: ./my image.sqsh"),
+    ],
+)
+def test_missing_programs_never_wait_in_the_queue(argv: list[str], path: str, answers: Answers, tmp_path: Path) -> None:
+    calls = answers()
+    outcome = run("--run-dir", "run", "--gpus-per-node", "0", *argv, *TRAINING[:-1])
+    assert outcome.code == 2 and re.search(f"{path} does not exist", outcome.errors), outcome.errors
+    assert not calls and not list(tmp_path.iterdir())
+    assert run("--dry-run", "--run-dir", "run", "--gpus-per-node", "0", *argv, *TRAINING).code == 0
+
+
+def test_job_of_another_cluster_with_the_same_id_is_left_alone(tmp_path: Path, answers: Answers) -> None:
+    job = record(tmp_path / "my run", save=str(tmp_path / "my run"))
+    calls = answers(squeue="12|12|RUNNING|0:01|0:59|None|n0|/home/x/other.sbatch\n", scancel="")
+    assert run("status", "my run").output.startswith("theta: ENDED")
+    assert run("cancel", "my run").output == "theta: not in the queue\n"
+    assert [call[0] for call in calls if call[0] == "scancel"] == []
+    answers(squeue=f"12|12|RUNNING|0:01|0:59|None|n0|{job.records}/job.sbatch\n")
+    assert run("status", "my run").output.startswith("theta: RUNNING")
 
 
 def test_example_chain_is_valid() -> None:
@@ -294,6 +334,8 @@ def test_logs_of_one_rank(tmp_path: Path, answers: Answers) -> None:
     assert run("logs", "run", "--lines", "1").output == " 1: one\n"
     assert "--stage x: run has the stages theta" in run("logs", "run", "--stage", "x").errors
     assert "holds no job of megatron-slm-launch" in run("logs", "nowhere").errors
+    shutil.rmtree(tmp_path / "run" / "slurm")
+    assert "if its files were deleted, find the job with squeue --me" in run("cancel", "run").errors
 
 
 def test_cancel_removes_the_lock_of_the_job(tmp_path: Path, answers: Answers) -> None:

@@ -247,6 +247,8 @@ def test_torchrun_runs_once_per_node(tmp_path: Path, stub: StubSlurm) -> None:
         ({"env": ["RANK=1"]}, "--env RANK: Slurm sets this variable"),
         ({"container_mounts": ["/a:/a"]}, "--container-mounts needs --container-image"),
         ({"container_image": "x", "container_mounts": ["/a:/a,/b:/b"]}, "has a comma"),
+        ({"container_image": "x", "container_mounts": ["/a b:"]}, "must be SOURCE:TARGET"),
+        ({"container_runtime": APPTAINER}, "--container-runtime apptainer needs --container-image"),
         ({"sbatch": ["mem 4G"]}, "--sbatch 'mem 4G' is no option"),
         ({"sbatch": ["nodes=4"]}, "--sbatch nodes: the script sets this option. Use --nodes instead"),
         ({"seeds": [1, 1]}, "--seeds has 1 twice"),

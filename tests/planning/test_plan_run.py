@@ -13,6 +13,7 @@ import yaml
 
 from megatron_slm.cli.plan_run import main
 from megatron_slm.config.flags import parse
+from megatron_slm.planning.search import _divisors
 from megatron_slm.testing.tiny import captured
 from megatron_slm.training.preflight import resolve_values
 
@@ -85,7 +86,7 @@ def test_a_run_that_does_not_fit_is_explained(recipe: Path) -> None:
 
 
 def test_a_layout_as_given_is_planned_without_a_search(recipe: Path) -> None:
-    given = ["--config", recipe, "--no-search", "--gpus", 8, "--tensor-model-parallel-size", 2]
+    given = ["--config", recipe, "--no-search", "--gpus", 8, "--gpu", "H100", "--tensor-model-parallel-size", 2]
     found = plan(*given, "--sequence-parallel", "--micro-batch-size", 1)["plan"]
     assert (found["layout"]["tensor"], found["layout"]["data"]) == (2, 4)
 
@@ -109,6 +110,10 @@ def test_mistakes_are_reported(recipe: Path, argv: list[str], message: str) -> N
     assert outcome.code == 2
     assert message in outcome.errors
     assert message in json.loads(outcome.output)["error"]
+
+
+def test_divisors_of_large_numbers_take_no_time() -> None:
+    assert _divisors(10**12, 8) == [1, 2, 4, 5, 8] and _divisors(36, 36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
 
 
 def test_the_batch_size_is_required(tmp_path: Path) -> None:

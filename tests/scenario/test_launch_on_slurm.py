@@ -296,7 +296,7 @@ def test_hostile_directives_reach_slurm(tmp_path: Path, cluster: SlurmCluster, c
     directory = tmp_path / "100% 'my' \"τ\" #run"
     job = submit(directory, *JOB, "--name", name, "--sbatch", "hold", "comment=x # $y", *command(corpus, train_iters=1))
     shown = cluster.run("scontrol", "show", "job", job.job_id)
-    cluster.run("scancel", job.job_id)
+    assert f"job {job.job_id} is cancelled" in run("cancel", str(directory))
     assert f"JobName={name}" in shown and "Comment=x # $y" in shown
     assert f"StdOut={directory}/slurm/{job.job_id}.log" in shown.replace("%%", "%"), shown
 
