@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_slm.config.schema import ObjectiveConfig
+from megatron_slm.config.schema import ModelConfig, ObjectiveConfig
+from megatron_slm.model.filtered_backward import FilteredMLP, FilteredQueryLinear, FilteredRowLinear
+from megatron_slm.model.specs import layer_spec
 from megatron_slm.testing.ranks import run_ranks
 
 LENGTH, BATCH, VOCAB = 12, 2, 64
@@ -94,3 +99,19 @@ def test_gradients_of_all_tokens_are_exact(settings: dict[str, Any]) -> None:
 def test_no_selected_token_has_no_gradient() -> None:
     (gradients,) = run_ranks(_gradients, 1, LLAMA, -1.0, initialise=False)
     assert all(not gradient.any() for gradient in gradients["filtered"].values())
+
+
+def test_norms_and_attention_are_those_of_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linear layers filter, whichever implementation the other modules have."""
+    engine: Any = ModuleType("megatron.core.extensions.transformer_engine")
+    engine.TENorm, engine.TEDotProductAttention = (type(name, (), {}) for name in ("Norm", "Attention"))
+    monkeypatch.setitem(sys.modules, engine.__name__, engine)
+    config, backward_filter = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2), object()
+    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, qk_layernorm=True)
+    found: Any = layer_spec(model, config, "transformer_engine", None, 0, backward_filter)  # type: ignore[arg-type]
+    layer, attention = found.layer_specs[0].submodules, found.layer_specs[0].submodules.self_attention.submodules
+    norms = (layer.input_layernorm, layer.pre_mlp_layernorm, attention.q_layernorm, attention.k_layernorm)
+    assert {*norms, found.layer_norm} == {engine.TENorm} and attention.core_attention is engine.TEDotProductAttention
+    assert (attention.linear_qkv.func, attention.linear_proj.module) == (FilteredQueryLinear, FilteredRowLinear)
+    given = (attention.linear_qkv.keywords, attention.linear_proj.params, layer.mlp.params)
+    assert layer.mlp.module is FilteredMLP and all(each["backward_filter"] is backward_filter for each in given)
