@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from baselines.saved_values import Saved, SavedValues
+from megatron_slm.mcore.layers import TorchAttention
 
 PARTS = ("MLP", "norm of the MLP", "queries and attention outputs")
 
@@ -34,7 +35,7 @@ class KnownSelection(SavedValues):
         self._selected = torch.empty(0)  # of the current micro-batch
         self._is_in_part = False
         self._complete: tuple[int, ...] = ()  # addresses of tensors whose rows are all saved: keys and values
-        self._shared: dict[int, Tensor] = {}  # saved rows of an attention output, by address of all rows
+        self._shared: dict[int, Tensor] = {}  # saved rows of tensors that a part saves again, by address of all rows
         self._handles = [model.register_forward_pre_hook(self._next)]
         for layer in (module for module in model.modules() if isinstance(module, TransformerLayer)):
             attention: Any = layer.self_attention
@@ -43,7 +44,6 @@ class KnownSelection(SavedValues):
                 for module in found if part in parts else ():
                     self._handles.append(module.register_forward_pre_hook(self._enter))
                     self._handles.append(module.register_forward_hook(self._leave))
-            self._handles.append(attention.register_forward_hook(lambda *_: self._shared.clear()))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -59,20 +59,19 @@ class KnownSelection(SavedValues):
         self._is_in_part = True
         self._complete = tuple(tensor.data_ptr() for tensor in inputs[1:3] if isinstance(tensor, Tensor))
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: torch.nn.Module, *_: Any) -> None:
         self._is_in_part = False
+        if not isinstance(module, TorchAttention):  # whose output is the input of the next layer
+            self._shared.clear()
 
     def _pack(self, tensor: Tensor) -> Any:
         order = self._order(tensor)
         if not self._is_in_part or order is None or tensor.data_ptr() in self._complete:
             return super()._pack(tensor)
         address = tensor.untyped_storage().data_ptr()
-        rows = self._shared.get(address)
-        if rows is None:
-            rows = tensor.detach().permute(order)[self._selected]
-        if tensor.dim() == 4:  # the output is also the input of the next layer
-            self._shared[address] = rows
-        return _SavedRows(self, rows, tensor, order, self._selected)
+        if address not in self._shared:
+            self._shared[address] = tensor.detach().permute(order)[self._selected]
+        return _SavedRows(self, self._shared[address], tensor, order, self._selected)
 
     def _order(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Return the dimensions in the order [s, b, ...]; None if the tensor does not consist of rows."""

@@ -40,6 +40,7 @@ ELSEWHERE = {  # command -> reason for not running it here
     "benchmark_generation.py": "runs in tests/benchmarks",
     "benchmark_objective.py": "runs in tests/benchmarks",
     "benchmark_bubbles.py": "runs in tests/benchmarks",
+    "benchmark_known_selection.py": "runs in tests/benchmarks",
     "benchmark_threshold.py": "runs in tests/benchmarks",
     "pytest": "runs tests that need a GPU",
 }
