@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_slm.config.checkpoint_files import TRACKER
 from megatron_slm.config.paths import STOP_FILE
 from megatron_slm.launch.quoting import INDENT, argument_lines, bash_array, sbatch_line
-from megatron_slm.launch.settings import GPU_OPTIONS, PRETRAIN, PYXIS, TORCHRUN, JobSettings
+from megatron_slm.launch.settings import GPU_OPTIONS, LAUNCH_VARIABLES, PRETRAIN, PYXIS, TORCHRUN, JobSettings
 
 MARK = "written by megatron-slm-launch"  # in the second line of a script
 RECORDS = "slurm"  # subdirectory of a run for script, recipes, logs and state
@@ -191,7 +191,7 @@ def _environment(settings: JobSettings) -> list[str]:
 def _variables(settings: JobSettings, work: Work) -> list[str]:
     excluded = dict(settings.sbatch_options).get("exclude")
     lines = [
-        f"unset {' '.join(('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'))}",
+        f"unset {' '.join(LAUNCH_VARIABLES)}",
         f"requeues={'yes' if settings.requeue else 'no'}",
         f"restarts={settings.restarts} # after failures without a new checkpoint",
         f"excluded={shlex.quote(f'{excluded},' if excluded else '')}",

@@ -15,7 +15,7 @@ from stub_slurm import StubSlurm
 from megatron_slm.config.checkpoint_files import TRACKER
 from megatron_slm.config.paths import STOP_FILE
 from megatron_slm.launch.script import STOPS, Work, render
-from megatron_slm.launch.settings import APPTAINER, TORCHRUN, JobSettings, limit_seconds
+from megatron_slm.launch.settings import APPTAINER, LAUNCH_VARIABLES, TORCHRUN, JobSettings, limit_seconds
 from megatron_slm.runtime.errors import ConfigError
 
 HOSTILE = [
@@ -84,6 +84,15 @@ def test_directives_are_quoted_for_sbatch(tmp_path: Path) -> None:
 
 def test_job_name_defaults_to_the_run(tmp_path: Path) -> None:
     assert f"--job-name={tmp_path.name}\n" in script_of(PLAIN, tmp_path)
+
+
+def test_variables_of_an_outer_launcher_do_not_reach_the_ranks(tmp_path: Path, stub: StubSlurm) -> None:
+    """A job that is submitted from an allocation or a torchrun shell inherits its environment."""
+    outer = dict.fromkeys(LAUNCH_VARIABLES, "7")
+    result = stub.run(script_of(PLAIN, tmp_path / "run"), actions=('env > "$STUB/environment"',), **outer)
+    assert result.code == 0, result.errors
+    names = {line.partition("=")[0] for line in (stub.directory / "environment").read_text().splitlines()}
+    assert "SLURM_JOB_ID" in names and not names & {*LAUNCH_VARIABLES}
 
 
 def test_failing_setup_ends_the_job(tmp_path: Path, stub: StubSlurm) -> None:

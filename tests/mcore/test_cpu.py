@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.overrides import BaseTorchFunctionMode
 
 from megatron_slm.mcore.cpu import FACTORIES, redirect_cuda_to_cpu
@@ -56,3 +57,25 @@ def _redirected(rank: int, world_size: int) -> list[str]:
 
 def test_calls_are_redirected_without_a_cost_for_all_others() -> None:
     assert run_ranks(_redirected, 1, initialise=False) == [[]]
+
+
+def _forked(rank: int, world_size: int) -> list[list[float]]:
+    """Return numbers of a named random state in two blocks, and of the default state around them."""
+    redirect_cuda_to_cpu()
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("dropout", 5)
+    torch.manual_seed(7)
+    numbers = [torch.rand(3).tolist()]
+    for _ in range(2):
+        with tracker.fork("dropout"):
+            numbers.append(torch.rand(3).tolist())
+        numbers.append(torch.rand(3).tolist())
+    return numbers
+
+
+def test_named_random_states_continue_and_leave_the_default_state() -> None:
+    (numbers,) = run_ranks(_forked, 1, initialise=False)
+    dropout, default = torch.Generator().manual_seed(5), torch.Generator().manual_seed(7)
+    for values, state in zip(numbers, (default, dropout, default, dropout, default), strict=True):
+        assert values == torch.rand(3, generator=state).tolist()
