@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_slm.runtime.health import work_time
-from megatron_slm.runtime.health.progress import Progress
+from megatron_slm.runtime.health.progress import Progress, reset_progress
 
 
 class Event:
@@ -41,6 +41,16 @@ def test_times_of_the_device_are_read_later() -> None:
         work_time.count_step(0.2)
     assert (progress.steps, progress.seconds_forward) == (2, 0.5)
     assert progress.seconds_loading == pytest.approx(0.3)
+
+
+def test_passes_of_an_earlier_run_are_not_counted() -> None:
+    with mock.patch.object(torch.cuda, "Event", Event), work_time.forward_time(torch.device("cuda")):
+        pass
+    reset_progress()
+    with mock.patch.object(Event, "finished", True):
+        work_time.count_step(0.0)
+    assert (work_time.progress.steps, work_time.progress.seconds_forward) == (1, 0.0)
+    reset_progress()
 
 
 def test_times_of_the_cpu_are_those_of_the_host() -> None:

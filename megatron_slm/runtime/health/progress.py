@@ -6,8 +6,9 @@ Recording costs less than a microsecond, takes no lock and never waits for a dev
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 PATIENCE = 5.0  # multiple of the longest interval between two signs of life, which is no hang
 UNLIMITED = 2  # first occurrences of a phase
@@ -33,6 +34,7 @@ class Progress:
     steps: int = 0  # training steps with work times
     seconds_loading: float = 0.0  # of all steps
     seconds_forward: float = 0.0
+    pending_forwards: deque[tuple[Any, Any]] = field(default_factory=deque)  # CUDA events around each, perhaps not over
     _occurrences: Counter[str] = field(default_factory=Counter)
 
     def enter(self, phase: str, step: int | None = None, *, slow: bool = False) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from megatron_slm.runtime.health.progress import progress
-
-_pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # of passes that the device may not have finished
 
 
 @contextmanager
@@ -26,13 +23,14 @@ def forward_time(device: torch.device) -> Iterator[None]:
     first.record()
     yield
     last.record()
-    _pending.append((first, last))
+    progress.pending_forwards.append((first, last))
 
 
 def count_step(seconds_loading: float) -> None:
     """Count a training step, and the forward passes that the device has finished."""
     progress.seconds_loading += seconds_loading
-    while _pending and _pending[0][1].query():
-        first, last = _pending.popleft()
+    pending = progress.pending_forwards
+    while pending and pending[0][1].query():
+        first, last = pending.popleft()
         progress.seconds_forward += first.elapsed_time(last) / 1000
     progress.steps += 1
