@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_slm.config.recipe import check_text
 from megatron_slm.launch.quoting import check_line
 from megatron_slm.runtime.errors import ConfigError, refuse
 
@@ -129,7 +130,7 @@ class JobSettings:
         values = [(name, value) for name in texts if (value := getattr(self, name)) is not None]
         lists = [(name, each) for name in ("container_mounts", "module", "sbatch") for each in getattr(self, name)]
         for name, value in (*values, *lists):
-            yield from _unprintable(value, f"--{name.replace('_', '-')}")
+            yield from _violations(check_line, value, f"--{name.replace('_', '-')}")
         yield from self._environment_problems()
         yield from self._container_problems()
         yield from self._sbatch_problems()
@@ -144,11 +145,10 @@ class JobSettings:
                 yield f"--env {assignment!r} must be NAME=VALUE with a name of letters, digits and underscores."
             elif name in LAUNCH_VARIABLES or name.startswith("SLURM_"):
                 yield f"--env {name}: Slurm sets this variable for every rank. Leave it out."
-            elif "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-                yield f"--env {name}: {value!r} is not valid UTF-8 text."
+            else:
+                yield from _violations(check_text, value, f"--env {name}")
         for line in self.setup:
-            if "\0" in line or any("\ud800" <= character <= "\udfff" for character in line):
-                yield f"--setup {line!r} is not valid UTF-8 text."
+            yield from _violations(check_text, line, "--setup")
 
     def _container_problems(self) -> Iterator[str]:
         if self.container_image is None and self.container_mounts:
@@ -186,8 +186,8 @@ def _below(name: str, value: int | None, least: int) -> Iterator[str]:
         yield f"--{name.replace('_', '-')} is {value}, and must be at least {least}."
 
 
-def _unprintable(value: str, flag: str) -> Iterator[str]:
+def _violations(check: Callable[[str, str], object], value: str, location: str) -> Iterator[str]:
     try:
-        check_line(value, flag)
+        check(value, location)
     except ConfigError as error:
         yield str(error)

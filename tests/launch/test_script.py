@@ -253,6 +253,8 @@ def test_torchrun_runs_once_per_node(tmp_path: Path, stub: StubSlurm) -> None:
         ({"partition": "a\nb"}, "--partition: .* must be one line"),
         ({"account": "a\x1b[31m"}, "--account: .* must be one line"),
         ({"env": ["A B=1"]}, "--env 'A B=1' must be NAME=VALUE"),
+        ({"env": ["A=\udcff"]}, "--env A: .* is not valid UTF-8 text"),
+        ({"setup": ["echo \0"]}, "--setup: .* is not valid UTF-8 text"),
         ({"env": ["RANK=1"]}, "--env RANK: Slurm sets this variable"),
         ({"container_mounts": ["/a:/a"]}, "--container-mounts needs --container-image"),
         ({"container_image": "x", "container_mounts": ["/a:/a,/b:/b"]}, "has a comma"),
