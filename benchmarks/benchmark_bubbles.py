@@ -107,7 +107,7 @@ def main() -> int:
         for micro_batches in arguments.micro_batches:
             actual = reference if arguments.actual is None else arguments.actual
             settings = (micro_batches, arguments.forward_ms / 1e3, reference, actual, arguments.steps)
-            row = run_ranks(measure, arguments.stages, *settings, initialise=False, timeout=3600)[0]
+            row = run_ranks(measure, arguments.stages, *settings, initialize=False, timeout=3600)[0]
             rows.append(row)
             print(
                 f"PP {arguments.stages}, {micro_batches:>3} micro-batches, reference {reference:g}: "

@@ -195,11 +195,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, panel = plt.subplots(figsize=(5.5, 4), layout="constrained")
     ranks = [row["ranks"] for row in rows]
-    for name, label, colour in (
+    for name, label, color in (
         ("gather_topk_ms", "all-gather and topk", "#D55E00"),
         ("threshold_ms", "radix select", "#0072B2"),
     ):
-        panel.plot(ranks, [row[name] for row in rows], color=colour, marker="o", label=label)
+        panel.plot(ranks, [row[name] for row in rows], color=color, marker="o", label=label)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(ranks, [str(number) for number in ranks])

@@ -17,7 +17,7 @@ from megatron_slm.runtime.files import atomic_path, write_text
 matplotlib.use("Agg")
 
 # Okabe and Ito's color-blind-safe palette.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
     figure, panels = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 4), squeeze=False, layout="constrained")
     for panel, held_out in zip(panels[0], sets, strict=True):
-        for colour, variant in zip(COLOURS, dict.fromkeys(c.variant for c in curves), strict=False):
+        for color, variant in zip(COLORS, dict.fromkeys(c.variant for c in curves), strict=False):
             tokens, mean, spread = mean_and_spread(curves, variant, held_out)
-            panel.plot(tokens / 1e6, mean, color=colour, label=variant, marker="o", markersize=3)
-            panel.fill_between(tokens / 1e6, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+            panel.plot(tokens / 1e6, mean, color=color, label=variant, marker="o", markersize=3)
+            panel.fill_between(tokens / 1e6, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
         _dress(panel, f"{held_out} held-out loss")
     panels[0][0].legend(frameon=False)
     with atomic_path(path, "plot") as temporary:
@@ -67,8 +67,8 @@ def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
     figure, panel = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     for index, variant in enumerate(dict.fromkeys(curve.variant for curve in curves)):
         (_, x, x_spread), (_, y, y_spread) = (mean_and_spread(curves, variant, name) for name in (across, down))
-        colour = COLOURS[index % len(COLOURS)]
-        panel.errorbar(x[-1], y[-1], xerr=x_spread[-1], yerr=y_spread[-1], color=colour, marker="o", capsize=2)
+        color = COLORS[index % len(COLORS)]
+        panel.errorbar(x[-1], y[-1], xerr=x_spread[-1], yerr=y_spread[-1], color=color, marker="o", capsize=2)
         panel.annotate(variant, (x[-1], y[-1]), xytext=(6, 5), textcoords="offset points", fontsize=8)
     _dress(panel, f"final {down} held-out loss")
     panel.set_xlabel(f"final {across} held-out loss (nats per token)")
@@ -96,10 +96,10 @@ def plot_stages(stages: Sequence[tuple[str, Sequence[Curve], Sequence[tuple[int,
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     offset = 0.0
     for name, curves, _ in stages:
-        for colour, curve in zip(COLOURS, curves, strict=False):
+        for color, curve in zip(COLORS, curves, strict=False):
             tokens = (offset + np.array(curve.tokens)) / 1e6
             label = f"{curve.held_out} held out" if offset == 0 else None
-            left.plot(tokens, curve.losses, color=colour, marker="o", markersize=3, label=label)
+            left.plot(tokens, curve.losses, color=color, marker="o", markersize=3, label=label)
         left.axvline(offset / 1e6, color="#BBBBBB", linewidth=0.8)
         left.text(offset / 1e6, 1.01, f" {name}", transform=left.get_xaxis_transform(), fontsize=8)
         offset += curves[0].tokens[-1] if curves else 0
@@ -107,8 +107,8 @@ def plot_stages(stages: Sequence[tuple[str, Sequence[Curve], Sequence[tuple[int,
     left.legend(frameon=False)
     name, _, steps = stages[-1]
     tokens = np.array([step[0] for step in steps]) / 1e6
-    for place, label, colour in ((1, "selected tokens", COLOURS[1]), (2, "unselected tokens", COLOURS[5])):
-        right.plot(tokens, [step[place] for step in steps], color=colour, label=label, linewidth=1)
+    for place, label, color in ((1, "selected tokens", COLORS[1]), (2, "unselected tokens", COLORS[5])):
+        right.plot(tokens, [step[place] for step in steps], color=color, label=label, linewidth=1)
     _dress(right, f"training loss, {name}")
     right.legend(frameon=False)
     with atomic_path(path, "plot") as temporary:

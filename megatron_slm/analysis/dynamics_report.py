@@ -39,7 +39,7 @@ from megatron_slm.runtime.files import atomic_path
 matplotlib.use("Agg")
 
 KIND = "token dynamics"
-COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#009E73", "#56B4E9")  # Okabe and Ito's
+COLORS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#009E73", "#56B4E9")  # Okabe and Ito's
 LEAST_CATEGORY = 0.001  # share of the tokens, below which a category is not plotted
 LEAST_FOR_SIGMOIDS = 6  # checkpoints, two more than parameters
 
@@ -194,7 +194,7 @@ def _plot_classes(axes: Axes, dynamics: Dynamics) -> None:
     losses = class_losses(dynamics.data.losses, dynamics.classes)
     for place, name in enumerate(CLASSES):
         label = f"{name} ({dynamics.shares[place]:.0%})"
-        axes.plot(dynamics.data.tokens / 1e6, losses[:, place], color=COLOURS[place], label=label, marker="o", ms=3)
+        axes.plot(dynamics.data.tokens / 1e6, losses[:, place], color=COLORS[place], label=label, marker="o", ms=3)
     axes.plot(dynamics.data.tokens / 1e6, dynamics.data.losses.mean(1), color="#555555", label="all", ls="--")
     _label(axes, "loss (nats per token)", "loss by class")
 
@@ -204,7 +204,7 @@ def _plot_learning_times(axes: Axes, dynamics: Dynamics) -> None:
     learned, tokens = dynamics.classes == CLASSES.index("H→L"), dynamics.data.tokens / 1e6
     half_step = (tokens[-1] / tokens[0]) ** (0.5 / (MIDPOINTS - 1))
     bins = np.geomspace(tokens[0] / half_step, tokens[-1] * half_step, MIDPOINTS + 1).tolist()
-    axes.hist(dynamics.sigmoids.midpoint[learned] / 1e6, bins=bins, color=COLOURS[0])
+    axes.hist(dynamics.sigmoids.midpoint[learned] / 1e6, bins=bins, color=COLORS[0])
     axes.set_xscale("log")
     ticks = np.geomspace(tokens[0], tokens[-1], 5).tolist()
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -215,8 +215,8 @@ def _plot_learning_times(axes: Axes, dynamics: Dynamics) -> None:
 def _plot_perplexities(axes: Axes, dynamics: Dynamics) -> None:
     steps, tokens = dynamics.data.steps, dynamics.data.tokens
     shown = sorted({0, (len(steps) - 1) // 2, len(steps) - 1})
-    for colour, place, row in zip(COLOURS, shown, _rows(dynamics, shown), strict=False):
-        axes.plot(tokens / 1e6, row, color=colour, label=f"selected at step {steps[place]:,}", marker="o", ms=3)
+    for color, place, row in zip(COLORS, shown, _rows(dynamics, shown), strict=False):
+        axes.plot(tokens / 1e6, row, color=color, label=f"selected at step {steps[place]:,}", marker="o", ms=3)
     axes.plot(tokens / 1e6, np.exp(dynamics.data.losses.mean(1)), color="#555555", label="all", ls="--")
     _label(axes, "perplexity", "perplexity of selected tokens")
 
@@ -230,7 +230,7 @@ def _plot_categories(axes: Axes, dynamics: Dynamics) -> None:
     for place, name in enumerate(CATEGORIES):
         if (share := dynamics.category_shares[place]) > LEAST_CATEGORY:
             rate = selected[:, place] * dynamics.data.ratio / share
-            axes.plot(dynamics.data.tokens / 1e6, rate, color=COLOURS[place], label=name, marker="o", ms=3)
+            axes.plot(dynamics.data.tokens / 1e6, rate, color=COLORS[place], label=name, marker="o", ms=3)
     axes.axhline(dynamics.data.ratio, color="#555555", ls="--")
     _label(axes, "share selected", "selected share of each category")
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from megatron_slm.analysis.curves import COLOURS
+from megatron_slm.analysis.curves import COLORS
 from megatron_slm.analysis.metric_columns import Series
 from megatron_slm.analysis.run_files import RunFiles
 from megatron_slm.analysis.svg_chart import Line, reduce_points
@@ -111,7 +111,7 @@ def _draw_lines(panel: Axes, metric: Metric, runs: Sequence[RunFiles], axis: str
     """Draw the lines of a metric: colors distinguish runs, or the sets of a single run, and styles the sets."""
     for number, run in enumerate(runs):
         for style, (label, series) in enumerate(metric.lines(run)):
-            color = COLOURS[(number if len(runs) > 1 else style) % len(COLOURS)]
+            color = COLORS[(number if len(runs) > 1 else style) % len(COLORS)]
             x = series.tokens if axis == "tokens" else series.steps
             raw = points = reduce_points(Line(label, x, series.values), MAX_POINTS)
             if smoothing:

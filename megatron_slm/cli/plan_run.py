@@ -109,9 +109,9 @@ def _plan(argv: Sequence[str]) -> tuple[str, ConfigError | None]:
         values["plan"] = plan_values(plan, bandwidth, with_time=with_time)
         lines += text(values["plan"], title)
         if title != "as given":
-            neighbours = rejections(problem, plan)
-            lines += rejection_lines(neighbours)
-            values["rejected"] = [vars(rejection) for rejection in neighbours]
+            neighbors = rejections(problem, plan)
+            lines += rejection_lines(neighbors)
+            values["rejected"] = [vars(rejection) for rejection in neighbors]
         lines += ["flags: " + flags(plan), "recipe:", *(f"  {line}" for line in recipe(plan).splitlines())]
         values |= {"flags": flags(plan), "recipe": recipe(plan)}
         if arguments.output is not None:

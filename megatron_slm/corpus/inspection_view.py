@@ -95,12 +95,12 @@ def plot_lengths(lengths: Lengths, title: str, path: Path) -> None:
     longest = max(int(lengths.tokens[-1]) if lengths.total else 1, 2)
     edges = np.unique(np.geomspace(1, longest + 1, 61).round()).tolist()
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
-    for weights, label, colour in (
+    for weights, label, color in (
         (lengths.documents, "documents", "#0072B2"),
         (lengths.documents * lengths.tokens, "tokens in them", "#D55E00"),
     ):
         share = weights / max(weights.sum(), 1)
-        panel.hist(lengths.tokens, edges, weights=share, histtype="step", linewidth=1.6, label=label, color=colour)
+        panel.hist(lengths.tokens, edges, weights=share, histtype="step", linewidth=1.6, label=label, color=color)
     panel.set_xscale("log")
     panel.set(xlabel="tokens in a document", ylabel="share", title=title)
     panel.grid(alpha=0.25)

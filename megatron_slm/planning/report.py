@@ -158,7 +158,7 @@ def _message_lines(messages: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def rejection_lines(found: Sequence[Rejection]) -> list[str]:
-    """Return the lines on the plan's neighbours."""
+    """Return the lines on the plan's neighbors."""
     names = {setting.name: flag_name(setting) for _, setting, _ in all_settings()}
     lines = ["rejected:"]
     for rejection in found:

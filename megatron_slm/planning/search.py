@@ -227,16 +227,16 @@ def _chunks(layers: int, pipeline: int) -> list[int | None]:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Represent a neighbour of the plan, and the reason against it."""
+    """Represent a neighbor of the plan, and the reason against it."""
 
     settings: dict[str, Any]  # that differ from the plan's
     reason: str
 
 
 def rejections(problem: Problem, plan: Plan) -> list[Rejection]:
-    """Return the neighbours of a plan in each direction of the search, with the reasons against them."""
+    """Return the neighbors of a plan in each direction of the search, with the reasons against them."""
     found = []
-    for changes in _neighbours(problem, plan):
+    for changes in _neighbors(problem, plan):
         try:
             other = Plan(problem.layout(plan.settings | changes))
         except ConfigError as error:
@@ -261,7 +261,7 @@ def _equal(other: Plan, plan: Plan) -> str:
     return "as fast, with smaller matrix products or more model parallelism"
 
 
-def _neighbours(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:
+def _neighbors(problem: Problem, plan: Plan) -> Iterator[dict[str, Any]]:
     layout, model = plan.layout, problem.config.model
     tensors = _divisors(model.num_attention_heads, min(problem.device.per_node, problem.world_size))
     pipelines = _divisors(model.num_layers, problem.world_size)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import megatron_slm
 from megatron_slm.runtime.groups import Groups
 
-# The package index has another package named apex, so that NVIDIA's is recognised by an extension of it.
+# The package index has another package named apex, so that NVIDIA's is recognized by an extension of it.
 OPTIONAL = {"Transformer Engine": "transformer_engine", "NVIDIA apex": "amp_C"}
 
 

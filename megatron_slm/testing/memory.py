@@ -56,7 +56,7 @@ def _counting_all_threads() -> Iterator[None]:
 
 def run_peaks(argv: Sequence[str], ranks: int) -> list[int]:
     """Run the trainer, and return the peak of each rank."""
-    return run_ranks(_rank_peak, ranks, list(argv), initialise=False)
+    return run_ranks(_rank_peak, ranks, list(argv), initialize=False)
 
 
 def _rank_peak(rank: int, world_size: int, argv: list[str]) -> int:

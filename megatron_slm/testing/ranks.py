@@ -40,20 +40,20 @@ def fork_server() -> ForkServerContext:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, initialise: bool = True, timeout: float = 180
+    function: Callable[..., Any], world_size: int, *args: Any, initialize: bool = True, timeout: float = 180
 ) -> list[Any]:
     """Run ``function(rank, world_size, *args)`` on every rank over gloo; return the results in rank order.
 
     Args:
         function: module-level function, so that it can be pickled.
-        initialise: create a process group first; otherwise only set the environment variables of torchrun.
+        initialize: create a process group first; otherwise only set the environment variables of torchrun.
         timeout: seconds after which running ranks are killed.
 
     Raises:
         AssertionError: a rank failed or hung; includes the traceback of the first failed rank.
     """
     with reserved_port() as port:
-        return _run(fork_server(), function, world_size, port, initialise, args, timeout)
+        return _run(fork_server(), function, world_size, port, initialize, args, timeout)
 
 
 @contextmanager
@@ -81,14 +81,14 @@ def _run(
     function: Callable[..., Any],
     world_size: int,
     port: int,
-    initialise: bool,
+    initialize: bool,
     args: tuple[Any, ...],
     timeout: float,
 ) -> list[Any]:
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, function, rank, world_size, port, initialise, args))
+        process = context.Process(target=_rank, args=(theirs, function, rank, world_size, port, initialize, args))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -125,7 +125,7 @@ def _rank(
     rank: int,
     world_size: int,
     port: int,
-    initialise: bool,
+    initialize: bool,
     args: tuple[Any, ...],
 ) -> None:
     gc.freeze()  # collections do not visit, and thereby copy, the pages of imported modules
@@ -138,7 +138,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     try:
-        if initialise:
+        if initialize:
             dist.init_process_group("gloo")
         # pickle copies tensors; the pipe's pickler would share memory with a terminated process.
         pipe.send_bytes(pickle.dumps((None, function(rank, world_size, *args))))

@@ -69,7 +69,7 @@ def command(
 
 def launch(argv: list[str], world_size: int = 1) -> None:
     """Run the trainer on ``world_size`` ranks, and assert exit code 0 on each."""
-    for code, errors in run_ranks(_main, world_size, argv, initialise=False):
+    for code, errors in run_ranks(_main, world_size, argv, initialize=False):
         assert code == 0, errors
 
 
@@ -87,7 +87,7 @@ def run_each(*commands: list[str], main: Main = main, ranks: int = 1) -> list[Ou
     Returns:
         the outcomes on rank 0.
     """
-    return run_ranks(_main_each, ranks, commands, main, initialise=False)[0]
+    return run_ranks(_main_each, ranks, commands, main, initialize=False)[0]
 
 
 def launch_each(commands: list[list[str]]) -> None:
@@ -98,7 +98,7 @@ def launch_each(commands: list[list[str]]) -> None:
 
 def launch_and_fail(argv: list[str], world_size: int = 1) -> tuple[int, str]:
     """Run the trainer; return exit code and standard error of rank 0."""
-    return run_ranks(_main, world_size, argv, initialise=False)[0]
+    return run_ranks(_main, world_size, argv, initialize=False)[0]
 
 
 def captured(argv: list[str], main: Main = main) -> Outcome:

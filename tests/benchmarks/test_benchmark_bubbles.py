@@ -12,6 +12,6 @@ pytestmark = pytest.mark.slow
 def test_bubbles_reduce_the_overhead() -> None:
     from benchmark_bubbles import measure
 
-    row = run_ranks(measure, 2, 4, 0.1, 1.0, 1.0, 2, initialise=False)[0]
+    row = run_ranks(measure, 2, 4, 0.1, 1.0, 1.0, 2, initialize=False)[0]
     assert row["plan"] == [(2, 2, 4), (0, 2, 4)]
     assert row["overhead"]["in bubbles"] < row["overhead"]["separate pass"]

@@ -21,7 +21,7 @@ def test_all_selected_tokens_give_the_exact_gradient(tmp_path: Path, ratio: str,
     corpus, output = make_corpus(tmp_path / "corpus", 1), tmp_path / "gradient.json"
     flags = command(corpus, objective="slm", slm_score="token-loss", slm_selection_ratio=ratio)
     flags += ["--train-iters", "2", "--lr-warmup-iters", "1"]
-    assert run_ranks(_main, 1, ["--every", "1", "--output", str(output), *flags], initialise=False) == [0]
+    assert run_ranks(_main, 1, ["--every", "1", "--output", str(output), *flags], initialize=False) == [0]
     steps = json.loads(output.read_text(encoding="utf-8"))["steps"]
     assert [step["lr"] for step in steps] == [0, 1e-2], "the schedule does not advance"
     cosines = [step["cosine"] for step in steps]

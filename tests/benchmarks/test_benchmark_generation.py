@@ -14,6 +14,6 @@ def _measure(rank: int, world_size: int, directory: Path) -> dict[str, dict[int,
 
 
 def test_implementations_generate_the_same_tokens(tmp_path: Path) -> None:
-    [rates] = run_ranks(_measure, 1, tmp_path, initialise=False)
+    [rates] = run_ranks(_measure, 1, tmp_path, initialize=False)
     assert set(rates) == {"cache", "no cache", "transformers"}
     assert all(rate > 0 for by_batch in rates.values() for rate in by_batch.values())

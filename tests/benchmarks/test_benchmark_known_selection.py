@@ -16,6 +16,6 @@ def _measure(rank: int, world_size: int, directory: Path) -> dict[str, int]:
 
 
 def test_selected_rows_take_less_memory(tmp_path: Path) -> None:
-    [found] = run_ranks(_measure, 1, tmp_path, initialise=False)
+    [found] = run_ranks(_measure, 1, tmp_path, initialize=False)
     sizes = list(found.values())
     assert len(sizes) == 4 and all(more > less for more, less in itertools.pairwise(sizes)), found

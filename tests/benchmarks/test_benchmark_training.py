@@ -16,7 +16,7 @@ SAME = {
 
 
 def test_variants_of_one_objective_have_the_same_gradients(tmp_path: Path) -> None:
-    [(gradients, shares, saved_bytes)] = run_ranks(_measure, 1, tmp_path, initialise=False)
+    [(gradients, shares, saved_bytes)] = run_ranks(_measure, 1, tmp_path, initialize=False)
     for name, others in SAME.items():
         for other in others:
             apart = (gradients[other] - gradients[name]).norm() / gradients[name].norm()

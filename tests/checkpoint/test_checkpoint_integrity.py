@@ -106,7 +106,7 @@ def test_damaged_configuration_is_reported_as_damaged_checkpoint(checkpoint: Pat
         lambda content: content["checksums"].update({"common.pt": content["checksums"][".metadata"]}),
         lambda content: content.pop("checksum"),
         lambda content: content.pop("checksums"),
-        lambda content: content.update(colour="red"),
+        lambda content: content.update(color="red"),
         lambda content: content.pop("layout"),
     ],
 )

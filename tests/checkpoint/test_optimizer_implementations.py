@@ -103,7 +103,7 @@ def test_runs_resume_with_the_other_implementation(tmp_path: Path, flags: list[s
     for one, other in pairs:
         save = tmp_path / f"{one}-{other}"
         jobs.append((other, command(corpus, save, load=tmp_path / one, losses_only=True, **settings) + flags))
-    run_ranks(_run_each, 1, jobs, initialise=False)
+    run_ranks(_run_each, 1, jobs, initialize=False)
     expected = [record["loss"] for record in records(tmp_path / "uninterrupted")][2:]
     for one, other in pairs:
         losses = [record["loss"] for record in records(tmp_path / f"{one}-{other}")]

@@ -87,7 +87,7 @@ def assert_bits_kept(directory: Path, kind: str, model: dict[str, Any], pairs: l
     def reshard(load: str, layout: Layout, save: str) -> None:
         # New ranks every time: no run inherits process groups of another layout.
         arguments = (corpus, directory / kind, directory / load, directory / save, layout, model)
-        for different in run_ranks(_reshard, RANKS, *arguments, initialise=False, timeout=120):
+        for different in run_ranks(_reshard, RANKS, *arguments, initialize=False, timeout=120):
             assert not different, (load, layout)
 
     for source in dict.fromkeys(first for first, _ in pairs):

@@ -47,7 +47,7 @@ def test_full_disk_on_rank_0_ends_all_ranks(tmp_path: Path, file: str) -> None:
     """Only rank 0 writes these files, between collectives."""
     corpus = make_corpus(tmp_path / "corpus", 1)
     argv = command(corpus, tmp_path / "run", dp=2, train_iters=1, eval_iters=0)
-    results = run_ranks(_main_on_full_disk, 2, argv, file, initialise=False)
+    results = run_ranks(_main_on_full_disk, 2, argv, file, initialize=False)
     assert [code for code, _ in results] == [2, 2]
     assert "--save" in results[0][1] and "No space left on device" in results[0][1]
     assert not (tmp_path / "run" / "iter_0000001").exists()

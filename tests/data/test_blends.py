@@ -216,7 +216,7 @@ def test_run_prints_its_dataset_usage(tmp_path: Path, world_size: int) -> None:
     blend.write_text("".join(f"{corpus_of(tmp_path / name, 65, 4000)}: {w}\n" for name, w in (("a", 3), ("b", 1))))
     argv = command(str(blend), tmp_path / "run", dp=world_size, train_iters=2)
     argv[argv.index(f"own={blend}")] = f"own={tmp_path}/a"
-    results = run_ranks(_main, world_size, argv, initialise=False)
+    results = run_ranks(_main, world_size, argv, initialize=False)
     assert [code for code, _ in results] == [0] * world_size
     lines = [line.split() for line in results[0][1].splitlines() if line.strip().startswith("train ")]
     assert lines == [

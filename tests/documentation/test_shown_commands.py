@@ -37,7 +37,7 @@ COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 def help_of(program: str, *positional: str) -> str:
     """Return the help text of a program, or of its command that ``positional`` names."""
     command = ["-m", program] if program == "megatron_slm.pretrain" else [str(ROOT / program), *positional]
-    [text] = run_ranks(_output, 1, [*command, "--help"], initialise=False)
+    [text] = run_ranks(_output, 1, [*command, "--help"], initialize=False)
     return text
 
 

@@ -123,7 +123,7 @@ def _interrupted(rank: int, world_size: int, checkpoint: str) -> list[str]:
 
 
 def test_a_stop_and_nan_end_the_evaluation(files: Files) -> None:
-    [[stopped, *diverged]] = run_ranks(_interrupted, 1, files.checkpoint, initialise=False)
+    [[stopped, *diverged]] = run_ranks(_interrupted, 1, files.checkpoint, initialize=False)
     assert stopped == "Stopped" and diverged[0].startswith("task: the model computes NaN log-likelihoods")
     assert diverged[1:] == ["the model computes NaN or infinite logits. Choose an earlier checkpoint."]
 
@@ -139,7 +139,7 @@ def _alone(model: InferenceModel, request: ScoringRequest) -> tuple[float, bool]
 
 
 def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(files: Files) -> None:
-    [[likelihoods, rolling]] = run_ranks(_likelihoods, 1, files.checkpoint, initialise=False)
+    [[likelihoods, rolling]] = run_ranks(_likelihoods, 1, files.checkpoint, initialize=False)
     for (value, greedy), (expected, expected_greedy) in zip(*likelihoods, strict=True):
         assert value == pytest.approx(expected, abs=1e-4) and greedy == expected_greedy
     assert rolling[0] == pytest.approx(rolling[1], abs=1e-4) and rolling[0][2] == 0

@@ -172,7 +172,7 @@ def test_results_equal_those_of_the_hugging_face_backend(model: Model, tmp_path:
         for c in (f" {choice}" for choice in document["choices"])
     ]
     write_requests(tmp_path / "choices.jsonl", lines)
-    [ours] = run_ranks(_ours, 1, str(model.checkpoint), str(tmp_path), initialise=False)
+    [ours] = run_ranks(_ours, 1, str(model.checkpoint), str(tmp_path), initialize=False)
 
     reference = HFLM(pretrained=str(model.published), device="cpu", dtype="float32", batch_size=3)
     assert reference.max_length == CONTEXT

@@ -51,7 +51,7 @@ def _command(rank: int, world_size: int, command: Sequence[str], directory: str)
 def run(command: Sequence[str], **options: Any) -> None:
     """Run a command as ``stages.run`` does, on ranks that have imported everything."""
     ranks = 2 if "--nproc-per-node=2" in command else 1
-    results = run_ranks(_command, ranks, list(command), str(ROOT), initialise=False)
+    results = run_ranks(_command, ranks, list(command), str(ROOT), initialize=False)
     for code, output in results:
         assert code == 0, output
     if "stdout" in options:

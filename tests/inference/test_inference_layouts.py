@@ -79,7 +79,7 @@ def _continue_greedily(model: InferenceModel, prompt: list[int]) -> Generation:
 
 @pytest.fixture(scope="module")
 def definitions(checkpoints: dict[str, str]) -> dict[str, Results]:
-    return {kind: run_ranks(_definition, 1, path, initialise=False)[0] for kind, path in checkpoints.items()}
+    return {kind: run_ranks(_definition, 1, path, initialize=False)[0] for kind, path in checkpoints.items()}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_results_equal_the_definition(
     checkpoints: dict[str, str], definitions: dict[str, Results], kind: str, ranks: int, layout: dict[str, Any]
 ) -> None:
     expected = definitions[kind]
-    for found in run_ranks(_results, ranks, checkpoints[kind], layout, initialise=False):
+    for found in run_ranks(_results, ranks, checkpoints[kind], layout, initialize=False):
         assert found.greedy == expected.greedy
         assert found.sampled == expected.sampled
         for ours, theirs in zip(found.scores, expected.scores, strict=True):

@@ -95,7 +95,7 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
     }
     scoring = ["--reference-load", rm, "--data-path", prefix, "--reference-scores", "rm", "--stride", "48"]
     commands = [[*models, *good, *files], [*models, *good, *entropy], *refused.values()]
-    scored, shown, by_entropy, *failures = run_ranks(_run, 1, commands, scoring, initialise=False)[0]
+    scored, shown, by_entropy, *failures = run_ranks(_run, 1, commands, scoring, initialize=False)[0]
     for outcome in (scored, shown, by_entropy):
         assert outcome.code == 0, outcome.errors
     for outcome, message in zip(failures, refused, strict=True):

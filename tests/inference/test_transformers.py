@@ -45,7 +45,7 @@ def test_texts_and_scores_equal_those_of_transformers(tmp_path: Path) -> None:
     models = [make_model(kind, vocab_size=301) for kind in KINDS]
     for kind, model in zip(KINDS, models, strict=True):
         model.save_pretrained(tmp_path / kind)
-    [results] = run_ranks(_results, 1, [str(tmp_path / kind) for kind in KINDS], initialise=False)
+    [results] = run_ranks(_results, 1, [str(tmp_path / kind) for kind in KINDS], initialize=False)
     for kind, model, (texts, scores) in zip(KINDS, models, results, strict=True):
         for prompt, text, score in zip(PROMPTS, texts, scores, strict=True):
             tokens, log_probs = _expected(model, prompt)

@@ -56,7 +56,7 @@ def _redirected(rank: int, world_size: int) -> list[str]:
 
 
 def test_calls_are_redirected_without_a_cost_for_all_others() -> None:
-    assert run_ranks(_redirected, 1, initialise=False) == [[]]
+    assert run_ranks(_redirected, 1, initialize=False) == [[]]
 
 
 def _forked(rank: int, world_size: int) -> list[list[float]]:
@@ -75,7 +75,7 @@ def _forked(rank: int, world_size: int) -> list[list[float]]:
 
 
 def test_named_random_states_continue_and_leave_the_default_state() -> None:
-    (numbers,) = run_ranks(_forked, 1, initialise=False)
+    (numbers,) = run_ranks(_forked, 1, initialize=False)
     dropout, default = torch.Generator().manual_seed(5), torch.Generator().manual_seed(7)
     for values, state in zip(numbers, (default, dropout, default, dropout, default), strict=True):
         assert values == torch.rand(3, generator=state).tolist()

@@ -41,7 +41,7 @@ def test_fields(name: str, bias: bool, device: str) -> None:
     assert config.gated_linear_unit == (name in GATED) and config.add_bias_linear == bias
     fuses = device == "cuda" and (name == "swiglu" or (name == "gelu_tanh" and bias))
     assert config.bias_activation_fusion == fuses
-    # Megatron-Core recognises its fused tanh approximation by the exact function.
+    # Megatron-Core recognizes its fused tanh approximation by the exact function.
     assert config.activation_func is (F.gelu if fuses and name == "gelu_tanh" else FUNCTIONS[name])
 
 

@@ -80,7 +80,7 @@ def _gradients(rank: int, world_size: int, settings: dict[str, Any], share: floa
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_gradients_equal_those_of_the_definition(settings: dict[str, Any]) -> None:
-    (gradients,) = run_ranks(_gradients, 1, settings, 0.5, initialise=False)
+    (gradients,) = run_ranks(_gradients, 1, settings, 0.5, initialize=False)
     for name, expected in gradients["defined"].items():
         torch.testing.assert_close(gradients["filtered"][name], expected, rtol=1e-6, atol=1e-9, msg=name)
     differs = [
@@ -91,13 +91,13 @@ def test_gradients_equal_those_of_the_definition(settings: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_gradients_of_all_tokens_are_exact(settings: dict[str, Any]) -> None:
-    (gradients,) = run_ranks(_gradients, 1, settings, 2.0, initialise=False)
+    (gradients,) = run_ranks(_gradients, 1, settings, 2.0, initialize=False)
     for name, expected in gradients["exact"].items():
         assert torch.equal(gradients["filtered"][name], expected), name
 
 
 def test_no_selected_token_has_no_gradient() -> None:
-    (gradients,) = run_ranks(_gradients, 1, LLAMA, -1.0, initialise=False)
+    (gradients,) = run_ranks(_gradients, 1, LLAMA, -1.0, initialize=False)
     assert all(not gradient.any() for gradient in gradients["filtered"].values())
 
 

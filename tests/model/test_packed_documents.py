@@ -81,7 +81,7 @@ def _packed_and_isolated(rank: int, world_size: int, position_embedding: str) ->
 
 @pytest.mark.parametrize("position_embedding", ["rope", "learned_absolute"])
 def test_packed_documents_equal_isolated_ones(position_embedding: str) -> None:
-    ((found, wanted),) = run_ranks(_packed_and_isolated, 1, position_embedding, initialise=False)
+    ((found, wanted),) = run_ranks(_packed_and_isolated, 1, position_embedding, initialize=False)
     assert found[0].shape == (3, LENGTH) and len(found) > 10
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)

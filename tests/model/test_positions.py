@@ -54,7 +54,7 @@ def _losses(rank: int, world_size: int, position_embedding: str) -> dict[str, Te
 
 @pytest.mark.parametrize("position_embedding", ["rope", "learned_absolute"])
 def test_position_ids_are_used(position_embedding: str) -> None:
-    (found,) = run_ranks(_losses, 1, position_embedding, initialise=False)
+    (found,) = run_ranks(_losses, 1, position_embedding, initialize=False)
     torch.testing.assert_close(found["by id, straight"], found["plain"], rtol=0, atol=1e-5)
     changed = (found["by id, restarted"] - found["plain"]).abs()
     assert float(changed[:, :BREAK].max()) < 1e-5

@@ -93,7 +93,7 @@ def _head_gradients(rank: int, world_size: int, own: bool) -> Tensor:
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_context_parallel_ranks_look_ahead_across_each_other(ranks: int, own: bool) -> None:
-    """On four ranks each part is one token long, and the second head looks beyond its neighbour."""
+    """On four ranks each part is one token long, and the second head looks beyond its neighbor."""
     [expected] = run_ranks(_head_gradients, 1, own)
     assert float(expected.abs().max()) > 0
     torch.testing.assert_close(sum(run_ranks(_head_gradients, ranks, own)), expected)

@@ -67,10 +67,10 @@ def measured_and_planned(rank: int, world_size: int, runs: list[list[str]]) -> l
 @pytest.mark.slow
 def test_planned_steps_take_the_measured_time(tmp_path: Path) -> None:
     save = ["--save", str(tmp_path), "--train-iters", "1"]
-    ((first, *_),) = run_ranks(_train, 1, [*MODEL, *save], initialise=False, timeout=600)
+    ((first, *_),) = run_ranks(_train, 1, [*MODEL, *save], initialize=False, timeout=600)
     assert first == 0
     runs = [[*MODEL, *(str(tmp_path) if word == "REFERENCE" else word for word in flags)] for flags in RUNS.values()]
-    (times,) = run_ranks(measured_and_planned, 1, runs, initialise=False, timeout=1200)
+    (times,) = run_ranks(measured_and_planned, 1, runs, initialize=False, timeout=1200)
     errors = {name: planned / measured - 1 for name, (measured, planned) in zip(RUNS, times, strict=True)}
     print(errors, times)  # shown if the test fails
     assert max(map(abs, errors.values())) < 0.15, (errors, times)

@@ -101,7 +101,7 @@ def _run_each(rank: int, world_size: int, commands: list[list[str]]) -> list[tup
 
 def scored_ahead(ranks: int, *commands: list[str]) -> list[list[int]]:
     """Run the trainer once per command line; return the micro-batches scored in bubbles by command line and rank."""
-    results = run_ranks(_run_each, ranks, list(commands), initialise=False)
+    results = run_ranks(_run_each, ranks, list(commands), initialize=False)
     for outcomes in results:
         for code, errors, _ in outcomes:
             assert code == 0, errors

@@ -68,7 +68,7 @@ def test_weights_follow_their_definition(workspace: Path) -> None:
             settings(workspace, **AVERAGE, iterations_to_skip=2),
             settings(workspace, **AVERAGE, bf16=True),
         ],
-        initialise=False,
+        initialize=False,
     )[0]
     for found, source in ((start, [0] * STEPS), (refreshed, [0, 0, 2, 2, 4])):
         for (_, reference), step in zip(found, source, strict=True):

@@ -44,7 +44,7 @@ def test_building_the_reference_model_preserves_random_states(workspace: Path) -
     """Dropout is independent of the source of reference scores."""
     argv = command(str(workspace / "corpus_text_document"), train_iters=2, objective="slm")
     variants = ([*argv, "--slm-score", "token-loss"], [*argv, "--reference-load", str(workspace / "rm")])
-    [without], [with_model] = (run_ranks(_random_numbers_after_build, 1, each, initialise=False) for each in variants)
+    [without], [with_model] = (run_ranks(_random_numbers_after_build, 1, each, initialize=False) for each in variants)
     assert with_model == without
 
 
@@ -86,7 +86,7 @@ def test_reference_model_is_bitwise_unchanged(workspace: Path, tmp_path: Path, t
     argv = command(str(workspace / "corpus_text_document"), train_iters=2, objective="slm")
     argv += ["--reference-load", str(workspace / "rm"), "--hidden-dropout", "0.1"]
     argv += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    for result in run_ranks(_train_with_reference, tp * pp, argv, initialise=False):
+    for result in run_ranks(_train_with_reference, tp * pp, argv, initialize=False):
         assert result["unchanged"] and result["count"] > 0
         assert not result["gradients"] and not result["training"]
 

@@ -89,7 +89,7 @@ def _score(rank: int, world_size: int, scoring: ScoringJob, dies_at: int = 0) ->
 
 
 def score(scoring: ScoringJob, world_size: int = 1) -> Path:
-    run_ranks(_score, world_size, scoring, initialise=False)
+    run_ranks(_score, world_size, scoring, initialize=False)
     return sidecar_path(scoring.corpora[0], scoring.name)
 
 
@@ -138,7 +138,7 @@ def _direct_scores(rank: int, world_size: int, scoring: ScoringJob) -> tuple[np.
 def test_scores_match_direct_evaluation(workspace: Path, context: str, stride: int) -> None:
     scoring = job(workspace, f"hand-{context}-{stride}", context=context, stride=stride, with_entropy=True)
     sidecar = opened(score(scoring))
-    losses, entropies = run_ranks(_direct_scores, 1, scoring, initialise=False)[0]
+    losses, entropies = run_ranks(_direct_scores, 1, scoring, initialize=False)[0]
     header, tokens = sidecar.header, sidecar.header.tokens
     below = losses <= header.loss.ceiling
     assert header.clamped == (~below).sum() and below.mean() > 0.99
@@ -155,7 +155,7 @@ def _score_with_a_low_ceiling(rank: int, world_size: int, scoring: ScoringJob) -
 def test_clamped_losses_are_counted_once(workspace: Path) -> None:
     """However often progress is recorded."""
     scoring = job(workspace, "clamped")
-    run_ranks(_score_with_a_low_ceiling, 1, scoring, initialise=False)
+    run_ranks(_score_with_a_low_ceiling, 1, scoring, initialize=False)
     sidecar = opened(sidecar_path(scoring.corpora[0], scoring.name))
     header = sidecar.header
     at_ceiling = int((sidecar.losses(0, header.tokens) == np.float32(header.loss.ceiling)).sum())
@@ -218,7 +218,7 @@ def test_killed_job_resumes(workspace: Path, single_process: Path) -> None:
     done = []
     for dies_at in (1, 3, 4, 5, 8):
         with pytest.raises(AssertionError, match="died without a result"):
-            run_ranks(_score, 1, scoring, dies_at, initialise=False)
+            run_ranks(_score, 1, scoring, dies_at, initialize=False)
         assert not path.is_file()
         record = path.with_name(f"{path.name}.progress")
         done.append(record.read_text() if record.is_file() else "")
@@ -303,7 +303,7 @@ def test_selection_matches_the_co_located_model(workspace: Path) -> None:
     corpus = str(workspace / "two")
     _two_documents(corpus, np.fromfile(f"{text}.bin", np.uint16))
     same = replace(job(workspace, "same", context="stream", stride=WINDOW), corpora=[corpus])
-    tokens, differ, selected, farthest = run_ranks(_score_and_select, 1, same, initialise=False)[0]
+    tokens, differ, selected, farthest = run_ranks(_score_and_select, 1, same, initialize=False)[0]
     error = opened(sidecar_path(corpus, same.name)).header.loss.max_error
     assert tokens > 7000 and selected == pytest.approx(0.6 * tokens, abs=10)
     assert differ < 0.001 * tokens, f"{differ} of {tokens} tokens"

@@ -90,7 +90,7 @@ def test_error_of_one_rank_is_reported_under_torchrun(port: int) -> None:
 
 
 def test_rank_of_a_node_is_silent_if_the_agent_of_rank_0_has_ended() -> None:
-    assert run_ranks(_refuse_without_agent, 1, initialise=False) == [(2, "", "")]
+    assert run_ranks(_refuse_without_agent, 1, initialize=False) == [(2, "", "")]
 
 
 def _refuse_without_agent(rank: int, world_size: int) -> Outcome:

@@ -157,7 +157,7 @@ def test_suspects_of_a_hang(witnesses: list[Witness], suspects: list[int]) -> No
     )
 
 
-def test_many_dead_ranks_are_summarised() -> None:
+def test_many_dead_ranks_are_summarized() -> None:
     text = describe_dead([(identity(rank), None, 0.0) for rank in range(9)])
     assert text.count("died without a message") == 4 and "ranks 4-8 on node2, node3, node4" in text
     assert format_ranks([5, 0, 1, 2]) == "ranks 0-2, 5" and format_ranks([3]) == "rank 3"

@@ -74,7 +74,7 @@ def test_healthy_nodes_have_no_problems() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
-def test_rounds_have_disjoint_pairs_of_neighbours(count: int) -> None:
+def test_rounds_have_disjoint_pairs_of_neighbors(count: int) -> None:
     nodes = [f"node{number}" for number in range(count)]
     rounds = pair_rounds(nodes)
     for pairs in rounds:

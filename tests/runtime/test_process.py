@@ -46,7 +46,7 @@ def test_random_states_differ_between_stages_and_tensor_parallel_ranks(
     layout: ParallelLayout, numbers: tuple[int, int]
 ) -> None:
     """Data-parallel ranks begin with the same weights, and pipeline stages with different ones."""
-    drawn = run_ranks(_first_random_numbers, 2, layout, initialise=False)
+    drawn = run_ranks(_first_random_numbers, 2, layout, initialize=False)
     assert tuple(len(set(column)) for column in zip(*drawn, strict=True)) == numbers
 
 

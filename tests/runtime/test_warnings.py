@@ -42,4 +42,4 @@ def test_a_run_prints_no_warning(tmp_path: Path, corpus: str) -> None:
     ]
     save = tmp_path / "run"
     runs = [[*command(corpus, save, train_iters=steps, lr_decay_iters=2, load=save), *settings] for steps in (1, 2)]
-    assert run_ranks(_errors, 1, runs, initialise=False) == [[(0, ""), (0, "")]]
+    assert run_ranks(_errors, 1, runs, initialize=False) == [[(0, ""), (0, "")]]

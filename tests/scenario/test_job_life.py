@@ -60,7 +60,7 @@ class Job:
             **flags,
         }
         argv = command(self.corpus, save, dp=2, **settings)
-        outcomes = run_ranks(_rank, world_size, argv, event, initialise=False)
+        outcomes = run_ranks(_rank, world_size, argv, event, initialize=False)
         assert len({code for code, _, _ in outcomes}) == 1, outcomes
         assert "Traceback" not in outcomes[0][2], outcomes[0][2]
         return Outcome(*outcomes[0])

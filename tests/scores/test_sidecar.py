@@ -103,7 +103,7 @@ def _unfinish(path: Path) -> None:
         (lambda path: path.write_bytes(b"SLMSCORE" + b"{" * 9000), "has a damaged header"),
         (lambda path: path.write_bytes(b"SLMSCORE" + b"[1] ".ljust(9000)), "has a damaged header"),
         (lambda path: _edit(path, version=1), "has version 1; supported versions are 2 to 4"),
-        (lambda path: _edit(path, colour="red"), "has a damaged header"),
+        (lambda path: _edit(path, color="red"), "has a damaged header"),
         (lambda path: _edit(path, tokens=99), "has a damaged header (its content does not match its checksum)"),
         (lambda path: _edit(path, header_checksum=None), "has a damaged header"),
         (lambda path: _unfinish(path), "was never finished"),

@@ -74,7 +74,7 @@ def _main(rank: int, world_size: int, argv: list[str], masks: bool, losses: dict
 
 
 def run(argv: list[str], ranks: int, *, masks: bool = False, **losses: float) -> list[tuple[int, str]]:
-    return run_ranks(_main, ranks, argv, masks, losses, initialise=False)
+    return run_ranks(_main, ranks, argv, masks, losses, initialize=False)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -136,7 +136,7 @@ def _outcome(arguments: list[str]) -> tuple[int, str]:
 def _start(workspace: Path, values: list[tuple[str, str]]) -> None:
     """Run the trainer once per distinct configuration: many of the lowest values are defaults."""
     commands = {_configuration(arguments): arguments for arguments in (argv(workspace, *value) for value in values)}
-    outcomes = run_ranks(_outcomes, 1, list(commands.values()), initialise=False, timeout=len(commands) * SECONDS)[0]
+    outcomes = run_ranks(_outcomes, 1, list(commands.values()), initialize=False, timeout=len(commands) * SECONDS)[0]
     for arguments, (code, error) in zip(commands.values(), outcomes, strict=True):
         assert code in (0, 2, 3) and "Traceback" not in error, f"{arguments[-1]}: {error}"
 

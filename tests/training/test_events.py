@@ -73,7 +73,7 @@ def test_nan_gradients_with_finite_losses_end_the_run_before_the_update(
     tmp_path: Path, corpus: str, layout: dict[str, Any]
 ) -> None:
     argv = command(corpus, tmp_path / "run", train_iters=4, clip_grad=0, eval_iters=0, **layout)
-    outcomes = run_ranks(_ranks, 2, argv, (1, 3, math.nan), initialise=False)
+    outcomes = run_ranks(_ranks, 2, argv, (1, 3, math.nan), initialize=False)
     assert [code for code, _ in outcomes] == [3, 3]
     assert "step 3: the gradient norm is nan and all losses are finite" in outcomes[0][1] and not outcomes[1][1]
     (event,) = events(tmp_path / "run")
@@ -96,7 +96,7 @@ def test_spikes_are_recorded_skipped_or_end_the_run(tmp_path: Path, corpus: str)
         (command(corpus, stop, train_iters=8, slm_spike_action="stop", **WINDOW), (0, 6, 1000.0)),
         (command(corpus, off, train_iters=8, no_check_for_large_grads=True, **WINDOW), (0, 6, 1000.0)),
     ]
-    outcomes = run_ranks(_each, 1, runs, initialise=False)[0]
+    outcomes = run_ranks(_each, 1, runs, initialize=False)[0]
     assert [code for code, _ in outcomes] == [0, 0, 0, 0, 3, 0], outcomes
     assert [len(events(save)) for save in saves] == [0, 0, 1, 1, 1, 0]
     for save, (_, errors) in zip((log, skip, stop), outcomes[2:5], strict=True):
@@ -115,7 +115,7 @@ def test_spikes_are_recorded_skipped_or_end_the_run(tmp_path: Path, corpus: str)
 
 def test_the_estimate_survives_a_resume(tmp_path: Path, corpus: str) -> None:
     argv = command(corpus, tmp_path / "run", train_iters=6, exit_interval=5, load=tmp_path / "run", **WINDOW)
-    outcomes = run_ranks(_each, 1, [(argv, None), (argv, (0, 6, 1000.0))], initialise=False)[0]
+    outcomes = run_ranks(_each, 1, [(argv, None), (argv, (0, 6, 1000.0))], initialize=False)[0]
     assert [code for code, _ in outcomes] == [0, 0], outcomes
     (event,) = events(tmp_path / "run")
     assert (event["step"], event["spikes"][0]["steps"]) == (6, 4)
@@ -132,7 +132,7 @@ def test_skipped_iterations_consume_their_samples(tmp_path: Path, corpus: str) -
         ([*argv, "--iterations-to-skip", "3", "--replay-step", "3"], None),
         ([*argv, "--iterations-to-skip", "three"], None),
     ]
-    outcomes = run_ranks(_each, 1, runs, initialise=False)[0]
+    outcomes = run_ranks(_each, 1, runs, initialize=False)[0]
     assert [code for code, _ in outcomes] == [3, 0, 0, 2, 2], outcomes
     assert "is in --iterations-to-skip" in outcomes[3][1] and "must be an integer" in outcomes[4][1]
     skipped, whole = records(save), records(plain)

@@ -102,7 +102,7 @@ def test_step_without_selected_tokens_does_not_update_experts(workspace: Path, r
     """A predicted threshold may select none if losses suddenly fall by more than their spread."""
     layout = {"dp": ranks, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
     name = f"nothing-{ranks}"
-    run_ranks(_select_nothing, ranks, slm(workspace, name, **layout), initialise=False)
+    run_ranks(_select_nothing, ranks, slm(workspace, name, **layout), initialize=False)
     assert [record["grad_norm"] for record in records(workspace / name)] == [0.0] * 3
 
 
@@ -132,7 +132,7 @@ def auxiliary(workspace: Path, balance: str, *more: str, ranks: int = 1) -> list
         moe_z_loss_coeff=0.01,
         **EXPERTS,
     )
-    return run_ranks(_auxiliary_gradients, ranks, [*argv, *more], initialise=False)[0]
+    return run_ranks(_auxiliary_gradients, ranks, [*argv, *more], initialize=False)[0]
 
 
 @pytest.mark.parametrize("balance", ["aux_loss", "seq_aux_loss"])

@@ -108,7 +108,7 @@ def _alone(model: Any, micro_batches: list[Any]) -> tuple[torch.Tensor, int]:
 def test_packed_examples_equal_examples_alone(workspace: Path) -> None:
     """Loss and gradients of a batch are those of its examples, of which each is run without the others."""
     argv = sft(workspace, None, valid_data_path=f"own={workspace / 'two_sft_document'}", transformer_impl="local")
-    [results] = run_ranks(_packed_and_alone, 1, argv, initialise=False)
+    [results] = run_ranks(_packed_and_alone, 1, argv, initialize=False)
     for result in results:
         assert result["count"][0] == result["count"][1] > 100
         assert result["packed"] == pytest.approx(result["alone"], rel=1e-5)
@@ -131,7 +131,7 @@ def test_resume_is_bit_for_bit_and_selects_only_if_asked(workspace: Path) -> Non
             ("pretrain", [*sft(workspace, "never", objective="clm"), "--sft", "--dry-run"]),
             ("pretrain", [*sft(workspace, "never", objective="clm"), "--dry-run"]),
         ],
-        initialise=False,
+        initialize=False,
     )[0]
     assert [outcome.code for outcome in outcomes] == [0, 0, 0, 0, 2, 2, 2, 0], [outcome.errors for outcome in outcomes]
     assert losses(workspace / "part") == losses(workspace / "whole")
@@ -148,7 +148,7 @@ def test_layouts_agree_with_one_process(workspace: Path) -> None:
     flags = {"load": workspace / "base", "finetune": True, "use_distributed_optimizer": True, "train_iters": 3}
     base = sft(workspace, "base", train_iters=1, losses_only=False)
     alone = [("pretrain", base), ("pretrain", sft(workspace, "alone", **flags))]
-    outcomes = run_ranks(run_commands, 1, alone, initialise=False)[0]
+    outcomes = run_ranks(run_commands, 1, alone, initialize=False)[0]
     assert not any(outcome.code for outcome in outcomes), outcomes
     launch(sft(workspace, "dp", dp=2, **flags), 2)
     launch(sft(workspace, "cp", context_parallel_size=2, **flags), 2)
@@ -181,7 +181,7 @@ def test_selection_by_a_reference_model_and_over_the_corpus(workspace: Path) -> 
             ("pretrain", sft(workspace, "located", reference_load=workspace / "rm", **slm)),
             ("pretrain", sft(workspace, "sidecars", reference_scores="rm", **slm)),
         ],
-        initialise=False,
+        initialize=False,
     )[0]
     assert not any(outcome.code for outcome in outcomes), outcomes
     for located, sidecars in zip(records(workspace / "located"), records(workspace / "sidecars"), strict=True):

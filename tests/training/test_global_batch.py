@@ -96,14 +96,14 @@ def test_gradients_are_computed_in_the_forward_pass(workspace: Path, cut: str) -
     ranks, flags = CUTS[cut]
     for threshold in ("exact", "predicted"):
         argv = slm(workspace, f"early-{threshold}-{cut}", slm_threshold=threshold, train_iters=2, **flags)
-        for early, late in run_ranks(_count_rows, ranks, argv, initialise=False):
+        for early, late in run_ranks(_count_rows, ranks, argv, initialize=False):
             assert late == 0
             assert early > 0 or "pipeline_model_parallel_size" in flags, "only the last stage has losses"
 
 
 def test_combined_scores_have_no_gradient_in_the_forward_pass(workspace: Path) -> None:
     joined = slm(workspace, "early-joined", slm_threshold="predicted", slm_score="excess or token-loss:0.2")
-    ((early, late),) = run_ranks(_count_rows, 1, joined, initialise=False)
+    ((early, late),) = run_ranks(_count_rows, 1, joined, initialize=False)
     assert early > 0 and late > 0, "the first step is exact, the others are recomputed"
 
 

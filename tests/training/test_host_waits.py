@@ -91,7 +91,7 @@ def test_at_most_one_wait_per_micro_batch(tmp_path: Path) -> None:
     base = command(corpus, tmp_path / "base", model=model, train_iters=1)
     runs = {**RUNS, "reference model": {**RUNS["reference model"], "reference_load": tmp_path / "base"}}
     commands = [command(corpus, dp=2, model=model, train_iters=2, **flags) for flags in runs.values()]
-    _, *counted = run_ranks(count_steps, 1, [base, *commands], initialise=False)[0]
+    _, *counted = run_ranks(count_steps, 1, [base, *commands], initialize=False)[0]
     for name, steps in zip(runs, counted, strict=True):
         count, report = our_waits(steps)
         assert MICRO_BATCHES <= count <= MICRO_BATCHES + PER_STEP, name + report
@@ -110,7 +110,7 @@ def test_at_most_one_wait_per_micro_batch_on_two_ranks(tmp_path: Path) -> None:
     name = "pipeline, reference model in bubbles"
     runs = {**LAYOUTS, name: {**LAYOUTS[name], "reference_load": tmp_path / "base"}}
     commands = [command(corpus, dp=2, train_iters=2, **{"num_layers": 2, **flags}) for flags in runs.values()]
-    for _, *counted in run_ranks(count_steps, 2, [base, *commands], initialise=False):
+    for _, *counted in run_ranks(count_steps, 2, [base, *commands], initialize=False):
         for name, steps in zip(runs, counted, strict=True):
             count, report = our_waits(steps)
             assert 1 <= count <= MICRO_BATCHES + PER_STEP, name + report

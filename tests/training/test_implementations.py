@@ -89,7 +89,7 @@ def _found_and_expected(rank: int, world_size: int, argv: list[str]) -> tuple[di
 @pytest.mark.parametrize(("ranks", "flags"), SETTINGS)
 def test_expected_obstacles_are_those_of_the_run(ranks: int, flags: dict[str, Any], corpus: str) -> None:
     argv = command(corpus, train_iters=1, eval_iters=0, num_layers=4, **flags)
-    found, expected = run_ranks(_found_and_expected, ranks, argv, initialise=False)[-1]
+    found, expected = run_ranks(_found_and_expected, ranks, argv, initialize=False)[-1]
     assert found.keys() == expected.keys()
     assert {part for part in found if found[part]} == {part for part in expected if expected[part]}
 
@@ -128,7 +128,7 @@ def _main(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
 def test_requirement_ends_every_rank_of_a_pipeline(corpus: str, tmp_path: Path) -> None:
     """The LM head is on the last stage only, and the first rank prints the table."""
     argv = command(corpus, tmp_path / "run", train_iters=1, num_layers=2, pipeline_model_parallel_size=2)
-    outcomes = run_ranks(_main, 2, [*argv, "--require-fused", "lm-head", "p2p-comm"], initialise=False)
+    outcomes = run_ranks(_main, 2, [*argv, "--require-fused", "lm-head", "p2p-comm"], initialize=False)
     assert [code for code, _ in outcomes] == [2, 2]
     assert "lm-head: chunked" in outcomes[0][1] and "p2p-comm: not overlapped" in outcomes[0][1]
 

@@ -44,7 +44,7 @@ def impatient(argv: list[str]) -> Outcome:
 
 def test_srun_starts_one_run_that_prints_once(tmp_path: Path, corpus: str) -> None:
     argv = command(corpus, tmp_path / "run", dp=2, train_iters=2)
-    first, second = run_ranks(under_srun, 2, argv, {}, initialise=False)
+    first, second = run_ranks(under_srun, 2, argv, {}, initialize=False)
     assert first[0] == 0, first[2]
     assert "2 x CPU over gloo" in first[1] and first[1].count("step 2/2") == 1
     assert second == (0, "", "")
@@ -64,7 +64,7 @@ def test_user_error_under_srun_prints_one_message(
     corpus: str, flags: dict[str, Any], changes: dict[str, str], message: str
 ) -> None:
     argv = command(corpus, dp=2, **{"train_iters": 1, **flags})
-    results = run_ranks(under_srun, 2, argv, changes, initialise=False)
+    results = run_ranks(under_srun, 2, argv, changes, initialize=False)
     assert [code for code, _, _ in results] == [2, 2]
     assert "".join(errors for _, _, errors in results).count(message) == 1, results
     assert not results[1][2]
@@ -86,7 +86,7 @@ def fail_on_rank_1(rank: int, world_size: int, argv: list[str], error: Exception
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("no room"), 2), (ValueError("a fault"), 1)])
 def test_failure_of_one_rank_prints_one_message(corpus: str, error: Exception, code: int) -> None:
     argv = command(corpus, dp=2, train_iters=2)
-    first, second = run_ranks(fail_on_rank_1, 2, argv, error, initialise=False)
+    first, second = run_ranks(fail_on_rank_1, 2, argv, error, initialize=False)
     assert first[0] == 1 and not first[2]
     assert second[0] == code
     assert second[2].count(str(error)) == 1 and "error on rank 1" in second[2]

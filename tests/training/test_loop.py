@@ -82,7 +82,7 @@ def test_skip_train_needs_no_training_corpus(tmp_path: Path, corpus: str) -> Non
 def test_full_disk_does_not_end_training(tmp_path: Path, corpus: str) -> None:
     metrics, board = tmp_path / "metrics.jsonl", tmp_path / "board"
     argv = command(corpus, train_iters=3, slm_metrics_file=metrics, tensorboard_dir=board)
-    ((code, errors),) = run_ranks(_on_a_full_disk, 1, argv, initialise=False)
+    ((code, errors),) = run_ranks(_on_a_full_disk, 1, argv, initialize=False)
     assert code == 0, errors
     assert errors.count("cannot be written (File too large)") == 2, errors
     assert "records were not written" in errors and "Traceback" not in errors

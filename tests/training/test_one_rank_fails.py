@@ -76,7 +76,7 @@ def test_checkpoint_unreadable_on_one_rank(tmp_path: Path, trained: tuple[str, P
         damage(tmp_path / "1" / str(number) / "iter_0000001" / name)
         argv = command(corpus, dp=2, train_iters=2, eval_iters=0, **USES[flag])
         commands.append([*argv, flag, str(number), *flags])
-    first, second = run_ranks(_main_in_directory_of_rank, 2, tmp_path, commands, initialise=False, timeout=100)
+    first, second = run_ranks(_main_in_directory_of_rank, 2, tmp_path, commands, initialize=False, timeout=100)
     for (name, damage, flags, message), one, other in zip(DAMAGES, first, second, strict=True):
         case = (name, damage.__name__, flags, one, other)
         assert one[0] == other[0] == 2, case

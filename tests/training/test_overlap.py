@@ -111,7 +111,7 @@ def test_each_step_gathers_parameters_once(tmp_path: Path) -> None:
     overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
     corpus = make_corpus(tmp_path / "corpus", 1)
     commands = [command(corpus, tmp_path / "plain", **flags), command(corpus, tmp_path / "overlap", **flags, **overlap)]
-    for outcomes in run_ranks(_gathers, 2, commands, initialise=False):
+    for outcomes in run_ranks(_gathers, 2, commands, initialize=False):
         for code, errors, _ in outcomes:
             assert code == 0, errors
         counts = outcomes[1][2]
@@ -146,7 +146,7 @@ def test_overlap_changes_no_loss(tmp_path: Path) -> None:
         },
     }
     commands = [command(corpus, tmp_path / name, **shared, **flags) for name, flags in runs.items()]
-    outcomes = run_ranks(_run_each, 2, commands, initialise=False)[0]
+    outcomes = run_ranks(_run_each, 2, commands, initialize=False)[0]
     for name, (code, errors) in zip(runs, outcomes, strict=True):
         assert code == 0, (name, errors)
     for group in (("plain", "aligned", "not aligned"), ("interleaved", "warm-up", "interleaved, not aligned")):

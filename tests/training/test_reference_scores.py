@@ -50,7 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _job(directory, "stride", "rm", [one]),
         _job(directory, "stride", "rm", [two], stride=8),
     ]
-    run_ranks(_score, 1, jobs, initialise=False)
+    run_ranks(_score, 1, jobs, initialize=False)
     launch(slm(directory, "single", losses_only=True))
     return directory
 

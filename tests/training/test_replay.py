@@ -98,7 +98,7 @@ def test_replay_of_an_active_run_is_equal_and_changes_nothing(workspace: Path) -
 
 def test_replay_on_two_ranks_is_equal_and_on_one_equal_up_to_rounding(workspace: Path) -> None:
     path, path_of_one = workspace / "two.json", workspace / "two-on-one.json"
-    outcomes = run_ranks(_rank, 2, two(workspace, replay_step=5, replay_report=path), initialise=False)
+    outcomes = run_ranks(_rank, 2, two(workspace, replay_step=5, replay_report=path), initialize=False)
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
     report = json.loads(path.read_text())
     check(report, workspace / "two", 5, dp=2)

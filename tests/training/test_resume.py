@@ -114,7 +114,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, corpus: str) ->
     save = tmp_path / "run"
     launch(two_layers(corpus, save, train_iters=2, exit_interval=1))
     [(code, errors)] = run_ranks(
-        _main_with_small_files, 1, two_layers(corpus, save, train_iters=2, load=save), initialise=False
+        _main_with_small_files, 1, two_layers(corpus, save, train_iters=2, load=save), initialize=False
     )
     assert code == 2 and "--save" in errors and "File too large" in errors, errors
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
@@ -135,7 +135,7 @@ def _main_with_small_files(rank: int, world_size: int, argv: list[str]) -> tuple
 
 
 def test_saving_leaves_no_process_behind(tmp_path: Path, corpus: str) -> None:
-    assert run_ranks(_train_and_count, 1, two_layers(corpus, tmp_path / "run", train_iters=1), initialise=False) == [0]
+    assert run_ranks(_train_and_count, 1, two_layers(corpus, tmp_path / "run", train_iters=1), initialize=False) == [0]
     assert (tmp_path / "run" / "iter_0000001").is_dir()
 
 

@@ -59,7 +59,7 @@ def test_asynchronous_checkpoints_equal_synchronous_ones(tmp_path: Path, corpus:
         [*command(corpus, tmp_path / name, **flags), *OVERLAP, *(["--async-save"] if name == "async" else [])]
         for name in ("sync", "async")
     ]
-    outcomes = run_ranks(_train_both, 2, commands, initialise=False)[0]
+    outcomes = run_ranks(_train_both, 2, commands, initialize=False)[0]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert "iter_0000001 in the background" in outcomes[1].output and "saved " in outcomes[1].output
     assert losses(tmp_path / "async") == losses(tmp_path / "sync")
@@ -107,7 +107,7 @@ def _error_during_save(rank: int, world_size: int, argv: list[str]) -> Outcome:
 def test_save_in_progress_is_completed_after_an_error_of_one_rank(tmp_path: Path, corpus: str) -> None:
     run = tmp_path / "run"
     argv = command(corpus, run, dp=2, train_iters=5, save_interval=2, eval_iters=0, async_save=True)
-    first, second = run_ranks(_error_during_save, 2, argv, initialise=False)
+    first, second = run_ranks(_error_during_save, 2, argv, initialize=False)
     assert second.code == 1 and "injected" in second.errors, second
     assert first.code == 1 and f"saved {run}/iter_0000002" in first.output, first
     assert open_source(str(run), None, "--load").directory.name == "iter_0000002"
@@ -161,7 +161,7 @@ def test_stops_and_failures_during_a_save(tmp_path: Path, corpus: str) -> None:
     flags = {"limit": {"exit_duration_in_mins": 100}}
     names = ("signal", "limit", "full", "killed", "unforked")
     (outcomes,) = run_ranks(
-        _signalled, 1, {name: argv(name, **flags.get(name, {})) for name in names}, initialise=False
+        _signalled, 1, {name: argv(name, **flags.get(name, {})) for name in names}, initialize=False
     )
     assert [outcomes[name].code for name in names] == [0, 0, 2, 2, 2], outcomes
     assert sorted(path.name for path in (tmp_path / "signal").glob("iter_*")) == ["iter_0000002", "iter_0000003"]

@@ -54,7 +54,7 @@ def _save_as_0_2(rank: int, world_size: int, argv: list[str]) -> None:
 def test_checkpoints_of_earlier_versions_resume_bit_for_bit(tmp_path: Path, corpus: str, strategy: str) -> None:
     flags = STRATEGIES[strategy]
     launch(command(corpus, tmp_path / "uninterrupted", losses_only=True, **SLM) + flags)
-    run_ranks(_save_as_0_2, 1, slm(corpus, tmp_path / "part", *flags, exit_interval=3), initialise=False)
+    run_ranks(_save_as_0_2, 1, slm(corpus, tmp_path / "part", *flags, exit_interval=3), initialize=False)
     launch(slm(corpus, tmp_path / "part", *flags))
     assert losses(tmp_path / "part") == losses(tmp_path / "uninterrupted")
 

@@ -279,7 +279,7 @@ def test_output_directories_are_checked_on_the_first_rank(tmp_path: Path, corpus
     (tmp_path / "file").touch()
     argv = command(corpus, tmp_path / "file" / "run", dp=2, train_iters=1)
     resolve_values(parse(argv).config, 2)
-    (code, errors), (other, silent) = run_ranks(_main, 2, argv, initialise=False)
+    (code, errors), (other, silent) = run_ranks(_main, 2, argv, initialize=False)
     assert code == other == 2 and "file is a file, not a directory" in errors and not silent, (errors, silent)
 
 

@@ -34,7 +34,7 @@ def _count_opens(
 
 
 def _opens(main: Callable[[list[str]], int], argv: list[str], directory: Path) -> list[Opens]:
-    return run_ranks(_count_opens, 2, main, argv, str(directory), initialise=False)
+    return run_ranks(_count_opens, 2, main, argv, str(directory), initialize=False)
 
 
 def _select(opens: Opens, text: str) -> Opens:

@@ -82,7 +82,7 @@ def test_signal_to_one_rank_interrupts_an_evaluation_and_saves(tmp_path: Path, c
     save = tmp_path / "run"
     launch(command(corpus, save, dp=2, exit_interval=1, eval_iters=1) + FOREVER, 2)
     argv = command(corpus, save, dp=2, load=save, eval_interval=3, eval_iters=10_000) + FOREVER
-    outcome, other = run_ranks(_signalled_while_evaluating, 2, argv, save, initialise=False)
+    outcome, other = run_ranks(_signalled_while_evaluating, 2, argv, save, initialize=False)
     assert outcome.code == other.code == 0, (outcome, other)
     assert latest_step(save) == 3 and "stopping after step 3: SIGUSR1" in outcome.output, outcome
     assert [record["step"] for record in records(save, "eval")] == [0, 1]
@@ -123,7 +123,7 @@ def test_ranks_save_if_torchrun_is_killed(tmp_path: Path, corpus: str, torchrun:
 
 def test_time_limit_on_one_rank_stops_all_ranks(tmp_path: Path, corpus: str) -> None:
     argv = command(corpus, tmp_path / "run", dp=2, exit_duration_in_mins=60, eval_iters=1) + FOREVER
-    results = run_ranks(_with_a_fast_clock, 2, argv, initialise=False)
+    results = run_ranks(_with_a_fast_clock, 2, argv, initialize=False)
     assert [code for code, _ in results] == [0, 0], results
     assert latest_step(tmp_path / "run") == len(losses(tmp_path / "run")) > 0
     assert [record["step"] for record in records(tmp_path / "run", "eval")] == [0]  # no time for another
@@ -140,7 +140,7 @@ def _with_a_fast_clock(rank: int, world_size: int, argv: list[str]) -> tuple[int
 
 def test_signal_before_the_first_step_ends_the_run(tmp_path: Path, corpus: str) -> None:
     argv = command(corpus, tmp_path / "run") + FOREVER
-    ((code, errors),) = run_ranks(_signalled_while_building, 1, argv, initialise=False)
+    ((code, errors),) = run_ranks(_signalled_while_building, 1, argv, initialize=False)
     assert code == 0 and "SIGTERM received" in errors
     assert latest_step(tmp_path / "run") is None and not records(tmp_path / "run")
 

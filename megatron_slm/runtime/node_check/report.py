@@ -116,7 +116,7 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def pair_rounds(nodes: Sequence[str]) -> list[list[Pair]]:
-    """Return rounds of disjoint pairs, in which each node of a ring meets both neighbours."""
+    """Return rounds of disjoint pairs, in which each node of a ring meets both neighbors."""
     count = len(nodes)
     if count < 2:
         return []

@@ -53,7 +53,7 @@ def _logits(model: torch.nn.Module) -> Tensor:
 @pytest.fixture(scope="module")
 def on_one_rank(published: dict[str, Published]) -> Outputs:
     models = {name: str(model.directory) for name, model in published.items()}
-    return run_ranks(_outputs, 1, models, initialise=False)[0]
+    return run_ranks(_outputs, 1, models, initialize=False)[0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -74,7 +74,7 @@ def test_every_layout_loads_a_published_model(
 ) -> None:
     names = EXPERTS if "ep" in layout else VARIANTS
     models = {name: str(published[name].directory) for name in names}
-    for outputs in run_ranks(_outputs, 2, models, *_sizes(layout), initialise=False):
+    for outputs in run_ranks(_outputs, 2, models, *_sizes(layout), initialize=False):
         for name, (losses, _) in outputs.items():
             assert (losses - on_one_rank[name][0]).abs().max() < 1e-5, name
 

@@ -118,8 +118,8 @@ def test_corpora_are_scored_with_a_published_model(model: str, tmp_path: Path) -
     preprocess(job)
     corpus = job.prefix("text")
     argv = ["--reference-load", model, "--data-path", corpus, "--reference-scores", "rm", "--context", "stream"]
-    assert run_ranks(_score, 1, [*argv, "--seq-length", "128"], initialise=False) == [2]
-    assert run_ranks(_score, 1, [*argv, "--seq-length", "32", "--stride", "32"], initialise=False) == [0]
+    assert run_ranks(_score, 1, [*argv, "--seq-length", "128"], initialize=False) == [2]
+    assert run_ranks(_score, 1, [*argv, "--seq-length", "32", "--stride", "32"], initialize=False) == [0]
     run = ["--load", model, *RUN[1:-1], "--data-path", corpus, "--split", "100,0,0", "--save", str(tmp_path / "run")]
     launch([*run, "--objective", "slm", "--reference-scores", "rm", "--data-order", "stable"])
     assert abs(records(tmp_path / "run")[0]["threshold"]) < 1  # contexts differ at the start of a window

@@ -69,6 +69,6 @@ def test_steps_equal_those_of_megatron_lm(recorded: Path, layout: dict[str, Any]
     recording = json.loads((recorded / "llama" / "losses.json").read_text())
     first, second = (float(np.mean(recording[name])) for name in ("losses", "next_losses"))
     assert abs(first - second) > 1e-2
-    for steps in run_ranks(_steps, 2 if layout else 1, commands, initialise=False)[0]:
+    for steps in run_ranks(_steps, 2 if layout else 1, commands, initialize=False)[0]:
         assert [loss for loss, _ in steps] == pytest.approx([first, second], abs=5e-6)
         assert steps[0][1] == pytest.approx(recording["next_grad_norm"], rel=1e-5)

@@ -30,7 +30,7 @@ SAMPLES, LENGTH, VOCABULARY = 4, 16, 60  # as in record.py
 
 @pytest.mark.parametrize("jobs", JOBS.values(), ids=JOBS)
 def test_token_losses_equal_those_of_megatron_lm(recorded: Path, jobs: list[Job]) -> None:
-    results = run_ranks(_losses, int(np.prod(jobs[0][1:])), recorded, jobs, initialise=False)[0]
+    results = run_ranks(_losses, int(np.prod(jobs[0][1:])), recorded, jobs, initialize=False)[0]
     for (name, *_), found in zip(jobs, results, strict=True):
         expected = json.loads((recorded / name / "losses.json").read_text())["losses"]
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-2 if name == "bf16" else 2e-6)
