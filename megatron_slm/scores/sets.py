@@ -59,6 +59,8 @@ class Combine:
             raise ConfigError(f"{COMBINE} {text} has {len(weights)} weights, but {FLAG} names {count} sidecars.")
         if not all(weight > 0 and math.isfinite(weight) for weight in weights):
             raise ConfigError(f"{COMBINE} {text}: every weight must be above 0.")
+        if not math.isfinite(sum(weights)):
+            raise ConfigError(f"{COMBINE} {text}: the sum of the weights is infinite. Use smaller weights.")
         return Combine(tuple(weight / sum(weights) for weight in weights))
 
     def __call__(self, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

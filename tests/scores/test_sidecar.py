@@ -269,6 +269,7 @@ def test_combinations() -> None:
         ("1,2,3", "has 3 weights, but --reference-scores names 2 sidecars"),
         ("1,0", "every weight must be above 0"),
         ("1,nan", "every weight must be above 0"),
+        ("1e308,1e308", "the sum of the weights is infinite"),
     ):
         with pytest.raises(ConfigError) as caught:
             Combine.parse(text, 2)
