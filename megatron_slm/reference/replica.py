@@ -121,15 +121,16 @@ def check_reference(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = F
 
 def _matching_config(source: CheckpointSource, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """Return the reference model's configuration after comparing it with the run's."""
+    name = f"{FLAG} {source.directory}"
     if (conflict := source.tokenizer_conflict(tokenizer)) is not None:
         theirs, ours, remedy = conflict
         raise ConfigError(
-            f"{FLAG}: the reference model was trained with {theirs}, and the training model has {ours}. {remedy} for "
+            f"{name}: the reference model was trained with {theirs}, and the training model has {ours}. {remedy} for "
             "both models."
         )
     source.check_fits(config)
     reference = source.config()
-    _check_shape(reference, config)
+    _check_shape(reference, config, name)
     return reference
 
 
@@ -155,11 +156,12 @@ def _check_attention(requested: str | None, config: RunConfig, params_dtype: str
         raise ConfigError(f"{FLAG}: {problem}")
 
 
-def _check_shape(reference: RunConfig, config: RunConfig) -> None:
+def _check_shape(reference: RunConfig, config: RunConfig, name: str) -> None:
+    """Raise ConfigError if the model called ``name`` does not match the run's sequence length, FP8 or layout."""
     model, length, longest = reference.model, config.model.seq_length, reference.model.seq_length
     if length > longest:
         raise ConfigError(
-            f"{FLAG}: the reference model was trained with --seq-length {longest}, and this run has {length}. Train "
+            f"{name}: the reference model was trained with --seq-length {longest}, and this run has {length}. Train "
             f"the reference model with at least {length}, or this run with at most {longest}."
         )
     if config.reference.reference_fp8:
@@ -171,7 +173,7 @@ def _check_shape(reference: RunConfig, config: RunConfig) -> None:
                     config.parallel,
                     config.training,
                     recipe,
-                    f"{FLAG} with --reference-fp8",
+                    f"{name} with --reference-fp8",
                 )
             )
         )
@@ -190,6 +192,6 @@ def _check_shape(reference: RunConfig, config: RunConfig) -> None:
             continue  # shared by several ranks
         if (size or 0) % divisor:
             raise ConfigError(
-                f"{FLAG}: the reference model has {size} {unit}, which {flag} = {divisor} does not divide. "
+                f"{name}: the reference model has {size} {unit}, which {flag} = {divisor} does not divide. "
                 "The reference model uses the layout of the training model; choose another layout or reference model."
             )

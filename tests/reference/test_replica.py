@@ -113,6 +113,8 @@ def test_loss_decreases_for_other_model_styles(workspace: Path, tmp_path: Path, 
 def test_expert_parallelism_must_divide_the_experts() -> None:
     argv = command("corpus", moe_router_topk=1, moe_ffn_hidden_size=32, expert_model_parallel_size=2)
     reference, config = (parse([*argv, "--num-experts", str(count)]).config for count in (3, 4))
-    _check_shape(config, config)
-    with pytest.raises(ConfigError, match="3 experts, which --expert-model-parallel-size = 2 does not divide"):
-        _check_shape(reference, config)
+    _check_shape(config, config, "--reference-load rm")
+    with pytest.raises(
+        ConfigError, match=r"^--reference-load rm: .* 3 experts, which --expert-model-parallel-size = 2 does not divide"
+    ):
+        _check_shape(reference, config, "--reference-load rm")

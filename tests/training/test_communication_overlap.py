@@ -90,11 +90,13 @@ def test_reference_model_in_fp8_needs_aligned_sizes() -> None:
     for reference, is_refused in (("--ffn-hidden-size 520", True), ("--seq-length 264", False)):
         model = settings(reference)
         if not is_refused:
-            _check_shape(model, settings("--reference-fp8"))
+            _check_shape(model, settings("--reference-fp8"), "--reference-load rm")
             continue
-        _check_shape(model, settings())
-        with pytest.raises(ConfigError, match=r"--reference-fp8: .*--ffn-hidden-size .* = 520"):
-            _check_shape(model, settings("--reference-fp8"))
+        _check_shape(model, settings(), "--reference-load rm")
+        with pytest.raises(
+            ConfigError, match=r"--reference-load rm with --reference-fp8: .*--ffn-hidden-size .* = 520"
+        ):
+            _check_shape(model, settings("--reference-fp8"), "--reference-load rm")
 
 
 def test_published_model_is_not_loaded_into_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:

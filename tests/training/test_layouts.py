@@ -104,7 +104,11 @@ def test_reference_model_of_another_depth_in_an_uneven_pipeline(workspace: Path)
     assert_same(workspace, "rm2-deep", "rm2-flat")
     uneven = slm(workspace, "rm2-three", pp=3, decoder_last_pipeline_num_layers=2)
     code, errors = launch_and_fail([*uneven, "--reference-load", str(workspace / "rm2")], 3)
-    assert code == 2 and "the reference model has 2 layers, which" in errors
+    assert (
+        code == 2
+        and f"--reference-load {workspace / 'rm2'}" in errors
+        and "the reference model has 2 layers, which" in errors
+    )
 
 
 def test_reference_model_with_a_longer_sequence_length(workspace: Path) -> None:
