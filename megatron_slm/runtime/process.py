@@ -25,7 +25,7 @@ from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
 from megatron_slm.runtime.health.session import start_health
 from megatron_slm.runtime.kernel_order import CONNECTIONS, needs_kernel_order, order_kernels
-from megatron_slm.runtime.launch import Launch, read_launch
+from megatron_slm.runtime.launch import Launch, read_launch, slurm_job
 
 SECONDS_BEFORE_NOTICE = 15.0  # of waiting for the other ranks
 BLACKWELL = (10, 0)  # compute capability
@@ -217,6 +217,8 @@ def _join(launch: Launch, backend: str, device: torch.device, timeout: timedelta
     try:
         with _notice_while_waiting(launch):
             store = _rendezvous(launch, timeout)
+            if launch.launcher == "srun" and "SLURM_HET_SIZE" not in os.environ:  # whose parts have their own job ids
+                _check_server(store, launch)
             if device.type == "cuda":
                 claim_device(store, launch, str(torch.cuda.get_device_properties(device).uuid))
             dist.init_process_group(
@@ -236,6 +238,20 @@ def _rendezvous(launch: Launch, timeout: timedelta) -> dist.Store:
     """Return the key-value store of all ranks, served by torchrun's agent or rank 0."""
     url = "env://" if is_under_torchrun() else f"tcp://{launch.address}:{launch.port}"
     return next(dist.rendezvous(url, launch.rank, launch.world_size, timeout=timeout))[0]
+
+
+def _check_server(store: dist.Store, launch: Launch) -> None:
+    """Raise ConfigError if rank 0 of another job serves the address, whose ranks would wait for those of this job."""
+    if launch.rank == 0:
+        store.set("job", slurm_job().job_id)
+        return
+    store.wait(["job"])  # rank 0 sets it when all ranks are connected
+    found, job = store.get("job").decode(), slurm_job().job_id
+    if found != job:
+        raise ConfigError(
+            f"rank {launch.rank} of job {job} is connected to job {found}, which uses {launch.address}:{launch.port} "
+            "also. Set MASTER_PORT to a free port for all ranks."
+        )
 
 
 def claim_device(store: dist.Store, launch: Launch, device: str) -> None:

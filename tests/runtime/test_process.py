@@ -151,6 +151,20 @@ def test_ranks_that_share_a_gpu_are_refused(devices: str, refused: int) -> None:
     assert all("uses the same GPU as another rank. Start one process per GPU" in error for error in errors)
 
 
+@pytest.mark.parametrize(("served_by", "rank"), [("17", 1), ("18", 1), ("18", 0)])
+def test_rank_that_meets_another_job_is_refused_at_once(
+    served_by: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ports follow from job ids, so two jobs on a node may have the same; a rank would wait for its peers there."""
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    store = dist.HashStore()
+    store.set("job", served_by)
+    refused = pytest.raises(ConfigError, match="rank 1 of job 18 is connected to job 17, which uses node0:4711 also")
+    with refused if served_by == "17" else nullcontext():
+        process._check_server(store, Launch("srun", rank, 2, 0, "node0", 4711))
+    assert store.get("job").decode() == served_by
+
+
 def test_occupied_port_is_reported() -> None:
     """As if two jobs on one node had the same port; without a wait for ranks which cannot come."""
     with socket.socket() as other:
