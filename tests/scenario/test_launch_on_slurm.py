@@ -21,7 +21,7 @@ from megatron_slm.config.checkpoint_files import latest_step
 from megatron_slm.launch.command import main
 from megatron_slm.launch.records import JobRecord, read_jobs
 from megatron_slm.runtime.lock import LOCK_FILE
-from megatron_slm.testing.tiny import captured, command, launch, losses, make_corpus, records
+from megatron_slm.testing.tiny import captured, command, losses, records
 
 pytestmark = [
     pytest.mark.slurm,
@@ -60,18 +60,6 @@ def cluster(running_cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     return running_cluster
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_corpus(tmp_path_factory.mktemp("slurm") / "corpus", 1)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> list[tuple[Any, ...]]:
-    save = tmp_path_factory.mktemp("undisturbed") / "run"
-    launch(flags(corpus, save=save), 2)
-    return losses(save)
 
 
 def flags(corpus: str, **more: Any) -> list[str]:

@@ -15,7 +15,7 @@ import slurm_cluster
 from slurm_cluster import SlurmCluster
 
 from megatron_slm.config.checkpoint_files import latest_step
-from megatron_slm.testing.tiny import command, launch, losses, make_corpus, records
+from megatron_slm.testing.tiny import command, losses, records
 
 pytestmark = [
     pytest.mark.slurm,
@@ -41,18 +41,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     with SlurmCluster(tmp_path_factory.mktemp("cluster")) as running:
         running.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
         yield running
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_corpus(tmp_path_factory.mktemp("slurm") / "corpus", 1)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> list[tuple[Any, ...]]:
-    save = tmp_path_factory.mktemp("undisturbed") / "run"
-    launch(settings(corpus, save), 2)
-    return losses(save)
 
 
 def settings(corpus: str, save: Path | None = None, **flags: Any) -> list[str]:
