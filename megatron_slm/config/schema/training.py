@@ -11,11 +11,13 @@ FUSED_PARTS = (  # parts of the table of implementations, for --require-fused
     *("linear", "attention", "norm", "rope", "weight-gradient", "adam", "lm-head", "fp8", "reference"),
     *("grad-reduce", "param-gather", "tp-comm", "p2p-comm"),
 )
-# Megatron-Core 0.16 calls emerging-optimizers with argument names that its version 0.3.0 (Python 3.12) does not accept.
-# Later versions of Megatron-Core use the new names. Checkpoints would need the state of Muon in all layouts.
+# TensorParallelMuon in megatron/core/optimizer/muon.py of 0.16.1 calls OrthogonalizedOptimizer(..., momentum_beta,
+# use_nesterov=...), which has the arguments momentum and nesterov in 0.3.0. Later versions of Megatron-Core use the new
+# names. Checkpoints would need the state of Muon in all layouts, since it excludes the distributed optimizer.
 _MUON = (
-    "Megatron-Core has it from version 0.16 on, with the package emerging-optimizers, but outside of the distributed "
-    "optimizer, whose checkpoints are read and written here. Use --optimizer adam."
+    "Megatron-Core has it from version 0.16 on, outside of the distributed optimizer, with the package "
+    "emerging-optimizers, whose only release on the package index, 0.3.0, needs Python 3.12 and does not accept the "
+    "arguments momentum_beta and use_nesterov of Megatron-Core 0.16. Use --optimizer adam."
 )
 
 
