@@ -180,7 +180,7 @@ class Bench:
 
         for name in ("same", "quarter"):
             train(self.run(["--save", str(self.directory / name)], quarter=name == "quarter", steps=1))
-        reference = ReferenceConfig(reference_load=str(self.directory / "same"))
+        reference = ReferenceConfig(reference_load=[str(self.directory / "same")])
         job = ScoringJob(
             reference, [str(self.corpus)], "same", ParallelConfig(), context="stream", stride=SIZES[self.size].length
         )

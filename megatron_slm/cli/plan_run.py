@@ -54,8 +54,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     add(
         "--reference-config",
         type=expand_user,
+        nargs="+",
         metavar="RECIPE.yaml",
-        help="model of --reference-load, if it is elsewhere",
+        help="models of --reference-load, if they are elsewhere: one recipe each",
     )
     add("--write-gb-per-second", type=float, default=10.0, help="write bandwidth of the file system [10]")
     arguments, training = parser.parse_known_args(list(argv))
@@ -141,19 +142,30 @@ def read_problem(arguments: argparse.Namespace, training: Sequence[str]) -> Prob
     if config.training.global_batch_size is UNSET:
         raise ConfigError("missing required setting: --global-batch-size, which the layout must not change.")
     if needs_reference(config) and not config.reference.is_co_located and not config.reference.reference_scores:
-        config = with_settings(config, {"reference_load": PLACEHOLDER})
-    model = _reference_model(arguments.reference_config, config)
+        count = len(arguments.reference_config or [PLACEHOLDER])
+        config = with_settings(config, {"reference_load": [f"{PLACEHOLDER}{number or ''}" for number in range(count)]})
+    models = _reference_models(arguments.reference_config, config)
     config = derive(config)
-    return Problem(config, arguments.gpus, _vocab_size(config), _device(arguments), model)
+    return Problem(config, arguments.gpus, _vocab_size(config), _device(arguments), models)
 
 
-def _reference_model(path: str | None, run: RunConfig) -> ModelConfig | None:
-    """Return the model of --reference-config, else of the directory --reference-load, if it is on this machine."""
-    directory = run.reference.reference_load
-    if path is None:
-        if directory is None or not Path(directory).is_dir():
-            return None
-        return find_source(directory, run.reference.reference_ckpt_step, "--reference-load").config().model
+def _reference_models(paths: Sequence[str] | None, run: RunConfig) -> tuple[ModelConfig, ...]:
+    """Return the models of --reference-config, else of --reference-load, if its directories are on this machine."""
+    directories = run.reference.reference_load
+    if paths is None:
+        if not all(Path(directory).is_dir() for directory in directories):
+            return ()
+        step = run.reference.reference_ckpt_step
+        return tuple(find_source(each, step, "--reference-load").config().model for each in directories)
+    if directories and len(paths) != len(directories):
+        raise ConfigError(
+            f"--reference-config has {len(paths)} recipes, and --reference-load {len(directories)} models. Give one "
+            "recipe per model."
+        )
+    return tuple(map(_recipe_model, paths))
+
+
+def _recipe_model(path: str) -> ModelConfig:
     config = derive(parse(["--config", path]).config)
     if config.model.num_layers is UNSET or config.model.hidden_size is UNSET:
         raise ConfigError(

@@ -109,7 +109,7 @@ def score(arguments: argparse.Namespace) -> None:
     corpora = parse_blend(arguments.data_path)[0]
     job = ScoringJob(
         reference=ReferenceConfig(
-            reference_load=arguments.reference_load,
+            reference_load=[arguments.reference_load],
             reference_ckpt_step=arguments.reference_ckpt_step,
             reference_precision=arguments.reference_precision,
         ),

@@ -25,7 +25,7 @@ CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"  # identities of the corpora, orders of samples
 MANIFEST_FILE = "manifest.json"
 STEP_FLAGS = {  # how to choose a step, if not with --ckpt-step
-    "--reference-load": "with --reference-ckpt-step",
+    "--reference-load": "with --reference-ckpt-step, or by giving its iter_* directory",
     "--pretrained-checkpoint": "by giving its iter_* directory",
 }
 

@@ -18,9 +18,10 @@ PATH_SETTINGS = frozenset(
         *("data_cache_path", "tokenizer_model", "vocab_file", "merge_file", "save", "load", "pretrained_checkpoint"),
         *("tensorboard_dir", "wandb_save_dir", "slm_log_dir", "slm_metrics_file", "slm_events_file", "replay_report"),
         *("reference_load", "reference_scores", "tasks_dir", "tp_comm_overlap_cfg"),
-        *("memory_snapshot_path", "flight_recorder_dump_path", "slm_corpus_ratios"),
+        *("memory_snapshot_path", "flight_recorder_dump_path", "slm_corpus_ratios", "reference_corpora"),
     }
 )
+PATH_LISTS = frozenset({"reference_load"})  # lists of paths, of which a recipe may hold a single one as text
 
 
 def metrics_file(config: RunConfig) -> Path | None:

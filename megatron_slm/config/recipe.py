@@ -16,7 +16,7 @@ from megatron_slm.config import schema
 from megatron_slm.config.blends import UniqueLoader, blend_arguments
 from megatron_slm.config.constraints import UNSET
 from megatron_slm.config.megatron_lm.refused import megatron_flags, remedy
-from megatron_slm.config.paths import PATH_SETTINGS, expand_paths
+from megatron_slm.config.paths import PATH_LISTS, PATH_SETTINGS, expand_paths
 from megatron_slm.config.renamed import current_spelling
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError, refuse
@@ -87,7 +87,8 @@ def convert_settings(values: Mapping[str, Any], label: Callable[[str], str]) -> 
             problems.append(refusal_message(label(key), f"--{name.replace('_', '-')}", name, list(known)))
             continue
         try:
-            found = convert(value, known[name], label(key))
+            paths = [value] if name in PATH_LISTS and isinstance(value, str) else value
+            found = convert(paths, known[name], label(key))
             found = expand_paths(found) if name in PATH_SETTINGS else found
             converted[name] = found if spelled == name else not found
         except ConfigError as error:

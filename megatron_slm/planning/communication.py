@@ -56,9 +56,8 @@ def node_members(layout: Layout, group: int, stride: int) -> int:
 def forward_passes(layout: Layout) -> float:
     """Return the number of forward passes of a micro-batch through the layers, in passes of the training model."""
     passes = 1.0 + layout.ranks_globally + (layout.config.training.recompute_granularity == "full")
-    if layout.has_replica:
-        passes += layout.reference().config.model.num_layers / layout.config.model.num_layers
-    return passes
+    layers = sum(reference.config.model.num_layers for reference in layout.references())
+    return passes + layers / layout.config.model.num_layers
 
 
 def _tensor(layout: Layout, stage: int) -> Iterator[Messages]:

@@ -67,10 +67,9 @@ def cpu_step_time(layout: Layout, rates: Rates) -> StepTime:
     count, fill = layout.micro_batches, (layout.pipeline - 1) / layout.virtual
     is_full = layout.config.training.recompute_granularity == "full"
     recomputed = slowest.forward if is_full else 0.0
-    reference = 0.0
-    if layout.has_replica:
-        frozen = layout.reference()
-        reference = count * max(_stage(frozen, rates, stage).scoring for stage in range(layout.pipeline))
+    reference = count * sum(
+        max(_stage(frozen, rates, stage).scoring for stage in range(layout.pipeline)) for frozen in layout.references()
+    )
     return StepTime(
         compute=count * (slowest.forward + slowest.backward),
         recomputation=count * recomputed,

@@ -29,14 +29,12 @@ def step_flops(layout: Layout) -> StepFlops:
     """Return the FLOPs of a step."""
     config, tokens = layout.config, layout.step_tokens
     forward = forward_flops_per_token(config.model, layout.padded_vocab)
-    reference = 0.0
-    if layout.has_replica:
-        reference = forward_flops_per_token(layout.reference().config.model, layout.padded_vocab)
+    references = (forward_flops_per_token(each.config.model, layout.padded_vocab) for each in layout.references())
     return StepFlops(
         model=3 * forward * tokens,
         recomputation=recomputed_flops_per_token(layout) * tokens,
         ranking=forward * tokens if layout.ranks_globally else 0.0,
-        reference=reference * tokens,
+        reference=sum(references) * tokens,
         filtered=-saved_flops_per_token(layout) * tokens,
     )
 

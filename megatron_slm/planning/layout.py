@@ -23,7 +23,7 @@ class Layout:
     world_size: int
     vocab_size: int  # of the tokenizer
     device: Device
-    reference_model: ModelConfig | None = None  # None: the architecture of the training model
+    reference_models: tuple[ModelConfig, ...] = ()  # of --reference-load; (): the architecture of the training model
 
     @property
     def tensor(self) -> int:
@@ -141,9 +141,14 @@ class Layout:
         chunks = (self.pipeline - stage - 1) * 2 + (self.virtual - 1) * self.pipeline + 1
         return min(chunks, self.micro_batches * self.virtual) / self.virtual
 
-    def reference(self) -> Layout:
-        """Return the layout of the reference model's forward pass."""
-        model = self.reference_model or self.config.model
+    def references(self) -> list[Layout]:
+        """Return the layouts of the forward passes of the co-located reference models."""
+        if not self.has_replica:
+            return []
+        count = max(1, len(self.config.reference.reference_load))
+        return [self._reference(model) for model in self.reference_models or (self.config.model,) * count]
+
+    def _reference(self, model: ModelConfig) -> Layout:
         model = replace(model, seq_length=self.config.model.seq_length)
         parallel = self.config.parallel
         if model.num_layers != self.config.model.num_layers:

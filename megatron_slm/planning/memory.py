@@ -80,15 +80,15 @@ def optimizer_bytes(config: RunConfig) -> int:
 
 
 def reference_bytes(layout: Layout, stage: int) -> int:
-    """Return the bytes of the reference model's weights, and of their moving average."""
-    if not layout.has_replica:
-        return 0
-    reference = layout.reference()
-    parameters = rank_parameters(reference, stage)
-    size = reference.config.training.bytes_per_value
-    if layout.config.reference.reference_history == "average" and size < 4:
-        size += 4
-    return size * parameters.total - ((size - 1) * parameters.linear if layout.config.reference.reference_fp8 else 0)
+    """Return the bytes of the reference models' weights, and of their moving average."""
+    settings, held = layout.config.reference, 0
+    for reference in layout.references():
+        parameters = rank_parameters(reference, stage)
+        size = reference.config.training.bytes_per_value
+        if settings.reference_history == "average" and size < 4:
+            size += 4
+        held += size * parameters.total - ((size - 1) * parameters.linear if settings.reference_fp8 else 0)
+    return held
 
 
 def _moments(layout: Layout, stage: int, parameters: RankParameters) -> Iterator[tuple[str, dict[str, int]]]:

@@ -51,7 +51,7 @@ class Problem:
     world_size: int
     vocab_size: int
     device: Device
-    reference_model: ModelConfig | None = None
+    reference_models: tuple[ModelConfig, ...] = ()
 
     def layout(self, settings: dict[str, Any]) -> Layout:
         """Return the layout with some settings replaced.
@@ -60,12 +60,11 @@ class Problem:
             ConfigError: the settings violate a relation of the configuration.
         """
         config = resolve_values(with_settings(self.config, settings), self.world_size, has_files=False)
-        layout = Layout(config, self.world_size, self.vocab_size, self.device, self.reference_model)
+        layout = Layout(config, self.world_size, self.vocab_size, self.device, self.reference_models)
         if layout.uses_engine and (problem := attention_problem(config, config.training.params_dtype)) is not None:
             raise ConfigError(problem)
-        if layout.has_replica:
-            reference = layout.reference().config
-            if problems := inference_violations(reference, self.world_size):
+        for reference in layout.references():
+            if problems := inference_violations(reference.config, self.world_size):
                 raise ConfigError(f"reference model: {problems[0]}")
         if layout.device.is_gpu:
             layout.device.peak(layout.precision)  # raises ConfigError for a precision that the device lacks
@@ -148,7 +147,7 @@ def candidates(problem: Problem) -> Iterator[Plan]:
     batch = problem.config.training.global_batch_size
     for settings in layouts(problem):
         config = with_settings(problem.config, settings)
-        base = Layout(config, problem.world_size, problem.vocab_size, problem.device, problem.reference_model)
+        base = Layout(config, problem.world_size, problem.vocab_size, problem.device, problem.reference_models)
         for size in MICRO_BATCHES:
             if batch % (size * base.data):
                 continue
@@ -323,10 +322,11 @@ def _remedial_settings(config: RunConfig, problem: Problem) -> Iterator[tuple[st
     if config.training.params_dtype == "fp32" and problem.device.is_gpu:
         yield "--bf16", {"bf16": True}
     supports_fp8 = config.training.bf16 and config.model.transformer_impl != "local" and "fp8" in problem.device.flops
-    if supports_fp8 and reference.reference_load is not None and not reference.reference_fp8:
+    if supports_fp8 and reference.reference_load and not reference.reference_fp8:
         yield "--reference-fp8", {"reference_fp8": True}
-    if reference.reference_load is not None:
-        scores = {"reference_load": None, "reference_in_bubbles": False, "reference_fp8": False}
+    if reference.reference_load:
+        scores = {"reference_load": [], "reference_in_bubbles": False, "reference_fp8": False}
+        scores |= {"reference_combine": "mean", "reference_corpora": []}  # several sidecars need no more than one
         yield (
             "--reference-scores instead of --reference-load (tools/score_corpus.py)",
             {**scores, "reference_scores": ["scores"]},

@@ -109,11 +109,8 @@ def _stage_seconds(layout: Layout, rate: float) -> tuple[float, float, float]:
 
 
 def _reference_seconds(layout: Layout, rate: float) -> float:
-    """Return the time of a reference model's forward pass of one micro-batch on a stage."""
-    if not layout.has_replica:
-        return 0.0
-    reference = layout.reference()
-    flops = forward_flops_per_token(reference.config.model, layout.padded_vocab)
+    """Return the time of the reference models' forward passes of one micro-batch on a stage."""
+    flops = sum(forward_flops_per_token(each.config.model, layout.padded_vocab) for each in layout.references())
     return flops * layout.tokens / (layout.tensor * layout.pipeline) / rate
 
 
@@ -132,10 +129,9 @@ def _reference_forwards(layout: Layout) -> int:
 
 
 def relative_reference(layout: Layout) -> float:
-    """Return the FLOPs of the reference model's forward pass relative to the training model's."""
-    models = (layout.reference().config.model, layout.config.model)
-    theirs, ours = (forward_flops_per_token(model, layout.padded_vocab) for model in models)
-    return theirs / ours
+    """Return the FLOPs of the reference models' forward passes relative to the training model's."""
+    theirs = sum(forward_flops_per_token(each.config.model, layout.padded_vocab) for each in layout.references())
+    return theirs / forward_flops_per_token(layout.config.model, layout.padded_vocab)
 
 
 def _seconds(layout: Layout, messages: list[Messages], purpose: str) -> float:

@@ -15,19 +15,21 @@ FLAG = "--reference-load"
 def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | None:
     """Return a checksum that identifies the reference model, or None if the run has none. Not collective.
 
-    With sidecars, it is computed from the fingerprints of their reference models, in the order of
-    --reference-scores if --reference-combine gives them weights; otherwise from the checkpoint.
+    With sidecars, it is computed from the fingerprints of their reference models, otherwise from the checkpoints; in the
+    order of the flags if --reference-combine gives them weights, or --reference-corpora a corpus each.
 
     Args:
         headers: headers of the run's sidecars, if any, in the order of --reference-scores.
 
     Raises:
-        ConfigError: the checkpoint is missing, or its manifest is unreadable.
+        ConfigError: a checkpoint is missing, or its manifest is unreadable.
     """
     if headers:
         models = [model for model, _ in groupby(header.reference for header in headers.values())]
-        has_weights = reference.reference_combine not in ("mean", "min")
-        return text_checksum(" ".join(models if has_weights else sorted(set(models))))
-    if reference.reference_load is None:
-        return None
-    return find_source(reference.reference_load, reference.reference_ckpt_step, FLAG).identity()
+    else:
+        step = reference.reference_ckpt_step
+        models = [find_source(path, step, FLAG).identity() for path in reference.reference_load]
+    if reference.reference_combine in ("mean", "min") and not reference.reference_corpora:
+        models = sorted(set(models))
+    identity = " ".join(models)
+    return text_checksum(identity) if headers else identity or None

@@ -40,7 +40,8 @@ class ReferenceReplica:
     :class:`megatron_slm.reference.history.ModelHistory`.
 
     Args:
-        config: configuration of the training run, which includes the reference checkpoint.
+        config: configuration of the training run.
+        path: checkpoint of the reference model; None: the architecture of the training model, with initial weights.
         tokenizer: tokenizer of the training run; the reference model must use the same one.
         with_entropy: also compute the entropies of the next-token distributions.
 
@@ -49,8 +50,10 @@ class ReferenceReplica:
             layout does not divide the model.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool) -> None:
-        path, step = config.reference.reference_load, config.reference.reference_ckpt_step
+    def __init__(
+        self, config: RunConfig, path: str | None, tokenizer: Tokenizer, groups: Groups, *, with_entropy: bool
+    ) -> None:
+        step = config.reference.reference_ckpt_step
         self.with_entropy = with_entropy
         if path is None:
             self.config, load = config, _keep_weights
@@ -101,22 +104,21 @@ def _keep_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def check_reference(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False) -> None:
-    """Validate the reference model's checkpoint. Not collective.
+    """Validate the checkpoints of the reference models. Not collective.
 
     Args:
         verify: also read the metadata and compare files with their checksums, as a run does on loading.
 
     Raises:
-        ConfigError: the checkpoint is missing or incomplete, or the model does not match the run.
+        ConfigError: a checkpoint is missing or incomplete, or a model does not match the run.
     """
-    path = config.reference.reference_load
-    assert path is not None, "checked by config.checks"
-    source = find_source(path, config.reference.reference_ckpt_step, FLAG)
-    if verify:
-        source.verify(checksums=config.checkpoint.slm_verify_checksums)
-    else:
-        source.check()
-    _matching_config(source, config, tokenizer)
+    for path in config.reference.reference_load:
+        source = find_source(path, config.reference.reference_ckpt_step, FLAG)
+        if verify:
+            source.verify(checksums=config.checkpoint.slm_verify_checksums)
+        else:
+            source.check()
+        _matching_config(source, config, tokenizer)
 
 
 def _matching_config(source: CheckpointSource, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:

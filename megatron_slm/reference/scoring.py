@@ -97,7 +97,7 @@ class ScoringJob:
 
     def source(self) -> CheckpointSource:
         """Return the checkpoint of the reference model."""
-        source = find_source(self.reference.reference_load or "", self.reference.reference_ckpt_step, FLAG)
+        source = find_source(self.reference.reference_load[0], self.reference.reference_ckpt_step, FLAG)
         source.check()
         return source
 
@@ -151,7 +151,8 @@ def score_corpora(job: ScoringJob, tokenizer: Tokenizer, groups: Groups, console
     """
     config = on_first_rank(lambda: reference_config(job))
     rule = job.rule(config.model.seq_length)
-    model = ReferenceReplica(config, tokenizer, groups, with_entropy=job.with_entropy)
+    directory = config.reference.reference_load[0]
+    model = ReferenceReplica(config, directory, tokenizer, groups, with_entropy=job.with_entropy)
     fingerprint = on_first_rank(lambda: job.source().fingerprint())
     paths = []
     for prefix in job.corpora:

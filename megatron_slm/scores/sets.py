@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_slm.runtime.checksums import file_checksums
 from megatron_slm.runtime.collective import on_every_rank
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.scores.combination import Combine, reference_of_corpus
 from megatron_slm.scores.quantization import DTYPE
 from megatron_slm.scores.sidecar import (
     EXAMPLE,
@@ -31,47 +31,6 @@ from megatron_slm.scores.sidecar import (
 )
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 
-COMBINE = "--reference-combine"
-
-
-@dataclass(frozen=True)
-class Combine:
-    """Combine the values of several reference models by minimum or weighted mean."""
-
-    weights: tuple[float, ...] | None  # weights with a sum of 1; None: minimum
-
-    @staticmethod
-    def parse(text: str, count: int) -> Combine:
-        """Parse ``--reference-combine`` for ``count`` sidecars: "mean", "min", or one weight per sidecar.
-
-        Raises:
-            ConfigError: the name is unknown, the number of weights differs from ``count``, or a weight is not above 0.
-        """
-        if text == "mean":
-            return Combine((1 / count,) * count)
-        if text == "min":
-            return Combine(None)
-        try:
-            weights = [float(weight) for weight in text.split(",")]
-        except ValueError:
-            raise ConfigError(f"{COMBINE} must be mean, min, or weights such as 0.7,0.3, not {text!r}.") from None
-        if len(weights) != count:
-            raise ConfigError(f"{COMBINE} {text} has {len(weights)} weights, but {FLAG} names {count} sidecars.")
-        if not all(weight > 0 and math.isfinite(weight) for weight in weights):
-            raise ConfigError(f"{COMBINE} {text}: every weight must be above 0.")
-        if not math.isfinite(sum(weights)):
-            raise ConfigError(f"{COMBINE} {text}: the sum of the weights is infinite. Use smaller weights.")
-        return Combine(tuple(weight / sum(weights) for weight in weights))
-
-    def __call__(self, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return the combination of one array per sidecar, fp32 of the same shape."""
-        if len(values) == 1:
-            return values[0]
-        if self.weights is None:
-            return np.minimum.reduce(list(values))
-        total = sum(weight * value.astype(np.float64) for weight, value in zip(self.weights, values, strict=True))
-        return np.asarray(total, np.float32)
-
 
 @dataclass(frozen=True)
 class CorpusScores:
@@ -83,11 +42,11 @@ class CorpusScores:
 
     def losses(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return the reference losses of the tokens [start, stop) of the corpus, in nats."""
-        return self.combine([sidecar.losses(start, stop) for sidecar in self.sidecars])
+        return self.combine.arrays([sidecar.losses(start, stop) for sidecar in self.sidecars])
 
     def entropies(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return the reference entropies of the tokens [start, stop) of the corpus, in nats."""
-        return self.combine([sidecar.entropies(start, stop) for sidecar in self.sidecars])
+        return self.combine.arrays([sidecar.entropies(start, stop) for sidecar in self.sidecars])
 
 
 ScoreSet = dict[str, CorpusScores]  # by corpus prefix
@@ -103,16 +62,23 @@ def open_scores(reference: ReferenceConfig, headers: Headers, data: DataConfig, 
     Raises:
         ConfigError: a sidecar is missing or truncated on this host.
     """
-    names = reference.reference_scores
-    combine = Combine.parse(reference.reference_combine, len(names))
+    named = sidecar_names(reference, data)
+    combine = {len(names): Combine.parse(reference.reference_combine, len(names)) for names in named.values()}
     return {
         prefix: CorpusScores(
             tuple(Sidecar(path, headers[path]) for path in (sidecar_path(prefix, name) for name in names)),
-            combine,
+            combine[len(names)],
             with_entropy,
         )
-        for prefix in training_blend(data)[0]
+        for prefix, names in named.items()
     }
+
+
+def sidecar_names(reference: ReferenceConfig, data: DataConfig) -> dict[str, list[str]]:
+    """Return the names of the sidecars of each training corpus: all, or one with ``--reference-corpora``."""
+    names, prefixes = reference.reference_scores, training_blend(data)[0]
+    chosen = reference_of_corpus(reference, data)
+    return {prefix: [names[chosen[place]]] if chosen else names for place, prefix in enumerate(prefixes)}
 
 
 def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokenizer, *, with_entropy: bool) -> Headers:
@@ -125,11 +91,11 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
         ConfigError: a sidecar is missing, damaged, unfinished, of a former format, of another corpus or tokenizer, or
             without required entropies; or the reference model or context differs between the corpora of a blend.
     """
-    Combine.parse(reference.reference_combine, len(reference.reference_scores))
-    prefixes = list(dict.fromkeys(training_blend(data)[0]))
-    corpora = {prefix: corpus_fingerprint(prefix) for prefix in prefixes}
+    named = sidecar_names(reference, data)
+    corpora = {prefix: corpus_fingerprint(prefix) for prefix in named}
     found: Headers = {}
     for name in reference.reference_scores:
+        prefixes = [prefix for prefix, names in named.items() if name in names]
         first = sidecar_path(prefixes[0], name)
         for prefix in prefixes:
             path = sidecar_path(prefix, name)

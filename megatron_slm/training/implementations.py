@@ -39,14 +39,12 @@ class Implementation:
     obstacle: str = ""  # reason why the fastest implementation is not used; empty if it is
 
 
-def inspect_run(
-    state: TrainState, reference: Sequence[torch.nn.Module] | None, *, has_sidecar: bool
-) -> list[Implementation]:
+def inspect_run(state: TrainState, reference: Sequence[torch.nn.Module], *, has_sidecar: bool) -> list[Implementation]:
     """Return the implementations on this rank.
 
     Args:
         state: model and optimizer of the run.
-        reference: chunks of the reference model, if it runs.
+        reference: chunks of the reference models that run.
         has_sidecar: reference losses come from sidecars.
     """
     chunks = state.model_chunks
@@ -163,8 +161,8 @@ def _fp8(config: TransformerConfig, linear: Sequence[torch.nn.Module]) -> Implem
     return Implementation("fp8", used, "" if all(map(_is_engine, linear)) else "linear layers are not in FP8")
 
 
-def _reference(chunks: Sequence[torch.nn.Module] | None, has_sidecar: bool) -> Implementation:
-    if chunks is None:
+def _reference(chunks: Sequence[torch.nn.Module], has_sidecar: bool) -> Implementation:
+    if not chunks:
         return Implementation("reference", "sidecar" if has_sidecar else "none")
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     dtypes = sorted({NAMES.get(parameter.dtype, str(parameter.dtype)) for parameter in parameters})

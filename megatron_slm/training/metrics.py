@@ -225,10 +225,10 @@ class Throughput:
     peak_tflops: float | None
 
     @staticmethod
-    def from_config(config: RunConfig, reference: RunConfig | None, vocab_size: int, groups: Groups) -> Throughput:
-        """Return the throughput of a training model, including the forward pass of a reference model if any."""
+    def from_config(config: RunConfig, references: Sequence[RunConfig], vocab_size: int, groups: Groups) -> Throughput:
+        """Return the throughput of a training model, including the forward passes of reference models."""
         flops = training_flops_per_token(config.model, padded_vocab_size(config.model, vocab_size, 1))
-        if reference is not None:
+        for reference in references:
             model = replace(reference.model, seq_length=config.model.seq_length)  # may be shorter than in training
             flops += forward_flops_per_token(model, padded_vocab_size(model, vocab_size, 1))
         name = torch.cuda.get_device_name() if groups.device.type == "cuda" else ""

@@ -100,10 +100,13 @@ def _memory(config: RunConfig, vocab_size: int) -> str:
 
 def _reference(config: RunConfig) -> str:
     settings = config.reference
+    names = ", ".join(settings.references)
+    if settings.reference_corpora:
+        names += f", by corpus ({' '.join(settings.reference_corpora)})"
+    elif len(settings.references) > 1:
+        names += f", combined by {settings.reference_combine}"
     if settings.reference_scores:
-        names = ", ".join(settings.reference_scores)
-        combination = f", combined by {settings.reference_combine}" if len(settings.reference_scores) > 1 else ""
-        return f"sidecars {names}{combination}: no forward pass of a reference model"
+        return f"sidecars {names}: no forward pass of a reference model"
     if settings.reference_history is not None:
         return f"history of the training model: {settings.reference_history}"
-    return settings.reference_load or "none"
+    return names or "none"

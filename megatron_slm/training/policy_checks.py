@@ -16,6 +16,7 @@ from megatron_slm.objective.selection.policy import (
     parse_policy,
     top_ks,
 )
+from megatron_slm.scores.combination import Combine, reference_of_corpus
 
 
 def reference_needs(config: RunConfig) -> tuple[bool, bool]:
@@ -55,6 +56,9 @@ def score_violations(config: RunConfig) -> Iterator[str]:
             "--reference-load, sidecars of its scores with --reference-scores, or --reference-history; or use the "
             "score token-loss, token-entropy or random."
         )
+    if reference.references:
+        of_corpus = reference_of_corpus(reference, config.data)
+        Combine.parse(reference.reference_combine, 1 if of_corpus else len(reference.references))
     if config.model.num_experts and objective.slm_scope != "global-batch":
         yield from _unknown_share(objective, policy)
     yield from _unused(objective, policy)

@@ -65,7 +65,7 @@ def check_files(config: RunConfig, tokenizer: Tokenizer, *, verify: bool = False
         headers = score_headers(config, tokenizer)
         if config.checkpoint.slm_verify_checksums:
             verify_scores(headers)
-    if needs_reference(config) and config.reference.reference_load is not None:
+    if needs_reference(config) and config.reference.reference_load:
         check_reference(config, tokenizer, verify=verify)
 
 

@@ -163,7 +163,7 @@ def _completion(config: RunConfig, manifest: Manifest, start: Start) -> str:
 def _reference_difference(config: RunConfig, saved: RunConfig, record: DataRecord, reference: str | None) -> list[str]:
     """Return a difference if the flags are equal but the reference model's content has changed."""
     ours, theirs = config.reference, saved.reference
-    named = {"--reference-load": ours.reference_load, "--reference-scores": " ".join(ours.reference_scores)}
+    named = {"--reference-load": " ".join(ours.reference_load), "--reference-scores": " ".join(ours.reference_scores)}
     if None in (reference, record.reference) or reference == record.reference or ours != theirs:
         return []
     return [f"the content of {flag} {value} has changed" for flag, value in named.items() if value][-1:]

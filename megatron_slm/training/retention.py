@@ -29,7 +29,7 @@ class Retention:
             for path, step in (
                 (checkpoint.load, checkpoint.ckpt_step),
                 (checkpoint.pretrained_checkpoint, None),
-                (config.reference.reference_load, config.reference.reference_ckpt_step),
+                *((path, config.reference.reference_ckpt_step) for path in config.reference.reference_load),
             )
             if path is not None
             for directory in (Path(path), *([] if step is None else [Path(path) / f"iter_{step:07d}"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from megatron_slm.objective.selection.policy import parse_policy
 from megatron_slm.objective.selection.strategies import SelectionStrategy, build_strategy
 from megatron_slm.reference.bubble_plan import plan_bubbles
 from megatron_slm.reference.bubbles import BubbleReference
+from megatron_slm.reference.ensemble import ReferenceEnsemble
 from megatron_slm.reference.history import ModelHistory
 from megatron_slm.reference.identity import reference_identity
 from megatron_slm.reference.replica import ReferenceReplica
@@ -30,6 +32,7 @@ from megatron_slm.reference.sidecar import sidecar_scores
 from megatron_slm.runtime.collective import on_every_rank, on_first_rank
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.groups import Groups, ParallelLayout
+from megatron_slm.scores.combination import Combine, reference_of_corpus
 from megatron_slm.scores.samples import ScoredSamples
 from megatron_slm.scores.sets import Headers, ScoreSet, check_scores, open_scores, verify_scores
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -128,14 +131,14 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
     config = with_settings(config, {"train_iters": length.iterations})
     if saved is not None and not config.optimizer.use_checkpoint_opt_param_scheduler:
         set_schedule_length(state.scheduler, config, length)
-    reference, replica = _build_reference(config, tokenizer, groups) if trains else (no_reference, None)
-    chunks, replica_config = (None, None) if replica is None else (replica.chunks, replica.config)
-    if replica is not None and config.reference.reference_history is not None:
-        state.history = ModelHistory(replica, config.reference)
+    reference, replicas = _build_reference(config, tokenizer, groups) if trains else (no_reference, [])
+    if replicas and config.reference.reference_history is not None:
+        state.history = ModelHistory(replicas[0], config.reference)
         start_history(state, config, start, console)
+    chunks = [chunk for replica in replicas for chunk in replica.chunks]
     found = inspect_run(state, chunks, has_sidecar=reference is sidecar_scores)
     report_implementations(found, config.training.require_fused, groups.device, console)
-    bubbles = _build_bubbles(config, replica, state, shape)
+    bubbles = _build_bubbles(config, replicas, state, shape)
     datasets = _build_datasets(config, tokenizer, shape, length, corpora)
     if trains:
         builder = OrderBuilder(config.data, tokenizer, corpora)
@@ -152,7 +155,9 @@ def build_run(config: RunConfig, tokenizer: Tokenizer, groups: Groups, console: 
         shape=shape,
         reference=reference if bubbles is None else bubbles.score,
         bubbles=bubbles,
-        throughput=Throughput.from_config(config, replica_config, tokenizer.vocab_size, groups),
+        throughput=Throughput.from_config(
+            config, [replica.config for replica in replicas], tokenizer.vocab_size, groups
+        ),
         benchmarks=benchmarks,
         sinks=on_every_rank(lambda: open_sinks(config, groups, state.progress.step)),
         console=console,
@@ -284,23 +289,29 @@ def find_reference(config: RunConfig, headers: Headers) -> str | None:
 
 def _build_reference(
     config: RunConfig, tokenizer: Tokenizer, groups: Groups
-) -> tuple[ReferenceSource, ReferenceReplica | None]:
-    """Build the reference source; also return the reference model if it runs in every step."""
+) -> tuple[ReferenceSource, list[ReferenceReplica]]:
+    """Build the reference source; also return the reference models that run in every step."""
     needs_loss, needs_entropy = reference_needs(config)
     if not (needs_loss or needs_entropy):
-        return no_reference, None
-    if config.reference.reference_scores:
-        return sidecar_scores, None
-    replica = ReferenceReplica(config, tokenizer, groups, with_entropy=needs_entropy)
-    return replica.score, replica
+        return no_reference, []
+    settings = config.reference
+    if settings.reference_scores:
+        return sidecar_scores, []
+    paths: Sequence[str | None] = settings.reference_load or [None]
+    replicas = [ReferenceReplica(config, path, tokenizer, groups, with_entropy=needs_entropy) for path in paths]
+    if len(replicas) == 1:
+        return replicas[0].score, replicas
+    combine = Combine.parse(settings.reference_combine, len(replicas))
+    return ReferenceEnsemble(replicas, combine, reference_of_corpus(settings, config.data)).score, replicas
 
 
 def _build_bubbles(
-    config: RunConfig, replica: ReferenceReplica | None, state: TrainState, shape: BatchShape
+    config: RunConfig, replicas: Sequence[ReferenceReplica], state: TrainState, shape: BatchShape
 ) -> BubbleReference | None:
     """Build the source that scores in pipeline bubbles, if it is configured; a replayed step has no next step."""
-    if replica is None or not config.reference.reference_in_bubbles or config.training.replay_step is not None:
+    if not replicas or not config.reference.reference_in_bubbles or config.training.replay_step is not None:
         return None
+    [replica] = replicas
     models = config.model, replace(replica.config.model, seq_length=config.model.seq_length)
     size = state.tokenizer.vocab_size
     ours, theirs = (forward_flops_per_token(model, padded_vocab_size(model, size, 1)) for model in models)

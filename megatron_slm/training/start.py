@@ -139,9 +139,9 @@ def _check_overwrite(config: RunConfig) -> None:
     read = {
         "--load": flags.load,
         "--pretrained-checkpoint": flags.pretrained_checkpoint,
-        "--reference-load": config.reference.reference_load,
     }
-    for flag, path in read.items():
+    models = [("--reference-load", path) for path in config.reference.reference_load]
+    for flag, path in [*read.items(), *models]:
         if belongs_to(path, flags.save):
             raise ConfigError(
                 f"{OVERWRITE} would remove {path}, which {flag} reads. Omit {OVERWRITE}, or choose another --save."

@@ -30,7 +30,7 @@ def test_the_paper_s_throughput_is_planned_within_15_percent(row: Measurement) -
     layout = row_layout(row)
     config = layout.config
     objective = replace(config.objective, objective="slm")
-    reference = replace(config.reference, reference_load="reference")
+    reference = replace(config.reference, reference_load=["reference"])
     layout = replace(layout, config=replace(config, objective=objective, reference=reference))
     assert tokens_per_second(layout) == pytest.approx(row.tokens_per_second, rel=0.15)
 
@@ -51,7 +51,7 @@ def test_models_outside_the_table_are_reported() -> None:
 def test_passes_of_selective_language_modeling_extend_the_step() -> None:
     layout = row_layout(PAPER[0])
     config = layout.config
-    reference = replace(config.reference, reference_load="reference")
+    reference = replace(config.reference, reference_load=["reference"])
 
     def seconds(**objective: object) -> float:
         changed = replace(config.objective, objective="slm", **objective)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(directory: Path, name: str, *, tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> ScoringJob:
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
     defaults = {
-        "reference": ReferenceConfig(reference_load=str(directory / "rm")),
+        "reference": ReferenceConfig(reference_load=[str(directory / "rm")]),
         "parallel": parallel,
         "micro_batch_size": 2,
         "chunk_tokens": 700,
@@ -185,7 +185,7 @@ def test_every_layout_agrees(workspace: Path, single_process: Path, settings: di
 
 
 def test_experts_can_be_divided_among_ranks(workspace: Path) -> None:
-    reference = ReferenceConfig(reference_load=str(workspace / "experts"))
+    reference = ReferenceConfig(reference_load=[str(workspace / "experts")])
     alone, divided = (
         job(workspace, f"ep{size}", reference=reference, parallel=ParallelConfig(expert_model_parallel_size=size))
         for size in (1, 2)
@@ -242,7 +242,9 @@ def _score_and_select(rank: int, world_size: int, scoring: ScoringJob) -> Agreem
     """Create the sidecar of a job, and compare its selection with the co-located model's."""
     with started(scoring) as groups:
         score_corpora(scoring, TOKENIZER, groups, make_console(False))
-        learning = ReferenceConfig(reference_load=(scoring.reference.reference_load or "").replace("rm", "base"))
+        learning = ReferenceConfig(
+            reference_load=[path.replace("rm", "base") for path in scoring.reference.reference_load]
+        )
         model, learner = (
             ReferenceReplica(reference_config(each), TOKENIZER, groups, with_entropy=False)
             for each in (scoring, replace(scoring, reference=learning))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_slm.corpus.fingerprints import BLOCK, BLOCKS, files_fingerprint
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.quantization import Quantization
-from megatron_slm.scores.sets import Combine, Headers, verify_scores
+from megatron_slm.scores.sets import Headers, verify_scores
 from megatron_slm.scores.sidecar import HEADER_BYTES, ContextRule, ScoresHeader, Sidecar, read_header, sidecar_path
 from megatron_slm.scores.writer import (
     Progress,
@@ -255,25 +255,6 @@ def test_job_can_be_resumed_after_a_full_disk_at_the_end(tmp_path: Path, monkeyp
     assert not path.exists()
     with reserved(path, header()) as progress:
         assert progress == Progress(2, 3, 4, 100)
-
-
-def test_combinations() -> None:
-    values = [np.array([1, 5, 3], np.float32), np.array([2, 1, 3], np.float32)]
-    assert Combine.parse("mean", 2)(values) == pytest.approx([1.5, 3, 3])
-    assert Combine.parse("min", 2)(values).tolist() == [1, 1, 3]
-    assert Combine.parse("3,1", 2)(values) == pytest.approx([1.25, 4, 3])
-    assert Combine.parse("mean", 1)(values[:1]).tolist() == [1, 5, 3]
-    assert Combine.parse("min", 2)(values).dtype == Combine.parse("0.1,0.9", 2)(values).dtype == np.float32
-    for text, message in (
-        ("most", "must be mean, min, or weights such as 0.7,0.3, not 'most'"),
-        ("1,2,3", "has 3 weights, but --reference-scores names 2 sidecars"),
-        ("1,0", "every weight must be above 0"),
-        ("1,nan", "every weight must be above 0"),
-        ("1e308,1e308", "the sum of the weights is infinite"),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            Combine.parse(text, 2)
-        assert message in str(caught.value)
 
 
 def test_fingerprint_depends_on_ends_size_and_order(tmp_path: Path) -> None:

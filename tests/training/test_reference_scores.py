@@ -56,7 +56,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _job(directory: Path, name: str, model: str, corpora: list[str], **settings: Any) -> ScoringJob:
-    reference = ReferenceConfig(reference_load=str(directory / model))
+    reference = ReferenceConfig(reference_load=[str(directory / model)])
     return ScoringJob(reference, corpora, name, ParallelConfig(), **settings)
 
 

@@ -38,13 +38,13 @@ def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
 
 
 def reference_directory(config: RunConfig, _: int) -> Iterator[str]:
-    """Require the directory of the reference model."""
-    path = config.reference.reference_load
-    if path is not None and not Path(path).is_dir():
-        yield (
-            f"--reference-load {path}: there is no such directory. Give the --save directory of a reference model "
-            "trained with --objective clm, or the directory of a published model."
-        )
+    """Require the directories of the reference models."""
+    for path in config.reference.reference_load:
+        if not Path(path).is_dir():
+            yield (
+                f"--reference-load {path}: there is no such directory. Give the --save directory of a reference model "
+                "trained with --objective clm, or the directory of a published model."
+            )
 
 
 def replay(config: RunConfig, _: int) -> Iterator[str]:

@@ -24,7 +24,7 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
             ("--slm-mtp-selection", objective.slm_mtp_selection == "main"),
             ("--slm-threshold", objective.slm_threshold == "exact"),
             ("--slm-backward", objective.slm_backward == "exact"),
-            ("--reference-load", reference.reference_load is None),
+            ("--reference-load", not reference.reference_load),
             ("--reference-scores", not reference.reference_scores),
             ("--reference-history", reference.reference_history is None),
         )
@@ -96,11 +96,18 @@ def filtered_backward(config: RunConfig, _: int) -> Iterator[str]:
 def reference_model(config: RunConfig, _: int) -> Iterator[str]:
     """Require one reference, a model or its scores."""
     reference = config.reference
-    path, names = reference.reference_load, reference.reference_scores
-    yield from both_given("--reference-load", path, "--reference-scores", names, ": the model, or its scores")
-    yield from both_given("--reference-load", path, "--reference-history", reference.reference_history)
+    paths, names = reference.reference_load, reference.reference_scores
+    yield from both_given("--reference-load", paths, "--reference-scores", names, ": the model, or its scores")
+    yield from both_given("--reference-load", paths, "--reference-history", reference.reference_history)
     yield from both_given("--reference-scores", names, "--reference-history", reference.reference_history)
-    if reference.reference_ckpt_step is not None and path is None:
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        yield f"--reference-load names {path} twice. Give each reference model once."
+    if reference.reference_ckpt_step is not None and len(paths) > 1:
+        yield (
+            f"--reference-ckpt-step {reference.reference_ckpt_step} needs one --reference-load. For several, give "
+            "the iter_* directories of the steps to --reference-load."
+        )
+    if reference.reference_ckpt_step is not None and not paths:
         yield (
             f"--reference-ckpt-step {reference.reference_ckpt_step} has no effect without --reference-load. Add "
             "--reference-load, or leave it out."
@@ -132,6 +139,8 @@ def bubbles(config: RunConfig, world_size: int) -> Iterator[str]:
     flag, stages = "--reference-in-bubbles", parallel.pipeline_model_parallel_size
     if not reference.is_co_located:
         yield f"{flag} has no effect without --reference-load. Add --reference-load, or leave it out."
+    if len(reference.reference_load) > 1:
+        yield f"{flag} needs one --reference-load: the bubbles are planned for one reference model. Leave it out."
     if reference.changes:
         yield (
             f"{flag} needs a reference model that does not change between steps: it scores the next step's "
@@ -182,11 +191,35 @@ def sidecars(config: RunConfig, _: int) -> Iterator[str]:
     for name in names:
         if (problem := sidecar_name_problem(name)) is not None:
             yield problem
-    if len(names) < 2 and config.reference.reference_combine != "mean":
+
+
+def combination(config: RunConfig, _: int) -> Iterator[str]:
+    """Require several reference models for their combination, and one kind of combination."""
+    reference = config.reference
+    for flag, value in (
+        ("--reference-combine", reference.reference_combine if reference.reference_combine != "mean" else ""),
+        ("--reference-corpora", " ".join(reference.reference_corpora)),
+    ):
+        if value and len(reference.references) < 2:
+            yield (
+                f"{flag} {value} has no effect without two or more reference models: several directories for "
+                "--reference-load, or names for --reference-scores."
+            )
+    if reference.reference_corpora and reference.reference_combine != "mean":
         yield (
-            f"--reference-combine {config.reference.reference_combine} has no effect without two or more "
-            "--reference-scores."
+            "--reference-combine and --reference-corpora were both given: tokens of a corpus are scored by one model. "
+            "Give one."
         )
 
 
-RELATIONS = (selection_flags, curriculum, scopes, filtered_backward, reference_model, history, bubbles, sidecars)
+RELATIONS = (
+    selection_flags,
+    curriculum,
+    scopes,
+    filtered_backward,
+    reference_model,
+    history,
+    bubbles,
+    sidecars,
+    combination,
+)

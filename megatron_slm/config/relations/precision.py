@@ -146,7 +146,7 @@ def reference(config: RunConfig, _: int) -> Iterator[str]:
     settings, precision = config.reference, config.precision
     if not settings.reference_fp8:
         return
-    if settings.reference_load is None:
+    if not settings.reference_load:
         yield "--reference-fp8 has no effect without --reference-load."
     if config.model.transformer_impl == "local":
         yield f"--reference-fp8 {LOCAL}"

@@ -126,8 +126,10 @@ class ObjectiveConfig:
 class ReferenceConfig:
     """Reference model"""
 
-    reference_load: str | None = flag(
-        None, "checkpoint directory of the reference model, or directory of a published model"
+    reference_load: list[str] = flag(
+        list,
+        "checkpoint directory of the reference model, or directory of a published model; several are several models, "
+        "which all run in every step",
     )
     reference_ckpt_step: int | None = flag(
         None, "checkpoint iteration of the reference model; default the newest", at_least=0
@@ -164,12 +166,25 @@ class ReferenceConfig:
         "names of score sidecars from tools/score_corpus.py, instead of --reference-load; NAME refers to "
         "CORPUS.NAME.scores next to each corpus, DIRECTORY/NAME to the same file in DIRECTORY",
     )
-    reference_combine: str = flag("mean", "combination of several sidecars: mean, min, or weights such as 0.7,0.3")
+    reference_combine: str = flag(
+        "mean",
+        "combination of the losses of several reference models or sidecars: mean, min, or weights such as 0.7,0.3",
+    )
+    reference_corpora: list[str] = flag(
+        list,
+        "instead of --reference-combine, pairs of a reference model or sidecar and a corpus of the blend, of which it "
+        "scores the tokens: rm-web web rm-math math",
+    )
 
     @property
     def is_co_located(self) -> bool:
         """Return whether a reference model runs on the ranks of the training model."""
-        return self.reference_load is not None or self.reference_history is not None
+        return bool(self.reference_load) or self.reference_history is not None
+
+    @property
+    def references(self) -> list[str]:
+        """Return the names of the reference models: checkpoint directories or sidecars."""
+        return self.reference_load or self.reference_scores
 
     @property
     def changes(self) -> bool:
