@@ -15,8 +15,8 @@ FLAG = "--reference-load"
 def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | None:
     """Return a checksum that identifies the reference model, or None if the run has none. Not collective.
 
-    With sidecars, it is computed from the fingerprints of their reference models, otherwise from the checkpoints; in the
-    order of the flags if --reference-combine gives them weights, or --reference-corpora a corpus each.
+    With sidecars, it is computed from the fingerprints of their reference models, otherwise from the checkpoints. The
+    order of the flags counts if --reference-combine gives them weights, or --reference-corpora a corpus each.
 
     Args:
         headers: headers of the run's sidecars, if any, in the order of --reference-scores.

@@ -80,7 +80,7 @@ def test_accepted(processes: int, changes: dict[str, Any]) -> None:
             "--fp8-param-gather --first-last-layers-bf16 h",
         ),
         (1, {**FP8, "fp8_recipe": "current"}, "--fp8-recipe must be one of tensorwise, delayed, blockwise, mxfp8"),
-        (1, {**REFERENCE, "reference_load": [], "reference_scores": "s"}, "--reference-fp8 has no effect without"),
+        (1, {**REFERENCE, "reference_load": None, "reference_scores": "s"}, "--reference-fp8 has no effect without"),
         (1, {**REFERENCE, "fp8_recipe": "delayed"}, "--reference-fp8 cannot be combined with --fp8-recipe delayed"),
         (1, {**REFERENCE, "transformer_impl": "local"}, "--reference-fp8 needs --transformer-impl transformer_engine"),
         (1, {**REFERENCE, "reference_precision": "fp32"}, "--reference-fp8 needs --reference-precision bf16"),

@@ -59,7 +59,7 @@ def test_all_refusals_are_named_together() -> None:
     [
         ("slm_selection_ratio", 0.5, "--slm-selection-ratio 0.6 -> 0.5"),
         ("slm_scope", "sequence", "--slm-scope data-parallel -> sequence"),
-        ("reference_load", "other", "--reference-load unset -> other"),
+        ("reference_load", ["other"], "--reference-load none -> other"),
         ("seed", 7, "--seed 1234 -> 7"),
         ("split", "9,1,0", "--split unset -> 9,1,0"),
         ("adam_beta1", 0.8, "--adam-beta1 0.9 -> 0.8"),

@@ -141,6 +141,20 @@ def test_a_smaller_reference_model_needs_less_memory(recipe: Path, tmp_path: Pat
     assert half["time"]["parts"]["reference"] < 0.6 * whole["time"]["parts"]["reference"]
 
 
+def test_several_reference_models_add_up(recipe: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(MODEL | {"num_layers": 16}), encoding="utf-8")
+    given = ["--config", recipe, "--no-search", "--gpus", 64, "--micro-batch-size", 1]
+    given += ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--reference-config"]
+    one, other, both = (plan(*given, *recipes)["plan"] for recipes in ([recipe], [small], [recipe, small]))
+    memory = [each["memory"]["parts"]["reference model"] for each in (one, other, both)]
+    times = [each["time"]["parts"]["reference"] for each in (one, other, both)]
+    assert memory[2] == memory[0] + memory[1]
+    assert times[2] == pytest.approx(times[0] + times[1])
+    code, _, errors = captured([*map(str, (*given, recipe, small)), "--reference-load", "rm"], main)
+    assert code == 2 and "--reference-config has 2 recipes, and --reference-load 1 models" in errors
+
+
 def test_the_planner_imports_no_torch() -> None:
     code = "import sys, megatron_slm.cli.plan_run; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

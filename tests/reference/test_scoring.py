@@ -113,7 +113,7 @@ def _direct_scores(rank: int, world_size: int, scoring: ScoringJob) -> tuple[np.
     """Return losses and entropies from one forward pass per window, without packing."""
     with started(scoring) as groups:
         config = reference_config(scoring)
-        model = ReferenceReplica(config, TOKENIZER, groups, with_entropy=True)
+        model = ReferenceReplica(config, config.reference.reference_load[0], TOKENIZER, groups, with_entropy=True)
         corpus = check_corpus(scoring.corpora[0], "--data-path")
         ids = np.fromfile(f"{corpus.prefix}.bin", corpus.dtype)
         rule = scoring.rule(WINDOW)
@@ -246,7 +246,9 @@ def _score_and_select(rank: int, world_size: int, scoring: ScoringJob) -> Agreem
             reference_load=[path.replace("rm", "base") for path in scoring.reference.reference_load]
         )
         model, learner = (
-            ReferenceReplica(reference_config(each), TOKENIZER, groups, with_entropy=False)
+            ReferenceReplica(
+                reference_config(each), each.reference.reference_load[0], TOKENIZER, groups, with_entropy=False
+            )
             for each in (scoring, replace(scoring, reference=learning))
         )
         return _compare(scoring, scoring.corpora[0], groups, model, learner)

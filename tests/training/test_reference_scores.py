@@ -131,7 +131,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str]]] = [
     ({"reference_scores": ["rm.scores", "other"]}, ["--reference-scores rm.scores: omit the suffix .scores"]),
     ({"reference_scores": ["rm"]}, ["--reference-combine min has no effect without two"]),
     ({"reference_combine": "most"}, ["--reference-combine must be mean, min, or weights"]),
-    ({"reference_combine": "1,2,3"}, ["--reference-combine 1,2,3 has 3 weights"]),
+    ({"reference_combine": "1,2,3"}, ["--reference-combine 1,2,3: expected one weight per reference model, 2, not 3"]),
     ({"reference_combine": "1,-2"}, ["--reference-combine 1,-2: every weight must be above 0"]),
     (
         {"reference_scores": ["rm", "absent"]},

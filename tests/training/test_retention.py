@@ -60,7 +60,7 @@ def test_checkpoints_that_are_read_abandoned_linked_or_foreign_are_kept(tmp_path
     (run / "iter_0000003" / "manifest.json").unlink()  # of another program
     shutil.move(run / "iter_0000004", tmp_path / "elsewhere")
     (run / "iter_0000004").symlink_to(tmp_path / "elsewhere")
-    flags = {"load": str(run), "ckpt_step": 2, "reference_load": str(run), "reference_ckpt_step": 1, "keep_last": 1}
+    flags = {"load": str(run), "ckpt_step": 2, "reference_load": [str(run)], "reference_ckpt_step": 1, "keep_last": 1}
     assert save_steps(run, range(6, 8), **flags) == [1, 2, 3, 4, 7, 8, 9], "steps 8 and 9 are after the saved ones"
     (run / "iter_0000007" / "manifest.json").unlink()
     assert save_steps(run, range(8, 10), save_retain_interval=10) == [1, 2, 3, 4, 7, 9]

@@ -211,6 +211,8 @@ def test_start_is_refused(tmp_path: Path, base: Path, flags: dict[str, Any], mes
     (tmp_path / "gone" / TRACKER).write_text("10")
     (tmp_path / "megatron" / "iter_0000010").mkdir(parents=True)
     paths = {name: tmp_path / value if isinstance(value, str) else value for name, value in flags.items()}
+    if "reference_load" in paths:
+        paths["reference_load"] = [str(paths["reference_load"])]
     with pytest.raises(ConfigError, match=message):
         plan(**paths)
 
