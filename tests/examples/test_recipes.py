@@ -12,7 +12,7 @@ import pytest
 
 from megatron_slm.cli.pretrain import main
 from megatron_slm.config import layers
-from megatron_slm.config.checks import derive
+from megatron_slm.config.checks import derive, resolve
 from megatron_slm.config.flags import parse
 from megatron_slm.model.size import padded_vocab_size, parameter_count
 from megatron_slm.planning.devices import DEVICES
@@ -69,6 +69,16 @@ def test_every_recipe_is_listed_or_a_base() -> None:
     assert used | {f"models/{model}" for model, *_ in combinations()} == {
         name for name in listed if not name.startswith("clusters")
     }
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("runs/laptop-*.yaml")), ids=lambda path: path.stem)
+def test_laptop_recipes_are_complete_runs_of_one_process(path: Path) -> None:
+    missing = ["--data-path", "corpus", "--tokenizer-model", "model", "--slm-score", "token-loss"]  # named in the files
+    config = resolve(parse(["--config", str(path), *missing]).config, world_size=1)
+    model, training = config.model, config.training
+    assert config.objective.objective == path.stem.removeprefix("laptop-").replace("reference", "clm")
+    assert f"{training.global_batch_size * model.seq_length:,} tokens" in path.read_text(encoding="utf-8")
+    assert parameter_count(model, 32_000) < 20e6, "two CPU cores train it in minutes"
 
 
 @pytest.mark.parametrize(("names", "count"), list(rows("Models")))
