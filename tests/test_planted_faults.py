@@ -351,13 +351,6 @@ FAULTS = [
         ("objective/test_linear_cross_entropy.py::test_many_rows",),
     ),
     Fault(
-        "the vocabulary's padding in a chunk of rows",
-        "objective/linear_cross_entropy/chunked.py",
-        "unpadded = slice(0, inputs.shard.unpadded_size)",
-        "unpadded = slice(0, inputs.shard.size)",
-        ("objective/test_linear_cross_entropy.py::test_vocabulary_shards",),
-    ),
-    Fault(
         "undefined memory as the gradient of a tied embedding",
         "objective/linear_cross_entropy/weight_gradient.py",
         'torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like',

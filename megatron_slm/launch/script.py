@@ -14,7 +14,7 @@ from megatron_slm.launch.settings import GPU_OPTIONS, LAUNCH_VARIABLES, PRETRAIN
 MARK = "written by megatron-slm-launch"  # in the second line of a script
 RECORDS = "slurm"  # subdirectory of a run for script, recipes, logs and state
 ENDED, EXCLUDED, FAILURES = "ended", "excluded_nodes", "failures"  # files of the script in its directory of records
-STOPS = 3  # time limits without a new checkpoint after which a job ends, since the next one would not be enough either
+STOPS = 3  # requeues after time limits without a new checkpoint; the start-up may be longer than the limit
 INCOMPLETE = 75  # exit code of a job whose run stopped before its end and which is not requeued (EX_TEMPFAIL)
 
 FUNCTIONS = """\
