@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from megatron_slm.cli.__main__ import main as run_by_name
-from megatron_slm.launch import slurm
+from megatron_slm.launch import chain, slurm
 from megatron_slm.launch.chain import read_chain
 from megatron_slm.launch.command import main
 from megatron_slm.launch.records import JobRecord, read_jobs, write_chain
@@ -176,6 +178,17 @@ def test_chain_is_ordered_and_passes_dependencies(answers: Answers) -> None:
     assert "dependents='score, theta'\n" in rm and "#SBATCH --job-name=runs-rm\n" in rm
     assert "    --data-path 'my corpus'\n" in Path("runs/score/slurm/job.sbatch").read_text()
     assert "#SBATCH --no-requeue\n" in Path("runs/theta/slurm/job.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    ("succeeded", "finished"),
+    [({"rm", "score"}, {"rm", "score"}), ({"score", "theta"}, set()), ({"rm", "theta"}, {"rm"})],
+)
+def test_stages_after_one_that_runs_again_are_not_finished(succeeded: set[str], finished: set[str]) -> None:
+    after: dict[str, list[str]] = {"rm": [], "score": ["rm"], "theta": ["rm", "score"]}
+    stages: Any = [SimpleNamespace(name=name, after=names) for name, names in after.items()]
+    prepared: Any = {name: SimpleNamespace(is_finished=name in succeeded) for name in after}
+    assert chain._finished(chain.Chain(Path("runs"), stages), prepared) == finished
 
 
 def test_refused_stage_cancels_those_that_were_submitted(answers: Answers) -> None:

@@ -33,6 +33,12 @@ def test_scopes_are_compared_on_the_same_times() -> None:
     assert 0 < found["global-batch, predicted"].overhead < found["data-parallel"].overhead
 
 
+def test_ranks_with_jitter_wait_in_every_shared_ranking() -> None:
+    without_latency = replace(CLUSTER, hop_seconds=0.0)
+    assert simulate(without_latency, "data-parallel", 5, 0).overhead > 0
+    assert simulate(without_latency, "global-batch, predicted", 5, 0).overhead == 0
+
+
 def test_ranks_without_jitter_do_not_wait() -> None:
     result = simulate(replace(CLUSTER, jitter=0.0, hop_seconds=0.0), "data-parallel", 3, 0)
     assert result.steps == pytest.approx(4 * 0.5)
