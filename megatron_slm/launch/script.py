@@ -1,4 +1,7 @@
-"""Batch scripts: directives, environment, node check, ranks, and the reaction to their exit code."""
+"""Batch scripts: directives, environment, node check, ranks, and the reaction to their exit code.
+
+They are not written by submitit, whose jobs run a pickled Python function: a site can read, edit and submit a script.
+"""
 
 from __future__ import annotations
 
