@@ -24,8 +24,8 @@ TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's file with the new
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"  # identities of the corpora, orders of samples
 MANIFEST_FILE = "manifest.json"
-STEP_FLAGS = {  # how to choose a step, if not with --ckpt-step
-    "--reference-load": "with --reference-ckpt-step, or by giving its iter_* directory",
+STEP_FLAGS = {  # how to choose a step, if not with --ckpt-step; also of one of several reference models
+    "--reference-load": "by giving its iter_* directory",
     "--pretrained-checkpoint": "by giving its iter_* directory",
 }
 
@@ -88,13 +88,18 @@ def _check_name(directory: Path, step: int, flag: str) -> None:
     if named is not None and int(named[1]) != step:
         raise UnusableFileError(
             f"{flag}: {directory} holds step {step} by its {MANIFEST_FILE}. Rename it to "
-            f"{step_directory(directory, step).name}, or choose another step with --ckpt-step."
+            f"{step_directory(directory, step).name}, or choose another step {step_choice(flag)}."
         )
+
+
+def step_choice(flag: str) -> str:
+    """Return how to choose another step of the checkpoint that ``flag`` names."""
+    return STEP_FLAGS.get(flag, "with --ckpt-step")
 
 
 def other_step(flag: str = "--load") -> str:
     """Return the remedy for a damaged checkpoint that ``flag`` names."""
-    return f"Copy the checkpoint again, or choose another step {STEP_FLAGS.get(flag, 'with --ckpt-step')}."
+    return f"Copy the checkpoint again, or choose another step {step_choice(flag)}."
 
 
 def _canonical(content: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, STEP_FLAGS, TRACKER, latest_step
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_choice
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 
 REMEDY = "Give the --save directory of an earlier run, or the directory of a published model."
@@ -113,8 +113,7 @@ def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
 def _listed(steps: dict[int, Path], flag: str) -> str:
     """Return the existing steps and the remedy, for error messages."""
     existing = ", ".join(map(str, steps)) or "none"
-    choice = STEP_FLAGS.get(flag, "with --ckpt-step")
-    return f"Existing steps: {existing}. Choose one {choice}, or write its number into {TRACKER}."
+    return f"Existing steps: {existing}. Choose one {step_choice(flag)}, or write its number into {TRACKER}."
 
 
 def _tracked_step(root: Path, *, has_alternative: bool) -> tuple[int | None, str]:

@@ -89,6 +89,8 @@ def test_directory_name_of_another_step_is_refused(checkpoint: Path) -> None:
     (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("4\n")
     with pytest.raises(ConfigError, match=r"iter_0000004 holds step 3 .* Rename it to iter_0000003"):
         opened(renamed)
+    with pytest.raises(ConfigError, match=r"or choose another step by giving its iter_\* directory"):
+        read_manifest(renamed, "--reference-load")
 
 
 def test_damaged_configuration_is_reported_as_damaged_checkpoint(checkpoint: Path) -> None:
