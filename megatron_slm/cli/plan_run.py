@@ -149,20 +149,21 @@ def read_problem(arguments: argparse.Namespace, training: Sequence[str]) -> Prob
     return Problem(config, arguments.gpus, _vocab_size(config), _device(arguments), models)
 
 
-def _reference_models(paths: Sequence[str] | None, run: RunConfig) -> tuple[ModelConfig, ...]:
-    """Return the models of --reference-config, else of --reference-load, if its directories are on this machine."""
+def _reference_models(paths: Sequence[str] | None, run: RunConfig) -> tuple[ModelConfig | None, ...]:
+    """Return the models of --reference-config, else of --reference-load: None if a directory is not on this machine."""
     directories = run.reference.reference_load
     if paths is None:
-        if not all(Path(directory).is_dir() for directory in directories):
-            return ()
-        step = run.reference.reference_ckpt_step
-        return tuple(find_source(each, step, "--reference-load").config().model for each in directories)
-    if directories and len(paths) != len(directories):
+        return tuple(_saved_model(each, run) if Path(each).is_dir() else None for each in directories)
+    if len(paths) != max(len(directories), 1):
         raise ConfigError(
             f"--reference-config has {len(paths)} recipes, and --reference-load {len(directories)} models. Give one "
             "recipe per model."
         )
     return tuple(map(_recipe_model, paths))
+
+
+def _saved_model(directory: str, run: RunConfig) -> ModelConfig:
+    return find_source(directory, run.reference.reference_ckpt_step, "--reference-load").config().model
 
 
 def _recipe_model(path: str) -> ModelConfig:

@@ -23,7 +23,7 @@ class Layout:
     world_size: int
     vocab_size: int  # of the tokenizer
     device: Device
-    reference_models: tuple[ModelConfig, ...] = ()  # of --reference-load; (): the architecture of the training model
+    reference_models: tuple[ModelConfig | None, ...] = ()  # of --reference-load; None: unknown, as the training model
 
     @property
     def tensor(self) -> int:
@@ -146,7 +146,8 @@ class Layout:
         if not self.has_replica:
             return []
         count = max(1, len(self.config.reference.reference_load))
-        return [self._reference(model) for model in self.reference_models or (self.config.model,) * count]
+        models = self.reference_models or (None,) * count
+        return [self._reference(model or self.config.model) for model in models]
 
     def _reference(self, model: ModelConfig) -> Layout:
         model = replace(model, seq_length=self.config.model.seq_length)

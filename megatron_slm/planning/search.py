@@ -51,7 +51,7 @@ class Problem:
     world_size: int
     vocab_size: int
     device: Device
-    reference_models: tuple[ModelConfig, ...] = ()
+    reference_models: tuple[ModelConfig | None, ...] = ()
 
     def layout(self, settings: dict[str, Any]) -> Layout:
         """Return the layout with some settings replaced.

@@ -153,6 +153,8 @@ def test_several_reference_models_add_up(recipe: Path, tmp_path: Path) -> None:
     assert times[2] == pytest.approx(times[0] + times[1])
     code, _, errors = captured([*map(str, (*given, recipe, small)), "--reference-load", "rm"], main)
     assert code == 2 and "--reference-config has 2 recipes, and --reference-load 1 models" in errors
+    code, _, errors = captured([*map(str, (*given, recipe, small)), "--reference-history", "start"], main)
+    assert code == 2 and "--reference-config has 2 recipes, and --reference-load 0 models" in errors
 
 
 def test_the_planner_imports_no_torch() -> None:
@@ -181,3 +183,7 @@ def test_the_reference_model_of_a_directory_is_planned(recipe: Path, tmp_path: P
     given = ["--config", recipe, "--no-search", "--gpus", 64, "--micro-batch-size", 1, "--reference-load", directory]
     found = plan(*given)["plan"]
     assert found["memory"]["parts"]["reference model"] == 2 * 1_100_048_384
+    given = [*given[:-2], "--tensor-model-parallel-size", 2, "--sequence-parallel", "--reference-load"]
+    plans = [plan(*given, *models)["plan"] for models in ([directory], ["absent"], [directory, "absent"])]
+    parts = [each["memory"]["parts"]["reference model"] for each in plans]
+    assert parts[2] == parts[0] + parts[1] != 2 * parts[1]
