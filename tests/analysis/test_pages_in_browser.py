@@ -96,14 +96,14 @@ def test_hover_and_keys_show_the_losses_of_a_token(page: Any, tmp_path: Path) ->
 def test_sliders_recompute_the_selection(page: Any, tmp_path: Path) -> None:
     view = show(page, tmp_path, make_view(words(200), 3))
     page.locator("#checkpoint").fill("2")
-    page.wait_for_function("document.getElementById('checkpoint-name').textContent.includes('300')")
+    playwright.expect(page.locator("#checkpoint-name")).to_contain_text("300")
     assert selected(page) == view.checkpoints[2].selected.sum()
     page.locator("#threshold").fill("900")
-    page.wait_for_function("!document.getElementById('reset').disabled")
+    playwright.expect(page.locator("#reset")).to_be_enabled()
     score = view.checkpoints[2].score
     assert selected(page) == (score >= np.sort(score)[-int(np.ceil(0.1 * len(score)))]).sum()
     page.locator("#reset").click()
-    page.wait_for_function("document.getElementById('reset').disabled")
+    playwright.expect(page.locator("#reset")).to_be_disabled()
     assert selected(page) == view.checkpoints[2].selected.sum()
 
 

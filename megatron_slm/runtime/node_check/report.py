@@ -134,8 +134,11 @@ def failing_pairs(failures: Mapping[Pair, str], rounds: Sequence[Sequence[Pair]]
         for node in pair:
             met.setdefault(node, []).append(pair)
     return {
-        node: f"all-reduce with {', '.join(other for pair in pairs for other in pair if other != node)} failed: "
-        f"{failures[pairs[0]]}"
+        node: f"all-reduce with {_partners(node, pairs)} failed: {failures[pairs[0]]}"
         for node, pairs in met.items()
         if all(pair in failures for pair in pairs)
     }
+
+
+def _partners(node: str, pairs: Sequence[Pair]) -> str:
+    return ", ".join(sorted(other for pair in pairs for other in pair if other != node))
