@@ -92,6 +92,11 @@ def _check_name(directory: Path, step: int, flag: str) -> None:
         )
 
 
+def step_flag(flag: str) -> str:
+    """Return the flag that names a step of the checkpoint that ``flag`` names."""
+    return "--reference-ckpt-step" if flag == "--reference-load" else "--ckpt-step"
+
+
 def step_choice(flag: str) -> str:
     """Return how to choose another step of the checkpoint that ``flag`` names."""
     return STEP_FLAGS.get(flag, "with --ckpt-step")

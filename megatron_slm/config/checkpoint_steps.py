@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_choice
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, latest_step, step_choice, step_flag
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError, read_error
 
 REMEDY = "Give the --save directory of an earlier run, or the directory of a published model."
@@ -104,8 +104,7 @@ def locate_checkpoint(path: str, step: int | None, flag: str) -> Path:
     if found is None:
         raise ConfigError(f"{flag} {path}: {TRACKER}, which names the newest step, is missing. {_listed(steps, flag)}")
     if found not in steps:
-        given = "--reference-ckpt-step" if flag == "--reference-load" else "--ckpt-step"
-        source = given if step is not None else f"from {root / TRACKER}"
+        source = step_flag(flag) if step is not None else f"from {root / TRACKER}"
         raise UnusableFileError(f"{flag} {path}: step {found} ({source}) does not exist. {_listed(steps, flag)}")
     return steps[found]
 

@@ -16,7 +16,7 @@ from megatron_slm.checkpoint.huggingface.files import (
     VOCABULARY,
 )
 from megatron_slm.checkpoint.huggingface.registry import find_family
-from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, Manifest
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE, TRACKER, Manifest, step_flag
 from megatron_slm.config.checks import derive, value_violations
 from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
@@ -53,7 +53,9 @@ class HuggingFaceSource:
             ConfigError: a step is requested, which published models do not have.
         """
         if step is not None:
-            raise ConfigError(f"{flag} {path} is a published model, which has no step {step}. Leave --ckpt-step out.")
+            raise ConfigError(
+                f"{flag} {path} is a published model, which has no step {step}. Leave {step_flag(flag)} out."
+            )
         return HuggingFaceSource(flag, Path(path))
 
     def published(self) -> PublishedConfig:

@@ -276,3 +276,9 @@ def test_base_models_lack_a_prefix(published: dict[str, Published], tmp_path: Pa
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == tensors.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(("flag", "step"), [("--load", "--ckpt-step"), ("--reference-load", "--reference-ckpt-step")])
+def test_a_published_model_has_no_steps(flag: str, step: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} model is a published model, which has no step 5. Leave {step} out"):
+        HuggingFaceSource.find("model", 5, flag)
