@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.data.batches import MicroBatch
-from megatron_slm.reference.bubble_plan import Plan, plan_bubbles
-from megatron_slm.reference.bubbles import PartialForward
+from megatron_slm.reference.bubble_plan import BEFORE_BACKWARD, Plan, plan_bubbles
+from megatron_slm.reference.bubbles import BubbleReference, PartialForward
 from megatron_slm.testing.ranks import run_ranks, shared_process_group
 from megatron_slm.testing.tiny import captured, command, launch, losses, make_corpus
 
@@ -41,6 +41,35 @@ def test_no_stage_computes_before_the_previous_one() -> None:
                 for earlier, later in itertools.pairwise(plan):
                     assert all(first >= second for first, second in zip(earlier, later, strict=True))
                 assert all(list(parts) == sorted(parts) and parts[-1] == micro_batches for parts in plan)
+
+
+def bubble_reference(rank: int = 3, **attributes: Any) -> BubbleReference:
+    """Return the reference source of one of four stages, without a model."""
+    reference = object.__new__(BubbleReference)
+    groups = SimpleNamespace(pp_size=4, pp_rank=rank, is_last_stage=rank == 3)
+    vars(reference).update(groups=groups, upcoming=None, _forwards=0, **attributes)
+    return reference
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_the_first_bubble_follows_the_forward_passes_of_the_warm_up(rank: int) -> None:
+    """In 1F1B, a stage has one forward pass for itself and each later stage before its first backward pass."""
+    begun: list[tuple[int, int]] = []
+    chunk, output = torch.nn.Module(), torch.ones(1, requires_grad=True)
+    reference = bubble_reference(rank)
+    following = SimpleNamespace(micro_batches=range(8), run=lambda part: begun.append((part, reference._forwards)))
+    vars(reference).update(_next=following)
+    for _ in range(8):
+        reference._after_forward(chunk, None, output)
+    assert begun == [(BEFORE_BACKWARD, 4 - rank)]
+
+
+def test_scores_of_other_micro_batches_are_discarded() -> None:
+    planned, others = [object()], [object()]
+    begun = SimpleNamespace(micro_batches=planned, finish=lambda: ["from the bubbles"])
+    replica = SimpleNamespace(score=lambda micro_batches: ["from a separate pass"])
+    for micro_batches, expected in ((planned, "from the bubbles"), (others, "from a separate pass")):
+        assert bubble_reference(replica=replica, _next=begun).score(micro_batches) == [expected]
 
 
 @pytest.mark.parametrize(("has_torch_attention", "shape"), [(True, (4, 2, 3)), (False, (8, 1, 3))])
