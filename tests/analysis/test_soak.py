@@ -12,6 +12,7 @@ import pytest
 from megatron_slm.analysis.soak import Moment, Timing, differences, kill_and_restart, plan_kills
 from megatron_slm.cli.soak import main, parse_arguments
 from megatron_slm.config.checkpoint_files import TRACKER, Manifest
+from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.runtime.checksums import file_checksums, text_checksum
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.tiny import MODEL, make_corpus
@@ -100,6 +101,11 @@ def test_every_difference_of_the_losses_is_reported(tmp_path: Path) -> None:
     assert any(
         "has the steps [1, 2]" in line for line in differences(write_metrics(tmp_path / "b", [3, 2]), undisturbed, 3)
     )
+    metrics = write_metrics(tmp_path / "b", [3.0, 2.0, 1.0]) / METRICS_FILE
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["kind"] == "train"), encoding="utf-8")
+    (found,) = differences(tmp_path / "b", undisturbed, 3)
+    assert "has other evaluations than the undisturbed run" in found
 
 
 def test_moments_are_seeded_and_ordered() -> None:
