@@ -24,10 +24,6 @@ TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's file with the new
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.json"  # identities of the corpora, orders of samples
 MANIFEST_FILE = "manifest.json"
-STEP_FLAGS = {  # how to choose a step, if not with --ckpt-step; also of one of several reference models
-    "--reference-load": "by giving its iter_* directory",
-    "--pretrained-checkpoint": "by giving its iter_* directory",
-}
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,10 @@ def step_flag(flag: str) -> str:
 
 
 def step_choice(flag: str) -> str:
-    """Return how to choose another step of the checkpoint that ``flag`` names."""
-    return STEP_FLAGS.get(flag, "with --ckpt-step")
+    """Return how to choose another step of a checkpoint that ``flag`` names, which may name several."""
+    if flag in ("--reference-load", "--pretrained-checkpoint"):
+        return "by giving its iter_* directory"
+    return "with --ckpt-step"
 
 
 def other_step(flag: str = "--load") -> str:

@@ -62,15 +62,13 @@ def open_scores(reference: ReferenceConfig, headers: Headers, data: DataConfig, 
     Raises:
         ConfigError: a sidecar is missing or truncated on this host.
     """
-    named = sidecar_names(reference, data)
-    combine = {len(names): Combine.parse(reference.reference_combine, len(names)) for names in named.values()}
     return {
         prefix: CorpusScores(
             tuple(Sidecar(path, headers[path]) for path in (sidecar_path(prefix, name) for name in names)),
-            combine[len(names)],
+            Combine.parse(reference.reference_combine, len(names)),
             with_entropy,
         )
-        for prefix, names in named.items()
+        for prefix, names in sidecar_names(reference, data).items()
     }
 
 
