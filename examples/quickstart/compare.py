@@ -1,10 +1,10 @@
 """Train the variants of studies with three seeds, and write tables and plots: ``make compare``.
 
 ``python examples/quickstart/compare.py STUDY ...`` runs other studies of ``studies.py``; ``--seeds 1 2`` trains fewer
-seeds, and adds them to the table of those that were run before, on this machine or on another. Runs of one rank are
-trained two in parallel, or ``--parallel N``, which is faster on two cores than one run of two processes. Scopes use two
-ranks with half the micro-batch, so that each scope ranks a different number of tokens. Re-running continues with
-unfinished runs.
+seeds, and adds them to the table of those that were run before, on this machine or on another; the table says if the
+corpora differ. Runs of one rank are trained two in parallel, or ``--parallel N``, which is faster on two cores than one
+run of two processes. Scopes use two ranks with half the micro-batch, so that each scope ranks a different number of
+tokens. Re-running continues with unfinished runs.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int]) -> No
     text = comparison_table(curves, study.baseline)
     if {"CLM", "SLM"} <= set(study.variants):
         text += f"\n\n{speedup(curves, 'SLM', 'CLM')}"
-    if len(used := sorted({curve.seed for curve in curves})) < len(SEEDS):
-        text += f"\n\nSeeds: {', '.join(map(str, used))}."
+    if len({curve.seed for curve in curves}) < len(SEEDS) or len({curve.corpora for curve in curves}) > 1:
+        text += f"\n\n{seeds_and_corpora(curves)}"
     write_text(RESULTS / f"{name}.md", f"{text}\n")
     print(f"\n{name}\n\n{text}")
     if study.plot:
@@ -125,9 +125,21 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int]) -> No
         shutil.copy(RESULTS / f"{name}.png", directory / f"{name}.png")
 
 
+def seeds_and_corpora(curves: Sequence[Curve]) -> str:
+    """Return the seeds of a table, by corpora: those of another machine are built from other packages."""
+    seeds: dict[str, set[int]] = {}
+    for curve in sorted(curves, key=lambda curve: curve.seed):
+        seeds.setdefault(curve.corpora, set()).add(curve.seed)
+    lists = {corpora or "not recorded": ", ".join(map(str, sorted(each))) for corpora, each in seeds.items()}
+    if len(lists) == 1:
+        return f"Seeds: {next(iter(lists.values()))}."
+    return f"Seeds: {'; '.join(f'{each} (corpora {corpora})' for corpora, each in lists.items())}."
+
+
 def held_out_curves(directory: Path, variants: Iterable[str], seeds: Sequence[int]) -> list[Curve]:
+    corpora = stages.corpora_digest(directory)
     return [
-        Curve(name, seed, held_out, *stages.held_out_losses(run_directory(directory, name, seed), held_out))
+        Curve(name, seed, held_out, *stages.held_out_losses(run_directory(directory, name, seed), held_out), corpora)
         for name in variants
         for seed in seeds
         for held_out in ("clean", "raw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -78,6 +79,14 @@ def tokenizer_flags(directory: Path) -> list[str]:
 def prepare_texts(data: Path) -> None:
     """Write the texts of all corpora to ``data``."""
     stage("corpora", data, [(HERE / "corpora.py").read_text(encoding="utf-8")], lambda: build_corpora(data))
+
+
+def corpora_digest(directory: Path) -> str:
+    """Return a digest of the texts, which are built from installed packages and so differ between machines."""
+    digest = hashlib.sha256()
+    for name in CORPORA:
+        digest.update((directory / "data" / f"{name}.jsonl").read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def tokenize(data: Path, tokenizer: Sequence[str], names: Sequence[str] = CORPORA) -> None:

@@ -29,6 +29,7 @@ class Curve:
     held_out: str  # name of the validation set
     tokens: list[int]
     losses: list[float]
+    corpora: str = ""  # digest of the texts, where runs come from several machines
 
 
 def mean_and_spread(

@@ -149,6 +149,8 @@ def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         stages, "held_out_losses", lambda run, held_out: ([0, 100], [5.0, len(run.name) / 10 + int(run.name[-1])])
     )
+    digests = iter(["one", "one", "one", "one", "two"])
+    monkeypatch.setattr(stages, "corpora_digest", lambda directory: next(digests))
     study = replace(studies.STUDIES["general"], plot=None)
     json, table = tmp_path / "general.json", tmp_path / "general.md"
     compare.report(tmp_path, "general", study, [1, 2, 3])
@@ -161,6 +163,19 @@ def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.Mon
     fewer = replace(study, variants=dict(list(study.variants.items())[:2]))
     compare.report(tmp_path, "general", fewer, [2])
     assert table.read_text().endswith("\n\nSeeds: 2.\n")
+    compare.report(tmp_path, "general", fewer, [1])
+    assert table.read_text().endswith("\n\nSeeds: 1 (corpora two); 2 (corpora one).\n")
+
+
+def test_digest_follows_every_corpus(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in stages.CORPORA:
+        study_corpora.write_texts(tmp_path / "data", name, ["text"])
+    digests = [stages.corpora_digest(tmp_path), stages.corpora_digest(tmp_path)]
+    for name in stages.CORPORA:
+        study_corpora.write_texts(tmp_path / "data", name, ["other"])
+        digests.append(stages.corpora_digest(tmp_path))
+    assert len(set(digests)) == 1 + len(stages.CORPORA) and digests[0] == digests[1]
 
 
 def test_domains_are_disjoint(tmp_path: Path) -> None:
