@@ -15,7 +15,7 @@ from megatron_slm.launch.cancellation import cancel
 from megatron_slm.launch.chain import read_chain, submit_chain
 from megatron_slm.launch.flags import parse_request
 from megatron_slm.launch.logs import find_log, follow, last_lines
-from megatron_slm.launch.records import JobRecord, queued_states, read_jobs
+from megatron_slm.launch.records import JobRecord, original_of, queued_states, read_jobs
 from megatron_slm.launch.status import status_of
 from megatron_slm.launch.submission import Prepared, check_idle, prepare
 from megatron_slm.runtime.errors import ConfigError
@@ -98,7 +98,12 @@ def show_logs(argv: Sequence[str]) -> None:
 def cancel_jobs(argv: Sequence[str]) -> None:
     """Cancel a run, or the stages of a chain."""
     parser = _directory_parser("cancel", "Cancel a run or chain, wait for its processes, and remove its lock.")
-    for line in cancel(_chosen(parse_strictly(parser, argv, {}))):
+    arguments = parse_strictly(parser, argv, {})
+    if (original := original_of(arguments.directory)) is not None:
+        raise ConfigError(
+            f"{arguments.directory} is a copy of {original}, whose jobs it names. Give {original} to cancel them."
+        )
+    for line in cancel(_chosen(arguments)):
         print_summary(line)
 
 

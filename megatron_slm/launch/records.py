@@ -60,7 +60,8 @@ class JobRecord:
 
 def write_chain(directory: Path, jobs: list[JobRecord]) -> None:
     """Write the record of a chain."""
-    _write(directory / CHAIN_FILE, {"kind": CHAIN_KIND, "jobs": [asdict(job) for job in jobs]})
+    content = {"kind": CHAIN_KIND, "directory": str(directory), "jobs": [asdict(job) for job in jobs]}
+    _write(directory / CHAIN_FILE, content)
 
 
 def read_jobs(directory: str | Path) -> list[JobRecord]:
@@ -81,6 +82,20 @@ def read_jobs(directory: str | Path) -> list[JobRecord]:
         f"{directory} holds no job of megatron-slm-launch (no {CHAIN_FILE} and no {RECORDS}/{JOB_FILE}). Give the "
         "directory of a run or a chain; if its files were deleted, find the job with squeue --me."
     )
+
+
+def original_of(directory: str | Path) -> Path | None:
+    """Return the directory of which ``directory`` is a copy, and whose jobs it therefore names; None if of none."""
+    root = Path(directory)
+    for name, kind, key in (
+        (CHAIN_FILE, CHAIN_KIND, "directory"),
+        (f"{RECORDS}/{JOB_FILE}", JOB_KIND, "run_dir"),
+    ):
+        if is_json_of(root / name, kind):
+            original = Path(json.loads((root / name).read_text(encoding="utf-8")).get(key, root))
+            is_copy = original.resolve() != root.resolve() and is_json_of(original / name, kind)
+            return original if is_copy else None
+    return None
 
 
 def queued_states(jobs: Sequence[JobRecord]) -> list[JobState]:

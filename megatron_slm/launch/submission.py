@@ -21,7 +21,7 @@ from megatron_slm.config.schema import RunConfig
 from megatron_slm.launch import slurm
 from megatron_slm.launch.flags import JobRequest, job_parser
 from megatron_slm.launch.quoting import check_line
-from megatron_slm.launch.records import SCRIPT_FILE, JobRecord, queued_states, read_jobs
+from megatron_slm.launch.records import SCRIPT_FILE, JobRecord, original_of, queued_states, read_jobs
 from megatron_slm.launch.script import ENDED, EXCLUDED, FAILURES, MARK, Work, render
 from megatron_slm.launch.settings import PRETRAIN, JobSettings
 from megatron_slm.runtime.errors import ConfigError
@@ -146,6 +146,8 @@ def check_idle(record: JobRecord) -> None:
         earlier = read_jobs(record.run_dir)
     except ConfigError:
         return
+    if original_of(record.run_dir) is not None:
+        return  # the jobs are those of another directory
     for state in queued_states(earlier):
         if not state.has_ended:
             raise ConfigError(

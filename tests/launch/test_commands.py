@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from megatron_slm.cli.__main__ import main as run_by_name
-from megatron_slm.launch import chain, slurm
+from megatron_slm.launch import chain, slurm, submission
 from megatron_slm.launch.chain import read_chain
 from megatron_slm.launch.command import main
 from megatron_slm.launch.records import JobRecord, read_jobs, write_chain
@@ -361,6 +361,23 @@ def test_cancel_removes_the_lock_of_the_job(tmp_path: Path, answers: Answers) ->
     outcome = run("cancel", "run")
     assert outcome.output == f"theta: job 12 is cancelled\nremoved the lock of job 12 in {run_dir}\n", outcome.errors
     assert ["scancel", "--quiet", "12"] in calls and not (run_dir / locks.LOCK_FILE).exists()
+
+
+def test_copied_directory_does_not_cancel_the_jobs_of_its_original(tmp_path: Path, answers: Answers) -> None:
+    """A job of the copy may be submitted, and a directory that was moved is still that of its job."""
+    calls = answers(squeue="12|12|RUNNING|0:01|0:59|None|n0\n", scancel="", sbatch="13\n")
+    record(tmp_path / "runs" / "theta")
+    write_chain(tmp_path / "runs", read_jobs("runs/theta"))
+    shutil.copytree("runs", "copy")
+    for copy, original in (("copy", "runs"), ("copy/theta", "runs/theta")):
+        assert f"{copy} is a copy of {tmp_path / original}, whose jobs it names" in run("cancel", copy).errors
+    assert not any(call[0] == "scancel" for call in calls)
+    submission.check_idle(replace(read_jobs("copy/theta")[0], run_dir=str(tmp_path / "copy" / "theta")))
+    with pytest.raises(ConfigError, match="is RUNNING"):
+        submission.check_idle(read_jobs("runs/theta")[0])
+    shutil.move("runs", "moved")
+    answers(squeue=["12|12|RUNNING|0:01|0:59|None|n0\n", "", ""], scancel="")
+    assert run("cancel", "moved").output == "theta: job 12 is cancelled\n"
 
 
 def test_cancel_keeps_the_lock_of_another_job(tmp_path: Path, answers: Answers) -> None:
