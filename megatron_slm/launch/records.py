@@ -60,7 +60,11 @@ class JobRecord:
 
 def write_chain(directory: Path, jobs: list[JobRecord]) -> None:
     """Write the record of a chain."""
-    content = {"kind": CHAIN_KIND, "directory": str(directory), "jobs": [asdict(job) for job in jobs]}
+    content: dict[str, object] = {
+        "kind": CHAIN_KIND,
+        "directory": str(directory),
+        "jobs": [asdict(job) for job in jobs],
+    }
     _write(directory / CHAIN_FILE, content)
 
 
