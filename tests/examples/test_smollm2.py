@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2"))
 import continue_pretraining
 import corpora
 import stages
+import study
 from evaluation_samples import choice_lines, write_requests
 
 from megatron_slm.testing.published import save_model
@@ -69,12 +70,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(stages, "run", run)
     save_model("llama-tied", tmp_path / "model")
     write_requests(tmp_path / "tasks" / "piqa.jsonl", choice_lines(2))
-    sizes = ["--steps", "4", "--reference-steps", "2", "--seq-length", "32", "--batch-size", "4", "--limit", "2"]
-    paths = ["--directory", str(tmp_path / "run"), "--model", str(tmp_path / "model")]
-    return [*paths, *sizes, "--tasks", "piqa", "--tasks-dir", str(tmp_path / "tasks")]
+    sizes = ["--steps", "4", "--reference-steps", "2", "--seq-length", "32", "--batch-size", "4"]
+    return ["--directory", str(tmp_path / "run"), "--model", str(tmp_path / "model"), *sizes]
 
 
 def test_short_version(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small += ["--limit", "2", "--tasks", "piqa", "--tasks-dir", str(tmp_path / "tasks")]
     assert continue_pretraining.main(small) == 0
     result = json.loads((tmp_path / "run" / "smollm2.json").read_text())
     assert result["comparison"]["largest_difference"] < 1e-4
@@ -87,3 +88,13 @@ def test_short_version(small: list[str], tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert continue_pretraining.main(small) == 0
     assert capsys.readouterr().out.count("already complete") == 22  # every stage is reused
+
+
+def test_studies(small: list[str], tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    small += ["--results", str(results)]
+    assert study.main(["dynamics", *small, "--tokens", "64", "--save-interval", "1"]) == 0
+    assert len(json.loads((results / "dynamics.json").read_text())["steps"]) == 4
+    assert study.main(["self-reference", *small, "--seeds", "2"]) == 0
+    table = (results / "self-reference.md").read_text()
+    assert "| union |" in table and table.endswith("Seeds: 2.\n")

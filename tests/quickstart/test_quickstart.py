@@ -145,7 +145,6 @@ def test_runs_have_a_log_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tables result from one call and from several; runs of a changed study are left out."""
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
     monkeypatch.setattr(
         stages, "held_out_losses", lambda run, held_out: ([0, 100], [5.0, len(run.name) / 10 + int(run.name[-1])])
     )
@@ -153,17 +152,17 @@ def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(stages, "corpora_digest", lambda directory: next(digests))
     study = replace(studies.STUDIES["general"], plot=None)
     json, table = tmp_path / "general.json", tmp_path / "general.md"
-    compare.report(tmp_path, "general", study, [1, 2, 3])
+    compare.report(tmp_path, "general", study, [1, 2, 3], tmp_path)
     expected = (json.read_text(), table.read_text())
     json.unlink()
-    compare.report(tmp_path, "general", study, [3, 1])
+    compare.report(tmp_path, "general", study, [3, 1], tmp_path)
     assert table.read_text().endswith("\n\nSeeds: 1, 3.\n")
-    compare.report(tmp_path, "general", study, [2])
+    compare.report(tmp_path, "general", study, [2], tmp_path)
     assert (json.read_text(), table.read_text()) == expected
     fewer = replace(study, variants=dict(list(study.variants.items())[:2]))
-    compare.report(tmp_path, "general", fewer, [2])
+    compare.report(tmp_path, "general", fewer, [2], tmp_path)
     assert table.read_text().endswith("\n\nSeeds: 2.\n")
-    compare.report(tmp_path, "general", fewer, [1])
+    compare.report(tmp_path, "general", fewer, [1], tmp_path)
     assert table.read_text().endswith("\n\nSeeds: 1 (corpora two); 2 (corpora one).\n")
 
 
