@@ -109,7 +109,7 @@ def reference_of_corpus(reference: ReferenceConfig, data: DataConfig) -> tuple[i
 
 
 def _locate_model(name: str, models: Sequence[str]) -> int:
-    found = [place for place, model in enumerate(models) if model == name]
+    found = [place for place, model in enumerate(models) if Path(model).absolute() == Path(name).absolute()]
     found = found or [place for place, model in enumerate(models) if Path(model).name == name]
     if len(found) != 1:
         problem = "is the name of several reference models" if found else "is not a reference model of the run"

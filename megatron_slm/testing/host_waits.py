@@ -20,7 +20,7 @@ TRANSPARENT = (__name__, "megatron_slm.mcore.cpu")  # modules between an operati
 ROOT = Path(__file__).parents[2]
 DATA_DEPENDENT = (  # operations whose result is a host number, or has a size that the host must know
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"),
-    *("is_nonzero", "bincount", "nonzero_numpy", "argwhere"),
+    *("is_nonzero", "bincount", "nonzero_numpy", "argwhere", "repeat_interleave"),
     "nanmedian",  # reads the number of values inside its GPU implementation
 )
 TO_HOST = (torch.Tensor.tolist, torch.Tensor.cpu)
@@ -74,8 +74,6 @@ class _Calls(TorchFunctionMode):
 
 def _waits(name: str, args: tuple[Any, ...]) -> bool:
     if name in DATA_DEPENDENT:
-        return True
-    if name == "repeat_interleave":
         return True
     if name not in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
         return False

@@ -93,5 +93,6 @@ def test_wrong_assignments_are_refused(tmp_path: Path, arguments: str, message: 
 def test_models_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     models = "a/rm b/rm"
     assert of_corpus(tmp_path, "a/rm web b/rm math b/rm code", models) == (0, 1, 1)
+    assert of_corpus(tmp_path, f"./a/rm/ web b/rm math {Path.cwd()}/b/rm code", models) == (0, 1, 1)
     with pytest.raises(ConfigError, match="rm is the name of several reference models"):
         of_corpus(tmp_path, "rm web b/rm math b/rm code", models)
