@@ -98,7 +98,7 @@ def train_one(directory: Path, name: str, variant: Variant, seed: int) -> None:
         flags += ["--reference-load", str(directory / variant.reference)]
     command = stages.training_command(directory, run.name, variant.blend, flags, processes=variant.ranks)
     log = run.with_name(f"{run.name}.log")
-    settings = [*command[1:], stages.MODEL.read_text(encoding="utf-8")]
+    settings = [*command, stages.MODEL.read_text(encoding="utf-8")]
     start = time.monotonic()
     stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log))
     print(f"   {run.name}: {format_duration(time.monotonic() - start)}, log in {log}", flush=True)

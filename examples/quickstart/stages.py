@@ -35,9 +35,9 @@ class StageFailed(Exception):
 
 
 def stage(name: str, directory: Path, settings: Sequence[str], work: Callable[[], None]) -> None:
-    """Call ``work`` unless a mark file in ``directory`` records the same settings."""
+    """Call ``work`` unless a mark file in ``directory`` records the same settings, under any interpreter."""
     mark = directory / f".{name.replace(' ', '_')}.done"
-    content = json.dumps(list(settings))
+    content = json.dumps([setting for setting in settings if setting != sys.executable])
     if mark.is_file() and mark.read_text(encoding="utf-8") == content:
         print(f"== {name}: already complete", flush=True)
         return
@@ -130,7 +130,7 @@ def training_command(
 def train(directory: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int = 2) -> None:
     """Train one run, unless it is already complete."""
     command = training_command(directory, name, [corpus_name], flags, processes)
-    settings = [*command[1:], MODEL.read_text(encoding="utf-8")]
+    settings = [*command, MODEL.read_text(encoding="utf-8")]
     stage(f"train {name}", directory / name, settings, lambda: run(command, env=single_threaded()))
 
 

@@ -157,7 +157,7 @@ def train(settings: Settings, name: str, corpus: str, steps: int, flags: Sequenc
         *("--seq-length", str(settings.seq_length), "--global-batch-size", str(settings.batch_size)),
         *("--train-iters", str(steps), "--eval-interval", str(max(1, steps // 4)), *flags),
     ]
-    text = [*command[1:], (HERE / "training.yaml").read_text(encoding="utf-8")]
+    text = [*command, (HERE / "training.yaml").read_text(encoding="utf-8")]
     stages.stage(f"train {name}", directory / name, text, lambda: stages.run(command, env=stages.single_threaded()))
 
 

@@ -60,6 +60,14 @@ def test_stage_runs_once_for_the_same_settings(tmp_path: Path) -> None:
     assert done == ["a", "b"]
 
 
+def test_stage_is_complete_for_another_path_of_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for path in ("/old/python", "/new/python"):
+        monkeypatch.setattr(sys, "executable", path)
+        stages.stage("work", tmp_path, [path, "tool.py"], lambda path=path: done.append(path))  # type: ignore[misc]
+    assert done == ["/old/python"]
+
+
 def test_failed_stage_is_not_marked_and_returns_its_exit_code(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(stages.StageFailed) as failure:
