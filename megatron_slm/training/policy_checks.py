@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_slm.config.schema import ObjectiveConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
@@ -32,23 +32,44 @@ def needs_reference(config: RunConfig) -> bool:
     return any(reference_needs(config))
 
 
+def unused_reference(config: RunConfig) -> str | None:
+    """Return a warning if a reference model is given that the score does not need; the run has none."""
+    reference = config.reference
+    if config.training.skip_train or needs_reference(config):
+        return None
+    for flag, value in (
+        ("--reference-load", " ".join(reference.reference_load)),
+        ("--reference-scores", " ".join(reference.reference_scores)),
+        ("--reference-history", reference.reference_history),
+    ):
+        if value:
+            score = config.objective.slm_score
+            return f"{flag} {value} is not used: --slm-score {score!r} needs no reference model. Leave {flag} out."
+    return None
+
+
 def corpus_ratios(config: RunConfig) -> tuple[float | None, ...]:
     """Return the selection ratio of each corpus of the training blend (None: the run's), or () if all have the run's.
+
+    With --skip-train, there is no training blend.
 
     Raises:
         ConfigError: an invalid ratio or an unknown corpus.
     """
     arguments = config.objective.slm_corpus_ratios
-    if not arguments or not selects_tokens(config):
+    if not arguments or not selects_tokens(config) or config.training.skip_train:
         return ()
     return parse_corpus_ratios(arguments, training_blend(config.data)[0], "--slm-corpus-ratios")
 
 
 def score_violations(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each setting that conflicts with the score or with another part of the policy."""
+    """Yield a message for each setting that conflicts with the score or with another part of the policy.
+
+    With --skip-train, no token is selected.
+    """
     objective, reference = config.objective, config.reference
     policy = parse_policy(objective.slm_score)
-    if not selects_tokens(config):
+    if not selects_tokens(config) or config.training.skip_train:
         return
     if needs_reference(config) and not reference.is_co_located and not reference.reference_scores:
         yield (
@@ -66,7 +87,7 @@ def score_violations(config: RunConfig) -> Iterator[str]:
         yield from _single_score("--slm-weight-temperature", objective, policy)
         yield from _needs_exact_threshold("--slm-weight-temperature", objective)
     if objective.slm_corpus_ratios:
-        corpus_ratios(config)
+        yield from _unused_curriculum(objective, corpus_ratios(config))
         yield from _run_ratio("--slm-corpus-ratios", objective, policy)
         yield from _needs_exact_threshold("--slm-corpus-ratios", objective)
     if objective.slm_ratio_gain is not None:
@@ -95,6 +116,14 @@ def _unused(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
                 f"{flag} has no effect on --slm-score {objective.slm_score!r}: it needs {needed}. Change the score, or "
                 f"leave {flag} out."
             )
+
+
+def _unused_curriculum(objective: ObjectiveConfig, ratios: Sequence[float | None]) -> Iterator[str]:
+    if objective.slm_selection_ratio_start is not None and None not in ratios:
+        yield (
+            "--slm-selection-ratio-start has no effect, since --slm-corpus-ratios gives every corpus a ratio. Leave "
+            "out a corpus that is to follow the transition, or leave --slm-selection-ratio-start out."
+        )
 
 
 def _unknown_share(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:

@@ -70,6 +70,7 @@ def test_skip_train_needs_no_training_corpus(tmp_path: Path, corpus: str) -> Non
     argv = command(corpus, save, load=save, skip_train=True, eval_iters=1, losses_only=True)
     place = argv.index("--data-path")
     without = argv[:place] + argv[place + 4 :]  # --split, too
+    without += ["--objective", "slm", "--slm-corpus-ratios", "0.5", "web"]  # nor one for the selection
     launch_each([command(corpus, save, train_iters=1, eval_iters=1), without])
     first, last = (record["loss"] for record in records(save, "eval")[-2:])
     assert first == last

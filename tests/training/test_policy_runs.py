@@ -10,6 +10,7 @@ import pytest
 from megatron_slm.config.flags import parse
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.tiny import command, launch, launch_each, losses, make_corpus, records
+from megatron_slm.training.policy_checks import corpus_ratios, unused_reference
 from megatron_slm.training.preflight import resolve_values
 
 STEPS = 4
@@ -134,6 +135,15 @@ PREDICTED = {"slm_threshold": "predicted", "slm_scope": "global-batch"}
         ),
         ({"slm_gumbel_temperature": 2}, "--slm-gumbel-temperature has no effect on --slm-score 'token-loss'"),
         ({"slm_ratio_min": 0.2}, "--slm-ratio-min 0.2 has no effect without --slm-ratio-gain"),
+        (
+            {
+                "slm_selection_ratio_start": 1,
+                "slm_selection_ratio_warmup_iters": 2,
+                "slm_corpus_ratios": ["0.4", "one_text_document", "0.9", "two_text_document"],
+            },
+            "--slm-selection-ratio-start has no effect, since --slm-corpus-ratios gives every corpus a ratio",
+        ),
+        ({"slm_selection_ratio_warmup_iters": 9}, "no effect without --slm-selection-ratio-start"),
         ({"slm_selection_ratio_style": "cosine"}, "no effect without --slm-selection-ratio-start"),
         ({"slm_selection_ratio_levels": 3}, "no effect without --slm-selection-ratio-style steps"),
         ({"slm_selection_ratio_warmup_tokens": 9}, "no effect without --slm-selection-ratio-start"),
@@ -148,3 +158,31 @@ def test_conflicting_settings_are_refused(flags: dict[str, Any], message: str, t
     with pytest.raises(ConfigError) as refusal:
         resolve_values(parse(argv).config, 1)
     assert message in str(refusal.value)
+
+
+def test_an_unused_reference_model_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "rm").mkdir()
+    cases: list[tuple[dict[str, Any], str | None]] = [
+        ({"reference_load": tmp_path / "rm"}, f"--reference-load {tmp_path / 'rm'} is not used"),
+        ({"reference_scores": ["a", "b"]}, "--reference-scores a b is not used: --slm-score 'token-loss' needs no"),
+        ({"reference_history": "start"}, "--reference-history start is not used"),
+        ({"reference_history": "start", "slm_score": "excess or random:0.1"}, None),
+        ({}, None),
+    ]
+    for flags, message in cases:
+        argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
+        warning = unused_reference(resolve_values(parse(argv).config, 1))
+        assert warning is None if message is None else message in str(warning)
+
+
+def test_an_evaluation_needs_no_reference_model_and_no_blend(tmp_path: Path) -> None:
+    """A command line of the run can be reduced to the checkpoint and the validation sets."""
+    for flags in (
+        {"slm_score": "excess"},
+        {"reference_load": [tmp_path / "no", tmp_path / "other"], "reference_corpora": ["no", "one", "other", "two"]},
+        {"slm_score": "token-loss", **CORPORA},
+    ):
+        argv = command("corpus", tmp_path / "run", objective="slm", load=tmp_path / "run", skip_train=True, **flags)
+        place = argv.index("--data-path")
+        config = resolve_values(parse(argv[:place] + argv[place + 4 :]).config, 1)
+        assert not corpus_ratios(config) and unused_reference(config) is None

@@ -38,8 +38,8 @@ def checkpoints(config: RunConfig, _: int) -> Iterator[str]:
 
 
 def reference_directory(config: RunConfig, _: int) -> Iterator[str]:
-    """Require the directories of the reference models."""
-    for path in config.reference.reference_load:
+    """Require the directories of the reference models, which an evaluation does not read."""
+    for path in () if config.training.skip_train else config.reference.reference_load:
         if not Path(path).is_dir():
             yield (
                 f"--reference-load {path}: there is no such directory. Give the --save directory of a reference model "

@@ -52,6 +52,7 @@ def curriculum(config: RunConfig, _: int) -> Iterator[str]:
         yield f"{flag}-start needs {flag}-warmup-iters or {flag}-warmup-tokens."
     is_stepped = objective.slm_selection_ratio_style == "steps"
     for other, is_used, needed in (
+        ("slm_selection_ratio_warmup_iters", has_start, f"{flag}-start"),
         ("slm_selection_ratio_warmup_tokens", has_start, f"{flag}-start"),
         ("slm_selection_ratio_style", has_start, f"{flag}-start"),
         ("slm_selection_ratio_levels", is_stepped, f"{flag}-style steps"),
