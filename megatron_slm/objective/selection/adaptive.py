@@ -59,11 +59,15 @@ class AdaptiveSelection(SelectionStrategy):
         super().__init__(inner.config, inner.device)
         assert isinstance(inner.config.policy, TopK), "checked by training.preflight"
         self.inner, self.rule, self.top_k = inner, rule, inner.config.policy
+        self.first: float | None = None  # the run's ratio, with which the adaptation began
         self.adapted: float | None = None  # ratio of the next step
         self.risk = math.nan  # of the last step
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # scores and number of selected tokens
 
     def begin_step(self, ratio: float, next_ratio: float, ranking_pass: Callable[[], Sequence[TokenBatch]]) -> bool:
+        if self.first not in (None, ratio):
+            self.adapted, self.risk = None, math.nan  # a resume changed the run's ratio, and begins with it
+        self.first = ratio
         self.ratio = ratio if self.adapted is None else self.rule.bounded(self.adapted)  # a resume may change bounds
         return self.inner.begin_step(self.ratio, self.ratio, ranking_pass)
 
@@ -96,7 +100,8 @@ class AdaptiveSelection(SelectionStrategy):
         return self.inner.selected_share()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratio": self.adapted, "risk": self.risk}
+        return {"first": self.first, "ratio": self.adapted, "risk": self.risk}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adapted, self.risk = state.get("ratio"), state.get("risk", math.nan)
+        self.first = state.get("first")  # unknown in checkpoints of earlier releases

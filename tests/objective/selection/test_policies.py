@@ -152,10 +152,10 @@ def _tokens(seed: int) -> TokenBatch:
     return TokenBatch(loss, torch.rand(B, S, generator=chance) < 0.9, index, index)
 
 
-def _adapt(strategy: AdaptiveSelection, steps: range) -> list[float]:
+def _adapt(strategy: AdaptiveSelection, steps: range, ratio: float = 0.5) -> list[float]:
     ratios = []
     for step in steps:
-        strategy.begin_step(0.5, 0.5, list)
+        strategy.begin_step(ratio, ratio, list)
         for number in range(2):
             strategy.select(number, _tokens(2 * step + number))
         strategy.end_step()
@@ -187,6 +187,9 @@ def test_adaptive_ratio_follows_the_definition_and_resumes() -> None:
     _adapt(first, range(4))
     second.load_state_dict(first.state_dict())
     assert _adapt(second, range(4, 8)) == _adapt(first, range(4, 8))
+    changed = build()
+    changed.load_state_dict(first.state_dict())
+    assert _adapt(changed, range(4), 0.7) == _adapt(build(), range(4), 0.7)
 
 
 @pytest.mark.parametrize("risk", [math.nan, math.inf, -math.inf])
