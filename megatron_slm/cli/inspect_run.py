@@ -96,12 +96,14 @@ def _show_step(
 
     step = arguments.step
     samples = run.samples(step)
-    selections, place = recorded_samples(run.config, step, arguments.replay_report)
+    selections, place = recorded_samples(run.config, step, samples, arguments.replay_report)
     sources = list(run.sources(step))
     shares = corpus_shares(sources, selections)
     console.print(f"step {step} reads the samples {samples.start:,} to {samples.stop - 1:,}", markup=False)
     if step > (reached := run.saved.milestones[-1][0]):
-        console.print(f"the newest checkpoint is of step {reached:,}; later steps are those of the planned order")
+        console.print(
+            f"the {_chosen(arguments)} checkpoint is of step {reached:,}; later steps are those of the planned order"
+        )
     if step in run.config.training.iterations_to_skip:
         console.print("the step was not trained on (--iterations-to-skip)")
     total, known = sum(share.tokens for share in shares), [share.selected or 0 for share in shares]
@@ -114,7 +116,11 @@ def _show_step(
         console.print(line, markup=False)
     metrics = recorded_metrics(run.config, step)
     if metrics is not None:
-        console.print(f"logged: loss {metrics['loss']:.4f}, selected {metrics['share_selected']:.1%} of all tokens")
+        interval = run.config.logging.log_interval
+        means = "" if interval == 1 else f" (means of up to {interval} steps)"
+        console.print(
+            f"logged{means}: loss {metrics['loss']:.4f}, selected {metrics['share_selected']:.1%} of all tokens"
+        )
     console.print(f"selected tokens: {place}", markup=False)
     for line in _shortened(_sample_lines(sources, tokenizer), len(samples), arguments.max_samples):
         console.print(line, markup=False)
@@ -138,14 +144,21 @@ def _show_document(
     steps = list(dict.fromkeys(step for step, _ in found))
     console.print(
         f"document {document} of {corpus}: read in {len(steps)} of the {run.length.iterations:,} steps, "
-        f"{sum(step <= reached for step in steps)} of them by step {reached:,}, the newest checkpoint",
+        f"{sum(step <= reached for step in steps)} of them by step {reached:,}, the {_chosen(arguments)} "
+        "checkpoint",
         markup=False,
     )
+    if skipped := [step for step in steps if step in run.config.training.iterations_to_skip]:
+        console.print(f"steps that were not trained on (--iterations-to-skip): {', '.join(map(str, skipped))}")
     lines = ([f"step {step}, sample {source.sample:,}: {_place(source, tokenizer)}"] for step, source in found)
     for line in _shortened(lines, len(found), arguments.max_samples):
         console.print(line, markup=False)
     occurrences = [{"step": step, **_source_record(source, tokenizer)} for step, source in found]
     return {"document": document, "corpus": corpus, "newest_step": reached, "occurrences": occurrences}
+
+
+def _chosen(arguments: argparse.Namespace) -> str:
+    return "newest" if arguments.ckpt_step is None else "chosen"
 
 
 def _parse_document(text: str) -> tuple[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.checkpoint.source import find_source
+from megatron_slm.config.checkpoint_files import TRACKER
 from megatron_slm.config.paths import events_file, metrics_file
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.corpus.index import bin_path, read_index
@@ -68,8 +69,11 @@ class Provenance:
 
     @property
     def config(self) -> RunConfig:
-        """Return the configuration of the run."""
-        return self.saved.config
+        """Return the configuration of the run, with the directory in which it is now."""
+        saved, directory = self.saved.config, self.saved.directory.parent
+        if not (directory / TRACKER).exists():
+            return saved
+        return replace(saved, checkpoint=replace(saved.checkpoint, save=str(directory)))
 
     def samples(self, step: int) -> range:
         """Return the numbers of the samples that a step reads.
@@ -198,16 +202,19 @@ def corpus_shares(sources: Sequence[Source], recorded: Sequence[Record] | None) 
     return shares
 
 
-def recorded_samples(config: RunConfig, step: int, report: str | None) -> tuple[list[Record] | None, str]:
+def recorded_samples(
+    config: RunConfig, step: int, samples: range, report: str | None
+) -> tuple[list[Record] | None, str]:
     """Return the samples of a step with their selected tokens and the file that has them, or None and a remedy.
 
     Args:
         config: configuration of the run.
         step: the step.
+        samples: numbers of its samples.
         report: file of --replay-report; None searches the events of the run.
 
     Raises:
-        ConfigError: the report cannot be read, or belongs to another step.
+        ConfigError: the report cannot be read, or belongs to another step or run.
     """
     if report is not None:
         content = _read_report(report)
@@ -216,15 +223,25 @@ def recorded_samples(config: RunConfig, step: int, report: str | None) -> tuple[
                 f"--replay-report {report} is the report of step {content.get('step')}, and --step is {step}. Repeat "
                 f"step {step} with --replay-step {step} --replay-report FILE."
             )
+        if not _has_all(content, samples):
+            raise ConfigError(
+                f"--replay-report {report} has other samples than step {step} of this run, {samples.start} to "
+                f"{samples.stop - 1}. Give a report of this run."
+            )
         return content["samples"], report
     file = events_file(config)
     events = [event for event in read_records(file) if event["step"] == step and event["kind"] == "event"]
-    if events:
+    if events and _has_all(events[-1], samples):
         return events[-1]["samples"], str(file)
     return None, (
         "the run did not record the selection of each sample. To compute it, add --replay-step "
         f"{step} --replay-report FILE to the command of the run, and give --replay-report FILE here"
     )
+
+
+def _has_all(record: Record, samples: range) -> bool:
+    """Return whether a report or an event has all samples of a step."""
+    return {each["sample"] for each in record["samples"]}.issuperset(samples)
 
 
 def _read_report(path: str) -> Record:

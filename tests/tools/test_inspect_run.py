@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,24 @@ def test_unrecorded_selection_has_a_remedy(workspace: Path) -> None:
     assert outcome.output.count("sample ") == 1
 
 
+def test_a_moved_run_has_its_own_metrics(workspace: Path) -> None:
+    """Another run may have taken the former directory."""
+    moved, step = workspace / "moved", ["--step", "5", "--max-samples", "1"]
+    shutil.copytree(workspace / "run", moved)
+    lines = (moved / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = [json.dumps({**json.loads(line), "loss": 1.25}) + "\n" for line in lines]
+    (moved / "metrics.jsonl").write_text("".join(changed), encoding="utf-8")
+    argvs = [["--load", str(directory), *step] for directory in (moved, workspace / "run")]
+    outcomes = run_each(*argvs, main=inspect_run.main)
+    assert "logged: loss 1.2500" in outcomes[0].output and "loss 1.2500" not in outcomes[1].output
+
+
 def test_refusals(workspace: Path) -> None:
     report, other = workspace / "other.json", workspace / "text.json"
     report.write_text(json.dumps({"kind": "replay", "step": 4, "samples": []}), encoding="utf-8")
     other.write_text("text", encoding="utf-8")
+    foreign = workspace / "foreign.json"
+    foreign.write_text(json.dumps({"kind": "replay", "step": 5, "samples": []}), encoding="utf-8")
     broken = [workspace / f"broken-{number}.json" for number in range(3)]
     for path, samples in zip(broken, (None, [1], [{"sample": 64, "tokens": "x", "selected": 1}]), strict=True):
         path.write_text(json.dumps({"kind": "replay", "step": 5, "samples": samples}), encoding="utf-8")
@@ -130,6 +145,7 @@ def test_refusals(workspace: Path) -> None:
         (["--document", "one_text_document:8"], "the documents 0 to 7"),
         (["--step", "5", "--replay-report", str(report)], "is the report of step 4"),
         (["--step", "5", "--replay-report", str(other)], "is not a report of --replay-step"),
+        (["--step", "5", "--replay-report", str(foreign)], "has other samples than step 5 of this run, 64 to 79"),
         *((["--step", "5", "--replay-report", str(path)], "is not a report of --replay-step") for path in broken),
         (["--step", "5", "--json", str(workspace / "no" / "a.json")], "does not exist. Create it"),
         (["--step", "5", "--json", str(other)], "was not written by megatron_slm"),
