@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_slm.runtime.groups import Groups
     from megatron_slm.tokenizers.base import Tokenizer
 
+RATIO = 0.6  # selected share by default
 RESULT, PLOT, LOSSES = "dynamics.json", "dynamics.png", "losses"  # in the output directory
 
 
@@ -47,7 +48,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, nargs="+", metavar="N", help="checkpoints to analyze; default all complete ones")
     add("--tokens", type=int, default=320_000, help="number of tokens, from the beginning of the corpus [320000]")
     add("--seq-length", type=int, help="tokens of a window; default that of the run")
-    add("--slm-selection-ratio", type=float, default=0.6, help="fraction of the tokens to select by excess loss [0.6]")
+    add("--slm-selection-ratio", type=float, help=f"fraction of the tokens to select by excess loss [{RATIO}]")
     add("--batch-size", type=int, default=8, help="sequences per data-parallel rank and forward pass [8]")
     add("--precision", choices=PARAMS_DTYPES, help="precision of the models; default that of their training runs")
     add_layout_flags(add)
@@ -55,10 +56,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parse_strictly(parser, argv, {})
     least = {"tokens": arguments.tokens, "batch-size": arguments.batch_size, "seq-length": arguments.seq_length}
     problems = [f"--{n} is {v}, and must be above 0." for n, v in least.items() if v is not None and v < 1]
-    if not 0 < arguments.slm_selection_ratio <= 1:
-        problems.append(f"--slm-selection-ratio is {arguments.slm_selection_ratio}, and must be in (0, 1].")
-    if arguments.reference_ckpt_step is not None and arguments.reference_load is None:
-        problems.append("--reference-ckpt-step has no effect without --reference-load. Add it, or leave it out.")
+    ratio = arguments.slm_selection_ratio
+    if ratio is not None and not 0 < ratio <= 1:
+        problems.append(f"--slm-selection-ratio is {ratio}, and must be in (0, 1].")
+    for name, value in (("reference-ckpt-step", arguments.reference_ckpt_step), ("slm-selection-ratio", ratio)):
+        if value is not None and arguments.reference_load is None:
+            problems.append(f"--{name} has no effect without --reference-load. Add it, or leave it out.")
     refuse(problems)
     return arguments
 
@@ -124,7 +127,7 @@ def _collect(
         losses=np.stack(losses).astype(np.float64),
         categories=categories,
         reference=reference,
-        ratio=arguments.slm_selection_ratio,
+        ratio=arguments.slm_selection_ratio or RATIO,
     )
     settings = {name: getattr(arguments, name) for name in ("load", "data_path", "reference_load", "precision")}
     return trajectories, {**settings, "tokens": len(tokens.labels), "seq_length": tokens.window}

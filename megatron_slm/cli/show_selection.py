@@ -18,6 +18,7 @@ from megatron_slm.config.flags import Parser, parse_strictly
 from megatron_slm.config.paths import expand_user
 from megatron_slm.config.schema import ParallelConfig, RunConfig
 from megatron_slm.config.schema.training import PARAMS_DTYPES
+from megatron_slm.config.selection import selects_tokens
 from megatron_slm.config.tokenizer_flags import add_tokenizer_flags, given_tokenizer_settings
 from megatron_slm.runtime.errors import ConfigError, UnusableFileError, refuse
 from megatron_slm.runtime.reporting import run_command
@@ -58,6 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     least = {"micro_batch_size": 1, "max_tokens": 0, "seq_length": 1, "stride": 1, "ckpt_step": 0}
     given = {name: getattr(arguments, name) for name in least}
     ratio = arguments.slm_selection_ratio
+    of_reference = {"ckpt-step": arguments.reference_ckpt_step, "precision": arguments.reference_precision}
     refuse(
         [
             *(
@@ -66,7 +68,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                 if value is not None and value < least[name]
             ),
             *([] if ratio is None or 0 < ratio <= 1 else [f"--slm-selection-ratio is {ratio}, and must be in (0, 1]."]),
-            *(["Give either --all-steps or --ckpt-step."] if arguments.all_steps and given["ckpt_step"] else []),
+            *(
+                ["Give either --all-steps or --ckpt-step."]
+                if arguments.all_steps and given["ckpt_step"] is not None
+                else []
+            ),
+            *(
+                f"--reference-{name} has no effect without {REFERENCE}. Add it, or leave it out."
+                for name, value in of_reference.items()
+                if value is not None and arguments.reference_load is None
+            ),
         ]
     )
     return arguments
@@ -179,7 +190,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     from megatron_slm.analysis.selection_view import JSON_FLAG, is_selection_file
     from megatron_slm.runtime.files import check_output_file
 
-    if arguments.html and arguments.html == arguments.json:
+    if arguments.html and arguments.json and Path(arguments.html).resolve() == Path(arguments.json).resolve():
         raise ConfigError(f"{HTML_FLAG} and {JSON_FLAG} are the same file. Choose another path for one of them.")
     tests = ((HTML_FLAG, arguments.html, page_test(NAME)), (JSON_FLAG, arguments.json, is_selection_file))
     for flag, path, is_ours in tests:
@@ -269,8 +280,8 @@ def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, 
     label = run_name(source.directory) + ("" if number is None else f" step {number:,}")
     ratio = arguments.slm_selection_ratio or selection_ratio(objective, number or 0, consumed)
     policy = arguments.slm_score or objective.slm_score
-    if objective.objective == "clm" and arguments.slm_selection_ratio is None:
-        notice(f"{label} was trained on all tokens; the selection is shown for {policy} with k = {ratio:g}")
+    if not selects_tokens(config) and arguments.slm_selection_ratio is None:
+        notice(f"{label} was trained without selection; the selection is shown for {policy} with k = {ratio:g}")
     if arguments.slm_selection_ratio is None and (objective.slm_ratio_gain or objective.slm_corpus_ratios):
         notice(f"the ratio of {label} adapts or differs between corpora; the selection is shown with k = {ratio:g}")
     return Choice(path, step, source, label, config, policy, ratio)

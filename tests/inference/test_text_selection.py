@@ -90,6 +90,16 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
         "holds no text": [*models, "--input", str(tmp_path / "empty.txt"), "--json-key", "text"],
         "it has no token to score": [*models, "--input", str(tmp_path / "empty.txt")],
         "must be at most 64": [*models, *good, "--seq-length", "65"],
+        "are the same file": [
+            *models,
+            *good,
+            "--html",
+            str(tmp_path / "a"),
+            "--json",
+            str(tmp_path / "cut" / ".." / "a"),
+        ],
+        "either --all-steps or --ckpt-step": [*models, *good, "--all-steps", "--ckpt-step", "0"],
+        "--reference-precision has no effect": ["--load", theta, *good, "--reference-precision", "fp32"],
         "must be in (0, 1]": [*models, *good, "--slm-selection-ratio", "1.5"],
         "model was trained with": [*models, *good, "--tokenizer-type", "NullTokenizer", "--vocab-size", "300"],
     }

@@ -89,6 +89,7 @@ def test_refusals(workspace: Path) -> None:
         (flags(workspace, "no", tokens=0), "--tokens is 0, and must be above 0"),
         (flags(workspace, "no", **{"slm-selection-ratio": 0}), "must be in (0, 1]"),
         (flags(workspace, "no", **{"reference-ckpt-step": 1}), "no effect without --reference-load"),
+        (flags(workspace, "no", **{"slm-selection-ratio": 0.3}), "no effect without --reference-load"),
         (flags(workspace, "foreign"), "exists and was not written by megatron_slm"),
     ]
     for (_, message), outcome in zip(cases, run(*(argv for argv, _ in cases)), strict=True):
