@@ -124,7 +124,7 @@ def _draw_lines(panel: Axes, metric: Metric, runs: Sequence[RunFiles], axis: str
                 points.x,
                 points.y,
                 color=color,
-                label=" ".join(part for part in (run.name if len(runs) > 1 else "", label) if part),
+                label=_plain(" ".join(part for part in (run.name if len(runs) > 1 else "", label) if part)),
                 linestyle=LINE_STYLES[style % len(LINE_STYLES)],
                 linewidth=1.4,
                 marker="o" if len(points.x) <= FEW else None,
@@ -136,7 +136,7 @@ def _dress(panel: Axes, name: str, axis: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     unit = "loss" if "loss" in name else name
-    panel.set_title(name, fontsize=10)
+    panel.set_title(_plain(name), fontsize=10)
     panel.set_xlabel(axis)
     panel.set_ylabel(UNITS.get(unit, ""))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -144,6 +144,11 @@ def _dress(panel: Axes, name: str, axis: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     if any(panel.get_legend_handles_labels()[1]):
         panel.legend(frameon=False, fontsize=8)
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib shows as it is: without formulas, and in legends also with a leading underscore."""
+    return (" " * text.startswith("_") + text).replace("$", r"\$")
 
 
 def smooth(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:

@@ -112,12 +112,12 @@ def _line(label: str, series: Series, axis: str) -> Line:
 
 
 def _marks(run: RunFiles, axis: str) -> list[tuple[float, str]]:
-    """Return the steps of events, as positions on the axis."""
-    tokens = run.columns.tokens_by_step() if run.events else {}
-    return [
-        (tokens.get(event["step"], 0) if axis == TOKENS else event["step"], str(event.get("message", "")))
-        for event in run.events
-    ]
+    """Return the steps of events, as positions on the axis; tokens between logged steps are interpolated."""
+    steps = [float(event["step"]) for event in run.events]
+    logged = sorted(run.columns.tokens_by_step().items()) if steps and axis == TOKENS else []
+    known, tokens = zip(*logged, strict=True) if logged else ((), ())
+    positions = np.interp(steps, known, tokens).tolist() if logged else steps
+    return [(at, str(event.get("message", ""))) for at, event in zip(positions, run.events, strict=True)]
 
 
 def _summary(runs: Sequence[RunFiles]) -> list[Row]:

@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         help="metrics, as in metrics.jsonl: loss, eval/loss of all validation sets, eval/SET/loss of one, task/NAME; "
-        "default the losses, grad_norm, lr, share_selected and threshold",
+        "default the losses, grad_norm, lr, share_selected and threshold, or all of runs without these",
     )
     add("--x", choices=("steps", "tokens"), default="steps", help="x axis")
     add(
@@ -85,4 +85,4 @@ def chosen_metrics(runs: Sequence[RunFiles], names: Sequence[str] | None) -> lis
             close = difflib.get_close_matches(name, known, 1)
             hint = f"Did you mean {close[0]}? " if close else ""
             raise ConfigError(f"--metrics {name}: no run has this metric. {hint}They have {', '.join(known)}.")
-    return present
+    return present or known

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from megatron_slm.analysis.metric_columns import Metrics
 from megatron_slm.analysis.metrics_plot import smooth
 from megatron_slm.analysis.run_files import read_run, read_runs
-from megatron_slm.analysis.svg_chart import Chart, Line, draw_chart, reduce_points, short_number, ticks
+from megatron_slm.analysis.svg_chart import BOX, Chart, Line, draw_chart, reduce_points, short_number, ticks
 from megatron_slm.cli.plot_metrics import main as plot_main
 from megatron_slm.cli.report import main as report_main
 from megatron_slm.config.recipe import dump_config, with_settings
@@ -145,6 +147,31 @@ def test_metrics_are_plotted_by_name(tmp_path: Path) -> None:
     ):
         result = captured([*runs, *flags], plot_main)
         assert result.code == 2 and message in result.errors, result
+
+
+def test_runs_without_training_metrics_are_plotted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [{"kind": "task", "step": 0, "tokens": 0, "set": "gsm8k", "accuracy": 0.5}])
+    result = captured([str(run), "--output", str(tmp_path / "plot.svg")], plot_main)
+    assert result.code == 0 and (tmp_path / "plot.svg").exists(), result.errors
+
+
+def test_legends_have_the_names_of_runs(tmp_path: Path) -> None:
+    """Matplotlib hides labels with a leading underscore, and reads text between dollar signs as a formula."""
+    runs = [str(make_run(tmp_path / name, [record(1), record(2)])) for name in ("_first", "a$b$")]
+    with plt.rc_context({"svg.fonttype": "none"}):
+        result = captured([*runs, "--output", str(tmp_path / "p.svg"), "--metrics", "loss"], plot_main)
+    assert result.code == 0, result.errors
+    plot = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert "_first" in plot and "a$b$" in plot
+
+
+def test_events_between_logged_steps_are_marked_at_their_tokens(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(step) for step in (10, 20)])
+    (run / "events.jsonl").write_text(json.dumps({**SPIKE, "step": 15}) + "\n")
+    for axis in ("steps", "tokens"):
+        assert captured([str(run), "--x", axis], report_main).code == 0
+        marks = re.findall(r'class="mark" d="M([\d.]+) ', (run / "report.html").read_text(encoding="utf-8"))
+        assert [float(mark) for mark in marks] == [(BOX[0] + BOX[1]) / 2] * 2, axis
 
 
 def test_long_lines_keep_their_extremes() -> None:
