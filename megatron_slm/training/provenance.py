@@ -24,7 +24,7 @@ from megatron_slm.runtime.errors import ConfigError, read_error
 from megatron_slm.runtime.metrics_file import read_records, training_record
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import SavedRun, read_saved_run
-from megatron_slm.training.run_length import RunLength
+from megatron_slm.training.run_length import Milestone, RunLength
 from megatron_slm.training.sample_orders import OrderBuilder, SampleOrder
 
 Record = dict[str, Any]
@@ -65,7 +65,8 @@ class Provenance:
         if saved.config.data.mock_data:
             raise ConfigError(f"{flag} {load}: the run trained on mock data, which has no documents.")
         length = RunLength.from_config(saved.config, saved.milestones)
-        return cls(saved, length, OrderBuilder(saved.config.data, tokenizer, {}))
+        run = cls(saved, length, OrderBuilder(saved.config.data, tokenizer, {}))
+        return replace(run, length=replace(run.length, milestones=_logged_milestones(run.config, saved.milestones)))
 
     @property
     def config(self) -> RunConfig:
@@ -131,6 +132,17 @@ class Provenance:
             return self.builder.build(order)
         except ConfigError as error:
             raise ConfigError(f"--load {self.saved.directory}: {str(error).rstrip('.')}. Restore it.") from error
+
+
+def _logged_milestones(config: RunConfig, milestones: Sequence[Milestone]) -> tuple[Milestone, ...]:
+    """Return the milestones of a run with those of its metrics, since a batch size may have changed between resumes."""
+    length, last = config.model.seq_length, milestones[-1][0]
+    records = (record for record in read_records(metrics_file(config)) if record["kind"] == "train")
+    logged = {record["step"]: int(record.get("tokens", 0)) for record in records if 0 < record["step"] <= last}
+    if any(logged.get(step, samples * length) != samples * length for step, samples in milestones):
+        return tuple(milestones)  # metrics of another run
+    found = {step: tokens // length for step, tokens in logged.items()} | dict(milestones)
+    return tuple(sorted(found.items()))
 
 
 def _prefixes(order: SampleOrder) -> list[str]:

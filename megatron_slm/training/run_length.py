@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,9 +48,8 @@ class RunLength:
         step, consumed = self.milestones[-1]
         if iteration >= step:
             return self.sizes.consumed_after(iteration - step, consumed)
-        (first, start), (last, stop) = next(
-            pair for pair in itertools.pairwise(self.milestones) if pair[0][0] <= iteration < pair[1][0]
-        )
+        place = bisect_right(self.milestones, iteration, key=lambda milestone: milestone[0])
+        (first, start), (last, stop) = self.milestones[place - 1 : place + 1]
         if self.sizes.consumed_after(last - first, start) == stop:  # with the present batch sizes
             return self.sizes.consumed_after(iteration - first, start)
         return start + (stop - start) * (iteration - first) // (last - first)

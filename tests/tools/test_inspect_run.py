@@ -126,6 +126,23 @@ def test_a_moved_run_has_its_own_metrics(workspace: Path) -> None:
     assert "logged: loss 1.2500" in outcomes[0].output and "loss 1.2500" not in outcomes[1].output
 
 
+def test_batch_sizes_that_grew_before_a_resume_are_those_of_the_metrics(workspace: Path, tmp_path: Path) -> None:
+    """The resumed run has a constant batch size."""
+    save = ["--save", str(tmp_path / "run")]
+    growing = [*blend(workspace, train_iters=5, exit_interval=4, rampup_batch_size=[8, 8, 16]), *save]
+    launch_each([growing, [*blend(workspace, train_iters=5, load=tmp_path / "run"), *save]])
+    ends = [0, *(record["tokens"] // LENGTH for record in records(tmp_path / "run"))]
+    assert ends[1] - ends[0] < ends[4] - ends[3]
+    paths = [tmp_path / f"{step}.json" for step in range(1, 6)]
+    argvs = [
+        ["--load", str(tmp_path / "run"), "--step", str(step), "--json", str(path)]
+        for step, path in enumerate(paths, 1)
+    ]
+    for path, start, stop, outcome in zip(paths, ends, ends[1:], run_each(*argvs, main=inspect_run.main), strict=False):
+        assert outcome.code == 0, outcome.errors
+        assert json.loads(path.read_text(encoding="utf-8"))["samples"] == [start, stop]
+
+
 def test_refusals(workspace: Path) -> None:
     report, other = workspace / "other.json", workspace / "text.json"
     report.write_text(json.dumps({"kind": "replay", "step": 4, "samples": []}), encoding="utf-8")
