@@ -48,7 +48,7 @@ from megatron_slm.runtime.groups import Groups
 from megatron_slm.runtime.health.progress import progress as health
 from megatron_slm.scores.quantization import Quantization
 from megatron_slm.scores.sets import recorded_tokenizer
-from megatron_slm.scores.sidecar import ContextRule, ScoresHeader, sidecar_path
+from megatron_slm.scores.sidecar import ContextRule, ScoresHeader, check_paths_differ, sidecar_path
 from megatron_slm.scores.writer import (
     Progress,
     SidecarWriter,
@@ -94,6 +94,7 @@ class ScoringJob:
         check_output_prefix(self.name, "--reference-scores", directory_allowed=True)
         if (problem := sidecar_name_problem(self.name)) is not None:
             raise ConfigError(problem)
+        check_paths_differ(self.corpora, self.name)
 
     def source(self) -> CheckpointSource:
         """Return the checkpoint of the reference model."""

@@ -25,6 +25,7 @@ from megatron_slm.scores.sidecar import (
     TOOL,
     ScoresHeader,
     Sidecar,
+    check_paths_differ,
     read_header,
     rescore_command,
     sidecar_path,
@@ -94,6 +95,7 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
     found: Headers = {}
     for name in reference.reference_scores:
         prefixes = [prefix for prefix, names in named.items() if name in names]
+        check_paths_differ(prefixes, name)
         first = sidecar_path(prefixes[0], name)
         for prefix in prefixes:
             path = sidecar_path(prefix, name)

@@ -141,6 +141,18 @@ def sidecar_path(prefix: str, name: str) -> Path:
     return directory / f"{corpus.name}.{Path(name).name}.scores"
 
 
+def check_paths_differ(prefixes: Iterable[str], name: str) -> None:
+    """Raise ConfigError if two corpora have the same sidecar: in a directory of their own, it has the corpus's name."""
+    owners: dict[Path, str] = {}
+    for prefix in prefixes:
+        if (other := owners.setdefault(sidecar_path(prefix, name), prefix)) != prefix:
+            raise ConfigError(
+                f"{FLAG} {name}: the corpora {other} and {prefix} have the same name, and thus the same sidecar "
+                f"{sidecar_path(prefix, name)}. Give the name without a directory, so that sidecars are beside the "
+                "corpora, or rename a corpus."
+            )
+
+
 def partial_path(path: Path) -> Path:
     """Return the temporary path of a sidecar that is being written."""
     return path.with_name(f"{path.name}.partial")

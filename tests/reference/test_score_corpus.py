@@ -29,7 +29,8 @@ def argv(directory: Path, corpus: Path, **flags: Any) -> list[str]:
         "reference_scores": "new",
     }
     values |= flags
-    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    words = {name: value if isinstance(value, list) else [str(value)] for name, value in values.items()}
+    return [part for name, given in words.items() for part in (f"--{name.replace('_', '-')}", *given)]
 
 
 def test_score_then_train(workspace: Path) -> None:
@@ -55,6 +56,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"pipeline_model_parallel_size": -1}, "--pipeline-model-parallel-size is -1"),
     ({"slm_hang_timeout": -1}, "--slm-hang-timeout is -1, and must be at least 0"),
     ({"reference_scores": "rm.scores"}, "--reference-scores rm.scores: omit the suffix .scores"),
+    ({"data_path": ["/a/x", "/b/x"], "reference_scores": "/fast/rm"}, "/a/x and /b/x have the same name, and thus the"),
     ({"score_bytes": 1}, "--score-bytes is not supported. Values have two bytes; leave the flag out."),
     ({"score_byte": 2}, "unknown flag --score-byte"),
     ({"tensor_model_parallel_size": 2}, "1 processes were started"),

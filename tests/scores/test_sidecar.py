@@ -18,7 +18,15 @@ from megatron_slm.corpus.fingerprints import BLOCK, BLOCKS, files_fingerprint
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.quantization import Quantization
 from megatron_slm.scores.sets import Headers, verify_scores
-from megatron_slm.scores.sidecar import HEADER_BYTES, ContextRule, ScoresHeader, Sidecar, read_header, sidecar_path
+from megatron_slm.scores.sidecar import (
+    HEADER_BYTES,
+    ContextRule,
+    ScoresHeader,
+    Sidecar,
+    check_paths_differ,
+    read_header,
+    sidecar_path,
+)
 from megatron_slm.scores.writer import (
     Progress,
     SidecarWriter,
@@ -173,6 +181,14 @@ def test_sidecar_paths() -> None:
     assert sidecar_path("data/corpus.v2", "rm") == Path("data/corpus.v2.rm.scores")
     assert sidecar_path("data/corpus", "./rm") == Path("corpus.rm.scores")
     assert sidecar_path("/a/corpus", "/b/c/rm") == Path("/b/c/corpus.rm.scores")
+
+
+def test_corpora_of_one_name_have_no_common_sidecar() -> None:
+    corpora = ["web/train", "math/train"]
+    check_paths_differ(corpora, "rm")
+    check_paths_differ(["web/a", "math/b"], "/fast/rm")
+    with pytest.raises(ConfigError, match="web/train and math/train have the same name, and thus the same sidecar"):
+        check_paths_differ(corpora, "/fast/rm")
 
 
 @pytest.mark.parametrize(
