@@ -90,10 +90,13 @@ class Provenance:
         """Yield the documents of a step's samples in the order of the samples.
 
         Raises:
-            ConfigError: a corpus is missing, or its content has changed.
+            ConfigError: a corpus is missing, or its content has changed, or the step read mock data.
         """
         samples = self.samples(step)
-        dataset = self._dataset(self._order(samples.start))
+        order = self._order(samples.start)
+        if order.is_mock:
+            raise ConfigError(f"--step {step}: the run trained on mock data in this step, which has no documents.")
+        dataset = self._dataset(order)
         for sample in samples:
             for span in document_spans(dataset, sample):
                 yield _source(sample, span)

@@ -143,6 +143,19 @@ def test_batch_sizes_that_grew_before_a_resume_are_those_of_the_metrics(workspac
         assert json.loads(path.read_text(encoding="utf-8"))["samples"] == [start, stop]
 
 
+def test_steps_on_mock_data_have_no_documents(workspace: Path, tmp_path: Path) -> None:
+    resumed = [*blend(workspace, train_iters=2, load=tmp_path), "--save", str(tmp_path)]
+    mock = ["--mock-data", *resumed, "--exit-interval", "1"]
+    for name, count in (("--data-path", 4), ("--valid-data-path", 1), ("--split", 1)):
+        place = mock.index(name)
+        del mock[place : place + 1 + count]
+    launch_each([mock, resumed])
+    argvs = [["--load", str(tmp_path), *argv] for argv in (["--step", "1"], ["--document", "one_text_document:1"])]
+    step, document = run_each(*argvs, main=inspect_run.main)
+    assert step.code == 2 and "--step 1: the run trained on mock data in this step" in step.errors
+    assert document.code == 0 and "of the 2 steps" in document.output
+
+
 def test_refusals(workspace: Path) -> None:
     report, other = workspace / "other.json", workspace / "text.json"
     report.write_text(json.dumps({"kind": "replay", "step": 4, "samples": []}), encoding="utf-8")
