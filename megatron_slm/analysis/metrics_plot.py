@@ -147,8 +147,11 @@ def _dress(panel: Axes, name: str, axis: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return a text that matplotlib shows as it is: without formulas, and in legends also with a leading underscore."""
-    return (" " * text.startswith("_") + text).replace("$", r"\$")
+    """Return a text that matplotlib shows as it is: without formulas, and in legends also with a leading underscore.
+
+    Characters of names that are not UTF-8 become question marks.
+    """
+    return (" " * text.startswith("_") + text).replace("$", r"\$").encode(errors="replace").decode()
 
 
 def smooth(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:

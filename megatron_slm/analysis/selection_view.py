@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.runtime.files import is_json_of, write_text
+from megatron_slm.runtime.files import is_json_of, write_bytes
 
 JSON_FLAG = "--json"
 KIND = "selection"
@@ -109,7 +109,8 @@ def write_json(view: SelectionView, path: str) -> None:
         "checkpoints": [_checkpoint(view, each) for each in view.checkpoints],
     }
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    write_text(path, text + "\n", JSON_FLAG, is_ours=is_selection_file)
+    # directories may have names that are not UTF-8: their surrogates become escapes of JSON
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"), JSON_FLAG, is_ours=is_selection_file)
 
 
 def _checkpoint(view: SelectionView, checkpoint: CheckpointTokens) -> dict[str, Any]:

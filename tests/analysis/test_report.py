@@ -155,14 +155,15 @@ def test_runs_without_training_metrics_are_plotted(tmp_path: Path) -> None:
     assert result.code == 0 and (tmp_path / "plot.svg").exists(), result.errors
 
 
-def test_legends_have_the_names_of_runs(tmp_path: Path) -> None:
-    """Matplotlib hides labels with a leading underscore, and reads text between dollar signs as a formula."""
+def test_legends_have_the_names_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib hides labels with a leading underscore, reads text between dollar signs, and refuses surrogates."""
     runs = [str(make_run(tmp_path / name, [record(1), record(2)])) for name in ("_first", "a$b$")]
+    monkeypatch.chdir(make_run(tmp_path / "c\udce9", [record(1)]))
     with plt.rc_context({"svg.fonttype": "none"}):
-        result = captured([*runs, "--output", str(tmp_path / "p.svg"), "--metrics", "loss"], plot_main)
+        result = captured([*runs, ".", "--output", str(tmp_path / "p.svg"), "--metrics", "loss"], plot_main)
     assert result.code == 0, result.errors
     plot = (tmp_path / "p.svg").read_text(encoding="utf-8")
-    assert "_first" in plot and "a$b$" in plot
+    assert "_first" in plot and "a$b$" in plot and "c?" in plot
 
 
 def test_events_between_logged_steps_are_marked_at_their_tokens(tmp_path: Path) -> None:

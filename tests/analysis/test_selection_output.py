@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_the_json_file_has_the_losses_of_every_token(tmp_path: Path) -> None:
         excess = np.array(checkpoint["token_loss"]) - content["reference_loss"]
         assert np.allclose(checkpoint["excess_loss"], excess, atol=1e-4)
         assert checkpoint["selected"] == view.checkpoints[number].selected.astype(int).tolist()
+
+
+def test_the_json_file_keeps_directories_that_are_not_utf_8(tmp_path: Path) -> None:
+    view = make_view(WORDS)
+    view = replace(view, checkpoints=[replace(view.checkpoints[0], directory="/caf\udce9")])
+    write_json(view, str(tmp_path / "s.json"))
+    content = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    assert content["checkpoints"][0]["directory"] == "/caf\udce9"
 
 
 def test_the_data_of_a_page_cannot_end_its_script() -> None:
