@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_slm.launch import slurm
 from megatron_slm.launch.script import ENDED, RECORDS
@@ -74,14 +75,12 @@ def read_jobs(directory: str | Path) -> list[JobRecord]:
     Raises:
         ConfigError: nothing was submitted from the directory.
     """
-    root = Path(directory)
-    for path, kind in ((root / CHAIN_FILE, CHAIN_KIND), (root / RECORDS / JOB_FILE, JOB_KIND)):
-        if is_json_of(path, kind):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            try:
-                return [JobRecord(**job) for job in (content["jobs"] if kind == CHAIN_KIND else [content])]
-            except (TypeError, KeyError) as error:
-                raise ConfigError(f"{path} is damaged ({error}). Submit the run again.") from error
+    if (record := _read_record(Path(directory))) is not None:
+        path, content = record
+        try:
+            return [JobRecord(**job) for job in (content["jobs"] if content["kind"] == CHAIN_KIND else [content])]
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is damaged ({error}). Submit the run again.") from error
     raise ConfigError(
         f"{directory} holds no job of megatron-slm-launch (no {CHAIN_FILE} and no {RECORDS}/{JOB_FILE}). Give the "
         "directory of a run or a chain; if its files were deleted, find the job with squeue --me."
@@ -91,14 +90,19 @@ def read_jobs(directory: str | Path) -> list[JobRecord]:
 def original_of(directory: str | Path) -> Path | None:
     """Return the directory of which ``directory`` is a copy, and whose jobs it therefore names; None if of none."""
     root = Path(directory)
-    for name, kind, key in (
-        (CHAIN_FILE, CHAIN_KIND, "directory"),
-        (f"{RECORDS}/{JOB_FILE}", JOB_KIND, "run_dir"),
-    ):
-        if is_json_of(root / name, kind):
-            original = Path(json.loads((root / name).read_text(encoding="utf-8")).get(key, root))
-            is_copy = original.resolve() != root.resolve() and is_json_of(original / name, kind)
-            return original if is_copy else None
+    if (record := _read_record(root)) is None:
+        return None
+    path, content = record
+    original = Path(content.get("directory" if content["kind"] == CHAIN_KIND else "run_dir", root))
+    is_copy = original.resolve() != root.resolve() and is_json_of(original / path.relative_to(root), content["kind"])
+    return original if is_copy else None
+
+
+def _read_record(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return file and content of the record of a chain, or of a run; None if the directory has neither."""
+    for path, kind in ((root / CHAIN_FILE, CHAIN_KIND), (root / RECORDS / JOB_FILE, JOB_KIND)):
+        if is_json_of(path, kind):
+            return path, json.loads(path.read_text(encoding="utf-8"))
     return None
 
 
