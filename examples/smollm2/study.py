@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=compare.SEEDS, help="of self-reference; default 1 2 3")
     values = vars(parser.parse_args(argv))
     study, tokens, interval, seeds = (values.pop(name) for name in ("study", "tokens", "save_interval", "seeds"))
+    if min(tokens, interval, *seeds) < 1:
+        parser.error("--tokens, --save-interval and --seeds must be at least 1")
     settings = example.Settings(**values)
     os.chdir(stages.ROOT)
     try:

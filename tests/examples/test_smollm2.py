@@ -25,8 +25,6 @@ from evaluation_samples import choice_lines, write_requests
 from megatron_slm.testing.published import save_model
 from megatron_slm.testing.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -74,6 +72,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return ["--directory", str(tmp_path / "run"), "--model", str(tmp_path / "model"), *sizes]
 
 
+@pytest.mark.slow
 def test_short_version(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small += ["--limit", "2", "--tasks", "piqa", "--tasks-dir", str(tmp_path / "tasks")]
     assert continue_pretraining.main(small) == 0
@@ -90,6 +89,7 @@ def test_short_version(small: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("already complete") == 22  # every stage is reused
 
 
+@pytest.mark.slow
 def test_studies(small: list[str], tmp_path: Path) -> None:
     results = tmp_path / "results"
     small += ["--results", str(results)]
@@ -98,3 +98,10 @@ def test_studies(small: list[str], tmp_path: Path) -> None:
     assert study.main(["self-reference", *small, "--seeds", "2"]) == 0
     table = (results / "self-reference.md").read_text()
     assert "| union |" in table and table.endswith("Seeds: 2.\n")
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--tokens", "0"], ["--save-interval", "-1"]])
+def test_wrong_sizes_of_studies_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        study.main(["dynamics", *flags])
+    assert stopped.value.code == 2 and "must be at least 1" in capsys.readouterr().err
