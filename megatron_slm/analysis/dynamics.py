@@ -102,8 +102,16 @@ def _fit_block(u: Floats, losses: Floats) -> tuple[Floats, ...]:
 
 
 def akaike(residual: Floats, checkpoints: int, parameters: int) -> Floats:
-    """Return Akaike's criterion of a fit of each token; lower is better."""
-    return checkpoints * np.log(np.maximum(residual / checkpoints, LEAST_VARIANCE)) + 2 * parameters
+    """Return Akaike's criterion of a fit of each token, corrected for few checkpoints (AICc); lower is better.
+
+    Args:
+        residual: sum of squares of each token.
+        checkpoints: number of them, at least ``parameters`` + 3.
+        parameters: of the curve; the variance of the residuals is one more.
+    """
+    count = parameters + 1
+    correction = 2 * count * (count + 1) / (checkpoints - count - 1)
+    return checkpoints * np.log(np.maximum(residual / checkpoints, LEAST_VARIANCE)) + 2 * count + correction
 
 
 def explained(residual: Floats, losses: Floats) -> float:

@@ -41,7 +41,7 @@ matplotlib.use("Agg")
 KIND = "token dynamics"
 COLORS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#009E73", "#56B4E9")  # Okabe and Ito's
 LEAST_CATEGORY = 0.001  # share of the tokens, below which a category is not plotted
-LEAST_FOR_SIGMOIDS = 6  # checkpoints, two more than parameters
+LEAST_FOR_SIGMOIDS = SIGMOID_PARAMETERS + 3  # checkpoints, of which the comparison with lines needs as many
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Dynamics:
             times = np.quantile(self.sigmoids.midpoint[learned], (0.25, 0.5, 0.75)) if learned.any() else []
             found["sigmoid"] = {
                 "explained": explained(self.sigmoids.residual, data.losses),
-                "share_with_lower_aic": float((sigmoid < line).mean()),
+                "share_with_lower_aicc": float((sigmoid < line).mean()),
                 "learning_tokens_quartiles": list(map(float, times)),
             }
         return found

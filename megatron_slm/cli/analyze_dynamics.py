@@ -227,8 +227,8 @@ def _report(dynamics: Any, settings: dict[str, Any], output: Path, groups: Group
     if "sigmoid" in fits:
         sigmoid = fits["sigmoid"]
         console.print(
-            f"sigmoids explain {sigmoid['explained']:.1%}, and have a lower AIC for "
-            f"{sigmoid['share_with_lower_aic']:.1%} of the tokens"
+            f"sigmoids explain {sigmoid['explained']:.1%}, and have a lower AICc for "
+            f"{sigmoid['share_with_lower_aicc']:.1%} of the tokens"
         )
     if dynamics.selections:
         console.print(category_table(dynamics))

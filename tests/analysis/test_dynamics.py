@@ -67,6 +67,24 @@ def test_sigmoids_are_least_squares_fits() -> None:
         assert fits.residual[token] == pytest.approx(min(residuals))
 
 
+def test_criterion_of_akaike_is_corrected_for_few_checkpoints() -> None:
+    """Maximum log-likelihood of Gaussian residuals up to a constant, and the correction of Hurvich and Tsai."""
+    residual, checkpoints = np.array([0.5, 2.0]), 8
+    for parameters in (2, 4):
+        count = parameters + 1  # with the variance
+        likelihood = -checkpoints / 2 * np.log(residual / checkpoints)
+        expected = -2 * likelihood + 2 * count + 2 * count * (count + 1) / (checkpoints - count - 1)
+        assert dynamics.akaike(residual, checkpoints, parameters) == pytest.approx(expected)
+
+
+def test_sigmoids_of_noise_are_not_better_than_lines() -> None:
+    """Four parameters fit noise at eight checkpoints better than two; the criterion must not take this for evidence."""
+    losses = np.random.default_rng(4).normal(3, 0.1, (len(X), 1000))
+    fits = fit_lines(X, losses), fit_sigmoids(X, losses)
+    line, curve = (dynamics.akaike(each.residual, len(X), size) for each, size in zip(fits, (2, 4), strict=True))
+    assert (curve < line).mean() < 0.05
+
+
 def test_selections_perplexities_and_overlaps() -> None:
     selected = dynamics.select_top(np.array([1.0, 5.0, 3.0, 3.0, 0.0]), 0.6)
     assert selected.tolist() == [False, True, True, True, False]
@@ -118,13 +136,13 @@ def make(reference: bool, checkpoints: int = len(X)) -> Trajectories:
 
 
 @pytest.mark.parametrize("reference", [True, False])
-@pytest.mark.parametrize("checkpoints", [2, len(X)])
+@pytest.mark.parametrize("checkpoints", [2, 6, 7, len(X)])
 def test_results(tmp_path: Path, reference: bool, checkpoints: int) -> None:
     found = Dynamics.analyze(make(reference, checkpoints))
     record = json.loads(json.dumps(found.record()))
     assert sum(each["share"] for each in record["classes"].values()) == pytest.approx(1)
-    assert ("sigmoid" in record["fits"]) == (checkpoints > 2) and ("selection" in record) == reference
-    if checkpoints > 2:
+    assert ("sigmoid" in record["fits"]) == (checkpoints > 6) and ("selection" in record) == reference
+    if checkpoints == len(X):
         assert all(each["share"] > 0.15 for each in record["classes"].values())
         assert record["fits"]["sigmoid"]["learning_tokens_quartiles"][1] == pytest.approx(3e6, rel=0.2)
     if reference:
