@@ -62,7 +62,24 @@ class FilteredRowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         selected = self.backward_filter.current
-        return complete_branch(self, FilteredProduct.apply(input_, self.weight, selected), selected), None
+        return complete_branch(self, FilteredProduct.apply(input_, self.weight, selected), self.bias, selected), None
+
+
+class FirstMLPLinear(ColumnParallelLinear):
+    """First layer of an MLP that computes its products; returns its parameters.
+
+    They are used after a module call, so that hooks which gather sharded parameters run.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+
+class LastMLPLinear(RowParallelLinear):
+    """Last layer of an MLP that computes its products; see :class:`FirstMLPLinear`."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
 
 
 class FilteredMLP(MLP):
@@ -78,23 +95,26 @@ class FilteredMLP(MLP):
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
         assert per_token_scale is None, "experts have no filtered backward pass"
-        first, second, selected = self.linear_fc1, self.linear_fc2, self.backward_filter.current
+        selected = self.backward_filter.current
+        weight, bias = self.linear_fc1()
+        last_weight, last_bias = self.linear_fc2()
         product = FilteredMLPProducts.apply(
             hidden_states,
-            *(first.weight, first.bias, second.weight),
+            *(weight, bias, last_weight),
             partial(activate, self.config),
-            InputOfShards.of(first),
+            InputOfShards.of(self.linear_fc1),
             selected,
         )
-        return complete_branch(second, product, selected), None
+        return complete_branch(self.linear_fc2, product, last_bias, selected), None
 
 
-def complete_branch(layer: RowParallelLinear, product: Tensor, selected: SelectedTokens) -> Tensor:
+def complete_branch(layer: RowParallelLinear, product: Tensor, bias: Tensor | None, selected: SelectedTokens) -> Tensor:
     """Sum the products of a row-parallel layer over its shards, and add its bias.
 
     Args:
         layer: last layer of a branch.
         product: [s, b, h], this rank's part of the sum.
+        bias: [h], of the layer.
         selected: tokens with gradients of the bias.
 
     Returns:
@@ -105,10 +125,10 @@ def complete_branch(layer: RowParallelLinear, product: Tensor, selected: Selecte
         output = reduce_scatter_to_sequence_parallel_region(product, group=group)
     else:
         output = reduce_from_tensor_model_parallel_region(product, group=group)
-    if layer.bias is None:
+    if bias is None:
         return output
     shards, shard = (group.size(), group.rank()) if layer.sequence_parallel else (1, 0)
-    return FilteredBias.apply(output, layer.bias, selected, shards, shard)
+    return FilteredBias.apply(output, bias, selected, shards, shard)
 
 
 @dataclass(frozen=True)

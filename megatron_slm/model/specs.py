@@ -23,7 +23,13 @@ from megatron_slm.config.schema import ModelConfig
 from megatron_slm.mcore.experts import define_te_general_gemm
 from megatron_slm.mcore.layers import TorchAttention, TorchNorm
 from megatron_slm.mcore.transformer_engine import engine_problem
-from megatron_slm.model.filtered_backward import FilteredMLP, FilteredQueryLinear, FilteredRowLinear
+from megatron_slm.model.filtered_backward import (
+    FilteredMLP,
+    FilteredQueryLinear,
+    FilteredRowLinear,
+    FirstMLPLinear,
+    LastMLPLinear,
+)
 from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.runtime.errors import ConfigError
 
@@ -111,7 +117,9 @@ def filter_linear_layers(spec: ModuleSpec, backward_filter: BackwardFilter) -> N
     attention, filtered = spec.submodules.self_attention.submodules, {"backward_filter": backward_filter}
     attention.linear_qkv = partial(FilteredQueryLinear, **filtered)
     attention.linear_proj = ModuleSpec(module=FilteredRowLinear, params=filtered)
-    spec.submodules.mlp.module, spec.submodules.mlp.params = FilteredMLP, filtered
+    mlp = spec.submodules.mlp
+    mlp.module, mlp.params = FilteredMLP, filtered
+    mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = FirstMLPLinear, LastMLPLinear
 
 
 def mtp_heads_spec(
