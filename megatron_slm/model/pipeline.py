@@ -82,10 +82,10 @@ def run_pipeline(
             backward_filter.enter_backward(micro_batch_index, last, batch.tokens.shape)
         return output, partial(last_stage, micro_batch_index, batch)
 
-    if backward_filter is not None:
-        backward_filter.begin_step(len(micro_batches))
     first = micro_batches[0]
     rows, length = row_shape(model_chunks[0], first.tokens.size(0), first.sample_length, first.attention_mask)
+    if backward_filter is not None:
+        backward_filter.begin_step(len(micro_batches), rows)
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(enumerate(micro_batches)) for _ in model_chunks],

@@ -19,17 +19,17 @@ from megatron_slm.runtime.host_reads import HostRead, HostReads, row_indices
 class SelectedTokens:
     """Hold the selected tokens of one micro-batch."""
 
-    mask: Tensor | None = None  # [s, b] bool; None until they are known
+    mask: Tensor | None = None  # [s, b] bool, or [b * s, 1] of packed samples; None until they are known
     count: HostRead | int | None = None  # of selected tokens; known as soon as the mask is
 
     def known_mask(self) -> Tensor:
-        """Return the selected tokens in a backward pass, [s, b] bool."""
+        """Return the selected tokens in a backward pass, [s, b] bool, or [b * s, 1] of packed samples."""
         assert self.mask is not None, "a backward pass started before the selection of its micro-batch"
         return self.mask
 
     @cached_property
     def rows(self) -> Tensor | None:
-        """Return the selected rows of a flattened [s, b], [n] int64, or None if all are selected."""
+        """Return the selected rows of the flattened mask, [n] int64, or None if all are selected."""
         mask = self.known_mask()
         assert self.count is not None
         count = int(self.count)
@@ -50,13 +50,20 @@ class BackwardFilter:
         self.current = SelectedTokens()
         self.host_reads = HostReads()  # shared with the LM head
         self._groups = groups
+        self._rows = 1
         self._micro_batches: list[SelectedTokens] = []
         self._unsent: dict[int, HostRead] = {}  # selections [b, s] by micro-batch
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._pipeline = pipeline_group(groups, "gloo") if groups.pp_size > 1 else None
 
-    def begin_step(self, micro_batches: int) -> None:
-        """Start the passes of a step."""
+    def begin_step(self, micro_batches: int, rows: int) -> None:
+        """Start the passes of a step.
+
+        Args:
+            micro_batches: number of micro-batches.
+            rows: rows of a micro-batch in the layers: its samples, or 1 if they are packed.
+        """
+        self._rows = rows
         self._micro_batches = [SelectedTokens() for _ in range(micro_batches)]
 
     def end_step(self) -> None:
@@ -91,7 +98,7 @@ class BackwardFilter:
     def select(self, index: int, selected: Tensor) -> None:
         """Set the selected tokens of a micro-batch, [b, s] bool, which its backward pass sends to the other stages."""
         micro_batch = self._micro_batches[index]
-        micro_batch.mask, micro_batch.count = selected.t(), self.host_reads.request(selected.sum())
+        micro_batch.mask, micro_batch.count = self._of_rows(selected), self.host_reads.request(selected.sum())
         if self._pipeline is not None:
             self._unsent[index] = self.host_reads.request(selected)
 
@@ -108,5 +115,9 @@ class BackwardFilter:
             return
         message = torch.empty(*shape, dtype=torch.uint8)
         dist.recv(message, group=self._pipeline, group_src=self._groups.pp_size - 1)
-        selected.mask = message.bool().to(self._groups.device, non_blocking=True).t()
+        selected.mask = self._of_rows(message.bool().to(self._groups.device, non_blocking=True))
         selected.count = int(np.count_nonzero(message.numpy()))
+
+    def _of_rows(self, selected: Tensor) -> Tensor:
+        """Return the selected tokens [b, s] in the order of the hidden states: [s, b], or [b * s, 1] if packed."""
+        return selected.reshape(self._rows, -1).t()

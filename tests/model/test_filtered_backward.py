@@ -67,7 +67,7 @@ def _gradients(rank: int, world_size: int, settings: dict[str, Any], share: floa
         if name == "defined":
             define_filter(chunk, selected.t())
         if backward_filter is not None:
-            backward_filter.begin_step(1)
+            backward_filter.begin_step(1, BATCH)
             backward_filter.enter_forward(0)
         hidden = chunk(tokens, positions, None)
         loss = (hidden.token_losses(labels).loss * selected).sum()

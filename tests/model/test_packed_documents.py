@@ -14,6 +14,7 @@ from megatron_slm.data.batches import MicroBatch
 from megatron_slm.mcore.layers import TorchAttention
 from megatron_slm.model.packed_documents import packed_sequences
 from megatron_slm.model.pipeline import run_pipeline
+from megatron_slm.model.selected_tokens import BackwardFilter
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy
 from megatron_slm.runtime import process
 from megatron_slm.runtime.groups import ParallelLayout
@@ -46,42 +47,49 @@ def make_batch(generator: torch.Generator) -> MicroBatch:
     return MicroBatch(tokens, labels, mask, torch.stack(positions), index, 0, torch.stack(rows).int())
 
 
-def results(chunk: Any, batch: MicroBatch) -> list[Tensor]:
+def results(chunk: Any, batch: MicroBatch, backward_filter: BackwardFilter | None) -> list[Tensor]:
     """Return the losses and gradients of valid tokens, with gradients in the forward pass."""
 
     def last_stage(index: int, batch: MicroBatch, hidden: Any) -> tuple[Tensor, Tensor, Tensor]:
         policy = ForwardGradPolicy(batch.loss_mask)
         loss = hidden.token_losses(batch.labels, forward_grad=policy).loss
+        if backward_filter is not None:
+            backward_filter.select(index, batch.loss_mask)
         return (loss * batch.loss_mask).sum(), batch.loss_mask.sum(), loss.detach()
 
-    (losses,) = run_pipeline([chunk], [batch], last_stage, forward_only=False)
+    (losses,) = run_pipeline([chunk], [batch], last_stage, forward_only=False, backward_filter=backward_filter)
     gradients = [parameter.grad for parameter in chunk.parameters()]
     chunk.zero_grad()
     return [losses, *gradients]
 
 
-def _packed_and_isolated(rank: int, world_size: int, position_embedding: str) -> list[list[Tensor]]:
+def _packed_and_isolated(rank: int, world_size: int, position_embedding: str, is_filtered: bool) -> list[list[Tensor]]:
     groups = process.start(ParallelLayout(), seed=3)
     objective = ObjectiveConfig(slm_saved_logits_mb=0)
     settings = {"position_embedding_type": position_embedding}
+    backward_filter = BackwardFilter(groups) if is_filtered else None
+    options = {"objective": objective, "backward_filter": backward_filter}
     chunks = [
-        build_tiny_gpt(groups, LENGTH, VOCAB, settings, objective=objective, resets_positions=resets).double()
+        build_tiny_gpt(groups, LENGTH, VOCAB, settings, resets_positions=resets, **options).double()
         for resets in (True, False)
     ]
     isolated, packing = chunks
     packing.load_state_dict(isolated.state_dict())
     packing.has_torch_attention = False
     batch = make_batch(torch.Generator().manual_seed(5))
-    wanted = results(isolated, batch)
+    wanted = results(isolated, batch, backward_filter)
     with mock.patch.object(TorchAttention, "forward", packed_attention):
-        found = results(packing, batch)
+        found = results(packing, batch, backward_filter)
     process.stop()
     return [found, wanted]
 
 
-@pytest.mark.parametrize("position_embedding", ["rope", "learned_absolute"])
-def test_packed_documents_equal_isolated_ones(position_embedding: str) -> None:
-    ((found, wanted),) = run_ranks(_packed_and_isolated, 1, position_embedding, initialize=False)
+@pytest.mark.parametrize(
+    ("position_embedding", "is_filtered"), [("rope", False), ("learned_absolute", False), ("learned_absolute", True)]
+)
+def test_packed_documents_equal_isolated_ones(position_embedding: str, is_filtered: bool) -> None:
+    """Filtered backward passes take the rows of selected tokens in the order of the model."""
+    ((found, wanted),) = run_ranks(_packed_and_isolated, 1, position_embedding, is_filtered, initialize=False)
     assert found[0].shape == (3, LENGTH) and len(found) > 10
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
