@@ -100,8 +100,16 @@ def test_studies(small: list[str], tmp_path: Path) -> None:
     assert "| union |" in table and table.endswith("Seeds: 2.\n")
 
 
-@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--tokens", "0"], ["--save-interval", "-1"]])
-def test_wrong_sizes_of_studies_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--seeds", "0"], "must be at least 1"),
+        (["--tokens", "0"], "must be at least 1"),
+        (["--save-interval", "-1"], "must be at least 1"),
+        (["--steps", "4", "--save-interval", "4"], "dynamics need two"),
+    ],
+)
+def test_wrong_sizes_of_studies_are_refused(flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         study.main(["dynamics", *flags])
-    assert stopped.value.code == 2 and "must be at least 1" in capsys.readouterr().err
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
