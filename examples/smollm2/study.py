@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--tokens, --save-interval and --seeds must be at least 1")
     settings = example.Settings(**values)
     if study == "dynamics" and interval >= settings.steps:
-        parser.error(f"--save-interval {interval} saves one checkpoint in {settings.steps} steps, and dynamics need two")
+        parser.error(f"--save-interval {interval} saves one checkpoint in {settings.steps} steps; dynamics need two")
     os.chdir(stages.ROOT)
     try:
         example.prepare_model(settings)
