@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import IO
 from megatron_slm.runtime.errors import ConfigError
 
 IsOurs = Callable[[Path], bool]
+LONGEST_TAIL = 50  # characters of a path in its temporary name, which must not be too long if the path is not
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -48,7 +50,7 @@ def atomic_path(path: str | Path, role: str = "the file", *, is_ours: IsOurs | N
     """
     target = Path(path).resolve()
     check_replaceable(target, role, is_ours=is_ours)
-    temporary = target.with_name(f".partial-{uuid.uuid4().hex[:8]}-{target.name}")
+    temporary = target.with_name(f".partial-{uuid.uuid4().hex[:8]}-{target.name[-LONGEST_TAIL:]}")
     try:
         with explained_write(path, role):
             yield temporary
@@ -99,10 +101,18 @@ def check_replaceable(path: str | Path, role: str = "the file", *, is_ours: IsOu
 
 
 def check_output_file(path: str | Path, role: str, *, is_ours: IsOurs | None = None) -> None:
-    """Raise ConfigError if ``path`` may not be replaced, or has no directory; call it before long work."""
+    """Raise ConfigError if ``path`` may not be replaced or cannot be written; call it before long work.
+
+    A trial write shows it: permission bits do not reveal read-only mounts and full disks.
+    """
+    if str(path) == "-":
+        raise ConfigError(f"{role} - is not supported: results are files. Give a path.")
     check_replaceable(path, role, is_ours=is_ours)
-    if not Path(path).resolve().parent.is_dir():
+    directory = Path(path).resolve().parent
+    if not directory.is_dir():
         raise ConfigError(f"{role} {path}: the directory {Path(path).parent} does not exist. Create it.")
+    with explained_write(path, role), tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 def lock_output(file: IO[bytes], role: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_slm.runtime import files
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import atomic_path, check_replaceable, write_text
+from megatron_slm.runtime.files import atomic_path, check_output_file, check_replaceable, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -107,3 +107,19 @@ def test_the_temporary_name_keeps_the_suffix(tmp_path: Path) -> None:
 def test_a_missing_directory_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file or directory"):
         write_text(tmp_path / "missing" / "file", "text")
+
+
+def test_a_name_as_long_as_possible_is_written(tmp_path: Path) -> None:
+    """The temporary name is longer."""
+    for name in ("x" * 251 + ".txt", "é" * 125 + ".txt"):
+        check_output_file(tmp_path / name, "--output")
+        write_text(tmp_path / name, "text", "--output")
+        assert (tmp_path / name).read_text() == "text"
+
+
+def test_output_that_cannot_be_written_is_refused_beforehand(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "no" / "a", "does not exist"), ("/proc/a", "cannot be written"), ("-", "a path")):
+        with pytest.raises(ConfigError, match=message):
+            check_output_file(path, "--output")
+    check_output_file(tmp_path / "a", "--output")
+    assert not list(tmp_path.iterdir())
