@@ -93,6 +93,7 @@ def _show_step(
 ) -> dict[str, Any]:
     """Print the documents of a step's samples and the shares of the corpora; return both as a JSON object."""
     from megatron_slm.training.provenance import corpus_shares, recorded_metrics, recorded_samples
+    from megatron_slm.training.step_report import plain_number
 
     step = arguments.step
     samples = run.samples(step)
@@ -115,12 +116,11 @@ def _show_step(
             line += f" and {share.selected / max(sum(known), 1):.1%} of the selected"
         console.print(line, markup=False)
     metrics = recorded_metrics(run.config, step)
-    if metrics is not None:
-        interval = run.config.logging.log_interval
+    if (loss := _number(metrics, "loss")) is not None:
+        interval, selected = run.config.logging.log_interval, _number(metrics, "share_selected")
         means = "" if interval == 1 else f" (means of up to {interval} steps)"
-        console.print(
-            f"logged{means}: loss {metrics['loss']:.4f}, selected {metrics['share_selected']:.1%} of all tokens"
-        )
+        rest = "" if selected is None else f", selected {selected:.1%} of all tokens"
+        console.print(f"logged{means}: loss {loss:.4f}{rest}")
     console.print(f"selected tokens: {place}", markup=False)
     for line in _shortened(_sample_lines(sources, tokenizer), len(samples), arguments.max_samples):
         console.print(line, markup=False)
@@ -129,9 +129,16 @@ def _show_step(
         "samples": [samples.start, samples.stop],
         "corpora": [asdict(share) for share in shares],
         "selection": place if selections is not None else None,
-        "metrics": metrics,
+        "metrics": metrics
+        and {name: plain_number(value) if isinstance(value, float) else value for name, value in metrics.items()},
         "sources": [_source_record(source, tokenizer) for source in sources],
     }
+
+
+def _number(metrics: dict[str, Any] | None, name: str) -> float | None:
+    """Return a metric; None if it is not recorded."""
+    value = None if metrics is None else metrics.get(name)
+    return value if isinstance(value, int | float) else None
 
 
 def _show_document(

@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import socket
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def describe_software(groups: Groups) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, host, devices and processes of this start of a run."""
+    """Return versions, host, working directory, devices and processes of this start of a run."""
     has_gpu = torch.cuda.is_available()
     return {
         "megatron_slm": megatron_slm.__version__,
@@ -41,6 +42,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda if has_gpu else None,
         "python": platform.python_version(),
         "host": socket.gethostname(),
+        "directory": str(Path.cwd()),
         "device": torch.cuda.get_device_name() if has_gpu else "CPU",
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
     }

@@ -8,19 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from megatron_slm.checkpoint.source import find_source
 from megatron_slm.config.checkpoint_files import TRACKER
 from megatron_slm.config.paths import events_file, metrics_file
-from megatron_slm.config.schema import RunConfig
+from megatron_slm.config.run_record import MISSING_METRICS, load_run_record, locate_recorded
+from megatron_slm.config.schema import LoggingConfig, RunConfig
 from megatron_slm.corpus.index import bin_path, read_index
 from megatron_slm.data.blends import locate_corpus, parse_blend
 from megatron_slm.data.document_samples import samples_of_document
 from megatron_slm.data.sample_locations import DocumentSpan, document_spans
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, read_error
+from megatron_slm.runtime.files import check_regular
 from megatron_slm.runtime.metrics_file import read_records, training_record
 from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.data_order import SavedRun, read_saved_run
@@ -66,15 +69,18 @@ class Provenance:
             raise ConfigError(f"{flag} {load}: the run trained on mock data, which has no documents.")
         length = RunLength.from_config(saved.config, saved.milestones)
         run = cls(saved, length, OrderBuilder(saved.config.data, tokenizer, {}))
+        if run.config.logging.slm_metrics_file and not Path(run.config.logging.slm_metrics_file).exists():
+            notice(MISSING_METRICS.format(saved.config.logging.slm_metrics_file))
         return replace(run, length=replace(run.length, milestones=_logged_milestones(run.config, saved.milestones)))
 
     @property
     def config(self) -> RunConfig:
-        """Return the configuration of the run, with the directory in which it is now."""
+        """Return the configuration of the run, with the directory in which it is now, and its record files."""
         saved, directory = self.saved.config, self.saved.directory.parent
         if not (directory / TRACKER).exists():
             return saved
-        return replace(saved, checkpoint=replace(saved.checkpoint, save=str(directory)))
+        logging = _locate_records(saved.logging, directory)
+        return replace(saved, checkpoint=replace(saved.checkpoint, save=str(directory)), logging=logging)
 
     def samples(self, step: int) -> range:
         """Return the numbers of the samples that a step reads.
@@ -137,11 +143,26 @@ class Provenance:
             raise ConfigError(f"--load {self.saved.directory}: {str(error).rstrip('.')}. Restore it.") from error
 
 
+def _locate_records(logging: LoggingConfig, directory: Path) -> LoggingConfig:
+    """Return settings whose metrics and events files are located by the record of the run in ``directory``."""
+    try:
+        record = load_run_record(directory)
+    except (OSError, ValueError):
+        record = {}
+    metrics, events = logging.slm_metrics_file, logging.slm_events_file
+    return replace(
+        logging,
+        slm_metrics_file=metrics and str(locate_recorded(metrics, record)),
+        slm_events_file=events and str(locate_recorded(events, record)),
+    )
+
+
 def _logged_milestones(config: RunConfig, milestones: Sequence[Milestone]) -> tuple[Milestone, ...]:
     """Return the milestones of a run with those of its metrics, since a batch size may have changed between resumes."""
     length, last = config.model.seq_length, milestones[-1][0]
     records = (record for record in read_records(metrics_file(config)) if record["kind"] == "train")
-    logged = {record["step"]: int(record.get("tokens", 0)) for record in records if 0 < record["step"] <= last}
+    known = (record for record in records if 0 < record["step"] <= last and isinstance(record.get("tokens"), int))
+    logged = {record["step"]: record["tokens"] for record in known}
     if any(logged.get(step, samples * length) != samples * length for step, samples in milestones):
         return tuple(milestones)  # metrics of another run
     found = {step: tokens // length for step, tokens in logged.items()} | dict(milestones)
@@ -238,7 +259,7 @@ def recorded_samples(
                 f"--replay-report {report} is the report of step {content.get('step')}, and --step is {step}. Repeat "
                 f"step {step} with --replay-step {step} --replay-report FILE."
             )
-        if not _has_all(content, samples):
+        if not _has_all(content["samples"], samples):
             raise ConfigError(
                 f"--replay-report {report} has other samples than step {step} of this run, {samples.start} to "
                 f"{samples.stop - 1}. Give a report of this run."
@@ -246,24 +267,34 @@ def recorded_samples(
         return content["samples"], report
     file = events_file(config)
     events = [event for event in read_records(file) if event["step"] == step and event["kind"] == "event"]
-    if events and _has_all(events[-1], samples):
-        return events[-1]["samples"], str(file)
+    for event in reversed(events):  # of repetitions of the step, the last one
+        recorded = event.get("samples")
+        if _are_samples(recorded) and _has_all(recorded, samples):
+            return recorded, str(file)
     return None, (
         "the run did not record the selection of each sample. To compute it, add --replay-step "
         f"{step} --replay-report FILE to the command of the run, and give --replay-report FILE here"
     )
 
 
-def _has_all(record: Record, samples: range) -> bool:
+def _are_samples(samples: Any) -> TypeGuard[list[Record]]:
+    """Return whether a value of a report or an event is a list of samples with their selected tokens."""
+    names = ("sample", "tokens", "selected")
+    return isinstance(samples, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(name), int) for name in names) for each in samples
+    )
+
+
+def _has_all(recorded: Sequence[Record], samples: range) -> bool:
     """Return whether a report or an event has all samples of a step."""
-    return {each["sample"] for each in record["samples"]}.issuperset(samples)
+    return {each["sample"] for each in recorded}.issuperset(samples)
 
 
 def _read_report(path: str) -> Record:
     try:
+        check_regular(Path(path))
         content: Record = json.loads(Path(path).read_text(encoding="utf-8"))
-        samples = [each[name] for each in content["samples"] for name in ("sample", "tokens", "selected")]
-        if content["kind"] != "replay" or not all(isinstance(number, int) for number in samples):
+        if content["kind"] != "replay" or not _are_samples(content["samples"]):
             raise ValueError("it is not a report of --replay-step")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error if isinstance(error, OSError) else "it is not a report of --replay-step"

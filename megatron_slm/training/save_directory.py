@@ -18,6 +18,7 @@ from megatron_slm.config.checkpoint_files import TRACKER, step_directory
 from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE, STOP_FILE
 from megatron_slm.config.recipe import to_flat_dict
+from megatron_slm.config.run_record import RECORD_FILE
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.console import notice
@@ -27,7 +28,6 @@ from megatron_slm.runtime.lock import DirectoryLock
 from megatron_slm.runtime.software import environment
 from megatron_slm.training.sinks import WANDB_ID_FILE
 
-RECORD_FILE = "slm_run.json"
 # Checkpoints that are being written, that a new one of the same step replaces, and that are being deleted.
 LEFTOVER_DIRECTORY = re.compile(r"iter_[0-9]{7,}\.(partial|replaced)|\.deleted-iter_[0-9]{7,}")
 DAMAGED_DIRECTORY = re.compile(r"iter_[0-9]{7,}\.damaged(-[0-9]+)?")

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from megatron_slm.cli import inspect_run, pretrain
+from megatron_slm.config.checkpoint_files import TRACKER
+from megatron_slm.config.recipe import with_settings
+from megatron_slm.config.schema import RunConfig
 from megatron_slm.corpus.index import bin_path
 from megatron_slm.testing.tiny import GLOBAL_BATCH, Outcome, command, launch_each, make_corpus, records, run_each
+from megatron_slm.training.data_order import SavedRun
+from megatron_slm.training.provenance import Provenance
+from megatron_slm.training.save_directory import RunRecord, write_record
 
 LENGTH = 32
 
@@ -124,6 +130,43 @@ def test_a_moved_run_has_its_own_metrics(workspace: Path) -> None:
     argvs = [["--load", str(directory), *step] for directory in (moved, workspace / "run")]
     outcomes = run_each(*argvs, main=inspect_run.main)
     assert "logged: loss 1.2500" in outcomes[0].output and "loss 1.2500" not in outcomes[1].output
+
+
+def test_metrics_and_events_of_other_releases_are_used_as_far_as_they_go(workspace: Path) -> None:
+    moved = workspace / "older"
+    shutil.copytree(workspace / "run", moved)
+    logged = records(moved)
+    del logged[4]["share_selected"], logged[3]["tokens"]
+    logged[4]["grad_norm"], logged[5]["loss"] = float("nan"), None
+    (moved / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in logged), encoding="utf-8")
+    samples = [{"sample": sample, "tokens": LENGTH, "selected": 8} for sample in range(64, 80)]
+    events = [{"samples": samples}, {"samples": [{"sample": 64}]}, {"samples": 5}, {}]
+    lines = [json.dumps({"kind": "event", "step": 5, "event": "spike", **event}) + "\n" for event in events]
+    (moved / "events.jsonl").write_text("".join(lines), encoding="utf-8")
+    path = workspace / "older.json"
+    argvs = [["--step", "5", "--json", str(path)], ["--step", "6"], ["--step", "4"]]
+    outcomes = run_each(*(["--load", str(moved), *argv] for argv in argvs), main=inspect_run.main)
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
+    assert f"logged: loss {logged[4]['loss']:.4f}\n" in outcomes[0].output and "logged" not in outcomes[1].output
+    assert outcomes[0].output.count(" selected (25.0%)") == 2
+    content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert content["metrics"]["grad_norm"] == "nan"
+
+
+def test_relative_record_files_are_those_of_the_working_directory_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_settings(RunConfig(), {"slm_metrics_file": "m.jsonl", "slm_events_file": "e.jsonl"})
+    (tmp_path / "run" / "iter_0000002").mkdir(parents=True)
+    (tmp_path / "run" / TRACKER).write_text("2\n")
+    (tmp_path / "m.jsonl").touch()
+    run = Provenance(SavedRun(tmp_path / "run" / "iter_0000002", config, {}, (), ()), Any, Any)  # type: ignore[arg-type]
+    assert run.config.logging.slm_metrics_file == "m.jsonl"
+    monkeypatch.chdir(tmp_path)
+    write_record(tmp_path / "run", RunRecord.new(None), config)
+    monkeypatch.chdir("/")
+    logging = run.config.logging
+    assert (logging.slm_metrics_file, logging.slm_events_file) == (str(tmp_path / "m.jsonl"), "e.jsonl")
 
 
 def test_batch_sizes_that_grew_before_a_resume_are_those_of_the_metrics(workspace: Path, tmp_path: Path) -> None:
