@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 Record = dict[str, Any]
 LARGEST = 2**63  # larger integers are no metrics
+LARGEST_VALUE = 1e300  # larger values are as good as infinite: sums and axes of them overflow
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values of one metric; NaN for values that are not finite."""
+    """Values of one metric; NaN for values that are infinite or above :data:`LARGEST_VALUE`."""
 
     steps: NDArray[np.int64]
     tokens: NDArray[np.int64]
@@ -48,11 +49,11 @@ class MetricColumns:
         self.steps.append(record["step"])
         self.tokens.append(tokens_of(record))
         for name, value in record.items():
-            if name not in ("step", "tokens") and _is_number(value):
+            if name not in ("step", "tokens") and is_number(value):
                 if name not in self.columns:
                     self.columns[name] = Column()
                 self.columns[name].rows.append(row)
-                self.columns[name].values.append(value if math.isfinite(value) else math.nan)
+                self.columns[name].values.append(value if abs(value) <= LARGEST_VALUE else math.nan)
 
     def series(self, metric: str) -> Series:
         """Return a metric in the order of steps; of a repeated step the last record counts."""
@@ -77,7 +78,7 @@ class Metrics:
 
     def add(self, record: Record) -> None:
         """Append a record, unless its step is beyond all integers of a file of this trainer."""
-        if not _is_number(record["step"]):
+        if not is_number(record["step"]):
             return
         name = record.get("set")
         key = (record["kind"], None if name is None else str(name))
@@ -92,20 +93,21 @@ class Metrics:
         return self.tables.get((kind, name), MetricColumns()).series(metric)
 
     def tokens_by_step(self) -> dict[int, int]:
-        """Return the tokens that the run had read after each step of the metrics."""
-        return {
-            step: tokens
-            for table in self.tables.values()
-            for step, tokens in zip(table.steps, table.tokens, strict=True)
-        }
+        """Return the tokens that the run had read after each step of the metrics that records them."""
+        pairs = (pair for table in self.tables.values() for pair in zip(table.steps, table.tokens, strict=True))
+        return {step: tokens for step, tokens in pairs if tokens}
 
     def sets(self, kind: str) -> list[str]:
         """Return the names of the validation sets or benchmarks, in the order of the file."""
         return [name for table_kind, name in self.tables if table_kind == kind and name is not None]
 
     def names(self, kind: str) -> list[str]:
-        """Return the names of all numeric metrics of a kind of record, except step and tokens."""
-        tables = (table for (table_kind, _), table in self.tables.items() if table_kind == kind)
+        """Return the names of all numeric metrics of a kind of record, except step and tokens.
+
+        Evaluations without the name of a set, which no trainer writes, are left out.
+        """
+        keys = [(each, name) for each, name in self.tables if each == kind and (kind == "train" or name is not None)]
+        tables = (self.tables[key] for key in keys)
         return list(dict.fromkeys(name for table in tables for name in table.columns))
 
 
@@ -115,5 +117,6 @@ def tokens_of(record: Record) -> int:
     return tokens if isinstance(tokens, int) and abs(tokens) < LARGEST else 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that a column can hold."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_slm.analysis.curves import COLORS
 from megatron_slm.analysis.metric_columns import Series
 from megatron_slm.analysis.run_files import RunFiles
 from megatron_slm.analysis.svg_chart import Line, reduce_points
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import atomic_path, check_output_file
 
@@ -23,6 +25,7 @@ FEW = 30  # points of a line with markers
 MAX_POINTS = 2000  # per line; longer lines are means with a band from the lowest to the highest value
 SUFFIXES = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # and the metadata that names a program
 PROGRAM = "megatron_slm plot"
+LONGEST_NAME = 48  # characters; longer ones leave no room for the curves
 LINE_STYLES = ("-", "--", ":", "-.")
 UNITS = {"loss": "nats per token", "seconds": "s", "tokens_per_second": "tokens/s", "tflops": "TFLOP/s per device"}
 DEFAULT_METRICS = ("loss", "eval/loss", "grad_norm", "lr", "share_selected", "threshold")
@@ -102,9 +105,13 @@ def plot_metrics(
         _dress(panel, name, axis)
     for panel in panels.flat[len(metrics) :]:
         panel.set_visible(False)
-    with atomic_path(path, role, is_ours=_is_plot) as temporary:
-        figure.savefig(temporary, dpi=130, metadata={SUFFIXES[Path(path).suffix.lower()]: PROGRAM})
+    metadata = {SUFFIXES[Path(path).suffix.lower()]: PROGRAM}
+    with atomic_path(path, role, is_ours=_is_plot) as temporary, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(temporary, dpi=130, metadata=metadata)
     plt.close(figure)
+    if any("missing from" in str(warning.message) for warning in caught):
+        notice("the font of the plot lacks characters of the names; the plot has boxes in their place")
 
 
 def _draw_lines(panel: Axes, metric: Metric, runs: Sequence[RunFiles], axis: str, smoothing: float) -> None:
@@ -149,8 +156,10 @@ def _dress(panel: Axes, name: str, axis: str) -> None:
 def _plain(text: str) -> str:
     """Return a text that matplotlib shows as it is: without formulas, and in legends also with a leading underscore.
 
-    Characters of names that are not UTF-8 become question marks.
+    Characters of names that are not UTF-8 become question marks; of long texts, the end is shown.
     """
+    if len(text) > LONGEST_NAME:
+        text = f"...{text[-LONGEST_NAME:]}"
     return (" " * text.startswith("_") + text).replace("$", r"\$").encode(errors="replace").decode()
 
 

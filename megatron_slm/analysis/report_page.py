@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_slm.analysis.metric_columns import Series
+from megatron_slm.analysis.metric_columns import LARGEST, Series
 from megatron_slm.analysis.page import write_page
 from megatron_slm.analysis.run_files import RunFiles
 from megatron_slm.analysis.svg_chart import BOX, Chart, Line, draw_chart
@@ -42,15 +43,16 @@ def write_report(runs: Sequence[RunFiles], path: str, *, axis: str, usage: Usage
         usage: by name of the run.
     """
     charts = [draw_chart(chart) for chart in _charts(runs, axis)]
+    curves = f'<div class="charts">{"".join(figure for figure, _ in charts)}</div>' if charts else "<p>none yet</p>"
     content = "".join(
         [
             _section("Summary", _table(("", *(run.name for run in runs)), _summary(runs))),
-            _section("Curves", f'<div class="charts">{"".join(figure for figure, _ in charts)}</div>'),
+            _section("Curves", curves),
             _section("Spikes and NaN", _events(runs)),
             _section("Data usage", _usage(runs, usage)),
             _section("Settings", _settings(runs)),
             _section("Environment of the latest start", _environment(runs)),
-            _section("Unreadable files", _notes(runs)),
+            _section("Missing and unreadable files", _notes(runs)),
         ]
     )
     title = f"{'Comparison' if len(runs) > 1 else 'Report'} of {', '.join(run.name for run in runs)}"
@@ -112,12 +114,18 @@ def _line(label: str, series: Series, axis: str) -> Line:
 
 
 def _marks(run: RunFiles, axis: str) -> list[tuple[float, str]]:
-    """Return the steps of events, as positions on the axis; tokens between logged steps are interpolated."""
-    steps = [float(event["step"]) for event in run.events]
-    logged = sorted(run.columns.tokens_by_step().items()) if steps and axis == TOKENS else []
-    known, tokens = zip(*logged, strict=True) if logged else ((), ())
-    positions = np.interp(steps, known, tokens).tolist() if logged else steps
-    return [(at, str(event.get("message", ""))) for at, event in zip(positions, run.events, strict=True)]
+    """Return the steps of events, as positions on the axis."""
+    steps = np.array([event["step"] for event in run.events], float)
+    if axis == TOKENS:
+        steps = _tokens_at(steps, {0: 0, **run.columns.tokens_by_step()})
+    return [(at, str(event.get("message", ""))) for at, event in zip(steps.tolist(), run.events, strict=True)]
+
+
+def _tokens_at(steps: NDArray[np.float64], logged: Mapping[int, int]) -> NDArray[np.float64]:
+    """Return the tokens at each step: interpolated between logged steps, and continued after the last one."""
+    known, tokens = (np.array(values, float) for values in zip(*sorted(logged.items()), strict=True))
+    rate = (tokens[-1] - tokens[-2]) / (known[-1] - known[-2]) if len(known) > 1 else 0.0
+    return np.interp(steps, known, tokens) + rate * np.maximum(steps - known[-1], 0)
 
 
 def _summary(runs: Sequence[RunFiles]) -> list[Row]:
@@ -125,7 +133,7 @@ def _summary(runs: Sequence[RunFiles]) -> list[Row]:
     rows: list[tuple[str, Callable[[RunFiles], str]]] = [
         ("objective", lambda run: _objective(run.settings)),
         ("steps", _progress),
-        ("tokens", lambda run: f"{run.tokens:,}"),
+        ("tokens", lambda run: f"{run.tokens:,}" if run.tokens else ""),
         ("start", _origin),
         ("last record", lambda run: run.updated),
         ("checkpoints", lambda run: _steps(run.checkpoints)),
@@ -190,7 +198,7 @@ def _throughput(run: RunFiles) -> str:
 def _duration(run: RunFiles) -> str:
     """Return the sum of the step times; a log interval's record has the mean time of its steps."""
     series, interval = run.series("seconds"), run.settings.get("log_interval")
-    interval = interval if isinstance(interval, int) else 1
+    interval = interval if isinstance(interval, int) and 0 < interval < LARGEST else 1
     steps = np.minimum(np.diff(series.steps, prepend=0), interval)
     return format_duration(float(np.nansum(series.values * steps))) if np.isfinite(series.values).any() else ""
 

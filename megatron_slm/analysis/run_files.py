@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.analysis.metric_columns import Metrics, Record, Series
+from megatron_slm.analysis.metric_columns import Metrics, Record, Series, is_number
 from megatron_slm.config.checkpoint_files import CONFIG_FILE
 from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
 from megatron_slm.config.recipe import read_recipe
+from megatron_slm.config.run_record import MISSING_METRICS, RECORD_FILE, load_run_record, locate_recorded
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
-from megatron_slm.runtime.files import check_regular
 from megatron_slm.runtime.metrics_file import is_foreign, read_records
 
-RECORD_FILE = "slm_run.json"
 RUN_REMEDY = "Give the --save directory of a run, or its metrics file."
+EVENT_KEYS = ("step", "time", "event", "action", "message")  # of events; their samples may be large
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class RunFiles:
     name: str
     metrics: Path
     columns: Metrics
-    events: Sequence[Record]  # spikes and NaN
+    events: Sequence[Record]  # spikes and NaN, with EVENT_KEYS
     settings: dict[str, Any]  # empty if the run has saved none
     environment: dict[str, Any]  # of the latest start; empty if it is not recorded
     origin: dict[str, Any] | None  # initial checkpoint; empty for a run from scratch, None if it is not recorded
     checkpoints: Sequence[int]  # steps
-    notes: Sequence[str]  # unreadable files
+    notes: Sequence[str]  # missing and unreadable files
 
     def series(self, metric: str, kind: str = "train", name: str | None = None) -> Series:
         """Return one metric of a kind of record, of the set ``name`` for evaluations, from the records that have it."""
@@ -50,8 +51,8 @@ class RunFiles:
 
     @property
     def step(self) -> int:
-        """Return the last step of the metrics."""
-        return self.columns.step
+        """Return the last step of the metrics; without metrics, of the checkpoints."""
+        return self.columns.step if self.columns.tables else max(self.checkpoints, default=0)
 
     @property
     def tokens(self) -> int:
@@ -69,17 +70,25 @@ class RunFiles:
 
 
 def read_runs(paths: Sequence[str]) -> list[RunFiles]:
-    """Return the runs of a command line, with different names.
+    """Return the runs of a command line, with different names, and print their notes.
 
     Raises:
-        ConfigError: a path is not that of a run.
+        ConfigError: a path is not that of a run, or the metrics of a run are those of another.
     """
-    runs = list({run.metrics.resolve(): run for run in map(read_run, dict.fromkeys(paths))}.values())
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else RunFiles(**{**vars(run), "name": str(run.metrics.parent)})
-        for run in runs
-    ]
+    found: dict[Path, tuple[Path, RunFiles]] = {}
+    for path in map(Path, paths):
+        run = read_run(str(path))
+        first, _ = found.setdefault(run.metrics.resolve(), (path, run))
+        if first.is_dir() and path.is_dir() and not first.samefile(path):
+            raise ConfigError(
+                f"{first} and {path} have the same metrics file, {run.metrics}, which holds the metrics of one run "
+                "only. Leave the other one out."
+            )
+    for _, run in found.values():
+        for note in run.notes:
+            notice(note)
+    names = [run.name for _, run in found.values()]
+    return [run if names.count(run.name) == 1 else replace(run, name=str(path)) for path, run in found.values()]
 
 
 def read_run(path: str) -> RunFiles:
@@ -95,22 +104,27 @@ def read_run(path: str) -> RunFiles:
     checkpoints = step_directories(directory, path)
     notes: list[str] = []
     settings = _saved_settings(checkpoints, notes)
-    record = _read_object(directory / RECORD_FILE, notes)
+    record = _run_record(directory, notes)
     settings = settings or _mapping(record.get("settings"))
-    if metrics.name != METRICS_FILE and settings.get("slm_metrics_file") != path:
+    elsewhere, events = (
+        locate_recorded(recorded, record) if isinstance(recorded := settings.get(name), str) else directory / default
+        for name, default in (("slm_metrics_file", METRICS_FILE), ("slm_events_file", EVENTS_FILE))
+    )
+    if metrics.name != METRICS_FILE and metrics.resolve() != elsewhere.resolve():
         settings, record, checkpoints = {}, {}, {}  # of another run, whose metrics.jsonl replaced these metrics
-    if given.is_dir() and not metrics.exists() and (elsewhere := settings.get("slm_metrics_file")):
-        metrics = Path(elsewhere)
+        events = Path(os.devnull)
+    if given.is_dir() and not metrics.exists():
+        metrics = elsewhere
+    notes += _missing_metrics(metrics, settings)
     if metrics.is_file() and is_foreign(metrics):
         raise ConfigError(f"{metrics} is not a metrics file of this trainer. {RUN_REMEDY}")
     if not metrics.is_file() and not checkpoints and not record:
         raise ConfigError(f"{path} holds neither {METRICS_FILE} nor a checkpoint. {RUN_REMEDY}")
-    events = Path(settings.get("slm_events_file") or directory / EVENTS_FILE)
     return RunFiles(
-        name=directory.resolve().name if metrics.name == METRICS_FILE else metrics.stem,
+        name=_name(directory) if given.is_dir() or given.name == METRICS_FILE else given.name.removesuffix(".jsonl"),
         metrics=metrics,
         columns=Metrics(read_records(metrics)),
-        events=[event for event in read_records(events) if event["kind"] == "event"],
+        events=list(_events(events)),
         settings=settings,
         environment=_mapping(record.get("environment")),
         origin=_mapping(record["origin"]) if "origin" in record else None,
@@ -130,15 +144,30 @@ def _saved_settings(checkpoints: dict[int, Path], notes: list[str]) -> dict[str,
     return {}
 
 
-def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+def _run_record(directory: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        check_regular(path)
-        return _mapping(json.loads(path.read_bytes()))
-    except FileNotFoundError:
+        return load_run_record(directory)
+    except (OSError, ValueError) as error:
+        notes.append(f"{directory / RECORD_FILE} cannot be read ({error})")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path} cannot be read ({error})")
-        return {}
+
+
+def _missing_metrics(metrics: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """Yield a note if the metrics file that the settings name does not exist."""
+    name = settings.get("slm_metrics_file")
+    if name and not metrics.exists():
+        yield MISSING_METRICS.format(name)
+
+
+def _events(path: Path) -> Iterator[Record]:
+    """Yield the events of a file without their samples."""
+    for event in read_records(path):
+        if event["kind"] == "event" and is_number(event["step"]):
+            yield {name: event[name] for name in EVENT_KEYS if name in event}
+
+
+def _name(directory: Path) -> str:
+    return directory.resolve().name or str(directory)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

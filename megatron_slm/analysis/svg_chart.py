@@ -80,19 +80,30 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     span = high - low
     if not span > 0:
         return [low]
-    power = 10.0 ** math.floor(math.log10(span / count))
+    exponent = math.floor(math.log10(span / count))
+    power = 10.0**exponent
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / count)
     first = math.ceil(low / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(number * step, -exponent) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short_number(value: float) -> str:
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Format the ticks of an axis with as many digits as distinguish them."""
+    labels = list[str]()
+    for digits in range(4, 17):
+        labels = [short_number(value, digits) for value in values]
+        if len(set(labels)) == len(set(values)):
+            break
+    return labels
+
+
+def short_number(value: float, digits: int = 4) -> str:
     """Format a number of an axis."""
     size = abs(value)
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit * (10 if unit == 1e3 else 1):
-            return f"{value / unit:.4g}{suffix}".replace("-", "−")
-    return (f"{value:.3g}" if size < 1e-3 and value else f"{value:.4g}").replace("-", "−")
+            return f"{value / unit:.{digits}g}{suffix}".replace("-", "−")
+    return (f"{value:.{digits - 1}g}" if size < 1e-3 and value else f"{value:.{digits}g}").replace("-", "−")
 
 
 def draw_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
@@ -101,7 +112,7 @@ def draw_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
     title = html.escape(chart.title)
     if not lines:
         return f'<figure class="chart"><figcaption>{title}</figcaption><p>no values</p></figure>', {}
-    scale = _Scale.fit([points for _, points in lines])
+    scale = _Scale.fit([points for _, points in lines], [x for x, _ in chart.marks])
     body = [*_axes(scale, chart.x_label), *_marks(scale, chart.marks)]
     for number, (_, points) in enumerate(lines):
         body += _curve(scale, points, number)
@@ -135,9 +146,9 @@ class _Scale:
     y_high: float
 
     @staticmethod
-    def fit(lines: Sequence[Points]) -> _Scale:
-        """Return the scale that shows all points."""
-        x = [value for points in lines for value in points.x]
+    def fit(lines: Sequence[Points], marks: Sequence[float]) -> _Scale:
+        """Return the scale that shows all points and marks."""
+        x = [*marks, *(value for points in lines for value in points.x)]
         y = [value for points in lines for each in (points.low, points.high) for value in each if math.isfinite(value)]
         margin = 0.05 * (max(y) - min(y)) or 0.05 * abs(max(y)) or 1.0
         return _Scale(min(x), max(x) if max(x) > min(x) else min(x) + 1, min(y) - margin, max(y) + margin)
@@ -152,12 +163,14 @@ class _Scale:
 def _axes(scale: _Scale, x_label: str) -> list[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
-    for value in ticks(scale.y_low, scale.y_high):
+    values = ticks(scale.y_low, scale.y_high)
+    for value, label in zip(values, tick_labels(values), strict=True):
         y = scale.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{short_number(value)}</text>')
-    for value in ticks(scale.x_low, scale.x_high):
-        parts.append(f'<text x="{scale.x(value)}" y="{bottom + 17}" text-anchor="middle">{short_number(value)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{label}</text>')
+    values = ticks(scale.x_low, scale.x_high)
+    for value, label in zip(values, tick_labels(values), strict=True):
+        parts.append(f'<text x="{scale.x(value)}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>')
     middle = (LEFT + right) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x_label)}</text>')
@@ -165,10 +178,9 @@ def _axes(scale: _Scale, x_label: str) -> list[str]:
 
 
 def _marks(scale: _Scale, marks: Sequence[tuple[float, str]]) -> list[str]:
-    inside = [(x, text) for x, text in marks if scale.x_low <= x <= scale.x_high]
     return [
         f'<path class="mark" d="M{scale.x(x)} {TOP}V{HEIGHT - BOTTOM}"><title>{html.escape(text)}</title></path>'
-        for x, text in inside
+        for x, text in marks
     ]
 
 

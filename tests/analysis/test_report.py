@@ -15,7 +15,16 @@ import pytest
 from megatron_slm.analysis.metric_columns import Metrics
 from megatron_slm.analysis.metrics_plot import smooth
 from megatron_slm.analysis.run_files import read_run, read_runs
-from megatron_slm.analysis.svg_chart import BOX, Chart, Line, draw_chart, reduce_points, short_number, ticks
+from megatron_slm.analysis.svg_chart import (
+    BOX,
+    Chart,
+    Line,
+    draw_chart,
+    reduce_points,
+    short_number,
+    tick_labels,
+    ticks,
+)
 from megatron_slm.cli.plot_metrics import main as plot_main
 from megatron_slm.cli.report import main as report_main
 from megatron_slm.config.recipe import dump_config, with_settings
@@ -126,6 +135,84 @@ def test_numbers_beyond_floating_point_and_settings_of_other_types_are_left_out(
     assert captured([str(run)], report_main).code == 0
 
 
+@pytest.mark.parametrize("values", [(1.7e308, -1.7e308), (1e300, -1e300), (1e308, 1e308), (5e-324, 0.0)])
+def test_values_at_the_limits_of_floating_point_are_shown(values: tuple[float, float], tmp_path: Path) -> None:
+    """Sums of such values and margins around them are infinite."""
+    run = make_run(tmp_path / "run", [record(step, grad_norm=each, seconds=each) for step, each in enumerate(values)])
+    result = captured([str(run)], report_main)
+    assert result.code == 0, result.errors
+    result = captured([str(run), "--output", str(tmp_path / "p.svg"), "--metrics", "grad_norm"], plot_main)
+    assert result.code == 0 and not result.errors, result.errors
+
+
+def test_damaged_events_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(1), record(2)])
+    events = [{**SPIKE, "step": 10**400}, {**SPIKE, "step": True}, {"kind": "event", "step": 1}, SPIKE]
+    (run / "events.jsonl").write_text("".join(json.dumps({**each, "samples": [1]}) + "\n" for each in events))
+    assert read_run(str(run)).events == [{"step": 1}, {name: SPIKE[name] for name in SPIKE if name != "kind"}]
+    (run / "slm_run.json").write_text(json.dumps({"settings": {"log_interval": 10**400}}))
+    assert captured([str(run)], report_main).code == 0
+
+
+def test_a_relative_metrics_file_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, save = tmp_path / "start", tmp_path / "save"
+    make_run(start / "logs", [record(1), record(2)])
+    (start / "logs" / "events.jsonl").write_text(json.dumps(SPIKE) + "\n")
+    settings = {"slm_metrics_file": "logs/metrics.jsonl", "slm_events_file": "logs/events.jsonl"}
+    save.mkdir()
+    monkeypatch.chdir(start)
+    write_record(save, RunRecord.new(None), with_settings(RunConfig(), settings))
+    monkeypatch.chdir(tmp_path)
+    run = read_run("save")
+    assert (run.name, run.step, len(run.events), run.notes) == ("save", 2, 1, [])
+    assert len(read_runs(["save", "start/logs/metrics.jsonl"])) == 1
+    (start / "logs").rename(start / "other")
+    for main, flags in ((report_main, []), (plot_main, ["--output", "p.svg"])):
+        assert "logs/metrics.jsonl of the run does not exist" in captured(["save", *flags], main).errors
+    assert "logs/metrics.jsonl of the run does not exist" in (save / "report.html").read_text(encoding="utf-8")
+
+
+def test_metrics_that_two_runs_name_belong_to_one_of_them(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, [], slm_metrics_file=str(tmp_path / "m.jsonl")) for name in ("a", "b")]
+    for run in runs:
+        (run / "metrics.jsonl").unlink()
+    (tmp_path / "m.jsonl").write_text(json.dumps(record(1)) + "\n")
+    with pytest.raises(ConfigError, match="have the same metrics file"):
+        read_runs([str(run) for run in runs])
+    assert [run.name for run in read_runs([str(runs[0]), f"{runs[0]}/"])] == ["a"]
+
+
+def test_metrics_of_earlier_starts_have_different_names_and_no_events(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(1)])
+    (run / "events.jsonl").write_text(json.dumps(SPIKE) + "\n")
+    for number in (1, 2):
+        (run / f"metrics.jsonl.{number}").write_text(json.dumps(record(number)) + "\n")
+    other = make_run(tmp_path / "other", [record(1)])
+    (other / "metrics.jsonl").rename(other / "metrics.jsonl.1")
+    runs = read_runs([str(run), *(f"{each}/metrics.jsonl.{n}" for each, n in ((run, 1), (run, 2), (other, 1)))])
+    assert [each.name for each in runs] == [
+        "run",
+        f"{run}/metrics.jsonl.1",
+        "metrics.jsonl.2",
+        f"{other}/metrics.jsonl.1",
+    ]
+    assert [len(each.events) for each in runs] == [1, 0, 0, 0]
+
+
+def test_a_run_without_metrics_is_as_far_as_its_checkpoints(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [], **{**SLM, "train_iters": 2})
+    (run / "metrics.jsonl").unlink()
+    assert captured([str(run)], report_main).code == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "2 of 2 (complete)" in page and "Curves</h2><p>none yet</p>" in page
+
+
+def test_evaluations_without_a_set_are_no_metrics(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [{"kind": "eval", "step": 1, "tokens": 64, "loss": 3.0}, record(1)])
+    result = captured([str(run), "--output", str(tmp_path / "p.svg"), "--metrics", "eval/loss"], plot_main)
+    assert result.code == 2 and "no run has this metric" in result.errors and "eval/loss," not in result.errors
+
+
 def test_metrics_are_plotted_by_name(tmp_path: Path) -> None:
     runs = [
         str(make_run(tmp_path / name, [held_out(0, 6.0), *map(record, range(1, 4)), held_out(3, 5.0)], **SLM))
@@ -175,6 +262,24 @@ def test_events_between_logged_steps_are_marked_at_their_tokens(tmp_path: Path) 
         assert [float(mark) for mark in marks] == [(BOX[0] + BOX[1]) / 2] * 2, axis
 
 
+@pytest.mark.parametrize(("axis", "at"), [("steps", 5), ("tokens", 5 * 64)])
+def test_an_event_outside_of_the_logged_steps_is_on_the_chart(axis: str, at: int, tmp_path: Path) -> None:
+    """A NaN ends the run before its step is logged."""
+    run = make_run(tmp_path / "run", [record(step) for step in (2, 4)])
+    (run / "events.jsonl").write_text("".join(json.dumps({**SPIKE, "step": step}) + "\n" for step in (1, 5)))
+    assert captured([str(run), "--x", axis], report_main).code == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    marks = re.findall(r'class="mark" d="M([\d.]+) ', page)
+    assert [float(mark) for mark in marks] == [BOX[0], BOX[1]] * 2
+    assert json.loads(re.findall(r'id="data">(.*?)</script>', page)[0])["charts"][0]["x"] == [at / 5, at]
+
+
+def test_long_and_foreign_names_leave_room_for_the_curves(tmp_path: Path) -> None:
+    runs = [str(make_run(tmp_path / name, [record(1), record(2)])) for name in ("L" * 200, "日本 \U0001f600")]
+    result = captured([*runs, "--output", str(tmp_path / "p.png"), "--metrics", "loss"], plot_main)
+    assert result.code == 0 and result.errors.count("\n") == 1 and "lacks characters" in result.errors, result.errors
+
+
 def test_long_lines_keep_their_extremes() -> None:
     values = [1.0] * 2000
     values[777], values[1500] = 9.0, math.nan
@@ -209,10 +314,16 @@ def test_charts_of_few_values() -> None:
 
 def test_ticks_are_round_numbers() -> None:
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
-    assert ticks(4.93, 5.71) == [5, 5.2, 5.4, 5.6]
+    assert ticks(4.93, 5.71) == [5, 5.2, 5.4, 5.6] and ticks(0, 3e-14) == [0, 1e-14, 2e-14, 3e-14]
     assert [short_number(value) for value in (0, 2e-5, -0.5, 9500, 40_000, 2.5e6)] == [
         *("0", "2e−05", "−0.5", "9500", "40k", "2.5M")
     ]
+
+
+def test_tick_labels_differ() -> None:
+    assert tick_labels([3.21, 3.2102, 3.2104]) == ["3.21", "3.2102", "3.2104"]
+    assert tick_labels([100_000, 100_010, 100_020]) == ["100k", "100.01k", "100.02k"]
+    assert tick_labels([0, 0.5, 1]) == ["0", "0.5", "1"]
 
 
 def test_smoothing_starts_at_the_first_value_and_skips_nan() -> None:
