@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from megatron_slm.config.schema import ObjectiveConfig
 
@@ -26,14 +25,13 @@ def selection_ratio(config: ObjectiveConfig, step: int, tokens: int) -> float:
         done, total = tokens, config.slm_selection_ratio_warmup_tokens
     if done >= total:
         return final
-    return start + (final - start) * _shape(config)(done / total)
+    return start + (final - start) * _shape(config, done, total)
 
 
-def _shape(config: ObjectiveConfig) -> Callable[[float], float]:
-    """Return f, with f(0) = 0; "steps" has the given number of equally long levels before the final one."""
-    levels = config.slm_selection_ratio_levels
-    return {
-        "linear": lambda x: x,
-        "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
-        "steps": lambda x: math.floor(x * levels) / levels,
-    }[config.slm_selection_ratio_style]
+def _shape(config: ObjectiveConfig, done: int, total: int) -> float:
+    """Return f(done ÷ total), with f(0) = 0; "steps" has equally long levels before the final one."""
+    if config.slm_selection_ratio_style == "steps":
+        levels = config.slm_selection_ratio_levels
+        return done * levels // total / levels  # of integers: 29 / 100 * 100 is below 29
+    share = done / total
+    return share if config.slm_selection_ratio_style == "linear" else (1 - math.cos(math.pi * share)) / 2

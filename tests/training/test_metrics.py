@@ -63,6 +63,19 @@ def test_ratio_warm_up() -> None:
     assert selection_ratio(ObjectiveConfig(), 0, 0) == 0.6
 
 
+def test_levels_of_the_ratio_begin_at_their_step() -> None:
+    """29 / 100 * 100 is below 29 in floating-point numbers."""
+    settings = ObjectiveConfig(
+        slm_selection_ratio=1.0,
+        slm_selection_ratio_start=0.5,
+        slm_selection_ratio_warmup_iters=100,
+        slm_selection_ratio_style="steps",
+        slm_selection_ratio_levels=100,
+    )
+    for step in range(101):
+        assert selection_ratio(settings, step, 0) == pytest.approx(0.5 + step / 200, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("style", "ratios"),
     [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_slm.objective.linear_cross_entropy.forward_grad_policy import ForwardGradPolicy, HostMask
 from megatron_slm.objective.selection.config import SelectionConfig
-from megatron_slm.objective.selection.policy import TopK
+from megatron_slm.objective.selection.policy import ranks_by_token_loss
 from megatron_slm.objective.tokens import ReferenceScores
 
 
@@ -45,12 +45,12 @@ def build_forward_grad_policy(
         return ForwardGradPolicy(valid, valid_on_host=valid_on_host)
     if selected is not None:
         return ForwardGradPolicy(selected, valid_on_host=selected_on_host)
-    if threshold is None or not isinstance(policy, TopK) or policy.stochastic:
+    if threshold is None or not ranks_by_token_loss(policy):
         return None
     share = policy.ratio or ratio
-    if policy.score == "excess" and reference is not None:
-        return ForwardGradPolicy(valid, threshold, reference.loss, share)
-    return ForwardGradPolicy(valid, threshold, share=share) if policy.score == "token-loss" else None
+    if policy.score == "token-loss":
+        return ForwardGradPolicy(valid, threshold, share=share)
+    return None if reference is None else ForwardGradPolicy(valid, threshold, reference.loss, share)
 
 
 class SpeculativeThreshold:
@@ -68,11 +68,16 @@ class SpeculativeThreshold:
         self.step: Tensor | None = None
 
     def observe(self, threshold: Tensor) -> None:
-        """Add the exact threshold of a micro-batch, a scalar; it remains on its device, so that nothing waits."""
+        """Add the exact threshold of a micro-batch, a scalar; it remains on its device, so that nothing waits.
+
+        An infinite or NaN threshold, such as that of a micro-batch without valid tokens, is left out.
+        """
         threshold = threshold.detach().clone()
         if self.last is not None:
             step = (threshold - self.last).abs()
-            self.step = step if self.step is None else self.DECAY * self.step + (1 - self.DECAY) * step
+            mean = step if self.step is None else self.DECAY * self.step + (1 - self.DECAY) * step
+            self.step = step if self.step is None else _known(mean, _known(step, self.step))
+            threshold = _known(threshold, self.last)
         self.last = threshold
 
     def estimate(self) -> Tensor | None:
@@ -88,3 +93,8 @@ class SpeculativeThreshold:
         for name in vars(self):
             value = state[name]
             setattr(self, name, None if value is None else torch.tensor(value, device=device))
+
+
+def _known(value: Tensor, otherwise: Tensor) -> Tensor:
+    """Return the value if it is finite, otherwise another one."""
+    return torch.where(value.isfinite(), value, otherwise)

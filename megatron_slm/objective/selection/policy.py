@@ -16,12 +16,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from megatron_slm.runtime.errors import ConfigError
 
 RETROSPECTIVE = "retrospective-excess"
 SCORES = ("excess", RETROSPECTIVE, "token-loss", "token-entropy", "reference-loss", "reference-entropy", "random")
 LOWEST_FIRST = ("reference-loss", "reference-entropy")
+OFFSET_LOSS = ("excess", "token-loss")  # token loss − offset, known before the forward pass
 STOCHASTIC = "stochastic-"
 
 
@@ -79,6 +81,11 @@ def needs_token_entropy(policy: Policy) -> bool:
 def selects_everything(policy: Policy, ratio: float) -> bool:
     """Return whether every valid token is selected, whatever its scores."""
     return all((top_k.ratio or ratio) >= 1 for top_k in top_ks(policy))
+
+
+def ranks_by_token_loss(policy: Policy) -> TypeGuard[TopK]:
+    """Return whether the policy is one score of the form token loss − offset, with an offset known beforehand."""
+    return isinstance(policy, TopK) and policy.score in OFFSET_LOSS and not policy.stochastic
 
 
 def parse_policy(text: str) -> Policy:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -99,6 +102,17 @@ def test_a_known_selection_needs_no_losses(score: str) -> None:
 def test_the_band_follows_the_steps_of_the_threshold() -> None:
     speculation = SpeculativeThreshold()
     for threshold in (1.0, 2.0, 2.0):
+        speculation.observe(torch.tensor(threshold))
+    assert float(speculation.estimate()) == pytest.approx(2.0 + 0.9)
+
+
+@pytest.mark.parametrize(
+    "thresholds", [(math.inf, 1.0, 2.0, 2.0), (1.0, math.inf, 2.0, 2.0), (1.0, 2.0, math.nan, 2.0)]
+)
+def test_the_band_leaves_out_micro_batches_without_a_threshold(thresholds: Sequence[float]) -> None:
+    """The threshold of a micro-batch without valid tokens is infinite."""
+    speculation = SpeculativeThreshold()
+    for threshold in thresholds:
         speculation.observe(torch.tensor(threshold))
     assert float(speculation.estimate()) == pytest.approx(2.0 + 0.9)
 
