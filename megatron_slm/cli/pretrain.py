@@ -21,7 +21,7 @@ from megatron_slm.runtime.launch import Launch, read_launch
 from megatron_slm.runtime.output import print_result
 from megatron_slm.runtime.reporting import run_command
 from megatron_slm.runtime.signals import StopSignals
-from megatron_slm.training.policy_checks import unused_reference
+from megatron_slm.training.policy_checks import policy_warnings
 from megatron_slm.training.preflight import (
     check_device,
     check_files,
@@ -100,7 +100,7 @@ def print_checked_plan(
             console.print(obstacle, markup=False)
     if note:
         console.print(note, markup=False)
-    if (warning := unused_reference(config)) is not None:
+    for warning in policy_warnings(config):
         warn(warning)
     start = verified_start(plan_start(config), config)
     check_start_space(config, tokenizer.vocab_size, start)
@@ -165,7 +165,7 @@ def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run
     if note:
         console.print(note, markup=False)
     print_settings(console, config)
-    for warning in (slow_products(config, groups.device), unused_reference(config)):
+    for warning in (slow_products(config, groups.device), *policy_warnings(config)):
         if groups.is_logging_rank and warning is not None:
             warn(warning)
     save = None if config.training.skip_train else config.checkpoint.save

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_slm.config.schema import ObjectiveConfig, RunConfig
+from megatron_slm.config.schema import ObjectiveConfig, ReferenceConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.blends import parse_corpus_ratios, training_blend
 from megatron_slm.objective.selection.policy import (
+    OFFSET_LOSS,
+    RETROSPECTIVE,
     BooleanOp,
     Policy,
     TopK,
     needs_reference_entropy,
     needs_reference_loss,
     parse_policy,
+    ranks_by_token_loss,
     top_ks,
 )
 from megatron_slm.scores.combination import Combine, reference_of_corpus
@@ -46,6 +49,32 @@ def unused_reference(config: RunConfig) -> str | None:
             score = config.objective.slm_score
             return f"{flag} {value} is not used: --slm-score {score!r} needs no reference model. Leave {flag} out."
     return None
+
+
+def unused_ratio(config: RunConfig) -> str | None:
+    """Return a warning if a selection ratio is given that no token is selected by; recipes may contain it."""
+    objective, ratio = config.objective, config.objective.slm_selection_ratio
+    if config.training.skip_train or ratio == ObjectiveConfig().slm_selection_ratio:
+        return None
+    if not selects_tokens(config):
+        reason = f"--objective {objective.objective} trains on all tokens"
+    elif has_own_ratios(objective):
+        reason = f"every term of --slm-score {objective.slm_score!r} has a ratio"
+    elif objective.slm_corpus_ratios and None not in corpus_ratios(config):
+        reason = "--slm-corpus-ratios gives every corpus a ratio"
+    else:
+        return None
+    return f"--slm-selection-ratio {ratio:g} is not used: {reason}."
+
+
+def has_own_ratios(objective: ObjectiveConfig) -> bool:
+    """Return whether every term of the score has a ratio, so that the run's is not used."""
+    return all(term.ratio is not None for term in top_ks(parse_policy(objective.slm_score)))
+
+
+def policy_warnings(config: RunConfig) -> list[str]:
+    """Return a warning for each part of the selection policy that is not used."""
+    return [warning for warning in (unused_reference(config), unused_ratio(config)) if warning is not None]
 
 
 def corpus_ratios(config: RunConfig) -> tuple[float | None, ...]:
@@ -83,6 +112,8 @@ def score_violations(config: RunConfig) -> Iterator[str]:
     if config.model.num_experts and objective.slm_scope != "global-batch":
         yield from _unknown_share(objective, policy)
     yield from _unused(objective, policy)
+    yield from _speculation(objective, policy)
+    yield from _equal_reference(reference, policy)
     if objective.slm_weight_temperature is not None:
         yield from _single_score("--slm-weight-temperature", objective, policy)
         yield from _needs_exact_threshold("--slm-weight-temperature", objective)
@@ -101,7 +132,7 @@ def _unused(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
         (
             "--slm-selection-ratio-start",
             objective.slm_selection_ratio_start is not None,
-            any(term.ratio is None for term in terms),
+            not has_own_ratios(objective),
             "a term without a ratio",
         ),
         (
@@ -115,6 +146,46 @@ def _unused(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
             yield (
                 f"{flag} has no effect on --slm-score {objective.slm_score!r}: it needs {needed}. Change the score, or "
                 f"leave {flag} out."
+            )
+
+
+def _speculation(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    """Yield a message for each setting with which no threshold is estimated, or the estimate is not used."""
+    if objective.slm_exact_mode == "recompute":
+        return
+    for setting, given, reason in (
+        (
+            f"--slm-score {objective.slm_score!r}",
+            not ranks_by_token_loss(policy),
+            f"it needs one of the scores {' and '.join(OFFSET_LOSS)}",
+        ),
+        (
+            "--slm-scope global-batch",
+            objective.slm_scope == "global-batch",
+            "the selection or its threshold is known before the forward pass",
+        ),
+        ("--slm-mix", objective.slm_mix > 0, "every valid token has a gradient"),
+        ("--slm-cross-entropy torch", objective.slm_cross_entropy == "torch", "all logits are kept"),
+    ):
+        if given:
+            yield (
+                f"--slm-exact-mode {objective.slm_exact_mode} has no effect with {setting}: {reason}. Use "
+                "--slm-exact-mode recompute, or change the other setting."
+            )
+
+
+def _equal_reference(reference: ReferenceConfig, policy: Policy) -> Iterator[str]:
+    """Yield a message if the history of the training model is its present weights, so that differences are 0."""
+    if not any(term.score in ("excess", RETROSPECTIVE) for term in top_ks(policy)):
+        return
+    for flag, value, is_equal in (
+        ("--reference-refresh-interval", reference.reference_refresh_interval, 1),
+        ("--reference-average-decay", reference.reference_average_decay, 0),
+    ):
+        if reference.reference_history is not None and value == is_equal:
+            yield (
+                f"{flag} {value}: in every step, the reference model has the weights of the training model, and all "
+                "excess losses are 0. Increase it."
             )
 
 

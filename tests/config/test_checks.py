@@ -147,6 +147,16 @@ def test_missing_model_settings_name_the_checkpoint_that_has_them(tmp_path: Path
             "--slm-threshold predicted selects over the global batch, and --slm-scope is data-parallel",
         ),
         (1, {"slm_threshold": "predicted"}, "--slm-threshold has no effect with --objective clm"),
+        (1, {"slm_score": "random"}, "--slm-score has no effect with --objective clm"),
+        (1, {"slm_scope": "sequence"}, "--slm-scope has no effect with --objective clm"),
+        (1, {"slm_exact_mode": "speculative"}, "--slm-exact-mode has no effect with --objective clm"),
+        (1, {"slm_gumbel_temperature": 2}, "--slm-gumbel-temperature has no effect with --objective clm"),
+        (1, {"objective": "sft", "slm_scope": "sequence"}, "--slm-scope has no effect with --objective sft"),
+        (
+            1,
+            {"objective": "slm", "reference_scores": "rm", "reference_precision": "bf16"},
+            "--reference-precision bf16 has no effect without --reference-load or --reference-history",
+        ),
         (2, {"global_batch_size": 6}, "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2"),
         (1, {"num_layers_per_virtual_pipeline_stage": 1}, "needs --pipeline-model-parallel-size above 1"),
         (

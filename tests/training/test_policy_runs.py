@@ -10,7 +10,7 @@ import pytest
 from megatron_slm.config.flags import parse
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.tiny import command, launch, launch_each, losses, make_corpus, records
-from megatron_slm.training.policy_checks import corpus_ratios, unused_reference
+from megatron_slm.training.policy_checks import corpus_ratios, unused_ratio, unused_reference
 from megatron_slm.training.preflight import resolve_values
 
 STEPS = 4
@@ -108,6 +108,7 @@ TEMPERATURE, GAIN = {"slm_weight_temperature": 1}, {"slm_ratio_gain": 1}
 CORPORA = {"slm_corpus_ratios": ["0.9", "two_text_document"]}
 COMBINED, STOCHASTIC = {"slm_score": "token-loss and random"}, {"slm_score": "stochastic-token-loss"}
 PREDICTED = {"slm_threshold": "predicted", "slm_scope": "global-batch"}
+SPECULATIVE = {"slm_exact_mode": "speculative"}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,25 @@ PREDICTED = {"slm_threshold": "predicted", "slm_scope": "global-batch"}
         (
             {"slm_selection_ratio_start": 1, "slm_selection_ratio_warmup_iters": 2, "slm_score": "token-loss:0.5"},
             "--slm-selection-ratio-start has no effect on --slm-score 'token-loss:0.5': it needs a term without",
+        ),
+        *(
+            (
+                {**SPECULATIVE, "slm_score": score},
+                f"--slm-exact-mode speculative has no effect with --slm-score {score!r}: it needs one of the scores",
+            )
+            for score in ("token-entropy", "random", "stochastic-token-loss", "token-loss and random")
+        ),
+        ({**SPECULATIVE, "slm_scope": "global-batch"}, "has no effect with --slm-scope global-batch"),
+        ({**SPECULATIVE, **PREDICTED}, "has no effect with --slm-scope global-batch"),
+        ({**SPECULATIVE, "slm_mix": 0.1}, "has no effect with --slm-mix"),
+        ({**SPECULATIVE, "slm_cross_entropy": "torch"}, "has no effect with --slm-cross-entropy torch"),
+        (
+            {"reference_history": "start", "reference_refresh_interval": 1, "slm_score": "retrospective-excess"},
+            "--reference-refresh-interval 1: in every step, the reference model has the weights of the training model",
+        ),
+        (
+            {"reference_history": "average", "reference_average_decay": 0, "slm_score": "excess or random"},
+            "--reference-average-decay 0.0: in every step, the reference model has the weights of the training model",
         ),
         ({"slm_gumbel_temperature": 2}, "--slm-gumbel-temperature has no effect on --slm-score 'token-loss'"),
         ({"slm_ratio_min": 0.2}, "--slm-ratio-min 0.2 has no effect without --slm-ratio-gain"),
@@ -172,6 +192,24 @@ def test_an_unused_reference_model_is_reported(tmp_path: Path) -> None:
     for flags, message in cases:
         argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
         warning = unused_reference(resolve_values(parse(argv).config, 1))
+        assert warning is None if message is None else message in str(warning)
+
+
+def test_an_unused_ratio_is_reported(tmp_path: Path) -> None:
+    """Recipes have a ratio, so that it may be given in vain."""
+    both = {"slm_corpus_ratios": ["0.4", "one_text_document", "0.9", "two_text_document"]}
+    cases: list[tuple[dict[str, Any], str | None]] = [
+        ({"objective": "clm", "slm_score": "excess"}, "--objective clm trains on all tokens"),
+        ({"slm_score": "token-loss:0.5 and random:0.7"}, "every term of --slm-score 'token-loss:0.5 and random:0.7'"),
+        ({"slm_score": "token-loss:0.5 and random"}, None),
+        (both, "--slm-corpus-ratios gives every corpus a ratio"),
+        (CORPORA, None),
+        ({**both, "slm_selection_ratio": 0.6}, None),
+    ]
+    for flags, message in cases:
+        settings = {"slm_score": "token-loss", "slm_selection_ratio": 0.5, **flags}
+        argv = slm(tmp_path, "run", "plain", **settings)[:-2]
+        warning = unused_ratio(resolve_values(parse(argv).config, 1))
         assert warning is None if message is None else message in str(warning)
 
 

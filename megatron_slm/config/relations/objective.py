@@ -12,10 +12,14 @@ from megatron_slm.config.selection import selects_tokens
 
 def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
     """Refuse selection settings of a run that selects no tokens."""
-    objective, reference = config.objective, config.reference
+    objective, reference, defaults = config.objective, config.reference, ObjectiveConfig()
     given = [
         name
         for name, unset in (
+            ("--slm-score", objective.slm_score == defaults.slm_score),
+            ("--slm-scope", objective.slm_scope == defaults.slm_scope),
+            ("--slm-exact-mode", objective.slm_exact_mode == defaults.slm_exact_mode),
+            ("--slm-gumbel-temperature", objective.slm_gumbel_temperature == defaults.slm_gumbel_temperature),
             ("--slm-selection-ratio-start", objective.slm_selection_ratio_start is None),
             ("--slm-mix", objective.slm_mix == 0),
             ("--slm-corpus-ratios", not objective.slm_corpus_ratios),
@@ -32,7 +36,7 @@ def selection_flags(config: RunConfig, _: int) -> Iterator[str]:
     ]
     if objective.objective == "clm" and given:
         yield f"{' '.join(given)} has no effect with --objective clm. Add --objective slm, or leave it out."
-    if objective.objective == "sft" and objective.slm_selection_ratio != ObjectiveConfig().slm_selection_ratio:
+    if objective.objective == "sft" and objective.slm_selection_ratio != defaults.slm_selection_ratio:
         given = ["--slm-selection-ratio", *given]
     if objective.objective == "sft" and given and not selects_tokens(config):
         yield (
@@ -107,6 +111,11 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
         yield (
             f"--reference-ckpt-step {reference.reference_ckpt_step} needs one --reference-load. For several, give "
             "the iter_* directories of the steps to --reference-load."
+        )
+    if reference.reference_precision is not None and not reference.is_co_located:
+        yield (
+            f"--reference-precision {reference.reference_precision} has no effect without --reference-load or "
+            "--reference-history. Add one of them, or leave it out."
         )
     if reference.reference_ckpt_step is not None and not paths:
         yield (

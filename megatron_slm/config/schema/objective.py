@@ -101,8 +101,8 @@ class ObjectiveConfig:
     slm_exact_mode: str = flag(
         "recompute",
         "when to compute the LM-head gradient of selected tokens; recompute: in the backward pass; speculative: in the "
-        "forward pass for tokens above an estimated threshold. The selection is identical. --slm-scope global-batch "
-        "needs no estimate",
+        "forward pass for tokens above an estimated threshold. The selection is identical. For the scores excess and "
+        "token-loss, except with --slm-scope global-batch, which needs no estimate",
         choices=("recompute", "speculative"),
     )
     slm_backward: str = flag(
