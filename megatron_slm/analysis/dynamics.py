@@ -136,7 +136,8 @@ def select_top(scores: Floats, ratio: float) -> Bools:
 
 def perplexities(losses: Floats, selections: Sequence[Bools]) -> Floats:
     """Return the perplexity at each checkpoint (column) of the tokens of each selection (row), [selections, c]."""
-    return np.exp(np.stack([losses[:, selected].mean(1) for selected in selections]))
+    with np.errstate(over="ignore"):  # of a diverged checkpoint
+        return np.exp(np.stack([losses[:, selected].mean(1) for selected in selections]))
 
 
 def overlaps(selections: Sequence[Bools]) -> Floats:

@@ -108,7 +108,7 @@ class Dynamics:
         if self.selections:
             found["selection"] = {
                 "ratio": data.ratio,
-                "perplexity": perplexities(data.losses, self.selections).tolist(),
+                "perplexity": [_plain(row) for row in perplexities(data.losses, self.selections)],
                 "overlap": overlaps(self.selections).tolist(),
                 "categories": self._categories(),
             }
@@ -153,7 +153,8 @@ def class_table(dynamics: Dynamics) -> Table:
         table.add_column(heading, justify="right")
     means = class_losses(dynamics.data.losses, dynamics.classes)[[0, -1]]
     for place, name in enumerate(CLASSES):
-        table.add_row(name, f"{dynamics.shares[place]:.1%}", *(f"{loss:.3f}" for loss in means[:, place]))
+        losses = (f"{loss:.3f}" if math.isfinite(loss) else "-" for loss in means[:, place])  # of an empty class: none
+        table.add_row(name, f"{dynamics.shares[place]:.1%}", *losses)
     return table
 
 
@@ -180,7 +181,8 @@ def plot(dynamics: Dynamics, path: Path, role: str) -> None:
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False, layout="constrained")
     for axes, draw in zip(grid.flat, panels, strict=False):
-        draw(axes, dynamics)
+        with np.errstate(over="ignore"):  # perplexities of a diverged checkpoint
+            draw(axes, dynamics)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(panels) :]:

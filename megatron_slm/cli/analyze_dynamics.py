@@ -88,16 +88,20 @@ def _prepare(arguments: argparse.Namespace) -> tuple[list[int], Path]:
     """Return the steps to analyze and the output directory, which is created.
 
     Raises:
-        ConfigError: there are too few checkpoints, or the directory has files of others.
+        ConfigError: there are too few checkpoints, or one is incomplete, or the directory has files of others or cannot
+            be written.
     """
+    from megatron_slm.checkpoint.source import find_source
     from megatron_slm.evaluation.token_losses import run_steps
-    from megatron_slm.runtime.files import check_replaceable, explained_write
+    from megatron_slm.runtime.files import check_output_file, explained_write
 
     steps, output = run_steps(arguments.load, arguments.steps), Path(arguments.output)
+    for step in steps:
+        find_source(arguments.load, step, "--load").check()
     with explained_write(output, "--output"):
         is_new = not output.exists() or not any(output.iterdir())
         (output / LOSSES).mkdir(parents=True, exist_ok=True)
-    check_replaceable(output / RESULT, "--output", is_ours=_is_ours)
+    check_output_file(output / RESULT, "--output", is_ours=_is_ours)
     if (output / PLOT).exists() and not is_new and not (output / RESULT).exists():
         raise ConfigError(f"--output {output} has a {PLOT}, but no {RESULT}. Choose another directory.")
     return steps, output
@@ -137,22 +141,26 @@ def _read_tokens(arguments: argparse.Namespace, steps: list[int]) -> tuple[Token
     """Return the validation tokens and their categories, [n] int64.
 
     Raises:
-        ConfigError: the corpus or the reference model does not match the run.
+        ConfigError: the corpus or the reference model does not match the run, or a model has a shorter context.
     """
     from megatron_slm.checkpoint.source import find_source
-    from megatron_slm.evaluation.token_losses import TokenSet
+    from megatron_slm.evaluation.token_losses import TokenSet, check_context
 
     source = find_source(arguments.load, steps[-1], "--load")
-    tokenizer = source.tokenizer()
+    tokenizer, model = source.tokenizer(), source.config().model
+    window = arguments.seq_length or model.seq_length
+    check_context(arguments.load, model.max_position_embeddings, window, "--load")
     if arguments.reference_load:
         reference = find_source(arguments.reference_load, arguments.reference_ckpt_step, "--reference-load")
+        reference.check()
+        context = reference.config().model.max_position_embeddings
+        check_context(arguments.reference_load, context, window, "--reference-load")
         if (conflict := reference.tokenizer_conflict(tokenizer)) is not None:
             theirs, ours, _ = conflict
             raise ConfigError(
                 f"--reference-load {arguments.reference_load}: the reference model was trained with {theirs}, and the "
                 f"run with {ours}. Give a reference model with the same tokenizer."
             )
-    window = arguments.seq_length or source.config().model.seq_length
     tokens = TokenSet.read(arguments.data_path, "--data-path", tokenizer, arguments.tokens, window)
     return tokens, _categories(tokens, tokenizer)
 
@@ -218,7 +226,7 @@ def _report(dynamics: Any, settings: dict[str, Any], output: Path, groups: Group
     from megatron_slm.runtime.files import write_text
 
     record = {"kind": KIND, "settings": settings, **dynamics.record()}
-    write_text(output / RESULT, json.dumps(record, indent=1) + "\n", "--output", is_ours=_is_ours)
+    write_text(output / RESULT, json.dumps(record, indent=1, allow_nan=False) + "\n", "--output", is_ours=_is_ours)
     plot(dynamics, output / PLOT, "--output")
     console = make_console(groups.is_logging_rank)
     console.print(class_table(dynamics))

@@ -96,6 +96,15 @@ def consumed_tokens(path: str, step: int, flag: str = "--load") -> int:
     return source.manifest().consumed_samples * source.config().model.seq_length
 
 
+def check_context(path: str, context: int, window: int, flag: str) -> None:
+    """Raise ConfigError if windows are longer than the context of a model."""
+    if window > context:
+        raise ConfigError(
+            f"{flag} {path} has a context of {context} tokens, and the windows have {window}. Use --seq-length "
+            f"{context} or less."
+        )
+
+
 def checkpoint_losses(
     path: str,
     step: int | None,
@@ -130,11 +139,7 @@ def checkpoint_losses(
     if known is not None:
         return known
     model = open_checkpoint()
-    if tokens.window > model.context_length:
-        raise ConfigError(
-            f"{flag} {path} has a context of {model.context_length} tokens, and the windows have {tokens.window}. "
-            f"Use --seq-length {model.context_length} or less."
-        )
+    check_context(path, model.context_length, tokens.window, flag)
     scores = score_tokens(model, tokens.requests(), micro_batch_size=batch_size, label=label)
     losses = -np.concatenate([each.log_probs for each in scores])
     if not np.isfinite(losses).all():

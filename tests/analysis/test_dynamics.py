@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_slm.analysis import dynamics
 from megatron_slm.analysis.dynamics import CLASSES, classify, fit_lines, fit_sigmoids
@@ -152,3 +155,20 @@ def test_results(tmp_path: Path, reference: bool, checkpoints: int) -> None:
     assert len(class_table(found).rows) == 4
     plot(found, tmp_path / "plot.png", "--output")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_of_a_diverged_run_have_no_perplexity(tmp_path: Path) -> None:
+    data = make(True)
+    found = Dynamics.analyze(replace(data, losses=data.losses * 1000))
+    record = json.loads(json.dumps(found.record(), allow_nan=False))
+    assert None in record["selection"]["perplexity"][0]
+    plot(found, tmp_path / "plot.png", "--output")
+
+
+def test_an_empty_class_has_no_loss() -> None:
+    data = make(False)
+    output = io.StringIO()
+    Console(file=output, width=200).print(class_table(Dynamics.analyze(replace(data, losses=data.losses * 0 + 2))))
+    rows = [line.split() for line in output.getvalue().splitlines()[1:]]
+    full, empty = ["100.0%", "2.000", "2.000"], ["0.0%", "-", "-"]
+    assert rows == [[name, *(full if name == "L→L" else empty)] for name in CLASSES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = {"num_layers": 1, "eval_interval": 1, "full_validation": True}
     launch_each(
         [
-            command(corpus, directory / "run", train_iters=6, save_interval=1, **base),
+            command(corpus, directory / "run", train_iters=7, save_interval=1, **base),
             command(other, directory / "rm", train_iters=1, num_layers=1),
+            command(other, directory / "short", train_iters=1, num_layers=1, seq_length=16, max_position_embeddings=16),
         ]
     )
     return directory
@@ -41,11 +43,11 @@ def test_results_and_kept_losses(workspace: Path) -> None:
     (outcome,) = run(argv)
     assert outcome.code == 0, outcome.errors
     result = json.loads((workspace / "out" / RESULT).read_text(encoding="utf-8"))
-    assert result["steps"] == [1, 2, 3, 4, 5, 6] and result["tokens"][0] == 16 * 32
+    assert result["steps"] == [1, 2, 3, 4, 5, 6, 7] and result["tokens"][0] == 16 * 32
     evaluated = {record["step"]: record["loss"] for record in records(workspace / "run", "eval")}
     expected = [evaluated[step] for step in result["steps"]]
     assert result["loss"] == pytest.approx(expected, rel=0.01), "the trainer's evaluation has the same windows"
-    assert len(result["selection"]["perplexity"]) == 6 and "sigmoid" in result["fits"]
+    assert len(result["selection"]["perplexity"]) == 7 and "sigmoid" in result["fits"]
     assert (workspace / "out" / PLOT).is_file()
 
 
@@ -80,12 +82,16 @@ def test_ranks_agree_with_one_process(workspace: Path) -> None:
 def test_refusals(workspace: Path) -> None:
     (workspace / "foreign").mkdir(exist_ok=True)
     (workspace / "foreign" / RESULT).write_text("{}", encoding="utf-8")
+    shutil.copytree(workspace / "run", workspace / "cut", dirs_exist_ok=True)
+    next((workspace / "cut" / "iter_0000006").glob("*.distcp")).unlink()
     cases = [
         (flags(workspace, "no", load=workspace / "rm"), "1 complete checkpoints, and token dynamics need at least two"),
         (flags(workspace, "no", steps=9), "has no complete checkpoint of step 9"),
         (flags(workspace, "no", load=workspace / "nothing"), "0 complete checkpoints"),
         (flags(workspace, "no", **{"data-path": workspace / "nothing"}), "is missing"),
         (flags(workspace, "no", **{"seq-length": 64}), "has a context of 32 tokens"),
+        (flags(workspace, "no", load=workspace / "cut"), "iter_0000006"),
+        (flags(workspace, "no", **{"reference-load": workspace / "short"}), "short has a context of 16 tokens"),
         (flags(workspace, "no", tokens=0), "--tokens is 0, and must be above 0"),
         (flags(workspace, "no", **{"slm-selection-ratio": 0}), "must be in (0, 1]"),
         (flags(workspace, "no", **{"reference-ckpt-step": 1}), "no effect without --reference-load"),
@@ -94,3 +100,4 @@ def test_refusals(workspace: Path) -> None:
     ]
     for (_, message), outcome in zip(cases, run(*(argv for argv, _ in cases)), strict=True):
         assert outcome.code == 2 and message in outcome.errors, (message, outcome.errors)
+    assert not list((workspace / "no" / LOSSES).iterdir()), "refused before any checkpoint is scored"
