@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.analysis.page import encode_array, write_page
-from megatron_slm.analysis.selection_view import CheckpointTokens, SelectionView
+from megatron_slm.analysis.selection_view import PART, CheckpointTokens, SelectionView
 
 NAME = "selection"  # of the template
 
@@ -25,7 +25,7 @@ def page_data(view: SelectionView) -> dict[str, Any]:
         "tokenizer": view.tokenizer,
         "window": view.window,
         "stride": view.stride,
-        "shown": view.shown(),
+        "shown": [shown if text or shown != PART else "" for text, shown in zip(view.texts, view.shown(), strict=True)],
         "starts": view.starts,
         "ids": encode_array(view.ids, np.int32),
         "reference": reference and {"label": reference.label, "loss": encode_array(reference.loss, np.float32)},

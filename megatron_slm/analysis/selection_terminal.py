@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from megatron_slm.analysis.selection_view import CheckpointTokens, SelectionView
@@ -15,6 +15,7 @@ from megatron_slm.analysis.selection_view import CheckpointTokens, SelectionView
 OPEN, CLOSE = "[[", "]]"  # around selected tokens, without color
 STYLES = ("black on #fde0b2", "black on #fbb04a", "black on #ee7f1b")  # selected, from the threshold up
 UNSELECTED = "dim"
+TEXT_COLUMNS = 2  # of the table, before the numbers
 Line = tuple[int, int]  # (start, stop)
 
 
@@ -31,7 +32,8 @@ def print_selection(console: Console, view: SelectionView, limit: int, *, table:
     for checkpoint in view.checkpoints:
         console.print(Text(checkpoint.label, style="bold"))
         if table:
-            console.print(_table(view, checkpoint, shown[:count]))
+            for line in _table(view, checkpoint, shown[:count]):
+                console.print(line)
         else:
             console.print(_text(view, checkpoint, shown[:count], colored=has_color))
         if count < len(shown):
@@ -70,7 +72,8 @@ def _text(view: SelectionView, checkpoint: CheckpointTokens, shown: list[str], *
             break
         if titles:
             text.append(f"text {number + 1}, from token {start:,}\n", style="bold")
-        for first, last in _runs(checkpoint, start, min(stop, len(shown))):
+        stop = min(stop, len(shown))
+        for first, last in _runs(checkpoint, start, stop):
             selected = bool(checkpoint.selected[first])
             if colored:
                 for place in range(first, last):
@@ -78,7 +81,7 @@ def _text(view: SelectionView, checkpoint: CheckpointTokens, shown: list[str], *
                 continue
             run = "".join(shown[first:last])
             text.append(OPEN + run.rstrip("\n") + CLOSE + "\n" * run.endswith("\n") if selected else run)
-        if not text.plain.endswith("\n"):
+        if not shown[stop - 1].endswith("\n"):
             text.append("\n")
     text.right_crop(1)
     return text
@@ -100,22 +103,29 @@ def _levels(checkpoint: CheckpointTokens) -> list[int]:
     return np.searchsorted(bounds, scores).tolist()
 
 
-def _table(view: SelectionView, checkpoint: CheckpointTokens, shown: list[str]) -> Table:
-    """Return one row per token."""
-    table = Table("position", "token", box=None, header_style="bold", pad_edge=False)
-    for name in ("id", "token loss", "reference loss", "excess loss", checkpoint.score_name):
-        table.add_column(name, justify="right")
-    table.add_column("selected")
-    excess, reference = view.excess(checkpoint), view.reference
-    for place, token in enumerate(shown):
-        table.add_row(
-            f"{place:,}",
-            Text(token.replace("\n", "")),
-            str(view.ids[place]),
-            f"{checkpoint.loss[place]:.3f}",
-            "" if reference is None else f"{reference.loss[place]:.3f}",
-            "" if excess is None else f"{excess[place]:+.3f}",
-            f"{checkpoint.score[place]:+.3f}",
-            "yes" if checkpoint.selected[place] else "",
-        )
-    return table
+def _table(view: SelectionView, checkpoint: CheckpointTokens, shown: list[str]) -> Iterator[Text]:
+    """Yield a heading and one line per token; rich's tables take milliseconds per row."""
+    count = len(shown)
+    columns: list[tuple[str, list[str]]] = [
+        ("position", [f"{place:,}" for place in range(count)]),
+        ("token", [token.replace("\n", "") for token in shown]),
+        ("id", [str(token) for token in view.ids[:count]]),
+        ("token loss", [f"{value:.3f}" for value in checkpoint.loss[:count]]),
+    ]
+    if view.reference is not None:
+        columns.append(("reference loss", [f"{value:.3f}" for value in view.reference.loss[:count]]))
+    if (excess := view.excess(checkpoint)) is not None:
+        columns.append(("excess loss", [f"{value:+.3f}" for value in excess[:count]]))
+    if checkpoint.score_name != "excess":
+        columns.append((checkpoint.score_name, [f"{value:+.3f}" for value in checkpoint.score[:count]]))
+    columns.append(("selected", ["yes" if selected else "" for selected in checkpoint.selected[:count]]))
+    padded = [_pad([title, *cells], to_right=place < TEXT_COLUMNS) for place, (title, cells) in enumerate(columns)]
+    for number, cells in enumerate(zip(*padded, strict=True)):
+        yield Text("  ".join(cells).rstrip(), style="" if number else "bold")
+
+
+def _pad(cells: list[str], *, to_right: bool) -> list[str]:
+    """Return the cells of a column with the width of the widest one."""
+    width = max(map(cell_len, cells))
+    fill = [" " * (width - cell_len(cell)) for cell in cells]
+    return [cell + space if to_right else space + cell for cell, space in zip(cells, fill, strict=True)]

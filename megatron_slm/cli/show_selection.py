@@ -113,9 +113,13 @@ def _add_text(add: Callable[..., argparse.Action]) -> None:
         type=expand_user,
         required=True,
         metavar="FILE",
-        help="plain text, or JSON lines by the suffix .jsonl; - for standard input",
+        help="plain text, or JSON lines by the suffix .jsonl or .json; - for standard input",
     )
-    add("--json-key", metavar="KEY", help="read JSON lines, and the text under this key; default text for .jsonl")
+    add(
+        "--json-key",
+        metavar="KEY",
+        help="read JSON lines, and the text under this key; default text for .jsonl and .json",
+    )
     add("--append-eod", action="store_true", help="end each text with the end-of-document token")
     add("--seq-length", type=int, help="tokens of a scoring window; default and maximum those of the models")
     add("--stride", type=int, help="stride between scoring windows in tokens; default half of --seq-length")
@@ -196,6 +200,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     for flag, path, is_ours in tests:
         if path is not None:
             check_output_file(path, flag, is_ours=is_ours)
+            if Path(path).exists() and Path(arguments.input).exists() and Path(path).samefile(arguments.input):
+                raise ConfigError(f"{flag} {path} is the file of --input, which is not replaced. Choose another path.")
 
 
 def choose_checkpoints(arguments: argparse.Namespace) -> tuple[list[Choice], ContextRule]:

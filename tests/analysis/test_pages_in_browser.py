@@ -107,6 +107,22 @@ def test_sliders_recompute_the_selection(page: Any, tmp_path: Path) -> None:
     assert selected(page) == view.checkpoints[2].selected.sum()
 
 
+def test_the_threshold_slider_is_exact(page: Any, tmp_path: Path) -> None:
+    """1 − 0.7 is above 0.3 in binary, and 30% of 10 tokens are 3."""
+    show(page, tmp_path, make_view(words(9)))
+    page.locator("#threshold").fill("700")
+    playwright.expect(page.locator("#reset")).to_be_enabled()
+    assert selected(page) == 3
+
+
+def test_search_finds_characters_of_several_tokens(page: Any, tmp_path: Path) -> None:
+    """Tokens of a byte tokenizer: the text of a character is that of its last token."""
+    show(page, tmp_path, make_view(["c", "a", "f", "", "é", "·", "", "", "漢"]))
+    page.locator("#search").fill("fé·漢")
+    assert page.locator("#matches").text_content() == "1 of 1"
+    assert page.locator("main .match").all_text_contents() == ["f", "·", "é", "·", "·", "·", "漢"]
+
+
 def test_search_finds_text_across_tokens(page: Any, tmp_path: Path) -> None:
     show(page, tmp_path, make_view([*words(900), " Needle", "s", *words(900)]))
     page.locator("#search").fill("needles a")

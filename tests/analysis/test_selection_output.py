@@ -6,18 +6,20 @@ import base64
 import io
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from views import SPECIAL, make_view
 
 from megatron_slm.analysis.page import build_page, check_page
 from megatron_slm.analysis.selection_page import NAME, page_data, write_selection_page
 from megatron_slm.analysis.selection_terminal import print_selection
-from megatron_slm.analysis.selection_view import visible, write_json
+from megatron_slm.analysis.selection_view import PART, visible, write_json
 from megatron_slm.runtime.errors import ConfigError
 
 WORDS = ["The", " fox", *SPECIAL, " end"]
@@ -54,6 +56,33 @@ def test_a_terminal_without_color_marks_selected_tokens(options: dict[str, bool]
     assert f"{int(view.checkpoints[0].selected.sum())} of {len(view.ids)} tokens selected" in printed
 
 
+def test_a_table_has_a_line_per_token_on_any_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    view = make_view([*WORDS, "漢"])
+    for width in (1, 200):
+        output = io.StringIO()
+        print_selection(Console(file=output, width=width, soft_wrap=True), view, 0, table=True)
+        _, heading, *lines = output.getvalue().splitlines()
+        assert heading.split("  ")[0] == "position" and heading.endswith("selected")
+        assert len(lines) == len(view.ids) + 1 and "漢" in lines[-3]
+        loss = [f"{value:.3f}" for value in view.checkpoints[0].loss]
+        assert [
+            loss[place] in line and ("yes" in line) == view.checkpoints[0].selected[place]
+            for place, line in enumerate(lines[:-1])
+        ] == [True] * len(view.ids)
+        ends = {cell_len(line[: line.index(value) + len(value)]) for line, value in zip(lines, loss, strict=False)}
+        assert len(ends) == 1, "the column is aligned"
+
+
+def test_many_texts_and_long_tables_are_printed_quickly() -> None:
+    """Checks of the printed text took quadratic time, and rich's tables milliseconds per row."""
+    view = make_view([" a"] * 20_000)
+    view = replace(view, starts=list(range(len(view.ids) + 1)))
+    for table in (False, True):
+        start = time.process_time()
+        print_selection(Console(file=io.StringIO(), width=200, soft_wrap=True), view, 0, table=table)
+        assert time.process_time() - start < 10
+
+
 def test_a_terminal_shows_colors_and_the_number_of_hidden_tokens() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, color_system="truecolor", width=200, _environ={})
@@ -88,7 +117,8 @@ def test_the_data_of_a_page_cannot_end_its_script() -> None:
     assert "a&lt;b&gt;&amp;.txt" in page and "://" not in page
     [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     content = json.loads(data)
-    assert content["shown"] == view.shown() and "</script>" in content["shown"] and "{{js}}" in content["shown"]
+    assert [shown or PART for shown in content["shown"]] == view.shown() and content["shown"].count("") == 1
+    assert "</script>" in content["shown"] and "{{js}}" in content["shown"]
     losses = np.frombuffer(base64.b64decode(content["checkpoints"][0]["loss"]), "<f4")
     assert np.array_equal(losses, view.checkpoints[0].loss)
 

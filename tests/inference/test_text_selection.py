@@ -78,6 +78,7 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
     (tmp_path / "cut").mkdir()
     (tmp_path / "foreign.json").write_text("[]")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "input.json").write_text('{"kind": "selection", "text": "of an earlier result"}')
     models = ["--load", theta, f"{rm}:10", "--reference-load", rm]
     good = ["--input", str(source), "--append-eod", "--stride", "48", "--slm-selection-ratio", "0.3"]
     files = ["--json", str(tmp_path / "s.json"), "--html", str(tmp_path / "s.html"), "--table"]
@@ -97,6 +98,9 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
             str(tmp_path / "a"),
             "--json",
             str(tmp_path / "cut" / ".." / "a"),
+        ],
+        "input.json is the file of --input": [
+            *("--load", theta, "--input", str(tmp_path / "input.json"), "--json", str(tmp_path / "input.json")),
         ],
         "either --all-steps or --ckpt-step": [*models, *good, "--all-steps", "--ckpt-step", "0"],
         "--reference-precision has no effect": ["--load", theta, *good, "--reference-precision", "fp32"],

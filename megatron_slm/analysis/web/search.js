@@ -17,12 +17,12 @@ function search() {
 
 let folded = null;
 
-/** Return the text in lower case, and the offset of each token in it. */
+/** Return the text in lower case, without the marks of partial characters, and the offset of each token in it. */
 function foldedText() {
   if (folded) return folded;
   const offsets = new Uint32Array(shown.length), parts = [];
   let length = 0;
-  shown.forEach((each, token) => {
+  data.shown.forEach((each, token) => {
     offsets[token] = length;
     parts.push(each.toLowerCase());
     length += parts[token].length;

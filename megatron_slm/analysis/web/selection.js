@@ -2,6 +2,7 @@
 const SHORT_BLOCK = 120, LONG_BLOCK = 300; // tokens
 const LEVELS = 7; // colors q0 to q6; q3 has no color
 const SHOWN_CHECKPOINTS = 8; // in the details of a token
+const PART = "·"; // shown for a token whose character a later token completes
 
 const data = JSON.parse(byId("data").textContent);
 
@@ -12,7 +13,8 @@ function decode(text, Type) {
   return new Type(bytes.buffer);
 }
 
-const { shown, starts, checkpoints } = data;
+const { starts, checkpoints } = data;
+const shown = data.shown.map((each) => each || PART);
 const ids = decode(data.ids, Int32Array);
 const referenceLoss = data.reference && decode(data.reference.loss, Float32Array);
 for (const each of checkpoints) {
@@ -23,7 +25,7 @@ for (const each of checkpoints) {
   each.order = null; // scores as the policy ranks them, from the highest on
 }
 const text = byId("text"), details = byId("details");
-const state = { checkpoint: 0, share: null, mode: "selection", token: -1, matches: [], match: -1 };
+const state = { checkpoint: 0, share: null /* in thousandths */, mode: "selection", token: -1, matches: [], match: -1 };
 let level = null; // color of each token
 let limit = 0; // signed score of the last selected token, if the slider chooses it
 
@@ -148,7 +150,7 @@ function update() {
   let selected = of.count, threshold = of.threshold;
   if (state.share !== null) {
     const order = ranking(of);
-    const wanted = Math.max(1, Math.ceil(state.share * total));
+    const wanted = Math.max(1, Math.ceil((state.share * total) / 1000));
     limit = order[wanted - 1];
     threshold = of.sign * limit;
     selected = wanted;
@@ -339,7 +341,7 @@ function schedule(change) {
 }
 
 byId("threshold").addEventListener("input", (event) =>
-  schedule(() => (state.share = 1 - event.target.value / 1000)),
+  schedule(() => (state.share = 1000 - event.target.value)),
 );
 byId("checkpoint").addEventListener("input", (event) =>
   schedule(() => {
