@@ -13,6 +13,8 @@ from megatron_slm.objective.selection.config import SelectionConfig
 from megatron_slm.objective.selection.policy import RETROSPECTIVE, TopK
 from megatron_slm.objective.tokens import TokenBatch
 
+LOWEST_TEMPERATURE = 1e-30  # at which noise is lost in rounding; scores divided by a lower one would be infinite
+
 
 def ranking_scores(tokens: TokenBatch, config: SelectionConfig, top_k: TopK) -> Tensor:
     """Return the scores that ``top_k`` ranks by, [b, s] fp32; 0 for invalid tokens.
@@ -22,7 +24,7 @@ def ranking_scores(tokens: TokenBatch, config: SelectionConfig, top_k: TopK) -> 
     score = _plain_score(tokens, config, top_k.score)
     if top_k.stochastic:
         noise = gumbel(tokens.global_token_index, config.seed, STOCHASTIC_RANKING)
-        score = score.double() / config.temperature + top_k.sign * noise
+        score = score.double() / max(config.temperature, LOWEST_TEMPERATURE) + top_k.sign * noise
     return (top_k.sign * score).float().masked_fill(~tokens.valid, 0.0)
 
 

@@ -25,6 +25,7 @@ SCORES = ("excess", RETROSPECTIVE, "token-loss", "token-entropy", "reference-los
 LOWEST_FIRST = ("reference-loss", "reference-entropy")
 OFFSET_LOSS = ("excess", "token-loss")  # token loss − offset, known before the forward pass
 STOCHASTIC = "stochastic-"
+MOST_WORDS = 200  # of an expression; parsing is recursive
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,12 @@ def parse_policy(text: str) -> Policy:
     """Read the expression of ``--slm-score``.
 
     Raises:
-        ConfigError: unknown score, ratio outside (0, 1], or a misplaced token; the message shows the expected syntax.
+        ConfigError: unknown score, ratio outside (0, 1], a misplaced token, or too many of them; the message shows the
+            expected syntax.
     """
     words = re.findall(r"[()]|[^\s()]+", text)
+    if len(words) > MOST_WORDS:
+        raise _error(f"{text[:40]}...", f"it has {len(words):,} words, and at most {MOST_WORDS} are supported")
     policy, remaining = _parse_or(words, text)
     if remaining:
         raise _error(text, f"{remaining[0]!r} is not expected here")

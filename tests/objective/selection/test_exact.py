@@ -269,7 +269,12 @@ def test_divergence_on_one_rank_does_not_block_the_others(which: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "loss", "excess:0", "excess:2", "excess:x", "excess and", "(excess", "excess excess"]
+    "text",
+    [
+        *("", "loss", "excess:0", "excess:2", "excess:x", "excess and", "(excess", "excess excess"),
+        *(f"{'(' * 5000}excess{')' * 5000}", " and ".join(["excess"] * 3000)),
+    ],
+    ids=lambda text: text[:30],
 )
 def test_policy_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ConfigError, match="--slm-score"):
@@ -285,7 +290,7 @@ def test_stochastic_selection_follows_the_scores() -> None:
     """With a low temperature Gumbel top-k is top-k; with a high one it is nearly random."""
     data = make()
     exact, _ = run(data, "excess", "micro-batch")
-    cold, _ = run(data, "stochastic-excess", "micro-batch", temperature=1e-6)
+    colds = [run(data, "stochastic-excess", "micro-batch", temperature=low)[0] for low in (1e-6, 1e-40, 5e-324)]
     hot, _ = run(data, "stochastic-excess", "micro-batch", temperature=1e3)
-    assert torch.equal(cold.selected, exact.selected)
+    assert all(torch.equal(cold.selected, exact.selected) for cold in colds)
     assert not torch.equal(hot.selected, exact.selected)
