@@ -110,7 +110,8 @@ class Layout:
         """Return whether the LM head's gradient is computed in the forward pass unless logits are saved."""
         objective = self.config.objective
         known = not selects_tokens(self.config) or objective.slm_scope == "global-batch"
-        return (known or objective.slm_exact_mode == "speculative") and objective.slm_mix == 0
+        has_equal_weights = objective.slm_mix == 0 and objective.slm_weight_temperature is None
+        return (known or objective.slm_exact_mode == "speculative") and has_equal_weights
 
     @property
     def precision(self) -> str:

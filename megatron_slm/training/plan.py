@@ -13,6 +13,7 @@ from megatron_slm.data.usage import format_usage
 from megatron_slm.model.size import checkpoint_bytes, padded_vocab_size, parameter_count, training_flops_per_token
 from megatron_slm.runtime.files import format_size
 from megatron_slm.training.free_space import kept_checkpoints
+from megatron_slm.training.policy_checks import has_own_ratios
 from megatron_slm.training.preflight import default_device, device_memory, least_memory
 
 
@@ -49,7 +50,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
         "" if sizes.is_constant else f", from {sizes.start:,} by {sizes.increment:,} in {sizes.ramp_samples:,} samples"
     )
     settings = config.objective
-    objective = f"SLM, {settings.slm_score}, k = {_ratio(settings)}" if selects_tokens(config) else "CLM"
+    objective = f"SLM, {settings.slm_score}{_ratio(settings)}" if selects_tokens(config) else "CLM"
     if config.data.slm_loss_mask is not None:
         objective += f" over the tokens of the loss mask {config.data.slm_loss_mask}"
     return [
@@ -75,14 +76,16 @@ def _parameters(model: ModelConfig, vocab_size: int, padded: int) -> str:
 
 
 def _ratio(settings: ObjectiveConfig) -> str:
-    """Describe the selection ratio and its changes."""
+    """Describe the selection ratio and its changes; empty if every term of the score has a ratio."""
+    if has_own_ratios(settings):
+        return ""
     ratio = f"{settings.slm_selection_ratio:g}"
     if settings.slm_selection_ratio_start is not None:
         ratio = f"{settings.slm_selection_ratio_start:g} to {ratio} ({settings.slm_selection_ratio_style})"
     if settings.slm_ratio_gain is not None:
         ratio = f"{ratio}, adapted within {settings.slm_ratio_min:g} to {settings.slm_ratio_max:g}"
     pairs = zip(settings.slm_corpus_ratios[1::2], settings.slm_corpus_ratios[0::2], strict=True)
-    return ", ".join([ratio, *(f"{corpus} {share}" for corpus, share in pairs)])
+    return ", ".join([f", k = {ratio}", *(f"{corpus} {share}" for corpus, share in pairs)])
 
 
 def _checkpoints(config: RunConfig, vocab_size: int) -> str:

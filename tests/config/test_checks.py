@@ -147,6 +147,11 @@ def test_missing_model_settings_name_the_checkpoint_that_has_them(tmp_path: Path
             "--slm-threshold predicted selects over the global batch, and --slm-scope is data-parallel",
         ),
         (1, {"slm_threshold": "predicted"}, "--slm-threshold has no effect with --objective clm"),
+        (
+            1,
+            {"objective": "slm", "reference_load": ["rm", "./rm"]},
+            "--reference-load names ./rm twice",
+        ),
         (1, {"slm_score": "random"}, "--slm-score has no effect with --objective clm"),
         (1, {"slm_scope": "sequence"}, "--slm-scope has no effect with --objective clm"),
         (1, {"slm_exact_mode": "speculative"}, "--slm-exact-mode has no effect with --objective clm"),

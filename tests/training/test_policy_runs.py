@@ -10,6 +10,7 @@ import pytest
 from megatron_slm.config.flags import parse
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.tiny import command, launch, launch_each, losses, make_corpus, records
+from megatron_slm.training.plan import plan
 from megatron_slm.training.policy_checks import corpus_ratios, unused_ratio, unused_reference
 from megatron_slm.training.preflight import resolve_values
 
@@ -211,6 +212,17 @@ def test_an_unused_ratio_is_reported(tmp_path: Path) -> None:
         argv = slm(tmp_path, "run", "plain", **settings)[:-2]
         warning = unused_ratio(resolve_values(parse(argv).config, 1))
         assert warning is None if message is None else message in str(warning)
+
+
+def test_the_plan_names_the_ratios_that_are_used(tmp_path: Path) -> None:
+    for flags, expected in (
+        ({}, "SLM, token-loss, k = 0.5"),
+        (CORPORA, "SLM, token-loss, k = 0.5, two_text_document 0.9"),
+        ({"slm_score": "token-loss:0.5 and random:0.7"}, "SLM, token-loss:0.5 and random:0.7"),
+    ):
+        argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
+        rows = dict(plan(resolve_values(parse(argv).config, 1), 257, 1))
+        assert rows["objective"] == expected
 
 
 def test_an_evaluation_needs_no_reference_model_and_no_blend(tmp_path: Path) -> None:
