@@ -79,7 +79,10 @@ def inspect(arguments: argparse.Namespace) -> None:
     is_ours = partial(is_json_of, kind=KIND)
     if arguments.json is not None:
         check_output_file(arguments.json, "--json", is_ours=is_ours)
-    tokenizer = find_source(arguments.load, arguments.ckpt_step, "--load").tokenizer()
+    source = find_source(arguments.load, arguments.ckpt_step, "--load")
+    if not source.is_resumable:
+        raise ConfigError(f"--load {arguments.load} has weights only. Give the --save directory of a run.")
+    tokenizer = source.tokenizer()
     run = Provenance.open(arguments.load, arguments.ckpt_step, tokenizer)
     show = _show_step if arguments.step is not None else _show_document
     record = show(arguments, run, tokenizer, make_console())

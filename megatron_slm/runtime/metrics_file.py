@@ -18,11 +18,14 @@ EVENTS_FLAG = "--slm-events-file"
 REPRODUCIBLE = ("loss", "loss_all", "loss_unselected", "share_selected", "threshold", "selection", "grad_norm", "lr")
 
 
-def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
+def prepare_metrics_file(path: Path, resumed_step: int, flag: str = METRICS_FLAG) -> Path | None:
     """Prepare an existing metrics file for a run that has completed ``resumed_step`` steps.
 
     A resumed run drops damaged lines and lines of later steps. A new run renames the earlier file to NAME.1 (or the
-    next free number). Devices and pipes are unchanged.
+    next free number), also a file of events. Devices and pipes are unchanged.
+
+    Args:
+        flag: flag that names the file, for error messages.
 
     Returns:
         The new path of the earlier file, or None.
@@ -31,15 +34,15 @@ def prepare_metrics_file(path: Path, resumed_step: int) -> Path | None:
         ConfigError: the file was not written by megatron_slm, or cannot be written.
     """
     if is_foreign(path):
-        raise ConfigError(foreign_message(path, METRICS_FLAG))
+        raise ConfigError(foreign_message(path, flag))
     if is_stream(path) or not path.exists() or not path.stat().st_size:
         return None
     if not resumed_step:
-        return _keep(path)
+        return _keep(path, flag)
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (step := _step(line)) is not None and step <= resumed_step]
     if len(kept) < len(lines):
-        write_bytes(path, b"".join(kept), METRICS_FLAG)
+        write_bytes(path, b"".join(kept), flag)
     return None
 
 
@@ -77,11 +80,11 @@ def foreign_message(path: Path, flag: str) -> str:
     return f"{flag}: {path} exists and was not written by megatron_slm. Choose another path, or remove the file."
 
 
-def _keep(path: Path) -> Path:
+def _keep(path: Path, flag: str) -> Path:
     """Rename a metrics file to the first free numbered name; a symbolic link to it is kept."""
     path = path.resolve()
     kept = next(other for number in count(1) if not (other := Path(f"{path}.{number}")).exists())
-    with explained_write(path, METRICS_FLAG):
+    with explained_write(path, flag):
         path.rename(kept)
     return kept
 

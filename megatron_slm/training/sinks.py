@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_slm.config.paths import metrics_file
+from megatron_slm.config.paths import events_file, metrics_file
 from megatron_slm.config.recipe import to_flat_dict
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.append import AppendFile, PatientWriter
@@ -25,7 +25,7 @@ from megatron_slm.runtime.console import warn
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import explained_write, write_text
 from megatron_slm.runtime.groups import Groups
-from megatron_slm.runtime.metrics_file import METRICS_FLAG, prepare_metrics_file
+from megatron_slm.runtime.metrics_file import EVENTS_FLAG, METRICS_FLAG, prepare_metrics_file
 
 WANDB_ID_FILE = "wandb_run_id.txt"
 
@@ -59,18 +59,20 @@ def open_sinks(config: RunConfig, groups: Groups, resumed_step: int) -> list[Sin
     """Open the configured files and services on rank 0; return an empty list on other ranks.
 
     Args:
-        resumed_step: completed steps of the run. Records of later steps are dropped, since these steps are repeated.
+        resumed_step: completed steps of the run. Metrics of later steps are dropped, since these steps are repeated;
+            events of later steps, which may be the reason of the resume, are not.
     """
     if not groups.is_logging_rank:
         return []
     logging, evaluates_only = config.logging, config.training.skip_train
     sinks: list[Sink] = []
     if (path := metrics_file(config)) is not None:
-        if not evaluates_only:
-            kept = prepare_metrics_file(path, resumed_step)
-            if kept is not None:
-                warn(f"{METRICS_FLAG} {path}: the metrics of an earlier run were kept as {kept}.")
+        if not evaluates_only and (kept := prepare_metrics_file(path, resumed_step)) is not None:
+            warn(f"{METRICS_FLAG} {path}: the metrics of an earlier run were kept as {kept}.")
         sinks.append(FileSink(path, METRICS_FLAG, lambda record: json.dumps(record).encode() + b"\n"))
+    events = None if evaluates_only or resumed_step else events_file(config)
+    if events is not None and (kept := prepare_metrics_file(events, 0, EVENTS_FLAG)) is not None:
+        warn(f"{EVENTS_FLAG} {events}: the events of an earlier run were kept as {kept}.")
     if logging.tensorboard_dir:
         sinks.append(tensorboard_sink(Path(logging.tensorboard_dir), 0 if evaluates_only else resumed_step))
     if logging.wandb_project:

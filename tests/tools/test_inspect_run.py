@@ -223,5 +223,8 @@ def test_refusals(workspace: Path) -> None:
         (["--step", "5", "--json", str(workspace / "no" / "a.json")], "does not exist. Create it"),
         (["--step", "5", "--json", str(other)], "was not written by megatron_slm"),
     ]
+    (workspace / "published").mkdir()
+    (workspace / "published" / "config.json").write_text("{}", encoding="utf-8")
+    cases.append((["--step", "1", "--load", str(workspace / "published")], "has weights only"))
     for (_, message), outcome in zip(cases, inspect(workspace, *(argv for argv, _ in cases)), strict=True):
         assert outcome.code == 2 and message in outcome.errors, (message, outcome.errors)

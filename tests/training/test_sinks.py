@@ -69,6 +69,16 @@ def test_new_run_keeps_earlier_metrics(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"kept as {path}.1" in capsys.readouterr().err
 
 
+def test_events_are_those_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A NaN before the first checkpoint is no event of the next start; one that a resume goes back before is."""
+    path, events = tmp_path / "metrics.jsonl", tmp_path / "events.jsonl"
+    for resumed_step, training, kept in ((3, {}, False), (0, {"skip_train": True}, False), (0, {}, True)):
+        events.write_text('{"kind": "event", "step": 5}\n')
+        write(path, resumed_step, [], slm_events_file=str(events), **training)
+        assert events.exists() is not kept and (tmp_path / "events.jsonl.1").exists() is kept
+    assert f"--slm-events-file {events}: the events of an earlier run were kept as" in capsys.readouterr().err
+
+
 def test_link_to_a_metrics_file_is_kept(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "metrics.jsonl")
     for steps in ([1, 2], [1]):
