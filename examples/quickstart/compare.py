@@ -43,16 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(arguments.parallel, *seeds) < 1:
         parser.error("--parallel and --seeds must be at least 1")
     os.chdir(stages.ROOT)
+    return stages.run_example(stages.FOLDER, lambda: run_studies(names, seeds, arguments.parallel))
+
+
+def run_studies(names: Sequence[str], seeds: Sequence[int], parallel: int) -> None:
+    """Train what the studies lack, and write their tables and plots."""
     directory = stages.FOLDER
     variants = {name: variant for study in names for name, variant in STUDIES[study].variants.items()}
-    try:
-        train_all(directory, variants, seeds, arguments.parallel)
-    except stages.StageFailed as failure:
-        return failure.code
+    train_all(directory, variants, seeds, parallel)
     for name in names:
         report(directory, name, STUDIES[name], seeds, RESULTS)
     print(f"tables and plots: {RESULTS}")
-    return 0
 
 
 def train_all(directory: Path, variants: dict[str, Variant], seeds: Sequence[int], parallel: int) -> None:
@@ -112,8 +113,8 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int], resul
     curves.sort(key=lambda curve: (order.index(curve.variant), curve.seed, curve.held_out))
     write_curves(curves, path)
     text = comparison_table(curves, study.baseline)
-    if {"CLM", "SLM"} <= set(study.variants):
-        text += f"\n\n{speedup(curves, 'SLM', 'CLM')}"
+    pairs = [(name.replace("CLM", "SLM"), name) for name in study.variants if name.startswith("CLM")]
+    text += "".join(f"\n\n{speedup(curves, slm, clm)}" for slm, clm in pairs if slm in study.variants)
     if len({curve.seed for curve in curves}) < len(SEEDS) or len({curve.corpora for curve in curves}) > 1:
         text += f"\n\n{seeds_and_corpora(curves)}"
     write_text(results / f"{name}.md", f"{text}\n")

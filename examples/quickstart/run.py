@@ -23,14 +23,15 @@ NAMES = {"base": "base: CLM, raw", "rm": "RM: CLM, clean", "slm": "θ: SLM, raw"
 
 def main() -> int:
     os.chdir(stages.ROOT)  # printed paths are relative to it
-    try:
-        train_everything(FOLDER)
-    except stages.StageFailed as failure:
-        return failure.code
+    return stages.run_example(FOLDER, train_and_show)
+
+
+def train_and_show() -> None:
+    """Train the three models, and show their losses."""
+    train_everything(FOLDER)
     plot = FOLDER / "quickstart.png"
     plot_stages([(NAMES[name], curves(FOLDER / name), steps(FOLDER / name)) for name in NAMES], plot)
     show(Console(), plot)
-    return 0
 
 
 def train_everything(directory: Path) -> None:

@@ -16,8 +16,10 @@ from corpora import build_corpora
 
 from megatron_slm.config.paths import METRICS_FILE
 from megatron_slm.runtime.console import format_duration
-from megatron_slm.runtime.files import write_text
+from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.files import lock_output, write_text
 from megatron_slm.runtime.metrics_file import read_records
+from megatron_slm.runtime.output import print_error
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -32,6 +34,24 @@ class StageFailed(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
         self.code = code
+
+
+def run_example(directory: Path, work: Callable[[], None]) -> int:
+    """Call ``work``, which trains in ``directory``, and return the exit code.
+
+    The directory is locked until then, since two processes would replace each other's runs.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("ab") as lock:
+        try:
+            lock_output(lock, "the output directory")
+            work()
+        except ConfigError as error:
+            print_error(str(error))
+            return error.exit_code
+        except StageFailed as failure:
+            return failure.code
+    return 0
 
 
 def stage(name: str, directory: Path, settings: Sequence[str], work: Callable[[], None]) -> None:

@@ -76,11 +76,7 @@ def add_sizes(parser: argparse.ArgumentParser, steps: int, reference_steps: int)
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(argv)
     os.chdir(stages.ROOT)
-    try:
-        run_all(settings)
-    except stages.StageFailed as failure:
-        return failure.code
-    return 0
+    return stages.run_example(settings.directory, lambda: run_all(settings))
 
 
 def run_all(settings: Settings) -> None:

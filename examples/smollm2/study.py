@@ -39,17 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = example.Settings(**values)
     if study == "dynamics" and interval >= settings.steps:
         parser.error(f"--save-interval {interval} saves one checkpoint in {settings.steps} steps; dynamics need two")
-    os.chdir(stages.ROOT)
-    try:
+
+    def work() -> None:
         example.prepare_model(settings)
         example.prepare_data(settings)
         if study == "dynamics":
             analyze_dynamics(settings, tokens, interval)
         else:
             compare_self_reference(settings, sorted(set(seeds)))
-    except stages.StageFailed as failure:
-        return failure.code
-    return 0
+
+    os.chdir(stages.ROOT)
+    return stages.run_example(settings.directory, work)
 
 
 def analyze_dynamics(settings: example.Settings, tokens: int, interval: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_failed_stage_is_not_marked_and_returns_its_exit_code(tmp_path: Path) ->
         with pytest.raises(stages.StageFailed) as failure:
             stages.stage("work", tmp_path, ["a"], lambda: stages.run([sys.executable, "-c", "exit(7)"]))
         assert failure.value.code == 7
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command, calls = [sys.executable, "-c", hold, str(tmp_path / ".lock")], []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert stages.run_example(tmp_path, lambda: calls.append("during")) == 2
+        other.communicate(b"\n")
+    assert "another process is writing there" in capsys.readouterr().err
+    assert stages.run_example(tmp_path, lambda: calls.append("after")) == 0
+    assert calls == ["after"]
 
 
 def curves() -> list[Curve]:
