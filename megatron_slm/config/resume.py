@@ -128,6 +128,7 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_average_decay",
     "reference_refresh_interval",
 )
+REFERENCE_PATHS = ("reference_load", "reference_ckpt_step")  # of a model, which may be moved
 DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # may be derived from others
 
 
@@ -200,9 +201,14 @@ def check_weights_fit(config: RunConfig, saved: RunConfig, directory: Path, flag
     return _line(found, set(), directory)
 
 
-def score_changed(config: RunConfig, saved: RunConfig) -> bool:
-    """Return whether the scores of the run are incomparable with those of the checkpoint."""
-    return any(each.name in SCORE_SETTINGS for each in differences(config, saved))
+def score_changed(config: RunConfig, saved: RunConfig, *, same_reference: bool = False) -> bool:
+    """Return whether the scores of the run are incomparable with those of the checkpoint.
+
+    Args:
+        same_reference: the reference models are known to be the same, wherever they are.
+    """
+    moved = REFERENCE_PATHS if same_reference else ()
+    return any(each.name in SCORE_SETTINGS and each.name not in moved for each in differences(config, saved))
 
 
 def _refusal(each: Difference, directory: Path, flag: str) -> str:

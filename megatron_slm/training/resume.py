@@ -192,8 +192,9 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
     schedule = _saved_schedule(loaded) if settings.load_optim else None
     resume_schedule(state.scheduler, schedule, manifest.consumed_samples, directory, flag)
     thresholds = loaded.get(SELECTION, loaded.get(state.selection.legacy_key))
-    is_comparable = not (score_changed(config, saved) or _reference_difference(config, saved, record, reference))
-    if thresholds is not None and is_comparable:
+    is_same = reference is not None and reference == record.reference
+    has_changed = score_changed(config, saved, same_reference=is_same)
+    if thresholds is not None and not (has_changed or _reference_difference(config, saved, record, reference)):
         state.selection.load_state_dict(thresholds)
     state.spikes.load_state_dict(loaded.get(SPIKES, {}))
     if RNG in loaded:

@@ -152,6 +152,11 @@ def test_missing_model_settings_name_the_checkpoint_that_has_them(tmp_path: Path
             {"objective": "slm", "reference_load": ["rm", "./rm"]},
             "--reference-load names ./rm twice",
         ),
+        (
+            1,
+            {"objective": "slm", "reference_load": "rm", "save": "./rm"},
+            "--reference-load ./rm is the --save directory of the run, whose newest checkpoint changes",
+        ),
         (1, {"slm_score": "random"}, "--slm-score has no effect with --objective clm"),
         (1, {"slm_scope": "sequence"}, "--slm-scope has no effect with --objective clm"),
         (1, {"slm_exact_mode": "speculative"}, "--slm-exact-mode has no effect with --objective clm"),

@@ -135,6 +135,12 @@ def test_changed_scores_are_detected() -> None:
     assert not score_changed(config(seed=2), config())
 
 
+def test_a_moved_reference_model_gives_the_same_scores() -> None:
+    moved = config(reference_load=["b"], reference_ckpt_step=5), config(reference_load=["a"])
+    assert score_changed(*moved) and not score_changed(*moved, same_reference=True)
+    assert score_changed(config(reference_load=["b"], slm_score="token-loss"), moved[1], same_reference=True)
+
+
 def test_differences_name_the_rule() -> None:
     found = differences(replace(config(), optimizer=config(lr=2e-3).optimizer), config())
     assert [(each.name, each.rule) for each in found] == [("lr", Rule.SCHEDULE)]

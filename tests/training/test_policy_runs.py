@@ -61,6 +61,12 @@ def test_ratios_are_logged(workspace: Path) -> None:
     assert adaptive[:2] == [0.5, 0.5] and len(set(adaptive)) > 2
 
 
+def test_held_out_losses_are_those_of_all_tokens(workspace: Path) -> None:
+    """They are evaluated before the first step, so that the models are equal."""
+    before = [records(workspace / policy, "eval")[0] for policy in POLICIES]
+    assert len({(record["step"], record["loss"], record["tokens_evaluated"]) for record in before}) == 1
+
+
 def test_each_corpus_has_its_ratio(workspace: Path) -> None:
     """Half of the samples come from each of the two corpora, whose ratios are 0.5 and 0.9."""
     assert records(workspace / "corpora")[0]["share_selected"] == pytest.approx(0.7, abs=0.01)

@@ -38,7 +38,7 @@ RUNS = {"clm": [], "exact": SLM, "predicted": PREDICTED}
 CHANGES: list[tuple[str, list[str], list[str], str | None]] = [
     ("predicted", PREDICTED, [], None),
     ("exact", SLM, [], None),
-    ("clm", SLM, ["--objective clm -> slm", "--reference-load unset ->"], "exact"),
+    ("clm", SLM, ["--objective clm -> slm", "--reference-load none ->"], "exact"),
     ("predicted", [], ["--objective slm -> clm", "--slm-threshold predicted -> exact"], "all"),
     ("exact", [*SLM, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
     ("predicted", [*PREDICTED, "--slm-score", "token-loss"], ["--slm-score excess -> token-loss"], "exact"),
@@ -55,6 +55,12 @@ CHANGES: list[tuple[str, list[str], list[str], str | None]] = [
     ),
     ("predicted", [*PREDICTED, "--slm-mix", "0.1"], ["--slm-mix 0.0 -> 0.1"], "predicted"),
     ("predicted", [*PREDICTED, "--reference-load", "FOLDER/b"], ["--reference-load FOLDER/a -> FOLDER/b"], "exact"),
+    (  # the same model
+        "predicted",
+        [*PREDICTED, "--reference-load", "FOLDER/./a"],
+        ["--reference-load FOLDER/a -> FOLDER/./a"],
+        None,
+    ),
     ("predicted", [*PREDICTED, "--reference-precision", "bf16"], ["--reference-precision unset -> bf16"], "exact"),
 ]
 

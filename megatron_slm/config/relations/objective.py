@@ -114,6 +114,12 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
             f"--reference-ckpt-step {reference.reference_ckpt_step} needs one --reference-load. For several, give "
             "the iter_* directories of the steps to --reference-load."
         )
+    save = config.checkpoint.save
+    if save is not None and Path(save).absolute() in directories and reference.reference_ckpt_step is None:
+        yield (
+            f"--reference-load {save} is the --save directory of the run, whose newest checkpoint changes. Give one of "
+            "its iter_* directories, or use --reference-history."
+        )
     if reference.reference_precision is not None and not reference.is_co_located:
         yield (
             f"--reference-precision {reference.reference_precision} has no effect without --reference-load or "
