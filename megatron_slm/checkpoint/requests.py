@@ -83,7 +83,7 @@ def check_weights(chunks: Sequence[torch.nn.Module], saved: Shapes, directory: P
         prefix = weight_prefix(saved)
         parts = tuple(prefix + part for part in MODEL_PARTS)
         named = (key for key, shape in saved.items() if shape and key.startswith(parts))
-        superfluous = sorted(key for key in named if keys.isdisjoint(_candidates(key)))
+        superfluous = sorted(key for key in named if keys.isdisjoint(weight_names(key)))
         found += [f"{key} {_size(saved[key])} is not in the model" for key in superfluous]
         if found:
             more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -114,13 +114,14 @@ def weight_prefix(saved: Iterable[str]) -> str:
 def _renamed(leaf: Any, saved: Shapes, prefix: str) -> Any:
     """Return the leaf under the name of the checkpoint; an unknown weight keeps its name."""
     halves = ("", "_w", "_v") if isinstance(leaf, ShardedTensorFactory) else ("",)  # of a gated linear unit
-    for candidate in _candidates(prefix + leaf.key):
+    for candidate in weight_names(prefix + leaf.key):
         if any(candidate + half in saved for half in halves):
             return replace(leaf, key=candidate)
     return leaf
 
 
-def _candidates(key: str) -> Iterator[str]:
+def weight_names(key: str) -> Iterator[str]:
+    """Yield the name of a weight, and its names in other layer implementations."""
     yield key
     for pair in NORMS:
         for name, other in (pair, pair[::-1]):

@@ -12,7 +12,7 @@ the replica's parameters are rounded from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +21,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_slm.checkpoint.requests import Shapes, loadable_model_state, weight_request
+from megatron_slm.checkpoint.requests import Shapes, loadable_model_state, weight_names, weight_request
 from megatron_slm.config.schema import ReferenceConfig
 from megatron_slm.reference.replica import ReferenceReplica
+from megatron_slm.runtime.errors import ConfigError
 
 PREFIX = "reference."  # of the keys in checkpoints
 
 
 class ModelHistory:
     """Update the weights of a replica from those of the training model, which has the same layers on the same ranks.
+
+    The implementation of the layers may differ, as with a filtered backward pass or another precision.
 
     Args:
         replica: replica with the architecture of the training model.
@@ -65,11 +68,11 @@ class ModelHistory:
         for chunk, mine, averages in zip(chunks, self._parameters(), self._averages, strict=True):
             trained = dict(unwrap_model(chunk).named_parameters())
             for name, weight in mine.items():
-                average = averages.get(name, weight)
+                average, current = averages.get(name, weight), _find_weight(trained, name)
                 if share == 1:
-                    average.copy_(trained[name])
+                    average.copy_(current)
                 else:
-                    average.lerp_(trained[name].to(average.dtype), share)
+                    average.lerp_(current.to(average.dtype), share)
                 if average is not weight:
                     weight.copy_(average)
 
@@ -102,6 +105,21 @@ class ModelHistory:
     def _parameters(self) -> Iterator[dict[str, Tensor]]:
         """Yield the parameters of each chunk by their names, which are also those in its sharded state."""
         return (dict(unwrap_model(chunk).named_parameters()) for chunk in self.replica.chunks)
+
+
+def _find_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a weight by its name in any layer implementation.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [weights[each] for each in weight_names(name) if each in weights]
+    if not found:
+        raise ConfigError(
+            f"--reference-history: the layers of the training model have no weight {name}. Leave --reference-precision "
+            "out, so that both models have the same layers."
+        )
+    return found[0]
 
 
 def _stored_entry(leaf: Any, average: Tensor | None) -> Any:

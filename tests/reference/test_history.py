@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from megatron_slm.config.checks import resolve
 from megatron_slm.config.flags import parse
+from megatron_slm.config.schema import ReferenceConfig
+from megatron_slm.reference.history import ModelHistory
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import captured, command, losses, make_corpus, run_each
@@ -82,6 +85,36 @@ def test_weights_follow_their_definition(workspace: Path) -> None:
             for name, weight in reference.items():
                 torch.testing.assert_close(weight, expected[name], rtol=error, atol=error)
     assert not torch.equal(*(average[-1][index]["decoder.final_layernorm.weight"] for index in (0, 1)))
+
+
+def _layer(**parts: Any) -> torch.nn.Module:
+    """Return a module with parameters by their names, in which __ separates modules."""
+    root = torch.nn.Module()
+    for path, value in parts.items():
+        *modules, name = path.split("__")
+        module = root
+        for each in modules:
+            if not hasattr(module, each):
+                module.add_module(each, torch.nn.Module())
+            module = getattr(module, each)
+        module.register_parameter(name, torch.nn.Parameter(torch.full((2,), value)))
+    return root
+
+
+def test_layers_of_another_implementation_have_the_same_history() -> None:
+    """Transformer Engine has layer norms in linear layers, except with a filtered backward pass."""
+    engine = {"self_attention__linear_qkv__layer_norm_weight": 0.0, "mlp__linear_fc1__layer_norm_weight": 0.0}
+    local = {"input_layernorm__weight": 1.0, "pre_mlp_layernorm__weight": 2.0}
+    for ours, theirs in ((engine, local), (local, engine)):
+        replica: Any = SimpleNamespace(chunks=[_layer(**ours)])
+        history = ModelHistory(replica, ReferenceConfig(reference_history="start"))
+        history.restart([_layer(**theirs)])
+        assert [weight[0].item() for weight in replica.chunks[0].parameters()] == list(theirs.values())
+    with pytest.raises(ConfigError, match=r"have no weight mlp\.linear_fc2\.weight"):
+        ModelHistory(
+            SimpleNamespace(chunks=[_layer(mlp__linear_fc2__weight=1.0)]),  # type: ignore[arg-type]
+            ReferenceConfig(reference_history="start"),
+        ).restart([_layer(**local)])
 
 
 def test_resume_is_exact(workspace: Path) -> None:
