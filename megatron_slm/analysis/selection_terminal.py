@@ -45,9 +45,10 @@ def print_selection(console: Console, view: SelectionView, limit: int, *, table:
 def summary(view: SelectionView, checkpoint: CheckpointTokens) -> str:
     """Return counts, threshold, and mean losses of selected and unselected tokens."""
     selected, count = int(checkpoint.selected.sum()), len(checkpoint.selected)
+    ratio = "" if checkpoint.ratio is None else f", k = {checkpoint.ratio:g}"
     parts = [
-        f"{selected:,} of {count:,} tokens selected ({selected / count:.1%}) by {checkpoint.policy}, "
-        f"k = {checkpoint.ratio:g}, threshold {checkpoint.threshold:+.3f}"
+        f"{selected:,} of {count:,} tokens selected ({selected / count:.1%}) by {checkpoint.policy}{ratio}, "
+        f"threshold {checkpoint.threshold:+.3f}"
     ]
     columns = {"token loss": checkpoint.loss}
     if view.reference is not None:

@@ -43,7 +43,7 @@ class CheckpointTokens:
     label: str
     directory: str
     policy: str  # --slm-score
-    ratio: float
+    ratio: float | None  # None if every term of the policy has its own
     score_name: str  # of the first top-k of the policy
     lowest_first: bool  # whether this top-k selects the lowest scores
     threshold: float  # of this top-k

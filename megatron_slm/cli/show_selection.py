@@ -148,6 +148,7 @@ class Choice:
     config: RunConfig
     policy: str
     ratio: float
+    uses_ratio: bool
 
 
 def show_selection(arguments: argparse.Namespace) -> None:
@@ -223,6 +224,11 @@ def choose_checkpoints(arguments: argparse.Namespace) -> tuple[list[Choice], Con
                 f"--slm-score {choice.policy} of {choice.label} needs a reference model. Give {REFERENCE} DIR, or "
                 "--slm-score token-loss."
             )
+    if arguments.slm_selection_ratio is not None and not any(choice.uses_ratio for choice in choices):
+        raise ConfigError(
+            f"--slm-selection-ratio has no effect: every term of --slm-score {choices[0].policy!r} has a ratio. Leave "
+            "it out."
+        )
     if arguments.reference_load is not None:
         source = find_source(arguments.reference_load, arguments.reference_ckpt_step, REFERENCE)
         source.check()
@@ -276,6 +282,7 @@ def _given_steps(arguments: argparse.Namespace) -> Iterator[tuple[str, int | Non
 def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, step: int | None) -> Choice:
     from megatron_slm.runtime.console import notice
     from megatron_slm.training.curriculum import selection_ratio
+    from megatron_slm.training.policy_checks import has_own_ratios
 
     config = source.config()
     objective = config.objective
@@ -286,11 +293,14 @@ def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, 
     label = run_name(source.directory) + ("" if number is None else f" step {number:,}")
     ratio = arguments.slm_selection_ratio or selection_ratio(objective, number or 0, consumed)
     policy = arguments.slm_score or objective.slm_score
+    uses_ratio = not has_own_ratios(replace(objective, slm_score=policy))
+    chosen = f" with k = {ratio:g}" if uses_ratio else ""
     if not selects_tokens(config) and arguments.slm_selection_ratio is None:
-        notice(f"{label} was trained without selection; the selection is shown for {policy} with k = {ratio:g}")
-    if arguments.slm_selection_ratio is None and (objective.slm_ratio_gain or objective.slm_corpus_ratios):
-        notice(f"the ratio of {label} adapts or differs between corpora; the selection is shown with k = {ratio:g}")
-    return Choice(path, step, source, label, config, policy, ratio)
+        notice(f"{label} was trained without selection; the selection is shown for {policy}{chosen}")
+    adapts = objective.slm_ratio_gain or objective.slm_corpus_ratios
+    if adapts and uses_ratio and arguments.slm_selection_ratio is None:
+        notice(f"the ratio of {label} adapts or differs between corpora; the selection is shown{chosen}")
+    return Choice(path, step, source, label, config, policy, ratio, uses_ratio)
 
 
 def run_name(directory: Path) -> str:
@@ -379,7 +389,7 @@ class Scorer:
             label=choice.label,
             directory=str(choice.source.directory.resolve()),
             policy=choice.policy,
-            ratio=choice.ratio,
+            ratio=choice.ratio if choice.uses_ratio else None,
             score_name=("stochastic " if first.stochastic else "") + first.score,
             lowest_first=first.sign < 0,
             threshold=selection.threshold,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,13 @@ def test_sliders_recompute_the_selection(page: Any, tmp_path: Path) -> None:
     page.locator("#reset").click()
     playwright.expect(page.locator("#reset")).to_be_disabled()
     assert selected(page) == view.checkpoints[2].selected.sum()
+
+
+@pytest.mark.parametrize(("ratio", "shown"), [(1 / 3, "excess with k = 0.333333. "), (None, "excess. ")])
+def test_the_summary_has_the_ratio_of_the_policy(page: Any, tmp_path: Path, ratio: float | None, shown: str) -> None:
+    view = make_view(words(9))
+    show(page, tmp_path, replace(view, checkpoints=[replace(view.checkpoints[0], ratio=ratio)]))
+    assert f" by {shown}" in page.locator("#summary").text_content()
 
 
 def test_the_threshold_slider_is_exact(page: Any, tmp_path: Path) -> None:

@@ -102,13 +102,15 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
         "input.json is the file of --input": [
             *("--load", theta, "--input", str(tmp_path / "input.json"), "--json", str(tmp_path / "input.json")),
         ],
+        "every term of --slm-score 'token-loss:0.5' has a ratio": [*models, *good, "--slm-score", "token-loss:0.5"],
         "either --all-steps or --ckpt-step": [*models, *good, "--all-steps", "--ckpt-step", "0"],
         "--reference-precision has no effect": ["--load", theta, *good, "--reference-precision", "fp32"],
         "must be in (0, 1]": [*models, *good, "--slm-selection-ratio", "1.5"],
         "model was trained with": [*models, *good, "--tokenizer-type", "NullTokenizer", "--vocab-size", "300"],
     }
     scoring = ["--reference-load", rm, "--data-path", prefix, "--reference-scores", "rm", "--stride", "48"]
-    commands = [[*models, *good, *files], [*models, *good, *entropy], *refused.values()]
+    own_ratios = [word for word in good if word not in ("--slm-selection-ratio", "0.3")]
+    commands = [[*models, *good, *files], [*models, *own_ratios, *entropy], *refused.values()]
     scored, shown, by_entropy, *failures = run_ranks(_run, 1, commands, scoring, initialize=False)[0]
     for outcome in (scored, shown, by_entropy):
         assert outcome.code == 0, outcome.errors
@@ -129,6 +131,7 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
     assert shown.output.count("\n") > 2 * len(excess) and "selected" in shown.output
 
     content = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
+    assert content["checkpoints"][0]["slm_selection_ratio"] is None and "k = " not in by_entropy.output
     assert min(content["reference_entropy"]) >= 0 and max(content["reference_entropy"]) <= np.log(257) + 1e-3
     lowest = np.argsort(content["reference_entropy"], kind="stable")[: int(np.ceil(0.2 * len(excess))) - 1]
     assert np.array(content["checkpoints"][0]["selected"])[lowest].all()

@@ -179,7 +179,8 @@ function drawSummary(of, selected, threshold, sums) {
   byId("checkpoint").setAttribute("aria-valuetext", of.label);
   const mean = (sum, size) => (size ? number(sum / size) : "–");
   const parts = [element("b", "", `${count(selected)} of ${count(total)} tokens selected (${share})`)];
-  parts.push(state.share === null ? ` by ${of.policy} with k = ${of.ratio}. ` : ` by ${of.scoreName}. `);
+  const ratio = of.ratio === null ? "" : ` with k = ${Number(of.ratio.toPrecision(6))}`;
+  parts.push(state.share === null ? ` by ${of.policy}${ratio}. ` : ` by ${of.scoreName}. `);
   parts.push(`Mean token loss ${mean(sums[0], selected)} selected, ${mean(sums[2], rest)} unselected`);
   if (referenceLoss) parts.push(`; reference loss ${mean(sums[1], selected)} and ${mean(sums[3], rest)}`);
   parts.push(". Losses are in nats.");
