@@ -525,6 +525,27 @@ FAULTS = [
         "_key(record) for record in one} > expected.keys()",
         ("analysis/test_soak.py::test_every_difference_of_the_losses_is_reported",),
     ),
+    Fault(
+        "rows of unpacked samples in a filtered backward pass",
+        "model/selected_tokens.py",
+        "selected.reshape(self._rows, -1).t()",
+        "selected.t()",
+        ("model/test_packed_documents.py",),
+    ),
+    Fault(
+        "weights of the filtered MLP before they are gathered",
+        "model/filtered_backward.py",
+        "last_weight, last_bias = self.linear_fc2()",
+        "last_weight, last_bias = self.linear_fc2.weight, self.linear_fc2.bias",
+        ("training/test_filtered_runs.py::test_overlapped_gathers_are_complete_before_weights_are_used",),
+    ),
+    Fault(
+        "an infinite band of the speculative threshold",
+        "objective/selection/forward_grad.py",
+        "return torch.where(value.isfinite(), value, otherwise)",
+        "return value",
+        ("objective/selection/test_forward_grad.py",),
+    ),
 ]
 
 
