@@ -35,7 +35,7 @@ def _candidates(dataset: Any, prefix: str, document: int) -> Iterator[int]:
             continue
         numbers = _numbers(corpus.shuffle_index, _rows(corpus, document))
         if not is_blend:
-            yield from (number for number in numbers if number < len(dataset))
+            yield from numbers[numbers < len(dataset)].tolist()
             continue
         for start in range(0, len(dataset), CHUNK):
             of_corpus = dataset.dataset_index[start : start + CHUNK] == place

@@ -114,6 +114,7 @@ def check_documents(dataset: Any, count: int) -> None:
         for document in {*range(0, last, 7), last}:
             found = [each for each in samples_of_document(dataset, prefix, document) if each[0] < count]
             assert found == expected.get((prefix, document), []), (prefix, document)
+            assert {type(sample) for sample, _ in found} <= {int}, "JSON accepts no integers of numpy"
 
 
 @pytest.mark.parametrize("order", ["megatron", "stable"])
