@@ -119,9 +119,10 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int], resul
         text += f"\n\n{seeds_and_corpora(curves)}"
     write_text(results / f"{name}.md", f"{text}\n")
     print(f"\n{name}\n\n{text}")
-    if study.plot:
-        plot = plot_comparison if study.plot == "curves" else plot_trade_off
-        plot(curves, results / f"{name}.png")
+    if study.plot == "curves":
+        plot_comparison(curves, results / f"{name}.png")
+    elif study.plot == "trade-off":
+        plot_trade_off(curves, study.baseline, results / f"{name}.png")
 
 
 def seeds_and_corpora(curves: Sequence[Curve]) -> str:

@@ -44,7 +44,7 @@ class Study:
 
     variants: dict[str, Variant]
     baseline: str
-    plot: str | None = None  # curves: held-out loss over tokens; trade-off: final clean loss over final raw loss
+    plot: str | None = None  # curves: held-out loss over tokens; trade-off: final clean over raw loss
 
 
 REFERENCES = {

@@ -42,6 +42,12 @@ def mean_and_spread(
     return np.array(chosen[0].tokens, dtype=float), losses.mean(axis=0), spread
 
 
+def final_losses(curves: Sequence[Curve], held_out: str, variant: str) -> NDArray[np.float64]:
+    """Return the last loss of each run of a variant, in the order of seeds."""
+    chosen = [curve for curve in curves if (curve.held_out, curve.variant) == (held_out, variant)]
+    return np.array([curve.losses[-1] for curve in sorted(chosen, key=lambda curve: curve.seed)])
+
+
 def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
     """Plot one panel per held-out set, with one line per variant and its spread over seeds."""
     import matplotlib.pyplot as plt
@@ -60,19 +66,23 @@ def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_trade_off(curves: Sequence[Curve], path: Path) -> None:
-    """Plot the final loss on the first held-out set over that on the second: one point per variant, with its spread."""
+def plot_trade_off(curves: Sequence[Curve], baseline: str, path: Path) -> None:
+    """Plot differences of final losses to a baseline, the first held-out set over the second: one point per variant.
+
+    Differences are those of runs with the same seed; their spread over seeds is much smaller than that of the losses.
+    """
     import matplotlib.pyplot as plt
 
     down, across = dict.fromkeys(curve.held_out for curve in curves)
     figure, panel = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     for index, variant in enumerate(dict.fromkeys(curve.variant for curve in curves)):
-        (_, x, x_spread), (_, y, y_spread) = (mean_and_spread(curves, variant, name) for name in (across, down))
+        x, y = (final_losses(curves, name, variant) - final_losses(curves, name, baseline) for name in (across, down))
+        xerr, yerr = (float(values.std(ddof=1)) if len(values) > 1 else None for values in (x, y))
         color = COLORS[index % len(COLORS)]
-        panel.errorbar(x[-1], y[-1], xerr=x_spread[-1], yerr=y_spread[-1], color=color, marker="o", capsize=2)
-        panel.annotate(variant, (x[-1], y[-1]), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    _dress(panel, f"final {down} held-out loss")
-    panel.set_xlabel(f"final {across} held-out loss (nats per token)")
+        panel.errorbar(x.mean(), y.mean(), xerr=xerr, yerr=yerr, color=color, marker="o", capsize=2)
+        panel.annotate(variant, (x.mean(), y.mean()), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    _dress(panel, f"final {down} held-out loss less {baseline}'s")
+    panel.set_xlabel(f"final {across} held-out loss less {baseline}'s (nats per token)")
     panel.margins(x=0.2, y=0.1)  # room for the names
     with atomic_path(path, "plot") as temporary:
         figure.savefig(temporary, dpi=130)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.analysis.curves import Curve, mean_and_spread
+from megatron_slm.analysis.curves import Curve, final_losses, mean_and_spread
 
 
 def comparison_table(curves: Sequence[Curve], baseline: str) -> str:
@@ -30,16 +30,11 @@ def comparison_table(curves: Sequence[Curve], baseline: str) -> str:
     for variant in dict.fromkeys(curve.variant for curve in curves):
         cells = []
         for held_out in sets:
-            losses, own = _final_losses(curves, held_out, baseline), _final_losses(curves, held_out, variant)
+            losses, own = final_losses(curves, held_out, baseline), final_losses(curves, held_out, variant)
             cells.append(_with_spread(own, ""))
             cells.append("" if variant == baseline else _with_spread(own - losses, "+z"))
         rows.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-def _final_losses(curves: Sequence[Curve], held_out: str, variant: str) -> NDArray[np.float64]:
-    chosen = [curve for curve in curves if (curve.held_out, curve.variant) == (held_out, variant)]
-    return np.array([curve.losses[-1] for curve in sorted(chosen, key=lambda curve: curve.seed)])
 
 
 def _with_spread(values: NDArray[np.float64], sign: str) -> str:

@@ -116,7 +116,7 @@ def test_findings_and_plots(tmp_path: Path) -> None:
     assert "does not reach" in speedup(curves(), "CLM", "SLM")
     plot_comparison(curves(), tmp_path / "objectives.png")
     plot_stages([("base", curves()[:2], []), ("θ", curves()[2:4], [(1, 2.0, 3.0)])], tmp_path / "stages.png")
-    plot_trade_off(curves(), tmp_path / "trade-off.png")
+    plot_trade_off(curves(), "CLM", tmp_path / "trade-off.png")
     for name in ("objectives.png", "stages.png", "trade-off.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     write_curves(curves(), tmp_path / "curves.json")
