@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from megatron_slm import cli
 from megatron_slm.runtime.output import print_error
 
-HELPERS = ("__main__", "layout")
+HELPERS = ("__main__", "layout", "selection_checkpoints")
 
 
 def command_names() -> list[str]:
