@@ -14,7 +14,7 @@ from megatron_slm.config.checkpoint_files import CONFIG_FILE
 from megatron_slm.config.checkpoint_steps import step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE
 from megatron_slm.config.recipe import read_recipe
-from megatron_slm.config.run_record import MISSING_METRICS, RECORD_FILE, load_run_record, locate_recorded
+from megatron_slm.config.run_record import RECORD_FILE, load_run_record, locate_recorded, missing_metrics
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.metrics_file import is_foreign, read_records
@@ -106,16 +106,15 @@ def read_run(path: str) -> RunFiles:
     settings = _saved_settings(checkpoints, notes)
     record = _run_record(directory, notes)
     settings = settings or _mapping(record.get("settings"))
-    elsewhere, events = (
-        locate_recorded(recorded, record) if isinstance(recorded := settings.get(name), str) else directory / default
-        for name, default in (("slm_metrics_file", METRICS_FILE), ("slm_events_file", EVENTS_FILE))
-    )
+    named = settings.get("slm_metrics_file")
+    elsewhere = _recorded_file(named, record, directory / METRICS_FILE)
+    events = _recorded_file(settings.get("slm_events_file"), record, directory / EVENTS_FILE)
     if metrics.name != METRICS_FILE and metrics.resolve() != elsewhere.resolve():
-        settings, record, checkpoints = {}, {}, {}  # of another run, whose metrics.jsonl replaced these metrics
-        events = Path(os.devnull)
+        # of another run, whose metrics.jsonl replaced these metrics
+        settings, record, checkpoints, named, events = {}, {}, {}, None, Path(os.devnull)
     if given.is_dir() and not metrics.exists():
         metrics = elsewhere
-    notes += _missing_metrics(metrics, settings)
+    notes += missing_metrics(named, metrics)
     if metrics.is_file() and is_foreign(metrics):
         raise ConfigError(f"{metrics} is not a metrics file of this trainer. {RUN_REMEDY}")
     if not metrics.is_file() and not checkpoints and not record:
@@ -152,11 +151,9 @@ def _run_record(directory: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _missing_metrics(metrics: Path, settings: dict[str, Any]) -> Iterator[str]:
-    """Yield a note if the metrics file that the settings name does not exist."""
-    name = settings.get("slm_metrics_file")
-    if name and not metrics.exists():
-        yield MISSING_METRICS.format(name)
+def _recorded_file(name: Any, record: Record, default: Path) -> Path:
+    """Return the file that the settings of a run name, or the default."""
+    return locate_recorded(name, record) if isinstance(name, str) else default
 
 
 def _events(path: Path) -> Iterator[Record]:

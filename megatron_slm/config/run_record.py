@@ -11,10 +11,6 @@ from typing import Any
 from megatron_slm.runtime.files import check_regular
 
 RECORD_FILE = "slm_run.json"
-MISSING_METRICS = (
-    "--slm-metrics-file {} of the run does not exist. If the run has logged a step, start this command in the working "
-    "directory of the run."
-)
 
 
 def load_run_record(directory: Path) -> dict[str, Any]:
@@ -53,3 +49,18 @@ def locate_recorded(path: str, record: Mapping[str, Any]) -> Path:
         if isinstance(start, str) and (located := Path(start) / path).exists():
             return located
     return Path(path)
+
+
+def missing_metrics(name: str | None, located: Path) -> list[str]:
+    """Return a note if the metrics file that a run's settings name does not exist.
+
+    Args:
+        name: ``--slm-metrics-file`` of the run.
+        located: the file itself, by :func:`locate_recorded`.
+    """
+    if not name or located.exists():
+        return []
+    return [
+        f"--slm-metrics-file {name} of the run does not exist. If the run has logged a step, start this command in the "
+        "working directory of the run."
+    ]

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_slm.checkpoint.source import find_source
 from megatron_slm.config.checkpoint_files import TRACKER
 from megatron_slm.config.paths import events_file, metrics_file
-from megatron_slm.config.run_record import MISSING_METRICS, load_run_record, locate_recorded
+from megatron_slm.config.run_record import load_run_record, locate_recorded, missing_metrics
 from megatron_slm.config.schema import LoggingConfig, RunConfig
 from megatron_slm.corpus.index import bin_path, read_index
 from megatron_slm.data.blends import locate_corpus, parse_blend
@@ -69,8 +69,9 @@ class Provenance:
             raise ConfigError(f"{flag} {load}: the run trained on mock data, which has no documents.")
         length = RunLength.from_config(saved.config, saved.milestones)
         run = cls(saved, length, OrderBuilder(saved.config.data, tokenizer, {}))
-        if run.config.logging.slm_metrics_file and not Path(run.config.logging.slm_metrics_file).exists():
-            notice(MISSING_METRICS.format(saved.config.logging.slm_metrics_file))
+        located = Path(run.config.logging.slm_metrics_file or "")
+        for note in missing_metrics(saved.config.logging.slm_metrics_file, located):
+            notice(note)
         return replace(run, length=replace(run.length, milestones=_logged_milestones(run.config, saved.milestones)))
 
     @property

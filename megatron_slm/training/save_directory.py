@@ -11,18 +11,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from megatron_slm.checkpoint.source import holds_only_weights
 from megatron_slm.config.checkpoint_files import TRACKER, step_directory
 from megatron_slm.config.checkpoint_steps import STEP_DIRECTORY, step_directories
 from megatron_slm.config.paths import EVENTS_FILE, METRICS_FILE, STOP_FILE
 from megatron_slm.config.recipe import to_flat_dict
-from megatron_slm.config.run_record import RECORD_FILE
+from megatron_slm.config.run_record import RECORD_FILE, load_run_record
 from megatron_slm.config.schema import CheckpointConfig, RunConfig
 from megatron_slm.runtime.collective import is_first_rank, on_first_rank
 from megatron_slm.runtime.console import notice
-from megatron_slm.runtime.files import check_regular, explained_write, write_text
+from megatron_slm.runtime.files import explained_write, write_text
 from megatron_slm.runtime.launch import SlurmJob, slurm_job
 from megatron_slm.runtime.lock import DirectoryLock
 from megatron_slm.runtime.software import environment
@@ -63,11 +62,10 @@ class RunRecord:
 def read_record(directory: Path) -> RunRecord | None:
     """Return the record of the run in ``directory``, or None if it is missing or not valid."""
     try:
-        check_regular(directory / RECORD_FILE)
-        content: dict[str, Any] = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
+        content = load_run_record(directory)
         origin = content["origin"]
         return RunRecord(content["run_id"], None if origin is None else Origin(**origin), SlurmJob(**content["job"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
