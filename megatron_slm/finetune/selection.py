@@ -143,13 +143,19 @@ def _open(job: SelectionJob, tokenizer: Tokenizer) -> list[_Corpus]:
         check_mask(prefix, ANSWERS, verify=job.verify_checksums)
         check_mask_writable(prefix, job.name, "--slm-loss-mask")
     data = DataConfig(data_path=job.corpora, slm_loss_mask=ANSWERS)
-    opened = []
+    opened, models = [], []
     for name in (job.base_scores, job.reference_scores):
         reference = ReferenceConfig(reference_scores=[name])
         headers = check_scores(reference, data, tokenizer, with_entropy=False)
         if job.verify_checksums:
             verify_scores(headers)
         opened.append(open_scores(reference, headers, data, with_entropy=False))
+        models.append({header.reference for header in headers.values()})
+    if models[0] == models[1]:
+        raise ConfigError(
+            f"--base-scores {job.base_scores} and --reference-scores {job.reference_scores} hold the losses of one "
+            "model. Give those of the base model and of the reference model."
+        )
     base, rm = opened
     return [_Corpus(prefix, LossMask(prefix, ANSWERS), base[prefix], rm[prefix]) for prefix in job.corpora]
 

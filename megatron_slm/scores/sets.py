@@ -23,6 +23,7 @@ from megatron_slm.scores.sidecar import (
     FLAG,
     HEADER_BYTES,
     TOOL,
+    ContextRule,
     ScoresHeader,
     Sidecar,
     check_paths_differ,
@@ -88,7 +89,8 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
 
     Raises:
         ConfigError: a sidecar is missing, damaged, unfinished, of a former format, of another corpus or tokenizer, or
-            without required entropies; or the reference model or context differs between the corpora of a blend.
+            without required entropies; the reference model or context differs between the corpora of a blend; or two
+            sidecars of a corpus are of one reference model and context.
     """
     named = sidecar_names(reference, data)
     corpora = {prefix: corpus_fingerprint(prefix) for prefix in named}
@@ -109,6 +111,8 @@ def check_scores(reference: ReferenceConfig, data: DataConfig, tokenizer: Tokeni
                 )
             _check_context(path, header, data)
             _check_alike(first, found[first], path, header)
+    for prefix, names in named.items():
+        _check_differ([sidecar_path(prefix, name) for name in names], found)
     return found
 
 
@@ -176,6 +180,17 @@ def _check_belongs(path: Path, header: ScoresHeader, prefix: str, corpus: str, t
             f"{FLAG}: {path} was made with the end-of-document id {header.eod}, but this run uses {tokenizer.eod}. "
             f"Set --eod-id {header.eod}, or remove the sidecar and recreate it with {TOOL} --eod-id {tokenizer.eod}."
         )
+
+
+def _check_differ(paths: Sequence[Path], headers: Headers) -> None:
+    """Raise ``ConfigError`` if two sidecars of a corpus are of one reference model and context."""
+    seen: dict[tuple[str, ContextRule], Path] = {}
+    for path in paths:
+        other = seen.setdefault((headers[path].reference, headers[path].context), path)
+        if other is not path:
+            raise ConfigError(
+                f"{FLAG}: {other} and {path} hold the scores of one reference model in one context. Give one of them."
+            )
 
 
 def _check_alike(first: Path, ours: ScoresHeader, other: Path, theirs: ScoresHeader) -> None:

@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,10 @@ def _check_corpus_selection(workspace: Path, both: list[str]) -> None:
         select_over_corpora(SelectionJob(both, "base1", "rm", 0.0, "best"), tokenizer)
     with pytest.raises(ConfigError, match="a/b must consist of letters"):
         select_over_corpora(SelectionJob(both, "base1", "rm", 0.5, "a/b"), tokenizer)
+    for prefix in both:
+        shutil.copy(sidecar_path(prefix, "rm"), sidecar_path(prefix, "copied"))
+    with pytest.raises(ConfigError, match="hold the losses of one model"):
+        select_over_corpora(SelectionJob(both, "copied", "rm", 0.5, "best"), tokenizer)
     launch(sft(workspace, "best", slm_loss_mask="best", train_iters=2))
     assert len(records(workspace / "best")) == 2
     with pytest.MonkeyPatch.context() as patch:

@@ -235,6 +235,19 @@ def test_one_byte_sidecar_is_refused_with_a_rescoring_command(
     assert main(argv) == 0
 
 
+def test_one_reference_model_under_two_names_is_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ensemble of sidecars with one reference model twice would weigh it twice."""
+    for suffix in (".bin", ".idx", ".corpus.json", ".rm.scores"):
+        shutil.copy(workspace / f"one_text_document{suffix}", tmp_path)
+    corpus = tmp_path / "one_text_document"
+    shutil.copy(f"{corpus}.rm.scores", f"{corpus}.other.scores")
+    names = ["rm", "other"]
+    argv = slm(workspace, None, data_path=[str(corpus)], reference_scores=names, reference_combine="mean", dry_run=True)
+    expect_refusal(capsys, ["other.scores hold the scores of one reference model in one context"], argv, tmp_path)
+
+
 def capsys_words(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert main(argv) == 2
     return capsys.readouterr().err.split()
