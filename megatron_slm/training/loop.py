@@ -34,6 +34,7 @@ from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.garbage import ManualCollection
 from megatron_slm.training.memory_use import MemoryUse
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
+from megatron_slm.training.policy_checks import uses_ratio
 from megatron_slm.training.profiling import StepProfiler, write_memory_snapshot
 from megatron_slm.training.save_directory import record_stop
 from megatron_slm.training.saver import Saver
@@ -250,7 +251,7 @@ class _Loop:
             tokens=run.tokens,
             grad_norm=norms[-1] if norms else None,
             lr=last.lr,
-            ratio=last.ratio if run.state.selection.config.policy is not None else None,
+            ratio=last.ratio if uses_ratio(run.config) else None,
             seconds_left=self.clock.seconds_left(run.progress.step, self._samples_left()),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
             loss_scale=last.loss_scale,

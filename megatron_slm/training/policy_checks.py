@@ -53,18 +53,27 @@ def unused_reference(config: RunConfig) -> str | None:
 
 def unused_ratio(config: RunConfig) -> str | None:
     """Return a warning if a selection ratio is given that no token is selected by; recipes may contain it."""
-    objective, ratio = config.objective, config.objective.slm_selection_ratio
+    ratio = config.objective.slm_selection_ratio
     if config.training.skip_train or ratio == ObjectiveConfig().slm_selection_ratio:
         return None
+    reason = _ratios_in_its_place(config)
+    return f"--slm-selection-ratio {ratio:g} is not used: {reason}." if reason is not None else None
+
+
+def uses_ratio(config: RunConfig) -> bool:
+    """Return whether the run's selection ratio selects tokens, and not that of each term or corpus."""
+    return _ratios_in_its_place(config) is None
+
+
+def _ratios_in_its_place(config: RunConfig) -> str | None:
+    objective = config.objective
     if not selects_tokens(config):
-        reason = f"--objective {objective.objective} trains on all tokens"
-    elif has_own_ratios(objective):
-        reason = f"every term of --slm-score {objective.slm_score!r} has a ratio"
-    elif objective.slm_corpus_ratios and None not in corpus_ratios(config):
-        reason = "--slm-corpus-ratios gives every corpus a ratio"
-    else:
-        return None
-    return f"--slm-selection-ratio {ratio:g} is not used: {reason}."
+        return f"--objective {objective.objective} trains on all tokens"
+    if has_own_ratios(objective):
+        return f"every term of --slm-score {objective.slm_score!r} has a ratio"
+    if objective.slm_corpus_ratios and None not in corpus_ratios(config):
+        return "--slm-corpus-ratios gives every corpus a ratio"
+    return None
 
 
 def has_own_ratios(objective: ObjectiveConfig) -> bool:

@@ -28,6 +28,7 @@ POLICIES: dict[str, dict[str, Any]] = {
         "slm_selection_ratio_warmup_tokens": 3 * 16 * 32,
         "slm_selection_ratio_style": "cosine",
     },
+    "terms": {"slm_score": "token-loss:0.8 and token-entropy:0.7"},
 }
 
 
@@ -52,6 +53,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ratios_are_logged(workspace: Path) -> None:
     assert [record["ratio"] for record in records(workspace / "corpora")] == [0.5] * STEPS
+    assert all(record["ratio"] is None for record in records(workspace / "terms")), "the run's is not used"
     curriculum = [record["ratio"] for record in records(workspace / "curriculum")]
     assert curriculum == pytest.approx([1.0, 0.875, 0.625, 0.5])
     assert [record["share_selected"] for record in records(workspace / "curriculum")] == pytest.approx(
