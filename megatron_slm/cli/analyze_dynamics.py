@@ -79,45 +79,63 @@ def run(arguments: argparse.Namespace) -> None:
 
     parallel = given_layout(arguments)
     groups = start_ranks(parallel, arguments)
-    steps, output = on_first_rank(lambda: _prepare(arguments))
-    trajectories, settings = _collect(arguments, groups, steps, output / LOSSES)
+    steps = on_first_rank(lambda: _complete_steps(arguments))
+    tokens, categories = on_first_rank(lambda: _read_tokens(arguments, steps))
+    output = on_first_rank(lambda: _create_output(Path(arguments.output)))
+    trajectories = _collect(arguments, groups, steps, tokens, categories, output / LOSSES)
+    settings = {name: getattr(arguments, name) for name in ("load", "data_path", "reference_load", "precision")}
+    settings |= {"tokens": len(tokens.labels), "seq_length": tokens.window}
     on_first_rank(lambda: _report(Dynamics.analyze(trajectories), settings, output, groups))
 
 
-def _prepare(arguments: argparse.Namespace) -> tuple[list[int], Path]:
-    """Return the steps to analyze and the output directory, which is created.
+def _complete_steps(arguments: argparse.Namespace) -> list[int]:
+    """Return the steps to analyze.
 
     Raises:
-        ConfigError: there are too few checkpoints, or one is incomplete, or the directory has files of others or cannot
-            be written.
+        ConfigError: there are too few checkpoints, or one is incomplete.
     """
     from megatron_slm.checkpoint.source import find_source
     from megatron_slm.evaluation.token_losses import run_steps
-    from megatron_slm.runtime.files import check_output_file, explained_write
 
-    steps, output = run_steps(arguments.load, arguments.steps), Path(arguments.output)
+    steps = run_steps(arguments.load, arguments.steps)
     for step in steps:
         find_source(arguments.load, step, "--load").check()
+    return steps
+
+
+def _create_output(output: Path) -> Path:
+    """Return the output directory, which is created.
+
+    Raises:
+        ConfigError: it has files of others, or cannot be written.
+    """
+    from megatron_slm.runtime.files import check_output_file, explained_write
+
     with explained_write(output, "--output"):
-        is_new = not output.exists() or not any(output.iterdir())
-        (output / LOSSES).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     check_output_file(output / RESULT, "--output", is_ours=_is_ours)
-    if (output / PLOT).exists() and not is_new and not (output / RESULT).exists():
+    if (output / PLOT).exists() and not (output / RESULT).exists():
         raise ConfigError(f"--output {output} has a {PLOT}, but no {RESULT}. Choose another directory.")
-    return steps, output
+    with explained_write(output, "--output"):
+        (output / LOSSES).mkdir(exist_ok=True)
+    return output
 
 
 def _collect(
-    arguments: argparse.Namespace, groups: Groups, steps: list[int], directory: Path
-) -> tuple[Trajectories, dict[str, Any]]:
-    """Return the losses of all checkpoints, and the settings of the analysis. Collective over all ranks."""
+    arguments: argparse.Namespace,
+    groups: Groups,
+    steps: list[int],
+    tokens: TokenSet,
+    categories: Any,
+    directory: Path,
+) -> Trajectories:
+    """Return the losses of all checkpoints. Collective over all ranks."""
     import numpy as np
 
     from megatron_slm.analysis.dynamics_report import Trajectories
     from megatron_slm.evaluation.token_losses import consumed_tokens
     from megatron_slm.runtime.collective import on_first_rank
 
-    tokens, categories = on_first_rank(lambda: _read_tokens(arguments, steps))
     score = partial(_score, arguments, groups, tokens, directory)
     losses = [score(arguments.load, step, "--load", f"step-{step:07d}") for step in steps]
     reference = None
@@ -125,7 +143,7 @@ def _collect(
         step = arguments.reference_ckpt_step
         reference = score(arguments.reference_load, step, "--reference-load", "reference").astype(np.float64)
     consumed = on_first_rank(lambda: [consumed_tokens(arguments.load, step) for step in steps])
-    trajectories = Trajectories(
+    return Trajectories(
         steps=steps,
         tokens=np.array(consumed, np.float64),
         losses=np.stack(losses).astype(np.float64),
@@ -133,8 +151,6 @@ def _collect(
         reference=reference,
         ratio=arguments.slm_selection_ratio or RATIO,
     )
-    settings = {name: getattr(arguments, name) for name in ("load", "data_path", "reference_load", "precision")}
-    return trajectories, {**settings, "tokens": len(tokens.labels), "seq_length": tokens.window}
 
 
 def _read_tokens(arguments: argparse.Namespace, steps: list[int]) -> tuple[TokenSet, Any]:

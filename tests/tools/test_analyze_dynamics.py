@@ -100,4 +100,5 @@ def test_refusals(workspace: Path) -> None:
     ]
     for (_, message), outcome in zip(cases, run(*(argv for argv, _ in cases)), strict=True):
         assert outcome.code == 2 and message in outcome.errors, (message, outcome.errors)
-    assert not list((workspace / "no" / LOSSES).iterdir()), "refused before any checkpoint is scored"
+    assert not (workspace / "no").exists(), "refused before anything is written"
+    assert [path.name for path in (workspace / "foreign").iterdir()] == [RESULT]
