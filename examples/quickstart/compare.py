@@ -79,7 +79,7 @@ def train_reference(directory: Path, name: str) -> None:
         base = f"{name}-base"
         stages.train(directory, base, "raw_train", ["--train-iters", str(BASE_STEPS), *reference.flags])
     flags = ["--train-iters", str(reference.steps), *load(directory, base), *reference.flags]
-    stages.train(directory, name, reference.corpus, flags)
+    stages.train(directory, name, reference.corpus, flags, [base])
 
 
 def load(directory: Path, base: str) -> list[str]:
@@ -101,7 +101,10 @@ def train_one(directory: Path, name: str, variant: Variant, seed: int) -> None:
     log = run.with_name(f"{run.name}.log")
     settings = [*command, stages.MODEL.read_text(encoding="utf-8")]
     start = time.monotonic()
-    stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log))
+    models = [BASE, *([variant.reference] if variant.reference else ())]
+    corpora = variant.blend if len(variant.blend) == 1 else variant.blend[1::2]
+    inputs = stages.training_inputs(directory, corpora, models)
+    stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log), inputs)
     print(f"   {run.name}: {format_duration(time.monotonic() - start)}, log in {log}", flush=True)
 
 
@@ -109,7 +112,8 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int], resul
     """Write the curves, the table and the plot of a study to ``results``, and print the table."""
     results.mkdir(parents=True, exist_ok=True)
     path, order = results / f"{name}.json", list(study.variants)
-    curves = held_out_curves(directory, study.variants, seeds) + recorded_curves(path, study, seeds)
+    curves = held_out_curves(directory, study.variants, seeds)
+    curves += recorded_curves(path, study, curves)
     curves.sort(key=lambda curve: (order.index(curve.variant), curve.seed, curve.held_out))
     write_curves(curves, path)
     text = comparison_table(curves, study.baseline)
@@ -146,14 +150,21 @@ def held_out_curves(directory: Path, variants: Iterable[str], seeds: Sequence[in
     ]
 
 
-def recorded_curves(path: Path, study: Study, seeds: Sequence[int]) -> list[Curve]:
-    """Read the curves of other seeds, if all variants of the study were run with them."""
+def recorded_curves(path: Path, study: Study, new: Sequence[Curve]) -> list[Curve]:
+    """Read the curves of other seeds than the new ones, if all variants were run with them, and for as many tokens."""
     recorded = [Curve(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-    variants = {
-        seed: {curve.variant for curve in recorded if curve.seed == seed} for seed in (c.seed for c in recorded)
-    }
-    complete = {seed for seed, names in variants.items() if names == set(study.variants)}
-    return [curve for curve in recorded if curve.seed in complete - set(seeds)]
+    others = sorted({curve.seed for curve in recorded} - {curve.seed for curve in new})
+    lengths = {(curve.variant, curve.held_out): curve.tokens for curve in new}
+    kept = []
+    for seed in others:
+        curves = [curve for curve in recorded if curve.seed == seed]
+        if {curve.variant for curve in curves} != set(study.variants):
+            continue
+        if all(curve.tokens == lengths[curve.variant, curve.held_out] for curve in curves):
+            kept += curves
+        else:
+            print(f"{path}: seed {seed} is left out, since its runs are of another length", flush=True)
+    return kept
 
 
 if __name__ == "__main__":

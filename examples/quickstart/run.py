@@ -39,9 +39,9 @@ def train_everything(directory: Path) -> None:
     stages.prepare_data(directory)
     load_base = ["--load", str(directory / "base"), "--finetune"]
     stages.train(directory, "base", "raw_train", ["--train-iters", str(STEPS)])
-    stages.train(directory, "rm", "clean_train", ["--train-iters", str(STEPS), *load_base])
+    stages.train(directory, "rm", "clean_train", ["--train-iters", str(STEPS), *load_base], ["base"])
     slm = ["--objective", "slm", "--slm-selection-ratio", "0.6", "--reference-load", str(directory / "rm")]
-    stages.train(directory, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm])
+    stages.train(directory, "slm", "raw_train", ["--train-iters", str(STEPS), *load_base, *slm], ["base", "rm"])
 
 
 def curves(directory: Path) -> list[Curve]:

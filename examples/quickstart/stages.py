@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ROOT = HERE.parent.parent
 MODEL = HERE / "model.yaml"
 FOLDER = Path("runs/quickstart")  # relative to the repository root
 CORPORA = ("clean_train", "clean_valid", "raw_train", "raw_valid")
+LAST_LINES = 10  # of the log of a failed run
 
 
 class StageFailed(Exception):
@@ -54,19 +56,39 @@ def run_example(directory: Path, work: Callable[[], None]) -> int:
     return 0
 
 
-def stage(name: str, directory: Path, settings: Sequence[str], work: Callable[[], None]) -> None:
-    """Call ``work`` unless a mark file in ``directory`` records the same settings, under any interpreter."""
-    mark = directory / f".{name.replace(' ', '_')}.done"
-    content = json.dumps([setting for setting in settings if setting != sys.executable])
-    if mark.is_file() and mark.read_text(encoding="utf-8") == content:
+def stage(
+    name: str, directory: Path, settings: Sequence[str], work: Callable[[], None], inputs: Sequence[Path] = ()
+) -> None:
+    """Call ``work`` unless a mark file in ``directory`` records the same settings and inputs, under any interpreter.
+
+    Args:
+        name: of the stage.
+        directory: of the mark.
+        settings: words that determine the result, such as those of the command.
+        work: writes the result.
+        inputs: marks of the stages whose results are read.
+    """
+    path = mark(name, directory)
+    words = [setting for setting in settings if setting != sys.executable]
+    content = json.dumps([*words, *(_digest(each) for each in inputs)])
+    if path.is_file() and path.read_text(encoding="utf-8") == content:
         print(f"== {name}: already complete", flush=True)
         return
     print(f"== {name}", flush=True)
     start = time.monotonic()
     work()
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(mark, content)
+    write_text(path, content)
     print(f"== {name}: {format_duration(time.monotonic() - start)}", flush=True)
+
+
+def mark(name: str, directory: Path) -> Path:
+    """Return the mark file of a stage, which identifies its settings and inputs."""
+    return directory / f".{name.replace(' ', '_')}.done"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
 
 
 def run(command: Sequence[str], **options: object) -> None:
@@ -87,8 +109,9 @@ def prepare_data(directory: Path, vocab_size: int = 4096) -> None:
     texts = [str(data / f"{name}_train.jsonl") for name in ("clean", "raw")]
     tokenizer = [sys.executable, "tools/train_tokenizer.py", "--input", *texts, "--vocab-size", str(vocab_size)]
     tokenizer += ["--output-prefix", str(directory / "tokenizer")]
-    stage("tokenizer", data, tokenizer, lambda: run(tokenizer))
-    tokenize(data, tokenizer_flags(directory))
+    texts_mark = mark("corpora", data)
+    stage("tokenizer", data, tokenizer, lambda: run(tokenizer), [texts_mark])
+    tokenize(data, tokenizer_flags(directory), CORPORA, [texts_mark, mark("tokenizer", data)])
 
 
 def tokenizer_flags(directory: Path) -> list[str]:
@@ -109,12 +132,12 @@ def corpora_digest(directory: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def tokenize(data: Path, tokenizer: Sequence[str], names: Sequence[str] = CORPORA) -> None:
-    """Write the ``.bin/.idx`` files of corpora."""
+def tokenize(data: Path, tokenizer: Sequence[str], names: Sequence[str], inputs: Sequence[Path]) -> None:
+    """Write the ``.bin/.idx`` files of corpora, given the marks of their texts and of the tokenizer."""
     for name in names:
         command = [sys.executable, "tools/preprocess_data.py", "--input", str(data / f"{name}.jsonl")]
         command += ["--output-prefix", str(data / name), *tokenizer, "--append-eod", "--workers", "2"]
-        stage(f"tokenize {name}", data, command, lambda command=command: run(command))  # type: ignore[misc]
+        stage(f"tokenize {name}", data, command, lambda command=command: run(command), inputs)  # type: ignore[misc]
 
 
 def corpus(directory: Path, name: str) -> str:
@@ -147,21 +170,47 @@ def training_command(
     ]
 
 
-def train(directory: Path, name: str, corpus_name: str, flags: Sequence[str], processes: int = 2) -> None:
-    """Train one run, unless it is already complete."""
+def train(
+    directory: Path, name: str, corpus_name: str, flags: Sequence[str], models: Sequence[str] = (), processes: int = 2
+) -> None:
+    """Train one run, unless it is already complete.
+
+    Args:
+        directory: of data and runs.
+        name: of the run.
+        corpus_name: corpus to train on.
+        flags: further flags.
+        models: runs whose checkpoints the flags load.
+        processes: number of ranks.
+    """
     command = training_command(directory, name, [corpus_name], flags, processes)
     settings = [*command, MODEL.read_text(encoding="utf-8")]
-    stage(f"train {name}", directory / name, settings, lambda: run(command, env=single_threaded()))
+    work = partial(run, command, env=single_threaded())
+    stage(f"train {name}", directory / name, settings, work, training_inputs(directory, [corpus_name], models))
+
+
+def training_inputs(directory: Path, corpora: Sequence[str], models: Sequence[str]) -> list[Path]:
+    """Return the marks of what a run reads: corpora, held-out texts, and the runs whose checkpoints it loads."""
+    texts = dict.fromkeys((*corpora, "clean_valid", "raw_valid"))
+    return [
+        *(mark(f"tokenize {name}", directory / "data") for name in texts),
+        *(mark(f"train {name}", directory / name) for name in models),
+    ]
 
 
 def run_with_log(command: Sequence[str], log: Path) -> None:
-    """Run a command on one thread, with its output in a log file.
+    """Run a command on one thread, with its output in a log file; if it fails, print the last lines.
 
     Raises:
         StageFailed: it ended with another exit code than 0.
     """
     with log.open("w", encoding="utf-8") as file:
-        run(command, env=single_threaded(), stdout=file, stderr=file)
+        try:
+            run(command, env=single_threaded(), stdout=file, stderr=file)
+        except StageFailed as failure:
+            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+            print_error("\n".join([f"exit code {failure.code}; the log {log} ends with:", *last]))
+            raise
 
 
 def single_threaded() -> dict[str, str]:

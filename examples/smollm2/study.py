@@ -77,7 +77,7 @@ def compare_self_reference(settings: example.Settings, seeds: Sequence[int]) -> 
             if variant.reference:
                 flags += ["--reference-load", str(settings.directory / "base")]
             run = compare.run_directory(settings.directory, name, seed)
-            example.train(settings, run.name, "raw_train", settings.steps, flags)
+            example.train(settings, run.name, "raw_train", settings.steps, flags)  # its base is the reference model
     compare.report(settings.directory, "self-reference", study, seeds, settings.results or settings.directory)
 
 

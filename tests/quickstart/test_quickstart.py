@@ -6,8 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,46 @@ def test_stage_is_complete_for_another_path_of_the_interpreter(tmp_path: Path, m
         monkeypatch.setattr(sys, "executable", path)
         stages.stage("work", tmp_path, [path, "tool.py"], lambda path=path: done.append(path))  # type: ignore[misc]
     assert done == ["/old/python"]
+
+
+def test_stages_follow_their_inputs(tmp_path: Path) -> None:
+    """A run is repeated if the reference model, of which its command has the path only, is trained again."""
+    done: list[str] = []
+
+    def train(steps: str) -> None:
+        for name, settings, inputs in (("rm", [steps], []), ("slm", ["rm"], [stages.mark("rm", tmp_path)])):
+            stages.stage(name, tmp_path, settings, lambda name=name: done.append(name), inputs)  # type: ignore[misc]
+
+    for steps in ("40", "40", "80"):
+        train(steps)
+    assert done == ["rm", "slm", "rm", "slm"]
+
+
+def test_other_texts_are_followed_by_every_stage_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, ran = stages.stage, []
+    variants = {**studies.STUDIES["document"].variants, **studies.STUDIES["general"].variants}
+
+    def train(texts: str) -> list[str]:
+        def stage(name: str, directory: Path, settings: Sequence[str], work: Any, inputs: Sequence[Path] = ()) -> None:
+            original(name, directory, [texts] if name == "corpora" else settings, lambda: ran.append(name), inputs)
+
+        ran.clear()
+        monkeypatch.setattr(stages, "stage", stage)
+        compare.train_all(tmp_path, variants, [1], 1)
+        return list(ran)
+
+    stages_of_study = train("some")
+    assert len(stages_of_study) == len(set(stages_of_study)) > 20
+    assert train("some") == []
+    assert train("other") == stages_of_study
+
+
+def test_failed_run_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = "for line in range(50): print('line', line)\nexit(2)"
+    with pytest.raises(stages.StageFailed):
+        stages.run_with_log([sys.executable, "-c", script], tmp_path / "run.log")
+    shown = capsys.readouterr().err
+    assert f"exit code 2; the log {tmp_path / 'run.log'} ends with:\nline 40\n" in shown and "line 49" in shown
 
 
 def test_failed_stage_is_not_marked_and_returns_its_exit_code(tmp_path: Path) -> None:
@@ -186,6 +228,10 @@ def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.Mon
     assert table.read_text().endswith("\n\nSeeds: 2.\n")
     compare.report(tmp_path, "general", fewer, [1], tmp_path)
     assert table.read_text().endswith("\n\nSeeds: 1 (corpora two); 2 (corpora one).\n")
+    monkeypatch.setattr(stages, "held_out_losses", lambda run, held_out: ([0, 200], [5.0, 4.0]))
+    monkeypatch.setattr(stages, "corpora_digest", lambda directory: "two")
+    compare.report(tmp_path, "general", fewer, [3], tmp_path)
+    assert table.read_text().endswith("\n\nSeeds: 3.\n"), "runs of other lengths are left out"
 
 
 def test_digest_follows_every_corpus(tmp_path: Path) -> None:
