@@ -140,18 +140,18 @@ class ThresholdPredictor:
         if predicted is not None:
             error = n_reached / n_valid - self._shares(ratio)
             surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
-        aim = self._shares(next_ratio)
-        exact, corrected, needed, ties = self._exact_thresholds(tokens, n_valid, aim, aim - GAIN * surplus)
-        if predicted is not None:
-            change = (exact - state.exact).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
+        now, aim = self._shares(ratio), self._shares(next_ratio)
+        exact, needed, ties = self._exact_thresholds(tokens, n_valid, torch.stack((now, aim, aim - GAIN * surplus)))
+        if predicted is not None:  # for this ratio, which the next one may differ from
+            change = (exact[0] - state.exact).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
             velocity = SMOOTHING * velocity + (1 - SMOOTHING) * change
-        threshold = torch.where(ties - 1 > MANY_TIES * n_valid, corrected, corrected + velocity)
+        threshold = torch.where(ties[2] - 1 > MANY_TIES * n_valid, exact[2], exact[2] + velocity)
         selects_all = aim >= 1
         state = _State(
             threshold=threshold.masked_fill(selects_all, -torch.inf).float(),
-            tied=(needed / ties).masked_fill(selects_all, 1.0),
+            tied=(needed[2] / ties[2]).masked_fill(selects_all, 1.0),
             surplus=surplus,
-            exact=exact,
+            exact=exact[1],
             velocity=velocity,
             share=(n_selected / n_valid).expand_as(aim),
             ratio=torch.full_like(aim, next_ratio),
@@ -179,20 +179,24 @@ class ThresholdPredictor:
         counts = torch.cat((torch.stack((tokens.valid.sum(), selected.sum())), n_reached))
         return all_reduce_sum(counts, self.config.dp_cp_group).split((1, 1, len(self.top_ks)))
 
-    def _exact_thresholds(
-        self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor, corrected: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the exact thresholds of each top-k for two shares of the valid tokens, [t] float64.
+    def _exact_thresholds(self, tokens: TokenBatch, n_valid: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the exact thresholds of each top-k for ``shares`` of the valid tokens.
 
-        For the second share, also return how many of the scores equal to its threshold belong to it, and the number of
-        such scores, [t] int64.
+        Args:
+            tokens: all tokens of the step that are on this rank.
+            n_valid: valid tokens of all ranks, [1] int64.
+            shares: [n, t] float64.
+
+        Returns:
+            The thresholds, [n, t] float64, how many of the scores equal to a threshold belong to its share, and the
+            number of such scores, [n, t] int64.
         """
-        count = (torch.cat((shares, corrected)) * n_valid).round().long().clamp(min=1).minimum(n_valid)
+        count = (shares.flatten() * n_valid).round().long().clamp(min=1).minimum(n_valid)
         scores = torch.stack([ranking_scores(tokens, self.config, top_k).flatten() for top_k in self.top_ks])
         valid = tokens.valid.reshape(1, -1).expand(len(count), -1)
-        key, needed, ties = largest_key(order_keys(scores).repeat(2, 1), valid, count, self.config.dp_cp_group)
-        thresholds, half = key_values(key).double(), len(self.top_ks)
-        return thresholds[:half], thresholds[half:], needed[half:], ties[half:]
+        keys = order_keys(scores).repeat(len(shares), 1)
+        key, needed, ties = largest_key(keys, valid, count, self.config.dp_cp_group)
+        return key_values(key).double().view_as(shares), needed.view_as(shares), ties.view_as(shares)
 
     def _shares(self, ratio: float) -> Tensor:
         shares = [top_k.ratio or ratio for top_k in self.top_ks]

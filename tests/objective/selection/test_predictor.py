@@ -91,6 +91,17 @@ def test_share_is_held_while_the_ratio_is_warmed_down() -> None:
     assert sum(exact) == 1 and worst(errors[1:]) <= 0.01
 
 
+@pytest.mark.parametrize("levels", [(1.0, 0.9, 0.8, 0.6), (0.9, 0.7, 0.3)])
+def test_a_jump_of_the_ratio_is_no_drift_of_the_scores(levels: tuple[float, ...]) -> None:
+    """Every step has its share, that of a jump as well."""
+    errors, exact = train(
+        lambda step, rng: rng.laplace(0, 1, 20000),
+        20 * len(levels),
+        ratio=lambda step: levels[min(step // 20, len(levels) - 1)],
+    )
+    assert sum(exact) == 1 and float(np.abs(errors).max()) < 0.05
+
+
 def test_everything_is_selected_at_a_ratio_of_one() -> None:
     errors, _ = train(CASES["steady fall"], 20, ratio=lambda step: 1.0)
     assert bool((errors == 0).all())
