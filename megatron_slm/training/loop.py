@@ -118,6 +118,7 @@ class _Loop:
         training, logs, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
         self.run, self.stop = run, stop
         self.iterations = training.train_iters
+        self.logs_ratio = uses_ratio(run.config)
         self.clock = StepClock(Schedule(self.iterations, logs.eval_interval, checkpoint.save_interval))
         self.saver = Saver(run.state, run.config, run.console)
         self.monitor = StepMonitor(run.state, run.config, run.datasets.train)
@@ -251,7 +252,7 @@ class _Loop:
             tokens=run.tokens,
             grad_norm=norms[-1] if norms else None,
             lr=last.lr,
-            ratio=last.ratio if uses_ratio(run.config) else None,
+            ratio=last.ratio if self.logs_ratio else None,
             seconds_left=self.clock.seconds_left(run.progress.step, self._samples_left()),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
             loss_scale=last.loss_scale,

@@ -123,6 +123,7 @@ def score_violations(config: RunConfig) -> Iterator[str]:
     yield from _unused(objective, policy)
     yield from _speculation(objective, policy)
     yield from _equal_reference(reference, policy)
+    yield from _renewed_reference(reference, objective, policy)
     if objective.slm_weight_temperature is not None:
         yield from _single_score("--slm-weight-temperature", objective, policy)
         yield from _needs_exact_threshold("--slm-weight-temperature", objective)
@@ -185,7 +186,7 @@ def _speculation(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
 
 def _equal_reference(reference: ReferenceConfig, policy: Policy) -> Iterator[str]:
     """Yield a message if the history of the training model is its present weights, so that differences are 0."""
-    if not any(term.score in ("excess", RETROSPECTIVE) for term in top_ks(policy)):
+    if not _has_differences(policy):
         return
     for flag, value, is_equal in (
         ("--reference-refresh-interval", reference.reference_refresh_interval, 1),
@@ -196,6 +197,27 @@ def _equal_reference(reference: ReferenceConfig, policy: Policy) -> Iterator[str
                 f"{flag} {value}: in every step, the reference model has the weights of the training model, and all "
                 "excess losses are 0. Increase it."
             )
+
+
+def _renewed_reference(reference: ReferenceConfig, objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
+    """Yield a message for each setting that follows the scores of earlier steps, if these start from 0 repeatedly."""
+    if reference.reference_refresh_interval is None or not _has_differences(policy):
+        return
+    for flag, given, remedy in (
+        ("--slm-threshold predicted", objective.slm_threshold == "predicted", "Use --slm-threshold exact"),
+        ("--slm-ratio-gain", objective.slm_ratio_gain is not None, "Leave it out"),
+    ):
+        if given:
+            yield (
+                f"{flag} follows the scores of earlier steps, but at every renewal of the reference model "
+                f"(--reference-refresh-interval {reference.reference_refresh_interval}) all scores return to 0. "
+                f"{remedy}, or use --reference-history average."
+            )
+
+
+def _has_differences(policy: Policy) -> bool:
+    """Return whether a score is the difference of token loss and reference loss."""
+    return any(term.score in ("excess", RETROSPECTIVE) for term in top_ks(policy))
 
 
 def _unused_curriculum(objective: ObjectiveConfig, ratios: Sequence[float | None]) -> Iterator[str]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_slm.cli.pretrain import main
 from megatron_slm.config.flags import parse
+from megatron_slm.config.schema import RunConfig
+from megatron_slm.objective.selection.predictor import PredictedThreshold, ThresholdPredictor
 from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import command, launch, launch_each, losses, make_corpus, records
+from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.plan import plan
 from megatron_slm.training.policy_checks import corpus_ratios, unused_ratio, unused_reference
 from megatron_slm.training.preflight import resolve_values
+from megatron_slm.training.resume import _reference_difference
 
 STEPS = 4
 POLICIES: dict[str, dict[str, Any]] = {
@@ -118,6 +125,7 @@ CORPORA = {"slm_corpus_ratios": ["0.9", "two_text_document"]}
 COMBINED, STOCHASTIC = {"slm_score": "token-loss and random"}, {"slm_score": "stochastic-token-loss"}
 PREDICTED = {"slm_threshold": "predicted", "slm_scope": "global-batch"}
 SPECULATIVE = {"slm_exact_mode": "speculative"}
+RENEWED = {"reference_history": "start", "reference_refresh_interval": 2, "slm_score": "retrospective-excess"}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,14 @@ SPECULATIVE = {"slm_exact_mode": "speculative"}
             {"reference_history": "average", "reference_average_decay": 0, "slm_score": "excess or random"},
             "--reference-average-decay 0.0: in every step, the reference model has the weights of the training model",
         ),
+        (
+            {**RENEWED, "slm_scope": "global-batch", "slm_threshold": "predicted"},
+            "--slm-threshold predicted follows the scores of earlier steps, but at every renewal",
+        ),
+        (
+            {**RENEWED, "slm_ratio_gain": 2},
+            "--slm-ratio-gain follows the scores of earlier steps, but at every renewal",
+        ),
         ({"slm_gumbel_temperature": 2}, "--slm-gumbel-temperature has no effect on --slm-score 'token-loss'"),
         ({"slm_ratio_min": 0.2}, "--slm-ratio-min 0.2 has no effect without --slm-ratio-gain"),
         (
@@ -187,6 +203,38 @@ def test_conflicting_settings_are_refused(flags: dict[str, Any], message: str, t
     with pytest.raises(ConfigError) as refusal:
         resolve_values(parse(argv).config, 1)
     assert message in str(refusal.value)
+
+
+def _train_without_selected_tokens(rank: int, world_size: int, argv: list[str]) -> int:
+    """Train with a threshold that no score reaches, from the second step."""
+    predict = ThresholdPredictor.predict
+
+    def unreachable(predictor: ThresholdPredictor, ratio: float) -> PredictedThreshold | None:
+        found = predict(predictor, ratio)
+        return None if found is None else replace(found, thresholds=found.thresholds + 1e6)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThresholdPredictor, "predict", unreachable)
+        return main(argv)
+
+
+def test_a_step_without_selected_tokens_has_no_gradient(workspace: Path) -> None:
+    """The gradient of a mix cannot be normalized by their number."""
+    flags = {"slm_score": "token-loss", "slm_scope": "global-batch", "slm_threshold": "predicted", "slm_mix": 0.1}
+    argv = slm(workspace, "nothing", "plain", num_layers=1, **{**flags, "train_iters": 2})
+    assert run_ranks(_train_without_selected_tokens, 1, argv, initialize=False) == [0]
+    first, second = records(workspace / "nothing")
+    assert first["share_selected"] == pytest.approx(0.5, abs=0.01) and first["grad_norm"] > 0
+    assert (second["share_selected"], second["grad_norm"]) == (0, 0)
+
+
+def test_another_reference_model_is_noticed_beside_settings_without_effect_on_scores() -> None:
+    config = RunConfig()
+    saved = replace(config, reference=replace(config.reference, reference_load=["rm"], reference_in_bubbles=True))
+    ours = replace(config, reference=replace(config.reference, reference_load=["rm"]))
+    record = DataRecord(reference="former")
+    assert _reference_difference(ours, saved, record, "present") == ["the content of --reference-load rm has changed"]
+    assert _reference_difference(ours, saved, record, "former") == []
 
 
 def test_an_unused_reference_model_is_reported(tmp_path: Path) -> None:
