@@ -103,16 +103,17 @@ def read_run(path: str) -> RunFiles:
     directory, metrics = (given, given / METRICS_FILE) if given.is_dir() else (given.parent, given)
     checkpoints = step_directories(directory, path)
     notes: list[str] = []
-    settings = _saved_settings(checkpoints, notes)
     record = _run_record(directory, notes)
-    settings = settings or _mapping(record.get("settings"))
+    settings = _mapping(record.get("settings")) or _saved_settings(checkpoints, notes)  # those of the latest start
     named = settings.get("slm_metrics_file")
     elsewhere = _recorded_file(named, record, directory / METRICS_FILE)
     events = _recorded_file(settings.get("slm_events_file"), record, directory / EVENTS_FILE)
     if metrics.name != METRICS_FILE and metrics.resolve() != elsewhere.resolve():
         # of another run, whose metrics.jsonl replaced these metrics
         settings, record, checkpoints, named, events = {}, {}, {}, None, Path(os.devnull)
-    if given.is_dir() and not metrics.exists():
+    if given.is_dir() and metrics != elsewhere and (elsewhere.is_file() or not metrics.exists()):
+        if metrics.is_file():
+            notes.append(f"the run has logged to {elsewhere} since it was given; {metrics} has earlier steps")
         metrics = elsewhere
     notes += missing_metrics(named, metrics)
     if metrics.is_file() and is_foreign(metrics):

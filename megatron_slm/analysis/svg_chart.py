@@ -108,18 +108,19 @@ def short_number(value: float, digits: int = 4) -> str:
 
 def draw_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
     """Return a chart as HTML, and its points for the script."""
-    lines = [(line.label, reduce_points(line)) for line in chart.lines if line.has_values]
+    # numbered before lines without values are left out, so that a run has one color in all charts
+    lines = [(number, line.label, reduce_points(line)) for number, line in enumerate(chart.lines) if line.has_values]
     title = html.escape(chart.title)
     if not lines:
         return f'<figure class="chart"><figcaption>{title}</figcaption><p>no values</p></figure>', {}
-    scale = _Scale.fit([points for _, points in lines], [x for x, _ in chart.marks])
+    scale = _Scale.fit([points for _, _, points in lines], [x for x, _ in chart.marks])
     body = [*_axes(scale, chart.x_label), *_marks(scale, chart.marks)]
-    for number, (_, points) in enumerate(lines):
+    for number, _, points in lines:
         body += _curve(scale, points, number)
     legend = "".join(
         f'<span class="key c{number % COLORS}"><svg viewBox="0 0 24 8" aria-hidden="true">'
         f'<path d="M0 4H24"{_dash(number)}/></svg>{html.escape(label)}</span>'
-        for number, (label, _) in enumerate(lines)
+        for number, label, _ in lines
     )
     legend = f'<div class="legend">{legend}</div>' if len(chart.lines) > 1 else ""
     figure = (
@@ -127,7 +128,10 @@ def draw_chart(chart: Chart) -> tuple[str, dict[str, Any]]:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" tabindex="0" role="img" aria-label="{title}">{"".join(body)}</svg>'
         f"{legend}</figure>"
     )
-    values = [{"label": label, "x": points.x, "y": [_value(value) for value in points.y]} for label, points in lines]
+    values = [
+        {"number": number, "label": label, "x": points.x, "y": [_value(value) for value in points.y]}
+        for number, label, points in lines
+    ]
     return figure, {"x": [scale.x_low, scale.x_high], "y": [scale.y_low, scale.y_high], "lines": values}
 
 

@@ -225,7 +225,8 @@ def _categories(tokens: TokenSet, tokenizer: Tokenizer) -> Any:
 
     text_of = _token_texts(tokenizer)
     ids, places = np.unique(tokens.labels, return_inverse=True)
-    return np.array([CATEGORIES.index(categorize(text_of(int(token)))) for token in ids])[places]
+    texts = ["" if token == tokenizer.eod else text_of(token) for token in ids.tolist()]  # its text looks like code
+    return np.array([CATEGORIES.index(categorize(text)) for text in texts])[places]
 
 
 def _token_texts(tokenizer: Tokenizer) -> Callable[[int], str]:

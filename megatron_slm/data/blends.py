@@ -36,8 +36,8 @@ def parse_blend(arguments: Sequence[str], flag: str = "--data-path") -> Blend:
     for weight, prefix in zip(weights, arguments[1::2], strict=True):
         if weight is None or not math.isfinite(weight) or weight <= 0:
             raise ConfigError(f"{flag}: the weight of {prefix} is {weight}, but must be above 0. Or omit the corpus.")
-        name, sum_before = merged.get(_file_identity(prefix), (prefix, 0.0))
-        merged[_file_identity(prefix)] = name, sum_before + weight
+        name, sum_before = merged.get(file_identity(prefix), (prefix, 0.0))
+        merged[file_identity(prefix)] = name, sum_before + weight
     return [name for name, _ in merged.values()], [weight for _, weight in merged.values()]
 
 
@@ -64,7 +64,7 @@ def locate_corpus(name: str, prefixes: Sequence[str], flag: str) -> int:
     Raises:
         ConfigError: no corpus or several have the name.
     """
-    found = [place for place, prefix in enumerate(prefixes) if _file_identity(prefix) == _file_identity(name)]
+    found = [place for place, prefix in enumerate(prefixes) if file_identity(prefix) == file_identity(name)]
     found = found or [place for place, prefix in enumerate(prefixes) if Path(prefix).name == name]
     if len(found) != 1:
         problem = "is the name of several corpora" if found else "is not a corpus of the run"
@@ -99,7 +99,7 @@ def parse_corpus_ratios(arguments: Sequence[str], prefixes: Sequence[str], flag:
 def _reject_repeats(prefixes: Sequence[str], flag: str) -> None:
     seen: dict[Hashable, str] = {}
     for prefix in prefixes:
-        identity = _file_identity(prefix)
+        identity = file_identity(prefix)
         if identity in seen:
             same = "" if seen[identity] == prefix else f" (as {seen[identity]})"
             raise ConfigError(
@@ -109,7 +109,7 @@ def _reject_repeats(prefixes: Sequence[str], flag: str) -> None:
         seen[identity] = prefix
 
 
-def _file_identity(prefix: str) -> Hashable:
+def file_identity(prefix: str) -> Hashable:
     """Return the same value for all names of one corpus: relative and absolute paths, symbolic and hard links."""
     path = bin_path(prefix)
     try:

@@ -143,7 +143,8 @@ def checkpoint_losses(
     scores = score_tokens(model, tokens.requests(), micro_batch_size=batch_size, label=label)
     losses = -np.concatenate([each.log_probs for each in scores])
     if not np.isfinite(losses).all():
-        raise ConfigError(f"{flag} {path}: {label} has NaN or infinite losses. Choose other checkpoints with --steps.")
+        choice = "other checkpoints with --steps" if flag == "--load" else "another reference model"
+        raise ConfigError(f"{flag} {path}: {label} has NaN or infinite losses. Choose {choice}.")
     on_first_rank(partial(_write, file, losses))
     return losses
 

@@ -55,7 +55,9 @@ def make_console(enabled: bool = True) -> Console:
     width = None if sys.stdout.isatty() or columns.isdigit() else UNBOUNDED
     if columns.isdigit() and int(columns) == 0:  # a terminal without a size, on which rich would print nothing
         width = shutil.get_terminal_size((UNBOUNDED, 0)).columns
-    return Console(file=fail_safe(sys.stdout), quiet=not enabled, highlight=False, soft_wrap=True, width=width)
+    return Console(
+        file=fail_safe(sys.stdout), quiet=not enabled, highlight=False, emoji=False, soft_wrap=True, width=width
+    )
 
 
 def warn(message: str) -> None:

@@ -18,7 +18,7 @@ from megatron_slm.config.paths import events_file, metrics_file
 from megatron_slm.config.run_record import load_run_record, locate_recorded, missing_metrics
 from megatron_slm.config.schema import LoggingConfig, RunConfig
 from megatron_slm.corpus.index import bin_path, read_index
-from megatron_slm.data.blends import locate_corpus, parse_blend
+from megatron_slm.data.blends import file_identity, locate_corpus, parse_blend
 from megatron_slm.data.document_samples import samples_of_document
 from megatron_slm.data.sample_locations import DocumentSpan, document_spans
 from megatron_slm.runtime.console import notice
@@ -114,12 +114,15 @@ class Provenance:
         Raises:
             ConfigError: the run has no such corpus, or the corpus no such document.
         """
-        blends = {order.first: _prefixes(order) for order in self.saved.orders}
-        known = list(dict.fromkeys(prefix for prefixes in blends.values() for prefix in prefixes))
-        prefix = known[locate_corpus(corpus, known, "--document")]
+        # a resumed run may spell the path of a corpus differently
+        blends = {
+            order.first: {file_identity(prefix): prefix for prefix in _prefixes(order)} for order in self.saved.orders
+        }
+        known = {identity: prefix for blend in reversed(blends.values()) for identity, prefix in blend.items()}
+        identity = list(known)[locate_corpus(corpus, list(known.values()), "--document")]
         ends = _Ends(self.length)
         for order, stop in self._orders():
-            if prefix not in blends[order.first]:
+            if (prefix := blends[order.first].get(identity)) is None:
                 continue
             dataset = self._dataset(order)
             count = read_index(prefix).documents

@@ -172,6 +172,21 @@ def test_a_relative_metrics_file_is_found_from_any_directory(tmp_path: Path, mon
     assert "logs/metrics.jsonl of the run does not exist" in (save / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_resumed_run_has_the_settings_and_metrics_of_its_latest_start(tmp_path: Path) -> None:
+    """Its newest checkpoint may be one of an earlier start."""
+    run = make_run(tmp_path / "run", [record(1), record(2)], train_iters=2)
+    settings: dict[str, Any] = {"train_iters": 9}
+    write_record(run, RunRecord.new(None), with_settings(RunConfig(), settings))
+    assert (read_run(str(run)).settings["train_iters"], read_run(str(run)).step) == (9, 2)
+    write_record(run, RunRecord.new(None), with_settings(RunConfig(), {**settings, "slm_metrics_file": "new.jsonl"}))
+    assert (read_run(str(run)).metrics.name, read_run(str(run)).step) == ("metrics.jsonl", 2), "no step is logged yet"
+    settings["slm_metrics_file"] = str(tmp_path / "new.jsonl")
+    write_record(run, RunRecord.new(None), with_settings(RunConfig(), settings))
+    (tmp_path / "new.jsonl").write_text(json.dumps(record(3)) + "\n")
+    found = read_run(str(run))
+    assert (found.metrics.name, found.step) == ("new.jsonl", 3) and "has earlier steps" in found.notes[0]
+
+
 def test_metrics_that_two_runs_name_belong_to_one_of_them(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, [], slm_metrics_file=str(tmp_path / "m.jsonl")) for name in ("a", "b")]
     for run in runs:
@@ -310,6 +325,12 @@ def test_charts_of_few_values() -> None:
     for x, y in (([1], [2.0]), ([1, 2, 3], [0.0, math.nan, 0.0]), ([5, 5], [1e-12, -1e12])):
         figure, data = draw_chart(Chart("few", [Line("a", x, y)], "steps"))
         assert "nan" not in figure and len(data["lines"][0]["y"]) == len(x)
+
+
+def test_a_run_has_one_color_in_all_charts() -> None:
+    """Also in a chart in which another run has no values."""
+    figure, data = draw_chart(Chart("threshold", [Line("clm", [1], [math.nan]), Line("slm", [1], [2.0])], "steps"))
+    assert 'class="key c1"' in figure and 'c0"' not in figure and data["lines"][0]["number"] == 1
 
 
 def test_ticks_are_round_numbers() -> None:

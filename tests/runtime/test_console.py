@@ -112,6 +112,11 @@ def test_tables_in_a_file_are_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(lines) == 5 and lines[3].count("some long cell") == 20
 
 
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console().print("x[:a:] :key: 10:100:20", markup=False)
+    assert capsys.readouterr().out == "x[:a:] :key: 10:100:20\n"
+
+
 def test_byte_rates_are_in_megabytes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", -1)
     with progress("reading", 4_000_000, "B") as bar:

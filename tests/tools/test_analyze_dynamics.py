@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_slm.analysis.token_categories import CATEGORIES
 from megatron_slm.cli import analyze_dynamics
 from megatron_slm.cli.analyze_dynamics import LOSSES, PLOT, RESULT
+from megatron_slm.evaluation.token_losses import TokenSet
 from megatron_slm.testing.tiny import Outcome, command, launch_each, make_corpus, records, run_each
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,17 @@ def test_ranks_agree_with_one_process(workspace: Path) -> None:
     assert run([*two, "--tensor-model-parallel-size", "2"], ranks=2)[0].code == 0
     results = [json.loads((workspace / name / RESULT).read_text(encoding="utf-8")) for name in ("one", "two")]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
+
+
+def test_the_end_of_a_document_is_no_code() -> None:
+    class Tokenizer(ByteTokenizer):
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join("<|im_end|>" if token == self.eod else chr(token) for token in ids)
+
+    tokenizer = Tokenizer(TokenizerFiles())
+    tokens = TokenSet(np.array([0, ord("a"), tokenizer.eod, ord("+")]), 4, "")
+    found = analyze_dynamics._categories(tokens, tokenizer)
+    assert [CATEGORIES[place] for place in found] == ["words", "other", "code"]
 
 
 def test_refusals(workspace: Path) -> None:

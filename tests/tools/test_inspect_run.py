@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_slm.config.recipe import with_settings
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.corpus.index import bin_path
 from megatron_slm.testing.tiny import GLOBAL_BATCH, Outcome, command, launch_each, make_corpus, records, run_each
+from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 from megatron_slm.training.data_order import SavedRun
 from megatron_slm.training.provenance import Provenance
 from megatron_slm.training.save_directory import RunRecord, write_record
@@ -111,6 +113,23 @@ def test_documents_list_exactly_the_steps_that_read_them(workspace: Path) -> Non
         assert outcome.code == 0, outcome.errors
         found = json.loads(path.read_text(encoding="utf-8"))["occurrences"]
         assert [(each["step"], each["sample"]) for each in found] == expected.get(document, [])
+
+
+def test_a_corpus_of_two_spellings_is_one(workspace: Path) -> None:
+    """A resumed run may name its corpora by other paths."""
+    tokenizer = ByteTokenizer(TokenizerFiles())
+    provenance = Provenance.open(str(workspace / "run"), None, tokenizer)
+    first, *others = provenance.saved.orders
+    spelled = [each.replace(str(workspace), f"{workspace}/../{workspace.name}") for each in first.data["data_path"]]
+    assert others and spelled != first.data["data_path"]
+    orders = [replace(first, data={**first.data, "data_path": spelled}), *others]
+    respelled = replace(provenance, saved=replace(provenance.saved, orders=orders))
+    for number in (0, 7):
+        expected, found = (
+            [(step, source.sample, source.tokens) for step, source in each.steps_of("one_text_document", number)]
+            for each in (provenance, respelled)
+        )
+        assert found == expected
 
 
 def test_unrecorded_selection_has_a_remedy(workspace: Path) -> None:

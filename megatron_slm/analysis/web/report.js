@@ -27,10 +27,10 @@ function show(svg, chart, wanted) {
   svg.cursorLine.setAttribute("class", "cursor");
   svg.cursorLine.setAttribute("d", `M${at} ${TOP}V${BOTTOM}`);
   const table = element("table");
-  chart.lines.forEach((line, number) => {
+  chart.lines.forEach((line) => {
     const place = nearest(line.x, x);
     const row = table.insertRow(), title = element("th");
-    title.append(element("i", `c${number % COLORS}`), line.label);
+    title.append(element("i", `c${line.number % COLORS}`), line.label);
     row.append(title, element("td", "", format(line.y[place])));
     if (line.x[place] !== x) row.append(element("td", "", `at ${line.x[place].toLocaleString("en")}`));
   });
