@@ -63,6 +63,8 @@ def scores(directory: Path, name: str) -> dict[str, dict[str, float]]:
 def percent(score: dict[str, float | None]) -> str:
     """Return an accuracy in percent; one document has no standard error."""
     value, error = score["value"], score["stderr"]
+    if value is None:
+        return "–"
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
