@@ -7,7 +7,6 @@ from itertools import groupby
 from megatron_slm.checkpoint.source import find_source
 from megatron_slm.config.schema import ReferenceConfig
 from megatron_slm.runtime.checksums import text_checksum
-from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.scores.sets import Headers
 
 FLAG = "--reference-load"
@@ -23,21 +22,14 @@ def reference_identity(reference: ReferenceConfig, headers: Headers) -> str | No
         headers: headers of the run's sidecars, if any, in the order of --reference-scores.
 
     Raises:
-        ConfigError: a checkpoint is missing, its manifest is unreadable, or two paths hold one model.
+        ConfigError: a checkpoint is missing, or its manifest is unreadable.
     """
     if headers:
         models = [model for model, _ in groupby(header.reference for header in headers.values())]
     else:
         step = reference.reference_ckpt_step
         models = [find_source(path, step, FLAG).identity() for path in reference.reference_load]
-        for place, model in enumerate(models):
-            if (first := models.index(model)) != place:
-                paths = reference.reference_load
-                raise ConfigError(
-                    f"{FLAG} names {paths[first]} and {paths[place]}, which hold one model. Give each reference model "
-                    "once."
-                )
     if reference.reference_combine in ("mean", "min") and not reference.reference_corpora:
-        models = sorted(set(models))  # sidecars of one model may differ in their context
+        models = sorted(models)
     identity = " ".join(models)
     return text_checksum(identity) if headers else identity or None

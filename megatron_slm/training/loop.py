@@ -34,7 +34,6 @@ from megatron_slm.training.events import StepMonitor
 from megatron_slm.training.garbage import ManualCollection
 from megatron_slm.training.memory_use import MemoryUse
 from megatron_slm.training.metrics import StepMetrics, Throughput, interval_losses
-from megatron_slm.training.policy_checks import uses_ratio
 from megatron_slm.training.profiling import StepProfiler, write_memory_snapshot
 from megatron_slm.training.save_directory import record_stop
 from megatron_slm.training.saver import Saver
@@ -118,7 +117,6 @@ class _Loop:
         training, logs, checkpoint = run.config.training, run.config.logging, run.config.checkpoint
         self.run, self.stop = run, stop
         self.iterations = training.train_iters
-        self.logs_ratio = uses_ratio(run.config)
         self.clock = StepClock(Schedule(self.iterations, logs.eval_interval, checkpoint.save_interval))
         self.saver = Saver(run.state, run.config, run.console)
         self.monitor = StepMonitor(run.state, run.config, run.datasets.train)
@@ -252,7 +250,7 @@ class _Loop:
             tokens=run.tokens,
             grad_norm=norms[-1] if norms else None,
             lr=last.lr,
-            ratio=last.ratio if self.logs_ratio else None,
+            ratio=last.ratio if run.state.selection.config.uses_ratio else None,
             seconds_left=self.clock.seconds_left(run.progress.step, self._samples_left()),
             seconds_ranking=math.fsum(ranking) / len(ranking) if ranking else None,
             loss_scale=last.loss_scale,

@@ -124,7 +124,7 @@ class StepMetrics:
     seconds_left: float
     seconds_ranking: float | None = None  # time of the ranking pass, included in seconds
     loss_scale: float | None = None  # of the last step; None without dynamic loss scaling
-    ratio: float | None = None  # the run's, of the last step; None if it selects no tokens
+    ratio: float | None = None  # the run's selection ratio in the last step; None if it selects no tokens
     steps_skipped: int | None = None  # steps without update, since gradients overflowed fp16; None without scaling
     global_batch_size: int | None = None  # of the last step; None if it is constant
     memory: int | None = None  # bytes of rank 0: allocated on a GPU, resident set on a CPU

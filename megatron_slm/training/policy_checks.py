@@ -53,27 +53,18 @@ def unused_reference(config: RunConfig) -> str | None:
 
 def unused_ratio(config: RunConfig) -> str | None:
     """Return a warning if a selection ratio is given that no token is selected by; recipes may contain it."""
-    ratio = config.objective.slm_selection_ratio
+    objective, ratio = config.objective, config.objective.slm_selection_ratio
     if config.training.skip_train or ratio == ObjectiveConfig().slm_selection_ratio:
         return None
-    reason = _ratios_in_its_place(config)
-    return f"--slm-selection-ratio {ratio:g} is not used: {reason}." if reason is not None else None
-
-
-def uses_ratio(config: RunConfig) -> bool:
-    """Return whether the run's selection ratio selects tokens, and not that of each term or corpus."""
-    return _ratios_in_its_place(config) is None
-
-
-def _ratios_in_its_place(config: RunConfig) -> str | None:
-    objective = config.objective
     if not selects_tokens(config):
-        return f"--objective {objective.objective} trains on all tokens"
-    if has_own_ratios(objective):
-        return f"every term of --slm-score {objective.slm_score!r} has a ratio"
-    if objective.slm_corpus_ratios and None not in corpus_ratios(config):
-        return "--slm-corpus-ratios gives every corpus a ratio"
-    return None
+        reason = f"--objective {objective.objective} trains on all tokens"
+    elif has_own_ratios(objective):
+        reason = f"every term of --slm-score {objective.slm_score!r} has a ratio"
+    elif objective.slm_corpus_ratios and None not in corpus_ratios(config):
+        reason = "--slm-corpus-ratios gives every corpus a ratio"
+    else:
+        return None
+    return f"--slm-selection-ratio {ratio:g} is not used: {reason}."
 
 
 def has_own_ratios(objective: ObjectiveConfig) -> bool:
@@ -200,7 +191,7 @@ def _equal_reference(reference: ReferenceConfig, policy: Policy) -> Iterator[str
 
 
 def _renewed_reference(reference: ReferenceConfig, objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
-    """Yield a message for each setting that follows the scores of earlier steps, if these start from 0 repeatedly."""
+    """Yield a message for each setting that depends on the scores of earlier steps, if renewals reset these to 0."""
     if reference.reference_refresh_interval is None or not _has_differences(policy):
         return
     for flag, given, remedy in (
@@ -209,9 +200,9 @@ def _renewed_reference(reference: ReferenceConfig, objective: ObjectiveConfig, p
     ):
         if given:
             yield (
-                f"{flag} follows the scores of earlier steps, but at every renewal of the reference model "
-                f"(--reference-refresh-interval {reference.reference_refresh_interval}) all scores return to 0. "
-                f"{remedy}, or use --reference-history average."
+                f"{flag} depends on the scores of earlier steps, which --reference-refresh-interval "
+                f"{reference.reference_refresh_interval} resets to 0 at every renewal. {remedy}, or use "
+                "--reference-history average."
             )
 
 

@@ -118,8 +118,8 @@ class Provenance:
         blends = {
             order.first: {file_identity(prefix): prefix for prefix in _prefixes(order)} for order in self.saved.orders
         }
-        known = {identity: prefix for blend in reversed(blends.values()) for identity, prefix in blend.items()}
-        identity = list(known)[locate_corpus(corpus, list(known.values()), "--document")]
+        known = list(dict.fromkeys(prefix for blend in blends.values() for prefix in blend.values()))
+        identity = file_identity(known[locate_corpus(corpus, known, "--document")])
         ends = _Ends(self.length)
         for order, stop in self._orders():
             if (prefix := blends[order.first].get(identity)) is None:

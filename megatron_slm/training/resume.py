@@ -165,7 +165,8 @@ def _reference_difference(config: RunConfig, saved: RunConfig, record: DataRecor
     """Return a difference if the flags are equal but the reference model's content has changed."""
     ours, theirs = config.reference, saved.reference
     named = {"--reference-load": " ".join(ours.reference_load), "--reference-scores": " ".join(ours.reference_scores)}
-    have_equal_flags = replace(ours, reference_in_bubbles=theirs.reference_in_bubbles) == theirs  # scores are equal
+    bubbles = theirs.reference_in_bubbles  # does not affect the scores
+    have_equal_flags = replace(ours, reference_in_bubbles=bubbles) == theirs
     if None in (reference, record.reference) or reference == record.reference or not have_equal_flags:
         return []
     return [f"the content of {flag} {value} has changed" for flag, value in named.items() if value][-1:]

@@ -178,8 +178,9 @@ def train_step(
     results = passes.run(state.selection)
     state.selection.end_step()
     sums = TokenSums.reduce([result.sums for result in results], state.groups)
-    if not sums.selected:
-        state.zero_grad()  # those of auxiliary losses and of --slm-mix cannot be normalized
+    config = state.selection.config
+    if (state.auxiliary.active or config.mix or config.mtp_is_independent) and not sums.selected:
+        state.zero_grad()  # without selected tokens, gradients of other losses and weights cannot be normalized
     lr, loss_scale, gradients = state.lr, state.dynamic_loss_scale(), state.prepare_gradients()
     if observer(StepResults(sums, micro_batches, results, gradients.overflow), gradients.norm):
         state.optimizer_step(gradients.norm)

@@ -177,7 +177,7 @@ def test_a_changed_ensemble_is_noticed_on_resume(workspace: Path) -> None:
     ("flags", "message"),
     [
         ({"models": ("rm", "rm")}, "twice. Give each reference model once"),
-        ({"models": ("rm", "rm-link")}, "which hold one model. Give each reference model once"),
+        ({"models": ("rm", "rm-link")}, "rm-link twice. Give each reference model once"),
         ({"models": ("rm", "nowhere")}, "nowhere: there is no such directory"),
         ({"models": ("rm",)}, "--reference-combine 0.3,0.7 has no effect without two or more reference models"),
         ({"reference_combine": "1,2,3"}, "expected one weight per reference model, 2, not 3"),

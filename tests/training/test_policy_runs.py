@@ -172,11 +172,11 @@ RENEWED = {"reference_history": "start", "reference_refresh_interval": 2, "slm_s
         ),
         (
             {**RENEWED, "slm_scope": "global-batch", "slm_threshold": "predicted"},
-            "--slm-threshold predicted follows the scores of earlier steps, but at every renewal",
+            "--slm-threshold predicted depends on the scores of earlier steps, which",
         ),
         (
             {**RENEWED, "slm_ratio_gain": 2},
-            "--slm-ratio-gain follows the scores of earlier steps, but at every renewal",
+            "--slm-ratio-gain depends on the scores of earlier steps",
         ),
         ({"slm_gumbel_temperature": 2}, "--slm-gumbel-temperature has no effect on --slm-score 'token-loss'"),
         ({"slm_ratio_min": 0.2}, "--slm-ratio-min 0.2 has no effect without --slm-ratio-gain"),
@@ -228,7 +228,7 @@ def test_a_step_without_selected_tokens_has_no_gradient(workspace: Path) -> None
     assert (second["share_selected"], second["grad_norm"]) == (0, 0)
 
 
-def test_another_reference_model_is_noticed_beside_settings_without_effect_on_scores() -> None:
+def test_changed_reference_model_is_noticed_if_reference_in_bubbles_changed() -> None:
     config = RunConfig()
     saved = replace(config, reference=replace(config.reference, reference_load=["rm"], reference_in_bubbles=True))
     ours = replace(config, reference=replace(config.reference, reference_load=["rm"]))

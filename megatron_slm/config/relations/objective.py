@@ -105,10 +105,10 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
     yield from both_given("--reference-load", paths, "--reference-scores", names, ": the model, or its scores")
     yield from both_given("--reference-load", paths, "--reference-history", reference.reference_history)
     yield from both_given("--reference-scores", names, "--reference-history", reference.reference_history)
-    directories = [Path(path).absolute() for path in paths]
+    directories = [Path(path).resolve() for path in paths]
     for place, path in enumerate(paths):
         if directories[place] in directories[:place]:
-            yield f"--reference-load names {path} twice. Give each reference model once."
+            yield f"--reference-load names the directory of {path} twice. Give each reference model once."
     if reference.reference_ckpt_step is not None and len(paths) > 1:
         yield (
             f"--reference-ckpt-step {reference.reference_ckpt_step} needs one --reference-load. For several, give "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
 
-from megatron_slm.objective.selection.policy import Policy, needs_token_entropy, selects_everything
+from megatron_slm.objective.selection.policy import Policy, needs_token_entropy, selects_everything, top_ks
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class SelectionConfig:
     def with_entropy(self) -> bool:
         """Return whether the entropies of the training model are needed."""
         return self.policy is not None and needs_token_entropy(self.policy)
+
+    @property
+    def uses_ratio(self) -> bool:
+        """Return whether the run's ratio selects tokens, and not one of each term or corpus."""
+        has_term = self.policy is not None and any(top_k.ratio is None for top_k in top_ks(self.policy))
+        return has_term and (not self.corpus_ratios or None in self.corpus_ratios)
 
     def selects_everything(self, ratio: float) -> bool:
         """Return whether every valid token is selected with the run's ratio, whatever its scores."""

@@ -141,17 +141,20 @@ class ThresholdPredictor:
             error = n_reached / n_valid - self._shares(ratio)
             surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
         now, aim = self._shares(ratio), self._shares(next_ratio)
-        exact, needed, ties = self._exact_thresholds(tokens, n_valid, torch.stack((now, aim, aim - GAIN * surplus)))
-        if predicted is not None:  # for this ratio, which the next one may differ from
-            change = (exact[0] - state.exact).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
+        shares = [aim, aim - GAIN * surplus, *([now] if next_ratio != ratio else [])]
+        exact, needed, ties = self._exact_thresholds(tokens, n_valid, torch.stack(shares))
+        if predicted is not None:
+            at_present_ratio = exact[2] if next_ratio != ratio else exact[0]  # which state.exact is for, too
+            change = (at_present_ratio - state.exact).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
             velocity = SMOOTHING * velocity + (1 - SMOOTHING) * change
-        threshold = torch.where(ties[2] - 1 > MANY_TIES * n_valid, exact[2], exact[2] + velocity)
+            velocity = velocity.masked_fill(now >= 1, 0.0)  # the lowest of all scores is noise
+        threshold = torch.where(ties[1] - 1 > MANY_TIES * n_valid, exact[1], exact[1] + velocity)
         selects_all = aim >= 1
         state = _State(
             threshold=threshold.masked_fill(selects_all, -torch.inf).float(),
-            tied=(needed[2] / ties[2]).masked_fill(selects_all, 1.0),
+            tied=(needed[1] / ties[1]).masked_fill(selects_all, 1.0),
             surplus=surplus,
-            exact=exact[1],
+            exact=exact[0],
             velocity=velocity,
             share=(n_selected / n_valid).expand_as(aim),
             ratio=torch.full_like(aim, next_ratio),
