@@ -163,7 +163,7 @@ def recorded_curves(path: Path, study: Study, new: Sequence[Curve]) -> list[Curv
         if all(curve.tokens == lengths[curve.variant, curve.held_out] for curve in curves):
             kept += curves
         else:
-            print(f"{path}: seed {seed} is left out, since its runs are of another length", flush=True)
+            print(f"{path}: seed {seed} is omitted, since its runs have a different length", flush=True)
     return kept
 
 

@@ -62,20 +62,21 @@ def stage(
     """Call ``work`` unless a mark file in ``directory`` records the same settings and inputs, under any interpreter.
 
     Args:
-        name: of the stage.
-        directory: of the mark.
-        settings: words that determine the result, such as those of the command.
+        name: stage name.
+        directory: directory of the mark file.
+        settings: arguments and file contents that determine the result.
         work: writes the result.
-        inputs: marks of the stages whose results are read.
+        inputs: marks of the stages whose results are read, and other files.
     """
     path = mark(name, directory)
-    words = [setting for setting in settings if setting != sys.executable]
-    content = json.dumps([*words, *(_digest(each) for each in inputs)])
+    portable = [setting for setting in settings if setting != sys.executable]
+    content = json.dumps([*portable, *(_digest(each) for each in inputs)])
     if path.is_file() and path.read_text(encoding="utf-8") == content:
         print(f"== {name}: already complete", flush=True)
         return
     print(f"== {name}", flush=True)
     start = time.monotonic()
+    path.unlink(missing_ok=True)  # an interruption may leave a part of the new result
     work()
     directory.mkdir(parents=True, exist_ok=True)
     write_text(path, content)

