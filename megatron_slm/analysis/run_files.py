@@ -111,9 +111,12 @@ def read_run(path: str) -> RunFiles:
     if metrics.name != METRICS_FILE and metrics.resolve() != elsewhere.resolve():
         # of another run, whose metrics.jsonl replaced these metrics
         settings, record, checkpoints, named, events = {}, {}, {}, None, Path(os.devnull)
-    if given.is_dir() and metrics != elsewhere and (elsewhere.is_file() or not metrics.exists()):
-        if metrics.is_file():
-            notes.append(f"the run has logged to {elsewhere} since it was given; {metrics} has earlier steps")
+    if given.is_dir() and not metrics.exists():
+        metrics = elsewhere
+    elif given.is_dir() and metrics.resolve() != elsewhere.resolve() and _has_content(elsewhere):
+        notes.append(
+            f"metrics are those of {elsewhere}, which the latest start names; {metrics} has those of earlier steps"
+        )
         metrics = elsewhere
     notes += missing_metrics(named, metrics)
     if metrics.is_file() and is_foreign(metrics):
@@ -131,6 +134,10 @@ def read_run(path: str) -> RunFiles:
         checkpoints=list(checkpoints),
         notes=notes,
     )
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _saved_settings(checkpoints: dict[int, Path], notes: list[str]) -> dict[str, Any]:

@@ -104,10 +104,10 @@ def _complete_steps(arguments: argparse.Namespace) -> list[int]:
 
 
 def _create_output(output: Path) -> Path:
-    """Return the output directory, which is created.
+    """Create the output directory, and return it.
 
     Raises:
-        ConfigError: it has files of others, or cannot be written.
+        ConfigError: it contains files of another program, or cannot be written.
     """
     from megatron_slm.runtime.files import check_output_file, explained_write
 

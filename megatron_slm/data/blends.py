@@ -59,14 +59,14 @@ def normalized_weights(blend: Blend) -> list[float | None]:
 
 
 def locate_corpus(name: str, prefixes: Sequence[str], flag: str) -> int:
-    """Return the position of the corpus with this prefix or, if that is unique, with this last part of its prefix.
+    """Return the first position of the corpus with this prefix or, if that is unique, with this last part of it.
 
     Raises:
         ConfigError: no corpus or several have the name.
     """
     found = [place for place, prefix in enumerate(prefixes) if file_identity(prefix) == file_identity(name)]
     found = found or [place for place, prefix in enumerate(prefixes) if Path(prefix).name == name]
-    if len(found) != 1:
+    if len({file_identity(prefixes[place]) for place in found}) != 1:
         problem = "is the name of several corpora" if found else "is not a corpus of the run"
         raise ConfigError(f"{flag}: {name} {problem}. Its corpora are {', '.join(prefixes) or 'mock data'}.")
     return found[0]

@@ -143,20 +143,19 @@ def _open(job: SelectionJob, tokenizer: Tokenizer) -> list[_Corpus]:
         check_mask(prefix, ANSWERS, verify=job.verify_checksums)
         check_mask_writable(prefix, job.name, "--slm-loss-mask")
     data = DataConfig(data_path=job.corpora, slm_loss_mask=ANSWERS)
-    opened, models = [], []
-    for name in (job.base_scores, job.reference_scores):
-        reference = ReferenceConfig(reference_scores=[name])
-        headers = check_scores(reference, data, tokenizer, with_entropy=False)
-        if job.verify_checksums:
-            verify_scores(headers)
-        opened.append(open_scores(reference, headers, data, with_entropy=False))
-        models.append({header.reference for header in headers.values()})
-    if models[0] == models[1]:
+    names = [ReferenceConfig(reference_scores=[name]) for name in (job.base_scores, job.reference_scores)]
+    headers = [check_scores(name, data, tokenizer, with_entropy=False) for name in names]
+    ours, theirs = ({header.reference for header in each.values()} for each in headers)
+    if ours == theirs:
         raise ConfigError(
-            f"--base-scores {job.base_scores} and --reference-scores {job.reference_scores} hold the losses of one "
-            "model. Give those of the base model and of the reference model."
+            f"--base-scores {job.base_scores} and --reference-scores {job.reference_scores} contain the losses of the "
+            "same model. Give those of the base model and those of the reference model."
         )
-    base, rm = opened
+    if job.verify_checksums:
+        for each in headers:
+            verify_scores(each)
+    pairs = zip(names, headers, strict=True)
+    base, rm = (open_scores(name, each, data, with_entropy=False) for name, each in pairs)
     return [_Corpus(prefix, LossMask(prefix, ANSWERS), base[prefix], rm[prefix]) for prefix in job.corpora]
 
 

@@ -96,7 +96,7 @@ def progress(description: str, total: float | None, unit: str = "it", *, enabled
         plain.finish()
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         DownloadColumn() if unit == BYTES else MofNCompleteColumn(),

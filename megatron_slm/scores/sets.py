@@ -189,7 +189,7 @@ def _check_differ(paths: Sequence[Path], headers: Headers) -> None:
         other = seen.setdefault((headers[path].reference, headers[path].context), path)
         if other is not path:
             raise ConfigError(
-                f"{FLAG}: {other} and {path} hold the scores of one reference model in one context. Give one of them."
+                f"{FLAG}: {other} and {path} contain the scores of the same reference model and context. Give one."
             )
 
 

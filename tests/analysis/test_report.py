@@ -182,9 +182,14 @@ def test_a_resumed_run_has_the_settings_and_metrics_of_its_latest_start(tmp_path
     assert (read_run(str(run)).metrics.name, read_run(str(run)).step) == ("metrics.jsonl", 2), "no step is logged yet"
     settings["slm_metrics_file"] = str(tmp_path / "new.jsonl")
     write_record(run, RunRecord.new(None), with_settings(RunConfig(), settings))
+    (tmp_path / "new.jsonl").touch()  # at the start
+    assert (read_run(str(run)).metrics.name, read_run(str(run)).step) == ("metrics.jsonl", 2)
     (tmp_path / "new.jsonl").write_text(json.dumps(record(3)) + "\n")
     found = read_run(str(run))
-    assert (found.metrics.name, found.step) == ("new.jsonl", 3) and "has earlier steps" in found.notes[0]
+    assert (found.metrics.name, found.step) == ("new.jsonl", 3) and "those of earlier steps" in found.notes[0]
+    settings["slm_metrics_file"] = str(run / "metrics.jsonl")
+    write_record(run, RunRecord.new(None), with_settings(RunConfig(), settings))
+    assert read_run(f"{run}/../run").notes == [], "the same file"
 
 
 def test_metrics_that_two_runs_name_belong_to_one_of_them(tmp_path: Path) -> None:

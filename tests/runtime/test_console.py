@@ -112,7 +112,7 @@ def test_tables_in_a_file_are_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(lines) == 5 and lines[3].count("some long cell") == 20
 
 
-def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_printed_verbatim(capsys: pytest.CaptureFixture[str]) -> None:
     make_console().print("x[:a:] :key: 10:100:20", markup=False)
     assert capsys.readouterr().out == "x[:a:] :key: 10:100:20\n"
 

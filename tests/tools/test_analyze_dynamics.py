@@ -83,7 +83,7 @@ def test_ranks_agree_with_one_process(workspace: Path) -> None:
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
 
-def test_the_end_of_a_document_is_no_code() -> None:
+def test_end_of_document_is_not_code() -> None:
     class Tokenizer(ByteTokenizer):
         def decode(self, ids: Sequence[int]) -> str:
             return "".join("<|im_end|>" if token == self.eod else chr(token) for token in ids)

@@ -215,7 +215,7 @@ def _check_corpus_selection(workspace: Path, both: list[str]) -> None:
         select_over_corpora(SelectionJob(both, "base1", "rm", 0.5, "a/b"), tokenizer)
     for prefix in both:
         shutil.copy(sidecar_path(prefix, "rm"), sidecar_path(prefix, "copied"))
-    with pytest.raises(ConfigError, match="hold the losses of one model"):
+    with pytest.raises(ConfigError, match="contain the losses of the same model"):
         select_over_corpora(SelectionJob(both, "copied", "rm", 0.5, "best"), tokenizer)
     launch(sft(workspace, "best", slm_loss_mask="best", train_iters=2))
     assert len(records(workspace / "best")) == 2

@@ -245,7 +245,7 @@ def test_one_reference_model_under_two_names_is_refused(
     shutil.copy(f"{corpus}.rm.scores", f"{corpus}.other.scores")
     names = ["rm", "other"]
     argv = slm(workspace, None, data_path=[str(corpus)], reference_scores=names, reference_combine="mean", dry_run=True)
-    expect_refusal(capsys, ["other.scores hold the scores of one reference model in one context"], argv, tmp_path)
+    expect_refusal(capsys, ["other.scores contain the scores of the same reference model"], argv, tmp_path)
 
 
 def capsys_words(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
