@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,18 +75,28 @@ def plot_trade_off(curves: Sequence[Curve], baseline: str, path: Path) -> None:
 
     down, across = dict.fromkeys(curve.held_out for curve in curves)
     figure, panel = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    points: dict[str, tuple[float, float]] = {}
     for index, variant in enumerate(dict.fromkeys(curve.variant for curve in curves)):
         x, y = (final_losses(curves, name, variant) - final_losses(curves, name, baseline) for name in (across, down))
         xerr, yerr = (float(values.std(ddof=1)) if len(values) > 1 else None for values in (x, y))
         color = COLORS[index % len(COLORS)]
         panel.errorbar(x.mean(), y.mean(), xerr=xerr, yerr=yerr, color=color, marker="o", capsize=2)
-        panel.annotate(variant, (x.mean(), y.mean()), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        points[variant] = float(x.mean()), float(y.mean())
+    for variant, point in points.items():
+        side = {"xytext": (-6, 5), "ha": "right"} if _is_left_of_another(point, points.values()) else {"xytext": (6, 5)}
+        panel.annotate(variant, point, textcoords="offset points", fontsize=8, **side)
     _dress(panel, f"final {down} held-out loss less {baseline}'s")
     panel.set_xlabel(f"final {across} held-out loss less {baseline}'s (nats per token)")
     panel.margins(x=0.2, y=0.1)  # room for the names
     with atomic_path(path, "plot") as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
+
+
+def _is_left_of_another(point: tuple[float, float], points: Collection[tuple[float, float]]) -> bool:
+    """Return whether a name to the right of a point would be drawn over the name of another one."""
+    width, height = (max(values) - min(values) for values in zip(*points, strict=True))
+    return any(0 < x - point[0] < 0.15 * width and abs(y - point[1]) < 0.05 * height for x, y in points)
 
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
