@@ -62,7 +62,8 @@ def train_all(directory: Path, variants: dict[str, Variant], seeds: Sequence[int
     stages.train(directory, BASE, "raw_train", ["--train-iters", str(BASE_STEPS)])
     for name in dict.fromkeys(variant.reference for variant in variants.values() if variant.reference):
         train_reference(directory, name)
-    prepare(directory, (name for variant in variants.values() for name in variant.blend), RATIO)
+    corpora = (name for variant in variants.values() for name in stages.blend_corpora(variant.blend))
+    prepare(directory, corpora, RATIO)
     runs = sorted(((seed, name) for seed in seeds for name in variants), key=lambda run: variants[run[1]].ranks)
     single = sum(variants[name].ranks == 1 for _, name in runs)
     with progress("runs", len(runs), "runs") as bar:
@@ -102,8 +103,7 @@ def train_one(directory: Path, name: str, variant: Variant, seed: int) -> None:
     settings = [*command, stages.MODEL.read_text(encoding="utf-8")]
     start = time.monotonic()
     models = [BASE, *([variant.reference] if variant.reference else ())]
-    corpora = variant.blend if len(variant.blend) == 1 else variant.blend[1::2]
-    inputs = stages.training_inputs(directory, corpora, models)
+    inputs = stages.training_inputs(directory, stages.blend_corpora(variant.blend), models)
     stages.stage(f"train {run.name}", run, settings, lambda: stages.run_with_log(command, log), inputs)
     print(f"   {run.name}: {format_duration(time.monotonic() - start)}, log in {log}", flush=True)
 

@@ -149,8 +149,13 @@ def corpus(directory: Path, name: str) -> str:
 def blend_arguments(directory: Path, blend: Sequence[str]) -> list[str]:
     """Return the arguments of ``--data-path`` for one corpus, or for weights and corpora in turn."""
     weights = () if len(blend) == 1 else blend[::2]
-    paths = [corpus(directory, name) for name in (blend[1::2] if weights else blend)]
+    paths = [corpus(directory, name) for name in blend_corpora(blend)]
     return [each for pair in zip(weights, paths, strict=True) for each in pair] if weights else paths
+
+
+def blend_corpora(blend: Sequence[str]) -> Sequence[str]:
+    """Return the names of the corpora of a blend."""
+    return blend if len(blend) == 1 else blend[1::2]
 
 
 def training_command(

@@ -111,9 +111,9 @@ def _given_steps(arguments: argparse.Namespace) -> Iterator[tuple[str, int | Non
 
 
 def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, step: int | None) -> Choice:
+    from megatron_slm.objective.selection.policy import has_own_ratios, parse_policy
     from megatron_slm.runtime.console import notice
     from megatron_slm.training.curriculum import selection_ratio
-    from megatron_slm.training.policy_checks import has_own_ratios
 
     config = source.config()
     objective = config.objective
@@ -124,7 +124,7 @@ def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, 
     label = run_name(source.directory) + ("" if number is None else f" step {number:,}")
     ratio = arguments.slm_selection_ratio or selection_ratio(objective, number or 0, consumed)
     policy = arguments.slm_score or objective.slm_score
-    uses_ratio = not has_own_ratios(replace(objective, slm_score=policy))
+    uses_ratio = not has_own_ratios(parse_policy(policy))
     chosen = f" with k = {ratio:g}" if uses_ratio else ""
     if not selects_tokens(config) and arguments.slm_selection_ratio is None:
         notice(f"{label} was trained without selection; the selection is shown for {policy}{chosen}")

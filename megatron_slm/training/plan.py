@@ -11,9 +11,9 @@ from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
 from megatron_slm.model.size import checkpoint_bytes, padded_vocab_size, parameter_count, training_flops_per_token
+from megatron_slm.objective.selection.policy import has_own_ratios, parse_policy
 from megatron_slm.runtime.files import format_size
 from megatron_slm.training.free_space import kept_checkpoints
-from megatron_slm.training.policy_checks import has_own_ratios
 from megatron_slm.training.preflight import default_device, device_memory, least_memory
 
 
@@ -77,7 +77,7 @@ def _parameters(model: ModelConfig, vocab_size: int, padded: int) -> str:
 
 def _ratio(settings: ObjectiveConfig) -> str:
     """Describe the selection ratio and its changes; empty if every term of the score has a ratio."""
-    if has_own_ratios(settings):
+    if has_own_ratios(parse_policy(settings.slm_score)):
         return ""
     ratio = f"{settings.slm_selection_ratio:g}"
     if settings.slm_selection_ratio_start is not None:

@@ -13,6 +13,7 @@ from megatron_slm.objective.selection.policy import (
     BooleanOp,
     Policy,
     TopK,
+    has_own_ratios,
     needs_reference_entropy,
     needs_reference_loss,
     parse_policy,
@@ -58,18 +59,13 @@ def unused_ratio(config: RunConfig) -> str | None:
         return None
     if not selects_tokens(config):
         reason = f"--objective {objective.objective} trains on all tokens"
-    elif has_own_ratios(objective):
+    elif has_own_ratios(parse_policy(objective.slm_score)):
         reason = f"every term of --slm-score {objective.slm_score!r} has a ratio"
     elif objective.slm_corpus_ratios and None not in corpus_ratios(config):
         reason = "--slm-corpus-ratios gives every corpus a ratio"
     else:
         return None
     return f"--slm-selection-ratio {ratio:g} is not used: {reason}."
-
-
-def has_own_ratios(objective: ObjectiveConfig) -> bool:
-    """Return whether every term of the score has a ratio, so that the run's is not used."""
-    return all(term.ratio is not None for term in top_ks(parse_policy(objective.slm_score)))
 
 
 def policy_warnings(config: RunConfig) -> list[str]:
@@ -133,7 +129,7 @@ def _unused(objective: ObjectiveConfig, policy: Policy) -> Iterator[str]:
         (
             "--slm-selection-ratio-start",
             objective.slm_selection_ratio_start is not None,
-            not has_own_ratios(objective),
+            not has_own_ratios(policy),
             "a term without a ratio",
         ),
         (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.distributed import ProcessGroup
 
-from megatron_slm.objective.selection.policy import Policy, needs_token_entropy, selects_everything, top_ks
+from megatron_slm.objective.selection.policy import Policy, has_own_ratios, needs_token_entropy, selects_everything
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SelectionConfig:
     @property
     def uses_ratio(self) -> bool:
         """Return whether the run's ratio selects tokens, and not one of each term or corpus."""
-        has_term = self.policy is not None and any(top_k.ratio is None for top_k in top_ks(self.policy))
+        has_term = self.policy is not None and not has_own_ratios(self.policy)
         return has_term and (not self.corpus_ratios or None in self.corpus_ratios)
 
     def selects_everything(self, ratio: float) -> bool:

@@ -64,6 +64,11 @@ def top_ks(policy: Policy) -> Iterator[TopK]:
         yield from top_ks(policy.right)
 
 
+def has_own_ratios(policy: Policy) -> bool:
+    """Return whether every top-k has a ratio, so that the run's is not used."""
+    return all(top_k.ratio is not None for top_k in top_ks(policy))
+
+
 def needs_reference_loss(policy: Policy) -> bool:
     """Return whether the reference model's token losses are needed."""
     return any(top_k.score in ("excess", RETROSPECTIVE, "reference-loss") for top_k in top_ks(policy))

@@ -141,20 +141,20 @@ class ThresholdPredictor:
             error = n_reached / n_valid - self._shares(ratio)
             surplus = (surplus + error).clamp(-LARGEST_SURPLUS, LARGEST_SURPLUS)
         now, aim = self._shares(ratio), self._shares(next_ratio)
-        shares = [aim, aim - GAIN * surplus, *([now] if next_ratio != ratio else [])]
+        shares = [aim - GAIN * surplus, aim, *([now] if next_ratio != ratio else [])]
         exact, needed, ties = self._exact_thresholds(tokens, n_valid, torch.stack(shares))
+        corrected = exact[0]
         if predicted is not None:
-            at_present_ratio = exact[2] if next_ratio != ratio else exact[0]  # which state.exact is for, too
-            change = (at_present_ratio - state.exact).nan_to_num(0.0, 0.0, 0.0)  # infinite scores
+            change = (exact[-1] - state.exact).nan_to_num(0.0, 0.0, 0.0)  # at this step's ratio; scores may be infinite
             velocity = SMOOTHING * velocity + (1 - SMOOTHING) * change
             velocity = velocity.masked_fill(now >= 1, 0.0)  # the lowest of all scores is noise
-        threshold = torch.where(ties[1] - 1 > MANY_TIES * n_valid, exact[1], exact[1] + velocity)
+        threshold = torch.where(ties[0] - 1 > MANY_TIES * n_valid, corrected, corrected + velocity)
         selects_all = aim >= 1
         state = _State(
             threshold=threshold.masked_fill(selects_all, -torch.inf).float(),
-            tied=(needed[1] / ties[1]).masked_fill(selects_all, 1.0),
+            tied=(needed[0] / ties[0]).masked_fill(selects_all, 1.0),
             surplus=surplus,
-            exact=exact[0],
+            exact=exact[1],
             velocity=velocity,
             share=(n_selected / n_valid).expand_as(aim),
             ratio=torch.full_like(aim, next_ratio),
