@@ -68,39 +68,30 @@ def _run(rank: int, world_size: int, commands: list[list[str]], scoring: list[st
     ]
 
 
-def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, str]) -> None:
-    source = tmp_path / "texts.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    job = Job([str(source)], ["text"], str(tmp_path / "corpus"), "ByteTokenizer", TokenizerFiles(), append_eod=True)
-    preprocess(job)
-    prefix = job.prefix("text")
-    theta, rm = checkpoints["random"], checkpoints["trained"]
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "foreign.json").write_text("[]")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "input.json").write_text('{"kind": "selection", "text": "of an earlier result"}')
-    models = ["--load", theta, f"{rm}:10", "--reference-load", rm]
-    good = ["--input", str(source), "--append-eod", "--stride", "48", "--slm-selection-ratio", "0.3"]
-    files = ["--json", str(tmp_path / "s.json"), "--html", str(tmp_path / "s.html"), "--table"]
-    entropy = ["--json", str(tmp_path / "e.json"), "--slm-score", "reference-entropy:0.2 or token-loss:0.1"]
-    refused = {
-        "cut: not a checkpoint": ["--load", str(tmp_path / "cut"), "--input", str(source)],
+def _refusals(directory: Path, source: Path, theta: str, models: list[str], good: list[str]) -> dict[str, list[str]]:
+    """Return command lines that are refused, by a part of the message."""
+    (directory / "cut").mkdir()
+    (directory / "foreign.json").write_text("[]")
+    (directory / "empty.txt").write_text("")
+    (directory / "input.json").write_text('{"kind": "selection", "text": "of an earlier result"}')
+    return {
+        "cut: not a checkpoint": ["--load", str(directory / "cut"), "--input", str(source)],
         "step 7 (--ckpt-step) does not exist": ["--load", f"{theta}:7", "--input", str(source)],
         "needs a reference model": ["--load", theta, "--input", str(source)],
-        "foreign.json exists and was not": [*models, *good, "--json", str(tmp_path / "foreign.json")],
-        "holds no text": [*models, "--input", str(tmp_path / "empty.txt"), "--json-key", "text"],
-        "it has no token to score": [*models, "--input", str(tmp_path / "empty.txt")],
+        "foreign.json exists and was not": [*models, *good, "--json", str(directory / "foreign.json")],
+        "holds no text": [*models, "--input", str(directory / "empty.txt"), "--json-key", "text"],
+        "it has no token to score": [*models, "--input", str(directory / "empty.txt")],
         "must be at most 64": [*models, *good, "--seq-length", "65"],
         "are the same file": [
             *models,
             *good,
             "--html",
-            str(tmp_path / "a"),
+            str(directory / "a"),
             "--json",
-            str(tmp_path / "cut" / ".." / "a"),
+            str(directory / "cut" / ".." / "a"),
         ],
         "input.json is the file of --input": [
-            *("--load", theta, "--input", str(tmp_path / "input.json"), "--json", str(tmp_path / "input.json")),
+            *("--load", theta, "--input", str(directory / "input.json"), "--json", str(directory / "input.json")),
         ],
         "every term of --slm-score 'token-loss:0.5' has a ratio": [*models, *good, "--slm-score", "token-loss:0.5"],
         "either --all-steps or --ckpt-step": [*models, *good, "--all-steps", "--ckpt-step", "0"],
@@ -108,6 +99,20 @@ def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, s
         "must be in (0, 1]": [*models, *good, "--slm-selection-ratio", "1.5"],
         "model was trained with": [*models, *good, "--tokenizer-type", "NullTokenizer", "--vocab-size", "300"],
     }
+
+
+def test_losses_and_selection_of_a_text(tmp_path: Path, checkpoints: dict[str, str]) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    job = Job([str(source)], ["text"], str(tmp_path / "corpus"), "ByteTokenizer", TokenizerFiles(), append_eod=True)
+    preprocess(job)
+    prefix = job.prefix("text")
+    theta, rm = checkpoints["random"], checkpoints["trained"]
+    models = ["--load", theta, f"{rm}:10", "--reference-load", rm]
+    good = ["--input", str(source), "--append-eod", "--stride", "48", "--slm-selection-ratio", "0.3"]
+    files = ["--json", str(tmp_path / "s.json"), "--html", str(tmp_path / "s.html"), "--table"]
+    entropy = ["--json", str(tmp_path / "e.json"), "--slm-score", "reference-entropy:0.2 or token-loss:0.1"]
+    refused = _refusals(tmp_path, source, theta, models, good)
     scoring = ["--reference-load", rm, "--data-path", prefix, "--reference-scores", "rm", "--stride", "48"]
     own_ratios = [word for word in good if word not in ("--slm-selection-ratio", "0.3")]
     commands = [[*models, *good, *files], [*models, *own_ratios, *entropy], *refused.values()]
