@@ -29,7 +29,7 @@ from megatron_slm.runtime.start_times import start_time
 LOCK_FILE = ".slm_run.lock"
 SECONDS_BETWEEN_TOUCHES = 10.0
 SECONDS_TO_EXPIRY = 120.0
-SECONDS_TO_SETTLE = 0.5  # after removing an expired lock, in case other processes remove it too
+SECONDS_TO_SETTLE = 0.5  # after replacing an expired lock, for processes that still read the expired one
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class DirectoryLock:
         try:
             with explained_write(self.directory, self.flag):
                 self._create_directory()
-                while not self._create(owner):
-                    self._remove_expired()
+                if not self._create(owner):
+                    self._replace_expired(owner)
         except ConfigError:
             self._remove_directory()
             raise
@@ -119,6 +119,15 @@ class DirectoryLock:
             raise
         return True
 
+    def _replace_expired(self, owner: Owner) -> None:
+        """Replace the lock of a dead owner, which other processes may replace at the same time."""
+        while True:
+            self._remove_expired()
+            if self._create(owner):
+                time.sleep(SECONDS_TO_SETTLE)
+                if _read_owner(self.path) == owner:
+                    return
+
     def _remove_expired(self) -> None:
         """Remove the lock of a dead owner.
 
@@ -138,10 +147,13 @@ class DirectoryLock:
                 f"{self.flag} {self.directory}: another run is active there ({owner or 'owner unknown'}). Wait for it, "
                 f"stop it, or choose another directory. If it is dead, remove {self.path}."
             )
+        removed = self.path.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):
-            if _read_owner(self.path) == owner:
-                self.path.unlink()
-        time.sleep(SECONDS_TO_SETTLE)
+            self.path.rename(removed)  # so that no other process can replace it between the comparison and its removal
+            if _read_owner(removed) == owner:
+                removed.unlink()
+            else:
+                removed.rename(self.path)
 
     def _expires(self, touched: int, owner: Owner | None) -> bool:
         """Wait until the lock expires or is touched; return whether it expired."""

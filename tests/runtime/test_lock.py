@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +33,15 @@ time.sleep(60)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BETWEEN_TOUCHES", 0.05), ("TO_EXPIRY", 0.6), ("TO_SETTLE", 0.1)):
         monkeypatch.setattr(locks, f"SECONDS_{name}", seconds)
+
+
+@pytest.fixture(autouse=True)
+def exit_codes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail if a lock of this process was taken over, instead of ending the process."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    yield
+    assert not codes
 
 
 def write_owner(directory: Path, **changes: object) -> Owner:
@@ -174,6 +184,30 @@ def test_one_of_several_takes_an_expired_lock(tmp_path: Path) -> None:
         thread.join()
     assert len(taken) == 1
     taken[0].release()
+
+
+@pytest.mark.parametrize("reads", [1, 2])
+def test_a_slow_process_leaves_the_lock_of_a_faster_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    """The faster one takes the expired lock after the slow one has read it ``reads`` times."""
+    write_owner(tmp_path, started=1.0)
+    slow, fast = DirectoryLock(tmp_path, "--save"), DirectoryLock(tmp_path, "--save")
+    read, remaining = locks._read_owner, iter(range(reads - 1, -1, -1))
+
+    def read_slowly(path: Path) -> Owner | None:
+        owner = read(path)
+        if next(remaining, None) == 0:
+            fast.acquire()
+        return owner
+
+    monkeypatch.setattr(locks, "_read_owner", read_slowly)
+    with pytest.raises(ConfigError, match="another run is active there"):
+        slow.acquire()
+    time.sleep(3 * locks.SECONDS_BETWEEN_TOUCHES)
+    assert read(tmp_path / LOCK_FILE) == fast._owner
+    fast.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
