@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 from megatron_slm.cli import pretrain, score_corpus
 from megatron_slm.runtime import early_reports
-from megatron_slm.runtime.launch import Launch
 from megatron_slm.testing.ranks import run_ranks
 from megatron_slm.testing.tiny import Main, Outcome, captured
 
@@ -99,18 +97,19 @@ def _refuse_without_agent(rank: int, world_size: int) -> Outcome:
     return captured(BAD)
 
 
-def test_silent_rank_that_torchrun_ends_is_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+LEAVE = """
+import os, signal, sys
+from megatron_slm.runtime import early_reports
+from megatron_slm.runtime.launch import Launch
+early_reports.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+early_reports.leave_quietly(Launch("torchrun", 1, 2, 1))
+sys.exit(3)
+"""
+
+
+def test_silent_rank_that_torchrun_ends_is_not_listed() -> None:
     """torchrun lists every rank with a nonzero exit code after the first failed rank."""
-    codes: list[int] = []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    monkeypatch.setattr(early_reports.os, "_exit", codes.append)
-    monkeypatch.setattr(early_reports.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
-    previous = signal.getsignal(signal.SIGTERM)
-    try:
-        early_reports.leave_quietly(Launch("torchrun", 1, 2, 1))
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    assert codes == [0]
+    assert finish(start(["-c", LEAVE], TORCHELASTIC_RUN_ID="test")) == [(0, "")]
 
 
 ENVIRONMENTS = [
