@@ -141,8 +141,8 @@ FAULTS = [
     Fault(
         "no correction of the predicted threshold",
         "objective/selection/predictor.py",
-        "aim, aim - GAIN * surplus)",
-        "aim, aim)",
+        "shares = [aim - GAIN * surplus, aim,",
+        "shares = [aim, aim,",
         ("objective/selection/test_predictor.py::test_share_is_held_over_any_fifty_steps",),
     ),
     Fault(

@@ -150,7 +150,7 @@ def test_missing_model_settings_name_the_checkpoint_that_has_them(tmp_path: Path
         (
             1,
             {"objective": "slm", "reference_load": ["rm", "./rm"]},
-            "--reference-load names ./rm twice",
+            "--reference-load names the directory of ./rm twice",
         ),
         (
             1,
