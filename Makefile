@@ -17,8 +17,11 @@ quickstart: $(READY)
 test: setup
 	$(MAKE) --jobs 2 lint pytest  # side by side, since mypy uses one core
 
+# A test that hangs for ten minutes shows the stacks of its threads and ends its worker. Workers are not replaced, since
+# with --dist loadfile, pytest-xdist may then wait forever at the end.
 pytest: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --max-worker-restart 0 \
+		--dist loadfile --no-loadscope-reorder -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true \
 		-m "not slow and not gpu and not faults"
 
 lint: setup
