@@ -29,7 +29,6 @@ from megatron_slm.runtime.start_times import start_time
 LOCK_FILE = ".slm_run.lock"
 SECONDS_BETWEEN_TOUCHES = 10.0
 SECONDS_TO_EXPIRY = 120.0
-SECONDS_TO_SETTLE = 0.5  # after replacing an expired lock, for processes that still read the expired one
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,11 @@ class DirectoryLock:
         try:
             with explained_write(self.directory, self.flag):
                 self._create_directory()
-                if not self._create(owner):
-                    self._replace_expired(owner)
+                while not _create(self.path, owner):
+                    with contextlib.suppress(FileNotFoundError):  # removed by another process
+                        self._replace_expired(owner)
+                    if _read_owner(self.path) == owner:
+                        break
         except ConfigError:
             self._remove_directory()
             raise
@@ -105,58 +107,48 @@ class DirectoryLock:
             for directory in self._created:
                 directory.rmdir()
 
-    def _create(self, owner: Owner) -> bool:
-        """Create the lock file; return False if it exists."""
-        try:
-            file = self.path.open("x", encoding="utf-8")
-        except FileExistsError:
-            return False
-        try:
-            with file:
-                file.write(json.dumps(asdict(owner)))
-        except OSError:
-            self.path.unlink(missing_ok=True)
-            raise
-        return True
-
     def _replace_expired(self, owner: Owner) -> None:
-        """Replace the lock of a dead owner, which other processes may replace at the same time."""
-        while True:
-            self._remove_expired()
-            if self._create(owner):
-                time.sleep(SECONDS_TO_SETTLE)
-                if _read_owner(self.path) == owner:
-                    return
-
-    def _remove_expired(self) -> None:
-        """Remove the lock of a dead owner.
+        """Replace the lock of a dead owner, unless another process does.
 
         Raises:
             ConfigError: the owner is alive.
+            FileNotFoundError: the lock was removed meanwhile.
         """
-        try:
-            touched = self.path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        owner = _read_owner(self.path)
+        expired = self._expired_owner(self.path)
+        new = _replacement(self.path)
+        if not _create(new, owner):
+            self._expired_owner(new)
+            new.unlink()
+        elif _read_owner(self.path) == expired:
+            new.replace(self.path)
+        else:
+            new.unlink()
+
+    def _expired_owner(self, path: Path) -> Owner | None:
+        """Return the dead owner of a lock, None if it is unreadable.
+
+        Raises:
+            ConfigError: the owner is alive.
+            FileNotFoundError: there is no lock.
+        """
+        touched = path.stat().st_mtime_ns
+        owner = _read_owner(path)
         dead = _is_dead(owner) if owner is not None else None
         if dead is None:
-            dead = self._expires(touched, owner)
+            dead = self._expires(path, touched, owner)
         if not dead:
             raise ConfigError(
                 f"{self.flag} {self.directory}: another run is active there ({owner or 'owner unknown'}). Wait for it, "
-                f"stop it, or choose another directory. If it is dead, remove {self.path}."
+                f"stop it, or choose another directory. If it is dead, remove {path}."
             )
-        removed = self.path.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(removed)  # so that no other process can replace it between the comparison and its removal
-            if _read_owner(removed) == owner:
-                removed.unlink()
-            else:
-                removed.rename(self.path)
+        return owner
 
-    def _expires(self, touched: int, owner: Owner | None) -> bool:
-        """Wait until the lock expires or is touched; return whether it expired."""
+    def _expires(self, path: Path, touched: int, owner: Owner | None) -> bool:
+        """Wait until the lock expires or is touched; return whether it expired.
+
+        Raises:
+            FileNotFoundError: the lock was removed meanwhile.
+        """
         expiry = time.monotonic() + SECONDS_TO_EXPIRY - self._age(touched)
         if expiry > time.monotonic():
             print_error(
@@ -165,11 +157,8 @@ class DirectoryLock:
             )
         while time.monotonic() < expiry:
             time.sleep(min(1.0, SECONDS_BETWEEN_TOUCHES))
-            try:
-                if self.path.stat().st_mtime_ns != touched:
-                    return False
-            except FileNotFoundError:
-                return True
+            if path.stat().st_mtime_ns != touched:
+                return False
         return True
 
     def _age(self, touched: int) -> float:
@@ -191,6 +180,21 @@ class DirectoryLock:
                 os.utime(self.path)
 
 
+def _create(path: Path, owner: Owner) -> bool:
+    """Create a lock file; return False if it exists."""
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(json.dumps(asdict(owner)))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
 def locking_job(directory: Path) -> str | None:
     """Return the id of the Slurm job that holds the lock of a directory; None if there is no such lock."""
     owner = _read_owner(directory / LOCK_FILE)
@@ -198,10 +202,23 @@ def locking_job(directory: Path) -> str | None:
 
 
 def remove_lock_of_job(directory: Path, job_id: str) -> None:
-    """Remove the lock of a Slurm job that has ended."""
-    if locking_job(directory) == job_id:
-        with explained_write(directory, "--save"):
-            (directory / LOCK_FILE).unlink(missing_ok=True)
+    """Remove the lock of a Slurm job that has ended, unless another run replaces it."""
+    path = directory / LOCK_FILE
+    if locking_job(directory) != job_id:
+        return
+    with explained_write(directory, "--save"):
+        if _create(_replacement(path), _this_process()):
+            if locking_job(directory) == job_id:
+                path.unlink(missing_ok=True)
+            _replacement(path).unlink()
+
+
+def _replacement(path: Path) -> Path:
+    """Return the path of the file that replaces an expired lock, which only the process that created it may remove.
+
+    Otherwise, a slow process that has read the expired lock could remove that of a faster one.
+    """
+    return path.with_name(f"{path.name}.new")
 
 
 def _this_process() -> Owner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("BETWEEN_TOUCHES", 0.05), ("TO_EXPIRY", 0.6), ("TO_SETTLE", 0.1)):
+    for name, seconds in (("BETWEEN_TOUCHES", 0.05), ("TO_EXPIRY", 0.6)):
         monkeypatch.setattr(locks, f"SECONDS_{name}", seconds)
 
 
@@ -186,27 +187,63 @@ def test_one_of_several_takes_an_expired_lock(tmp_path: Path) -> None:
     taken[0].release()
 
 
-@pytest.mark.parametrize("reads", [1, 2])
+@pytest.mark.parametrize("reads", range(1, 5))
 def test_a_slow_process_leaves_the_lock_of_a_faster_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int
 ) -> None:
-    """The faster one takes the expired lock after the slow one has read it ``reads`` times."""
+    """The faster one tries to take the expired lock after the slow one has read lock files ``reads`` times."""
     write_owner(tmp_path, started=1.0)
     slow, fast = DirectoryLock(tmp_path, "--save"), DirectoryLock(tmp_path, "--save")
+    acquired: list[DirectoryLock] = []
     read, remaining = locks._read_owner, iter(range(reads - 1, -1, -1))
+
+    def acquire(lock: DirectoryLock) -> None:
+        with contextlib.suppress(ConfigError):
+            lock.acquire()
+            acquired.append(lock)
 
     def read_slowly(path: Path) -> Owner | None:
         owner = read(path)
         if next(remaining, None) == 0:
-            fast.acquire()
+            acquire(fast)
         return owner
 
     monkeypatch.setattr(locks, "_read_owner", read_slowly)
-    with pytest.raises(ConfigError, match="another run is active there"):
-        slow.acquire()
+    acquire(slow)
     time.sleep(3 * locks.SECONDS_BETWEEN_TOUCHES)
-    assert read(tmp_path / LOCK_FILE) == fast._owner
-    fast.release()
+    (owner,) = acquired
+    assert read(tmp_path / LOCK_FILE) == owner._owner
+    owner.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_died_while_it_replaced_a_lock(tmp_path: Path) -> None:
+    write_owner(tmp_path, started=1.0)
+    (tmp_path / LOCK_FILE).rename(tmp_path / f"{LOCK_FILE}.new")
+    write_owner(tmp_path, started=2.0)
+    acquire_and_release(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_of_an_ended_job_is_removed_unless_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_owner(tmp_path, started=1.0, job=SlurmJob("77", 0))
+    locks.remove_lock_of_job(tmp_path, "78")
+    assert locks.locking_job(tmp_path) == "77"
+    locks.remove_lock_of_job(tmp_path, "77")
+    assert not list(tmp_path.iterdir())
+    write_owner(tmp_path, started=1.0, job=SlurmJob("77", 0))
+    lock, find = DirectoryLock(tmp_path, "--save"), locks.locking_job
+
+    def find_and_wait(directory: Path) -> str | None:
+        job_id = find(directory)
+        if lock._owner is None:
+            lock.acquire()
+        return job_id
+
+    monkeypatch.setattr(locks, "locking_job", find_and_wait)
+    locks.remove_lock_of_job(tmp_path, "77")
+    assert locks._read_owner(tmp_path / LOCK_FILE) == lock._owner
+    lock.release()
     assert not list(tmp_path.iterdir())
 
 
