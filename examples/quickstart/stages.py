@@ -15,12 +15,12 @@ from typing import Any
 
 from corpora import build_corpora
 
-from megatron_slm.config.paths import METRICS_FILE
+from megatron_slm.config.paths import METRICS_FILE, STOP_FILE
 from megatron_slm.runtime.console import format_duration
-from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.runtime.files import lock_output, write_text
 from megatron_slm.runtime.metrics_file import read_records
 from megatron_slm.runtime.output import print_error
+from megatron_slm.runtime.reporting import INTERRUPTED, run_tool
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -31,7 +31,7 @@ LAST_LINES = 10  # of the log of a failed run
 
 
 class StageFailed(Exception):
-    """Raised if a command of a stage fails, after it printed the reason; has its exit code."""
+    """Raised if a command of a stage fails or is stopped, after the reason was printed; has its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -43,17 +43,17 @@ def run_example(directory: Path, work: Callable[[], None]) -> int:
 
     The directory is locked until then, since two processes would replace each other's runs.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("ab") as lock:
-        try:
+
+    def locked_work() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / ".lock").open("ab") as lock:
             lock_output(lock, "the output directory")
             work()
-        except ConfigError as error:
-            print_error(str(error))
-            return error.exit_code
-        except StageFailed as failure:
-            return failure.code
-    return 0
+
+    try:
+        return run_tool(locked_work, "interrupted; the next start continues with the unfinished stages")
+    except StageFailed as failure:
+        return failure.code
 
 
 def stage(
@@ -67,6 +67,9 @@ def stage(
         settings: arguments and file contents that determine the result.
         work: writes the result.
         inputs: marks of the stages whose results are read, and other files.
+
+    Raises:
+        StageFailed: a command failed, or a training run was stopped before its end.
     """
     path = mark(name, directory)
     portable = [setting for setting in settings if setting != sys.executable]
@@ -78,6 +81,9 @@ def stage(
     start = time.monotonic()
     path.unlink(missing_ok=True)  # an interruption may leave a part of the new result
     work()
+    if (stopped := directory / STOP_FILE).is_file():  # by a signal, after which the trainer exits with code 0
+        print_error(f"{name}: stopped before its end ({stopped.read_text(encoding='utf-8').strip()})")
+        raise StageFailed(INTERRUPTED)
     directory.mkdir(parents=True, exist_ok=True)
     write_text(path, content)
     print(f"== {name}: {format_duration(time.monotonic() - start)}", flush=True)

@@ -24,6 +24,7 @@ import study_corpora
 
 from megatron_slm.analysis.curves import Curve, plot_comparison, plot_stages, plot_trade_off, write_curves
 from megatron_slm.analysis.summary import comparison_table, speedup, tokens_to_reach
+from megatron_slm.config.paths import STOP_FILE
 
 
 def small_corpora(directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
@@ -118,6 +119,21 @@ def test_failed_stage_is_not_marked_and_returns_its_exit_code(tmp_path: Path) ->
         assert failure.value.code == 7
 
 
+def test_stopped_run_is_not_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trainer saves after a signal, and exits with code 0."""
+    done: list[str] = []
+
+    def work() -> None:
+        done.append("run")
+        (tmp_path / STOP_FILE).unlink(missing_ok=True)
+        if len(done) == 1:
+            (tmp_path / STOP_FILE).write_text("SIGINT\n")
+
+    codes = [stages.run_example(tmp_path, lambda: stages.stage("train", tmp_path, ["a"], work)) for _ in range(3)]
+    assert codes == [130, 0, 0] and done == ["run", "run"]
+    assert "train: stopped before its end (SIGINT)" in capsys.readouterr().err
+
+
 def test_interrupted_repetition_leaves_no_mark(tmp_path: Path) -> None:
     """The former settings are not complete again."""
     done: list[str] = []
@@ -126,6 +142,7 @@ def test_interrupted_repetition_leaves_no_mark(tmp_path: Path) -> None:
         stages.stage("work", tmp_path, ["b"], _interrupt)
     stages.stage("work", tmp_path, ["a"], lambda: done.append("a"))
     assert done == ["a", "a"]
+    assert stages.run_example(tmp_path, _interrupt) == 130
 
 
 def _interrupt() -> None:
