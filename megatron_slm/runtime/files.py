@@ -50,7 +50,7 @@ def atomic_path(path: str | Path, role: str = "the file", *, is_ours: IsOurs | N
     """
     target = Path(path).resolve()
     check_replaceable(target, role, is_ours=is_ours)
-    temporary = target.with_name(f".partial-{uuid.uuid4().hex[:8]}-{target.name[-LONGEST_TAIL:]}")
+    temporary = target.with_name(f".partial-{uuid.uuid4().hex[:8]}-{Path(path).name[-LONGEST_TAIL:]}")
     try:
         with explained_write(path, role):
             yield temporary

@@ -104,6 +104,15 @@ def test_the_temporary_name_keeps_the_suffix(tmp_path: Path) -> None:
         temporary.write_bytes(b"")
 
 
+def test_the_temporary_name_of_a_link_has_the_suffix_of_the_link(tmp_path: Path) -> None:
+    """Its target may be a file of a store, named by its content."""
+    (tmp_path / "plot.png").symlink_to(tmp_path / "store")
+    with atomic_path(tmp_path / "plot.png") as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_bytes(b"new")
+    assert (tmp_path / "store").read_bytes() == b"new" and names(tmp_path) == ["plot.png", "store"]
+
+
 def test_a_missing_directory_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file or directory"):
         write_text(tmp_path / "missing" / "file", "text")
