@@ -55,7 +55,8 @@ def plot_comparison(curves: Sequence[Curve], path: Path) -> None:
     sets = list(dict.fromkeys(curve.held_out for curve in curves))
     figure, panels = plt.subplots(1, len(sets), figsize=(5.5 * len(sets), 4), squeeze=False, layout="constrained")
     for panel, held_out in zip(panels[0], sets, strict=True):
-        for color, variant in zip(COLORS, dict.fromkeys(c.variant for c in curves), strict=False):
+        for number, variant in enumerate(dict.fromkeys(curve.variant for curve in curves)):
+            color = COLORS[number % len(COLORS)]
             tokens, mean, spread = mean_and_spread(curves, variant, held_out)
             panel.plot(tokens / 1e6, mean, color=color, label=variant, marker="o", markersize=3)
             panel.fill_between(tokens / 1e6, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def _draw_lines(panel: Axes, metric: Metric, runs: Sequence[RunFiles], axis: str
                 points.y,
                 color=color,
                 label=_plain(" ".join(part for part in (run.name if len(runs) > 1 else "", label) if part)),
-                linestyle=LINE_STYLES[style % len(LINE_STYLES)],
+                linestyle=LINE_STYLES[(style + number // len(COLORS)) % len(LINE_STYLES)],
                 linewidth=1.4,
                 marker="o" if len(points.x) <= FEW else None,
                 markersize=3,
@@ -156,10 +157,12 @@ def _dress(panel: Axes, name: str, axis: str) -> None:
 def _plain(text: str) -> str:
     """Return a text that matplotlib shows as it is: without formulas, and in legends also with a leading underscore.
 
-    Characters of names that are not UTF-8 become question marks; of long texts, the end is shown.
+    Control characters, which SVG cannot hold, and characters of names that are not UTF-8 become question marks; of
+    long texts, the end is shown.
     """
     if len(text) > LONGEST_NAME:
         text = f"...{text[-LONGEST_NAME:]}"
+    text = "".join("?" if unicodedata.category(character) == "Cc" else character for character in text)
     return (" " * text.startswith("_") + text).replace("$", r"\$").encode(errors="replace").decode()
 
 
