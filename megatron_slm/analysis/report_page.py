@@ -35,18 +35,21 @@ SINGLE_CHARTS = (  # metric, title
 )
 
 
-def write_report(runs: Sequence[RunFiles], path: str, *, axis: str, usage: Usage) -> None:
+def write_report(
+    runs: Sequence[RunFiles], path: str, *, axis: str, objectives: Mapping[str, str], usage: Usage
+) -> None:
     """Write the report, atomically.
 
     Args:
         axis: "steps" or "tokens", the x axis of all curves.
+        objectives: by name of the run.
         usage: by name of the run.
     """
     charts = [draw_chart(chart) for chart in _charts(runs, axis)]
     curves = f'<div class="charts">{"".join(figure for figure, _ in charts)}</div>' if charts else "<p>none yet</p>"
     content = "".join(
         [
-            _section("Summary", _table(("", *(run.name for run in runs)), _summary(runs))),
+            _section("Summary", _table(("", *(run.name for run in runs)), _summary(runs, objectives))),
             _section("Curves", curves),
             _section("Spikes and NaN", _events(runs)),
             _section("Data usage", _usage(runs, usage)),
@@ -128,10 +131,10 @@ def _tokens_at(steps: NDArray[np.float64], logged: Mapping[int, int]) -> NDArray
     return np.interp(steps, known, tokens) + rate * np.maximum(steps - known[-1], 0)
 
 
-def _summary(runs: Sequence[RunFiles]) -> list[Row]:
+def _summary(runs: Sequence[RunFiles], objectives: Mapping[str, str]) -> list[Row]:
     """Return the rows of the summary, one column per run."""
     rows: list[tuple[str, Callable[[RunFiles], str]]] = [
-        ("objective", lambda run: _objective(run.settings)),
+        ("objective", lambda run: objectives[run.name]),
         ("steps", _progress),
         ("tokens", lambda run: f"{run.tokens:,}" if run.tokens else ""),
         ("start", _origin),
@@ -148,12 +151,6 @@ def _summary(runs: Sequence[RunFiles]) -> list[Row]:
     ]
     table = [(title, *(value(run) for run in runs)) for title, value in rows]
     return [row for row in table if any(row[1:])]
-
-
-def _objective(settings: Mapping[str, Any]) -> str:
-    if settings.get("objective") != "slm":
-        return str(settings.get("objective") or "")
-    return f"slm, {settings.get('slm_score')}, k = {settings.get('slm_selection_ratio')}, {settings.get('slm_scope')}"
 
 
 def _progress(run: RunFiles) -> str:
@@ -191,15 +188,20 @@ def _held_out(name: str) -> Callable[[RunFiles], str]:
 
 def _throughput(run: RunFiles) -> str:
     values = run.series("tokens_per_second").values
-    values = np.sort(values[np.isfinite(values)])
-    return f"{values[len(values) // 2]:,.0f}" if len(values) else ""
+    values = values[np.isfinite(values)]
+    return f"{np.median(values):,.0f}" if len(values) else ""
 
 
 def _duration(run: RunFiles) -> str:
-    """Return the sum of the step times; a log interval's record has the mean time of its steps."""
+    """Return the sum of the step times; a log interval's record has the mean time of its steps.
+
+    Earlier starts may have had other intervals; a distance of records that is longer than its neighbors is a gap.
+    """
     series, interval = run.series("seconds"), run.settings.get("log_interval")
     interval = interval if isinstance(interval, int) and 0 < interval < LARGEST else 1
-    steps = np.minimum(np.diff(series.steps, prepend=0), interval)
+    distances = np.diff(series.steps, prepend=0)
+    neighbors = np.maximum(np.append(distances[1:], 0), np.append(0, distances[:-1]))
+    steps = np.minimum(distances, np.maximum(neighbors, interval))
     return format_duration(float(np.nansum(series.values * steps))) if np.isfinite(series.values).any() else ""
 
 

@@ -78,7 +78,9 @@ def read_runs(paths: Sequence[str]) -> list[RunFiles]:
     found: dict[Path, tuple[Path, RunFiles]] = {}
     for path in map(Path, paths):
         run = read_run(str(path))
-        first, _ = found.setdefault(run.metrics.resolve(), (path, run))
+        # without metrics, runs may name the same device or missing file
+        key = run.metrics if run.metrics.is_file() else path
+        first, _ = found.setdefault(key.resolve(), (path, run))
         if first.is_dir() and path.is_dir() and not first.samefile(path):
             raise ConfigError(
                 f"{first} and {path} have the same metrics file, {run.metrics}, which holds the metrics of one run "

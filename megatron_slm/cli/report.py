@@ -53,8 +53,23 @@ def report(arguments: argparse.Namespace) -> None:
     path = arguments.html or str((first if first.is_dir() else first.parent) / DEFAULT)
     check_page(path, NAME)
     axis = arguments.x or ("tokens" if len(runs) > 1 else "steps")
-    write_report(runs, path, axis=axis, usage={run.name: corpus_shares(run) for run in runs})
+    objectives = {run.name: describe_objective(run) for run in runs}
+    write_report(runs, path, axis=axis, objectives=objectives, usage={run.name: corpus_shares(run) for run in runs})
     print_summary(f"wrote {path}")
+
+
+def describe_objective(run: RunFiles) -> str:
+    """Return the objective of a run, with the ratio k if its score uses it."""
+    from megatron_slm.objective.selection.policy import has_own_ratios, parse_policy
+
+    name, score, ratio, scope = map(run.settings.get, ("objective", "slm_score", "slm_selection_ratio", "slm_scope"))
+    if name != "slm":
+        return str(name or "")
+    try:
+        uses_ratio = not has_own_ratios(parse_policy(str(score)))
+    except ConfigError:
+        uses_ratio = True
+    return f"slm, {score}, {f'k = {ratio}, ' if uses_ratio else ''}{scope}"
 
 
 def corpus_shares(run: RunFiles) -> list[tuple[str, float | None]]:

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -202,6 +203,45 @@ def test_metrics_that_two_runs_name_belong_to_one_of_them(tmp_path: Path) -> Non
     assert [run.name for run in read_runs([str(runs[0]), f"{runs[0]}/"])] == ["a"]
 
 
+@pytest.mark.parametrize("named", ["/dev/null", "logs/missing.jsonl"])
+def test_runs_without_metrics_are_different_runs(named: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, RunRecord.new(None), with_settings(RunConfig(), {"slm_metrics_file": named}))
+    assert [run.name for run in read_runs([str(tmp_path / name) for name in ("a", "b", "a/")])] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "time"),
+    [
+        ([10, 20, 30, 31, 32], 1, "1m04s"),  # a resume with another interval
+        ([1, 2, 3, 13, 23], 10, "46s"),
+        ([10, 13, 23], 10, "46s"),  # interrupted at step 13
+        ([110, 120, 1030, 1040], 10, "1m20s"),  # a run that continues another one; metrics in another file meanwhile
+    ],
+)
+def test_times_are_those_of_the_logged_steps(steps: list[int], interval: int, time: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(step) for step in steps], log_interval=interval)
+    assert captured([str(run)], report_main).code == 0
+    assert f"time of the logged steps</th><td>{time}</td>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_median_of_two_values_is_between_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(1), record(2, tokens_per_second=300.0)])
+    assert captured([str(run)], report_main).code == 0
+    assert "tokens per second, median</th><td>200</td>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [("excess", "slm, excess, k = 0.6, data-parallel"), ("excess:0.7", "slm, excess:0.7, data-parallel")],
+)
+def test_the_ratio_is_shown_if_the_score_uses_it(score: str, shown: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [record(1)], **SLM, slm_score=score)
+    assert captured([str(run)], report_main).code == 0
+    assert f"<td>{shown}</td>" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_metrics_of_earlier_starts_have_different_names_and_no_events(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [record(1)])
     (run / "events.jsonl").write_text(json.dumps(SPIKE) + "\n")
@@ -271,6 +311,18 @@ def test_legends_have_the_names_of_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.code == 0, result.errors
     plot = (tmp_path / "p.svg").read_text(encoding="utf-8")
     assert "_first" in plot and "a$b$" in plot and "c?" in plot
+
+
+def test_more_runs_than_colors_are_distinguished(tmp_path: Path) -> None:
+    runs = [str(make_run(tmp_path / str(number), [record(1), record(2)])) for number in range(8)]
+    result = captured([*runs, "--output", str(tmp_path / "p.svg"), "--metrics", "loss"], plot_main)
+    assert result.code == 0 and (tmp_path / "p.svg").read_text().count("stroke-dasharray: 5.18") == 4, "lines and keys"
+
+
+def test_control_characters_of_names_are_not_in_a_plot(tmp_path: Path) -> None:
+    runs = [str(make_run(tmp_path / name, [record(1)])) for name in ("\x1b[31m", "a\nb")]
+    assert captured([*runs, "--output", str(tmp_path / "p.svg"), "--metrics", "loss"], plot_main).code == 0
+    ElementTree.parse(tmp_path / "p.svg")  # an escape is not well-formed
 
 
 def test_events_between_logged_steps_are_marked_at_their_tokens(tmp_path: Path) -> None:
