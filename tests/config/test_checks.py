@@ -195,6 +195,14 @@ def test_invalid_relations_are_refused(world_size: int, changes: dict[str, Any],
     assert message in str(error.value)
 
 
+def test_a_link_to_the_save_directory_is_no_reference_model(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for name, save in (("disk", "link"), ("link", "disk"), ("link", "link")):
+        with pytest.raises(ConfigError, match="is the --save directory of the run"):
+            run_check(1, objective="slm", reference_load=tmp_path / name, save=tmp_path / save)
+
+
 def test_unwritable_directories_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is simulated, since permissions do not restrict root; an existing cache may be complete."""
 

@@ -115,7 +115,7 @@ def reference_model(config: RunConfig, _: int) -> Iterator[str]:
             "the iter_* directories of the steps to --reference-load."
         )
     save = config.checkpoint.save
-    if save is not None and Path(save).absolute() in directories and reference.reference_ckpt_step is None:
+    if save is not None and Path(save).resolve() in directories and reference.reference_ckpt_step is None:
         yield (
             f"--reference-load {save} is the --save directory of the run, whose newest checkpoint changes. Give one of "
             "its iter_* directories, or use --reference-history."
