@@ -9,8 +9,15 @@ from megatron_slm.config.relations.wording import data_parallel_size
 from megatron_slm.config.schema import ModelConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.model.size import padded_vocab_size
+from megatron_slm.objective.selection.policy import (
+    Policy,
+    largest_share,
+    parse_policy,
+    ranks_by_token_loss,
+    selects_everything,
+)
 from megatron_slm.planning.devices import Device
-from megatron_slm.training.preflight import needs_reference
+from megatron_slm.training.policy_checks import corpus_ratios, needs_reference
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -93,10 +100,23 @@ class Layout:
         """Return whether a reference model runs on the ranks of the training model."""
         return needs_reference(self.config) and self.config.reference.is_co_located
 
-    @property
+    @cached_property
     def selected_share(self) -> float:
-        """Return the share of tokens that are selected."""
-        return self.config.objective.slm_selection_ratio if selects_tokens(self.config) else 1.0
+        """Return the largest share of tokens that get a gradient; with a mix, all get one."""
+        if self.policy is None or self.config.objective.slm_mix:
+            return 1.0
+        return max(largest_share(self.policy, ratio) for ratio in self._ratios)
+
+    @cached_property
+    def policy(self) -> Policy | None:
+        """Return the selection policy, or None if all tokens are selected."""
+        return parse_policy(self.config.objective.slm_score) if selects_tokens(self.config) else None
+
+    @property
+    def _ratios(self) -> list[float]:
+        """Return the selection ratios of terms without one: that of the run, or those of the corpora."""
+        ratio = self.config.objective.slm_selection_ratio
+        return [each or ratio for each in corpus_ratios(self.config)] or [ratio]
 
     @property
     def ranks_globally(self) -> bool:
@@ -108,10 +128,13 @@ class Layout:
     @property
     def computes_gradient_in_forward(self) -> bool:
         """Return whether the LM head's gradient is computed in the forward pass unless logits are saved."""
-        objective = self.config.objective
-        known = not selects_tokens(self.config) or objective.slm_scope == "global-batch"
-        has_equal_weights = objective.slm_mix == 0 and objective.slm_weight_temperature is None
-        return (known or objective.slm_exact_mode == "speculative") and has_equal_weights
+        objective, policy = self.config.objective, self.policy
+        if objective.slm_mix or objective.slm_weight_temperature is not None:
+            return False
+        if policy is None or all(selects_everything(policy, ratio) for ratio in self._ratios):
+            return True
+        is_predicted = objective.slm_threshold == "predicted" and ranks_by_token_loss(policy)
+        return self.ranks_globally or is_predicted or objective.slm_exact_mode == "speculative"
 
     @property
     def precision(self) -> str:

@@ -59,3 +59,48 @@ def test_passes_of_selective_language_modeling_extend_the_step() -> None:
 
     clm = step_time(layout, 0.4).total
     assert clm < seconds(slm_backward="filtered") < seconds() < seconds(slm_scope="global-batch")
+
+
+def slm_layout(**objective: object) -> Layout:
+    """Return a layout of Selective Language Modeling with two corpora."""
+    layout = row_layout(PAPER[0])
+    config = layout.config
+    changed = replace(config.objective, objective="slm", slm_selection_ratio=0.5, **objective)  # type: ignore[arg-type]
+    data = replace(config.data, data_path=["web", "math"])
+    return replace(layout, config=replace(config, objective=changed, data=data))
+
+
+@pytest.mark.parametrize(
+    ("objective", "share"),
+    [
+        ({}, 0.5),
+        ({"slm_score": "excess:0.2"}, 0.2),
+        ({"slm_score": "reference-loss:0.7 and reference-entropy:0.6"}, 0.6),
+        ({"slm_score": "excess or random:0.2"}, 0.7),
+        ({"slm_score": "excess or token-loss:0.7"}, 1.0),
+        ({"slm_corpus_ratios": ["0.8", "math"]}, 0.8),
+        ({"slm_corpus_ratios": ["0.2", "math", "0.3", "web"]}, 0.3),
+        ({"slm_mix": 0.1}, 1.0),
+    ],
+)
+def test_the_planned_share_is_that_of_tokens_with_a_gradient(objective: dict[str, object], share: float) -> None:
+    assert slm_layout(**objective).selected_share == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"slm_scope": "global-batch", "slm_score": "random"}, True),
+        ({"slm_scope": "global-batch", "slm_threshold": "predicted"}, True),
+        ({"slm_scope": "global-batch", "slm_threshold": "predicted", "slm_score": "random"}, False),
+        ({"slm_scope": "global-batch", "slm_threshold": "predicted", "slm_mix": 0.1}, False),
+        ({"slm_score": "excess:1"}, True),
+        ({"slm_score": "excess:1", "slm_weight_temperature": 1.0}, False),
+        ({"slm_corpus_ratios": ["1", "math"]}, False),
+        ({}, False),
+    ],
+)
+def test_gradients_of_a_known_selection_are_planned_in_the_forward_pass(
+    objective: dict[str, object], expected: bool
+) -> None:
+    assert slm_layout(**objective).computes_gradient_in_forward == expected

@@ -89,6 +89,14 @@ def selects_everything(policy: Policy, ratio: float) -> bool:
     return all((top_k.ratio or ratio) >= 1 for top_k in top_ks(policy))
 
 
+def largest_share(policy: Policy, ratio: float) -> float:
+    """Return the largest share of the valid tokens that can be selected if the run's ratio is ``ratio``."""
+    if isinstance(policy, TopK):
+        return policy.ratio or ratio
+    shares = largest_share(policy.left, ratio), largest_share(policy.right, ratio)
+    return min(shares) if policy.operator == "and" else min(sum(shares), 1.0)
+
+
 def ranks_by_token_loss(policy: Policy) -> TypeGuard[TopK]:
     """Return whether the policy is one score of the form token loss − offset, with an offset known beforehand."""
     return isinstance(policy, TopK) and policy.score in OFFSET_LOSS and not policy.stochastic
