@@ -128,7 +128,7 @@ def class_losses(losses: Floats, classes: NDArray[np.int64]) -> Floats:
 
 def select_top(scores: Floats, ratio: float) -> Bools:
     """Return the ⌈ratio · n⌉ tokens with the highest scores, [n]; equal scores are taken in order."""
-    count = int(np.ceil(round(ratio * len(scores), 6)))
+    count = max(1, int(np.ceil(round(ratio * len(scores), 6))))
     selected = np.zeros(len(scores), np.bool_)
     selected[np.argsort(-scores, kind="stable")[:count]] = True
     return selected

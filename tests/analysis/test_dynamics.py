@@ -91,6 +91,8 @@ def test_sigmoids_of_noise_are_not_better_than_lines() -> None:
 def test_selections_perplexities_and_overlaps() -> None:
     selected = dynamics.select_top(np.array([1.0, 5.0, 3.0, 3.0, 0.0]), 0.6)
     assert selected.tolist() == [False, True, True, True, False]
+    least = dynamics.select_top(np.array([1.0, 5.0, 3.0]), 1e-12)
+    assert least.tolist() == [False, True, False], "as in training, a ratio above 0 selects a token"
     losses = np.array([[1.0, 2.0], [3.0, 5.0]])
     masks = [np.array([True, False]), np.array([True, True])]
     expected = [[math.exp(1), math.exp(3)], [math.exp(1.5), math.exp(4)]]
