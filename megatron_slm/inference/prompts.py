@@ -12,6 +12,7 @@ from typing import Any
 from megatron_slm.inference.generation import encode_prompt
 from megatron_slm.inference.model import InferenceModel
 from megatron_slm.inference.sampling import Decoding
+from megatron_slm.preprocessing.inputs import BYTE_ORDER_MARK, FOREIGN_MARKS, PACKED_MARKS
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, read_error, refuse
 from megatron_slm.runtime.files import check_regular
@@ -57,7 +58,7 @@ def read_input(path: str) -> bytes:
     """Return the content of a file, or of standard input for ``-``, without a byte order mark.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or starts with the mark of another encoding or of a packed format.
     """
     try:
         if path == STDIN:
@@ -67,7 +68,13 @@ def read_input(path: str) -> bytes:
             content = Path(path).read_bytes()
     except OSError as error:
         raise read_error(INPUT, path, error) from error
-    return content.removeprefix(b"\xef\xbb\xbf")
+    for mark, name in FOREIGN_MARKS:
+        if content.startswith(mark):
+            raise ConfigError(f"{INPUT} {path} is {name} text, not UTF-8. Convert it: iconv -f {name} -t UTF-8.")
+    for mark, suffix in PACKED_MARKS:
+        if content.startswith(mark):
+            raise ConfigError(f"{INPUT} {path} is a {suffix} file by its content. Unpack it.")
+    return content.removeprefix(BYTE_ORDER_MARK)
 
 
 def _read_line(line: bytes, place: str, key: str) -> Prompt:

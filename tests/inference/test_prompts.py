@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from megatron_slm.inference.generation import Generation
 from megatron_slm.inference.output_file import OutputFile, check_output, job_key, partial_path
 from megatron_slm.inference.prompts import Prompt, read_prompts
 from megatron_slm.inference.sampling import Decoding
+from megatron_slm.inference.texts import read_texts
 from megatron_slm.runtime.errors import ConfigError
 
 
@@ -44,6 +47,21 @@ def test_unreadable_lines_are_refused_with_their_place(tmp_path: Path, line: byt
     with pytest.raises(ConfigError) as error:
         read_prompts(str(path))
     assert f"--input: {path}:3: " in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\ufeffa".encode("utf-16-le"), "is UTF-16 text, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8"),
+        ("\ufeffa".encode("utf-32-be"), "is UTF-32 text"),
+        (gzip.compress(b"a"), "is a .gz file by its content. Unpack it"),
+    ],
+)
+def test_other_encodings_and_packed_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "text").write_bytes(content)
+    for key in (None, "text"):
+        with pytest.raises(ConfigError, match=re.escape(f"--input {tmp_path / 'text'} {message}")):
+            read_texts(str(tmp_path / "text"), key)
 
 
 def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
