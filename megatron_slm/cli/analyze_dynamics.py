@@ -224,8 +224,9 @@ def _categories(tokens: TokenSet, tokenizer: Tokenizer) -> Any:
     from megatron_slm.analysis.token_categories import CATEGORIES, categorize
 
     text_of = _token_texts(tokenizer)
+    special = {tokenizer.eod, *tokenizer.special_ids}
     ids, places = np.unique(tokens.labels, return_inverse=True)
-    texts = ["" if token == tokenizer.eod else text_of(token) for token in ids.tolist()]  # its text looks like code
+    texts = ["" if token in special else text_of(token) for token in ids.tolist()]  # their texts look like code
     return np.array([CATEGORIES.index(categorize(text)) for text in texts])[places]
 
 

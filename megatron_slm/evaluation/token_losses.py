@@ -71,13 +71,18 @@ def run_steps(path: str, steps: list[int] | None, flag: str = "--load") -> list[
     """
     directories = step_directories(Path(path), flag)
     found = sorted(step for step, directory in directories.items() if (directory / MANIFEST_FILE).is_file())
+    complete = ", ".join(map(str, found)) or "none"
     missing = [step for step in steps or () if step not in found]
     if missing:
         raise ConfigError(
-            f"{flag} {path} has no complete checkpoint of step {missing[0]}. The complete steps are "
-            f"{', '.join(map(str, found)) or 'none'}."
+            f"{flag} {path} has no complete checkpoint of step {missing[0]}. The complete steps are {complete}."
         )
     chosen = sorted(set(steps)) if steps else found
+    if steps and len(chosen) < 2:
+        raise ConfigError(
+            f"{flag} {path}: --steps names one checkpoint, and token dynamics need at least two. The complete steps "
+            f"are {complete}."
+        )
     if len(chosen) < 2:
         raise ConfigError(
             f"{flag} {path}: {len(chosen)} complete checkpoints, and token dynamics need at least two. Give the --save "

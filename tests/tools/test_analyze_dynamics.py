@@ -13,7 +13,9 @@ import pytest
 from megatron_slm.analysis.token_categories import CATEGORIES
 from megatron_slm.cli import analyze_dynamics
 from megatron_slm.cli.analyze_dynamics import LOSSES, PLOT, RESULT
-from megatron_slm.evaluation.token_losses import TokenSet
+from megatron_slm.config.checkpoint_files import MANIFEST_FILE
+from megatron_slm.evaluation.token_losses import TokenSet, run_steps
+from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.testing.tiny import Outcome, command, launch_each, make_corpus, records, run_each
 from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
@@ -83,15 +85,25 @@ def test_ranks_agree_with_one_process(workspace: Path) -> None:
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-5)
 
 
-def test_end_of_document_is_not_code() -> None:
+def test_special_tokens_are_not_code() -> None:
     class Tokenizer(ByteTokenizer):
         def decode(self, ids: Sequence[int]) -> str:
-            return "".join("<|im_end|>" if token == self.eod else chr(token) for token in ids)
+            return "".join({self.eod: "<|im_end|>", 1: "<s>"}.get(token, chr(token % 256)) for token in ids)
 
     tokenizer = Tokenizer(TokenizerFiles())
-    tokens = TokenSet(np.array([0, ord("a"), tokenizer.eod, ord("+")]), 4, "")
+    tokenizer.special_ids = frozenset((1,))
+    tokens = TokenSet(np.array([0, 1, ord("a"), tokenizer.eod, ord("+")]), 4, "")
     found = analyze_dynamics._categories(tokens, tokenizer)
-    assert [CATEGORIES[place] for place in found] == ["words", "other", "code"]
+    assert [CATEGORIES[place] for place in found] == ["other", "words", "other", "code"]
+
+
+def test_too_few_requested_steps_are_refused(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        (tmp_path / f"iter_{step:07d}" / MANIFEST_FILE).touch()
+    assert run_steps(str(tmp_path), [3, 1, 3]) == [1, 3]
+    with pytest.raises(ConfigError, match=r"--steps names one checkpoint, .* The complete steps are 1, 2, 3\."):
+        run_steps(str(tmp_path), [3, 3])
 
 
 def test_refusals(workspace: Path) -> None:
