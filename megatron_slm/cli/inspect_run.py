@@ -100,8 +100,8 @@ def _show_step(
 
     step = arguments.step
     samples = run.samples(step)
-    selections, place = recorded_samples(run.config, step, samples, arguments.replay_report)
     sources = list(run.sources(step))
+    selections, place = recorded_samples(run.config, step, sources, arguments.replay_report)
     shares = corpus_shares(sources, selections)
     console.print(f"step {step} reads the samples {samples.start:,} to {samples.stop - 1:,}", markup=False)
     if step > (reached := run.saved.milestones[-1][0]):
@@ -118,10 +118,10 @@ def _show_step(
             line += f", {share.tokens / max(total, 1):.1%} of the tokens"
             line += f" and {share.selected / max(sum(known), 1):.1%} of the selected"
         console.print(line, markup=False)
-    metrics = recorded_metrics(run.config, step)
+    metrics, steps = recorded_metrics(run.config, step)
     if (loss := _number(metrics, "loss")) is not None:
-        interval, selected = run.config.logging.log_interval, _number(metrics, "share_selected")
-        means = "" if interval == 1 else f" (means of up to {interval} steps)"
+        selected = _number(metrics, "share_selected")
+        means = "" if steps == 1 else f" (means of up to {steps} steps)"
         rest = "" if selected is None else f", selected {selected:.1%} of all tokens"
         console.print(f"logged{means}: loss {loss:.4f}{rest}")
     console.print(f"selected tokens: {place}", markup=False)

@@ -52,10 +52,20 @@ def evaluated_sets(path: Path | None, step: int) -> set[tuple[str, str]]:
     return {(record["kind"], record["set"]) for record in records}
 
 
-def training_record(path: Path | None, step: int) -> dict[str, Any] | None:
-    """Return the newest training metrics of ``step``, or None if the file has none."""
-    found = [record for record in read_records(path) if record["step"] == step and record["kind"] == "train"]
-    return found[-1] if found else None
+def training_record(path: Path | None, step: int, interval: int) -> tuple[dict[str, Any] | None, int]:
+    """Return the newest training metrics of ``step``, or None, and the number of steps of which they are means.
+
+    Args:
+        interval: log interval of the first metrics of the file; that of others is their distance.
+    """
+    found, earlier = None, -1
+    for record in read_records(path):
+        if record["kind"] == "train" and record["step"] <= step:
+            if record["step"] == step:
+                found = record
+            else:
+                earlier = max(earlier, record["step"])
+    return found, step - earlier if earlier >= 0 else min(step, interval)
 
 
 def read_records(path: Path | None) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -243,14 +243,14 @@ def corpus_shares(sources: Sequence[Source], recorded: Sequence[Record] | None) 
 
 
 def recorded_samples(
-    config: RunConfig, step: int, samples: range, report: str | None
+    config: RunConfig, step: int, sources: Sequence[Source], report: str | None
 ) -> tuple[list[Record] | None, str]:
     """Return the samples of a step with their selected tokens and the file that has them, or None and a remedy.
 
     Args:
         config: configuration of the run.
         step: the step.
-        samples: numbers of its samples.
+        sources: documents of its samples.
         report: file of --replay-report; None searches the events of the run.
 
     Raises:
@@ -263,17 +263,17 @@ def recorded_samples(
                 f"--replay-report {report} is the report of step {content.get('step')}, and --step is {step}. Repeat "
                 f"step {step} with --replay-step {step} --replay-report FILE."
             )
-        if not _has_all(content["samples"], samples):
+        if not _has_all(content["samples"], sources):
             raise ConfigError(
-                f"--replay-report {report} has other samples than step {step} of this run, {samples.start} to "
-                f"{samples.stop - 1}. Give a report of this run."
+                f"--replay-report {report} has other samples or documents than step {step} of this run. Give a report "
+                "of this run, and of its data order."
             )
         return content["samples"], report
     file = events_file(config)
     events = [event for event in read_records(file) if event["step"] == step and event["kind"] == "event"]
     for event in reversed(events):  # of repetitions of the step, the last one
         recorded = event.get("samples")
-        if _are_samples(recorded) and _has_all(recorded, samples):
+        if _are_samples(recorded) and _has_all(recorded, sources):
             return recorded, str(file)
     return None, (
         "the run did not record the selection of each sample. To compute it, add --replay-step "
@@ -289,9 +289,25 @@ def _are_samples(samples: Any) -> TypeGuard[list[Record]]:
     )
 
 
-def _has_all(recorded: Sequence[Record], samples: range) -> bool:
-    """Return whether a report or an event has all samples of a step."""
-    return {each["sample"] for each in recorded}.issuperset(samples)
+def _has_all(recorded: Sequence[Record], sources: Sequence[Source]) -> bool:
+    """Return whether a report or an event has all samples of a step, with the same documents if it names them.
+
+    A step that was repeated in another order has samples of the same numbers.
+    """
+    spans: dict[int, list[Record]] = {}
+    for source in sources:
+        spans.setdefault(source.sample, []).append({**asdict(source.span), "corpus": None})
+    found = {each["sample"]: each.get("documents") for each in recorded}
+    return all(
+        sample in found and (found[sample] is None or _without_corpus(found[sample]) == documents)
+        for sample, documents in spans.items()
+    )
+
+
+def _without_corpus(documents: Any) -> Any:
+    """Return the documents of a report or an event without the paths of corpora, which a run may spell differently."""
+    is_list = isinstance(documents, list) and all(isinstance(each, dict) for each in documents)
+    return [{**each, "corpus": None} for each in documents] if is_list else documents
 
 
 def _read_report(path: str) -> Record:
@@ -306,6 +322,6 @@ def _read_report(path: str) -> Record:
     return content
 
 
-def recorded_metrics(config: RunConfig, step: int) -> Record | None:
-    """Return the logged training metrics of a step, if there are any."""
-    return training_record(metrics_file(config), step)
+def recorded_metrics(config: RunConfig, step: int) -> tuple[Record | None, int]:
+    """Return the logged training metrics of a step, if there are any, and the number of steps in their means."""
+    return training_record(metrics_file(config), step, config.logging.log_interval)

@@ -89,8 +89,8 @@ def _comparison(run: Run, report: Report, original: RunConfig) -> Iterator[str]:
             "the layout differs from that of the checkpoint: losses are equal up to rounding, and without random "
             "states dropout differs"
         )
-    recorded = training_record(metrics_file(original), run.progress.step)
-    if recorded is None or original.logging.log_interval != 1:
+    recorded, steps = training_record(metrics_file(original), run.progress.step, original.logging.log_interval)
+    if recorded is None or steps != 1:
         return
     different = [name for name in REPRODUCIBLE if recorded.get(name) != report[name]]
     if not different:
