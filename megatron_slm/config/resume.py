@@ -128,6 +128,13 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_average_decay",
     "reference_refresh_interval",
 )
+# Settings that determine the tokens of the loss and their weights, to which the estimate of spikes applies.
+LOSS_SETTINGS: tuple[str, ...] = (
+    *SCORE_SETTINGS,
+    *("slm_selection_ratio", "slm_selection_ratio_start", "slm_selection_ratio_warmup_iters"),
+    *("slm_selection_ratio_warmup_tokens", "slm_selection_ratio_style", "slm_selection_ratio_levels"),
+    *("slm_corpus_ratios", "slm_weight_temperature", "slm_mix", "slm_backward", "slm_loss_mask"),
+)
 REFERENCE_PATHS = ("reference_load", "reference_ckpt_step")  # of a model, which may be moved
 DERIVED = {"ffn_hidden_size", "kv_channels", "num_query_groups", "moe_ffn_hidden_size"}  # may be derived from others
 
@@ -207,8 +214,21 @@ def score_changed(config: RunConfig, saved: RunConfig, *, same_reference: bool =
     Args:
         same_reference: the reference models are known to be the same, wherever they are.
     """
+    return _has_changed(SCORE_SETTINGS, config, saved, same_reference)
+
+
+def loss_changed(config: RunConfig, saved: RunConfig, *, same_reference: bool = False) -> bool:
+    """Return whether the loss of the run is a sum over other tokens, or has other weights, than the checkpoint's.
+
+    Args:
+        same_reference: the reference models are known to be the same, wherever they are.
+    """
+    return _has_changed(LOSS_SETTINGS, config, saved, same_reference)
+
+
+def _has_changed(names: Sequence[str], config: RunConfig, saved: RunConfig, same_reference: bool) -> bool:
     moved = REFERENCE_PATHS if same_reference else ()
-    return any(each.name in SCORE_SETTINGS and each.name not in moved for each in differences(config, saved))
+    return any(each.name in names and each.name not in moved for each in differences(config, saved))
 
 
 def _refusal(each: Difference, directory: Path, flag: str) -> str:

@@ -21,7 +21,7 @@ from megatron_slm.checkpoint.requests import Shapes, check_weights, weight_reque
 from megatron_slm.checkpoint.source import CheckpointSource, find_source
 from megatron_slm.config.batch_sizes import BatchSizes
 from megatron_slm.config.checkpoint_files import Manifest
-from megatron_slm.config.resume import check_weights_fit, reconcile, score_changed
+from megatron_slm.config.resume import check_weights_fit, loss_changed, reconcile, score_changed
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.mcore.optimizer import load_loss_scale
 from megatron_slm.runtime.collective import on_first_rank
@@ -196,10 +196,11 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
     resume_schedule(state.scheduler, schedule, manifest.consumed_samples, directory, flag)
     thresholds = loaded.get(SELECTION, loaded.get(state.selection.legacy_key))
     is_same = reference is not None and reference == record.reference
-    has_changed = score_changed(config, saved, same_reference=is_same)
-    if thresholds is not None and not (has_changed or _reference_difference(config, saved, record, reference)):
+    has_other_reference = bool(_reference_difference(config, saved, record, reference))
+    if thresholds is not None and not (has_other_reference or score_changed(config, saved, same_reference=is_same)):
         state.selection.load_state_dict(thresholds)
-    state.spikes.load_state_dict(loaded.get(SPIKES, {}))
+    if not (has_other_reference or loss_changed(config, saved, same_reference=is_same)):
+        state.spikes.load_state_dict(loaded.get(SPIKES, {}))
     if RNG in loaded:
         _set_random_states(loaded[RNG])
     state.progress = TrainProgress(manifest.step, manifest.consumed_samples)

@@ -10,7 +10,15 @@ import pytest
 
 from megatron_slm.config.checks import derive
 from megatron_slm.config.recipe import from_flat_dict, settings, to_flat_dict
-from megatron_slm.config.resume import RULES, Rule, check_weights_fit, differences, reconcile, score_changed
+from megatron_slm.config.resume import (
+    RULES,
+    Rule,
+    check_weights_fit,
+    differences,
+    loss_changed,
+    reconcile,
+    score_changed,
+)
 from megatron_slm.config.schema import RunConfig
 from megatron_slm.runtime.errors import ConfigError
 
@@ -133,6 +141,12 @@ def test_weights_must_match_the_architecture() -> None:
 def test_changed_scores_are_detected() -> None:
     assert score_changed(config(slm_score="token-loss"), config())
     assert not score_changed(config(seed=2), config())
+
+
+def test_changed_losses_are_detected() -> None:
+    for changes in ({"slm_score": "token-loss"}, {"slm_selection_ratio": 0.3}, {"slm_mix": 0.1}):
+        assert loss_changed(config(**changes), config())
+    assert not loss_changed(config(seed=2), config())
 
 
 def test_a_moved_reference_model_gives_the_same_scores() -> None:

@@ -121,6 +121,17 @@ def test_the_estimate_survives_a_resume(tmp_path: Path, corpus: str) -> None:
     assert (event["step"], event["spikes"][0]["steps"]) == (6, 4)
 
 
+def test_the_estimate_begins_again_with_another_selection(tmp_path: Path, corpus: str) -> None:
+    """Otherwise, the higher loss of the selected tokens is a spike, which ends every resume of the run."""
+    flags: dict[str, Any] = {**WINDOW, "slm_spike_threshold": 6, "lr": 1e-6, "train_iters": 8, "lr_decay_iters": 8}
+    argv = command(corpus, tmp_path / "run", **flags, check_for_spiky_loss=True, slm_spike_action="stop")
+    selection = ["--objective", "slm", "--slm-score", "token-loss", "--slm-selection-ratio", "0.1"]
+    runs = [([*argv, "--exit-interval", "4"], None), ([*argv, "--load", str(tmp_path / "run"), *selection], None)]
+    assert [code for code, _ in run_ranks(_each, 1, runs, initialize=False)[0]] == [0, 0]
+    before, after = (records(tmp_path / "run")[step] for step in (3, 4))
+    assert after["loss"] > before["loss"] + 0.1
+
+
 def test_skipped_iterations_consume_their_samples(tmp_path: Path, corpus: str) -> None:
     """After a NaN in step 3, the run continues without this step; the schedule and all other samples are the same."""
     save, plain = tmp_path / "run", tmp_path / "plain"
