@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_slm.config.batch_sizes import BatchSizes
-from megatron_slm.config.schema import ModelConfig, ObjectiveConfig, RunConfig
+from megatron_slm.config.schema import ModelConfig, RunConfig
 from megatron_slm.config.selection import selects_tokens
 from megatron_slm.data.splits import estimate_training_usage
 from megatron_slm.data.usage import format_usage
@@ -14,6 +14,7 @@ from megatron_slm.model.size import checkpoint_bytes, padded_vocab_size, paramet
 from megatron_slm.objective.selection.policy import has_own_ratios, parse_policy
 from megatron_slm.runtime.files import format_size
 from megatron_slm.training.free_space import kept_checkpoints
+from megatron_slm.training.policy_checks import corpus_ratios, needs_reference
 from megatron_slm.training.preflight import default_device, device_memory, least_memory
 
 
@@ -50,7 +51,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int) -> list[tuple[str,
         "" if sizes.is_constant else f", from {sizes.start:,} by {sizes.increment:,} in {sizes.ramp_samples:,} samples"
     )
     settings = config.objective
-    objective = f"SLM, {settings.slm_score}{_ratio(settings)}" if selects_tokens(config) else "CLM"
+    objective = f"SLM, {settings.slm_score}{_ratio(config)}" if selects_tokens(config) else "CLM"
     if config.data.slm_loss_mask is not None:
         objective += f" over the tokens of the loss mask {config.data.slm_loss_mask}"
     return [
@@ -75,8 +76,9 @@ def _parameters(model: ModelConfig, vocab_size: int, padded: int) -> str:
     return f"{unpadded:,}" + (f", and {padding:,} of the vocabulary's padding" if padding else "")
 
 
-def _ratio(settings: ObjectiveConfig) -> str:
-    """Describe the selection ratio and its changes; empty if every term of the score has a ratio."""
+def _ratio(config: RunConfig) -> str:
+    """Describe the selection ratios that are used; empty if every term of the score has one."""
+    settings, corpora = config.objective, corpus_ratios(config)
     if has_own_ratios(parse_policy(settings.slm_score)):
         return ""
     ratio = f"{settings.slm_selection_ratio:g}"
@@ -85,7 +87,8 @@ def _ratio(settings: ObjectiveConfig) -> str:
     if settings.slm_ratio_gain is not None:
         ratio = f"{ratio}, adapted within {settings.slm_ratio_min:g} to {settings.slm_ratio_max:g}"
     pairs = zip(settings.slm_corpus_ratios[1::2], settings.slm_corpus_ratios[0::2], strict=True)
-    return ", ".join([f", k = {ratio}", *(f"{corpus} {share}" for corpus, share in pairs)])
+    shares = [f"{corpus} {share}" for corpus, share in pairs]
+    return ", k = " + ", ".join(shares if corpora and None not in corpora else [ratio, *shares])
 
 
 def _checkpoints(config: RunConfig, vocab_size: int) -> str:
@@ -103,6 +106,8 @@ def _memory(config: RunConfig, vocab_size: int) -> str:
 
 def _reference(config: RunConfig) -> str:
     settings = config.reference
+    if not needs_reference(config):
+        return "none"
     names = ", ".join(settings.references)
     if settings.reference_corpora:
         names += f", by corpus ({' '.join(settings.reference_corpora)})"

@@ -274,11 +274,21 @@ def test_the_plan_names_the_ratios_that_are_used(tmp_path: Path) -> None:
     for flags, expected in (
         ({}, "SLM, token-loss, k = 0.5"),
         (CORPORA, "SLM, token-loss, k = 0.5, two_text_document 0.9"),
+        (
+            {"slm_corpus_ratios": ["0.4", "one_text_document", "0.9", "two_text_document"]},
+            "SLM, token-loss, k = one_text_document 0.4, two_text_document 0.9",
+        ),
         ({"slm_score": "token-loss:0.5 and random:0.7"}, "SLM, token-loss:0.5 and random:0.7"),
     ):
         argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
         rows = dict(plan(resolve_values(parse(argv).config, 1), 257, 1))
         assert rows["objective"] == expected
+
+
+def test_the_plan_names_a_reference_model_that_is_used(tmp_path: Path) -> None:
+    for score, expected in (("excess", "history of the training model: start"), ("token-loss", "none")):
+        argv = slm(tmp_path, "run", "plain", slm_score=score, reference_history="start")
+        assert dict(plan(resolve_values(parse(argv).config, 1), 257, 1))["reference"] == expected
 
 
 def test_an_evaluation_needs_no_reference_model_and_no_blend(tmp_path: Path) -> None:
