@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 
 from megatron_slm.inference.prompts import INPUT, read_input, read_prompts
 from megatron_slm.inference.text_stream import TextStream
+from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError
 from megatron_slm.tokenizers.byte_lengths import ByteLengths
 from megatron_slm.tokenizers.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def read_texts(path: str, key: str | None) -> list[tuple[str, str]]:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], *, append_eod: bool) -> EncodedTexts:
-    """Encode texts; those without a token are left out.
+    """Encode texts; those without a token are left out, with a note.
 
     Args:
         texts: results of :func:`read_texts`.
@@ -65,12 +66,14 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], *, appe
         ConfigError: the tokenizer refuses a text, or there is no token.
     """
     ids, pieces, starts, lengths = list[int](), list[str](), [0], tokenizer.byte_lengths()
+    left_out = list[str]()  # places
     for place, text in texts:
         try:
             encoded = tokenizer.encode(text)
         except ValueError as error:
             raise ConfigError(f"{INPUT}: {place}: {error}") from error
         if not encoded:
+            left_out.append(place)
             continue
         ids += encoded
         pieces += token_texts(tokenizer, encoded, lengths)
@@ -80,6 +83,8 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], *, appe
         starts.append(len(ids))
     if not ids:
         raise ConfigError(f"{INPUT} {texts[0][0]} is empty: it has no token to score. Give a file with text.")
+    if left_out:
+        notice(f"{len(left_out):,} of {len(texts):,} texts have no token and are left out, the first at {left_out[0]}")
     return EncodedTexts(ids, pieces, starts)
 
 

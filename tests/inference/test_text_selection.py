@@ -60,6 +60,16 @@ def test_unreadable_texts_are_refused(tmp_path: Path) -> None:
         read_texts(str(tmp_path), None)
 
 
+def test_texts_without_a_token_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers of the texts that remain are not those of the lines."""
+    texts = [("f:1", "a"), ("f:2", ""), ("f:3", "bc"), ("f:5", "")]
+    encoded = encode_texts(TOKENIZERS[0], texts, append_eod=True)
+    assert encoded.starts == [0, 2, 5]
+    assert "2 of 4 texts have no token and are left out, the first at f:2" in capsys.readouterr().err
+    encode_texts(TOKENIZERS[0], texts[:1], append_eod=True)
+    assert not capsys.readouterr().err
+
+
 def _run(rank: int, world_size: int, commands: list[list[str]], scoring: list[str]) -> list[Outcome]:
     """Score a corpus, and show the selections of several command lines, in one process."""
     return [
