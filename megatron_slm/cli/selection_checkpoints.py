@@ -80,12 +80,12 @@ def _choices(arguments: argparse.Namespace) -> Iterator[Choice]:
     from megatron_slm.runtime.console import notice
 
     found: dict[Path, Choice] = {}
-    for path, step in _given_steps(arguments):
+    for path, step, is_requested in _given_steps(arguments):
         try:
             source = find_source(path, step, LOAD)
             source.check()
         except UnusableFileError as error:
-            if not arguments.all_steps:
+            if is_requested:
                 raise
             notice(f"step {step} is left out: {error}")
             continue
@@ -98,20 +98,25 @@ def _choices(arguments: argparse.Namespace) -> Iterator[Choice]:
         yield choice if is_unique else replace(choice, label=f"{choice.source.directory} ({choice.label})")
 
 
-def _given_steps(arguments: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
-    """Yield (directory, step) of --load."""
+def _given_steps(arguments: argparse.Namespace) -> Iterator[tuple[str, int | None, bool]]:
+    """Yield (directory, step, whether it is requested) of --load; --all-steps requests no step in particular."""
     for text in arguments.load:
         path, colon, number = text.rpartition(":")
         if not colon or not number.isascii() or not number.isdigit() or Path(text).exists():
             path, number = text, arguments.ckpt_step
         if arguments.all_steps and not isinstance(number, str) and (steps := step_directories(Path(path), LOAD)):
-            yield from ((path, step) for step in steps)
+            yield from ((path, step, False) for step in steps)
         else:
-            yield path, None if number is None else int(number)
+            yield path, None if number is None else int(number), True
 
 
 def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, step: int | None) -> Choice:
-    from megatron_slm.objective.selection.policy import has_own_ratios, parse_policy
+    from megatron_slm.objective.selection.policy import (
+        has_own_ratios,
+        needs_reference_entropy,
+        needs_reference_loss,
+        parse_policy,
+    )
     from megatron_slm.runtime.console import notice
     from megatron_slm.training.curriculum import selection_ratio
 
@@ -124,13 +129,18 @@ def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, 
     label = run_name(source.directory) + ("" if number is None else f" step {number:,}")
     ratio = arguments.slm_selection_ratio or selection_ratio(objective, number or 0, consumed)
     policy = arguments.slm_score or objective.slm_score
-    uses_ratio = not has_own_ratios(parse_policy(policy))
+    parsed = parse_policy(policy)
+    uses_ratio = not has_own_ratios(parsed)
     chosen = f" with k = {ratio:g}" if uses_ratio else ""
     if not selects_tokens(config) and arguments.slm_selection_ratio is None:
         notice(f"{label} was trained without selection; the selection is shown for {policy}{chosen}")
     adapts = objective.slm_ratio_gain or objective.slm_corpus_ratios
     if adapts and uses_ratio and arguments.slm_selection_ratio is None:
         notice(f"the ratio of {label} adapts or differs between corpora; the selection is shown{chosen}")
+    count = len(config.reference.references)
+    needs_reference = needs_reference_loss(parsed) or needs_reference_entropy(parsed)
+    if count > 1 and needs_reference and arguments.reference_load is not None:
+        notice(f"{label} used {count} reference models; the selection is shown with that of {REFERENCE}")
     return Choice(path, step, source, label, config, policy, ratio, uses_ratio)
 
 
