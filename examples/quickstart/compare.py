@@ -151,7 +151,7 @@ def held_out_curves(directory: Path, variants: Iterable[str], seeds: Sequence[in
 
 
 def recorded_curves(path: Path, study: Study, new: Sequence[Curve]) -> list[Curve]:
-    """Read the curves of other seeds than the new ones, if all variants were run with them, and for as many tokens."""
+    """Read the curves of other seeds than the new ones, if the same variants were run with them, for as many tokens."""
     recorded = [Curve(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
     others = sorted({curve.seed for curve in recorded} - {curve.seed for curve in new})
     lengths = {(curve.variant, curve.held_out): curve.tokens for curve in new}
@@ -159,8 +159,8 @@ def recorded_curves(path: Path, study: Study, new: Sequence[Curve]) -> list[Curv
     for seed in others:
         curves = [curve for curve in recorded if curve.seed == seed]
         if {curve.variant for curve in curves} != set(study.variants):
-            continue
-        if all(curve.tokens == lengths[curve.variant, curve.held_out] for curve in curves):
+            print(f"{path}: seed {seed} is omitted, since it has other variants than the study", flush=True)
+        elif all(curve.tokens == lengths[curve.variant, curve.held_out] for curve in curves):
             kept += curves
         else:
             print(f"{path}: seed {seed} is omitted, since its runs have a different length", flush=True)

@@ -238,7 +238,9 @@ def test_runs_have_a_log_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(log.name for log in logs) == [f"compare-SLM-k-0.{k}-{seed}.log" for k in (2, 4) for seed in (1, 2)]
 
 
-def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_are_added_to_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same tables result from one call and from several; runs of a changed study are left out."""
     monkeypatch.setattr(
         stages, "held_out_losses", lambda run, held_out: ([0, 100], [5.0, len(run.name) / 10 + int(run.name[-1])])
@@ -257,6 +259,7 @@ def test_seeds_are_added_to_earlier_ones(tmp_path: Path, monkeypatch: pytest.Mon
     fewer = replace(study, variants=dict(list(study.variants.items())[:2]))
     compare.report(tmp_path, "general", fewer, [2], tmp_path)
     assert table.read_text().endswith("\n\nSeeds: 2.\n")
+    assert "seed 1 is omitted, since it has other variants" in capsys.readouterr().out
     compare.report(tmp_path, "general", fewer, [1], tmp_path)
     assert table.read_text().endswith("\n\nSeeds: 1 (corpora two); 2 (corpora one).\n")
     monkeypatch.setattr(stages, "held_out_losses", lambda run, held_out: ([0, 200], [5.0, 4.0]))
