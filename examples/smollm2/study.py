@@ -32,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="held-out tokens of the dynamics [%(default)s]")
     parser.add_argument("--save-interval", type=int, default=2, help="steps between checkpoints [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=compare.SEEDS, help="of self-reference; default 1 2 3")
-    values = vars(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    example.check_sizes(parser, arguments)
+    values = vars(arguments)
     study, tokens, interval, seeds = (values.pop(name) for name in ("study", "tokens", "save_interval", "seeds"))
-    if min(tokens, interval, *seeds) < 1:
-        parser.error("--tokens, --save-interval and --seeds must be at least 1")
+    if min(seeds) < 1:
+        parser.error("--seeds must be at least 1")
     settings = example.Settings(**values)
     if study == "dynamics" and interval >= settings.steps:
         parser.error(f"--save-interval {interval} saves one checkpoint in {settings.steps} steps; dynamics need two")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2"))
 
 import continue_pretraining
 import corpora
+import results_table
 import stages
 import study
 from evaluation_samples import choice_lines, write_requests
@@ -106,6 +107,7 @@ def test_studies(small: list[str], tmp_path: Path) -> None:
         (["--seeds", "0"], "must be at least 1"),
         (["--tokens", "0"], "must be at least 1"),
         (["--save-interval", "-1"], "must be at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0, and must be at least 1"),
         (["--steps", "4", "--save-interval", "4"], "dynamics need two"),
     ],
 )
@@ -113,3 +115,30 @@ def test_wrong_sizes_of_studies_are_refused(flags: list[str], reason: str, capsy
     with pytest.raises(SystemExit) as stopped:
         study.main(["dynamics", *flags])
     assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--reference-steps", "--seq-length", "--batch-size", "--limit"])
+def test_wrong_sizes_of_the_example_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        continue_pretraining.main([flag, "0"])
+    assert stopped.value.code == 2 and f"{flag} is 0, and must be at least 1" in capsys.readouterr().err
+
+
+def test_unknown_benchmarks_are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def stage(name: str, *_: Any) -> None:
+        ran.append(name)
+        if name.startswith("evaluate"):
+            raise stages.StageFailed(2)
+
+    monkeypatch.setattr(stages, "stage", stage)
+    assert continue_pretraining.main(["--directory", str(tmp_path), "--model", str(tmp_path), "--tasks-dir", "x"]) == 2
+    assert not any(name.startswith("train") for name in ran)
+
+
+def test_samples_may_have_line_separators(tmp_path: Path) -> None:
+    """Generated texts are JSON lines, in which characters that splitlines() splits at are not escaped."""
+    record = {"prompt": "a", "text": "b\u2028c\x85d"}
+    (tmp_path / "base-sample.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert results_table.sample(tmp_path, "base") == record
