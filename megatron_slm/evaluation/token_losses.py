@@ -21,7 +21,7 @@ from megatron_slm.inference.model import InferenceModel
 from megatron_slm.inference.scoring import score_tokens
 from megatron_slm.runtime.checksums import text_checksum
 from megatron_slm.runtime.collective import on_first_rank
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.runtime.files import atomic_path
 from megatron_slm.tokenizers.base import Tokenizer
 
@@ -136,7 +136,8 @@ def checkpoint_losses(
         label: name of the checkpoint, for the progress bar and the file.
 
     Raises:
-        ConfigError: the checkpoint is missing or damaged, its context is shorter than a window, or a loss is NaN.
+        ConfigError: the checkpoint is missing or damaged, or its context is shorter than a window.
+        DivergedError: a loss is NaN or infinite.
     """
     file = on_first_rank(lambda: directory / f"{label}-{_key(path, step, tokens, flag, precision)}.npy")
     size = len(tokens.labels)
@@ -149,7 +150,7 @@ def checkpoint_losses(
     losses = -np.concatenate([each.log_probs for each in scores])
     if not np.isfinite(losses).all():
         choice = "other checkpoints with --steps" if flag == "--load" else "another reference model"
-        raise ConfigError(f"{flag} {path}: {label} has NaN or infinite losses. Choose {choice}.")
+        raise DivergedError(f"{flag} {path}: {label} has NaN or infinite losses. Choose {choice}.")
     on_first_rank(partial(_write, file, losses))
     return losses
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from megatron_slm.analysis.token_categories import CATEGORIES
 from megatron_slm.cli import analyze_dynamics
 from megatron_slm.cli.analyze_dynamics import LOSSES, PLOT, RESULT
 from megatron_slm.config.checkpoint_files import MANIFEST_FILE
+from megatron_slm.evaluation import token_losses
 from megatron_slm.evaluation.token_losses import TokenSet, run_steps
-from megatron_slm.runtime.errors import ConfigError
+from megatron_slm.inference.scoring import TokenScores
+from megatron_slm.runtime.errors import ConfigError, DivergedError
 from megatron_slm.testing.tiny import Outcome, command, launch_each, make_corpus, records, run_each
 from megatron_slm.tokenizers.tokenizer import ByteTokenizer, TokenizerFiles
 
@@ -95,6 +98,20 @@ def test_special_tokens_are_not_code() -> None:
     tokens = TokenSet(np.array([0, 1, ord("a"), tokenizer.eod, ord("+")]), 4, "")
     found = analyze_dynamics._categories(tokens, tokenizer)
     assert [CATEGORIES[place] for place in found] == ["other", "words", "other", "code"]
+
+
+@pytest.mark.parametrize("flag", ["--load", "--reference-load"])
+def test_losses_that_are_not_finite_end_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    """The exit code is 3, as in training and in scoring, and nothing is kept."""
+    tokens = TokenSet(np.arange(4), 3, "")
+    scores = TokenScores(np.array([-1, np.nan, -1], np.float32), np.zeros(3, np.bool_))
+    monkeypatch.setattr(token_losses, "_key", lambda *_: "key")
+    monkeypatch.setattr(token_losses, "score_tokens", lambda *_, **__: [scores])
+    model = SimpleNamespace(context_length=3)
+    settings = {"flag": flag, "precision": None, "batch_size": 1, "label": "step-0000001"}
+    with pytest.raises(DivergedError, match=f"{flag} run: step-0000001 has NaN or infinite losses"):
+        token_losses.checkpoint_losses("run", 1, tokens, tmp_path, lambda: model, **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_few_requested_steps_are_refused(tmp_path: Path) -> None:
