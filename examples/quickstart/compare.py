@@ -116,6 +116,7 @@ def report(directory: Path, name: str, study: Study, seeds: Sequence[int], resul
     curves += recorded_curves(path, study, curves)
     curves.sort(key=lambda curve: (order.index(curve.variant), curve.seed, curve.held_out))
     write_curves(curves, path)
+    curves = read_curves(path)  # rounded, so that the table is that of the file
     text = comparison_table(curves, study.baseline)
     pairs = [(name.replace("CLM", "SLM"), name) for name in study.variants if name.startswith("CLM")]
     text += "".join(f"\n\n{speedup(curves, slm, clm)}" for slm, clm in pairs if slm in study.variants)
@@ -150,9 +151,13 @@ def held_out_curves(directory: Path, variants: Iterable[str], seeds: Sequence[in
     ]
 
 
+def read_curves(path: Path) -> list[Curve]:
+    return [Curve(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def recorded_curves(path: Path, study: Study, new: Sequence[Curve]) -> list[Curve]:
     """Read the curves of other seeds than the new ones, if the same variants were run with them, for as many tokens."""
-    recorded = [Curve(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    recorded = read_curves(path) if path.exists() else []
     others = sorted({curve.seed for curve in recorded} - {curve.seed for curve in new})
     lengths = {(curve.variant, curve.held_out): curve.tokens for curve in new}
     kept = []

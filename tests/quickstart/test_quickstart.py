@@ -268,6 +268,16 @@ def test_seeds_are_added_to_earlier_ones(
     assert table.read_text().endswith("\n\nSeeds: 3.\n"), "runs of other lengths are left out"
 
 
+def test_tables_are_those_of_the_recorded_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are recorded with six digits."""
+    monkeypatch.setattr(stages, "held_out_losses", lambda run, held_out: ([0], [4.00024996]))  # recorded as 4.00025
+    monkeypatch.setattr(stages, "corpora_digest", lambda directory: "one")
+    study = replace(studies.STUDIES["scopes"], plot=None)
+    compare.report(tmp_path, "scopes", study, [1, 2], tmp_path)
+    recorded = [Curve(**curve) for curve in json.loads((tmp_path / "scopes.json").read_text())]
+    assert comparison_table(recorded, study.baseline) in (tmp_path / "scopes.md").read_text()
+
+
 def test_digest_follows_every_corpus(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in stages.CORPORA:
