@@ -30,6 +30,7 @@ from megatron_slm.training.preflight import (
     device_obstacles,
     resolve_values,
     slow_products,
+    unused_speculation,
 )
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ def print_checked_plan(
             console.print(obstacle, markup=False)
     if note:
         console.print(note, markup=False)
-    for warning in policy_warnings(config):
-        warn(warning)
+    for warning in (unused_speculation(config, tokenizer.vocab_size, device), *policy_warnings(config)):
+        if warning is not None:
+            warn(warning)
     start = verified_start(plan_start(config), config)
     check_start_space(config, tokenizer.vocab_size, start)
     trains = not config.training.skip_train
@@ -165,7 +167,8 @@ def _run_job(config: RunConfig, note: str, groups: Groups, action: Callable[[Run
     if note:
         console.print(note, markup=False)
     print_settings(console, config)
-    for warning in (slow_products(config, groups.device), *policy_warnings(config)):
+    speculation = unused_speculation(config, tokenizer.vocab_size, groups.device)
+    for warning in (slow_products(config, groups.device), speculation, *policy_warnings(config)):
         if groups.is_logging_rank and warning is not None:
             warn(warning)
     save = None if config.training.skip_train else config.checkpoint.save

@@ -102,7 +102,7 @@ class Layout:
 
     @cached_property
     def selected_share(self) -> float:
-        """Return the largest share of tokens that get a gradient; with a mix, all get one."""
+        """Return the share of tokens that get a gradient, at most, after a curriculum; with a mix, all get one."""
         if self.policy is None or self.config.objective.slm_mix:
             return 1.0
         return max(largest_share(self.policy, ratio) for ratio in self._ratios)

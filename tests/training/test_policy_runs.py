@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_slm.cli.pretrain import main
 from megatron_slm.config.flags import parse
@@ -18,7 +19,7 @@ from megatron_slm.testing.tiny import command, launch, launch_each, losses, make
 from megatron_slm.training.data_order import DataRecord
 from megatron_slm.training.plan import plan
 from megatron_slm.training.policy_checks import corpus_ratios, unused_ratio, unused_reference
-from megatron_slm.training.preflight import resolve_values
+from megatron_slm.training.preflight import resolve_values, unused_speculation
 from megatron_slm.training.resume import _reference_difference
 
 STEPS = 4
@@ -250,6 +251,20 @@ def test_an_unused_reference_model_is_reported(tmp_path: Path) -> None:
         argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
         warning = unused_reference(resolve_values(parse(argv).config, 1))
         assert warning is None if message is None else message in str(warning)
+
+
+def test_an_unused_speculation_is_reported(tmp_path: Path) -> None:
+    """The logits of 8 samples of 32 tokens and a padded vocabulary of 384 take 384 KiB."""
+    for flags, is_unused in (
+        ({**SPECULATIVE, "slm_saved_logits_mb": 1}, True),
+        ({**SPECULATIVE, "slm_saved_logits_mb": 0}, False),
+        ({**SPECULATIVE, "slm_saved_logits_mb": 1, "micro_batch_size": 64, "global_batch_size": 64}, False),
+        ({"slm_saved_logits_mb": 1}, False),
+    ):
+        argv = slm(tmp_path, "run", "plain", **{"slm_score": "token-loss", **flags})
+        warning = unused_speculation(resolve_values(parse(argv).config, 1), 257, torch.device("cpu"))
+        assert (warning is not None) == is_unused, flags
+        assert warning is None or "--slm-exact-mode speculative is not used: the logits" in warning
 
 
 def test_an_unused_ratio_is_reported(tmp_path: Path) -> None:
