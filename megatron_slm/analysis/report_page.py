@@ -174,7 +174,12 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def _last(metric: str) -> Callable[[RunFiles], str]:
-    return lambda run: f"{series.values[-1]:.4f}" if len(series := run.series(metric)) else ""
+    def value(run: RunFiles) -> str:
+        series, steps = run.series(metric), run.series("loss").steps
+        is_last = len(series) and (not len(steps) or series.steps[-1] == steps[-1])
+        return f"{series.values[-1]:.4f}" if is_last else ""  # no unselected tokens in the last record
+
+    return value
 
 
 def _held_out(name: str) -> Callable[[RunFiles], str]:

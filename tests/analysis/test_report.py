@@ -232,6 +232,14 @@ def test_the_median_of_two_values_is_between_them(tmp_path: Path) -> None:
     assert "tokens per second, median</th><td>200</td>" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_losses_of_the_summary_are_those_of_the_last_record(tmp_path: Path) -> None:
+    """A run that selects all tokens at its end has no unselected ones there."""
+    run = make_run(tmp_path / "run", [record(1), record(2, loss_unselected=None, loss=3.25)])
+    assert captured([str(run)], report_main).code == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "training loss, selected</th><td>3.2500</td>" in page and "training loss, unselected</th>" not in page
+
+
 @pytest.mark.parametrize(
     ("score", "shown"),
     [("excess", "slm, excess, k = 0.6, data-parallel"), ("excess:0.7", "slm, excess:0.7, data-parallel")],
