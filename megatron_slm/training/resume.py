@@ -30,6 +30,7 @@ from megatron_slm.tokenizers.tokenizer import Tokenizer
 from megatron_slm.training.checkpoint import RNG, SELECTION, SPIKES, plain_chunks, random_state, selection_state
 from megatron_slm.training.data_order import DataRecord, read_saved_run
 from megatron_slm.training.optimizer import build_scheduler
+from megatron_slm.training.policy_checks import needs_reference
 from megatron_slm.training.run_length import RunLength
 from megatron_slm.training.schedule import resume_schedule
 from megatron_slm.training.start import Checkpoint, Start
@@ -195,6 +196,8 @@ def _resume_from(source: CheckpointSource, state: TrainState, config: RunConfig,
     schedule = _saved_schedule(loaded) if settings.load_optim else None
     resume_schedule(state.scheduler, schedule, manifest.consumed_samples, directory, flag)
     thresholds = loaded.get(SELECTION, loaded.get(state.selection.legacy_key))
+    if not (needs_reference(config) or needs_reference(saved)):
+        saved = replace(saved, reference=config.reference)  # neither has an effect
     is_same = reference is not None and reference == record.reference
     has_other_reference = bool(_reference_difference(config, saved, record, reference))
     if thresholds is not None and not (has_other_reference or score_changed(config, saved, same_reference=is_same)):

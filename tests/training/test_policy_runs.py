@@ -93,6 +93,13 @@ def test_resume_is_bit_for_bit(workspace: Path) -> None:
         assert ratios[0] == ratios[1]
 
 
+def test_a_resume_without_an_unused_reference_model_keeps_the_ratio(workspace: Path) -> None:
+    """The warning recommends to leave it out."""
+    argv = slm(workspace, "unused", "adaptive", num_layers=1, load=workspace / "unused")
+    launch_each([[*argv, "--reference-history", "start", "--exit-interval", "2"], argv])
+    assert losses(workspace / "unused") == losses(workspace / "adaptive")
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"dp": 2, "use_distributed_optimizer": True},
     "tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
