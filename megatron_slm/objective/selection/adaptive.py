@@ -7,7 +7,8 @@ Ada-ESLM adapts α during training. Its update rule could not be confirmed, so t
     riskₜ  =  mean score of the tokens that step t selected, in nats
     kₜ₊₁   =  kₜ · exp(γ · (riskₜ − riskₜ₋₁)), within bounds
 
-If the risk rises, more tokens are selected, and fewer if it falls. A larger k lowers the risk, so the rule is stable.
+If the risk rises, more tokens are selected, and fewer if it falls. A larger k lowers the risk, so the rule is stable
+if γ is small.
 """
 
 from __future__ import annotations
