@@ -125,14 +125,23 @@ def test_the_threshold_slider_is_exact(page: Any, tmp_path: Path) -> None:
 
 def test_search_finds_characters_of_several_tokens(page: Any, tmp_path: Path) -> None:
     """Tokens of a byte tokenizer: the text of a character is that of its last token."""
-    show(page, tmp_path, make_view(["c", "a", "f", "", "é", "·", "", "", "漢"]))
+    show(page, tmp_path, replace(make_view(["c", "a", "f", "", "é", "·", "", "", "漢"]), starts=[0, 10]))
     page.locator("#search").fill("fé·漢")
     assert page.locator("#matches").text_content() == "1 of 1"
     assert page.locator("main .match").all_text_contents() == ["f", "·", "é", "·", "·", "·", "漢"]
 
 
+def test_search_finds_nothing_across_texts(page: Any, tmp_path: Path) -> None:
+    show(page, tmp_path, replace(make_view(["a", "b", "c", "d"]), starts=[0, 2, 5]))
+    for wanted, found in (("bc", "not found"), ("cd", "1 of 1"), ("ab", "1 of 1")):
+        page.locator("#search").fill(wanted)
+        assert page.locator("#matches").text_content() == found
+        if found != "not found":
+            assert page.locator("main .match").all_text_contents() == list(wanted)
+
+
 def test_search_finds_text_across_tokens(page: Any, tmp_path: Path) -> None:
-    show(page, tmp_path, make_view([*words(900), " Needle", "s", *words(900)]))
+    show(page, tmp_path, replace(make_view([*words(900), " Needle", "s", *words(900)]), starts=[0, 1803]))
     page.locator("#search").fill("needles a")
     page.locator("#search").fill("needles")
     assert page.locator("#matches").text_content() == "1 of 1"

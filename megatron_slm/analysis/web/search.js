@@ -17,15 +17,19 @@ function search() {
 
 let folded = null;
 
-/** Return the text in lower case, without the marks of partial characters, and the offset of each token in it. */
+/**
+ * Return the text in lower case, without the marks of partial characters, and the offset of each token in it.
+ * Newlines, which cannot be searched for, separate the texts of the input.
+ */
 function foldedText() {
   if (folded) return folded;
-  const offsets = new Uint32Array(shown.length), parts = [];
+  const offsets = new Uint32Array(shown.length), parts = [], later = new Set(starts.slice(1));
   let length = 0;
   data.shown.forEach((each, token) => {
-    offsets[token] = length;
-    parts.push(each.toLowerCase());
-    length += parts[token].length;
+    const separator = later.has(token) ? "\n" : "", part = each.toLowerCase();
+    offsets[token] = length + separator.length;
+    length = offsets[token] + part.length;
+    parts.push(separator, part);
   });
   folded = { text: parts.join(""), offsets };
   return folded;
