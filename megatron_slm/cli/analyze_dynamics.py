@@ -239,7 +239,7 @@ def _token_texts(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 def _report(dynamics: Any, settings: dict[str, Any], output: Path, groups: Groups) -> None:
     """Print the tables, and write the JSON file and the plots."""
-    from megatron_slm.analysis.dynamics_report import KIND, category_table, class_table, plot
+    from megatron_slm.analysis.dynamics_report import KIND, LEAST_FOR_SIGMOIDS, category_table, class_table, plot
     from megatron_slm.runtime.console import make_console
     from megatron_slm.runtime.files import write_text
 
@@ -256,6 +256,8 @@ def _report(dynamics: Any, settings: dict[str, Any], output: Path, groups: Group
             f"sigmoids explain {sigmoid['explained']:.1%}, and have a lower AICc for "
             f"{sigmoid['share_with_lower_aicc']:.1%} of the tokens"
         )
+    else:
+        console.print(f"no sigmoids are fitted: they need {LEAST_FOR_SIGMOIDS} checkpoints or more, all after step 0")
     if dynamics.selections:
         console.print(category_table(dynamics))
     console.print(f"wrote {output / RESULT} and {output / PLOT}", markup=False)

@@ -65,6 +65,7 @@ def test_only_damaged_losses_are_computed_again(workspace: Path) -> None:
     argv[argv.index("--steps") + 2 : argv.index("--steps") + 2] = ["3", "4"]
     (outcome,) = run(argv)
     assert outcome.code == 0, outcome.errors
+    assert "no sigmoids are fitted: they need 7 checkpoints or more, all after step 0" in outcome.output
     before = json.loads((workspace / "again" / RESULT).read_text(encoding="utf-8"))
     files = sorted((workspace / "again" / LOSSES).iterdir())
     contents = [file.read_bytes() for file in files]
