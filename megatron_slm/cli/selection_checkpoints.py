@@ -43,14 +43,14 @@ def choose_checkpoints(arguments: argparse.Namespace) -> tuple[list[Choice], Con
         ConfigError: a checkpoint is missing or incomplete, or a policy needs a reference model.
     """
     from megatron_slm.checkpoint.source import find_source
-    from megatron_slm.objective.selection.policy import needs_reference_entropy, needs_reference_loss, parse_policy
+    from megatron_slm.objective.selection.policy import needs_reference, parse_policy
     from megatron_slm.scores.sidecar import ContextRule
 
     choices = list(_choices(arguments))
     lengths = {LOAD: min(choice.config.model.seq_length for choice in choices)}
     for choice in choices:
         policy = parse_policy(choice.policy)
-        if arguments.reference_load is None and (needs_reference_loss(policy) or needs_reference_entropy(policy)):
+        if arguments.reference_load is None and needs_reference(policy):
             raise ConfigError(
                 f"--slm-score {choice.policy} of {choice.label} needs a reference model. Give {REFERENCE} DIR, or "
                 "--slm-score token-loss."
@@ -111,12 +111,7 @@ def _given_steps(arguments: argparse.Namespace) -> Iterator[tuple[str, int | Non
 
 
 def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, step: int | None) -> Choice:
-    from megatron_slm.objective.selection.policy import (
-        has_own_ratios,
-        needs_reference_entropy,
-        needs_reference_loss,
-        parse_policy,
-    )
+    from megatron_slm.objective.selection.policy import has_own_ratios, needs_reference, parse_policy
     from megatron_slm.runtime.console import notice
     from megatron_slm.training.curriculum import selection_ratio
 
@@ -138,8 +133,7 @@ def _choice(arguments: argparse.Namespace, source: CheckpointSource, path: str, 
     if adapts and uses_ratio and arguments.slm_selection_ratio is None:
         notice(f"the ratio of {label} adapts or differs between corpora; the selection is shown{chosen}")
     count = len(config.reference.references)
-    needs_reference = needs_reference_loss(parsed) or needs_reference_entropy(parsed)
-    if count > 1 and needs_reference and arguments.reference_load is not None:
+    if count > 1 and needs_reference(parsed) and arguments.reference_load is not None:
         notice(f"{label} used {count} reference models; the selection is shown with that of {REFERENCE}")
     return Choice(path, step, source, label, config, policy, ratio, uses_ratio)
 

@@ -128,7 +128,7 @@ SCORE_SETTINGS: tuple[str, ...] = (
     "reference_average_decay",
     "reference_refresh_interval",
 )
-# Settings that determine the tokens of the loss and their weights, to which the estimate of spikes applies.
+# Settings that determine the tokens of the loss and their weights; the estimate of spikes holds for these only.
 LOSS_SETTINGS: tuple[str, ...] = (
     *SCORE_SETTINGS,
     *("slm_selection_ratio", "slm_selection_ratio_start", "slm_selection_ratio_warmup_iters"),

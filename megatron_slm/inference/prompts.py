@@ -12,7 +12,7 @@ from typing import Any
 from megatron_slm.inference.generation import encode_prompt
 from megatron_slm.inference.model import InferenceModel
 from megatron_slm.inference.sampling import Decoding
-from megatron_slm.preprocessing.inputs import BYTE_ORDER_MARK, FOREIGN_MARKS, PACKED_MARKS
+from megatron_slm.preprocessing.inputs import BYTE_ORDER_MARK, DamagedFile, check_encoding
 from megatron_slm.runtime.console import notice
 from megatron_slm.runtime.errors import ConfigError, read_error, refuse
 from megatron_slm.runtime.files import check_regular
@@ -68,12 +68,10 @@ def read_input(path: str) -> bytes:
             content = Path(path).read_bytes()
     except OSError as error:
         raise read_error(INPUT, path, error) from error
-    for mark, name in FOREIGN_MARKS:
-        if content.startswith(mark):
-            raise ConfigError(f"{INPUT} {path} is {name} text, not UTF-8. Convert it: iconv -f {name} -t UTF-8.")
-    for mark, suffix in PACKED_MARKS:
-        if content.startswith(mark):
-            raise ConfigError(f"{INPUT} {path} is a {suffix} file by its content. Unpack it.")
+    try:
+        check_encoding(content, remedy="Unpack it")
+    except DamagedFile as error:
+        raise ConfigError(f"{INPUT} {path} is {error}.") from error
     return content.removeprefix(BYTE_ORDER_MARK)
 
 

@@ -193,13 +193,16 @@ def choose_cross_entropy(requested: str | None, device: torch.device) -> str:
     return requested or ("triton" if has_triton else "chunked")
 
 
+def saved_logits_bytes(objective: ObjectiveConfig, device: torch.device) -> int:
+    """Return the size up to which the logits of a micro-batch are saved for the backward pass, in bytes."""
+    size = objective.slm_saved_logits_mb
+    return (SAVED_LOGITS_MB[device.type] if size is None else size) << 20
+
+
 def linear_cross_entropy_config(
     model: ModelConfig, parallel: ParallelConfig, objective: ObjectiveConfig, vocab_size: int, groups: Groups
 ) -> LinearCrossEntropyConfig:
     """Return the configuration of the LM head's linear cross-entropy."""
-    saved_logits_mb = objective.slm_saved_logits_mb
-    if saved_logits_mb is None:
-        saved_logits_mb = SAVED_LOGITS_MB[groups.device.type]
     return LinearCrossEntropyConfig(
         tp_group=groups.tp,
         vocab_size=vocab_size,
@@ -207,7 +210,7 @@ def linear_cross_entropy_config(
         softcap=model.slm_logit_softcap,
         z_loss=objective.slm_z_loss,
         implementation=choose_cross_entropy(objective.slm_cross_entropy, groups.device),
-        saved_logits_bytes=saved_logits_mb << 20,
+        saved_logits_bytes=saved_logits_bytes(objective, groups.device),
     )
 
 

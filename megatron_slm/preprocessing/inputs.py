@@ -152,14 +152,18 @@ def detect_format(name: str, text_document: str = "paragraph") -> InputFormat:
     return InputFormat.JSON
 
 
-def check_encoding(begin: bytes) -> None:
-    """Raise DamagedFile if a text file starts with the mark of UTF-16, UTF-32 or a binary format."""
+def check_encoding(begin: bytes, remedy: str = "Rename it, or unpack it (also for standard input)") -> None:
+    """Raise DamagedFile if a text file starts with the mark of UTF-16, UTF-32 or a binary format.
+
+    Args:
+        remedy: of a file in a binary format.
+    """
     for mark, name in FOREIGN_MARKS:
         if begin.startswith(mark):
             raise DamagedFile(f"{name} text, not UTF-8. Convert it: iconv -f {name} -t UTF-8")
     for mark, suffix in PACKED_MARKS:
         if begin.startswith(mark):
-            raise DamagedFile(f"a {suffix} file by its content. Rename it, or unpack it (also for standard input)")
+            raise DamagedFile(f"a {suffix} file by its content. {remedy}")
 
 
 def is_seekable(name: str) -> bool:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from megatron_slm.tokenizers.tokenizer import Tokenizer
 
-FP32_BYTES = 4
 BYTES_PER_SAMPLE = 16  # lower bound for the sample and shuffle indices
 
 
@@ -121,17 +120,17 @@ def slow_products(config: RunConfig, device: torch.device) -> str | None:
 
 def unused_speculation(config: RunConfig, vocab_size: int, device: torch.device) -> str | None:
     """Return a warning if logits are saved, so that no gradient is computed in the forward pass."""
-    from megatron_slm.model.gpt import SAVED_LOGITS_MB
-    from megatron_slm.model.size import padded_vocab_size
-
     objective, parallel = config.objective, config.parallel
     if objective.slm_exact_mode == "recompute" or config.training.skip_train:
         return None
-    tensor, limit = parallel.tensor_model_parallel_size, objective.slm_saved_logits_mb
-    limit = SAVED_LOGITS_MB[device.type] if limit is None else limit
+    from megatron_slm.model.gpt import saved_logits_bytes
+    from megatron_slm.model.size import padded_vocab_size
+    from megatron_slm.objective.linear_cross_entropy.chunked import LOGIT_BYTES
+
+    ranks = parallel.tensor_model_parallel_size
     tokens = config.training.micro_batch_size * config.model.seq_length // parallel.context_parallel_size
-    size = FP32_BYTES * tokens * padded_vocab_size(config.model, vocab_size, tensor) // tensor
-    if size > limit << 20:
+    size = LOGIT_BYTES * tokens * padded_vocab_size(config.model, vocab_size, ranks) // ranks
+    if size > saved_logits_bytes(objective, device):
         return None
     return (
         f"--slm-exact-mode {objective.slm_exact_mode} is not used: the logits of a micro-batch, {format_size(size)}, "

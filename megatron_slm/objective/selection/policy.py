@@ -79,6 +79,11 @@ def needs_reference_entropy(policy: Policy) -> bool:
     return any(top_k.score == "reference-entropy" for top_k in top_ks(policy))
 
 
+def needs_reference(policy: Policy) -> bool:
+    """Return whether the reference model's token losses or entropies are needed."""
+    return needs_reference_loss(policy) or needs_reference_entropy(policy)
+
+
 def needs_token_entropy(policy: Policy) -> bool:
     """Return whether the entropies of the training model are needed."""
     return any(top_k.score == "token-entropy" for top_k in top_ks(policy))
